@@ -1,0 +1,28 @@
+"""LLaMA 13B (13,015,864,320 parameters) on 1.0T tokens, as in the paper (arXiv:2302.13971, table 2).
+
+  python -m llama_jax.train --config=configs/13b.py --workdir=gs://BUCKET/llama_13b \\
+      --config.data.source='gs://BUCKET/corpus/*.jsonl.gz'
+
+Batch: 2,048 sequences x 2,048 tokens = 4,194,304 tokens a step, 238,419 steps = 1.00T tokens.
+Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 194 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
+Expect: the paper took 135,168 A100-80GB hours, 2,055 tokens/s/GPU by its own figures.
+"""
+
+import ml_collections
+
+from llama_jax.config import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The config."""
+    config = default()
+    config.model.dim = 5120
+    config.model.n_layers = 40
+    config.model.n_heads = 40
+    config.model.n_kv_heads = 40
+    config.model.ffn_dim = 13824
+    config.model.remat = "full"
+    config.train.steps = 238_419
+    config.data.source = "gs://BUCKET/corpus/*.jsonl.gz"
+    return config

@@ -1,0 +1,29 @@
+"""LLaMA 33B (32,528,943,616 parameters) on 1.4T tokens, as in the paper (arXiv:2302.13971, table 2).
+
+  python -m llama_jax.train --config=configs/33b.py --workdir=gs://BUCKET/llama_33b \\
+      --config.data.source='gs://BUCKET/corpus/*.jsonl.gz'
+
+Batch: 2,048 sequences x 2,048 tokens = 4,194,304 tokens a step, 333,786 steps = 1.40T tokens.
+Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 485 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
+Expect: the paper took 530,432 A100-80GB hours, 733 tokens/s/GPU by its own figures.
+"""
+
+import ml_collections
+
+from llama_jax.config import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The config."""
+    config = default()
+    config.model.dim = 6656
+    config.model.n_layers = 60
+    config.model.n_heads = 52
+    config.model.n_kv_heads = 52
+    config.model.ffn_dim = 17920
+    config.optim.peak_lr = 1.5e-4
+    config.model.remat = "full"
+    config.train.steps = 333_786
+    config.data.source = "gs://BUCKET/corpus/*.jsonl.gz"
+    return config

@@ -1,0 +1,30 @@
+"""LLaMA 65B (65,285,660,672 parameters) on 1.4T tokens, as in the paper (arXiv:2302.13971, table 2).
+
+  python -m llama_jax.train --config=configs/65b.py --workdir=gs://BUCKET/llama_65b \\
+      --config.data.source='gs://BUCKET/corpus/*.jsonl.gz'
+
+Batch: 2,048 sequences x 2,048 tokens = 4,194,304 tokens a step, 333,786 steps = 1.40T tokens.
+Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 973 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
+Expect: the paper took 1,022,362 A100-80GB hours, 380 tokens/s/GPU by its own figures.
+"""
+
+import ml_collections
+
+from llama_jax.config import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The config."""
+    config = default()
+    config.model.dim = 8192
+    config.model.n_layers = 80
+    config.model.n_heads = 64
+    config.model.n_kv_heads = 64
+    config.model.ffn_dim = 22016
+    config.model.norm_eps = 1e-5  # as released; the smaller ones have 1e-6
+    config.optim.peak_lr = 1.5e-4
+    config.model.remat = "full"
+    config.train.steps = 333_786
+    config.data.source = "gs://BUCKET/corpus/*.jsonl.gz"
+    return config

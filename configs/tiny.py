@@ -1,0 +1,34 @@
+"""A LLaMA of 5.1M parameters that learns Python from Python's own standard library, on a laptop.
+
+  python -m llama_jax.train --config=configs/tiny.py --workdir=runs/tiny
+
+Batch: 16 sequences x 256 tokens = 4,096 tokens a step, 600 steps = 2.5M tokens.
+"""
+
+import ml_collections
+
+from llama_jax.config import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The config."""
+    config = default()
+    config.model.vocab_size = 4096
+    config.model.dim = 256
+    config.model.n_layers = 4
+    config.model.n_heads = 4
+    config.model.n_kv_heads = 4
+    config.model.ffn_dim = 688
+    config.model.compute_dtype = "float32"  # CPUs multiply bfloat16 slowly
+    config.optim.peak_lr = 2e-3
+    config.optim.warmup_steps = 60
+    config.train.steps = 600
+    config.train.seq_len = 256
+    config.train.global_batch = 16
+    config.train.loss_chunk = 256
+    config.train.log_every = 10
+    config.train.eval_every = 200
+    config.train.eval_batches = 8
+    config.train.checkpoint_every = 200
+    config.train.sample_prompt = "def "
+    return config

@@ -1,0 +1,228 @@
+"""Checkpoints that describe themselves: weights, optimiser, data position, config and tokenizer.
+
+A saved step is the folder `checkpoints/N/` with four orbax items: `params`, `optimizer` (step counter
+and moments), `meta` (JSON: resolved config, data fingerprint, versions) and `tokenizer` (JSON: the
+SentencePiece model). Whoever needs only the weights reads only them.
+"""
+
+import base64
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+import llama_jax
+from llama_jax.config import Config, from_json
+from llama_jax.errors import UserError
+from llama_jax.step import TrainState, abstract_state
+
+# Bump when a saved step can no longer be read as before.
+FORMAT_VERSION = 1
+CHECKPOINTS = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What a saved step says about itself.
+
+    Attributes:
+      config: the resolved config of the run.
+      step: optimiser steps taken; the data position is a function of it.
+      data_fingerprint: sha256 of the token shards, or of the synthetic source's parameters.
+      tokenizer_model: serialized SentencePiece model; empty for synthetic data.
+    """
+
+    config: Config
+    step: int
+    data_fingerprint: str
+    tokenizer_model: bytes
+
+
+class Checkpointer:
+    """Saves the states of one run, asynchronously, and keeps the newest few.
+
+    Saving returns as soon as the arrays are copied to the host; a folder gets its final name only
+    when it is complete.
+    """
+
+    def __init__(self, workdir: epath.PathLike, config: Config) -> None:
+        self._directory = (epath.Path(workdir) / CHECKPOINTS).absolute()
+        self._config = config
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every save as several lines
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=config.train.keep_checkpoints,
+                cleanup_tmp_directories=True,
+                # Orbax would save the very first step it is offered; when to save is the loop's.
+                should_save_fn=lambda step, last: True,
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """Newest complete step, or None."""
+        # Without waiting, orbax also names a step that is still being written.
+        self.wait()
+        return self._manager.latest_step()
+
+    def folder(self, step: int) -> epath.Path:
+        """Where `step` is, or would be."""
+        return self._directory / str(step)
+
+    def save(self, state: TrainState, meta: Meta) -> None:
+        """Starts saving `state`.
+
+        Raises:
+          UserError: this save or the one before it could not be written (disk full, read-only).
+        """
+        description = {
+            "format_version": FORMAT_VERSION,
+            "step": meta.step,
+            "data_fingerprint": meta.data_fingerprint,
+            "config": meta.config.to_json(),
+            "versions": {"llama_jax": llama_jax.__version__, "jax": jax.__version__},
+        }
+        tokenizer = {"sentencepiece": base64.b64encode(meta.tokenizer_model).decode()}
+        optimizer = {"step": state.step, "opt_state": state.opt_state}
+        try:
+            self._manager.save(
+                meta.step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    optimizer=ocp.args.StandardSave(optimizer),
+                    meta=ocp.args.JsonSave(description),
+                    tokenizer=ocp.args.JsonSave(tokenizer),
+                ),
+            )
+        except (OSError, ValueError) as error:
+            raise self._save_error(error) from error
+
+    def wait(self) -> None:
+        """Blocks until all saves are on disk.
+
+        Raises:
+          UserError: one of them failed.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._save_error(error) from error
+
+    def close(self) -> None:
+        """Waits, and frees orbax's threads."""
+        self.wait()
+        self._manager.close()
+
+    def _save_error(self, error: Exception) -> UserError:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        return UserError(
+            f"saving to {self._directory} failed: {reason}; earlier checkpoints are untouched. "
+            "Free some space or choose another --workdir, then run the same command to go on"
+        )
+
+    def restore(self, step: int, shardings: Any) -> TrainState:
+        """Reads the state of `step` onto the mesh of `shardings` (a `TrainState` of shardings).
+
+        Raises:
+          UserError: the saved arrays are not those of this config.
+        """
+        abstract = abstract_state(self._config)
+        target = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            shardings,
+        )
+        optimizer = {"step": target.step, "opt_state": target.opt_state}
+        items = {"params": target.params, "optimizer": optimizer}
+        restored = _restore(self.folder(step), items)
+        return TrainState(params=restored["params"], **restored["optimizer"])
+
+
+def _restore(folder: epath.Path, items: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, target in items.items():
+        with ocp.StandardCheckpointer() as checkpointer:
+            try:
+                saved = checkpointer.metadata(folder / name).item_metadata
+                _check_same_arrays(folder / name, saved, target)
+                found[name] = checkpointer.restore((folder / name).absolute(), target)
+            except (OSError, KeyError, TypeError, ValueError) as error:
+                if isinstance(error, UserError):
+                    raise
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(f"{folder / name} cannot be read: {reason}") from error
+    return found
+
+
+def _check_same_arrays(folder: epath.Path, saved: Any, target: Any) -> None:
+    """Orbax casts silently to the dtype asked for; a checkpoint of another kind is an error here."""
+    expected = jax.tree.leaves(target)
+    arrays = jax.tree.leaves(saved)
+    if len(arrays) != len(expected):
+        raise UserError(f"{folder} holds {len(arrays)} arrays, this config has {len(expected)}")
+    have = sorted((tuple(a.shape), str(a.dtype)) for a in arrays)
+    want = sorted((tuple(a.shape), str(a.dtype)) for a in expected)
+    if have != want:
+        difference = next((h, w) for h, w in zip(have, want, strict=True) if h != w)
+        raise UserError(f"{folder} holds an array {difference[0]}, this config {difference[1]}")
+
+
+def find_step(checkpoint: epath.PathLike) -> epath.Path:
+    """The step folder that a user means: the newest of a work directory, or the folder itself.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = epath.Path(checkpoint)
+    if (path / "params").exists():
+        return path
+    folder = path if path.name == CHECKPOINTS else path / CHECKPOINTS
+    if not folder.exists():
+        raise UserError(f"no checkpoint in {path}: it is neither a work directory nor a saved step")
+    steps = [entry for entry in folder.iterdir() if entry.name.isdigit()]
+    if not steps:
+        raise UserError(f"no complete checkpoint in {folder} yet")
+    return max(steps, key=lambda entry: int(entry.name))
+
+
+def load_meta(step_folder: epath.PathLike) -> Meta:
+    """Reads what a saved step says about itself.
+
+    Raises:
+      UserError: the folder is no saved step, or of a newer format.
+    """
+    folder = epath.Path(step_folder).absolute()
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        try:
+            meta = reader.restore(folder / "meta")
+            tokenizer = reader.restore(folder / "tokenizer")
+            version = meta["format_version"]
+            if version != FORMAT_VERSION:
+                raise UserError(f"{folder} has format {version}, this version reads {FORMAT_VERSION}")
+            return Meta(
+                config=from_json(meta["config"]),
+                step=meta["step"],
+                data_fingerprint=meta["data_fingerprint"],
+                tokenizer_model=base64.b64decode(tokenizer["sentencepiece"]),
+            )
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{folder} is not a readable checkpoint: {error}") from error
+
+
+def load_params(step_folder: epath.PathLike, config: Config, shardings: Any) -> Any:
+    """Reads only the weights of a saved step onto the mesh of `shardings`.
+
+    Raises:
+      UserError: the saved arrays are not those of this config.
+    """
+    target = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract_state(config).params,
+        shardings,
+    )
+    return _restore(epath.Path(step_folder).absolute(), {"params": target})["params"]

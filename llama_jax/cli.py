@@ -1,0 +1,64 @@
+"""What every command shares: the `--config` flag, and errors told in one line."""
+
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from llama_jax import config as config_lib
+from llama_jax.errors import UserError
+
+
+def config_flag() -> flags.FlagHolder:
+    """Defines `--config=FILE.py`, with `--config.group.field=value` overrides."""
+    return config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Configuration file, such as configs/tiny.py; --config.GROUP.FIELD=VALUE overrides a field.",
+        lock_config=True,
+    )
+
+
+def load_config(holder: flags.FlagHolder) -> config_lib.Config:
+    """The validated config that the flag holds.
+
+    Raises:
+      UserError: no `--config` was given, or it is not valid.
+    """
+    if holder.value is None:
+        raise UserError("--config is missing; try --config=configs/tiny.py")
+    return config_lib.from_config_dict(holder.value)
+
+
+def run(main: Callable[[], int | None], doc: str | None) -> None:
+    """Parses the flags and runs `main`; a `UserError` becomes one line and exit status 1."""
+
+    def parse(argv: list[str]) -> list[str]:
+        # A bad --config fails while flags are parsed, with whatever its loader raises.
+        try:
+            rest = app.parse_flags_with_usage(argv)
+        except (AttributeError, KeyError, TypeError, ValueError, OSError, UserError) as error:
+            _fail(error)
+        if len(rest) > 1:
+            _fail(UserError(f"unexpected argument {rest[1]!r}; options look like --name=value"))
+        return rest
+
+    def guarded(_: list[str]) -> int | None:
+        try:
+            return main()
+        except UserError as error:
+            _fail(error)
+
+    # absl prints the docstring of __main__ above the flags in --help.
+    sys.modules["__main__"].__doc__ = doc
+    app.run(guarded, flags_parser=parse)
+
+
+def _fail(error: Exception) -> NoReturn:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    one_line = re.sub(r"\s*\n\s*", " ", text.strip())
+    print(f"error: {one_line}", file=sys.stderr)
+    sys.exit(1)

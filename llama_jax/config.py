@@ -1,0 +1,310 @@
+"""The schema of a run: frozen dataclasses, and the `ConfigDict` that the command line overrides.
+
+A file in `configs/` starts from `default()`, changes what it must, and returns a locked
+`ml_collections.ConfigDict`. `from_config_dict` turns that into the frozen, validated `Config` that
+everything else takes: after this boundary a misspelt or ill-typed field cannot exist.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import ml_collections
+
+from llama_jax.errors import UserError
+
+REMAT_POLICIES = ("none", "full", "dots")
+# Tensors inside a block that `remat = "save:..."` may keep (model.py names them with checkpoint_name).
+REMAT_NAMES = ("q", "k", "v", "attn_context", "attn_out", "mlp_gate", "mlp_up", "mlp_out")
+ATTENTION_BACKENDS = ("auto", "xla")
+COMPUTE_DTYPES = ("bfloat16", "float32")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _require_positive(group: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{group}.{name} must be positive, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A LLaMA (Touvron et al., 2023, arXiv:2302.13971). The defaults are those of the 7B model."""
+
+    vocab_size: int = 32_000
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = 32  # fewer than n_heads: grouped-query attention (arXiv:2305.13245)
+    ffn_dim: int = 11_008
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    tied_embeddings: bool = False
+    compute_dtype: str = "bfloat16"  # weights are kept, and norms, softmax and loss done, in float32
+    attention: str = "auto"  # a backend of attention.py
+    remat: str = "none"  # none | full | dots | save:NAME,NAME (names in REMAT_NAMES)
+    scan_unroll: int = 1  # layers per iteration of the layer scan; more compiles longer, runs faster
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "model", self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim"
+        )
+        _require_positive("model", self, "rope_theta", "norm_eps", "scan_unroll")
+        _require(
+            self.dim % self.n_heads == 0,
+            f"model.dim={self.dim} is not a multiple of model.n_heads={self.n_heads}",
+        )
+        _require(
+            self.n_heads % self.n_kv_heads == 0,
+            f"model.n_heads={self.n_heads} is not a multiple of model.n_kv_heads={self.n_kv_heads}",
+        )
+        _require(self.head_dim % 2 == 0, f"RoPE needs an even head size, got {self.head_dim}")
+        _require(
+            self.compute_dtype in COMPUTE_DTYPES,
+            f"model.compute_dtype must be one of {COMPUTE_DTYPES}, got {self.compute_dtype!r}",
+        )
+        _require(
+            self.attention in ATTENTION_BACKENDS,
+            f"model.attention must be one of {ATTENTION_BACKENDS}, got {self.attention!r}",
+        )
+        if not self.remat.startswith("save:"):
+            _require(
+                self.remat in REMAT_POLICIES,
+                f"model.remat must be one of {REMAT_POLICIES} or save:NAME,..., got {self.remat!r}",
+            )
+        for name in self.remat_names:
+            _require(
+                name in REMAT_NAMES,
+                f"model.remat names an unknown tensor {name!r}; there are {', '.join(REMAT_NAMES)}",
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.dim // self.n_heads
+
+    @property
+    def remat_names(self) -> tuple[str, ...]:
+        """Tensors that `remat = "save:..."` keeps from the forward pass; empty otherwise."""
+        if not self.remat.startswith("save:"):
+            return ()
+        return tuple(self.remat.removeprefix("save:").split(","))
+
+    def parameter_count(self) -> int:
+        """Number of parameters, embeddings included."""
+        attention = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
+        block = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
+        heads = 1 if self.tied_embeddings else 2
+        return self.n_layers * block + heads * self.vocab_size * self.dim + self.dim
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """FLOPs of one training token: 6 per weight of a matrix product, plus causal attention.
+
+        The embedding look-up multiplies nothing and is not counted; attention is 12 L D T as in
+        PaLM (arXiv:2204.02311, appendix B), halved because the causal mask leaves half of it.
+        """
+        matrices = self.parameter_count() - (2 * self.n_layers + 1) * self.dim
+        if not self.tied_embeddings:
+            matrices -= self.vocab_size * self.dim
+        return 6.0 * matrices + 6.0 * self.n_layers * self.dim * seq_len
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 (one axis at most) takes what is left."""
+
+    data: int = 1  # replicas of the weights
+    fsdp: int = -1  # shards of the weights, gathered layer by layer (ZeRO-3)
+    context: int = 1  # shards of the sequence
+    tensor: int = 1  # shards of heads, ffn and vocabulary (Megatron)
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            _require(size == -1 or size > 0, f"mesh axis {name} must be positive or -1, got {size}")
+        _require(
+            list(sizes.values()).count(-1) <= 1, f"only one mesh axis may be -1, got {sizes}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DcnConfig(MeshConfig):
+    """Slices (or hosts) along each mesh axis, over the slower data-centre network."""
+
+    fsdp: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from.
+
+    `source` is `stdlib` (Python's own library, on every machine), `synthetic` (random tokens, for
+    benchmarks), or a comma-separated list of paths and globs of .txt, .py, .md, .jsonl (or any text file),
+    each also as .gz.
+    """
+
+    source: str = "stdlib"
+    path: str = ""  # folder of prepared shards; empty: WORKDIR/data
+    tokenizer: str = ""  # SentencePiece model; empty: train one of model.vocab_size on the source
+    text_field: str = "text"  # of a JSON line
+    validation_fraction: float = 0.01  # of the documents
+    shard_tokens: int = 100_000_000  # tokens per shard
+    max_document_bytes: int = 10_000_000  # longer documents are skipped and counted
+
+    def __post_init__(self) -> None:
+        _require(bool(self.source), "data.source is empty; try stdlib or a path")
+        _require(bool(self.text_field), "data.text_field is empty")
+        _require_positive("data", self, "shard_tokens", "max_document_bytes")
+        _require(
+            0 <= self.validation_fraction < 1,
+            f"data.validation_fraction must be in [0, 1), got {self.validation_fraction}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warm-up and cosine decay, as in the LLaMA paper, section 2.3."""
+
+    peak_lr: float = 3e-4
+    final_lr_fraction: float = 0.1  # of the peak, at the last step
+    warmup_steps: int = 2_000
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0  # global norm of the gradient
+    moment_dtype: str = "float32"  # of the first moment; the second stays float32
+
+    def __post_init__(self) -> None:
+        _require_positive("optim", self, "peak_lr", "eps", "clip_norm")
+        for name in ("final_lr_fraction", "beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"optim.{name} must be in [0, 1], got {value}")
+        _require(self.warmup_steps >= 0, "optim.warmup_steps must not be negative")
+        _require(self.weight_decay >= 0, "optim.weight_decay must not be negative")
+        _require(
+            self.moment_dtype in COMPUTE_DTYPES,
+            f"optim.moment_dtype must be one of {COMPUTE_DTYPES}, got {self.moment_dtype!r}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop. Steps are optimiser steps; batches are counted in sequences."""
+
+    steps: int = 250_000
+    seq_len: int = 2048
+    global_batch: int = 2048  # sequences per optimiser step, over all hosts: 4M tokens
+    grad_accum: int = 1  # microbatches per optimiser step
+    loss_chunk: int = 512  # positions whose logits exist at once
+    z_loss: float = 0.0  # weight of log(Z)^2 (PaLM uses 1e-4)
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 1_000
+    eval_batches: int = 20
+    checkpoint_every: int = 1_000
+    keep_checkpoints: int = 3
+    sample_prompt: str = ""  # if set, a continuation of it is printed after training
+
+    def __post_init__(self) -> None:
+        _require_positive("train", self, "steps", "seq_len", "global_batch", "grad_accum")
+        _require_positive("train", self, "loss_chunk", "log_every", "eval_every", "eval_batches")
+        _require_positive("train", self, "checkpoint_every", "keep_checkpoints")
+        _require(self.z_loss >= 0, "train.z_loss must not be negative")
+        _require(0 <= self.seed < 2**32, "train.seed must be in [0, 2**32)")
+        _require(
+            self.global_batch % self.grad_accum == 0,
+            f"train.global_batch={self.global_batch} is not a multiple of "
+            f"train.grad_accum={self.grad_accum}",
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one optimiser step, over all hosts."""
+        return self.global_batch * self.seq_len
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that defines a run; saved as `config.json` and inside each checkpoint."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    dcn: DcnConfig = dataclasses.field(default_factory=DcnConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.optim.warmup_steps < self.train.steps,
+            f"optim.warmup_steps={self.optim.warmup_steps} must be less than "
+            f"train.steps={self.train.steps}",
+        )
+
+    def to_json(self) -> str:
+        """The config as indented JSON; `from_json` is the inverse."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def default() -> ml_collections.ConfigDict:
+    """The LLaMA-7B recipe as a locked ConfigDict, the starting point of every `configs/*.py`."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+
+
+def from_config_dict(config: ml_collections.ConfigDict) -> Config:
+    """Converts and validates what a config file and the command line gave.
+
+    Raises:
+      UserError: an unknown group or field, a missing group, or a value out of range.
+    """
+    return _from_dict(config.to_dict())
+
+
+def from_json(text: str) -> Config:
+    """Reads what `Config.to_json` wrote.
+
+    Raises:
+      UserError: the text is not such a config.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"the config is not valid JSON: {error}") from error
+    return _from_dict(values)
+
+
+def _from_dict(values: dict[str, Any]) -> Config:
+    groups: dict[str, Any] = {
+        field.name: field.default_factory  # type: ignore[misc]
+        for field in dataclasses.fields(Config)
+    }
+    _require(isinstance(values, dict), "the config is not a mapping of groups")
+    _require_same_names("config groups", set(values), set(groups))
+    built = {}
+    for name, group in groups.items():
+        fields = {field.name for field in dataclasses.fields(group)}
+        _require_same_names(f"fields of config group {name}", set(values[name]), fields)
+        built[name] = group(**values[name])
+    return Config(**built)
+
+
+def _require_same_names(what: str, given: set[str], known: set[str]) -> None:
+    _require(given <= known, f"unknown {what}: {', '.join(sorted(given - known))}")
+    _require(given >= known, f"missing {what}: {', '.join(sorted(known - given))}")
+
+
+def difference(left: Config, right: Config) -> dict[str, tuple[Any, Any]]:
+    """Fields in which two configs differ: dotted name -> (left value, right value)."""
+    found = {}
+    for group, values in dataclasses.asdict(left).items():
+        others = getattr(right, group)
+        for name, value in values.items():
+            other = getattr(others, name)
+            if value != other:
+                found[f"{group}.{name}"] = (value, other)
+    return found

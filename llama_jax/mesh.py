@@ -1,0 +1,81 @@
+"""The device mesh: four axes, always present, of size 1 where unused."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType
+
+from llama_jax.config import DcnConfig, MeshConfig
+from llama_jax.errors import UserError
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+
+def mesh_shape(config: MeshConfig, n_devices: int) -> dict[str, int]:
+    """Devices along each axis, with -1 filled in.
+
+    Raises:
+      UserError: the axes do not multiply to `n_devices`.
+    """
+    shape = dataclasses.asdict(config)
+    known = math.prod(size for size in shape.values() if size != -1)
+    free = [name for name, size in shape.items() if size == -1]
+    if free and n_devices % known == 0:
+        shape[free[0]] = n_devices // known
+    asked = " x ".join(f"{name}={size}" for name, size in shape.items())
+    if math.prod(shape.values()) != n_devices:
+        raise UserError(
+            f"the mesh {asked} does not cover {n_devices} devices; "
+            f"their product must be {n_devices} (one axis may be -1 to take what is left)"
+        )
+    return shape
+
+
+def make_mesh(
+    config: MeshConfig,
+    dcn: DcnConfig | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> jax.sharding.Mesh:
+    """Arranges devices so that neighbours on an axis are neighbours on the network.
+
+    Args:
+      config: devices along each axis within one slice (fast network, ICI).
+      dcn: slices along each axis (data-centre network); default: one slice.
+      devices: all devices of the job; default: `jax.devices()`.
+
+    Returns:
+      A mesh with the axes `AXES`, all `AxisType.Auto`; axis sizes are the products of both factors.
+
+    Raises:
+      UserError: the sizes do not fit the number of devices or slices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    dcn_sizes = dataclasses.asdict(dcn or DcnConfig())
+    n_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if -1 in dcn_sizes.values():
+        dcn_sizes = mesh_shape(dcn or DcnConfig(), n_slices)
+    n_groups = math.prod(dcn_sizes.values())
+    if len(devices) % n_groups:
+        raise UserError(f"{len(devices)} devices do not divide into dcn groups {dcn_sizes}")
+    ici_sizes = mesh_shape(config, len(devices) // n_groups)
+    ici, outer = tuple(ici_sizes.values()), tuple(dcn_sizes.values())
+    if n_groups == 1:
+        array = mesh_utils.create_device_mesh(ici, devices, allow_split_physical_axes=True)
+    elif n_slices == n_groups:
+        array = mesh_utils.create_hybrid_device_mesh(
+            ici, outer, devices, allow_split_physical_axes=True
+        )
+    elif n_slices == 1:
+        # One slice seen as several groups of hosts (GPU nodes, fake devices): devices are listed
+        # host by host, so contiguous blocks are the groups.
+        blocks = np.asarray(devices, dtype=object).reshape(*outer, *ici)
+        order = [axis for pair in zip(range(4), range(4, 8), strict=True) for axis in pair]
+        shape = [o * i for o, i in zip(outer, ici, strict=True)]
+        array = blocks.transpose(order).reshape(shape)
+    else:
+        raise UserError(f"dcn {dcn_sizes} asks for {n_groups} slices, but there are {n_slices}")
+    return jax.sharding.Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -1,0 +1,226 @@
+"""How a run is going: speed, MFU, and where the numbers are written."""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from typing import Any, Protocol
+
+import jax
+from etils import epath
+
+from llama_jax.config import Config
+
+# Peak dense bfloat16 FLOP/s of one device, by a part of its `device_kind`. Sources: NVIDIA data
+# sheets without sparsity (A100 312, H100 SXM and H200 989, B200 2250 TFLOP/s), Google Cloud TPU
+# pages (v4 275, v5e 197, v5p 459, v6e 918). Unknown devices have no MFU, never a guessed one.
+PEAK_FLOPS = (
+    ("A100", 312e12),
+    ("H100 80GB HBM3", 989e12),  # the SXM module; PCIe and NVL cards have other peaks
+    ("H200", 989e12),
+    ("B200", 2250e12),
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5p", 459e12),
+    ("TPU v5", 459e12),
+    ("TPU v6 lite", 918e12),
+)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak bfloat16 FLOP/s of a device, or None where it is not known (CPUs, new chips)."""
+    kind = device.device_kind
+    return next((peak for name, peak in PEAK_FLOPS if name in kind), None)
+
+
+@dataclasses.dataclass
+class Speed:
+    """Tokens per second and model FLOPs utilisation, between two readings.
+
+    MFU is FLOPs of the model (6 per weight in a matrix product, plus causal attention; see
+    `ModelConfig.flops_per_token`) over what all devices could do at their peak.
+    """
+
+    config: Config
+    devices: int
+    peak: float | None
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts a new interval, so that evaluation and saving do not count as slow steps."""
+        self._since = time.perf_counter()
+
+    def read(self, steps: int) -> dict[str, float | None]:
+        """`tokens_per_second` (all devices) and `mfu` over `steps` steps; starts a new interval."""
+        now = time.perf_counter()
+        tokens = steps * self.config.train.tokens_per_step
+        rate = tokens / max(now - self._since, 1e-9)
+        self._since = now
+        mfu = None
+        if self.peak is not None:
+            flops = self.config.model.flops_per_token(self.config.train.seq_len)
+            mfu = rate * flops / (self.peak * self.devices)
+        return {"tokens_per_second": rate, "mfu": mfu}
+
+
+class Writer(Protocol):
+    """Takes one record: a step and named numbers."""
+
+    def write(self, step: int, record: dict[str, float | None]) -> None:
+        """Writes the numbers of one step."""
+
+    def close(self) -> None:
+        """Flushes and closes."""
+
+
+class JsonlWriter:
+    """One JSON object per line in `metrics.jsonl`, flushed at once."""
+
+    def __init__(self, path: epath.Path) -> None:
+        self._file = path.open("a")
+
+    def write(self, step: int, record: dict[str, float | None]) -> None:
+        """Writes `{"step": step, ...}`; numbers that are not finite become null."""
+        values = {name: _finite(value) for name, value in record.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+class TensorBoardWriter:
+    """Scalars for TensorBoard."""
+
+    def __init__(self, directory: epath.Path) -> None:
+        import tensorboardX  # slow to import, and needed by the first process only
+
+        self._writer = tensorboardX.SummaryWriter(str(directory))
+
+    def write(self, step: int, record: dict[str, float | None]) -> None:
+        """Writes every number that is there."""
+        for name, value in record.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self._writer.close()
+
+
+class ConsoleWriter:
+    """One line per log step: how far, how good, how fast, how long still."""
+
+    def __init__(self, total_steps: int, peak_name: str) -> None:
+        self._total = total_steps
+        self._peak_name = peak_name
+        self._started: tuple[int, float] | None = None
+
+    def write(self, step: int, record: dict[str, float | None]) -> None:
+        """Prints a step or an evaluation."""
+        width = len(str(self._total))
+        if "eval_loss" in record:
+            print(f"step {step:>{width}}  eval_loss {record['eval_loss']:.4f}")
+            return
+        now = time.perf_counter()
+        if self._started is None:
+            self._started = (step, now)
+        mfu = record["mfu"]
+        parts = [
+            f"step {step:>{width}}/{self._total}",
+            f"loss {record['loss']:.4f}",
+            f"lr {record['learning_rate']:.2e}",
+            f"grad_norm {record['grad_norm']:.2f}",
+            f"{record['tokens_per_second']:,.0f} tokens/s",
+            "MFU n/a" if mfu is None else f"MFU {mfu:.1%} of {self._peak_name}",
+            f"ETA {self._eta(step, now)}",
+        ]
+        print("  ".join(parts))
+        sys.stdout.flush()
+
+    def _eta(self, step: int, now: float) -> str:
+        assert self._started is not None
+        first, since = self._started
+        if step == first:
+            return "-"
+        seconds = round((now - since) / (step - first) * (self._total - step))
+        hours, minutes = divmod(seconds // 60, 60)
+        return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds % 60:02d}s"
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class Metrics:
+    """Logs the *previous* step: reading it while the next one runs keeps the device busy."""
+
+    def __init__(self, writers: list[Writer], speed: Speed) -> None:
+        self._writers = writers
+        self._speed = speed
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._last_read = 0
+
+    def start(self, step: int) -> None:
+        """Starts the clock at `step`, after anything slow that is not training."""
+        self._last_read = step
+        self._speed.restart()
+
+    def push(self, step: int, metrics: dict[str, Any] | None) -> None:
+        """Writes what was pushed before, then keeps `metrics` (device arrays; None: no log)."""
+        self.flush()
+        if metrics is not None:
+            self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Writes the pending step, waiting for the device if need be."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values: dict[str, float | None] = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        values |= self._speed.read(step - self._last_read)
+        self._last_read = step
+        self.write(step, values)
+
+    def write(self, step: int, record: dict[str, float | None]) -> None:
+        """Writes a record at once (evaluations)."""
+        for writer in self._writers:
+            writer.write(step, record)
+
+    def close(self) -> None:
+        """Writes what is pending and closes the writers."""
+        self.flush()
+        for writer in self._writers:
+            writer.close()
+
+
+def plot_loss(jsonl: epath.Path, output: epath.Path) -> None:
+    """Draws training and validation loss of a `metrics.jsonl` as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [json.loads(line) for line in jsonl.read_text().splitlines()]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    for name, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
+        # A resumed run repeats steps that were lost; the later record counts.
+        points = {r["step"]: r[name] for r in records if r.get(name) is not None}
+        if points:
+            axes.plot(*zip(*sorted(points.items()), strict=True), style, label=label, markersize=4)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="LLaMA training")
+    axes.grid(alpha=0.3)
+    if axes.has_data():
+        axes.legend()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("wb") as file:
+        figure.savefig(file, format="png", bbox_inches="tight")
+    pyplot.close(figure)

@@ -1,0 +1,183 @@
+"""Where every array lives: one table for parameters, one for activations, and no silent default.
+
+A LLaMA of any depth is 12 tensors, because its layers are stacked on a leading axis. The table has
+a row for each; a parameter without a row, a row without a parameter, or a dimension that its mesh
+axes do not divide is an error that names the path.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.errors import UserError
+
+# `context` shards weights too, as a second fsdp axis: its devices hold different tokens of the
+# same batch, so they would otherwise hold the same weights several times.
+SHARD = ("fsdp", "context")
+
+PARAM_SPECS: Mapping[str, P] = {
+    # Letters as in model.py: V vocab, D model, L layers, N query heads, K kv heads, H head, F ffn.
+    "embed": P("tensor", SHARD),  # V D
+    "layers/attn_norm": P(),  # L D
+    "layers/attn/wq": P(None, SHARD, "tensor", None),  # L D N H
+    "layers/attn/wk": P(None, SHARD, "tensor", None),  # L D K H
+    "layers/attn/wv": P(None, SHARD, "tensor", None),  # L D K H
+    "layers/attn/wo": P(None, "tensor", None, SHARD),  # L N H D
+    "layers/mlp_norm": P(),  # L D
+    "layers/mlp/w1": P(None, SHARD, "tensor"),  # L D F
+    "layers/mlp/w2": P(None, "tensor", SHARD),  # L F D
+    "layers/mlp/w3": P(None, SHARD, "tensor"),  # L D F
+    "final_norm": P(),  # D
+    "lm_head": P(SHARD, "tensor"),  # D V
+}
+
+ACTIVATION_AXES: Mapping[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "seq": "context",
+    "embed": None,
+    "heads": "tensor",
+    "head_dim": None,
+    "ffn": "tensor",
+    "vocab": "tensor",
+}
+
+BATCH_SPEC = P(ACTIVATION_AXES["batch"], ACTIVATION_AXES["seq"])  # B T
+
+
+def activation_spec(*names: str | None) -> P:
+    """The spec of an activation whose dimensions are `names` (rows of `ACTIVATION_AXES`).
+
+    Raises:
+      ValueError: an unknown name, or two dimensions on one mesh axis.
+    """
+    entries = []
+    for name in names:
+        if name is not None and name not in ACTIVATION_AXES:
+            raise ValueError(f"unknown activation axis {name!r}; known: {list(ACTIVATION_AXES)}")
+        entries.append(None if name is None else ACTIVATION_AXES[name])
+    used = [axis for entry in entries for axis in _axes(entry)]
+    if len(used) != len(set(used)):
+        raise ValueError(f"activation axes {names} put two dimensions on one mesh axis: {used}")
+    return P(*entries)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pins an activation to its place on the mesh of `jax.set_mesh`; without a mesh, returns it."""
+    spec = activation_spec(*names)
+    if len(names) != x.ndim:
+        raise ValueError(f"constrain got {len(names)} axis names for an array of shape {x.shape}")
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def param_specs(params: Any, mesh: Mesh | jax.sharding.AbstractMesh) -> Any:
+    """The partition spec of each parameter, as a tree like `params`.
+
+    Args:
+      params: nested dict of arrays or `ShapeDtypeStruct`s.
+      mesh: the mesh whose axis sizes must divide the dimensions.
+
+    Raises:
+      UserError: an uncovered parameter, a stale row, an unknown mesh axis, or a dimension that does
+        not divide.
+    """
+    leaves, treedef = jax.tree.flatten_with_path(params)
+    paths = ["/".join(str(key.key) for key in path) for path, _ in leaves]
+    tied = {"lm_head"} - set(paths)  # a model with tied embeddings has no head of its own
+    stale = set(PARAM_SPECS) - set(paths) - tied
+    if stale:
+        raise UserError(f"sharding table: no parameter for row(s) {', '.join(sorted(stale))}")
+    specs = []
+    for path, (_, leaf) in zip(paths, leaves, strict=True):
+        if path not in PARAM_SPECS:
+            raise UserError(f"sharding table: no row for parameter {path} {leaf.shape}")
+        _check_divides(path, leaf.shape, PARAM_SPECS[path], mesh)
+        specs.append(PARAM_SPECS[path])
+    return jax.tree.unflatten(treedef, specs)
+
+
+def _check_divides(
+    path: str, shape: tuple[int, ...], spec: P, mesh: Mesh | jax.sharding.AbstractMesh
+) -> None:
+    if len(spec) > len(shape):
+        raise UserError(f"{path} has shape {shape}, but its spec {spec} has more dimensions")
+    for size, entry in zip(shape, spec, strict=False):
+        axes = _axes(entry)
+        for axis in axes:
+            if axis not in mesh.shape:
+                raise UserError(f"{path}: the mesh {dict(mesh.shape)} has no axis {axis!r}")
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if size % parts:
+            raise UserError(
+                f"{path} of shape {shape}: a dimension of {size} does not divide over "
+                f"{' x '.join(axes)} = {parts} devices"
+            )
+
+
+def param_shardings(params: Any, mesh: Mesh) -> Any:
+    """`param_specs` bound to the mesh, for `jit` and restoring."""
+    return _bind(param_specs(params, mesh), mesh)
+
+
+def _bind(specs: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
+    )
+
+
+def state_shardings(state: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """Shardings for a whole `TrainState`: moments lie with their parameters, counters everywhere.
+
+    Args:
+      state: abstract `TrainState` (from `jax.eval_shape`).
+      optimizer: the optimiser that made `state.opt_state`.
+      mesh: the mesh.
+
+    Raises:
+      UserError: as `param_specs`.
+    """
+    specs = param_specs(state.params, mesh)
+    opt_specs = optax.tree.map_params(
+        optimizer,
+        lambda _, spec: spec,
+        state.opt_state,
+        specs,
+        transform_non_params=lambda _: P(),
+    )
+    return _bind(state.replace(step=P(), params=specs, opt_state=opt_specs), mesh)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where a batch of shape (global_batch, seq_len) lives."""
+    return NamedSharding(mesh, BATCH_SPEC)
+
+
+def check_batch(global_batch: int, seq_len: int, grad_accum: int, mesh: Mesh) -> None:
+    """Checks that each microbatch divides over the mesh.
+
+    Raises:
+      UserError: naming the numbers that do not divide.
+    """
+    rows = math.prod(mesh.shape[axis] for axis in _axes(ACTIVATION_AXES["batch"]))
+    micro = global_batch // grad_accum
+    if micro % rows:
+        raise UserError(
+            f"train.global_batch={global_batch} / train.grad_accum={grad_accum} = {micro} sequences "
+            f"do not divide over data x fsdp = {rows} devices"
+        )
+    if seq_len % mesh.shape["context"]:
+        raise UserError(
+            f"train.seq_len={seq_len} does not divide over context={mesh.shape['context']} devices"
+        )

@@ -1,0 +1,181 @@
+"""One optimiser step and one evaluation step: pure functions, un-jitted, no I/O.
+
+A batch is a dict of arrays of shape (global_batch, seq_len): `inputs` and `targets` (int32 token
+ids, targets one ahead of inputs) and `weights` (float32, 0 where the target does not count); with
+packed documents also `segment_ids` and `positions` (int32).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from llama_jax.config import Config
+from llama_jax.loss import cross_entropy
+from llama_jax.model import Llama, init_params
+from llama_jax.optim import make_optimizer, make_schedule
+from llama_jax.sharding import batch_sharding, constrain, state_shardings
+
+Batch = dict[str, jax.Array]
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a step changes.
+
+    Attributes:
+      step: optimiser steps taken, int32.
+      params: nested dict of float32 arrays.
+      opt_state: state of `optim.make_optimizer`.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def init_state(config: Config, key: jax.Array) -> TrainState:
+    """The state before the first step; the same bits on every mesh."""
+    params = init_params(config.model, key)
+    opt_state = make_optimizer(config.optim, config.train.steps).init(params)
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
+
+
+def _loss_sums(params: Any, batch: Batch, config: Config) -> tuple[jax.Array, jax.Array]:
+    """Objective and cross-entropy, summed over the weighted tokens of a (micro)batch."""
+    hidden_BTD, head_DV, _ = Llama(config.model).apply(
+        {"params": params},
+        batch["inputs"],
+        positions_BT=batch.get("positions"),
+        segment_ids_BT=batch.get("segment_ids"),
+    )
+    return cross_entropy(
+        hidden_BTD,
+        head_DV,
+        batch["targets"],
+        batch["weights"],
+        chunk=config.train.loss_chunk,
+        z_loss=config.train.z_loss,
+    )
+
+
+def _microbatches(batch: Batch, count: int) -> Batch:
+    """B T -> A B/A T. Microbatch a takes the rows a, a + A, ..: each device splits its own rows."""
+
+    def split(x_BT: jax.Array) -> jax.Array:
+        x_ABT = x_BT.reshape(x_BT.shape[0] // count, count, *x_BT.shape[1:]).swapaxes(0, 1)
+        return constrain(x_ABT, None, "batch", "seq")
+
+    return jax.tree.map(split, batch)
+
+
+def _gradients(params: Any, batch: Batch, config: Config) -> tuple[jax.Array, jax.Array, Any]:
+    """Mean loss, mean objective and gradient over the batch, in `grad_accum` microbatches.
+
+    Microbatches live inside the step, not in `optax.MultiSteps`: sums are divided by the weight of
+    the whole batch, which stays right when microbatches have unequal masks, where MultiSteps takes
+    the mean of their means; and a step is one dispatch, whatever the accumulation.
+    """
+    total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+
+    def objective(params: Any, microbatch: Batch) -> tuple[jax.Array, jax.Array]:
+        objective, entropy = _loss_sums(params, microbatch, config)
+        return objective / total_weight, entropy / total_weight
+
+    value_and_grad = jax.value_and_grad(objective, has_aux=True)
+    if config.train.grad_accum == 1:
+        (objective_value, loss), grads = value_and_grad(params, batch)
+        return loss, objective_value, grads
+
+    def body(total: Any, microbatch: Batch) -> tuple[Any, None]:
+        (objective_value, loss), grads = value_and_grad(params, microbatch)
+        return jax.tree.map(jnp.add, total, (loss, objective_value, grads)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(body, start, _microbatches(batch, config.train.grad_accum))[0]
+
+
+def train_step(
+    state: TrainState, batch: Batch, *, config: Config
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimiser step on a global batch.
+
+    Returns:
+      The next state, and metrics as float32 scalars: `loss` (mean cross-entropy per weighted token,
+      in nats), `objective` (loss plus z-loss), `grad_norm` (before clipping), `learning_rate`,
+      `tokens` (sum of the weights).
+    """
+    loss, objective, grads = _gradients(state.params, batch, config)
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "loss": loss,
+        "objective": objective,
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": make_schedule(config.optim, config.train.steps)(state.step),
+        "tokens": jnp.sum(batch["weights"]),
+    }
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def eval_step(params: Any, batch: Batch, *, config: Config) -> tuple[jax.Array, jax.Array]:
+    """Summed cross-entropy and summed weight of a batch; sum both over batches, then divide."""
+    _, entropy = _loss_sums(params, batch, config)
+    return entropy, jnp.sum(batch["weights"])
+
+
+@struct.dataclass
+class CompiledStep:
+    """Jitted `init_state`, `train_step` and `eval_step` for one config on one mesh.
+
+    Attributes:
+      state_shardings: where each array of the `TrainState` lives.
+      batch_sharding: where a batch lives.
+      init: key -> TrainState; the state never exists unsharded.
+      train: (state, batch) -> (state, metrics); the given state is donated.
+      evaluate: (params, batch) -> (summed loss, summed weight).
+    """
+
+    state_shardings: Any
+    batch_sharding: Any
+    init: Any
+    train: Any
+    evaluate: Any
+
+
+def abstract_state(config: Config) -> TrainState:
+    """Shapes and dtypes of the state; allocates nothing."""
+    return jax.eval_shape(lambda key: init_state(config, key), jax.random.key(0))
+
+
+def jit_step(config: Config, mesh: Mesh) -> CompiledStep:
+    """Binds the pure functions to a mesh; call inside `jax.set_mesh(mesh)`.
+
+    Raises:
+      UserError: a parameter does not divide over the mesh.
+    """
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    states = state_shardings(abstract_state(config), optimizer, mesh)
+    batch = batch_sharding(mesh)
+    replicated = jax.sharding.NamedSharding(mesh, jax.P())
+    return CompiledStep(
+        state_shardings=states,
+        batch_sharding=batch,
+        init=jax.jit(lambda key: init_state(config, key), out_shardings=states),
+        train=jax.jit(
+            lambda state, batch: train_step(state, batch, config=config),
+            in_shardings=(states, batch),
+            out_shardings=(states, replicated),
+            donate_argnums=0,
+        ),
+        evaluate=jax.jit(
+            lambda params, batch: eval_step(params, batch, config=config),
+            in_shardings=(states.params, batch),
+            out_shardings=replicated,
+        ),
+    )

@@ -1,0 +1,334 @@
+"""Trains a LLaMA, or resumes what is in the work directory.
+
+Example:
+  python -m llama_jax.train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=200
+"""
+
+import math
+import os
+import signal
+from typing import Any
+
+import jax
+from absl import flags
+from etils import epath
+
+from llama_jax import checkpoint as checkpoint_lib
+from llama_jax import cli, metrics
+from llama_jax.config import Config, difference, from_json
+from llama_jax.data.loader import local_rows, stream
+from llama_jax.data.pipeline import TrainingData, open_data
+from llama_jax.errors import UserError
+from llama_jax.generate import Sampling, complete
+from llama_jax.mesh import make_mesh
+from llama_jax.sharding import check_batch
+from llama_jax.step import CompiledStep, TrainState, jit_step
+
+# Fields that may change when a run is resumed: where and how often, not what is trained.
+RESUMABLE = ("mesh.", "dcn.", "model.attention", "model.remat", "model.scan_unroll", "data.path")
+RESUMABLE += ("train.log_every", "train.eval_every", "train.eval_batches")
+RESUMABLE += ("train.checkpoint_every", "train.keep_checkpoints", "train.sample_prompt")
+
+
+class StopRequest:
+    """Turns the first SIGTERM or Ctrl-C into a flag that the loop polls; a second one kills."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, _: Any) -> None:
+        self.name = signal.Signals(number).name
+        print(f"\n{self.name}: saving after this step (again: stop at once)", flush=True)
+        signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def start_processes() -> None:
+    """Joins the other processes of the job, where the environment names any."""
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize(
+            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
+            process_id=int(os.environ["JAX_PROCESS_ID"]),
+        )
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX is told another place."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "llama_jax", "xla"))
+
+
+def device_memory(device: jax.Device) -> int | None:
+    """Bytes that one device can hold; for CPU devices, their share of the machine's memory."""
+    if device.platform == "cpu":
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total // jax.local_device_count()
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def check_memory(config: Config, mesh: jax.sharding.Mesh, capacity: int | None) -> None:
+    """Checks that the state and its gradients alone fit, before anything is allocated.
+
+    Raises:
+      UserError: they need more than `capacity` bytes per device.
+    """
+    if capacity is None:
+        return
+    parameters = config.model.parameter_count()
+    moment = 2 if config.optim.moment_dtype == "bfloat16" else 4
+    shards = math.prod(mesh.shape[axis] for axis in ("fsdp", "context", "tensor"))
+    # float32 weights, gradients and second moment; activations come on top.
+    needed = parameters * (4 + 4 + 4 + moment) / shards
+    if needed <= capacity:
+        return
+    kind = mesh.devices.flat[0].device_kind
+    devices = math.ceil(parameters * (12 + moment) / capacity)
+    raise UserError(
+        f"this model has {parameters:,} parameters: weights, gradients and moments need "
+        f"{needed / 2**30:,.0f} GiB per device on this mesh, and each of the {mesh.size} {kind} "
+        f"device(s) has {capacity / 2**30:,.0f} GiB; use {devices} or more such devices with "
+        "mesh.fsdp=-1, or try --config=configs/tiny.py"
+    )
+
+
+def check_workdir(config: Config, workdir: epath.Path) -> None:
+    """Writes `config.json`; refuses a directory that belongs to another run.
+
+    Raises:
+      UserError: the run in `workdir` trains something else.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        try:
+            saved = from_json(path.read_text())
+        except UserError as error:
+            raise UserError(f"{path}: {error}; use another --workdir") from error
+        changed = {
+            name: values
+            for name, values in difference(saved, config).items()
+            if not name.startswith(RESUMABLE)
+        }
+        if changed:
+            fields = "; ".join(f"{n} is {was}, now {now}" for n, (was, now) in changed.items())
+            raise UserError(
+                f"{workdir} holds a run of another config ({fields}); "
+                "use another --workdir, or the same values"
+            )
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(config.to_json())
+
+
+def _writers(config: Config, workdir: epath.Path, peak_name: str) -> list[metrics.Writer]:
+    if jax.process_index() != 0:
+        return []
+    return [
+        metrics.ConsoleWriter(config.train.steps, peak_name),
+        metrics.JsonlWriter(workdir / "metrics.jsonl"),
+        metrics.TensorBoardWriter(workdir / "tensorboard"),
+    ]
+
+
+def _log(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def describe(config: Config, mesh: jax.sharding.Mesh, data: TrainingData) -> str:
+    """What is about to be trained, with every derived quantity, in a few lines."""
+    train = config.train
+    tokens = train.steps * train.tokens_per_step
+    shape = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return "\n".join(
+        (
+            f"model   {config.model.parameter_count():,} parameters, {config.model.compute_dtype}",
+            f"mesh    {shape} on {mesh.size} {mesh.devices.flat[0].device_kind} device(s), "
+            f"{jax.process_count()} process(es)",
+            f"batch   {train.global_batch} sequences x {train.seq_len} = "
+            f"{train.tokens_per_step:,} tokens, in {train.grad_accum} microbatch(es)",
+            f"run     {train.steps:,} steps = {tokens:,} tokens, "
+            f"{data.train.epochs(train.steps):.2f} epochs, "
+            f"{config.model.flops_per_token(train.seq_len) * tokens:.2e} FLOPs",
+        )
+    )
+
+
+def evaluate(
+    compiled: CompiledStep, params: Any, data: TrainingData, config: Config
+) -> float | None:
+    """Mean validation loss per token over `eval_batches`; None without held-out documents."""
+    if data.validation is None:
+        return None
+    train = config.train
+    rows = local_rows(compiled.batch_sharding, train.global_batch, train.seq_len)
+    count = min(train.eval_batches, math.ceil(data.validation.n_windows / train.global_batch))
+    total, weight = 0.0, 0.0
+    for batch in stream(
+        data.validation, rows, 0, count, compiled.batch_sharding, train.global_batch
+    ):
+        loss, tokens = jax.device_get(compiled.evaluate(params, batch))
+        total, weight = total + float(loss), weight + float(tokens)
+    return total / weight
+
+
+def initial_state(
+    compiled: CompiledStep, saver: checkpoint_lib.Checkpointer, data: TrainingData, config: Config
+) -> TrainState:
+    """The newest checkpoint of the work directory, or a fresh state.
+
+    Raises:
+      UserError: the checkpoint is unreadable, or was trained on other data.
+    """
+    step = saver.latest_step()
+    if step is None:
+        return compiled.init(jax.random.key(config.train.seed))
+    saved = checkpoint_lib.load_meta(saver.folder(step))
+    if saved.data_fingerprint != data.fingerprint:
+        raise UserError(
+            f"checkpoint {saver.folder(step)} was trained on data {saved.data_fingerprint}, but "
+            f"this is data {data.fingerprint}; restore those shards or use another --workdir"
+        )
+    _log(f"resume  from step {step}")
+    return saver.restore(step, compiled.state_shardings)
+
+
+def run_loop(
+    compiled: CompiledStep,
+    state: TrainState,
+    data: TrainingData,
+    config: Config,
+    saver: checkpoint_lib.Checkpointer,
+    log: metrics.Metrics,
+    stop: StopRequest,
+) -> TrainState:
+    """Steps until `train.steps` or a stop request. The order is a contract:
+
+    eval -> save -> next batch -> step -> log the previous step. Saving comes before the batches
+    move, so that state and data position always agree; logging reads a step whose successor is
+    already running, so that the device never waits for the host.
+    """
+    train = config.train
+    start = int(state.step)
+    rows = local_rows(compiled.batch_sharding, train.global_batch, train.seq_len)
+    batches = stream(
+        data.train, rows, start, train.steps, compiled.batch_sharding, train.global_batch
+    )
+    tokenizer_model = data.tokenizer.model_bytes if data.tokenizer else b""
+
+    def save(step: int) -> None:
+        saver.save(
+            state, checkpoint_lib.Meta(config, step, data.fingerprint, tokenizer_model)
+        )
+
+    log.start(start)
+    for step in range(start, train.steps + 1):
+        last = step == train.steps or bool(stop.name)
+        if step > start:
+            if step == train.steps or step % train.eval_every == 0:
+                log.flush()
+                eval_loss = evaluate(compiled, state.params, data, config)
+                if eval_loss is not None:
+                    log.write(step, {"eval_loss": eval_loss})
+                log.start(step)
+            if last or step % train.checkpoint_every == 0:
+                save(step)
+        if last:
+            break
+        batch = next(batches)
+        state, step_metrics = compiled.train(state, batch)
+        log.push(step + 1, step_metrics if (step + 1) % train.log_every == 0 else None)
+    log.flush()
+    saver.wait()
+    return state
+
+
+def train(config: Config, workdir: epath.PathLike) -> TrainState:
+    """Trains or resumes `config` in `workdir`; returns the last state.
+
+    Raises:
+      UserError: the config does not fit the devices, the data, or what is in `workdir`.
+    """
+    workdir = epath.Path(workdir)
+    mesh = make_mesh(config.mesh, config.dcn)
+    check_memory(config, mesh, device_memory(mesh.devices.flat[0]))
+    check_batch(config.train.global_batch, config.train.seq_len, config.train.grad_accum, mesh)
+    with jax.set_mesh(mesh), StopRequest() as stop:
+        compiled = jit_step(config, mesh)
+        check_workdir(config, workdir)
+        data = open_data(config, workdir / "data")
+        if data.tokenizer is not None and jax.process_index() == 0:
+            data.tokenizer.save(workdir / "tokenizer.model")
+        _log(describe(config, mesh, data))
+        saver = checkpoint_lib.Checkpointer(workdir, config)
+        state = initial_state(compiled, saver, data, config)
+        start = int(state.step)
+        if start < config.train.steps:
+            device = mesh.devices.flat[0]
+            speed = metrics.Speed(config, mesh.size, metrics.peak_flops(device))
+            log = metrics.Metrics(_writers(config, workdir, device.device_kind), speed)
+            try:
+                state = run_loop(compiled, state, data, config, saver, log, stop)
+            finally:
+                log.close()
+        saver.close()
+        _report(config, workdir, start, int(state.step), stop)
+        if int(state.step) == config.train.steps:
+            _print_sample(config, state, data)
+    return state
+
+
+def _report(config: Config, workdir: epath.Path, start: int, step: int, stop: StopRequest) -> None:
+    """Says how it ended, where everything is, and how to go on."""
+    if jax.process_index() != 0:
+        return
+    if start < step:
+        metrics.plot_loss(workdir / "metrics.jsonl", workdir / "plots" / "loss.png")
+    if stop.name:
+        _log(f"stopped at step {step}, saved; run the same command again to go on")
+    elif start == step:
+        _log(f"finished already: {workdir} is at step {step} of {config.train.steps}")
+    else:
+        _log(f"finished at step {step}")
+    _log(f"checkpoints  {workdir / checkpoint_lib.CHECKPOINTS}")
+    _log(f"loss plot    {workdir / 'plots' / 'loss.png'}")
+    _log(f"TensorBoard  tensorboard --logdir={workdir / 'tensorboard'}")
+    if step == config.train.steps:
+        _log(f"samples      python -m llama_jax.generate --checkpoint={workdir} --prompt='def '")
+
+
+def _print_sample(config: Config, state: TrainState, data: TrainingData) -> None:
+    prompt = config.train.sample_prompt
+    if not prompt or data.tokenizer is None or jax.process_count() > 1:
+        return
+    sampling = Sampling(max_tokens=min(200, config.train.seq_len // 2), seed=config.train.seed)
+    context = config.train.seq_len
+    text = complete(config.model, state.params, data.tokenizer, [prompt], sampling, context=context)
+    _log(f"\nwhat it writes after {prompt!r}:\n{text[0]}")
+
+
+def main() -> None:
+    """The command; flags are defined below."""
+    if not _WORKDIR.value:
+        raise UserError("--workdir is missing; try --workdir=runs/tiny")
+    run_config = cli.load_config(_CONFIG)
+    start_processes()
+    use_compilation_cache()
+    train(run_config, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+    _CONFIG = cli.config_flag()
+    _WORKDIR = flags.DEFINE_string(
+        "workdir", None, "Folder of the run: config, checkpoints, metrics, plots; local or gs://."
+    )
+    cli.run(main, __doc__)
