@@ -1,9 +1,21 @@
-"""Causal, grouped-query attention; one function over the backends."""
+"""Causal, grouped-query attention; one function over the backends.
 
+Shape letters as in model.py; Q and C are the queries and keys of one block.
+"""
+
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+# The sequence is cut into at most so many blocks of queries, each of which sees only the keys up to
+# its own end: of the square of scores, the half above the diagonal is mostly never computed.
+MAX_BLOCKS = 8
+MIN_BLOCK = 64  # smaller ones make matrix products too small to be fast
+# Finite, so that a query that sees no key (padding) gives an average instead of NaN.
+MASKED = float(jnp.finfo(jnp.float32).min)
 
 
 def attention(
@@ -36,28 +48,135 @@ def attention(
     """
     if backend not in ("auto", "xla"):
         raise ValueError(f"unknown attention backend {backend!r}")
-    n_queries, n_keys = q_BTNH.shape[1], k_BSKH.shape[1]
-    query_T1 = jnp.arange(n_queries)[:, None] + q_offset
-    mask_BTS = (jnp.arange(n_keys)[None, :] <= query_T1)[None]
-    if segment_ids is not None:
-        mask_BTS &= segment_ids[0][:, :, None] == segment_ids[1][:, None, :]
-    return _xla_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
-
-
-def _xla_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array
-) -> jax.Array:
     batch, n_queries, n_heads, head_dim = q_BTNH.shape
-    n_kv_heads = k_BSKH.shape[2]
-    groups = n_heads // n_kv_heads
-    q_BTKGH = q_BTNH.reshape(batch, n_queries, n_kv_heads, groups, head_dim)
-    scores_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+    n_keys, n_kv_heads = k_BSKH.shape[1:3]
+    shape = (batch, n_queries, n_kv_heads, n_heads // n_kv_heads, head_dim)
+    q_BKGTH = q_BTNH.reshape(shape).transpose(0, 2, 3, 1, 4)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    if isinstance(q_offset, int) and q_offset == 0 and n_queries == n_keys:
+        out_BKGTH = _blocked(_n_blocks(n_queries), q_BKGTH, k_BKSH, v_BKSH, segment_ids)
+    else:
+        mask = _mask(jnp.arange(n_queries) + q_offset, jnp.arange(n_keys), segment_ids)
+        scores_BKGTS = _scores(q_BKGTH, k_BKSH, mask)
+        weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
+        out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+
+
+def _n_blocks(length: int) -> int:
+    """The most blocks of equal size that are not too many and not too small."""
+    most = max(1, min(MAX_BLOCKS, length // MIN_BLOCK))
+    return next(count for count in range(most, 0, -1) if length % count == 0)
+
+
+def _mask(
+    queries_Q: jax.Array, keys_C: jax.Array, segment_ids: tuple[jax.Array, jax.Array] | None
+) -> jax.Array:
+    """True where a query sees a key; broadcasts to B K G Q C."""
+    mask = (keys_C[None, :] <= queries_Q[:, None])[None, None, None]
+    if segment_ids is None:
+        return mask
+    return mask & (segment_ids[0][:, None, None, :, None] == segment_ids[1][:, None, None, None, :])
+
+
+def _scores(q_BKGQH: jax.Array, k_BKCH: jax.Array, mask: jax.Array) -> jax.Array:
+    scores_BKGQC = jnp.einsum(
+        "BKGQH,BKCH->BKGQC", q_BKGQH, k_BKCH, preferred_element_type=jnp.float32
     )
-    scores_BKGTS = scores_BKGTS / math.sqrt(head_dim)
-    # A finite minimum, so that a query that sees no key (padding) averages instead of giving NaN.
-    minimum = jnp.finfo(jnp.float32).min
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, minimum)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
-    return out_BTKGH.reshape(q_BTNH.shape)
+    return jnp.where(mask, scores_BKGQC / math.sqrt(q_BKGQH.shape[-1]), MASKED)
+
+
+def _block_scores(
+    start: int,
+    stop: int,
+    q_BKGTH: jax.Array,
+    k_BKSH: jax.Array,
+    segment_ids: tuple[jax.Array, jax.Array] | None,
+) -> jax.Array:
+    """Masked scores of the queries start..stop against the keys 0..stop."""
+    if segment_ids is not None:
+        segment_ids = (segment_ids[0][:, start:stop], segment_ids[1][:, :stop])
+    mask = _mask(jnp.arange(start, stop), jnp.arange(stop), segment_ids)
+    return _scores(q_BKGTH[..., start:stop, :], k_BKSH[..., :stop, :], mask)
+
+
+def _bounds(n_blocks: int, length: int) -> list[tuple[int, int]]:
+    size = length // n_blocks
+    return [(start, start + size) for start in range(0, length, size)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocked(
+    n_blocks: int,
+    q_BKGTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    segment_ids: tuple[jax.Array, jax.Array] | None,
+) -> jax.Array:
+    """Causal attention in blocks of queries, with FlashAttention's backward pass.
+
+    The forward pass keeps one number per query, log sum exp of its scores, from which the backward
+    pass recomputes the weights (arXiv:2205.14135), so that no T x T array outlives its block.
+    """
+    return _blocked_forward(n_blocks, q_BKGTH, k_BKSH, v_BKSH, segment_ids)[0]
+
+
+def _blocked_forward(
+    n_blocks: int,
+    q_BKGTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    segment_ids: tuple[jax.Array, jax.Array] | None,
+) -> tuple[jax.Array, tuple]:
+    out, log_sums = [], []
+    for start, stop in _bounds(n_blocks, q_BKGTH.shape[3]):
+        scores_BKGQC = _block_scores(start, stop, q_BKGTH, k_BKSH, segment_ids)
+        max_BKGQ1 = jnp.max(scores_BKGQC, axis=-1, keepdims=True)
+        exp_BKGQC = jnp.exp(scores_BKGQC - max_BKGQ1)
+        sum_BKGQ1 = jnp.sum(exp_BKGQC, axis=-1, keepdims=True)
+        out_BKGQH = jnp.einsum(
+            "BKGQC,BKCH->BKGQH",
+            exp_BKGQC.astype(v_BKSH.dtype),
+            v_BKSH[..., :stop, :],
+            preferred_element_type=jnp.float32,
+        )
+        out.append((out_BKGQH / sum_BKGQ1).astype(q_BKGTH.dtype))
+        log_sums.append(max_BKGQ1 + jnp.log(sum_BKGQ1))
+    # Named together: a remat policy that keeps one without the other would recompute both.
+    out_BKGTH = checkpoint_name(jnp.concatenate(out, axis=3), "attn_context")
+    log_sum_BKGT1 = checkpoint_name(jnp.concatenate(log_sums, axis=3), "attn_context")
+    return out_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, segment_ids, out_BKGTH, log_sum_BKGT1)
+
+
+def _blocked_backward(n_blocks: int, saved: tuple, d_out_BKGTH: jax.Array) -> tuple:
+    q_BKGTH, k_BKSH, v_BKSH, segment_ids, out_BKGTH, log_sum_BKGT1 = saved
+    dtype, scale = q_BKGTH.dtype, 1 / math.sqrt(q_BKGTH.shape[-1])
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    bounds = _bounds(n_blocks, q_BKGTH.shape[3])
+    d_q: list[jax.Array] = []
+    d_k: list[jax.Array | float] = [0.0] * n_blocks
+    d_v: list[jax.Array | float] = [0.0] * n_blocks
+    for start, stop in bounds:
+        queries = (..., slice(start, stop), slice(None))
+        keys = (..., slice(0, stop), slice(None))
+        scores_BKGQC = _block_scores(start, stop, q_BKGTH, k_BKSH, segment_ids)
+        weights_BKGQC = jnp.exp(scores_BKGQC - log_sum_BKGT1[queries])
+        d_out_BKGQH = d_out_BKGTH[queries]
+        dot_BKGQ1 = jnp.sum(
+            d_out_BKGQH.astype(jnp.float32) * out_BKGTH[queries], axis=-1, keepdims=True
+        )
+        d_weights_BKGQC = product("BKGQH,BKCH->BKGQC", d_out_BKGQH, v_BKSH[keys])
+        d_scores_BKGQC = (weights_BKGQC * (d_weights_BKGQC - dot_BKGQ1) * scale).astype(dtype)
+        d_q.append(product("BKGQC,BKCH->BKGQH", d_scores_BKGQC, k_BKSH[keys]))
+        d_k_BKCH = product("BKGQC,BKGQH->BKCH", d_scores_BKGQC, q_BKGTH[queries])
+        d_v_BKCH = product("BKGQC,BKGQH->BKCH", weights_BKGQC.astype(dtype), d_out_BKGQH)
+        for index, (first, last) in enumerate(bounds[: len(d_q)]):
+            d_k[index] += d_k_BKCH[..., first:last, :]
+            d_v[index] += d_v_BKCH[..., first:last, :]
+    d_q_BKGTH = jnp.concatenate(d_q, axis=3).astype(dtype)
+    d_k_BKSH = jnp.concatenate(d_k, axis=2).astype(dtype)
+    d_v_BKSH = jnp.concatenate(d_v, axis=2).astype(dtype)
+    return d_q_BKGTH, d_k_BKSH, d_v_BKSH, None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)

@@ -73,6 +73,62 @@ def rope(x_BTNH: jax.Array, cos_BT1h: jax.Array, sin_BT1h: jax.Array) -> jax.Arr
     return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`einsum(equation, x, w)` of activations and a weight.
+
+    Its gradient is the usual one, but with the product for the weight written as x, d_out: in JAX's
+    own order XLA:CPU first transposes d_out, which in an MLP is the larger of the two.
+    """
+    return jnp.einsum(equation, x, w)
+
+
+def _project_forward(
+    equation: str, x: jax.Array, w: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return jnp.einsum(equation, x, w), (x, w)
+
+
+def _project_backward(
+    equation: str, saved: tuple[jax.Array, jax.Array], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    operands, out_axes = equation.split("->")
+    x_axes, w_axes = operands.split(",")
+    d_x = jnp.einsum(f"{out_axes},{w_axes}->{x_axes}", d_out, w)
+    return d_x, jnp.einsum(f"{x_axes},{out_axes}->{w_axes}", x, d_out)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+@jax.custom_vjp
+def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, the elementwise part of SwiGLU; keeps only its two inputs for the gradient."""
+    return jax.nn.silu(gate) * up
+
+
+def _gated_silu_forward(
+    gate: jax.Array, up: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return gated_silu(gate, up), (gate, up)
+
+
+def _gated_silu_backward(
+    saved: tuple[jax.Array, jax.Array], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    gate, up = saved
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    d_gate = d_out * up * (sigmoid + silu * (1 - sigmoid))
+    # Without the barrier XLA:CPU recomputes the exponentials inside the transposed copies that the
+    # weight gradients read, which takes longer than the matrix products themselves.
+    return jax.lax.optimization_barrier((d_gate, d_out * silu))
+
+
+gated_silu.defvjp(_gated_silu_forward, _gated_silu_backward)
+
+
 class Attention(nn.Module):
     """Causal self-attention with RoPE; several query heads may share a kv head."""
 
@@ -89,9 +145,9 @@ class Attention(nn.Module):
         wv_DKH = self.param("wv", normal, (c.dim, c.n_kv_heads, c.head_dim)).astype(dtype)
         wo_NHD = self.param("wo", normal_out, (c.n_heads, c.head_dim, c.dim)).astype(dtype)
 
-        q_BTNH = rope(jnp.einsum("BTD,DNH->BTNH", x_BTD, wq_DNH), *rope_BT1h)
-        k_BTKH = rope(jnp.einsum("BTD,DKH->BTKH", x_BTD, wk_DKH), *rope_BT1h)
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, wv_DKH)
+        q_BTNH = rope(project("BTD,DNH->BTNH", x_BTD, wq_DNH), *rope_BT1h)
+        k_BTKH = rope(project("BTD,DKH->BTKH", x_BTD, wk_DKH), *rope_BT1h)
+        v_BTKH = project("BTD,DKH->BTKH", x_BTD, wv_DKH)
         q_BTNH = checkpoint_name(constrain(q_BTNH, "batch", "seq", "heads", "head_dim"), "q")
         k_BTKH = checkpoint_name(constrain(k_BTKH, "batch", "seq", "heads", "head_dim"), "k")
         v_BTKH = checkpoint_name(constrain(v_BTKH, "batch", "seq", "heads", "head_dim"), "v")
@@ -107,8 +163,7 @@ class Attention(nn.Module):
         out_BTNH = attention(
             q_BTNH, keys, values, q_offset=offset, segment_ids=segments, backend=c.attention
         )
-        out_BTNH = checkpoint_name(out_BTNH, "attn_context")
-        out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, wo_NHD)
+        out_BTD = project("BTNH,NHD->BTD", out_BTNH, wo_NHD)
         return checkpoint_name(out_BTD, "attn_out"), (None if cache is None else (keys, values))
 
 
@@ -126,10 +181,10 @@ class SwiGLU(nn.Module):
         w1_DF = self.param("w1", normal, (c.dim, c.ffn_dim)).astype(dtype)
         w3_DF = self.param("w3", normal, (c.dim, c.ffn_dim)).astype(dtype)
         w2_FD = self.param("w2", normal_out, (c.ffn_dim, c.dim)).astype(dtype)
-        gate_BTF = checkpoint_name(jnp.einsum("BTD,DF->BTF", x_BTD, w1_DF), "mlp_gate")
-        up_BTF = checkpoint_name(jnp.einsum("BTD,DF->BTF", x_BTD, w3_DF), "mlp_up")
-        hidden_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "seq", "ffn")
-        return checkpoint_name(jnp.einsum("BTF,FD->BTD", hidden_BTF, w2_FD), "mlp_out")
+        gate_BTF = checkpoint_name(project("BTD,DF->BTF", x_BTD, w1_DF), "mlp_gate")
+        up_BTF = checkpoint_name(project("BTD,DF->BTF", x_BTD, w3_DF), "mlp_up")
+        hidden_BTF = constrain(gated_silu(gate_BTF, up_BTF), "batch", "seq", "ffn")
+        return checkpoint_name(project("BTF,FD->BTD", hidden_BTF, w2_FD), "mlp_out")
 
 
 class Block(nn.Module):
