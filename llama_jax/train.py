@@ -16,7 +16,7 @@ from etils import epath
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import cli, metrics
 from llama_jax.config import Config, difference, from_json
-from llama_jax.data.loader import local_rows, stream
+from llama_jax.data.loader import stream
 from llama_jax.data.pipeline import TrainingData, open_data
 from llama_jax.errors import UserError
 from llama_jax.generate import Sampling, complete
@@ -170,12 +170,10 @@ def evaluate(
     if data.validation is None:
         return None
     train = config.train
-    rows = local_rows(compiled.batch_sharding, train.global_batch, train.seq_len)
     count = min(train.eval_batches, math.ceil(data.validation.n_windows / train.global_batch))
     total, weight = 0.0, 0.0
-    for batch in stream(
-        data.validation, rows, 0, count, compiled.batch_sharding, train.global_batch
-    ):
+    shape = (train.global_batch, train.seq_len)
+    for batch in stream(data.validation, 0, count, compiled.batch_sharding, *shape):
         loss, tokens = jax.device_get(compiled.evaluate(params, batch))
         total, weight = total + float(loss), weight + float(tokens)
     return total / weight
@@ -219,10 +217,8 @@ def run_loop(
     """
     train = config.train
     start = int(state.step)
-    rows = local_rows(compiled.batch_sharding, train.global_batch, train.seq_len)
-    batches = stream(
-        data.train, rows, start, train.steps, compiled.batch_sharding, train.global_batch
-    )
+    shape = (train.global_batch, train.seq_len)
+    batches = stream(data.train, start, train.steps, compiled.batch_sharding, *shape)
     tokenizer_model = data.tokenizer.model_bytes if data.tokenizer else b""
 
     def save(step: int) -> None:

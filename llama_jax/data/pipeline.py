@@ -23,7 +23,7 @@ class TrainingData:
       fingerprint: changes whenever the tokens do.
     """
 
-    train: loader.Batches | loader.SyntheticBatches
+    train: loader.BatchSource
     validation: loader.Batches | None
     tokenizer: Tokenizer | None
     fingerprint: str

@@ -1,0 +1,33 @@
+"""Turns raw text into token shards: `python -m llama_jax.prepare --config=FILE --output=DIR`.
+
+Example:
+  python -m llama_jax.prepare --config=configs/tiny.py --output=shards \\
+      --config.data.source='books/*.txt,web/*.jsonl.gz'
+  python -m llama_jax.prepare --verify=shards
+"""
+
+from absl import flags
+
+from llama_jax import cli
+from llama_jax.data import prepare, shards
+from llama_jax.errors import UserError
+
+
+def main() -> None:
+    """The command; flags are defined below."""
+    if _VERIFY.value:
+        damaged = shards.verify(_VERIFY.value)
+        if damaged:
+            raise UserError(f"damaged or missing in {_VERIFY.value}: {', '.join(damaged)}")
+        print(f"{_VERIFY.value}: every file is as the manifest says")
+        return
+    if not _OUTPUT.value:
+        raise UserError("--output is missing; try --output=shards")
+    prepare.prepare(cli.load_config(_CONFIG), _OUTPUT.value)
+
+
+if __name__ == "__main__":
+    _CONFIG = cli.config_flag()
+    _OUTPUT = flags.DEFINE_string("output", None, "Folder to make; local or gs://.")
+    _VERIFY = flags.DEFINE_string("verify", None, "Check the shards in this folder, and stop.")
+    cli.run(main, __doc__)
