@@ -1,4 +1,4 @@
-"""LLaMA 13B (13,015,864,320 parameters) on 1.0T tokens, as in the paper (arXiv:2302.13971, table 2).
+"""LLaMA 13B (13,015,864,320 parameters) on 1.0T tokens, as in arXiv:2302.13971, table 2.
 
   python -m llama_jax.train --config=configs/13b.py --workdir=gs://BUCKET/llama_13b \\
       --config.data.source='gs://BUCKET/corpus/*.jsonl.gz'

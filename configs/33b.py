@@ -1,4 +1,4 @@
-"""LLaMA 33B (32,528,943,616 parameters) on 1.4T tokens, as in the paper (arXiv:2302.13971, table 2).
+"""LLaMA 33B (32,528,943,616 parameters) on 1.4T tokens, as in arXiv:2302.13971, table 2.
 
   python -m llama_jax.train --config=configs/33b.py --workdir=gs://BUCKET/llama_33b \\
       --config.data.source='gs://BUCKET/corpus/*.jsonl.gz'

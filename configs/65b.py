@@ -1,4 +1,4 @@
-"""LLaMA 65B (65,285,660,672 parameters) on 1.4T tokens, as in the paper (arXiv:2302.13971, table 2).
+"""LLaMA 65B (65,285,660,672 parameters) on 1.4T tokens, as in arXiv:2302.13971, table 2.
 
   python -m llama_jax.train --config=configs/65b.py --workdir=gs://BUCKET/llama_65b \\
       --config.data.source='gs://BUCKET/corpus/*.jsonl.gz'

@@ -1,8 +1,8 @@
 """Checkpoints that describe themselves: weights, optimiser, data position, config and tokenizer.
 
-A saved step is the folder `checkpoints/N/` with four orbax items: `params`, `optimizer` (step counter
-and moments), `meta` (JSON: resolved config, data fingerprint, versions) and `tokenizer` (JSON: the
-SentencePiece model). Whoever needs only the weights reads only them.
+A saved step is the folder `checkpoints/N/` with four orbax items: `params`, `optimizer` (step
+counter and moments), `meta` (JSON: resolved config, data fingerprint, versions) and `tokenizer`
+(JSON: the SentencePiece model). Whoever needs only the weights reads only them.
 """
 
 import base64
@@ -158,7 +158,7 @@ def _restore(folder: epath.Path, items: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_same_arrays(folder: epath.Path, saved: Any, target: Any) -> None:
-    """Orbax casts silently to the dtype asked for; a checkpoint of another kind is an error here."""
+    """Orbax casts silently to the dtype asked for; here another dtype or shape is an error."""
     expected = jax.tree.leaves(target)
     arrays = jax.tree.leaves(saved)
     if len(arrays) != len(expected):
@@ -201,7 +201,9 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
             tokenizer = reader.restore(folder / "tokenizer")
             version = meta["format_version"]
             if version != FORMAT_VERSION:
-                raise UserError(f"{folder} has format {version}, this version reads {FORMAT_VERSION}")
+                raise UserError(
+                    f"{folder} has format {version}, this version reads {FORMAT_VERSION}"
+                )
             return Meta(
                 config=from_json(meta["config"]),
                 step=meta["step"],

@@ -1,11 +1,13 @@
-"""What every command shares: the `--config` flag, and errors told in one line."""
+"""What every command shares: the `--config` flag, quiet libraries, errors told in one line."""
 
+import logging as std_logging
+import os
 import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from llama_jax import config as config_lib
@@ -17,7 +19,7 @@ def config_flag() -> flags.FlagHolder:
     return config_flags.DEFINE_config_file(
         "config",
         None,
-        "Configuration file, such as configs/tiny.py; --config.GROUP.FIELD=VALUE overrides a field.",
+        "Config file, such as configs/tiny.py; --config.GROUP.FIELD=VALUE overrides a field.",
         lock_config=True,
     )
 
@@ -51,10 +53,25 @@ def run(main: Callable[[], int | None], doc: str | None) -> None:
             return main()
         except UserError as error:
             _fail(error)
+        except OSError as error:  # a full disk, a missing permission: not a bug of ours
+            _fail(error)
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            return 130
 
+    _quieten_libraries()
     # absl prints the docstring of __main__ above the flags in --help.
     sys.modules["__main__"].__doc__ = doc
     app.run(guarded, flags_parser=parse)
+
+
+def _quieten_libraries() -> None:
+    """Keeps what libraries say about themselves out of the user's terminal; warnings stay."""
+    logging.set_verbosity(logging.WARNING)
+    std_logging.getLogger("matplotlib").setLevel(std_logging.WARNING)
+    # TensorFlow reads these at import; here it only feeds data.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -14,7 +14,7 @@ import ml_collections
 from llama_jax.errors import UserError
 
 REMAT_POLICIES = ("none", "full", "dots")
-# Tensors inside a block that `remat = "save:..."` may keep (model.py names them with checkpoint_name).
+# Tensors inside a block that `remat = "save:..."` may keep; model.py gives them these names.
 REMAT_NAMES = ("q", "k", "v", "attn_context", "attn_out", "mlp_gate", "mlp_up", "mlp_out")
 ATTENTION_BACKENDS = ("auto", "xla")
 COMPUTE_DTYPES = ("bfloat16", "float32")
@@ -44,10 +44,10 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     tied_embeddings: bool = False
-    compute_dtype: str = "bfloat16"  # weights are kept, and norms, softmax and loss done, in float32
+    compute_dtype: str = "bfloat16"  # weights, norms, softmax and loss stay float32
     attention: str = "auto"  # a backend of attention.py
     remat: str = "none"  # none | full | dots | save:NAME,NAME (names in REMAT_NAMES)
-    scan_unroll: int = 1  # layers per iteration of the layer scan; more compiles longer, runs faster
+    scan_unroll: int = 1  # layers per iteration of the scan; more compile longer, may run faster
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -126,9 +126,7 @@ class MeshConfig:
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             _require(size == -1 or size > 0, f"mesh axis {name} must be positive or -1, got {size}")
-        _require(
-            list(sizes.values()).count(-1) <= 1, f"only one mesh axis may be -1, got {sizes}"
-        )
+        _require(list(sizes.values()).count(-1) <= 1, f"only one mesh axis may be -1, got {sizes}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +141,8 @@ class DataConfig:
     """Where tokens come from.
 
     `source` is `stdlib` (Python's own library, on every machine), `synthetic` (random tokens, for
-    benchmarks), or a comma-separated list of paths and globs of .txt, .py, .md, .jsonl (or any text file),
-    each also as .gz.
+    benchmarks), or a comma-separated list of files, folders and globs: .jsonl with a text field, or
+    any text file, each also as .gz.
     """
 
     source: str = "stdlib"
@@ -280,8 +278,7 @@ def from_json(text: str) -> Config:
 
 def _from_dict(values: dict[str, Any]) -> Config:
     groups: dict[str, Any] = {
-        field.name: field.default_factory  # type: ignore[misc]
-        for field in dataclasses.fields(Config)
+        field.name: field.default_factory for field in dataclasses.fields(Config)
     }
     _require(isinstance(values, dict), "the config is not a mapping of groups")
     _require_same_names("config groups", set(values), set(groups))

@@ -21,7 +21,7 @@ from llama_jax.config import MeshConfig, ModelConfig
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.mesh import make_mesh
-from llama_jax.model import Llama, init_cache
+from llama_jax.model import forward, init_cache
 from llama_jax.sharding import param_shardings
 from llama_jax.step import abstract_state
 
@@ -97,11 +97,11 @@ def _decode(
       New tokens, B x max_tokens, and how many of each row count (EOS included).
     """
     batch, width = tokens_BT.shape
-    llama = Llama(config)
     pad_B1 = (width - lengths_B)[:, None]
     index_1T = jnp.arange(width)[None]
-    hidden_BTD, head_DV, cache = llama.apply(
-        {"params": params},
+    hidden_BTD, head_DV, cache = forward(
+        config,
+        params,
         tokens_BT,
         positions_BT=jnp.maximum(index_1T - pad_B1, 0),
         segment_ids_BT=(index_1T >= pad_B1).astype(jnp.int32),
@@ -122,8 +122,9 @@ def _decode(
         out_BT = out_BT.at[:, step].set(token_B)
         count_B = count_B + ~done_B
         done_B = done_B | (token_B == eos_id)
-        hidden_B1D, head_DV, cache = llama.apply(
-            {"params": params},
+        hidden_B1D, head_DV, cache = forward(
+            config,
+            params,
             token_B[:, None],
             positions_BT=(lengths_B + step)[:, None],
             segment_ids_BT=jnp.ones((batch, 1), jnp.int32),
@@ -203,7 +204,8 @@ def generate(
         jax.random.key(sampling.seed),
         knobs,
     )
-    return [row[:count].tolist() for row, count in zip(*jax.device_get((new_BT, count_B)))]
+    rows, counts = jax.device_get((new_BT, count_B))
+    return [row[:count].tolist() for row, count in zip(rows, counts, strict=True)]
 
 
 def complete(
@@ -278,6 +280,8 @@ if __name__ == "__main__":
     _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "New tokens at most.")
     _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token (greedy).")
     _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: from all.")
-    _TOP_P = flags.DEFINE_float("top_p", 0.95, "Draw from the likeliest tokens of this probability.")
+    _TOP_P = flags.DEFINE_float(
+        "top_p", 0.95, "Draw from the likeliest tokens of this probability."
+    )
     _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.")
     cli.run(main, __doc__)

@@ -1,9 +1,9 @@
 """Next-token cross-entropy that never holds all logits.
 
 At LLaMA's vocabulary of 32,000 the float32 logits of one 2048-token sequence take 262 MB, and their
-gradient as much again. So the sequence is cut into chunks, and each chunk's gradient is taken in the
-forward pass, while its logits exist: three matrix products per chunk, as in the plain form, and no
-recomputation.
+gradient as much again. So the sequence is cut into chunks, and each chunk's gradient is taken in
+the forward pass, while its logits exist: three matrix products per chunk, as in the plain form, and
+no recomputation.
 """
 
 import functools
@@ -35,9 +35,9 @@ def cross_entropy(
       z_loss: weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311).
 
     Returns:
-      The objective (cross-entropy plus z-loss) and the cross-entropy alone, both summed over tokens;
-      only the first has a gradient. Divide by the sum of the weights of the *whole* batch, which
-      makes the mean right under gradient accumulation and unequal masks.
+      The objective (cross-entropy plus z-loss) and the cross-entropy alone, both summed over
+      tokens; only the first has a gradient. Divide by the sum of the weights of the *whole* batch,
+      which makes the mean right under gradient accumulation and unequal masks.
     """
     length = hidden_BTD.shape[1]
     chunk = next(size for size in range(min(chunk, length), 0, -1) if length % size == 0)
@@ -65,9 +65,7 @@ def _chunk_loss(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
-    logits_BTV = jnp.einsum(
-        "BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32
-    )
+    logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
     logits_BTV = constrain(logits_BTV, "batch", "seq", "vocab")
     max_BT1 = jnp.max(logits_BTV, axis=-1, keepdims=True)
     exp_BTV = jnp.exp(logits_BTV - max_BT1)
@@ -135,9 +133,12 @@ def _backward(
 ) -> tuple[Any, ...]:
     d_hidden_BTD, d_head_DV = saved
     scale = cotangents[0]
-    return d_hidden_BTD * scale.astype(d_hidden_BTD.dtype), (
-        d_head_DV * scale.astype(d_head_DV.dtype)
-    ), None, None
+    return (
+        d_hidden_BTD * scale.astype(d_hidden_BTD.dtype),
+        (d_head_DV * scale.astype(d_head_DV.dtype)),
+        None,
+        None,
+    )
 
 
 _cross_entropy.defvjp(_forward, _backward)

@@ -104,7 +104,7 @@ project.defvjp(_project_forward, _project_backward)
 
 @jax.custom_vjp
 def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up, the elementwise part of SwiGLU; keeps only its two inputs for the gradient."""
+    """silu(gate) * up, the elementwise part of SwiGLU; only the two inputs are kept."""
     return jax.nn.silu(gate) * up
 
 
@@ -136,6 +136,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, rope_BT1h, segment_ids_BT, cache):
+        """x_BTD -> x_BTD; a cache is (k, v, segment_ids, index), and new (k, v) come back."""
         c = self.config
         dtype = c.compute_dtype
         normal = nn.initializers.normal(INIT_STD)
@@ -174,6 +175,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD):
+        """x_BTD -> x_BTD."""
         c = self.config
         dtype = c.compute_dtype
         normal = nn.initializers.normal(INIT_STD)
@@ -194,13 +196,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, layer_cache, rope_BT1h, segment_ids_BT, cache_segments):
+        """One step of the scan: the carry x_BTD, and this layer's part of the cache."""
         c = self.config
         cache = None if layer_cache is None else (*layer_cache, *cache_segments)
         attn_norm_D = self.param("attn_norm", nn.initializers.ones, (c.dim,))
         normed_BTD = rms_norm(x_BTD, attn_norm_D, c.norm_eps)
-        out_BTD, new_cache = Attention(c, name="attn")(
-            normed_BTD, rope_BT1h, segment_ids_BT, cache
-        )
+        out_BTD, new_cache = Attention(c, name="attn")(normed_BTD, rope_BT1h, segment_ids_BT, cache)
         x_BTD = constrain(x_BTD + out_BTD, "batch", "seq", "embed")
         mlp_norm_D = self.param("mlp_norm", nn.initializers.ones, (c.dim,))
         normed_BTD = rms_norm(x_BTD, mlp_norm_D, c.norm_eps)
@@ -252,8 +253,8 @@ class Llama(nn.Module):
           cache: what earlier calls returned, or `init_cache`.
 
         Returns:
-          hidden_BTD (after the final norm) and head_DV, both in the compute dtype, and the new cache
-          (None without one).
+          hidden_BTD (after the final norm) and head_DV, both in the compute dtype, and the new
+          cache (None without one).
         """
         c = self.config
         normal = nn.initializers.normal(INIT_STD)
@@ -268,8 +269,9 @@ class Llama(nn.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]) + start, tokens_BT.shape)
         rope_BT1h = rope_tables(positions_BT, c.head_dim, c.rope_theta)
 
-        cache_segments: tuple[jax.Array, ...] = ()
+        cache_segments: tuple[Any, ...] = ()
         if cache is not None:
+            assert segment_ids_BT is not None, "a cache needs segment_ids"
             segment_ids_BS = jax.lax.dynamic_update_slice(
                 cache.segment_ids, segment_ids_BT, (0, start)
             )
@@ -292,7 +294,7 @@ class Llama(nn.Module):
         else:
             head_DV = self.param("lm_head", normal, (c.dim, c.vocab_size)).astype(c.compute_dtype)
         if cache is not None:
-            index = start + tokens_BT.shape[1]
+            index = cache.index + tokens_BT.shape[1]
             cache = KVCache(k=kv[0], v=kv[1], segment_ids=segment_ids_BS, index=index)
         return hidden_BTD, head_DV, cache
 
@@ -302,8 +304,28 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     return Llama(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
+def forward(
+    config: ModelConfig,
+    params: Any,
+    tokens_BT: jax.Array,
+    *,
+    positions_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    cache: KVCache | None = None,
+) -> tuple[jax.Array, jax.Array, KVCache | None]:
+    """`Llama.__call__` as a pure function of its parameters: hidden_BTD, head_DV, cache."""
+    out: Any = Llama(config).apply(
+        {"params": params},
+        tokens_BT,
+        positions_BT=positions_BT,
+        segment_ids_BT=segment_ids_BT,
+        cache=cache,
+    )
+    return out
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def logits(config: ModelConfig, params: Any, tokens_BT: jax.Array) -> jax.Array:
     """Next-token logits B T V in float32, for small inputs and comparisons."""
-    hidden_BTD, head_DV, _ = Llama(config).apply({"params": params}, tokens_BT)
+    hidden_BTD, head_DV, _ = forward(config, params, tokens_BT)
     return jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)

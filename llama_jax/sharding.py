@@ -174,8 +174,8 @@ def check_batch(global_batch: int, seq_len: int, grad_accum: int, mesh: Mesh) ->
     micro = global_batch // grad_accum
     if micro % rows:
         raise UserError(
-            f"train.global_batch={global_batch} / train.grad_accum={grad_accum} = {micro} sequences "
-            f"do not divide over data x fsdp = {rows} devices"
+            f"train.global_batch={global_batch} / train.grad_accum={grad_accum} = {micro} "
+            f"sequences do not divide over data x fsdp = {rows} devices"
         )
     if seq_len % mesh.shape["context"]:
         raise UserError(

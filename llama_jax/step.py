@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from llama_jax.config import Config
 from llama_jax.loss import cross_entropy
-from llama_jax.model import Llama, init_params
+from llama_jax.model import forward, init_params
 from llama_jax.optim import make_optimizer, make_schedule
 from llama_jax.sharding import batch_sharding, constrain, state_shardings
 
@@ -46,8 +46,9 @@ def init_state(config: Config, key: jax.Array) -> TrainState:
 
 def _loss_sums(params: Any, batch: Batch, config: Config) -> tuple[jax.Array, jax.Array]:
     """Objective and cross-entropy, summed over the weighted tokens of a (micro)batch."""
-    hidden_BTD, head_DV, _ = Llama(config.model).apply(
-        {"params": params},
+    hidden_BTD, head_DV, _ = forward(
+        config.model,
+        params,
         batch["inputs"],
         positions_BT=batch.get("positions"),
         segment_ids_BT=batch.get("segment_ids"),

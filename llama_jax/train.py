@@ -25,9 +25,11 @@ from llama_jax.sharding import check_batch
 from llama_jax.step import CompiledStep, TrainState, jit_step
 
 # Fields that may change when a run is resumed: where and how often, not what is trained.
-RESUMABLE = ("mesh.", "dcn.", "model.attention", "model.remat", "model.scan_unroll", "data.path")
-RESUMABLE += ("train.log_every", "train.eval_every", "train.eval_batches")
-RESUMABLE += ("train.checkpoint_every", "train.keep_checkpoints", "train.sample_prompt")
+RESUMABLE = (
+    *("mesh.", "dcn.", "model.attention", "model.remat", "model.scan_unroll", "data.path"),
+    *("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every"),
+    *("train.keep_checkpoints", "train.sample_prompt"),
+)
 
 
 class StopRequest:
@@ -63,7 +65,7 @@ def start_processes() -> None:
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX is told another place."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "llama_jax", "xla"))
 
@@ -222,9 +224,7 @@ def run_loop(
     tokenizer_model = data.tokenizer.model_bytes if data.tokenizer else b""
 
     def save(step: int) -> None:
-        saver.save(
-            state, checkpoint_lib.Meta(config, step, data.fingerprint, tokenizer_model)
-        )
+        saver.save(state, checkpoint_lib.Meta(config, step, data.fingerprint, tokenizer_model))
 
     log.start(start)
     for step in range(start, train.steps + 1):
@@ -258,7 +258,7 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
     mesh = make_mesh(config.mesh, config.dcn)
     check_memory(config, mesh, device_memory(mesh.devices.flat[0]))
     check_batch(config.train.global_batch, config.train.seq_len, config.train.grad_accum, mesh)
-    with jax.set_mesh(mesh), StopRequest() as stop:
+    with jax.set_mesh(mesh):
         compiled = jit_step(config, mesh)
         check_workdir(config, workdir)
         data = open_data(config, workdir / "data")
@@ -268,12 +268,14 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
         saver = checkpoint_lib.Checkpointer(workdir, config)
         state = initial_state(compiled, saver, data, config)
         start = int(state.step)
+        stop = StopRequest()
         if start < config.train.steps:
             device = mesh.devices.flat[0]
             speed = metrics.Speed(config, mesh.size, metrics.peak_flops(device))
             log = metrics.Metrics(_writers(config, workdir, device.device_kind), speed)
             try:
-                state = run_loop(compiled, state, data, config, saver, log, stop)
+                with stop:
+                    state = run_loop(compiled, state, data, config, saver, log, stop)
             finally:
                 log.close()
         saver.close()
@@ -289,7 +291,9 @@ def _report(config: Config, workdir: epath.Path, start: int, step: int, stop: St
         return
     if start < step:
         metrics.plot_loss(workdir / "metrics.jsonl", workdir / "plots" / "loss.png")
-    if stop.name:
+    if stop.name and start == step:
+        _log("stopped before the first step; run the same command again to start")
+    elif stop.name:
         _log(f"stopped at step {step}, saved; run the same command again to go on")
     elif start == step:
         _log(f"finished already: {workdir} is at step {step} of {config.train.steps}")

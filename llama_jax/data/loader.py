@@ -19,7 +19,7 @@ Local = dict[str, np.ndarray]
 PREFETCH = 2  # batches ready on the host
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def _mix(x: Any) -> Any:
     """The finaliser of splitmix64 (Steele et al., 2014): scrambles 64-bit words."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
@@ -90,7 +90,9 @@ class Batches:
           UserError: the split has not even two tokens.
         """
         if dataset.n_tokens < 2:
-            raise UserError(f"{dataset.folder} holds {dataset.n_tokens} tokens, too few to train on")
+            raise UserError(
+                f"{dataset.folder} holds {dataset.n_tokens} tokens, too few to train on"
+            )
         self._dataset, self._length, self._batch = dataset, seq_len, global_batch
         self._seed, self._shuffle = seed, shuffle
         self.n_windows = -(-(dataset.n_tokens - 1) // seq_len)
@@ -164,7 +166,7 @@ def local_rows(sharding: jax.sharding.NamedSharding, global_batch: int, seq_len:
       UserError: they are not one run of rows, so the mesh puts hosts in a strange order.
     """
     indices = sharding.addressable_devices_indices_map((global_batch, seq_len)).values()
-    spans = {rows.indices(global_batch)[:2] for rows, _ in indices}
+    spans = {index[0].indices(global_batch)[:2] for index in indices if index is not None}
     first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
     if sum(stop - start for start, stop in spans) != last - first:
         raise UserError(

@@ -33,12 +33,12 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
     """Opens the token shards, preparing them first where there are none.
 
     Raises:
-      UserError: the source, the shards or the tokenizer is missing, damaged or of another vocabulary.
+      UserError: source, shards or tokenizer are missing, damaged or of another vocabulary.
     """
     train = config.train
-    shape = {"seq_len": train.seq_len, "global_batch": train.global_batch, "seed": train.seed}
+    shape = (train.seq_len, train.global_batch, train.seed)
     if config.data.source == "synthetic":
-        batches = loader.SyntheticBatches(config.model.vocab_size, **shape)
+        batches = loader.SyntheticBatches(config.model.vocab_size, *shape)
         return TrainingData(batches, None, None, f"synthetic-{config.model.vocab_size}")
     folder = epath.Path(config.data.path or default_folder)
     if not (folder / "manifest.json").exists():
@@ -52,7 +52,7 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
             f"but model.vocab_size is {config.model.vocab_size}"
         )
     held_out = TokenDataset.open(folder, "validation")
-    validation = loader.Batches(held_out, **shape, shuffle=False) if held_out.n_tokens > 1 else None
+    validation = loader.Batches(held_out, *shape, shuffle=False) if held_out.n_tokens > 1 else None
     return TrainingData(
-        loader.Batches(dataset, **shape), validation, dataset.tokenizer(), dataset.fingerprint
+        loader.Batches(dataset, *shape), validation, dataset.tokenizer(), dataset.fingerprint
     )

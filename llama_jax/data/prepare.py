@@ -41,9 +41,7 @@ class Report:
         lines = [f"{'split':<12}{'documents':>12}{'tokens':>16}{'bytes/token':>13}"]
         for name, split in self.splits.items():
             ratio = split["text_bytes"] / split["tokens"] if split["tokens"] else 0.0
-            lines.append(
-                f"{name:<12}{split['documents']:>12,}{split['tokens']:>16,}{ratio:>13.2f}"
-            )
+            lines.append(f"{name:<12}{split['documents']:>12,}{split['tokens']:>16,}{ratio:>13.2f}")
         lines += [f"skipped     {count:>12,}  {why}" for why, count in sorted(self.skipped.items())]
         return "\n".join([*lines, f"token shards in {self.folder}"])
 
@@ -82,7 +80,9 @@ def prepare(
     if (output / shards.MANIFEST).exists():
         manifest = shards.read_manifest(output)
         if manifest["settings"] != settings:
-            changed = [name for name in settings if manifest["settings"].get(name) != settings[name]]
+            changed = [
+                name for name in settings if manifest["settings"].get(name) != settings[name]
+            ]
             raise UserError(
                 f"{output} holds shards made with another {', '.join(changed)}; choose another "
                 "folder, or delete this one if you don't need it"
@@ -140,15 +140,16 @@ def _write(
             writers[split].add(ids, len(data))
             progress.add(len(data), len(ids))
     progress.close()
+    splits = {split: writer.finish() for split, writer in writers.items()}
     manifest = {
         "format_version": shards.FORMAT_VERSION,
         "settings": settings,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_sha256": tokenizer.fingerprint,
         "skipped": dict(skipped),
-        "splits": {split: writer.finish() for split, writer in writers.items()},
+        "splits": splits,
     }
-    if not manifest["splits"]["train"]["documents"]:
+    if not splits["train"]["documents"]:
         reasons = ", ".join(f"{count} {why}" for why, count in skipped.items()) or "no documents"
         raise UserError(f"data.source={config.data.source} has no text to train on ({reasons})")
     (folder / shards.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

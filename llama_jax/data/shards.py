@@ -130,7 +130,9 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
                 if epath.Path(shard["name"]).name != shard["name"]:
                     raise UserError(f"{path} names a shard outside its folder: {shard['name']!r}")
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error!r} is missing; prepare the data again") from error
+        raise UserError(
+            f"{path} is damaged: {error!r} is missing; prepare the data again"
+        ) from error
     return manifest
 
 
@@ -208,9 +210,7 @@ class TokenDataset:
         maps = []
         for shard in shards:
             _check_size(folder / f"{shard['name']}.bin", shard["tokens"] * dtype.itemsize)
-            _check_size(
-                folder / f"{shard['name']}.idx", shard["documents"] * INDEX_DTYPE.itemsize
-            )
+            _check_size(folder / f"{shard['name']}.idx", shard["documents"] * INDEX_DTYPE.itemsize)
             maps.append(np.memmap(folder / f"{shard['name']}.bin", dtype, "r"))
         starts = np.cumsum([0, *(shard["tokens"] for shard in shards)])
         return cls(

@@ -16,8 +16,10 @@ from llama_jax.errors import UserError
 
 JSON_LINES = (".jsonl", ".ndjson")
 # Not what Python is written like: tests of odd syntax, generated tables, other people's packages.
-STDLIB_EXCLUDED = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
-STDLIB_EXCLUDED += ("lib2to3", "encodings", "pydoc_data")
+STDLIB_EXCLUDED = (
+    *("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"),
+    *("lib2to3", "encodings", "pydoc_data"),
+)
 
 Skipped = collections.Counter[str]
 
@@ -51,7 +53,7 @@ def documents(config: DataConfig, skipped: Skipped) -> Iterator[Document]:
         is_json = any(suffix in JSON_LINES for suffix in suffixes[-2:])
         try:
             with path.open("rb") as raw:
-                file: IO[bytes] = gzip.GzipFile(fileobj=raw) if zipped else raw
+                file: Any = gzip.GzipFile(fileobj=raw) if zipped else raw
                 if is_json:
                     yield from _json_lines(file, path, config, skipped)
                 else:
@@ -91,7 +93,7 @@ def list_files(source: str) -> list[epath.Path]:
 
 
 def _walk(folder: epath.Path, excluded: tuple[str, ...] = ()) -> Iterator[epath.Path]:
-    """Files below a folder, sorted; `epath` has no recursive glob, which is dear on object stores."""
+    """Files below a folder, sorted; `epath` has no recursive glob."""
     for path in sorted(folder.iterdir(), key=str):
         if path.name in excluded:
             continue
@@ -149,9 +151,7 @@ def _too_long(config: DataConfig) -> str:
     return f"longer than {config.max_document_bytes:,} bytes"
 
 
-def _document(
-    data: bytes, name: str, config: DataConfig, skipped: Skipped
-) -> Iterator[Document]:
+def _document(data: bytes, name: str, config: DataConfig, skipped: Skipped) -> Iterator[Document]:
     if len(data) > config.max_document_bytes:
         skipped[_too_long(config)] += 1
         return

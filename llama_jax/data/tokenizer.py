@@ -130,6 +130,6 @@ def train_tokenizer(
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(
-            f"cannot train a tokenizer of {vocab_size} ids on {len(pieces):,} lines of text: {reason}"
+            f"cannot train a tokenizer of {vocab_size} ids on {len(pieces):,} lines: {reason}"
         ) from error
     return Tokenizer(model.getvalue())

@@ -1,0 +1,54 @@
+# `make train` and `make test` work on a bare clone: they make .venv and install into it.
+PYTHON ?= python3
+BIN := .venv/bin
+WORKDIR ?= runs/tiny
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help train test lint format slow parity clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
+
+.venv/.python:
+	@$(PYTHON) -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 11)' 2>/dev/null || { \
+	  echo "error: $(PYTHON) is missing, older than 3.11, or without the venv module; try make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.installed: .venv/.python setup.py constraints.txt
+	@echo "installing llama_jax into .venv (a few minutes the first time)"
+	@$(PIP) -e .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+.venv/.installed-parity: .venv/.installed-dev
+	@$(PIP) -e '.[dev,parity]'
+	@touch $@
+
+train: .venv/.installed  ## train configs/tiny.py on Python's own library, then print a sample
+	$(BIN)/python -m llama_jax.train --config=configs/tiny.py --workdir=$(WORKDIR)
+
+test: lint  ## lint, types, and the whole default test suite
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(PYTEST_ARGS)
+
+lint: .venv/.installed-dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.installed-dev  ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+slow: .venv/.installed-dev  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow -q $(PYTEST_ARGS)
+
+parity: .venv/.installed-parity  ## live comparison with transformers on torch
+	$(BIN)/python -m pytest -m parity -q $(PYTEST_ARGS)
+
+clean:  ## remove .venv and caches, but not your runs
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

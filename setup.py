@@ -1,0 +1,51 @@
+"""Package metadata. Tool settings are in pyproject.toml, tested versions in constraints.txt."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "llama_jax/__init__.py").read_text())[1]
+
+setup(
+    name="llama_jax",
+    version=VERSION,
+    description="LLaMA training in JAX and Flax, from a laptop to a pod",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["llama_jax", "llama_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "numpy>=2.0",
+        "sentencepiece>=0.2.0",
+        "tensorflow-datasets>=4.9.9",
+        # The light CPU build where it exists: TensorFlow only reads data here.
+        'tensorflow-cpu>=2.20; platform_system == "Linux" and platform_machine == "x86_64"',
+        'tensorflow>=2.20; platform_system != "Linux" or platform_machine != "x86_64"',
+        "ml_collections>=1.1.0",
+        "absl-py>=2.3.0",
+        "etils[epath]>=1.13.0",
+        "tensorboardX>=2.6.4",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.12",
+            "mypy>=1.15",
+        ],
+        # Live comparisons with the reference implementation.
+        "parity": ["torch==2.13.0", "transformers>=5.0"],
+    },
+)
