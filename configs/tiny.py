@@ -1,8 +1,9 @@
-"""A LLaMA of 5.1M parameters that learns Python from Python's own standard library, on a laptop.
+"""A small LLaMA (5,261,568 parameters) that learns Python from Python's own standard library.
 
   python -m llama_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
-Batch: 16 sequences x 256 tokens = 4,096 tokens a step, 600 steps = 2.5M tokens.
+Batch: 8 sequences x 256 tokens = 2,048 tokens a step, 850 steps = 1.7M tokens.
+Expect: under 8 minutes on two CPU cores, and a validation loss of about 3.6 nats per token.
 """
 
 import ml_collections
@@ -20,15 +21,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.n_kv_heads = 4
     config.model.ffn_dim = 688
     config.model.compute_dtype = "float32"  # CPUs multiply bfloat16 slowly
+    config.data.validation_fraction = 0.03
     config.optim.peak_lr = 2e-3
-    config.optim.warmup_steps = 60
-    config.train.steps = 600
+    config.optim.warmup_steps = 80
+    config.train.steps = 850
     config.train.seq_len = 256
-    config.train.global_batch = 16
+    config.train.global_batch = 8
     config.train.loss_chunk = 256
     config.train.log_every = 10
     config.train.eval_every = 200
-    config.train.eval_batches = 8
+    config.train.eval_batches = 20
     config.train.checkpoint_every = 200
     config.train.sample_prompt = "def "
     return config

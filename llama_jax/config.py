@@ -284,10 +284,20 @@ def _from_dict(values: dict[str, Any]) -> Config:
     _require_same_names("config groups", set(values), set(groups))
     built = {}
     for name, group in groups.items():
-        fields = {field.name for field in dataclasses.fields(group)}
-        _require_same_names(f"fields of config group {name}", set(values[name]), fields)
-        built[name] = group(**values[name])
+        types = {field.name: field.type for field in dataclasses.fields(group)}
+        given = values[name]
+        _require(isinstance(given, dict), f"config group {name} is not a mapping, but {given!r}")
+        _require_same_names(f"fields of config group {name}", set(given), set(types))
+        built[name] = group(**{n: _typed(f"{name}.{n}", given[n], types[n]) for n in types})
     return Config(**built)
+
+
+def _typed(name: str, value: Any, wanted: Any) -> Any:
+    """The value, if it has the type of its field; an int may stand for a float."""
+    if wanted is float and type(value) is int:
+        return float(value)
+    _require(type(value) is wanted, f"{name} must be of type {wanted.__name__}, got {value!r}")
+    return value
 
 
 def _require_same_names(what: str, given: set[str], known: set[str]) -> None:

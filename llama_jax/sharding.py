@@ -113,6 +113,9 @@ def _check_divides(
 ) -> None:
     if len(spec) > len(shape):
         raise UserError(f"{path} has shape {shape}, but its spec {spec} has more dimensions")
+    used = [axis for entry in spec for axis in _axes(entry)]
+    if len(used) != len(set(used)):
+        raise UserError(f"{path}: its spec {spec} uses a mesh axis twice")
     for size, entry in zip(shape, spec, strict=False):
         axes = _axes(entry)
         for axis in axes:

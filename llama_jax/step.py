@@ -117,7 +117,7 @@ def train_step(
     metrics = {
         "loss": loss,
         "objective": objective,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "learning_rate": make_schedule(config.optim, config.train.steps)(state.step),
         "tokens": jnp.sum(batch["weights"]),
     }

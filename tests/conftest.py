@@ -1,0 +1,45 @@
+"""Tests run on 8 fake CPU devices; what is dear to make is made once per worker."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+import jax
+import pytest
+
+from tests import helpers
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of 40 small text files."""
+    return helpers.write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus):
+    """A tokenizer of 300 ids, trained on the corpus."""
+    from llama_jax.data.tokenizer import train_tokenizer
+
+    return train_tokenizer([path.read_text() for path in sorted(corpus.iterdir())], 300)
+
+
+@pytest.fixture(scope="session")
+def shards(corpus, tmp_path_factory):
+    """A folder of prepared shards; tests must not change it (copy it first)."""
+    from llama_jax.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("prepared") / "shards"
+    prepare(helpers.text_config(corpus), folder, log=lambda line: None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def one_device():
+    """A mesh of one device."""
+    from llama_jax.config import MeshConfig
+    from llama_jax.mesh import make_mesh
+
+    return make_mesh(MeshConfig(), devices=jax.devices()[:1])

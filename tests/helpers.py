@@ -1,0 +1,135 @@
+"""Small configs, batches and texts, and a way to run the commands."""
+
+import dataclasses
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from llama_jax.mesh import make_mesh
+
+ROOT = pathlib.Path(__file__).parent.parent
+MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 1, 4), (2, 2, 1, 2), (1, 2, 2, 2))
+
+TINY = Config(
+    model=ModelConfig(
+        vocab_size=64,
+        dim=32,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=4,
+        ffn_dim=48,
+        compute_dtype="float32",
+    ),
+    data=DataConfig(source="synthetic"),
+    optim=OptimConfig(peak_lr=1e-2, warmup_steps=2),
+    train=TrainConfig(steps=20, seq_len=16, global_batch=32, loss_chunk=8, log_every=1),
+)
+
+
+def replace(config, **changes):
+    """`replace(config, train__steps=3)` is the config with another `train.steps`."""
+    for name, value in changes.items():
+        group, field = name.split("__")
+        part = dataclasses.replace(getattr(config, group), **{field: value})
+        config = dataclasses.replace(config, **{group: part})
+    return config
+
+
+def text_config(corpus, **changes):
+    """A config that trains on the files of a folder."""
+    config = replace(
+        TINY,
+        model__vocab_size=300,
+        data__source=str(corpus),
+        data__validation_fraction=0.2,
+        data__shard_tokens=1000,
+        train__global_batch=8,
+    )
+    return replace(config, **changes)
+
+
+def mesh_of(shape):
+    """A mesh of fake devices: (data, fsdp, context, tensor)."""
+    n_devices = int(np.prod(shape))
+    return make_mesh(MeshConfig(*shape), devices=jax.devices()[:n_devices])
+
+
+def random_batch(config, seed, masked=True):
+    """A host batch of random tokens, with about a fifth of the weights 0."""
+    rng = np.random.default_rng(seed)
+    shape = (config.train.global_batch, config.train.seq_len)
+    tokens = rng.integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), dtype=np.int32)
+    weights = (rng.random(shape) > 0.2 if masked else np.ones(shape)).astype(np.float32)
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+
+
+def random_params(config, seed=0):
+    """Weights of a size that makes logits of about 5, in NumPy, so that no JAX code is involved."""
+    c, rng = config, np.random.default_rng(seed)
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32) * 0.3
+
+    def scale(*shape):
+        return (1 + 0.2 * rng.standard_normal(shape)).astype(np.float32)
+
+    n = c.n_layers
+    params = {
+        "embed": normal(c.vocab_size, c.dim),
+        "layers": {
+            "attn_norm": scale(n, c.dim),
+            "attn": {
+                "wq": normal(n, c.dim, c.n_heads, c.head_dim),
+                "wk": normal(n, c.dim, c.n_kv_heads, c.head_dim),
+                "wv": normal(n, c.dim, c.n_kv_heads, c.head_dim),
+                "wo": normal(n, c.n_heads, c.head_dim, c.dim),
+            },
+            "mlp_norm": scale(n, c.dim),
+            "mlp": {
+                "w1": normal(n, c.dim, c.ffn_dim),
+                "w2": normal(n, c.ffn_dim, c.dim),
+                "w3": normal(n, c.dim, c.ffn_dim),
+            },
+        },
+        "final_norm": scale(c.dim),
+        "lm_head": normal(c.dim, c.vocab_size),
+    }
+    if c.tied_embeddings:
+        del params["lm_head"]
+    return params
+
+
+def write_corpus(folder, files=40):
+    """Text files of a made-up language; the same text every time."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(80)]
+    for number in range(files):
+        lines = (" ".join(rng.choices(words, k=8)) for _ in range(rng.randint(3, 12)))
+        text = f"# file {number}\n" + "\n".join(lines) + "\n"
+        (folder / f"{number:03d}.txt").write_text(text)
+    return folder
+
+
+def run_command(module, *arguments, devices=1, **environment):
+    """Runs `python -m llama_jax.MODULE`; returns the completed process with its text output."""
+    env = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        **environment,
+    }
+    command = [sys.executable, "-m", f"llama_jax.{module}", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+
+
+def one_line_error(process):
+    """The message of a command that failed as it should: status 1, one line, no traceback."""
+    lines = process.stderr.strip().splitlines()
+    assert process.returncode == 1, (process.returncode, process.stdout, process.stderr)
+    assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
+    return lines[0]

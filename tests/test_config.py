@@ -1,0 +1,151 @@
+import dataclasses
+import importlib.util
+import math
+import re
+
+import jax
+import pytest
+
+from llama_jax import config as config_lib
+from llama_jax.config import Config, ModelConfig, difference, from_config_dict, from_json
+from llama_jax.errors import UserError
+from llama_jax.step import abstract_state
+from tests.helpers import ROOT, TINY, replace
+
+# Touvron et al. 2023, table 2, and the exact counts of the released weights.
+PAPER = {
+    "7b": (4096, 32, 32, 11008, 3.0e-4, 1.0e12, 6_738_415_616),
+    "13b": (5120, 40, 40, 13824, 3.0e-4, 1.0e12, 13_015_864_320),
+    "33b": (6656, 52, 60, 17920, 1.5e-4, 1.4e12, 32_528_943_616),
+    "65b": (8192, 64, 80, 22016, 1.5e-4, 1.4e12, 65_285_660_672),
+}
+
+
+def load(name):
+    path = ROOT / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return from_config_dict(module.get_config()), module.__doc__
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_configs_are_those_of_the_paper(name):
+    config, _ = load(name)
+    dim, heads, layers, ffn, peak_lr, tokens, parameters = PAPER[name]
+    model = config.model
+    assert (model.dim, model.n_heads, model.n_layers, model.ffn_dim) == (dim, heads, layers, ffn)
+    assert model.n_kv_heads == heads
+    assert model.vocab_size == 32_000
+    assert config.optim.peak_lr == peak_lr
+    assert (config.optim.beta1, config.optim.beta2, config.optim.weight_decay) == (0.9, 0.95, 0.1)
+    assert (config.optim.warmup_steps, config.optim.final_lr_fraction) == (2000, 0.1)
+    assert config.train.tokens_per_step == 2048 * 2048
+    assert config.train.steps * config.train.tokens_per_step == pytest.approx(tokens, rel=1e-5)
+    assert model.parameter_count() == parameters
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
+def test_numbers_in_a_config_docstring_are_derived_from_it(name):
+    config, doc = load(name)
+    count = config.model.parameter_count()
+    assert f"{count:,} parameters" in doc
+    assert f"{config.train.tokens_per_step:,} tokens a step" in doc
+    assert f"{config.train.steps:,} steps" in doc
+    assert f"--config=configs/{name}.py" in doc
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameter_count_counts_the_parameters(tied):
+    config = replace(TINY, model__n_kv_heads=2, model__tied_embeddings=tied)
+    leaves = jax.tree.leaves(abstract_state(config).params)
+    assert config.model.parameter_count() == sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+def test_flops_per_token_by_hand():
+    model = ModelConfig(vocab_size=10, dim=8, n_layers=3, n_heads=2, n_kv_heads=1, ffn_dim=5)
+    per_layer = 8 * 8 * 2 + 8 * 4 * 2 + 3 * 8 * 5
+    matrices = 3 * per_layer + 8 * 10
+    # Scores and weighted values: 2 products x 2 FLOPs x 3 passes x T/2 keys on average x D.
+    attention = 3 * 2 * 2 * 3 * (16 / 2) * 8
+    assert model.flops_per_token(16) == 6 * matrices + attention
+
+
+def test_json_gives_the_config_back():
+    config = replace(TINY, model__remat="save:q,attn_context", optim__peak_lr=1.5e-5)
+    assert from_json(config.to_json()) == config
+
+
+def test_config_dict_gives_the_config_back_and_is_locked():
+    values = config_lib.default()
+    assert from_config_dict(values) == Config()
+    with pytest.raises(AttributeError, match=r"Did you mean .*peak_lr"):
+        values.optim.peek_lr = 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "not a mapping"),
+        ('{"model": 3}', "missing config groups"),
+        (TINY.to_json().replace('"peak_lr"', '"peek_lr"'), "optim: peek_lr"),
+        (TINY.to_json().replace('"optim"', '"optimizer"'), "unknown config groups: optimizer"),
+        (re.sub(r'"optim": \{.*?\}', '"optim": 3', TINY.to_json(), flags=re.S), "optim"),
+        (TINY.to_json().replace('"dim": 32', '"dim": "32"'), "model.dim"),
+        (TINY.to_json().replace('"dim": 32', '"dim": 32.5'), "model.dim"),
+        (TINY.to_json().replace('"steps": 20', '"steps": true'), "train.steps"),
+    ],
+)
+def test_json_that_is_no_config(text, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        from_json(text)
+
+
+INVALID = [
+    ("model__dim", 0, "model.dim"),
+    ("model__n_heads", 3, "n_heads=3"),
+    ("model__n_kv_heads", 3, "n_kv_heads=3"),
+    ("model__compute_dtype", "float16", "compute_dtype"),
+    ("model__attention", "fast", "attention"),
+    ("model__remat", "some", "remat"),
+    ("model__remat", "save:q,nothing", "'nothing'"),
+    ("model__norm_eps", 0.0, "norm_eps"),
+    ("mesh__data", 0, "data"),
+    ("mesh__data", -1, "one mesh axis"),
+    ("data__source", "", "data.source"),
+    ("data__text_field", "", "text_field"),
+    ("data__validation_fraction", 1.0, "validation_fraction"),
+    ("data__shard_tokens", 0, "shard_tokens"),
+    ("optim__peak_lr", -1.0, "peak_lr"),
+    ("optim__peak_lr", math.nan, "peak_lr"),
+    ("optim__beta2", 1.5, "beta2"),
+    ("optim__weight_decay", -0.1, "weight_decay"),
+    ("optim__clip_norm", 0.0, "clip_norm"),
+    ("optim__moment_dtype", "int8", "moment_dtype"),
+    ("optim__warmup_steps", 20, "warmup_steps=20"),
+    ("optim__warmup_steps", -1, "warmup_steps"),
+    ("train__grad_accum", 3, "grad_accum=3"),
+    ("train__seq_len", 0, "seq_len"),
+    ("train__z_loss", -1.0, "z_loss"),
+    ("train__seed", -1, "seed"),
+    ("train__log_every", 0, "log_every"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), INVALID)
+def test_a_value_out_of_range_is_an_error_that_names_it(name, value, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        replace(TINY, **{name: value})
+
+
+def test_head_size_must_be_even():
+    with pytest.raises(UserError, match="even head size"):
+        ModelConfig(dim=9, n_heads=3, n_kv_heads=3)
+
+
+def test_difference_names_what_changed():
+    other = replace(TINY, optim__peak_lr=0.5, train__seed=7)
+    found = difference(TINY, other)
+    assert found == {"optim.peak_lr": (1e-2, 0.5), "train.seed": (0, 7)}
+    assert difference(TINY, dataclasses.replace(TINY)) == {}

@@ -1,0 +1,165 @@
+import math
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from llama_jax import sharding
+from llama_jax.errors import UserError
+from llama_jax.mesh import AXES
+from llama_jax.optim import make_optimizer
+from llama_jax.sharding import PARAM_SPECS, activation_spec, constrain, param_specs, state_shardings
+from llama_jax.step import abstract_state, train_step
+from tests.helpers import TINY, mesh_of, random_batch, replace
+from tests.test_config import load
+
+
+def abstract_mesh(*sizes):
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def test_the_table_has_twelve_rows():
+    assert len(PARAM_SPECS) == 12
+
+
+def test_each_parameter_has_its_row():
+    mesh = abstract_mesh(1, 2, 2, 2)
+    specs = param_specs(abstract_state(TINY).params, mesh)
+    shard = ("fsdp", "context")
+    assert specs["embed"] == P("tensor", shard)
+    assert specs["layers"]["attn"]["wo"] == P(None, "tensor", None, shard)
+    assert specs["layers"]["mlp"]["w2"] == P(None, "tensor", shard)
+    assert specs["final_norm"] == P()
+
+
+def test_tied_embeddings_need_no_head():
+    config = replace(TINY, model__tied_embeddings=True)
+    specs = param_specs(abstract_state(config).params, abstract_mesh(1, 8, 1, 1))
+    assert "lm_head" not in specs
+
+
+def test_a_parameter_without_a_row_is_an_error():
+    params = dict(abstract_state(TINY).params)
+    params["bias"] = jax.ShapeDtypeStruct((32,), jnp.float32)
+    with pytest.raises(UserError, match=r"no row for parameter bias \(32,\)"):
+        param_specs(params, abstract_mesh(1, 1, 1, 1))
+
+
+def test_a_row_without_a_parameter_is_an_error(monkeypatch):
+    monkeypatch.setattr(sharding, "PARAM_SPECS", {**PARAM_SPECS, "layers/attn/wqkv": P()})
+    with pytest.raises(UserError, match="no parameter for row.* layers/attn/wqkv"):
+        param_specs(abstract_state(TINY).params, abstract_mesh(1, 1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (P("expert"), "final_norm: the mesh .* has no axis 'expert'"),
+        (P(None, "fsdp"), "final_norm has shape .* has more dimensions"),
+        (P(("fsdp", "fsdp")), "final_norm.* twice"),
+    ],
+)
+def test_a_bad_row_is_an_error(monkeypatch, spec, message):
+    monkeypatch.setattr(sharding, "PARAM_SPECS", {**PARAM_SPECS, "final_norm": spec})
+    with pytest.raises(UserError, match=message):
+        param_specs(abstract_state(TINY).params, abstract_mesh(1, 2, 1, 1))
+
+
+def test_a_dimension_that_does_not_divide_is_an_error():
+    with pytest.raises(UserError, match=r"layers/attn/wk .* 4 does not divide over tensor = 8"):
+        params = {**abstract_state(TINY).params}
+        param_specs(params, abstract_mesh(1, 1, 1, 8))
+
+
+def test_activation_axes_are_strict():
+    assert activation_spec("batch", "seq", "embed") == P(("data", "fsdp"), "context", None)
+    with pytest.raises(ValueError, match="unknown activation axis 'sequence'"):
+        activation_spec("batch", "sequence")
+    with pytest.raises(ValueError, match="two dimensions on one mesh axis"):
+        activation_spec("heads", "ffn")
+    with pytest.raises(ValueError, match="2 axis names for an array of shape"):
+        constrain(jnp.zeros(3), "batch", "seq")
+
+
+def test_constrain_without_a_mesh_does_nothing():
+    x = jnp.zeros((2, 3))
+    assert constrain(x, "batch", "seq") is x
+
+
+def test_moments_lie_with_their_parameters():
+    mesh = mesh_of((2, 2, 1, 2))
+    optimizer = make_optimizer(TINY.optim, TINY.train.steps)
+    state = state_shardings(abstract_state(TINY), optimizer, mesh)
+    moments = [
+        part
+        for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
+        if hasattr(part, "mu")
+    ]
+    assert len(moments) == 1
+    assert moments[0].mu == moments[0].nu == state.params
+    assert moments[0].count.spec == P()
+    assert state.step.spec == P()
+
+
+def test_the_lowered_step_pins_activations():
+    mesh = mesh_of((2, 2, 1, 2))
+    batch = random_batch(TINY, 0)
+    with jax.set_mesh(mesh):
+        step = jax.jit(lambda s, b: train_step(s, b, config=TINY))
+        text = step.lower(abstract_state(TINY), batch).as_text()
+    found = re.findall(r"sdy.sharding_constraint .*? <@\w+, (\[.*?\])> : tensor<(.*?)>", text)
+    pinned = {(spec, shape) for spec, shape in found}
+    rows = '{"data", "fsdp"}, {"context"}'
+    assert (f"[{{{rows[1:]}, {{}}]", "32x16x32xf32") in pinned  # residual stream
+    assert (f'[{{{rows[1:]}, {{"tensor"}}, {{}}]', "32x16x4x8xf32") in pinned  # q, k, v
+    assert (f'[{{{rows[1:]}, {{"tensor"}}]', "32x16x48xf32") in pinned  # SwiGLU
+    assert (f'[{{{rows[1:]}, {{"tensor"}}]', "32x8x64xf32") in pinned  # logits of a chunk
+
+
+def test_65b_on_2048_devices_without_one():
+    config, _ = load("65b")
+    mesh = abstract_mesh(1, 512, 1, 4)
+    began = time.process_time()
+    with jax.sharding.use_abstract_mesh(mesh):
+        state = abstract_state(config)
+        specs = param_specs(state.params, mesh)
+        shape = (config.train.global_batch, config.train.seq_len)
+        batch = {
+            "inputs": jax.ShapeDtypeStruct(shape, jnp.int32),
+            "targets": jax.ShapeDtypeStruct(shape, jnp.int32),
+            "weights": jax.ShapeDtypeStruct(shape, jnp.float32),
+        }
+        after, metrics = jax.eval_shape(lambda s, b: train_step(s, b, config=config), state, batch)
+    seconds = time.process_time() - began
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert metrics["loss"].shape == ()
+
+    def local(leaf, spec):
+        parts = math.prod(mesh.shape[a] for entry in spec for a in sharding._axes(entry))
+        return math.prod(leaf.shape) / parts
+
+    per_device = sum(
+        map(
+            local,
+            jax.tree.leaves(state.params),
+            jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P)),
+        )
+    )
+    # Only the norms' scales (1.3M) are whole on each device.
+    assert per_device == pytest.approx(65_285_660_672 / 2048, rel=0.05)
+    assert seconds < 3, f"{seconds:.1f} s of CPU time"
+
+
+def test_check_batch():
+    mesh = abstract_mesh(2, 2, 2, 1)
+    sharding.check_batch(8, 16, 2, mesh)
+    with pytest.raises(UserError, match="global_batch=8 / train.grad_accum=4 = 2 sequences"):
+        sharding.check_batch(8, 16, 4, mesh)
+    with pytest.raises(UserError, match="seq_len=15 does not divide over context=2"):
+        sharding.check_batch(8, 15, 2, mesh)
