@@ -149,11 +149,14 @@ def _restore(folder: epath.Path, items: dict[str, Any]) -> dict[str, Any]:
                 saved = checkpointer.metadata(folder / name).item_metadata
                 _check_same_arrays(folder / name, saved, target)
                 found[name] = checkpointer.restore((folder / name).absolute(), target)
-            except (OSError, KeyError, TypeError, ValueError) as error:
-                if isinstance(error, UserError):
-                    raise
-                reason = str(error).strip().splitlines()[0]
-                raise UserError(f"{folder / name} cannot be read: {reason}") from error
+            except UserError:
+                raise
+            except Exception as error:  # orbax raises a bare Exception for a damaged array
+                reason = str(error.__cause__ or error).strip().splitlines()[0]
+                raise UserError(
+                    f"{folder / name} cannot be read: {reason}; "
+                    f"move {folder} away to go on from the step before"
+                ) from error
     return found
 
 

@@ -186,7 +186,7 @@ class SwiGLU(nn.Module):
         gate_BTF = checkpoint_name(project("BTD,DF->BTF", x_BTD, w1_DF), "mlp_gate")
         up_BTF = checkpoint_name(project("BTD,DF->BTF", x_BTD, w3_DF), "mlp_up")
         hidden_BTF = constrain(gated_silu(gate_BTF, up_BTF), "batch", "seq", "ffn")
-        return checkpoint_name(project("BTF,FD->BTD", hidden_BTF, w2_FD), "mlp_out")
+        return project("BTF,FD->BTD", hidden_BTF, w2_FD)
 
 
 class Block(nn.Module):

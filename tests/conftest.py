@@ -1,10 +1,16 @@
 """Tests run on 8 fake CPU devices; what is dear to make is made once per worker."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+# One cache for this run: its workers and the commands that it starts share compiled programs.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llama_jax_xla_")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
 import pytest
@@ -43,3 +49,9 @@ def one_device():
     from llama_jax.mesh import make_mesh
 
     return make_mesh(MeshConfig(), devices=jax.devices()[:1])
+
+
+def pytest_unconfigure(config):
+    """Removes the shared cache at the end of the run."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

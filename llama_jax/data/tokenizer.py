@@ -128,7 +128,8 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
+        # "INTERNAL: file(line) [condition] what is wrong"
+        reason = str(error).strip().splitlines()[-1].rsplit("] ", 1)[-1]
         raise UserError(
             f"cannot train a tokenizer of {vocab_size} ids on {len(pieces):,} lines: {reason}"
         ) from error

@@ -1,0 +1,188 @@
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from llama_jax import checkpoint as checkpoint_lib
+from llama_jax.checkpoint import Checkpointer, Meta, find_step, load_meta, load_params
+from llama_jax.errors import UserError
+from llama_jax.step import jit_step
+from tests.helpers import TINY, mesh_of, random_batch, replace
+
+CONFIG = replace(TINY, train__keep_checkpoints=2)
+META = Meta(CONFIG, 0, "data-1", b"\x00tokenizer\xff")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    mesh = mesh_of((1, 2, 1, 2))
+    with jax.set_mesh(mesh):
+        return mesh, jit_step(CONFIG, mesh)
+
+
+def trained(compiled, steps):
+    mesh, step = compiled
+    with jax.set_mesh(mesh):
+        state = step.init(jax.random.key(0))
+        for index in range(steps):
+            state, _ = step.train(state, random_batch(CONFIG, index))
+    return state
+
+
+@pytest.fixture(scope="module")
+def saved(compiled, tmp_path_factory):
+    """A work directory with step 3, and the state that was saved."""
+    workdir = tmp_path_factory.mktemp("saved")
+    state = trained(compiled, 3)
+    saver = Checkpointer(workdir, CONFIG)
+    saver.save(state, dataclasses.replace(META, step=3))
+    saver.close()
+    return workdir, state
+
+
+def assert_same_bits(left, right):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(left), jax.device_get(right))
+
+
+def test_what_is_saved_comes_back(saved, compiled):
+    workdir, state = saved
+    saver = Checkpointer(workdir, CONFIG)
+    assert saver.latest_step() == 3
+    restored = saver.restore(3, compiled[1].state_shardings)
+    saver.close()
+    assert_same_bits(restored, state)
+    assert jax.tree.map(lambda x: x.dtype, restored) == jax.tree.map(lambda x: x.dtype, state)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)])
+def test_onto_another_mesh(saved, shape):
+    workdir, state = saved
+    mesh = mesh_of(shape)
+    with jax.set_mesh(mesh):
+        step = jit_step(CONFIG, mesh)
+        saver = Checkpointer(workdir, CONFIG)
+        restored = saver.restore(3, step.state_shardings)
+        saver.close()
+        assert_same_bits(restored, state)
+        assert restored.params["embed"].sharding == step.state_shardings.params["embed"]
+        step.train(restored, random_batch(CONFIG, 3))
+
+
+def test_a_step_describes_itself(saved):
+    workdir, _ = saved
+    meta = load_meta(workdir / "checkpoints" / "3")
+    assert meta == dataclasses.replace(META, step=3)
+
+
+def test_only_the_weights(saved):
+    workdir, state = saved
+    mesh = mesh_of((1, 1, 1, 4))
+    with jax.set_mesh(mesh):
+        shardings = jit_step(CONFIG, mesh).state_shardings.params
+        params = load_params(find_step(workdir), CONFIG, shardings)
+    assert_same_bits(params, state.params)
+
+
+def test_the_newest_are_kept(compiled, tmp_path):
+    saver = Checkpointer(tmp_path, CONFIG)
+    state = trained(compiled, 0)
+    for step in (1, 2, 10):
+        saver.save(state, dataclasses.replace(META, step=step))
+    saver.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "2"]
+    assert find_step(tmp_path).name == "10"
+
+
+def test_find_step_takes_what_users_mean(saved):
+    workdir, _ = saved
+    step = workdir / "checkpoints" / "3"
+    for name in (workdir, workdir / "checkpoints", step):
+        assert str(find_step(name)) == str(step)
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="neither a work directory nor a saved step"):
+        find_step(tmp_path / "nothing")
+    (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
+    with pytest.raises(UserError, match="no complete checkpoint in"):
+        find_step(tmp_path)
+
+
+def test_an_interrupted_save_does_not_count(saved, compiled, tmp_path):
+    workdir = shutil.copytree(saved[0], tmp_path / "run")
+    half = workdir / "checkpoints" / "4.orbax-checkpoint-tmp-1"
+    shutil.copytree(workdir / "checkpoints" / "3", half)
+    assert find_step(workdir).name == "3"
+    saver = Checkpointer(workdir, CONFIG)
+    assert saver.latest_step() == 3
+    saver.close()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model__n_layers", 3, "holds an array"),
+        ("model__dim", 16, "holds an array"),
+        ("model__tied_embeddings", True, "holds 12 arrays, this config has 11"),
+        ("optim__moment_dtype", "bfloat16", "holds an array .*float32.* this config .*bfloat16"),
+    ],
+)
+def test_arrays_of_another_config_are_refused(saved, tmp_path, field, value, message):
+    workdir = shutil.copytree(saved[0], tmp_path / "run")
+    other = replace(CONFIG, **{field: value})
+    mesh = mesh_of((1, 1, 1, 1))
+    with jax.set_mesh(mesh):
+        saver = Checkpointer(workdir, other)
+        with pytest.raises(UserError, match=message):
+            saver.restore(3, jit_step(other, mesh).state_shardings)
+        saver.close()
+
+
+def test_a_missing_item_is_a_clear_error(saved, compiled, tmp_path):
+    workdir = shutil.copytree(saved[0], tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "3" / "optimizer")
+    saver = Checkpointer(workdir, CONFIG)
+    with pytest.raises(UserError, match=r"3/optimizer"):
+        saver.restore(3, compiled[1].state_shardings)
+    saver.close()
+    shutil.rmtree(workdir / "checkpoints" / "3" / "meta")
+    with pytest.raises(UserError, match="is not a readable checkpoint"):
+        load_meta(workdir / "checkpoints" / "3")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own
+def test_a_truncated_array_is_a_clear_error(saved, compiled, tmp_path):
+    workdir = shutil.copytree(saved[0], tmp_path / "run")
+    data = max(
+        (path for path in (workdir / "checkpoints" / "3" / "params").rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    saver = Checkpointer(workdir, CONFIG)
+    with pytest.raises(UserError, match=r"3/params cannot be read"):
+        saver.restore(3, compiled[1].state_shardings)
+    saver.close()
+
+
+def test_another_format_is_refused(saved, monkeypatch):
+    monkeypatch.setattr(checkpoint_lib, "FORMAT_VERSION", 2)
+    with pytest.raises(UserError, match="has format 1, this version reads 2"):
+        load_meta(find_step(saved[0]))
+
+
+def test_a_full_disk_is_a_clear_error_and_keeps_earlier_steps(
+    saved, compiled, tmp_path, monkeypatch
+):
+    workdir = shutil.copytree(saved[0], tmp_path / "run")
+    saver = Checkpointer(workdir, CONFIG)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saver._manager, "save", full)
+    with pytest.raises(UserError, match=r"No space left on device; earlier checkpoints"):
+        saver.save(trained(compiled, 0), dataclasses.replace(META, step=4))
+    assert saver.latest_step() == 3
+    saver.close()

@@ -1,0 +1,304 @@
+"""The commands as users run them: exit status, messages, and what is left on disk."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.helpers import ROOT, one_line_error, run_command
+
+TINY_FLAGS = (
+    "--config=configs/tiny.py",
+    "--config.model.vocab_size=300",
+    "--config.model.dim=32",
+    "--config.model.n_layers=2",
+    "--config.model.ffn_dim=48",
+    "--config.optim.warmup_steps=2",
+    "--config.data.validation_fraction=0.2",
+    "--config.train.seq_len=32",
+    "--config.train.global_batch=8",
+    "--config.train.log_every=2",
+    "--config.train.eval_every=4",
+    "--config.train.checkpoint_every=4",
+)
+
+
+def train(corpus, workdir, *flags, **kwargs):
+    source = f"--config.data.source={corpus}"
+    return run_command("train", *TINY_FLAGS, source, f"--workdir={workdir}", *flags, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("commands") / "run"
+    process = train(corpus, workdir, "--config.train.steps=8")
+    assert process.returncode == 0, process.stderr
+    return workdir, process
+
+
+def test_a_run_is_quiet_and_says_where_things_are(run):
+    workdir, process = run
+    assert process.stderr == ""
+    lines = process.stdout.splitlines()
+    assert lines[0].startswith("training a tokenizer of 300 ids")
+    assert sum(line.startswith("step ") and "tokens/s" in line for line in lines) == 4
+    for name in ("checkpoints", "plots/loss.png", "tensorboard"):
+        assert any(str(workdir / name) in line for line in lines)
+        assert (workdir / name).exists()
+    assert "what it writes after 'def '" in process.stdout
+
+
+def test_again_it_is_finished(run, corpus):
+    workdir, _ = run
+    process = train(corpus, workdir, "--config.train.steps=8")
+    assert process.returncode == 0
+    assert "finished already" in process.stdout
+
+
+def test_generate(run):
+    workdir, _ = run
+    flags = (f"--checkpoint={workdir}", "--prompt=abc", "--prompt=de f", "--max_tokens=5")
+    first, second = run_command("generate", *flags), run_command("generate", *flags)
+    assert first.returncode == 0 and first.stderr == ""
+    assert first.stdout == second.stdout
+    blocks = re.split(r"--- \d ---\n", first.stdout)
+    assert blocks[1].startswith("abc") and blocks[2].startswith("de f")
+    step = run_command("generate", f"--checkpoint={workdir}/checkpoints/4", "--prompt=abc")
+    assert step.returncode == 0 and step.stdout.startswith("abc")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "--checkpoint is missing"),
+        (("--checkpoint=/nothing/here",), "no checkpoint in /nothing/here"),
+        (("--checkpoint={run}", "--prompt=" + "abc " * 40), "the model's context is 32"),
+        (("--checkpoint={run}", "--temperature=-1"), "temperature must be 0"),
+        (("--checkpoint={run}", "--top_p=2"), "top_p must be in"),
+        (("--checkpoint={run}", "--promt=x"), "Did you mean: prompt"),
+    ],
+)
+def test_generate_with_bad_input(run, flags, message):
+    flags = [flag.format(run=run[0]) for flag in flags]
+    assert message in one_line_error(run_command("generate", *flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--workdir=x",), "--config is missing; try --config=configs/tiny.py"),
+        (("--config=configs/tiny.py",), "--workdir is missing"),
+        (("--config=configs/nothing.py", "--workdir=x"), "configs/nothing.py"),
+        (
+            ("--config=configs/tiny.py", "--workdir=x", "--config.optim.peek_lr=1"),
+            'Did you mean "peak_lr"',
+        ),
+        (("--config=configs/tiny.py", "--workdri=x"), "Did you mean: workdir"),
+        (("--config=configs/tiny.py", "--workdir=x", "--config.train.steps=many"), "many"),
+        (("--config=configs/tiny.py", "--workdir=x", "--config.train.steps=-5"), "warmup_steps"),
+        (("--config=configs/tiny.py", "--workdir=x", "extra"), "unexpected argument 'extra'"),
+        (
+            ("--config=configs/tiny.py", "--workdir=x", "--config.mesh.tensor=3"),
+            "does not cover 1 devices",
+        ),
+        (
+            ("--config=configs/tiny.py", "--workdir=x", "--config.train.grad_accum=3"),
+            "global_batch=8 is not a multiple of train.grad_accum=3",
+        ),
+        (
+            ("--config=configs/65b.py", "--workdir=x"),
+            "this model has 65,285,660,672 parameters",
+        ),
+        (
+            ("--config=configs/tiny.py", "--workdir={tmp}/r", "--config.data.source=/no/such.txt"),
+            "data.source: /no/such.txt does not exist",
+        ),
+        (
+            ("--config=configs/tiny.py", "--workdir=/proc/no", "--config.train.steps=100"),
+            "/proc/no",
+        ),
+    ],
+)
+def test_train_with_bad_input(flags, message, tmp_path):
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
+    assert message in one_line_error(run_command("train", *flags))
+    assert not (ROOT / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.mesh.tensor=8", "does not divide over tensor = 8"),
+        ("--config.train.global_batch=4", "do not divide over data x fsdp = 8"),
+    ],
+)
+def test_a_mesh_that_does_not_divide(corpus, tmp_path, flag, message):
+    process = train(corpus, tmp_path / "run", flag, devices=8)
+    assert message in one_line_error(process)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_config_in_the_work_directory(run, corpus):
+    workdir, _ = run
+    process = train(corpus, workdir, "--config.train.steps=8", "--config.optim.peak_lr=0.5")
+    message = one_line_error(process)
+    assert "holds a run of another config" in message and "optim.peak_lr is 0.002" in message
+
+
+def test_a_damaged_shard(run, corpus, tmp_path):
+    workdir = shutil.copytree(run[0], tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints")
+    path = workdir / "data" / "train-00000.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    message = one_line_error(train(corpus, workdir, "--config.train.steps=8"))
+    assert "train-00000.bin has" in message and "the manifest says" in message
+
+
+def test_another_tokenizer(run, corpus, tmp_path):
+    workdir = shutil.copytree(run[0], tmp_path / "run")
+    (workdir / "data" / "tokenizer.model").write_bytes(b"other")
+    message = one_line_error(train(corpus, workdir, "--config.train.steps=8"))
+    assert "is not the tokenizer that made these shards" in message
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(corpus, tmp_path):
+    flags = [*TINY_FLAGS, f"--config.data.source={corpus}", f"--workdir={tmp_path / 'run'}"]
+    flags += ["--config.train.steps=100000", "--config.train.checkpoint_every=100000"]
+    flags += ["--config.train.eval_every=100000"]
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "llama_jax.train", *flags],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 120
+        for line in process.stdout:
+            if line.startswith("step "):
+                break
+            assert time.monotonic() < deadline
+        process.send_signal(signal.SIGTERM)
+        rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    stopped = int(re.search(r"stopped at step (\d+), saved", rest)[1])
+    assert (tmp_path / "run" / "checkpoints" / str(stopped)).exists()
+    assert (tmp_path / "run" / "plots" / "loss.png").exists()
+
+
+def test_prepare_and_verify(corpus, tmp_path):
+    config = (*TINY_FLAGS, f"--config.data.source={corpus}")
+    process = run_command("prepare", *config, f"--output={tmp_path / 'shards'}")
+    assert process.returncode == 0 and process.stderr == ""
+    assert f"token shards in {tmp_path / 'shards'}" in process.stdout
+    verify = f"--verify={tmp_path / 'shards'}"
+    assert "every file is as the manifest says" in run_command("prepare", verify).stdout
+    path = tmp_path / "shards" / "train-00000.bin"
+    data = bytearray(path.read_bytes())
+    data[7] ^= 255
+    path.write_bytes(data)
+    assert "damaged or missing" in one_line_error(run_command("prepare", verify))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--config=configs/tiny.py",), "--output is missing"),
+        (("--verify=/nothing",), "no token shards in /nothing"),
+    ],
+)
+def test_prepare_with_bad_input(flags, message):
+    assert message in one_line_error(run_command("prepare", *flags))
+
+
+def test_a_tokenizer_file_that_is_none(corpus, tmp_path):
+    bad = tmp_path / "bad.model"
+    bad.write_text("nothing")
+    process = train(corpus, tmp_path / "run", f"--config.data.tokenizer={bad}")
+    assert "bad.model is not a SentencePiece model" in one_line_error(process)
+
+
+FULL_DISK = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from llama_jax import checkpoint
+save = checkpoint.Checkpointer.save
+def save_on_a_full_disk(self, state, meta):
+    if meta.step == 8:  # every file may have this many bytes, as on a disk that is full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    return save(self, state, meta)
+checkpoint.Checkpointer.save = save_on_a_full_disk
+sys.argv = ["train", *sys.argv[1:]]
+runpy.run_module("llama_jax.train", run_name="__main__")
+"""
+
+
+def test_a_full_disk_during_a_save(corpus, tmp_path):
+    flags = [*TINY_FLAGS, f"--config.data.source={corpus}", f"--workdir={tmp_path / 'run'}"]
+    process = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *flags, "--config.train.steps=12"],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    message = one_line_error(process)
+    assert "saving to" in message and "earlier checkpoints are untouched" in message
+    again = train(corpus, tmp_path / "run", "--config.train.steps=12")
+    assert again.returncode == 0, again.stderr
+    assert "resume  from step 4" in again.stdout and "finished at step 12" in again.stdout
+
+
+@pytest.mark.parametrize("module", ["train", "prepare", "generate"])
+def test_help_is_complete_and_has_an_example(module):
+    process = run_command(module, "--help")
+    assert f"python -m llama_jax.{module}" in process.stdout
+    assert "Example:" in process.stdout
+    expected = {
+        "train": ("--config", "--workdir"),
+        "prepare": ("--config", "--output", "--verify"),
+        "generate": (
+            *("--checkpoint", "--prompt", "--max_tokens", "--temperature", "--top_k", "--top_p"),
+            "--seed",
+        ),
+    }[module]
+    for flag in expected:
+        assert flag in process.stdout, flag
+    # Only our flags, not those of every library.
+    assert "--logtostderr" not in process.stdout
+
+
+def test_the_benchmark_prints_one_line_of_json():
+    flags = ("--config=configs/tiny.py", "--config.model.dim=32", "--config.model.n_heads=4")
+    process = subprocess.run(
+        [sys.executable, "benchmarks/train_step.py", *flags, "--steps=3", "--warmup=1"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    record = json.loads(process.stdout)
+    assert len(process.stdout.splitlines()) == 1
+    expected = record["tokens_per_step"] / record["step_seconds_median"]
+    assert record["tokens_per_second"] == pytest.approx(expected, rel=0.01)
+    assert record["mfu"] is None and record["peak_memory_bytes"] > 10**7
+    assert record["step_seconds_p10"] <= record["step_seconds_median"]
+
+
+def test_what_needs_no_tensorflow():
+    code = (
+        "import sys; sys.argv = ['x']; sys.path.insert(0, 'benchmarks'); import train_step;"
+        "import llama_jax.generate, llama_jax.train, llama_jax.prepare;"
+        "assert 'tensorflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)

@@ -1,0 +1,247 @@
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_jax.data.loader import (
+    Batches,
+    SyntheticBatches,
+    iterate,
+    local_rows,
+    permute,
+    stream,
+)
+from llama_jax.data.shards import TokenDataset
+from llama_jax.errors import UserError
+from llama_jax.sharding import batch_sharding
+from tests.helpers import mesh_of
+
+T, BATCH = 16, 8
+
+
+@pytest.fixture(scope="module")
+def dataset(shards):
+    return TokenDataset.open(shards, "train")
+
+
+@pytest.fixture(scope="module")
+def batches(dataset):
+    return Batches(dataset, T, BATCH, seed=0)
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+def test_permute_is_a_permutation(n, key):
+    out = permute(np.arange(n, dtype=np.uint64), n, key)
+    assert np.array_equal(np.sort(out), np.arange(n, dtype=np.uint64))
+
+
+@settings(deadline=None)
+@given(n=st.integers(2**40, 2**62), key=st.integers(0, 2**64 - 1))
+def test_permute_stays_in_range_when_large(n, key):
+    index = np.arange(n - 100, n, dtype=np.uint64)
+    out = permute(index, n, key)
+    assert (out < n).all() and len(np.unique(out)) == 100
+
+
+def test_permute_does_not_keep_neighbours():
+    n = 10_000
+    out = permute(np.arange(n, dtype=np.uint64), n, 1).astype(np.int64)
+    correlation = np.corrcoef(out[:-1], out[1:])[0, 1]
+    # Of independent draws it has a standard deviation of 0.01.
+    assert abs(correlation) < 0.05
+    assert abs(np.corrcoef(np.arange(n), out)[0, 1]) < 0.05
+    # A random permutation has one fixed point on average.
+    assert (out == np.arange(n)).sum() < 8
+
+
+def epoch_rows(batches, first_sample, count):
+    samples = [divmod(first_sample + i, BATCH) for i in range(count)]
+    rows = [batches.rows(step, range(row, row + 1)) for step, row in samples]
+    return {name: np.concatenate([r[name] for r in rows]) for name in rows[0]}
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 3])
+def test_each_token_is_once_a_target_in_an_epoch(batches, dataset, epoch):
+    n = batches.n_windows
+    rows = epoch_rows(batches, epoch * n, n)
+    starts = {}
+    whole = dataset.tokens(0, dataset.n_tokens).astype(np.int64)
+    for inputs, targets, weights in zip(*rows.values(), strict=True):
+        length = int(weights.sum())
+        assert (weights[:length] == 1).all()
+        np.testing.assert_array_equal(inputs[1:length], targets[: length - 1])
+        starts[(*inputs[:length], *targets[:length])] = length
+    assert rows["weights"].sum() == dataset.n_tokens - 1
+    counted = np.bincount(rows["targets"][rows["weights"] == 1], minlength=dataset.vocab_size)
+    np.testing.assert_array_equal(counted, np.bincount(whole[1:], minlength=dataset.vocab_size))
+
+
+def test_each_epoch_has_its_own_order(batches):
+    n = batches.n_windows
+    order = [[int(batches.windows(*divmod_step(e * n + i))[0]) for i in range(n)] for e in range(3)]
+    assert all(sorted(o) == list(range(n)) for o in order)
+    assert order[0] != order[1] != order[2] != order[0]
+
+
+def divmod_step(sample):
+    step, row = divmod(sample, BATCH)
+    return step, range(row, row + 1)
+
+
+def test_the_seed_changes_the_order_and_nothing_else(dataset):
+    first, second = (Batches(dataset, T, BATCH, seed=seed) for seed in (0, 1))
+    n = first.n_windows
+    orders = [[int(b.windows(*divmod_step(i))[0]) for i in range(n)] for b in (first, second)]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4, 8])
+def test_hosts_together_make_the_same_batch(batches, hosts):
+    whole = batches.rows(7, range(BATCH))
+    size = BATCH // hosts
+    parts = [batches.rows(7, range(h * size, (h + 1) * size)) for h in range(hosts)]
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, np.concatenate([part[name] for part in parts]))
+
+
+def test_going_on_at_a_step_gives_the_same_batches(batches):
+    whole = list(iterate(batches, range(BATCH), 0, 12))
+    assert len(whole) == 12
+    for step, batch in enumerate(iterate(batches, range(BATCH), 7, 12), start=7):
+        for name, value in batch.items():
+            np.testing.assert_array_equal(value, whole[step][name])
+
+
+def test_a_late_step_costs_no_more_than_the_first(batches):
+    def cpu_seconds(start):
+        began = time.process_time()
+        for step in range(start, start + 200):
+            batches.rows(step, range(BATCH))
+        return time.process_time() - began
+
+    cpu_seconds(0)
+    # Work grows with the epoch number in no way; a replay would take 500,000 / 200 times longer.
+    assert cpu_seconds(500_000) < 20 * cpu_seconds(0)
+
+
+def test_weights_are_one_and_types_right(batches):
+    batch = batches.rows(0, range(BATCH))
+    assert batch["inputs"].dtype == batch["targets"].dtype == np.int32
+    assert batch["weights"].dtype == np.float32
+    assert {value.shape for value in batch.values()} == {(BATCH, T)}
+
+
+def test_the_last_window_is_padded_with_weight_zero(shards):
+    dataset = TokenDataset.open(shards, "train")
+    length = next(n for n in range(20, 60) if (dataset.n_tokens - 1) % n > 1)
+    batches = Batches(dataset, length, 1, seed=0)
+    padded = [batches.rows(step, range(1))["weights"].sum() for step in range(batches.n_windows)]
+    assert sorted(set(padded)) == [(dataset.n_tokens - 1) % length, length]
+
+
+def test_evaluation_reads_once_from_front_to_back(shards):
+    validation = TokenDataset.open(shards, "validation")
+    batches = Batches(validation, T, BATCH, seed=0, shuffle=False)
+    steps = -(-batches.n_windows // BATCH)
+    rows = [batches.rows(step, range(BATCH)) for step in range(steps)]
+    weights = np.concatenate([r["weights"] for r in rows])
+    targets = np.concatenate([r["targets"] for r in rows])[weights == 1]
+    np.testing.assert_array_equal(targets, validation.tokens(1, validation.n_tokens))
+
+
+def test_fewer_tokens_than_a_window(tmp_path, shards):
+    validation = TokenDataset.open(shards, "validation")
+    batches = Batches(validation, 100_000, 2, seed=0)
+    batch = batches.rows(0, range(2))
+    assert batches.n_windows == 1
+    assert batch["weights"].sum() == 2 * (validation.n_tokens - 1)
+
+
+def test_epochs(batches):
+    assert batches.epochs(batches.n_windows) == BATCH
+
+
+def test_synthetic_batches_are_a_function_of_seed_step_and_row():
+    source = SyntheticBatches(64, T, BATCH, seed=0)
+    whole = source.rows(3, range(BATCH))
+    part = source.rows(3, range(4, 6))
+    np.testing.assert_array_equal(whole["inputs"][4:6], part["inputs"])
+    assert not np.array_equal(whole["inputs"], source.rows(4, range(BATCH))["inputs"])
+    other = SyntheticBatches(64, T, BATCH, seed=1).rows(3, range(BATCH))
+    assert not np.array_equal(whole["inputs"], other["inputs"])
+    assert whole["inputs"].min() >= 0 and whole["inputs"].max() < 64
+    np.testing.assert_array_equal(whole["inputs"][:, 1:], whole["targets"][:, :-1])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)])
+def test_device_batches_lie_where_the_step_wants_them(batches, shape):
+    mesh = mesh_of(shape)
+    sharding = batch_sharding(mesh)
+    found = list(stream(batches, 2, 5, sharding, BATCH, T))
+    assert len(found) == 3
+    for step, batch in enumerate(found, start=2):
+        expected = batches.rows(step, range(BATCH))
+        for name, value in batch.items():
+            assert value.sharding == sharding
+            np.testing.assert_array_equal(value, expected[name])
+
+
+def test_local_rows_of_one_process_are_all():
+    assert local_rows(batch_sharding(mesh_of((2, 2, 1, 2))), BATCH, T) == range(BATCH)
+
+
+class FakeSharding:
+    """A sharding of which this process holds some rows."""
+
+    def __init__(self, *spans):
+        self._spans = spans
+
+    def addressable_devices_indices_map(self, shape):
+        return {n: (slice(*span), slice(None)) for n, span in enumerate(self._spans)}
+
+
+def test_local_rows_of_a_process_are_its_own():
+    assert local_rows(FakeSharding((2, 4), (2, 4), (4, 6)), 8, T) == range(2, 6)
+    with pytest.raises(UserError, match="not contiguous"):
+        local_rows(FakeSharding((0, 2), (4, 6)), 8, T)
+
+
+def test_a_damaged_shard_is_a_clear_error_through_tf_data(shards, tmp_path):
+    folder = shutil.copytree(shards, tmp_path / "shards")
+    dataset = TokenDataset.open(folder, "train")
+    for path in folder.glob("train-*.bin"):
+        np.full_like(np.fromfile(path, "<u2"), 60_000).tofile(path)
+    batches = Batches(TokenDataset.open(folder, "train"), T, BATCH, seed=0)
+    with pytest.raises(UserError, match="is damaged; check with llama_jax.prepare --verify"):
+        list(iterate(batches, range(BATCH), 0, 3))
+    assert dataset.n_tokens > 0
+
+
+def test_too_few_tokens_to_train_on(dataset):
+    import dataclasses
+
+    with pytest.raises(UserError, match="holds 1 tokens, too few"):
+        Batches(dataclasses.replace(dataset, n_tokens=1), T, BATCH, seed=0)
+
+
+def test_synthetic_batches_need_no_tensorflow():
+    code = (
+        "import sys, jax, llama_jax.train\n"
+        "from llama_jax.data.loader import SyntheticBatches, stream\n"
+        "from llama_jax.config import MeshConfig\n"
+        "from llama_jax.mesh import make_mesh\n"
+        "from llama_jax.sharding import batch_sharding\n"
+        "source = SyntheticBatches(64, 16, 8, 0)\n"
+        "sharding = batch_sharding(make_mesh(MeshConfig()))\n"
+        "assert len(list(stream(source, 0, 3, sharding, 8, 16))) == 3\n"
+        "assert 'tensorflow' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert jax.device_count() == 8

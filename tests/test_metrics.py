@@ -1,0 +1,163 @@
+import json
+import types
+
+import jax.numpy as jnp
+import pytest
+from etils import epath
+
+from llama_jax import metrics
+from tests.helpers import TINY
+
+
+def device(kind):
+    return types.SimpleNamespace(device_kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H200", 989e12),
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("cpu", None),
+        ("TPU v9", None),
+    ],
+)
+def test_peaks_are_known_or_none(kind, peak):
+    assert metrics.peak_flops(device(kind)) == peak
+
+
+def test_speed_and_mfu(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    speed = metrics.Speed(TINY, devices=4, peak=1e9)
+    now[0] += 2.0
+    reading = speed.read(10)
+    tokens = 10 * TINY.train.global_batch * TINY.train.seq_len
+    assert reading["tokens_per_second"] == pytest.approx(tokens / 2)
+    flops = TINY.model.flops_per_token(TINY.train.seq_len)
+    assert reading["mfu"] == pytest.approx(tokens / 2 * flops / 4e9)
+    now[0] += 1.0
+    speed.restart()
+    now[0] += 1.0
+    assert speed.read(1)["tokens_per_second"] == pytest.approx(tokens / 10)
+    assert metrics.Speed(TINY, devices=1, peak=None).read(1)["mfu"] is None
+
+
+class Recorder:
+    def __init__(self):
+        self.records = []
+        self.closed = False
+
+    def write(self, step, record):
+        self.records.append((step, record))
+
+    def close(self):
+        self.closed = True
+
+
+def test_a_step_is_logged_when_the_next_is_pushed():
+    recorder = Recorder()
+    log = metrics.Metrics([recorder], metrics.Speed(TINY, 1, None))
+    log.start(0)
+    log.push(1, {"loss": jnp.float32(3.5)})
+    assert recorder.records == []
+    log.push(2, None)
+    assert [step for step, _ in recorder.records] == [1]
+    assert recorder.records[0][1]["loss"] == 3.5
+    log.push(3, {"loss": jnp.float32(2.5)})
+    log.close()
+    assert [step for step, _ in recorder.records] == [1, 3]
+    assert recorder.closed
+
+
+def test_json_lines_are_valid_whatever_the_numbers(tmp_path):
+    path = epath.Path(tmp_path / "metrics.jsonl")
+    writer = metrics.JsonlWriter(path)
+    writer.write(1, {"loss": 2.0, "mfu": None})
+    writer.write(2, {"loss": float("nan"), "mfu": 0.5})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 2.0, "mfu": None},
+        {"step": 2, "loss": None, "mfu": 0.5},
+    ]
+    writer.close()
+
+
+def test_console(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    console = metrics.ConsoleWriter(100, "H100")
+    record = {
+        "loss": 2.5,
+        "learning_rate": 3e-4,
+        "grad_norm": 0.5,
+        "tokens_per_second": 12345.6,
+        "mfu": 0.456,
+    }
+    console.write(10, record)
+    now[0] = 60.0
+    console.write(20, {**record, "mfu": None})
+    console.write(20, {"eval_loss": 3.25})
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert "step  10/100  loss 2.5000  lr 3.00e-04  grad_norm 0.50  12,346 tokens/s" in first
+    assert "MFU 45.6% of H100" in first and "ETA -" in first
+    assert "MFU n/a" in second and second.endswith("ETA 8m00s")
+    assert "eval_loss 3.2500" in third
+
+
+def test_long_eta_is_in_hours(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    console = metrics.ConsoleWriter(1000, "x")
+    record = dict.fromkeys(("loss", "learning_rate", "grad_norm", "tokens_per_second"), 1.0)
+    console.write(0, {**record, "mfu": None})
+    now[0] = 60.0
+    console.write(10, {**record, "mfu": None})
+    assert capsys.readouterr().out.splitlines()[1].endswith("ETA 1h39m")
+
+
+def test_the_plot_shows_both_losses_and_the_later_record_of_a_step(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    lines = [
+        {"step": 1, "loss": 5.0},
+        {"step": 2, "loss": 9.0},
+        {"step": 2, "eval_loss": 4.5},
+        {"step": 2, "loss": 4.0},
+        {"step": 3, "loss": None},
+    ]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = {}
+    plot = Axes.plot
+
+    def spy(self, x, y, *args, **kwargs):
+        drawn[kwargs["label"]] = list(zip(x, y, strict=True))
+        return plot(self, x, y, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "plot", spy)
+    output = epath.Path(tmp_path / "plots" / "loss.png")
+    metrics.plot_loss(epath.Path(tmp_path / "m.jsonl"), output)
+    assert drawn == {"training": [(1, 5.0), (2, 4.0)], "validation": [(2, 4.5)]}
+    assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensorboard_files_hold_the_numbers(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    writer = metrics.TensorBoardWriter(epath.Path(tmp_path))
+    writer.write(7, {"loss": 2.5, "mfu": None})
+    writer.close()
+    data = next(tmp_path.iterdir()).read_bytes()
+    found = {}
+    while data:  # TFRecord: length (8 bytes), its checksum (4), the record, its checksum (4)
+        size = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + size])
+        found |= {(event.step, v.tag): v.simple_value for v in event.summary.value}
+        data = data[16 + size :]
+    assert found == {(7, "loss"): 2.5}

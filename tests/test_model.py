@@ -1,0 +1,200 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.config import REMAT_NAMES
+from llama_jax.model import forward, init_cache, init_params, logits, rms_norm, rope, rope_tables
+from tests.helpers import MESHES, TINY, mesh_of, random_batch, random_params, replace
+
+CONFIG = replace(TINY, model__n_kv_heads=2).model
+TOKENS = np.random.default_rng(0).integers(0, 64, (3, 16), dtype=np.int32)
+
+
+def test_parameter_tree():
+    params = init_params(CONFIG, jax.random.key(0))
+    shapes = {
+        "/".join(key.key for key in path): leaf.shape
+        for path, leaf in jax.tree.leaves_with_path(params)
+    }
+    assert shapes == {
+        "embed": (64, 32),
+        "layers/attn_norm": (2, 32),
+        "layers/attn/wq": (2, 32, 4, 8),
+        "layers/attn/wk": (2, 32, 2, 8),
+        "layers/attn/wv": (2, 32, 2, 8),
+        "layers/attn/wo": (2, 4, 8, 32),
+        "layers/mlp_norm": (2, 32),
+        "layers/mlp/w1": (2, 32, 48),
+        "layers/mlp/w3": (2, 32, 48),
+        "layers/mlp/w2": (2, 48, 32),
+        "final_norm": (32,),
+        "lm_head": (32, 64),
+    }
+    assert type(params) is dict
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_initial_weights_have_their_size():
+    config = replace(TINY, model__dim=128, model__ffn_dim=256, model__vocab_size=512).model
+    params = init_params(config, jax.random.key(0))
+    assert float(params["embed"].std()) == pytest.approx(0.02, rel=0.05)
+    assert float(params["layers"]["mlp"]["w1"].std()) == pytest.approx(0.02, rel=0.05)
+    # Two layers: 1 / sqrt(2 * 2).
+    assert float(params["layers"]["mlp"]["w2"].std()) == pytest.approx(0.01, rel=0.05)
+    assert float(params["layers"]["attn"]["wo"].std()) == pytest.approx(0.01, rel=0.05)
+    first, second = params["layers"]["attn"]["wq"]
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("shape", MESHES[1:])
+def test_initial_weights_are_the_same_bits_on_every_mesh(shape):
+    from llama_jax.step import jit_step
+
+    def initial(mesh):
+        with jax.set_mesh(mesh):
+            return jax.device_get(jit_step(TINY, mesh).init(jax.random.key(3)))
+
+    whole, spread = initial(mesh_of((1, 1, 1, 1))), initial(mesh_of(shape))
+    jax.tree.map(np.testing.assert_array_equal, whole, spread)
+
+
+def test_rms_norm_in_float64():
+    x = np.random.default_rng(1).standard_normal((2, 5, 8)).astype(np.float32)
+    scale = np.linspace(0.5, 2, 8, dtype=np.float32)
+    exact = x.astype(np.float64)
+    exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-3) * scale
+    np.testing.assert_allclose(rms_norm(x, scale, 1e-3), exact, rtol=1e-6)
+
+
+def test_rms_norm_of_bfloat16_is_done_in_float32():
+    x = jnp.full((1, 4096), 3.0, jnp.bfloat16)  # a bfloat16 sum of squares would stop at 2,304
+    np.testing.assert_allclose(rms_norm(x, jnp.ones(4096), 1e-6).astype(jnp.float32), 1.0)
+
+
+def test_rope_depends_on_the_distance_alone():
+    rng = np.random.default_rng(2)
+    q, k = rng.standard_normal((2, 1, 1, 1, 8)).astype(np.float32)
+
+    def score(query_position, key_position):
+        positions = np.array([[query_position], [key_position]])
+        cos, sin = rope_tables(jnp.asarray(positions), 8, 10_000.0)
+        return float((rope(q, cos[:1], sin[:1]) * rope(k, cos[1:], sin[1:])).sum())
+
+    assert score(5, 2) == pytest.approx(score(1005, 1002), abs=1e-4)
+    assert abs(score(5, 2) - score(5, 3)) > 1e-2
+
+
+def test_the_future_is_not_seen():
+    params = random_params(CONFIG)
+    before = logits(CONFIG, params, TOKENS)
+    changed = TOKENS.copy()
+    changed[:, 9] = (changed[:, 9] + 1) % 64
+    after = logits(CONFIG, params, changed)
+    np.testing.assert_array_equal(before[:, :9], after[:, :9])
+    assert np.abs(before[:, 9:] - after[:, 9:]).max(axis=(0, 2)).min() > 1e-3
+
+
+def test_packed_documents_equal_documents_alone():
+    params = random_params(CONFIG)
+    first, second = TOKENS[:1, :6], TOKENS[1:2, :10]
+    packed = np.concatenate([first, second], axis=1)
+    hidden, head, _ = forward(
+        CONFIG,
+        params,
+        packed,
+        positions_BT=np.array([[*range(6), *range(10)]]),
+        segment_ids_BT=np.array([[1] * 6 + [2] * 10]),
+    )
+    out = hidden @ head
+    np.testing.assert_allclose(out[:, :6], logits(CONFIG, params, first), atol=2e-5)
+    np.testing.assert_allclose(out[:, 6:], logits(CONFIG, params, second), atol=2e-5)
+
+
+def test_the_cache_changes_nothing():
+    params = random_params(CONFIG)
+    cache = init_cache(CONFIG, 3, 20)
+    step = jax.jit(
+        lambda tokens, cache: forward(
+            CONFIG, params, tokens, segment_ids_BT=jnp.ones_like(tokens), cache=cache
+        )
+    )
+    parts = []
+    for start, stop in ((0, 7), (7, 8), (8, 9), (9, 16)):
+        hidden, head, cache = step(TOKENS[:, start:stop], cache)
+        parts.append(hidden @ head)
+    assert int(cache.index) == 16
+    np.testing.assert_allclose(
+        np.concatenate(parts, axis=1), logits(CONFIG, params, TOKENS), atol=2e-5
+    )
+
+
+def test_tied_embeddings_are_the_transposed_table():
+    tied = replace(TINY, model__tied_embeddings=True).model
+    params = random_params(tied)
+    untied = {**params, "lm_head": params["embed"].T}
+    np.testing.assert_array_equal(logits(tied, params, TOKENS), logits(TINY.model, untied, TOKENS))
+
+
+def test_bfloat16_is_near_float32():
+    half = replace(TINY, model__compute_dtype="bfloat16").model
+    params = init_params(TINY.model, jax.random.key(0))
+    hidden, head, _ = forward(half, params, TOKENS)
+    assert hidden.dtype == head.dtype == jnp.bfloat16
+    exact, exact_head, _ = forward(TINY.model, params, TOKENS)
+    assert exact.dtype == exact_head.dtype == jnp.float32
+    # Hidden states are of size 1 after the norm, bfloat16 has 8 bits, and errors of layers add.
+    np.testing.assert_allclose(hidden.astype(jnp.float32), exact, atol=0.05)
+
+
+POLICIES = ("full", "dots", *(f"save:{name}" for name in REMAT_NAMES))
+
+
+def loss_of(config, params, batch):
+    from llama_jax.step import _loss_sums
+
+    return _loss_sums(params, batch, config)[0]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_remat_changes_memory_and_nothing_else(policy):
+    batch = random_batch(TINY, 0)
+    params = random_params(TINY.model)
+    config = replace(TINY, model__remat=policy)
+    value, grads = jax.value_and_grad(lambda p: loss_of(config, p, batch))(params)
+    expected_value, expected = jax.value_and_grad(lambda p: loss_of(TINY, p, batch))(params)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-6)
+    for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+        scale = float(jnp.abs(want).max())
+        np.testing.assert_allclose(got, want, atol=2e-6 * scale)
+
+
+def residual_elements(config, batch, params):
+    """Elements that the forward pass leaves for the backward pass."""
+    _, pullback = jax.vjp(lambda p: loss_of(config, p, batch), params)
+    return sum(leaf.size for leaf in jax.tree.leaves(pullback))
+
+
+def test_each_named_tensor_is_kept_when_asked_for():
+    batch = random_batch(TINY, 0)
+    params = random_params(TINY.model)
+    sizes = {
+        policy: residual_elements(replace(TINY, model__remat=policy), batch, params)
+        for policy in ("none", *POLICIES)
+    }
+    tokens, layers = TINY.train.tokens_per_step, TINY.model.n_layers
+    for name in REMAT_NAMES:
+        width = 48 if name in ("mlp_gate", "mlp_up") else 32
+        extra = sizes[f"save:{name}"] - sizes["full"]
+        # attn_context brings one number per head along: log sum exp.
+        expected = width + (4 if name == "attn_context" else 0)
+        assert extra == layers * tokens * expected, name
+    assert sizes["full"] < sizes["dots"] < sizes["none"]
+
+
+def test_unrolling_the_scan_changes_nothing():
+    config = replace(TINY, model__scan_unroll=2)
+    params = random_params(TINY.model)
+    np.testing.assert_allclose(
+        logits(config.model, params, TOKENS), logits(TINY.model, params, TOKENS), atol=1e-5
+    )

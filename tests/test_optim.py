@@ -1,0 +1,85 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llama_jax.config import OptimConfig
+from llama_jax.optim import decay_mask, make_optimizer, make_schedule
+from llama_jax.step import abstract_state
+from tests.helpers import TINY, replace
+
+
+def test_schedule_is_linear_then_cosine():
+    config = OptimConfig(peak_lr=3e-4, final_lr_fraction=0.1, warmup_steps=10)
+    schedule = make_schedule(config, 110)
+    for step in range(111):
+        if step <= 10:
+            expected = 3e-4 * (step + 1) / 11
+        else:
+            progress = (step - 10) / 100
+            expected = 3e-4 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+        assert float(schedule(step)) == pytest.approx(expected, rel=1e-5), step
+    assert float(schedule(10)) == pytest.approx(3e-4)
+    assert float(schedule(110)) == pytest.approx(3e-5)
+
+
+def test_no_warm_up_starts_at_the_peak():
+    schedule = make_schedule(OptimConfig(peak_lr=1.0, warmup_steps=0), 100)
+    assert float(schedule(0)) == pytest.approx(1.0)
+
+
+def test_everything_but_norms_decays():
+    mask = decay_mask(abstract_state(TINY).params)
+    flat = {
+        "/".join(key.key for key in path): value for path, value in jax.tree.leaves_with_path(mask)
+    }
+    assert {name for name, decays in flat.items() if not decays} == {
+        "layers/attn_norm",
+        "layers/mlp_norm",
+        "final_norm",
+    }
+
+
+def step_from(config, params, grads):
+    optimizer = make_optimizer(config, 100)
+    updates, state = optimizer.update(grads, optimizer.init(params), params)
+    return optax.apply_updates(params, updates), state
+
+
+PARAMS = {"embed": jnp.full((2, 2), 2.0), "final_norm": jnp.full((2,), 2.0)}
+
+
+def test_first_step_by_hand():
+    config = OptimConfig(peak_lr=0.1, warmup_steps=0, weight_decay=0.5, clip_norm=100.0)
+    grads = {"embed": jnp.array([[1.0, -2.0], [3.0, 0.5]]), "final_norm": jnp.array([1.0, -1.0])}
+    params, _ = step_from(config, PARAMS, grads)
+    # Adam's first step is the sign of the gradient; decay adds lr * 0.5 * 2 to matrices.
+    np.testing.assert_allclose(
+        params["embed"], 2 - 0.1 * (np.sign(grads["embed"]) + 0.5 * 2), rtol=1e-6
+    )
+    np.testing.assert_allclose(params["final_norm"], 2 - 0.1 * np.array([1, -1]), rtol=1e-6)
+
+
+def test_clipping_is_by_the_global_norm():
+    config = OptimConfig(peak_lr=0.1, warmup_steps=0, clip_norm=1.0, beta1=0.9)
+    grads = {"embed": jnp.full((2, 2), 3.0), "final_norm": jnp.full((2,), 4.0)}
+    _, state = step_from(config, PARAMS, grads)
+    mu = next(
+        s.mu for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")
+    )
+    norm = math.sqrt(4 * 9 + 2 * 16)
+    np.testing.assert_allclose(mu["embed"], 0.1 * 3 / norm, rtol=1e-5)
+    np.testing.assert_allclose(mu["final_norm"], 0.1 * 4 / norm, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_moment_has_the_chosen_dtype(dtype):
+    state = abstract_state(replace(TINY, optim__moment_dtype=dtype)).opt_state
+    adam = next(
+        s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(adam.mu)} == {jnp.dtype(dtype)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(adam.nu)} == {jnp.dtype("float32")}

@@ -1,0 +1,138 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.step import jit_step
+from tests.helpers import MESHES, TINY, mesh_of, random_batch, replace
+
+STEPS = 5
+
+
+def losses_and_state(config, mesh, steps=STEPS):
+    with jax.set_mesh(mesh):
+        compiled = jit_step(config, mesh)
+        state = compiled.init(jax.random.key(0))
+        losses = []
+        for step in range(steps):
+            batch = jax.device_put(random_batch(config, step), compiled.batch_sharding)
+            state, metrics = compiled.train(state, batch)
+            losses.append(float(metrics["loss"]))
+        return np.array(losses), jax.device_get(state), jax.device_get(metrics)
+
+
+@functools.cache
+def unsharded():
+    return losses_and_state(TINY, mesh_of((1, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("grad_accum", [1, 2, 4])
+@pytest.mark.parametrize("shape", MESHES)
+def test_sharding_and_accumulation_are_only_placement(shape, grad_accum):
+    config = replace(TINY, train__grad_accum=grad_accum)
+    losses, state, _ = losses_and_state(config, mesh_of(shape))
+    expected, expected_state, _ = unsharded()
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=2e-6)
+    assert losses[0] - losses[-1] != 0
+    # Adam divides by the gradient's size, so rounding shows in weights of tiny gradients first.
+    for got, want in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-3)
+
+
+def test_microbatches_with_unequal_masks_weigh_by_tokens():
+    batch = random_batch(TINY, 0)
+    # Rows 0, 4, 8, .. make the first of four microbatches: almost nothing of it counts.
+    batch["weights"][0::4] = 0
+    batch["weights"][0, 0] = 1
+
+    def first_step(grad_accum):
+        mesh = mesh_of((1, 1, 1, 1))
+        with jax.set_mesh(mesh):
+            compiled = jit_step(replace(TINY, train__grad_accum=grad_accum), mesh)
+            state = compiled.init(jax.random.key(0))
+            _, metrics = compiled.train(state, batch)
+            return jax.device_get(metrics)
+
+    whole, parts = first_step(1), first_step(4)
+    assert parts["loss"] == pytest.approx(whole["loss"], abs=2e-6)
+    assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
+    assert parts["tokens"] == batch["weights"].sum()
+
+
+def test_metrics_of_a_step():
+    _, state, metrics = unsharded()
+    assert set(metrics) == {"loss", "objective", "grad_norm", "learning_rate", "tokens"}
+    assert metrics["objective"] == pytest.approx(metrics["loss"])
+    assert int(state.step) == STEPS
+    from llama_jax.optim import make_schedule
+
+    schedule = make_schedule(TINY.optim, TINY.train.steps)
+    assert metrics["learning_rate"] == pytest.approx(float(schedule(STEPS - 1)))
+
+
+def test_it_learns():
+    config = replace(TINY, train__steps=30)
+    mesh = mesh_of((1, 1, 1, 1))
+    with jax.set_mesh(mesh):
+        compiled = jit_step(config, mesh)
+        state = compiled.init(jax.random.key(0))
+        batch = random_batch(config, 0, masked=False)
+        losses = []
+        for _ in range(30):
+            state, metrics = compiled.train(state, batch)
+            losses.append(float(metrics["loss"]))
+    assert losses[0] == pytest.approx(np.log(64), abs=0.1)
+    assert losses[-1] < losses[0] - 1
+
+
+def test_z_loss_is_in_the_objective_only():
+    mesh = mesh_of((1, 1, 1, 1))
+    with jax.set_mesh(mesh):
+        compiled = jit_step(replace(TINY, train__z_loss=0.1), mesh)
+        batch = random_batch(TINY, 0)
+        _, metrics = compiled.train(compiled.init(jax.random.key(0)), batch)
+        _, plain = jit_step(TINY, mesh).train(compiled.init(jax.random.key(0)), batch)
+    assert float(metrics["loss"]) == float(plain["loss"])
+    # At the start log Z is about log V, on every token.
+    extra = float(metrics["objective"] - metrics["loss"])
+    assert extra == pytest.approx(0.1 * np.log(64) ** 2, rel=0.02)
+
+
+def test_a_batch_without_weights_changes_nothing_to_nan():
+    mesh = mesh_of((1, 1, 1, 1))
+    batch = random_batch(TINY, 0)
+    batch["weights"][:] = 0
+    with jax.set_mesh(mesh):
+        compiled = jit_step(TINY, mesh)
+        state, metrics = compiled.train(compiled.init(jax.random.key(0)), batch)
+    assert float(metrics["loss"]) == 0
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 1, 2)])
+def test_evaluation_gives_sums(shape):
+    mesh = mesh_of(shape)
+    batch = random_batch(TINY, 1)
+    with jax.set_mesh(mesh):
+        compiled = jit_step(TINY, mesh)
+        state = compiled.init(jax.random.key(0))
+        total, weight = compiled.evaluate(state.params, batch)
+        _, metrics = compiled.train(state, batch)
+    assert float(weight) == batch["weights"].sum()
+    assert float(total / weight) == pytest.approx(float(metrics["loss"]), abs=2e-6)
+
+
+def test_the_state_is_donated_and_sharded():
+    mesh = mesh_of((1, 8, 1, 1))
+    with jax.set_mesh(mesh):
+        compiled = jit_step(TINY, mesh)
+        state = compiled.init(jax.random.key(0))
+        assert len(state.params["embed"].sharding.device_set) == 8
+        assert state.params["embed"].addressable_shards[0].data.shape == (64, 4)
+        after, _ = compiled.train(state, random_batch(TINY, 0))
+    assert state.params["embed"].is_deleted()
+    assert after.params["embed"].sharding == compiled.state_shardings.params["embed"]

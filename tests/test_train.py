@@ -1,0 +1,484 @@
+"""The loop's contract with fakes, and whole runs in this process."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from llama_jax import train as train_lib
+from llama_jax.checkpoint import find_step
+from llama_jax.config import Config
+from llama_jax.data.loader import SyntheticBatches
+from llama_jax.data.pipeline import TrainingData, open_data
+from llama_jax.errors import UserError
+from llama_jax.sharding import batch_sharding
+from llama_jax.train import StopRequest, check_memory, check_workdir, run_loop, train
+from tests.helpers import TINY, mesh_of, replace, text_config
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeState:
+    step: int
+    params: None = None
+
+
+class FakeRun:
+    """Records what the loop does, in order."""
+
+    def __init__(self, config, shards=None, stop_at=None):
+        self.events, self.config, self.stop = [], config, StopRequest()
+        self.stop_at = stop_at
+        source = SyntheticBatches(config.model.vocab_size, 16, 8, config.train.seed)
+        validation = types.SimpleNamespace(n_windows=100, rows=source.rows)
+        self.data = TrainingData(source, validation, None, "fake")
+        self.compiled = types.SimpleNamespace(
+            batch_sharding=batch_sharding(mesh_of((1, 1, 1, 1))),
+            train=self.train,
+            evaluate=self.evaluate,
+        )
+
+    def train(self, state, batch):
+        first = int(batch["inputs"][0, 0])
+        self.events.append(("train", state.step, first))
+        if state.step + 1 == self.stop_at:
+            self.stop.name = "SIGTERM"
+        return FakeState(state.step + 1), {"loss": jnp.float32(state.step)}
+
+    def evaluate(self, params, batch):
+        self.events.append(("evaluate",))
+        return jnp.float32(2.0), jnp.float32(4.0)
+
+    # As saver:
+    def save(self, state, meta):
+        assert state.step == meta.step
+        self.events.append(("save", state.step))
+
+    def wait(self):
+        self.events.append(("wait",))
+
+    # As log:
+    def start(self, step):
+        pass
+
+    def push(self, step, metrics):
+        self.flush()
+        if metrics is not None:
+            self.pending = step
+
+    pending = None
+
+    def flush(self):
+        if self.pending is not None:
+            self.events.append(("log", self.pending))
+            self.pending = None
+
+    def write(self, step, record):
+        self.events.append(("eval", step, record["eval_loss"]))
+
+    def run(self, start=0):
+        state = run_loop(
+            self.compiled, FakeState(start), self.data, self.config, self, self, self.stop
+        )
+        return state.step
+
+    def steps_of(self, kind):
+        return [event[1] for event in self.events if event[0] == kind]
+
+
+SHORT = replace(
+    TINY,
+    train__steps=6,
+    train__global_batch=8,
+    train__log_every=2,
+    train__eval_every=4,
+    train__eval_batches=1,
+    train__checkpoint_every=3,
+)
+
+
+def test_the_order_is_the_contract():
+    run = FakeRun(SHORT)
+    assert run.run() == 6
+    kinds = [event[:2] for event in run.events]
+    assert kinds == [
+        ("train", 0),
+        ("train", 1),
+        ("train", 2),
+        ("log", 2),  # the previous step, while the next one runs
+        ("save", 3),
+        ("train", 3),
+        ("log", 4),  # everything pending is written before evaluating
+        ("evaluate",),
+        ("eval", 4),
+        ("train", 4),
+        ("train", 5),
+        ("log", 6),
+        ("evaluate",),
+        ("eval", 6),
+        ("save", 6),
+        ("wait",),
+    ]
+    assert [event[2] for event in run.events if event[0] == "eval"] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind", "expected"),
+    [
+        ("train__log_every", 3, "log", [3, 6]),
+        ("train__eval_every", 2, "eval", [2, 4, 6]),
+        ("train__checkpoint_every", 2, "save", [2, 4, 6]),
+        ("train__steps", 4, "train", [0, 1, 2, 3]),
+    ],
+)
+def test_how_often(field, value, kind, expected):
+    run = FakeRun(replace(SHORT, **{field: value}))
+    run.run()
+    assert run.steps_of(kind) == expected
+
+
+def test_eval_batches_is_how_many():
+    run = FakeRun(replace(SHORT, train__eval_batches=3))
+    run.run()
+    assert [event[0] for event in run.events].count("evaluate") == 6
+
+
+def test_a_stop_request_saves_at_once_and_ends():
+    run = FakeRun(SHORT, stop_at=2)
+    assert run.run() == 2
+    assert run.steps_of("save") == [2]
+    assert run.events[-1] == ("wait",)
+
+
+def test_going_on_reads_the_batches_that_come_next():
+    whole, later = FakeRun(SHORT), FakeRun(SHORT)
+    whole.run()
+    later.run(start=4)
+    seen = [event for event in whole.events if event[0] == "train"]
+    assert [event for event in later.events if event[0] == "train"] == seen[4:]
+
+
+def test_the_first_signal_asks_and_the_second_kills(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.name == "SIGTERM"
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert "saving after this step" in capsys.readouterr().out
+
+
+# Whole runs.
+
+
+@pytest.fixture(scope="module")
+def config(corpus):
+    return text_config(
+        corpus,
+        mesh__fsdp=8,
+        train__steps=8,
+        train__eval_every=4,
+        train__checkpoint_every=4,
+        train__seq_len=32,
+        train__sample_prompt="abc",
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """A work directory of 8 steps in one go, and the state at the end."""
+    workdir = tmp_path_factory.mktemp("run") / "finished"
+    return workdir, jax.device_get(train(config, workdir))
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_work_directory(finished, config):
+    workdir, state = finished
+    assert int(state.step) == 8
+    assert sorted(path.name for path in workdir.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "data",
+        "metrics.jsonl",
+        "plots",
+        "tensorboard",
+        "tokenizer.model",
+    ]
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["4", "8"]
+    assert (workdir / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tensorboard").glob("events*"))
+    assert (workdir / "config.json").read_text() == config.to_json()
+    same = (workdir / "data" / "tokenizer.model").read_bytes()
+    assert (workdir / "tokenizer.model").read_bytes() == same
+
+
+def test_metrics_of_a_run(finished):
+    lines = records(finished[0])
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert set(steps[0]) >= {"loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu"}
+    assert steps[0]["mfu"] is None
+    assert steps[0]["loss"] == pytest.approx(np.log(300), abs=0.2)
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
+    evaluations = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [4, 8]
+    assert evaluations[-1]["eval_loss"] == pytest.approx(steps[-1]["loss"], abs=0.5)
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1, 1), (2, 2, 1, 2)])
+def test_stopped_and_resumed_equals_one_go(finished, config, tmp_path, monkeypatch, mesh):
+    """8 steps = 3, a stop, and 5 more; the resumed half also on another mesh."""
+    whole_dir, whole = finished
+    shutil.copytree(whole_dir / "data", tmp_path / "run" / "data")
+    counted = {"steps": 0}
+    stream = train_lib.stream
+
+    def stop_after_three(source, start, stop, *rest):
+        for batch in stream(source, start, stop, *rest):
+            if stop == config.train.steps:
+                counted["steps"] += 1
+                if counted["steps"] == 3:
+                    signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(train_lib, "stream", stop_after_three)
+    first = train(config, tmp_path / "run")
+    assert int(first.step) == 3
+    assert find_step(tmp_path / "run").name == "3"
+    monkeypatch.setattr(train_lib, "stream", stream)
+    other = replace(
+        config,
+        **dict(
+            zip(("mesh__data", "mesh__fsdp", "mesh__context", "mesh__tensor"), mesh, strict=True)
+        ),
+    )
+    second = jax.device_get(train(other, tmp_path / "run"))
+    assert int(second.step) == 8
+    losses = {line["step"]: line["loss"] for line in records(tmp_path / "run") if "loss" in line}
+    expected = {line["step"]: line["loss"] for line in records(whole_dir) if "loss" in line}
+    if mesh == (1, 8, 1, 1):
+        assert losses == expected
+        jax.tree.map(np.testing.assert_array_equal, second, whole)
+    else:
+        # Another mesh sums in another order.
+        assert losses == pytest.approx(expected, abs=2e-6)
+
+
+def test_a_finished_run_says_so(finished, config, capsys):
+    workdir, state = finished
+    before = sorted(
+        (p, p.stat().st_mtime_ns) for p in workdir.rglob("*") if "checkpoints" in str(p)
+    )
+    again = train(config, workdir)
+    out = capsys.readouterr().out
+    assert f"finished already: {workdir} is at step 8 of 8" in out
+    assert "what it writes after 'abc'" in out
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), state)
+    after = sorted((p, p.stat().st_mtime_ns) for p in workdir.rglob("*") if "checkpoints" in str(p))
+    assert [p for p, _ in before] == [p for p, _ in after]
+
+
+def test_no_prompt_no_sample(finished, config, capsys):
+    workdir, _ = finished
+    train(replace(config, train__sample_prompt=""), workdir)
+    assert "what it writes" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"optim__peak_lr": 0.5}, {"model__n_kv_heads": 2}, {"train__seed": 3}, {"train__steps": 9}],
+)
+def test_a_work_directory_of_another_config_is_refused(finished, config, changes):
+    workdir, _ = finished
+    name = next(iter(changes)).replace("__", ".")
+    saved = (workdir / "config.json").read_text()
+    with pytest.raises(UserError, match=f"holds a run of another config .*{name}"):
+        train(replace(config, **changes), workdir)
+    assert (workdir / "config.json").read_text() == saved
+
+
+def test_a_damaged_config_json_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json: .* not valid JSON.*another --workdir"):
+        check_workdir(TINY, epath.Path(tmp_path))
+
+
+def test_a_checkpoint_of_other_data_is_refused(finished, config, corpus, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    from llama_jax.data.prepare import prepare
+
+    other = replace(config, data__validation_fraction=0.4)
+    prepare(other, tmp_path / "other", log=lambda line: None)
+    with pytest.raises(UserError, match="was trained on data .* but this is data"):
+        train(replace(config, data__path=str(tmp_path / "other")), workdir)
+
+
+def test_synthetic_data_trains_too(tmp_path, capsys):
+    config = replace(TINY, train__steps=4, train__eval_every=2, train__sample_prompt="x")
+    state = train(config, tmp_path / "run")
+    assert int(state.step) == 4
+    assert [line["step"] for line in records(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+# Data that does not fit.
+
+
+def test_shards_of_another_vocabulary(shards, corpus, tmp_path):
+    config = text_config(corpus, data__path=str(shards), model__vocab_size=304)
+    with pytest.raises(UserError, match="vocabulary of 300, but model.vocab_size is 304"):
+        open_data(config, epath.Path(tmp_path))
+
+
+def test_a_path_without_shards(corpus, tmp_path):
+    config = text_config(corpus, data__path=str(tmp_path))
+    with pytest.raises(UserError, match="make them with llama_jax.prepare"):
+        open_data(config, epath.Path(tmp_path))
+
+
+def test_without_held_out_documents_there_is_no_evaluation(corpus, tmp_path):
+    config = text_config(corpus, data__validation_fraction=0.0)
+    assert open_data(config, epath.Path(tmp_path / "data")).validation is None
+
+
+def test_check_memory_tells_how_many_devices_it_takes():
+    mesh = mesh_of((1, 8, 1, 1))
+    check_memory(TINY, mesh, 10**9)
+    check_memory(TINY, mesh, None)
+    config = replace(TINY, model__dim=8192, model__ffn_dim=22016, model__n_layers=80)
+    parameters = config.model.parameter_count()
+    with pytest.raises(UserError) as caught:
+        check_memory(config, mesh, 16 * 2**30)
+    devices = -(-parameters * 16 // (16 * 2**30))
+    assert f"use {devices} or more such devices" in str(caught.value)
+    assert f"need {parameters * 16 / 8 / 2**30:,.0f} GiB per device" in str(caught.value)
+    half = replace(config, optim__moment_dtype="bfloat16")
+    check_memory(half, mesh, parameters * 14 // 8 + 1)
+    with pytest.raises(UserError):
+        check_memory(config, mesh, parameters * 14 // 8 + 1)
+
+
+# Every field is live: each one is named here with the test that shows it.
+
+STEP_FIELDS = {
+    "model__vocab_size": 96,
+    "model__dim": 64,
+    "model__n_layers": 3,
+    "model__n_heads": 8,
+    "model__n_kv_heads": 2,
+    "model__ffn_dim": 64,
+    "model__rope_theta": 5e5,
+    "model__norm_eps": 1e-5,
+    "model__tied_embeddings": True,
+    "model__compute_dtype": "bfloat16",
+    "model__remat": "full",
+    "model__scan_unroll": 2,
+    "optim__peak_lr": 1e-3,
+    "optim__final_lr_fraction": 0.5,
+    "optim__warmup_steps": 5,
+    "optim__beta1": 0.8,
+    "optim__beta2": 0.99,
+    "optim__eps": 1e-6,
+    "optim__weight_decay": 0.2,
+    "optim__clip_norm": 2.0,
+    "optim__moment_dtype": "bfloat16",
+    "train__steps": 40,
+    "train__seq_len": 32,
+    "train__global_batch": 16,
+    "train__grad_accum": 2,
+    "train__loss_chunk": 16,
+    "train__z_loss": 0.1,
+}
+OTHER_FIELDS = {
+    "model.attention": "test_attention::test_an_unknown_backend_is_an_error",
+    **dict.fromkeys(
+        ("mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor"), "test_mesh, test_step"
+    ),
+    **dict.fromkeys(("dcn.data", "dcn.fsdp", "dcn.context", "dcn.tensor"), "below"),
+    "data.source": "test_sources",
+    "data.path": "test_shards_of_another_vocabulary",
+    "data.tokenizer": "test_prepare::test_a_given_tokenizer_is_used",
+    "data.text_field": "test_sources::test_another_text_field",
+    "data.validation_fraction": "test_prepare::test_the_fingerprint_is_of_the_tokens",
+    "data.shard_tokens": "test_prepare::test_shards_hold_every_document_once_in_order",
+    "data.max_document_bytes": "test_sources::test_unusable_files_are_counted",
+    "train.seed": "below",
+    "train.log_every": "test_how_often",
+    "train.eval_every": "test_how_often",
+    "train.eval_batches": "test_eval_batches_is_how_many",
+    "train.checkpoint_every": "test_how_often",
+    "train.keep_checkpoints": "test_checkpoint::test_the_newest_are_kept",
+    "train.sample_prompt": "test_no_prompt_no_sample",
+}
+
+
+def test_every_field_is_covered():
+    fields = {
+        f"{group.name}.{field.name}"
+        for group in dataclasses.fields(Config)
+        for field in dataclasses.fields(group.default_factory)
+    }
+    covered = {name.replace("__", ".") for name in STEP_FIELDS} | set(OTHER_FIELDS)
+    assert covered == fields
+
+
+def program(config):
+    """The train step as text."""
+    from llama_jax.step import abstract_state, train_step
+
+    shape = (config.train.global_batch, config.train.seq_len)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
+    batch = {"inputs": ids, "targets": ids, "weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    step = jax.make_jaxpr(lambda s, b: train_step(s, b, config=config))
+    return str(step(abstract_state(config), batch))
+
+
+@pytest.fixture(scope="module")
+def base_program():
+    return program(TINY)
+
+
+@pytest.mark.parametrize("field", STEP_FIELDS)
+def test_the_field_changes_the_step(base_program, field):
+    assert program(replace(TINY, **{field: STEP_FIELDS[field]})) != base_program
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "context", "tensor"])
+def test_dcn_factors_change_the_mesh(axis):
+    from llama_jax.config import DcnConfig, MeshConfig
+    from llama_jax.mesh import make_mesh
+
+    mesh = make_mesh(MeshConfig(), DcnConfig(**{axis: 2}))
+    expected = {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
+    expected[axis] *= 2
+    assert dict(mesh.shape) == expected
+
+
+def test_the_seed_changes_weights_and_data(tmp_path, shards, corpus):
+    config = text_config(corpus, data__path=str(shards))
+    other = replace(config, train__seed=1)
+    first, second = (open_data(c, epath.Path(tmp_path)).train for c in (config, other))
+    assert not np.array_equal(first.rows(0, range(8))["inputs"], second.rows(0, range(8))["inputs"])
+    seeds = []
+
+    class Stop(Exception):
+        pass
+
+    def init(key):
+        seeds.append(jax.random.key_data(key).tolist())
+        raise Stop
+
+    for c in (config, other):
+        compiled = types.SimpleNamespace(init=init)
+        saver = types.SimpleNamespace(latest_step=lambda: None)
+        with pytest.raises(Stop):
+            train_lib.initial_state(compiled, saver, None, c)
+    assert seeds[0] != seeds[1]
