@@ -7,7 +7,6 @@ counter and moments), `meta` (JSON: resolved config, data fingerprint, versions)
 
 import base64
 import dataclasses
-import logging
 from typing import Any
 
 import jax
@@ -51,7 +50,6 @@ class Checkpointer:
     def __init__(self, workdir: epath.PathLike, config: Config) -> None:
         self._directory = (epath.Path(workdir) / CHECKPOINTS).absolute()
         self._config = config
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every save as several lines
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(

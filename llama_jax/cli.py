@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -16,12 +16,15 @@ from llama_jax.errors import UserError
 
 def config_flag() -> flags.FlagHolder:
     """Defines `--config=FILE.py`, with `--config.group.field=value` overrides."""
-    return config_flags.DEFINE_config_file(
+    holder = config_flags.DEFINE_config_file(
         "config",
         None,
         "Config file, such as configs/tiny.py; --config.GROUP.FIELD=VALUE overrides a field.",
         lock_config=True,
     )
+    # --help shows the flags of the main module, which absl calls by this name.
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
+    return holder
 
 
 def load_config(holder: flags.FlagHolder) -> config_lib.Config:
@@ -40,9 +43,12 @@ def run(main: Callable[[], int | None], doc: str | None) -> None:
 
     def parse(argv: list[str]) -> list[str]:
         # A bad --config fails while flags are parsed, with whatever its loader raises.
+        if {"--help", "-h", "--helpshort"} & set(argv):
+            app.usage(shorthelp=True, writeto_stdout=True)
+            sys.exit(0)
         try:
-            rest = app.parse_flags_with_usage(argv)
-        except (AttributeError, KeyError, TypeError, ValueError, OSError, UserError) as error:
+            rest = flags.FLAGS(argv)
+        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             _fail(error)
         if len(rest) > 1:
             _fail(UserError(f"unexpected argument {rest[1]!r}; options look like --name=value"))
@@ -66,12 +72,21 @@ def run(main: Callable[[], int | None], doc: str | None) -> None:
 
 
 def _quieten_libraries() -> None:
-    """Keeps what libraries say about themselves out of the user's terminal; warnings stay."""
-    logging.set_verbosity(logging.WARNING)
+    """Keeps what libraries say about themselves out of the user's terminal."""
+    # orbax logs every save, and a failed one with its traceback; what fails is also raised to us.
+    logging.set_verbosity(logging.FATAL)
     std_logging.getLogger("matplotlib").setLevel(std_logging.WARNING)
     # TensorFlow reads these at import; here it only feeds data.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    sys.excepthook = _excepthook
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    # tensorstore's threads print this when orbax has given up a save that failed; the reason of the
+    # failure reaches us as an exception of its own.
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _fail(error: Exception) -> NoReturn:

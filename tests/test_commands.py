@@ -101,7 +101,10 @@ def test_generate_with_bad_input(run, flags, message):
         ),
         (("--config=configs/tiny.py", "--workdri=x"), "Did you mean: workdir"),
         (("--config=configs/tiny.py", "--workdir=x", "--config.train.steps=many"), "many"),
-        (("--config=configs/tiny.py", "--workdir=x", "--config.train.steps=-5"), "warmup_steps"),
+        (
+            ("--config=configs/tiny.py", "--workdir=x", "--config.train.steps=-5"),
+            "steps must be positive",
+        ),
         (("--config=configs/tiny.py", "--workdir=x", "extra"), "unexpected argument 'extra'"),
         (
             ("--config=configs/tiny.py", "--workdir=x", "--config.mesh.tensor=3"),
@@ -260,6 +263,7 @@ def test_a_full_disk_during_a_save(corpus, tmp_path):
 @pytest.mark.parametrize("module", ["train", "prepare", "generate"])
 def test_help_is_complete_and_has_an_example(module):
     process = run_command(module, "--help")
+    assert process.returncode == 0 and process.stderr == ""
     assert f"python -m llama_jax.{module}" in process.stdout
     assert "Example:" in process.stdout
     expected = {
@@ -271,7 +275,7 @@ def test_help_is_complete_and_has_an_example(module):
         ),
     }[module]
     for flag in expected:
-        assert flag in process.stdout, flag
+        assert f"  {flag}:" in process.stdout, flag
     # Only our flags, not those of every library.
     assert "--logtostderr" not in process.stdout
 
