@@ -7,6 +7,7 @@ counter and moments), `meta` (JSON: resolved config, data fingerprint, versions)
 
 import base64
 import dataclasses
+import shutil
 from typing import Any
 
 import jax
@@ -85,6 +86,7 @@ class Checkpointer:
         }
         tokenizer = {"sentencepiece": base64.b64encode(meta.tokenizer_model).decode()}
         optimizer = {"step": state.step, "opt_state": state.opt_state}
+        self._check_space(state)
         try:
             self._manager.save(
                 meta.step,
@@ -97,6 +99,19 @@ class Checkpointer:
             )
         except (OSError, ValueError) as error:
             raise self._save_error(error) from error
+
+    def _check_space(self, state: TrainState) -> None:
+        """Fails before anything is written, where the disk tells that it cannot hold the state."""
+        if "://" in str(self._directory):
+            return
+        shards = (s for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards)
+        needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            error = OSError(
+                f"it takes {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
+            )
+            raise self._save_error(error)
 
     def wait(self) -> None:
         """Blocks until all saves are on disk.

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -79,14 +79,6 @@ def _quieten_libraries() -> None:
     # TensorFlow reads these at import; here it only feeds data.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    sys.excepthook = _excepthook
-
-
-def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    # tensorstore's threads print this when orbax has given up a save that failed; the reason of the
-    # failure reaches us as an exception of its own.
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
 
 
 def _fail(error: Exception) -> NoReturn:
