@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from absl import flags
 from etils import epath
+from jax.experimental import multihost_utils
 
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import cli, metrics
@@ -33,16 +34,27 @@ RESUMABLE = (
 
 
 class StopRequest:
-    """Turns the first SIGTERM or Ctrl-C into a flag that the loop polls; a second one kills."""
+    """Turns the first SIGTERM or Ctrl-C into a flag that the loop polls; a second one kills.
+
+    With several processes, which must stop at the same step, JAX itself listens for SIGTERM and
+    agrees with the others on that step.
+    """
 
     def __init__(self) -> None:
         self.name = ""
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
+        if jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._handle)
         return self
+
+    def at(self, step: int) -> bool:
+        """Whether to stop before `step`; all processes must ask at every step."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.name = "SIGTERM"
+        return bool(self.name)
 
     def _handle(self, number: int, _: Any) -> None:
         self.name = signal.Signals(number).name
@@ -55,12 +67,22 @@ class StopRequest:
 
 
 def start_processes() -> None:
-    """Joins the other processes of the job, where the environment names any."""
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
-            process_id=int(os.environ["JAX_PROCESS_ID"]),
-        )
+    """Joins the other processes of the job, where the environment names any.
+
+    Raises:
+      UserError: the environment names them in part, or not as numbers.
+    """
+    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        return
+    numbers = {}
+    for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        value = os.environ.get(name, "")
+        if not value.isdigit():
+            raise UserError(f"JAX_COORDINATOR_ADDRESS is set, but {name} is {value!r}, no number")
+        numbers[name] = int(value)
+    jax.distributed.initialize(
+        num_processes=numbers["JAX_NUM_PROCESSES"], process_id=numbers["JAX_PROCESS_ID"]
+    )
 
 
 def use_compilation_cache() -> None:
@@ -126,9 +148,8 @@ def check_workdir(config: Config, workdir: epath.Path) -> None:
                 f"{workdir} holds a run of another config ({fields}); "
                 "use another --workdir, or the same values"
             )
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(config.to_json())
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(config.to_json())
 
 
 def _writers(config: Config, workdir: epath.Path, peak_name: str) -> list[metrics.Writer]:
@@ -228,7 +249,7 @@ def run_loop(
 
     log.start(start)
     for step in range(start, train.steps + 1):
-        last = step == train.steps or bool(stop.name)
+        last = stop.at(step) or step == train.steps
         if step > start:
             if step == train.steps or step % train.eval_every == 0:
                 log.flush()
@@ -260,10 +281,14 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
     check_batch(config.train.global_batch, config.train.seq_len, config.train.grad_accum, mesh)
     with jax.set_mesh(mesh):
         compiled = jit_step(config, mesh)
-        check_workdir(config, workdir)
-        data = open_data(config, workdir / "data")
-        if data.tokenizer is not None and jax.process_index() == 0:
-            data.tokenizer.save(workdir / "tokenizer.model")
+        if jax.process_index() == 0:  # the others wait, and find what it has written
+            check_workdir(config, workdir)
+            data = open_data(config, workdir / "data")
+            if data.tokenizer is not None:
+                data.tokenizer.save(workdir / "tokenizer.model")
+        multihost_utils.sync_global_devices("work directory")
+        if jax.process_index() > 0:
+            data = open_data(config, workdir / "data")
         _log(describe(config, mesh, data))
         saver = checkpoint_lib.Checkpointer(workdir, config)
         state = initial_state(compiled, saver, data, config)

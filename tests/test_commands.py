@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -194,6 +195,75 @@ def test_sigterm_saves_and_the_same_command_goes_on(corpus, tmp_path):
     stopped = int(re.search(r"stopped at step (\d+), saved", rest)[1])
     assert (tmp_path / "run" / "checkpoints" / str(stopped)).exists()
     assert (tmp_path / "run" / "plots" / "loss.png").exists()
+
+
+def start_two_processes(corpus, workdir, *flags):
+    """Two processes of 4 devices each, which find each other on loopback."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "llama_jax.train", *TINY_FLAGS, *flags]
+    command += [f"--config.data.source={corpus}", f"--workdir={workdir}"]
+    env = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        # A process that waits for another one's compiler would be taken for dead.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**env, "JAX_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+
+
+def losses_of(workdir):
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line.get("loss", line.get("eval_loss")) for line in lines}
+
+
+def test_two_processes_train_as_one(corpus, tmp_path):
+    flags = ("--config.train.steps=8", "--config.train.checkpoint_every=100")
+    pair = start_two_processes(corpus, tmp_path / "two", *flags)
+    outputs = [process.communicate(timeout=300) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    assert "on 8 cpu device(s), 2 process(es)" in outputs[0][0]
+    # Only the first one talks, and the library that carries the messages between CPUs.
+    assert [line for line in outputs[1][0].splitlines() if not line.startswith("[Gloo]")] == []
+    one = train(corpus, tmp_path / "one", *flags, devices=8)
+    assert one.returncode == 0, one.stderr
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=2e-6)
+    # One process goes on, or sees that there is nothing to do, where two have stopped.
+    again = train(corpus, tmp_path / "two", *flags, devices=2)
+    assert "finished already" in again.stdout, again.stderr
+
+
+def test_sigterm_to_one_process_stops_both_at_the_same_step(corpus, tmp_path):
+    flags = ("--config.train.steps=100000", "--config.train.eval_every=100000")
+    flags += ("--config.train.checkpoint_every=100000",)
+    pair = start_two_processes(corpus, tmp_path / "run", *flags)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline and all(p.poll() is None for p in pair)
+        time.sleep(0.2)
+    pair[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=200) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    stopped = re.search(r"stopped at step (\d+), saved", outputs[0][0])[1]
+    assert (tmp_path / "run" / "checkpoints" / stopped).exists()
+
+
+def test_half_an_environment_for_many_processes_is_an_error(corpus, tmp_path):
+    process = train(corpus, tmp_path / "run", JAX_COORDINATOR_ADDRESS="localhost:1")
+    assert "JAX_NUM_PROCESSES is ''" in one_line_error(process)
 
 
 def test_prepare_and_verify(corpus, tmp_path):

@@ -68,8 +68,13 @@ def test_rms_norm_in_float64():
 
 
 def test_rms_norm_of_bfloat16_is_done_in_float32():
-    x = jnp.full((1, 4096), 3.0, jnp.bfloat16)  # a bfloat16 sum of squares would stop at 2,304
-    np.testing.assert_allclose(rms_norm(x, jnp.ones(4096), 1e-6).astype(jnp.float32), 1.0)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((64, 128)), jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
+    got = rms_norm(x, jnp.ones(128), 1e-6)
+    assert got.dtype == jnp.bfloat16
+    # Rounded once, at the end; in bfloat16 throughout, half of them would be another number.
+    assert (got == jnp.asarray(exact, jnp.bfloat16)).mean() > 0.99
 
 
 def test_rope_depends_on_the_distance_alone():

@@ -28,7 +28,8 @@ def test_nothing_is_normalised_away(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_digits_are_single_tokens(tokenizer):
+def test_digits_are_single_tokens():
+    tokenizer = train_tokenizer(["on 20231115 we met in 2023 " * 50], 285)
     pieces = [tokenizer.piece(token).strip("\u2581") for token in tokenizer.encode("20231115")]
     assert [piece for piece in pieces if piece] == list("20231115")
 

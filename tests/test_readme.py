@@ -1,0 +1,56 @@
+"""What the README says is true of the code."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from llama_jax.config import Config
+from tests.helpers import ROOT
+from tests.test_config import load
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_notebook_runs_and_learns():
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr
+    loss, spec = process.stdout.split(maxsplit=1)
+    assert float(loss) < 4 < 5.5  # ln 256 = 5.5 before training
+    assert "'tensor'" in spec
+
+
+@pytest.mark.parametrize("name", ["tiny", "7b", "13b", "33b", "65b"])
+def test_the_table_of_configs(name):
+    config, _ = load(name)
+    model, train = config.model, config.train
+    row = re.search(rf"\| `{name}` \|(.*)\|", README)[1]
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[:5] == [
+        f"{model.parameter_count():,}",
+        *map(str, (model.dim, model.n_layers, model.n_heads, model.ffn_dim)),
+    ]
+    assert float(cells[5]) == config.optim.peak_lr
+    scale = {"M": 1e6, "T": 1e12}[cells[6][-1]]
+    assert float(cells[6][:-1]) * scale == pytest.approx(
+        train.steps * train.tokens_per_step, rel=0.03
+    )
+    assert cells[7].startswith(f"{train.global_batch:,} x {train.seq_len:,}")
+
+
+def test_every_flag_and_file_that_is_named_exists():
+    config = Config()
+    for group, field in re.findall(r"--config\.([a-z]+)\.([a-z_]+)=", README):
+        assert hasattr(getattr(config, group), field), f"{group}.{field}"
+    for name in re.findall(r"--config=(\S+\.py)", README):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`((?:tests|llama_jax|benchmarks)/[\w/.]+)`", README):
+        assert (ROOT / name).exists(), name
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    for name in re.findall(r"`make ([a-z]+)`", README):
+        assert name in targets, name
