@@ -63,6 +63,13 @@ def test_the_same_seed_gives_the_same_tokens():
     assert draw(0) == draw(0) != draw(1)
 
 
+def test_each_token_is_a_new_draw():
+    uniform = {**PARAMS, "lm_head": np.zeros_like(PARAMS["lm_head"])}
+    sampling = Sampling(max_tokens=20, temperature=1.0, top_p=1.0)
+    row = generate(CONFIG, uniform, [[1]], sampling, context=64, eos_id=NEVER)[0]
+    assert len(set(row)) > 5
+
+
 def test_draws_follow_the_model():
     """Frequencies of the first token over many rows against softmax of the logits."""
     rows = 4096
