@@ -116,7 +116,7 @@ def write_corpus(folder, files=40):
     return folder
 
 
-def run_command(module, *arguments, devices=1, **environment):
+def run_command(module, *arguments, devices=1, timeout=600, **environment):
     """Runs `python -m llama_jax.MODULE`; returns the completed process with its text output."""
     env = {
         **os.environ,
@@ -124,7 +124,9 @@ def run_command(module, *arguments, devices=1, **environment):
         **environment,
     }
     command = [sys.executable, "-m", f"llama_jax.{module}", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def one_line_error(process):

@@ -43,6 +43,11 @@ def test_initial_weights_have_their_size():
     # Two layers: 1 / sqrt(2 * 2).
     assert float(params["layers"]["mlp"]["w2"].std()) == pytest.approx(0.01, rel=0.05)
     assert float(params["layers"]["attn"]["wo"].std()) == pytest.approx(0.01, rel=0.05)
+    # Normal: mean 0, and shares within one and two standard deviations of 68.3% and 95.4%.
+    scaled = np.abs(params["embed"]) / 0.02
+    assert abs(float(params["embed"].mean())) < 0.02 * 0.02
+    assert float((scaled < 1).mean()) == pytest.approx(0.683, abs=0.01)
+    assert float((scaled < 2).mean()) == pytest.approx(0.954, abs=0.01)
     first, second = params["layers"]["attn"]["wq"]
     assert not np.array_equal(first, second)
 
