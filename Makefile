@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKDIR ?= runs/tiny
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help train test lint format slow parity clean
+.PHONY: help train test lint format slow parity beam clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -50,5 +50,14 @@ slow: .venv/.installed-dev  ## the tests that take minutes
 parity: .venv/.installed-parity  ## live comparison with transformers on torch
 	$(BIN)/python -m pytest -m parity -q $(PYTEST_ARGS)
 
+# Beam wants older versions of some libraries than constraints.txt has: an environment of its own.
+.venv-beam/.installed: setup.py
+	$(PYTHON) -m venv .venv-beam
+	@.venv-beam/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,beam]'
+	@touch $@
+
+beam: .venv-beam/.installed  ## prepare on Apache Beam against prepare on one machine
+	.venv-beam/bin/python -m pytest -m beam -q $(PYTEST_ARGS)
+
 clean:  ## remove .venv and caches, but not your runs
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-beam .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

@@ -25,12 +25,15 @@ setup(
         "numpy>=2.0",
         "sentencepiece>=0.2.0",
         "tensorflow-datasets>=4.9.9",
+        "importlib_resources>=6",  # TFDS 4.9.10 imports it without asking for it
         # The light CPU build where it exists: TensorFlow only reads data here.
         'tensorflow-cpu>=2.20; platform_system == "Linux" and platform_machine == "x86_64"',
         'tensorflow>=2.20; platform_system != "Linux" or platform_machine != "x86_64"',
         "ml_collections>=1.1.0",
         "absl-py>=2.3.0",
         "etils[epath]>=1.13.0",
+        "pyarrow>=20",
+        "zstandard>=0.23",
         "tensorboardX>=2.6.4",
         "matplotlib>=3.9",
     ],
@@ -38,6 +41,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
+        "beam": ["apache-beam>=2.77"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -33,12 +33,14 @@ class Meta:
       step: optimiser steps taken; the data position is a function of it.
       data_fingerprint: sha256 of the token shards, or of the synthetic source's parameters.
       tokenizer_model: serialized SentencePiece model; empty for synthetic data.
+      positions: of each process in streamed data (`data.streaming.Position`); else empty.
     """
 
     config: Config
     step: int
     data_fingerprint: str
     tokenizer_model: bytes
+    positions: list[list[int]] = dataclasses.field(default_factory=list)
 
 
 class Checkpointer:
@@ -81,6 +83,7 @@ class Checkpointer:
             "format_version": FORMAT_VERSION,
             "step": meta.step,
             "data_fingerprint": meta.data_fingerprint,
+            "positions": meta.positions,
             "config": meta.config.to_json(),
             "versions": {"llama_jax": llama_jax.__version__, "jax": jax.__version__},
         }
@@ -224,6 +227,7 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
                 config=from_json(meta["config"]),
                 step=meta["step"],
                 data_fingerprint=meta["data_fingerprint"],
+                positions=meta["positions"],
                 tokenizer_model=base64.b64decode(tokenizer["sentencepiece"]),
             )
         except (OSError, KeyError, TypeError, ValueError) as error:

@@ -17,6 +17,7 @@ REMAT_POLICIES = ("none", "full", "dots")
 # Tensors inside a block that `remat = "save:..."` may keep; model.py gives them these names.
 REMAT_NAMES = ("q", "k", "v", "attn_context", "attn_out", "mlp_gate", "mlp_up")
 ATTENTION_BACKENDS = ("auto", "xla")
+PACKINGS = ("concat", "best_fit")
 COMPUTE_DTYPES = ("bfloat16", "float32")
 
 
@@ -141,22 +142,42 @@ class DataConfig:
     """Where tokens come from.
 
     `source` is `stdlib` (Python's own library, on every machine), `synthetic` (random tokens, for
-    benchmarks), or a comma-separated list of files, folders and globs: .jsonl with a text field, or
-    any text file, each also as .gz.
+    benchmarks), `tfds:NAME`, or a comma-separated list of files, folders and globs: .jsonl and
+    .parquet with a text field, or any text file; all but .parquet also as .gz or .zst. Several
+    sources have names: `web=web/*.jsonl.zst; books=books/*.txt`.
     """
 
     source: str = "stdlib"
     path: str = ""  # folder of prepared shards; empty: WORKDIR/data
     tokenizer: str = ""  # SentencePiece model; empty: train one of model.vocab_size on the source
-    text_field: str = "text"  # of a JSON line
+    text_field: str = "text"  # of a JSON line, a Parquet table or a TFDS example
+    tfds_split: str = "train"
+    tfds_data_dir: str = ""  # where TFDS datasets are; empty: TFDS's own default
+    mixture: str = ""  # shares of tokens, web=0.7,books=0.3, or llama; empty: by size
+    packing: str = (
+        "concat"  # concat (LLaMA's) | best_fit: whole documents, that see only themselves
+    )
+    streaming: bool = False  # tokenise while training, without shards
+    accept_other_data: bool = False  # go on although the checkpoint was trained on other data
     validation_fraction: float = 0.01  # of the documents
     shard_tokens: int = 100_000_000  # tokens per shard
+    part_bytes: int = 64_000_000  # of the source, that one worker takes at a time
+    workers: int = 0  # processes that tokenise; 0: one per core
     max_document_bytes: int = 10_000_000  # longer documents are skipped and counted
 
     def __post_init__(self) -> None:
         _require(bool(self.source), "data.source is empty; try stdlib or a path")
         _require(bool(self.text_field), "data.text_field is empty")
-        _require_positive("data", self, "shard_tokens", "max_document_bytes")
+        _require_positive("data", self, "shard_tokens", "max_document_bytes", "part_bytes")
+        _require(self.workers >= 0, "data.workers must not be negative")
+        _require(
+            self.packing in PACKINGS,
+            f"data.packing must be one of {PACKINGS}, got {self.packing!r}",
+        )
+        _require(
+            not self.streaming or (self.packing == "concat" and not self.mixture),
+            "data.streaming goes with data.packing=concat and without data.mixture",
+        )
         _require(
             0 <= self.validation_fraction < 1,
             f"data.validation_fraction must be in [0, 1), got {self.validation_fraction}",

@@ -3,6 +3,8 @@
 Example:
   python -m llama_jax.prepare --config=configs/tiny.py --output=shards \\
       --config.data.source='books/*.txt,web/*.jsonl.gz'
+  python -m llama_jax.prepare --config=configs/tiny.py --output=shards \\
+      --config.data.source='web=web/*.parquet; books=books/*.txt.zst'
   python -m llama_jax.prepare --verify=shards
 """
 
@@ -23,11 +25,14 @@ def main() -> None:
         return
     if not _OUTPUT.value:
         raise UserError("--output is missing; try --output=shards")
-    prepare.prepare(cli.load_config(_CONFIG), _OUTPUT.value)
+    prepare.prepare(cli.load_config(_CONFIG), _OUTPUT.value, beam_options=_BEAM.value)
 
 
 if __name__ == "__main__":
     _CONFIG = cli.config_flag()
     _OUTPUT = flags.DEFINE_string("output", None, "Folder to make; local or gs://.")
     _VERIFY = flags.DEFINE_string("verify", None, "Check the shards in this folder, and stop.")
+    _BEAM = flags.DEFINE_string(
+        "beam", None, "Run on Apache Beam with these options, such as '--runner=DirectRunner'."
+    )
     cli.run(main, __doc__)

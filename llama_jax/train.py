@@ -10,6 +10,7 @@ import signal
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 from etils import epath
 from jax.experimental import multihost_utils
@@ -19,6 +20,7 @@ from llama_jax import cli, metrics
 from llama_jax.config import Config, difference, from_json
 from llama_jax.data.loader import stream
 from llama_jax.data.pipeline import TrainingData, open_data
+from llama_jax.data.streaming import Position, StreamingBatches
 from llama_jax.errors import UserError
 from llama_jax.generate import Sampling, complete
 from llama_jax.mesh import make_mesh
@@ -28,6 +30,8 @@ from llama_jax.step import CompiledStep, TrainState, jit_step
 # Fields that may change when a run is resumed: where and how often, not what is trained.
 RESUMABLE = (
     *("mesh.", "dcn.", "model.attention", "model.remat", "model.scan_unroll", "data.path"),
+    *("data.tfds_data_dir", "data.workers", "data.part_bytes", "data.shard_tokens"),
+    *("data.accept_other_data",),
     *("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every"),
     *("train.keep_checkpoints", "train.sample_prompt"),
 )
@@ -180,10 +184,19 @@ def describe(config: Config, mesh: jax.sharding.Mesh, data: TrainingData) -> str
             f"batch   {train.global_batch} sequences x {train.seq_len} = "
             f"{train.tokens_per_step:,} tokens, in {train.grad_accum} microbatch(es)",
             f"run     {train.steps:,} steps = {tokens:,} tokens, "
-            f"{data.train.epochs(train.steps):.2f} epochs, "
             f"{config.model.flops_per_token(train.seq_len) * tokens:.2e} FLOPs",
+            *_describe_data(config, data),
         )
     )
+
+
+def _describe_data(config: Config, data: TrainingData) -> list[str]:
+    """How often each source will have been seen at the end."""
+    epochs = data.train.epochs(config.train.steps)
+    if not epochs:
+        return []
+    seen = ", ".join(f"{name or 'the source'} {value:.2f}" for name, value in epochs.items())
+    return [f"data    epochs at the end: {seen}"]
 
 
 def evaluate(
@@ -193,7 +206,7 @@ def evaluate(
     if data.validation is None:
         return None
     train = config.train
-    count = min(train.eval_batches, math.ceil(data.validation.n_windows / train.global_batch))
+    count = min(train.eval_batches, math.ceil(data.validation.n_sequences / train.global_batch))
     total, weight = 0.0, 0.0
     shape = (train.global_batch, train.seq_len)
     for batch in stream(data.validation, 0, count, compiled.batch_sharding, *shape):
@@ -211,16 +224,44 @@ def initial_state(
       UserError: the checkpoint is unreadable, or was trained on other data.
     """
     step = saver.latest_step()
+    process = (jax.process_index(), jax.process_count())
     if step is None:
+        if isinstance(data.train, StreamingBatches):
+            data.train.start_at(0, Position(), *process)
         return compiled.init(jax.random.key(config.train.seed))
     saved = checkpoint_lib.load_meta(saver.folder(step))
-    if saved.data_fingerprint != data.fingerprint:
+    if saved.data_fingerprint != data.fingerprint and not config.data.accept_other_data:
         raise UserError(
             f"checkpoint {saver.folder(step)} was trained on data {saved.data_fingerprint}, but "
-            f"this is data {data.fingerprint}; restore those shards or use another --workdir"
+            f"this is data {data.fingerprint}; restore those shards, use another --workdir, or go "
+            "on with these by --config.data.accept_other_data=True"
         )
+    if isinstance(data.train, StreamingBatches):
+        if len(saved.positions) != process[1]:
+            raise UserError(
+                f"checkpoint {saver.folder(step)} has data positions of {len(saved.positions)} "
+                f"process(es), and there are {process[1]}: streamed data can only go on with as "
+                "many"
+            )
+        data.train.start_at(step, Position(*saved.positions[process[0]]), *process)
     _log(f"resume  from step {step}")
     return saver.restore(step, compiled.state_shardings)
+
+
+def _positions(data: TrainingData, step: int) -> list[list[int]]:
+    """Where each process stands in streamed data; nothing for shards, where the step says it."""
+    if not isinstance(data.train, StreamingBatches):
+        return []
+    mine = data.train.state(step)
+    if jax.process_count() == 1:
+        return [mine]
+    return multihost_utils.process_allgather(np.asarray(mine)).tolist()
+
+
+def _epoch_metrics(data: TrainingData, step: int) -> dict[str, float]:
+    """Passes over each source, as metrics."""
+    epochs = data.train.epochs(step)
+    return {f"epochs/{name}" if name else "epochs": value for name, value in epochs.items()}
 
 
 def run_loop(
@@ -245,7 +286,10 @@ def run_loop(
     tokenizer_model = data.tokenizer.model_bytes if data.tokenizer else b""
 
     def save(step: int) -> None:
-        saver.save(state, checkpoint_lib.Meta(config, step, data.fingerprint, tokenizer_model))
+        meta = checkpoint_lib.Meta(
+            config, step, data.fingerprint, tokenizer_model, _positions(data, step)
+        )
+        saver.save(state, meta)
 
     log.start(start)
     for step in range(start, train.steps + 1):
@@ -263,7 +307,10 @@ def run_loop(
             break
         batch = next(batches)
         state, step_metrics = compiled.train(state, batch)
-        log.push(step + 1, step_metrics if (step + 1) % train.log_every == 0 else None)
+        if (step + 1) % train.log_every == 0:
+            log.push(step + 1, {**step_metrics, **_epoch_metrics(data, step + 1)})
+        else:
+            log.push(step + 1, None)
     log.flush()
     saver.wait()
     return state

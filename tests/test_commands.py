@@ -158,10 +158,10 @@ def test_another_config_in_the_work_directory(run, corpus):
 def test_a_damaged_shard(run, corpus, tmp_path):
     workdir = shutil.copytree(run[0], tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints")
-    path = workdir / "data" / "train-00000.bin"
+    path = workdir / "data" / "train-00000-000.bin"
     path.write_bytes(path.read_bytes()[:-2])
     message = one_line_error(train(corpus, workdir, "--config.train.steps=8"))
-    assert "train-00000.bin has" in message and "the manifest says" in message
+    assert "train-00000-000.bin has" in message and "the manifest says" in message
 
 
 def test_another_tokenizer(run, corpus, tmp_path):
@@ -273,7 +273,7 @@ def test_prepare_and_verify(corpus, tmp_path):
     assert f"token shards in {tmp_path / 'shards'}" in process.stdout
     verify = f"--verify={tmp_path / 'shards'}"
     assert "every file is as the manifest says" in run_command("prepare", verify).stdout
-    path = tmp_path / "shards" / "train-00000.bin"
+    path = tmp_path / "shards" / "train-00000-000.bin"
     data = bytearray(path.read_bytes())
     data[7] ^= 255
     path.write_bytes(data)

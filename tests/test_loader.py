@@ -1,6 +1,8 @@
+import itertools
 import subprocess
 import sys
 import time
+from fractions import Fraction
 
 import jax
 import numpy as np
@@ -10,7 +12,9 @@ from hypothesis import strategies as st
 
 from llama_jax.data.loader import (
     Batches,
+    Sequences,
     SyntheticBatches,
+    ValidationBatches,
     iterate,
     local_rows,
     permute,
@@ -31,7 +35,7 @@ def dataset(shards):
 
 @pytest.fixture(scope="module")
 def batches(dataset):
-    return Batches(dataset, T, BATCH, seed=0)
+    return Batches({"": dataset}, T, BATCH, seed=0)
 
 
 @settings(deadline=None)
@@ -68,7 +72,7 @@ def epoch_rows(batches, first_sample, count):
 
 @pytest.mark.parametrize("epoch", [0, 1, 3])
 def test_each_token_is_once_a_target_in_an_epoch(batches, dataset, epoch):
-    n = batches.n_windows
+    n = batches.n_sequences
     rows = epoch_rows(batches, epoch * n, n)
     starts = {}
     whole = dataset.tokens(0, dataset.n_tokens).astype(np.int64)
@@ -83,9 +87,9 @@ def test_each_token_is_once_a_target_in_an_epoch(batches, dataset, epoch):
 
 
 def test_each_epoch_has_its_own_order(batches):
-    n = batches.n_windows
-    order = [[int(batches.windows(*divmod_step(e * n + i))[0]) for i in range(n)] for e in range(3)]
-    assert all(sorted(o) == list(range(n)) for o in order)
+    n = batches.n_sequences
+    order = [[batches.draws(*divmod_step(e * n + i))[0] for i in range(n)] for e in range(3)]
+    assert all(sorted(o) == [(0, i) for i in range(n)] for o in order)
     assert order[0] != order[1] != order[2] != order[0]
 
 
@@ -95,9 +99,9 @@ def divmod_step(sample):
 
 
 def test_the_seed_changes_the_order_and_nothing_else(dataset):
-    first, second = (Batches(dataset, T, BATCH, seed=seed) for seed in (0, 1))
-    n = first.n_windows
-    orders = [[int(b.windows(*divmod_step(i))[0]) for i in range(n)] for b in (first, second)]
+    first, second = (Batches({"": dataset}, T, BATCH, seed=seed) for seed in (0, 1))
+    n = first.n_sequences
+    orders = [[b.draws(*divmod_step(i))[0] for i in range(n)] for b in (first, second)]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
 
 
@@ -140,31 +144,33 @@ def test_weights_are_one_and_types_right(batches):
 def test_the_last_window_is_padded_with_weight_zero(shards):
     dataset = TokenDataset.open(shards, "train")
     length = next(n for n in range(20, 60) if (dataset.n_tokens - 1) % n > 1)
-    batches = Batches(dataset, length, 1, seed=0)
-    padded = [batches.rows(step, range(1))["weights"].sum() for step in range(batches.n_windows)]
+    batches = Batches({"": dataset}, length, 1, seed=0)
+    padded = [batches.rows(step, range(1))["weights"].sum() for step in range(batches.n_sequences)]
     assert sorted(set(padded)) == [(dataset.n_tokens - 1) % length, length]
 
 
-def test_evaluation_reads_once_from_front_to_back(shards):
+def test_evaluation_sees_each_token_once(shards):
     validation = TokenDataset.open(shards, "validation")
-    batches = Batches(validation, T, BATCH, seed=0, shuffle=False)
-    steps = -(-batches.n_windows // BATCH)
+    batches = ValidationBatches({"": validation}, T, BATCH)
+    steps = -(-batches.n_sequences // BATCH)
     rows = [batches.rows(step, range(BATCH)) for step in range(steps)]
     weights = np.concatenate([r["weights"] for r in rows])
     targets = np.concatenate([r["targets"] for r in rows])[weights == 1]
-    np.testing.assert_array_equal(targets, validation.tokens(1, validation.n_tokens))
+    expected = validation.tokens(1, validation.n_tokens)
+    np.testing.assert_array_equal(np.sort(targets), np.sort(expected))
+    assert weights.sum() == validation.n_tokens - 1
 
 
 def test_fewer_tokens_than_a_window(tmp_path, shards):
     validation = TokenDataset.open(shards, "validation")
-    batches = Batches(validation, 100_000, 2, seed=0)
+    batches = Batches({"": validation}, 100_000, 2, seed=0)
     batch = batches.rows(0, range(2))
-    assert batches.n_windows == 1
+    assert batches.n_sequences == 1
     assert batch["weights"].sum() == 2 * (validation.n_tokens - 1)
 
 
 def test_epochs(batches):
-    assert batches.epochs(batches.n_windows) == BATCH
+    assert batches.epochs(batches.n_sequences) == {"": BATCH}
 
 
 def test_synthetic_batches_are_a_function_of_seed_step_and_row():
@@ -229,7 +235,7 @@ def test_too_few_tokens_to_train_on(dataset):
     import dataclasses
 
     with pytest.raises(UserError, match="holds 1 tokens, too few"):
-        Batches(dataclasses.replace(dataset, n_tokens=1), T, BATCH, seed=0)
+        Batches({"": dataclasses.replace(dataset, n_tokens=1)}, T, BATCH, seed=0)
 
 
 def test_synthetic_batches_need_no_tensorflow():
@@ -246,3 +252,146 @@ def test_synthetic_batches_need_no_tensorflow():
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert jax.device_count() == 8
+
+
+# Several sources, and packed documents.
+
+
+@pytest.fixture(scope="module")
+def three(corpus, tmp_path_factory):
+    """Three sources of unequal size, concatenated and packed."""
+    from llama_jax.data.prepare import prepare
+    from tests.helpers import text_config
+
+    source = f"a={corpus}/00*.txt; b={corpus}/01*.txt,{corpus}/02*.txt; c={corpus}/03*.txt"
+    found = {}
+    for packing in ("concat", "best_fit"):
+        folder = tmp_path_factory.mktemp("three") / packing
+        config = text_config(source, data__packing=packing, train__seq_len=T)
+        prepare(config, folder, log=lambda line: None)
+        found[packing] = {name: TokenDataset.open(folder / name, "train") for name in "abc"}
+    return found
+
+
+SHARES = {"a": Fraction(1, 10), "b": Fraction(7, 10), "c": Fraction(1, 5)}
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_a_mixture_keeps_its_shares_and_each_source_its_epochs(three, packing):
+    batches = Batches(three[packing], T, BATCH, seed=0, shares=SHARES)
+    steps = 120
+    draws = [draw for step in range(steps) for draw in batches.draws(step, range(BATCH))]
+    for index, (name, share) in enumerate(SHARES.items()):
+        mine = [number for source, number in draws if source == index]
+        assert abs(len(mine) - len(draws) * share) < 1
+        count = batches._sources[index].count
+        assert batches.epochs(steps)[name] == len(mine) / count
+        for epoch in range(len(mine) // count):
+            whole = mine[epoch * count : (epoch + 1) * count]
+            assert sorted(whole) == list(range(count))
+        if len(mine) >= 2 * count:
+            assert mine[:count] != mine[count : 2 * count]
+
+
+def test_without_shares_all_sources_go_at_the_same_pace(three):
+    batches = Batches(three["concat"], T, BATCH, seed=0)
+    step = batches.n_sequences  # eight epochs
+    assert batches.epochs(step) == {"a": 8, "b": 8, "c": 8}
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_make_the_same_mixture(three, packing, hosts):
+    batches = Batches(three[packing], T, BATCH, seed=0, shares=SHARES)
+    whole = batches.rows(31, range(BATCH))
+    size = BATCH // hosts
+    parts = [batches.rows(31, range(h * size, (h + 1) * size)) for h in range(hosts)]
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, np.concatenate([part[name] for part in parts]))
+
+
+def test_packed_rows_hold_whole_documents(three):
+    dataset = three["best_fit"]["b"]
+    batches = Batches({"b": dataset}, T, 1, seed=0)
+    bos, eos = dataset.tokenizer().bos_id, dataset.tokenizer().eos_id
+    used = 0
+    for step in range(batches.n_sequences):
+        row = {name: value[0] for name, value in batches.rows(step, range(1)).items()}
+        real = row["weights"] == 1
+        np.testing.assert_array_equal(real, row["segment_ids"] > 0)
+        assert not row["inputs"][~real].any() and not row["positions"][~real].any()
+        for segment in range(1, row["segment_ids"].max() + 1):
+            mine = row["segment_ids"] == segment
+            inputs, targets = row["inputs"][mine], row["targets"][mine]
+            np.testing.assert_array_equal(row["positions"][mine], np.arange(mine.sum()))
+            np.testing.assert_array_equal(inputs[1:], targets[:-1])
+            assert eos not in inputs  # nothing is predicted across the end of a document
+            assert bos not in targets
+        used += real.sum()
+    documents = sum(shard["documents"] for shard in dataset._shards)
+    assert used == dataset.n_tokens - documents
+
+
+def test_packed_for_another_length(three):
+    with pytest.raises(UserError, match=r"packed for train.seq_len=16, not 32"):
+        Batches(three["best_fit"], 32, BATCH, seed=0)
+    mixed = {"a": three["best_fit"]["a"], "b": three["concat"]["b"]}
+    with pytest.raises(UserError, match="some sources are packed and others are not"):
+        Batches(mixed, T, BATCH, seed=0)
+
+
+def test_validation_of_several_sources_sees_all_of_them_early(three):
+    batches = ValidationBatches(three["concat"], T, BATCH)
+    ends = [0, *batches._ends.tolist()]
+    seen = [n * batches._stride % batches.n_sequences for n in range(batches.n_sequences)]
+    assert sorted(seen) == list(range(batches.n_sequences))
+    early = seen[:BATCH]
+    for first, stop in itertools.pairwise(ends):
+        expected = BATCH * (stop - first) / batches.n_sequences
+        assert abs(sum(first <= n < stop for n in early) - expected) < 2
+
+
+def test_a_seed_of_one_source_does_not_order_another(three):
+    same = three["concat"]["a"]
+    first, second = (Sequences(same, T, 0, name) for name in ("a", "b"))
+    draws = np.arange(first.count, dtype=np.uint64)
+    assert first.order(draws).tolist() != second.order(draws).tolist()
+
+
+def test_opening_ten_thousand_shards_is_quick(tmp_path, tokenizer):
+    """Only the manifest and one listing of the folder are read."""
+    import json
+
+    shards = [
+        {
+            "name": f"train-{number:05d}-000",
+            "tokens": 4,
+            "documents": 1,
+            "sha256": "0",
+            "index_sha256": "0",
+        }
+        for number in range(10_000)
+    ]
+    for shard in shards:
+        (tmp_path / f"{shard['name']}.bin").write_bytes(bytes(8))
+        (tmp_path / f"{shard['name']}.idx").write_bytes(bytes(8))
+    tokenizer.save(tmp_path / "tokenizer.model")
+    nothing = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
+    manifest = {
+        "format_version": 1,
+        "settings": {},
+        "vocab_size": 300,
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "skipped": {},
+        "splits": {
+            "train": {"documents": 10_000, "tokens": 40_000, "text_bytes": 0, "shards": shards},
+            "validation": nothing,
+        },
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    began = time.process_time()
+    dataset = TokenDataset.open(tmp_path, "train")
+    batches = Batches({"": dataset}, 8, 8, seed=0)
+    batch = batches.rows(0, range(8))
+    assert time.process_time() - began < 2
+    assert batch["weights"].sum() > 0 and dataset.n_tokens == 40_000

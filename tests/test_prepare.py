@@ -1,15 +1,22 @@
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llama_jax.data import prepare as prepare_lib
 from llama_jax.data import shards as shards_lib
 from llama_jax.data.prepare import prepare
-from llama_jax.data.shards import TokenDataset, read_manifest, verify
+from llama_jax.data.shards import TokenDataset, pack_documents, read_manifest, verify
 from llama_jax.errors import UserError
-from tests.helpers import replace, text_config
+from tests.helpers import ROOT, replace, text_config
 
 
 def quiet(line):
@@ -43,7 +50,7 @@ def test_shards_hold_every_document_once_in_order(corpus, shards):
 
 def test_the_report(corpus, shards, tmp_path):
     lines = []
-    report = prepare(text_config(corpus), tmp_path / "out", log=lines.append)
+    report = prepare(text_config(corpus), tmp_path / "out", log=lines.append)[0]
     assert report.splits["train"]["documents"] == len(documents_of(shards, "train"))
     text = [path.read_text() for path in sorted(corpus.iterdir())]
     assert sum(s["text_bytes"] for s in report.splits.values()) == sum(map(len, text))
@@ -133,36 +140,242 @@ def test_all_documents_skipped_says_why(tmp_path, tokenizer):
         prepare(config, tmp_path / "out", log=quiet)
 
 
-def test_a_full_disk_leaves_nothing_behind(corpus, tmp_path, monkeypatch):
-    def full(self):
+def test_a_full_disk_keeps_what_is_done(corpus, shards, tmp_path, monkeypatch):
+    config = text_config(corpus, data__part_bytes=1000, data__workers=1)
+    prepare(config, tmp_path / "expected", log=quiet)
+    write_part, done = prepare_lib.write_part, []
+
+    def fills_up(*arguments):
+        if len(done) == 3:
+            raise OSError(28, "No space left on device")
+        done.append(arguments[3])
+        return write_part(*arguments)
+
+    monkeypatch.setattr(prepare_lib, "write_part", fills_up)
+    with pytest.raises(UserError, match="the disk is full.*goes on where it was"):
+        prepare(config, tmp_path / "out", log=quiet)
+    assert not (tmp_path / "out").exists()
+    assert done == [0, 1, 2]
+
+    def remember(*arguments):
+        done.append(arguments[3])
+        return write_part(*arguments)
+
+    monkeypatch.setattr(prepare_lib, "write_part", remember)
+    lines = []
+    prepare(config, tmp_path / "out", log=lines.append)
+    assert "3 of" in lines[0] and "parts are done" in lines[0]
+    assert done == list(range(len(done)))  # none twice
+    assert_same_folder(tmp_path / "out", tmp_path / "expected")
+
+
+def assert_same_folder(left, right):
+    names = sorted(path.name for path in left.iterdir())
+    assert names == sorted(path.name for path in right.iterdir())
+    for name in names:
+        assert (left / name).read_bytes() == (right / name).read_bytes(), name
+
+
+def test_unfinished_work_of_other_settings_is_not_used(corpus, tmp_path, monkeypatch):
+    config = text_config(corpus, data__part_bytes=1000, data__workers=1)
+
+    def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_lib.shards.ShardWriter, "_close_shard", full)
-    with pytest.raises(UserError, match="the disk is full"):
-        prepare(text_config(corpus), tmp_path / "out", log=quiet)
-    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_lib, "write_part", fail)
+        with pytest.raises(UserError):
+            prepare(config, tmp_path / "out", log=quiet)
+    lines = []
+    prepare(replace(config, data__validation_fraction=0.5), tmp_path / "out", log=lines.append)
+    assert not any("going on" in line for line in lines)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_many_processes_write_the_same_bytes(corpus, tmp_path, packing):
+    config = text_config(corpus, data__part_bytes=1000, data__packing=packing)
+    prepare(replace(config, data__workers=1), tmp_path / "one", log=quiet)
+    prepare(replace(config, data__workers=3), tmp_path / "three", log=quiet)
+    assert len(list((tmp_path / "one").glob("train-*-000.bin"))) > 5
+    assert_same_folder(tmp_path / "one", tmp_path / "three")
+
+
+def test_the_size_of_parts_changes_no_token(corpus, shards, tmp_path):
+    config = text_config(corpus, data__part_bytes=1000)
+    prepare(config, tmp_path / "parts", log=quiet)
+    assert documents_of(tmp_path / "parts", "train") == documents_of(shards, "train")
+    assert documents_of(tmp_path / "parts", "validation") == documents_of(shards, "validation")
+
+
+@pytest.mark.beam
+def test_beam_writes_the_same_bytes(corpus, tmp_path):
+    config = text_config(corpus, data__part_bytes=1000)
+    prepare(config, tmp_path / "here", log=quiet)
+    prepare(config, tmp_path / "beam", beam_options="--runner=DirectRunner", log=quiet)
+    assert_same_folder(tmp_path / "here", tmp_path / "beam")
+
+
+def test_beam_that_is_not_installed(corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    with pytest.raises(UserError, match=r"pip install 'llama_jax\[beam\]'"):
+        prepare(text_config(corpus), tmp_path / "out", beam_options="", log=quiet)
+
+
+def test_skips_are_reported_with_the_place_of_the_first(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    good = json.dumps({"text": "some words to learn from " * 20})
+    (source / "a.jsonl").write_text(f'{good}\n{{"text": "x\n{{broken\n{good}\n')
+    report = prepare(
+        text_config(source, model__vocab_size=276, data__validation_fraction=0.0),
+        tmp_path / "out",
+        log=quiet,
+    )[0]
+    assert report.skipped == {"broken JSON line": [2, f"{source}/a.jsonl at byte {len(good) + 1}"]}
+    assert f"2  broken JSON line; the first: {source}/a.jsonl" in str(report)
+
+
+def test_named_sources_get_a_folder_each_and_share_a_tokenizer(corpus, tmp_path):
+    first = f"a={corpus}/00*.txt; b={corpus}/01*.txt,{corpus}/02*.txt"
+    lines = []
+    reports = prepare(text_config(first), tmp_path / "out", log=lines.append)
+    a, b = (TokenDataset.open(tmp_path / "out" / name, "train") for name in "ab")
+    assert a.tokenizer_sha256 == b.tokenizer_sha256 and a.fingerprint != b.fingerprint
+    assert [sum(s["documents"] for s in r.splits.values()) for r in reports] == [10, 20]
+    assert sum("training a tokenizer" in line for line in lines) == 1
+    assert any(line.startswith("b ") and "% of all" in line for line in lines)
+    # A source that is added later gets the tokenizer of the others.
+    later = prepare(text_config(f"{first}; c={corpus}/03*.txt"), tmp_path / "out", log=quiet)
+    c = TokenDataset.open(tmp_path / "out" / "c", "train")
+    assert c.tokenizer_sha256 == a.tokenizer_sha256 and len(later) == 3
+
+
+KILLED = """
+import sys, time
+from llama_jax.data import prepare
+from tests.helpers import text_config
+corpus, output = sys.argv[1:]
+if __name__ == "__main__":
+    config = text_config(corpus, data__part_bytes=1000, data__workers=2)
+    write = prepare._write_atomically
+    prepare.prepare(config, output)
+"""
+
+
+def test_killed_and_started_again(corpus, tmp_path):
+    """SIGKILL in the middle; the next call keeps the finished parts, and the bytes are right."""
+    command = [sys.executable, "-c", KILLED, str(corpus), str(tmp_path / "out")]
+    partial = tmp_path / "out.partial"
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(partial.glob("part-*.json")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert partial.exists() and not (tmp_path / "out").exists()
+    done = {path: path.stat().st_mtime_ns for path in partial.glob("part-*.json")}
+    shards = {path.name: path.stat().st_mtime_ns for path in partial.glob("*-00000-*.bin")}
+    config = text_config(corpus, data__part_bytes=1000, data__workers=1)
+    lines = []
+    prepare(config, tmp_path / "out", log=lines.append)
+    assert f"{len(done)} of" in lines[0]
+    if partial / "part-00000.json" in done:
+        for name, modified in shards.items():
+            assert (tmp_path / "out" / name).stat().st_mtime_ns == modified
+    prepare(config, tmp_path / "expected", log=quiet)
+    assert_same_folder(tmp_path / "out", tmp_path / "expected")
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(2, 40), min_size=1, max_size=60), seq_len=st.integers(1, 20))
+def test_packing_loses_and_repeats_nothing(lengths, seq_len):
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    flat, count = pack_documents(starts.tolist(), sum(lengths), seq_len)
+    n_pieces = int(flat[count])
+    first, inputs = flat[count + 1 :][:n_pieces], flat[count + 1 + n_pieces :]
+    assert len(inputs) == n_pieces and flat[0] == 0
+    used = []
+    for sequence in range(count):
+        pieces = range(int(flat[sequence]), int(flat[sequence + 1]))
+        assert 0 < sum(int(inputs[p]) for p in pieces) <= seq_len
+        for p in pieces:
+            document = np.searchsorted(starts, first[p], side="right") - 1
+            end = starts[document] + lengths[document]
+            assert first[p] + inputs[p] < end  # the target of the last input is in the document
+            if lengths[document] - 1 <= seq_len:
+                assert inputs[p] == lengths[document] - 1  # not cut
+            used += range(int(first[p]), int(first[p] + inputs[p]))
+    expected = [t for s, n in zip(starts, lengths, strict=True) for t in range(s, s + n - 1)]
+    assert sorted(used) == expected
+
+
+def test_packing_pads_little():
+    rng = np.random.default_rng(0)
+    lengths = rng.geometric(1 / 400, 5000) + 1
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    _, count = pack_documents(starts.tolist(), int(lengths.sum()), 2048)
+    padding = 1 - (lengths - 1).sum() / (count * 2048)
+    assert padding < 0.002
+
+
+def test_the_padding_is_reported(corpus, tmp_path):
+    config = text_config(corpus, data__packing="best_fit", train__seq_len=64)
+    report = prepare(config, tmp_path / "out", log=quiet)[0]
+    train = report.splits["train"]
+    used = train["tokens"] - train["documents"]
+    assert f"{1 - used / (train['sequences'] * 64):.2%}" in str(report)
+    dataset = TokenDataset.open(tmp_path / "out", "train")
+    assert sum(len(p) - 1 for s in range(dataset.n_sequences) for p in dataset.pieces(s)) == used
+
+
+def test_a_damaged_pack_file(corpus, tmp_path):
+    config = text_config(corpus, data__packing="best_fit", data__shard_tokens=10**9)
+    prepare(config, tmp_path / "out", log=quiet)
+    path = tmp_path / "out" / "train-00000-000.pack"
+    path.write_bytes(path.read_bytes()[:-8])
+    assert verify(tmp_path / "out") == ["train-00000-000.pack"]
+    with pytest.raises(UserError, match="pack does not fit together: it is damaged"):
+        TokenDataset.open(tmp_path / "out", "train").pieces(0)
+    path.unlink()
+    with pytest.raises(UserError, match="pack is missing"):
+        TokenDataset.open(tmp_path / "out", "train")
+
+
+def test_shards_on_a_file_system_without_maps(shards, monkeypatch):
+    """Object stores are read by ranges; here the same code reads local files."""
+    from etils import epath
+
+    from llama_jax.data.shards import _RemoteArray
+
+    path = shards / "train-00000-000.bin"
+    expected, remote = np.fromfile(path, "<u2"), _RemoteArray(epath.Path(path), np.dtype("<u2"))
+    assert len(remote) == len(expected)
+    np.testing.assert_array_equal(remote[5:50], expected[5:50])
+    np.testing.assert_array_equal(remote[len(expected) - 3 : len(expected) + 9], expected[-3:])
+    assert remote[7] == expected[7]
 
 
 def test_verify_names_what_changed(shards, tmp_path):
     folder = shutil.copytree(shards, tmp_path / "shards")
     assert verify(folder) == []
-    path = folder / "train-00001.bin"
+    path = folder / "train-00000-001.bin"
     data = bytearray(path.read_bytes())
     data[10] ^= 1
     path.write_bytes(data)
-    (folder / "train-00000.idx").unlink()
-    assert verify(folder) == ["train-00000.idx", "train-00001.bin"]
+    (folder / "train-00000-000.idx").unlink()
+    assert verify(folder) == ["train-00000-000.idx", "train-00000-001.bin"]
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "train-00001.bin").unlink(), "train-00001.bin is missing"),
+        (lambda f: (f / "train-00000-001.bin").unlink(), "train-00000-001.bin is missing"),
         (
-            lambda f: (f / "train-00000.bin").write_bytes(b"\0\0"),
-            "train-00000.bin has 2 bytes, the manifest says",
+            lambda f: (f / "train-00000-000.bin").write_bytes(b"\0\0"),
+            "train-00000-000.bin has 2 bytes, the manifest says",
         ),
-        (lambda f: (f / "train-00000.idx").write_bytes(b""), "train-00000.idx has 0 bytes"),
+        (lambda f: (f / "train-00000-000.idx").write_bytes(b""), "train-00000-000.idx has 0 bytes"),
         (lambda f: (f / "manifest.json").write_text("{"), "cannot read .*manifest.json"),
         (lambda f: (f / "manifest.json").write_text("{}"), "manifest.json is damaged"),
         (lambda f: (f / "manifest.json").unlink(), "no token shards in"),
@@ -207,11 +420,13 @@ def test_reading_crosses_shard_borders(shards):
 
 def test_a_token_beyond_the_vocabulary_is_damage(shards, tmp_path):
     folder = shutil.copytree(shards, tmp_path / "shards")
-    path = folder / "train-00000.bin"
+    path = folder / "train-00000-000.bin"
     tokens = np.fromfile(path, "<u2")
     tokens[5] = 300
     tokens.tofile(path)
-    with pytest.raises(UserError, match=r"train-00000.bin holds ids beyond the vocabulary of 300"):
+    with pytest.raises(
+        UserError, match=r"train-00000-000.bin holds ids beyond the vocabulary of 300"
+    ):
         TokenDataset.open(folder, "train").tokens(0, 20)
 
 

@@ -1,18 +1,25 @@
-import collections
 import gzip
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llama_jax.config import DataConfig
-from llama_jax.data.sources import documents, list_files
+from llama_jax.data.sources import Reading, documents, list_files, list_parts, named_sources
+from llama_jax.data.sources import read as read_part
 from llama_jax.errors import UserError
 
 
 def read(source, **fields):
-    skipped = collections.Counter()
-    found = list(documents(DataConfig(source=str(source), **fields), skipped))
-    return [document.text for document in found], dict(skipped)
+    """Documents and skips, read as one part and again in many small ones, which must agree."""
+    found = []
+    for part_bytes in (1 << 30, 100):
+        reading = Reading()
+        config = DataConfig(source=str(source), part_bytes=part_bytes, **fields)
+        found.append((list(documents(str(source), config, reading)), dict(reading.skipped)))
+    assert found[0] == found[1]
+    return found[0]
 
 
 def test_a_folder_is_read_in_order(tmp_path):
@@ -87,7 +94,7 @@ def test_a_damaged_gzip_keeps_what_came_before(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(data[: len(data) // 2])
     (tmp_path / "b.txt").write_text("next file")
     texts, skipped = read(tmp_path)
-    assert skipped.pop("damaged gzip") == 1
+    assert skipped.pop("damaged compressed file") == 1
     assert texts[-1] == "next file" and len(texts) > 100
 
 
@@ -107,3 +114,128 @@ def test_the_standard_library_is_found():
     assert len(files) > 300
     assert {"argparse.py", "dataclasses.py"} <= names
     assert not any("site-packages" in str(path) or "/test/" in str(path) for path in files)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_zstandard(tmp_path, kind):
+    import zstandard
+
+    text = json.dumps({"text": "hello"}) if kind == "jsonl" else "hello"
+    # Two frames, as `cat a.zst b.zst` makes them.
+    frames = [zstandard.compress((text + end).encode()) for end in ("\n", "")]
+    (tmp_path / f"x.{kind}.zst").write_bytes(b"".join(frames))
+    expected = ["hello", "hello"] if kind == "jsonl" else ["hello\nhello"]
+    assert read(tmp_path) == (expected, {})
+    (tmp_path / f"x.{kind}.zst").write_bytes(b"not zstandard")
+    assert read(tmp_path) == ([], {"damaged compressed file": 1})
+
+
+@settings(deadline=None, max_examples=60)
+@given(texts=st.lists(st.text(max_size=30), max_size=20), part_bytes=st.integers(1, 200))
+def test_a_line_belongs_to_one_part(tmp_path_factory, texts, part_bytes):
+    path = tmp_path_factory.mktemp("lines") / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = DataConfig(source=str(path), part_bytes=part_bytes)
+    found = [
+        t for part in list_parts(str(path), config) for t in read_part(part, config, Reading())
+    ]
+    usable = [t for t in texts if t.strip() and not any("\ud800" <= c <= "\udfff" for c in t)]
+    assert found == usable
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = [f"document {n}" for n in range(50)] + ["", None, "last"]
+    table = pyarrow.table({"text": texts, "id": list(range(53))})
+    parquet.write_table(table, tmp_path / "x.parquet", row_group_size=10)
+    return tmp_path / "x.parquet"
+
+
+def test_parquet(parquet):
+    texts, skipped = read(parquet)
+    assert texts == [*(f"document {n}" for n in range(50)), "last"]
+    assert skipped == {"empty": 1, "no text in field 'text'": 1}
+    config = DataConfig(source=str(parquet), part_bytes=100)
+    assert len(list_parts(str(parquet), config)) > 2
+
+
+def test_parquet_without_the_column_or_damaged(parquet, tmp_path):
+    with pytest.raises(UserError, match="has no column 'body'; it has text, id"):
+        read(parquet, text_field="body")
+    (tmp_path / "y.parquet").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="y.parquet is not a Parquet file"):
+        read(tmp_path / "y.parquet")
+    data = bytearray(parquet.read_bytes())
+    data[40:400] = bytes(360)
+    parquet.write_bytes(data)
+    texts, skipped = read(parquet)
+    assert 1 <= skipped["damaged Parquet row group"] <= 3
+    assert texts[-1] == "last"
+
+
+@pytest.fixture(scope="module", params=["tfrecord", "array_record"])
+def tfds_dir(request, tmp_path_factory):
+    """A real TFDS dataset of 100 documents, built here."""
+    import tensorflow_datasets as tfds
+
+    with tfds.core.registered.skip_registration():
+
+        class TinyText(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
+
+            def _info(self):
+                features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+                return tfds.core.DatasetInfo(builder=self, features=features)
+
+            def _split_generators(self, manager):
+                return {"train": self._generate_examples(100), "test": self._generate_examples(3)}
+
+            def _generate_examples(self, count):
+                for number in range(count):
+                    yield number, {"text": f"document {number}"}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    TinyText(data_dir=folder, file_format=request.param).download_and_prepare()
+    return folder
+
+
+def test_tfds(tfds_dir):
+    fields = {"tfds_data_dir": str(tfds_dir)}
+    texts, skipped = read("tfds:tiny_text", **fields)
+    assert sorted(texts) == sorted(f"document {n}" for n in range(100)) and skipped == {}
+    assert len(read("tfds:tiny_text", tfds_split="test", **fields)[0]) == 3
+    config = DataConfig(source="tfds:tiny_text", part_bytes=100, **fields)
+    assert len(list_parts("tfds:tiny_text", config)) > 3
+
+
+@pytest.mark.parametrize(
+    ("source", "fields", "message"),
+    [
+        ("tfds:no_such_thing", {}, "cannot open the TFDS dataset no_such_thing"),
+        ("tfds:tiny_text", {"tfds_split": "dev"}, "data.tfds_split='dev': tiny_text has"),
+        ("tfds:tiny_text", {"text_field": "body"}, "has no feature 'body'; it has text"),
+    ],
+)
+def test_tfds_that_is_not_there(tfds_dir, source, fields, message):
+    with pytest.raises(UserError, match=message):
+        read(source, tfds_data_dir=str(tfds_dir), **fields)
+
+
+def test_named_sources():
+    assert named_sources("a/*.txt,b.txt") == {"": "a/*.txt,b.txt"}
+    assert named_sources("web=a/*.jsonl,b.jsonl; my-books = c ;") == {
+        "web": "a/*.jsonl,b.jsonl",
+        "my-books": "c",
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("a=x;a=y", "names 'a' twice"), ("../a=x", "is not NAME=FILES"), ("a=", "not NAME=FILES")],
+)
+def test_sources_with_bad_names(source, message):
+    with pytest.raises(UserError, match=message):
+        named_sources(source)

@@ -36,7 +36,7 @@ class FakeRun:
         self.events, self.config, self.stop = [], config, StopRequest()
         self.stop_at = stop_at
         source = SyntheticBatches(config.model.vocab_size, 16, 8, config.train.seed)
-        validation = types.SimpleNamespace(n_windows=100, rows=source.rows)
+        validation = types.SimpleNamespace(n_sequences=100, rows=source.rows)
         self.data = TrainingData(source, validation, None, "fake")
         self.compiled = types.SimpleNamespace(
             batch_sharding=batch_sharding(mesh_of((1, 1, 1, 1))),
@@ -320,6 +320,8 @@ def test_a_checkpoint_of_other_data_is_refused(finished, config, corpus, tmp_pat
     prepare(other, tmp_path / "other", log=lambda line: None)
     with pytest.raises(UserError, match="was trained on data .* but this is data"):
         train(replace(config, data__path=str(tmp_path / "other")), workdir)
+    told = replace(config, data__path=str(tmp_path / "other"), data__accept_other_data=True)
+    assert int(train(told, workdir).step) == 8
 
 
 def test_synthetic_data_trains_too(tmp_path, capsys):
@@ -327,6 +329,109 @@ def test_synthetic_data_trains_too(tmp_path, capsys):
     state = train(config, tmp_path / "run")
     assert int(state.step) == 4
     assert [line["step"] for line in records(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+# Other ways to read data.
+
+
+def stop_after(monkeypatch, steps):
+    """Sends SIGTERM once so many batches were taken."""
+    stream = train_lib.stream
+
+    def stopping(source, start, *rest):
+        for step, batch in enumerate(stream(source, start, *rest), start=start):
+            if step == steps:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(train_lib, "stream", stopping)
+
+
+def losses(workdir):
+    return {line["step"]: line["loss"] for line in records(workdir) if "loss" in line}
+
+
+def test_streamed_data_goes_on_exactly(corpus, tmp_path, monkeypatch):
+    config = text_config(
+        corpus, data__streaming=True, train__steps=7, train__seq_len=32, train__global_batch=8
+    )
+    whole = jax.device_get(train(config, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert int(train(config, tmp_path / "parts").step) < 7
+    parts = jax.device_get(train(config, tmp_path / "parts"))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+
+
+def test_streamed_data_needs_as_many_processes(corpus, tmp_path, monkeypatch):
+    config = text_config(corpus, data__streaming=True, train__steps=3)
+    train(config, tmp_path / "run")
+    data = open_data(config, epath.Path(tmp_path / "run" / "data"))
+    saver = train_lib.checkpoint_lib.Checkpointer(tmp_path / "run", config)
+    meta = train_lib.checkpoint_lib.load_meta(saver.folder(3))
+    assert len(meta.positions) == 1
+    two = dataclasses.replace(meta, positions=meta.positions * 2)
+    monkeypatch.setattr(train_lib.checkpoint_lib, "load_meta", lambda folder: two)
+    with pytest.raises(UserError, match=r"positions of 2 process\(es\), and there are 1"):
+        train_lib.initial_state(None, saver, data, config)
+    saver.close()
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_a_mixture_trains_and_logs_its_epochs(corpus, tmp_path, capsys, packing):
+    config = text_config(
+        f"a={corpus}/00*.txt; b={corpus}/01*.txt,{corpus}/02*.txt",
+        data__mixture="a=0.25,b=0.75",
+        data__packing=packing,
+        train__seq_len=32,
+        train__steps=12,
+        train__eval_every=6,
+    )
+    train(config, tmp_path / "run")
+    lines = records(tmp_path / "run")
+    last = [line for line in lines if "loss" in line][-1]
+    data = open_data(config, epath.Path(tmp_path / "run" / "data"))
+    assert {name: last[f"epochs/{name}"] for name in "ab"} == data.train.epochs(12)
+    assert data.train.schedule.drawn(12 * 8) == {"a": 24, "b": 72}
+    assert "epochs at the end: a " in capsys.readouterr().out
+    found = losses(tmp_path / "run")
+    assert found[12] < found[1] - 0.3
+    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert evaluations[-1] == pytest.approx(found[12], abs=0.6)
+
+
+@pytest.mark.parametrize(
+    ("source", "mixture", "message"),
+    [
+        ("a={c}/00*.txt; b={c}/01*.txt", "a=0.5,d=0.5", "the sources are a, b: see 'd'"),
+        ("a={c}/00*.txt; b={c}/01*.txt", "a=1", "the sources are a, b: see 'b'"),
+        ("{c}", "a=0.5,b=0.5", "one without a name"),
+    ],
+)
+def test_a_mixture_of_other_sources(corpus, tmp_path, source, mixture, message):
+    config = text_config(source.format(c=corpus), data__mixture=mixture)
+    with pytest.raises(UserError, match=message):
+        open_data(config, epath.Path(tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_mixture_of_shards_prepared_elsewhere(corpus, tmp_path):
+    from llama_jax.data.prepare import prepare
+
+    named = text_config(f"a={corpus}/00*.txt; b={corpus}/01*.txt")
+    prepare(named, tmp_path / "shards", log=lambda line: None)
+    config = text_config(corpus, data__path=str(tmp_path / "shards"), data__mixture="a=0.5,b=0.5")
+    data = open_data(config, epath.Path(tmp_path / "none"))
+    assert data.train.schedule.names == ["a", "b"]
+    with pytest.raises(UserError, match="the sources are a, b: see 'c'"):
+        open_data(replace(config, data__mixture="a=0.5,c=0.5"), epath.Path(tmp_path))
+    # Of another tokenizer:
+    shutil.rmtree(tmp_path / "shards" / "b")
+    other = text_config(f"{corpus}/02*.txt")
+    prepare(other, tmp_path / "shards" / "b", log=lambda line: None)
+    with pytest.raises(UserError, match="were made with different tokenizers"):
+        open_data(config, epath.Path(tmp_path))
 
 
 # Data that does not fit.
@@ -407,6 +512,14 @@ OTHER_FIELDS = {
     "data.path": "test_shards_of_another_vocabulary",
     "data.tokenizer": "test_prepare::test_a_given_tokenizer_is_used",
     "data.text_field": "test_sources::test_another_text_field",
+    "data.tfds_split": "test_sources::test_tfds",
+    "data.tfds_data_dir": "test_sources::test_tfds",
+    "data.mixture": "test_a_mixture_trains_and_logs_its_epochs",
+    "data.packing": "test_a_mixture_trains_and_logs_its_epochs",
+    "data.streaming": "test_streamed_data_goes_on_exactly",
+    "data.accept_other_data": "test_a_checkpoint_of_other_data_is_refused",
+    "data.part_bytes": "test_prepare::test_many_processes_write_the_same_bytes",
+    "data.workers": "test_prepare::test_many_processes_write_the_same_bytes",
     "data.validation_fraction": "test_prepare::test_the_fingerprint_is_of_the_tokens",
     "data.shard_tokens": "test_prepare::test_shards_hold_every_document_once_in_order",
     "data.max_document_bytes": "test_sources::test_unusable_files_are_counted",
@@ -480,5 +593,5 @@ def test_the_seed_changes_weights_and_data(tmp_path, shards, corpus):
         compiled = types.SimpleNamespace(init=init)
         saver = types.SimpleNamespace(latest_step=lambda: None)
         with pytest.raises(Stop):
-            train_lib.initial_state(compiled, saver, None, c)
+            train_lib.initial_state(compiled, saver, types.SimpleNamespace(train=None), c)
     assert seeds[0] != seeds[1]

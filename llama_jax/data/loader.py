@@ -1,18 +1,25 @@
 """Shards to batches: a batch is a pure function of (seed, step), on any number of hosts.
 
-The run of tokens is cut into windows of T + 1 tokens with stride T, so that each token is once an
-input and once a target. Each epoch draws all windows in a new full permutation. Nothing has to be
-saved or replayed to go on at a step, and hosts need not talk to each other.
+A source is cut into sequences: windows of T + 1 tokens with stride T, so that each token is once an
+input and once a target (concatenate-and-chunk, LLaMA's way), or whole documents packed by
+`prepare`. A fixed schedule says which source each row comes from; each source runs through its own
+full permutation, epoch after epoch with a new one. Nothing has to be saved or replayed to go on at
+a step, and hosts need not talk to each other.
 """
 
+import math
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from llama_jax.data.mixture import Schedule, shares_by_size
 from llama_jax.data.shards import TokenDataset
+from llama_jax.data.streaming import StreamingBatches
 from llama_jax.errors import UserError
 
 Local = dict[str, np.ndarray]
@@ -62,75 +69,192 @@ class BatchSource(Protocol):
     def rows(self, step: int, rows: range) -> Local:
         """Rows of the global batch of a step: `inputs`, `targets` int32, `weights` float32."""
 
-    def epochs(self, step: int) -> float:
-        """Passes over the data in `step` steps."""
+    def epochs(self, step: int) -> dict[str, float]:
+        """Passes over each source, by name, in `step` steps."""
 
 
-class Batches:
-    """Batches of one split of token shards."""
+class Sequences:
+    """The sequences of one split of token shards, in a new random order every epoch."""
 
-    def __init__(
-        self,
-        dataset: TokenDataset,
-        seq_len: int,
-        global_batch: int,
-        seed: int,
-        shuffle: bool = True,
-    ) -> None:
-        """Batches of `global_batch` sequences of `seq_len` tokens.
+    def __init__(self, dataset: TokenDataset, seq_len: int, seed: int, name: str = "") -> None:
+        """All sequences of a split.
 
         Args:
           dataset: the split.
           seq_len: T.
-          global_batch: sequences per step, over all hosts.
-          seed: selects the order.
-          shuffle: False reads once from front to back, for evaluation; rows past the end weigh 0.
+          seed: selects the order, together with the name.
+          name: of the source.
 
         Raises:
-          UserError: the split has not even two tokens.
+          UserError: the split has not even two tokens, or is packed for another T.
         """
         if dataset.n_tokens < 2:
             raise UserError(
                 f"{dataset.folder} holds {dataset.n_tokens} tokens, too few to train on"
             )
-        self._dataset, self._length, self._batch = dataset, seq_len, global_batch
-        self._seed, self._shuffle = seed, shuffle
-        self.n_windows = -(-(dataset.n_tokens - 1) // seq_len)
+        if dataset.pack_len not in (0, seq_len):
+            raise UserError(
+                f"{dataset.folder} is packed for train.seq_len={dataset.pack_len}, not {seq_len}; "
+                "prepare it again in another folder"
+            )
+        self._dataset, self._length = dataset, seq_len
+        self.packed = dataset.pack_len > 0
+        # Without packing: windows of T + 1 tokens with stride T.
+        windows = -(-(dataset.n_tokens - 1) // seq_len)
+        self.count = dataset.n_sequences if self.packed else windows
+        source = zlib.crc32(name.encode())
+        self._key = _mix(_mix(np.uint64(seed)) ^ np.uint64(source))
 
-    def epochs(self, step: int) -> float:
-        """Passes over the data in `step` steps."""
-        return step * self._batch / self.n_windows
-
-    def windows(self, step: int, rows: range) -> np.ndarray:
-        """Which window each row shows; `n_windows` stands for none."""
-        sample = step * self._batch + np.asarray(rows, np.uint64)
-        if not self._shuffle:
-            return np.minimum(sample, np.uint64(self.n_windows))
-        epoch, index = np.divmod(sample, np.uint64(self.n_windows))
+    def order(self, draws: np.ndarray) -> np.ndarray:
+        """Which sequence each draw (uint64) shows: epoch after epoch, each a full permutation."""
+        epoch, index = np.divmod(draws, np.uint64(self.count))
         out = np.empty_like(index)
         for number in np.unique(epoch):
             same = epoch == number
-            key = int(_mix(_mix(np.uint64(self._seed)) ^ number))
-            out[same] = permute(index[same], self.n_windows, key)
+            out[same] = permute(index[same], self.count, int(_mix(self._key ^ number)))
         return out
 
-    def rows(self, step: int, rows: range) -> Local:
-        """Rows of the global batch of a step: `inputs`, `targets` int32, `weights` float32.
-
-        The last window of the run is padded with token 0 of weight 0, so that no token is left out.
+    def fill(self, number: int, batch: Local, row: int) -> None:
+        """Writes a sequence into a row of a batch of zeros.
 
         Raises:
           UserError: a damaged shard.
         """
         length = self._length
-        tokens = np.zeros((len(rows), length + 1), np.int32)
-        weights = np.zeros((len(rows), length), np.float32)
-        for row, window in enumerate(self.windows(step, rows).tolist()):
-            if window < self.n_windows:
-                found = self._dataset.tokens(window * length, (window + 1) * length + 1)
-                tokens[row, : len(found)] = found
-                weights[row, : len(found) - 1] = 1
-        return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+        if not self.packed:
+            found = self._dataset.tokens(number * length, (number + 1) * length + 1)
+            inputs = len(found) - 1
+            batch["inputs"][row, :inputs] = found[:-1]
+            batch["targets"][row, :inputs] = found[1:]
+            batch["weights"][row, :inputs] = 1
+            return
+        start = 0
+        for segment, piece in enumerate(self._dataset.pieces(number), start=1):
+            stop = start + len(piece) - 1
+            batch["inputs"][row, start:stop] = piece[:-1]
+            batch["targets"][row, start:stop] = piece[1:]
+            batch["weights"][row, start:stop] = 1
+            batch["segment_ids"][row, start:stop] = segment
+            batch["positions"][row, start:stop] = np.arange(stop - start)
+            start = stop
+
+
+def _empty(rows: int, seq_len: int, packed: bool) -> Local:
+    names = ("inputs", "targets", *(("segment_ids", "positions") if packed else ()))
+    batch: Local = {name: np.zeros((rows, seq_len), np.int32) for name in names}
+    return {**batch, "weights": np.zeros((rows, seq_len), np.float32)}
+
+
+class Batches:
+    """Batches that draw from one or more sources in fixed shares."""
+
+    def __init__(
+        self,
+        datasets: Mapping[str, TokenDataset],
+        seq_len: int,
+        global_batch: int,
+        seed: int,
+        shares: Mapping[str, Fraction] | None = None,
+    ) -> None:
+        """Batches of `global_batch` sequences of `seq_len` tokens.
+
+        Args:
+          datasets: the sources, by name, of one split.
+          seq_len: T.
+          global_batch: sequences per step, over all hosts.
+          seed: selects the order.
+          shares: share of tokens of each source; default: by their number of sequences.
+
+        Raises:
+          UserError: a source has not even two tokens, or is packed otherwise than the others.
+        """
+        self._sources = [
+            Sequences(dataset, seq_len, seed, name) for name, dataset in datasets.items()
+        ]
+        packed = {source.packed for source in self._sources}
+        if len(packed) > 1:
+            raise UserError("some sources are packed and others are not; prepare them alike")
+        self._packed = packed.pop()
+        self._length, self._batch = seq_len, global_batch
+        counts = {name: s.count for name, s in zip(datasets, self._sources, strict=True)}
+        self.n_sequences = sum(counts.values())
+        self.schedule = Schedule(
+            shares_by_size(counts) if shares is None else {n: shares[n] for n in datasets}
+        )
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """Passes over each source, by name, in `step` steps."""
+        drawn = self.schedule.drawn(step * self._batch)
+        return {
+            name: drawn[name] / source.count
+            for name, source in zip(self.schedule.names, self._sources, strict=True)
+        }
+
+    def draws(self, step: int, rows: range) -> list[tuple[int, int]]:
+        """Source and sequence that each row of a step shows."""
+        samples = np.uint64(step * self._batch) + np.asarray(rows, np.uint64)
+        source, draw = self.schedule.assign(samples)
+        number = np.empty_like(draw)
+        for index in np.unique(source):
+            same = source == index
+            number[same] = self._sources[index].order(draw[same])
+        return list(zip(source.tolist(), number.tolist(), strict=True))
+
+    def rows(self, step: int, rows: range) -> Local:
+        """Rows of the global batch of a step.
+
+        `inputs` and `targets` int32, `weights` float32; with packed documents also `segment_ids`
+        and `positions`. What is not a token has weight 0 and segment 0.
+
+        Raises:
+          UserError: a damaged shard.
+        """
+        batch = _empty(len(rows), self._length, self._packed)
+        for row, (source, number) in enumerate(self.draws(step, rows)):
+            self._sources[source].fill(number, batch, row)
+        return batch
+
+
+class ValidationBatches:
+    """All sequences of the sources once, in order; rows past the end weigh 0."""
+
+    def __init__(
+        self, datasets: Mapping[str, TokenDataset], seq_len: int, global_batch: int
+    ) -> None:
+        """As `Batches`, of held-out splits; sources without held-out documents are left out."""
+        self._sources = [
+            Sequences(dataset, seq_len, 0) for dataset in datasets.values() if dataset.n_tokens > 1
+        ]
+        self._packed = any(source.packed for source in self._sources)
+        self._ends = np.cumsum([source.count for source in self._sources])
+        self.n_sequences = int(self._ends[-1]) if self._sources else 0
+        # Evaluation sees the first few batches: a stride makes them a sample of all sources.
+        self._stride = coprime_stride(self.n_sequences)
+        self._length, self._batch = seq_len, global_batch
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """Validation is not counted in epochs."""
+        return {}
+
+    def rows(self, step: int, rows: range) -> Local:
+        """Rows of a batch, as `Batches.rows`."""
+        batch = _empty(len(rows), self._length, self._packed)
+        for row, index in enumerate(rows):
+            number = step * self._batch + index
+            if number < self.n_sequences:
+                number = number * self._stride % self.n_sequences
+                source = int(self._ends.searchsorted(number, side="right"))
+                first = int(self._ends[source - 1]) if source else 0
+                self._sources[source].fill(number - first, batch, row)
+        return batch
+
+
+def coprime_stride(n: int) -> int:
+    """A step near the golden section of n that visits every one of n places once."""
+    stride = max(1, round(n * 0.618))
+    while math.gcd(stride, n) > 1:
+        stride += 1
+    return stride
 
 
 class SyntheticBatches:
@@ -141,9 +265,9 @@ class SyntheticBatches:
         self._vocab_size, self._length, self._batch = vocab_size, seq_len, global_batch
         self._seed = seed
 
-    def epochs(self, step: int) -> float:
+    def epochs(self, step: int) -> dict[str, float]:
         """Random tokens never repeat."""
-        return 0.0
+        return {}
 
     def rows(self, step: int, rows: range) -> Local:
         """Rows of the global batch of a step, as `Batches.rows`."""
@@ -176,11 +300,16 @@ def local_rows(sharding: jax.sharding.NamedSharding, global_batch: int, seq_len:
     return range(first, last)
 
 
-def iterate(source: BatchSource, rows: range, start: int, stop: int) -> Iterator[Local]:
+def iterate(
+    source: BatchSource | StreamingBatches, rows: range, start: int, stop: int
+) -> Iterator[Local]:
     """The batches of the steps start..stop, made ahead by tf.data.
 
     TensorFlow is imported here, and only for shards: synthetic batches need none.
     """
+    if isinstance(source, StreamingBatches):
+        yield from source.batches(rows, start, stop)
+        return
     if isinstance(source, SyntheticBatches):
         for step in range(start, stop):
             yield source.rows(step, rows)
@@ -221,7 +350,7 @@ def iterate(source: BatchSource, rows: range, start: int, stop: int) -> Iterator
 
 
 def stream(
-    source: BatchSource,
+    source: BatchSource | StreamingBatches,
     start: int,
     stop: int,
     sharding: jax.sharding.NamedSharding,

@@ -1,14 +1,18 @@
 """From a config to batches: prepares the shards where there are none, opens them, splits them."""
 
 import dataclasses
+import hashlib
 
 from etils import epath
 
 from llama_jax.config import Config
 from llama_jax.data import loader
+from llama_jax.data.mixture import parse_shares
 from llama_jax.data.prepare import prepare
-from llama_jax.data.shards import TokenDataset
-from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.shards import MANIFEST, TokenDataset
+from llama_jax.data.sources import Reading, documents, named_sources
+from llama_jax.data.streaming import StreamingBatches
+from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.errors import UserError
 
 
@@ -23,8 +27,8 @@ class TrainingData:
       fingerprint: changes whenever the tokens do.
     """
 
-    train: loader.BatchSource
-    validation: loader.Batches | None
+    train: loader.BatchSource | StreamingBatches
+    validation: loader.ValidationBatches | None
     tokenizer: Tokenizer | None
     fingerprint: str
 
@@ -35,24 +39,86 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
     Raises:
       UserError: source, shards or tokenizer are missing, damaged or of another vocabulary.
     """
-    train = config.train
-    shape = (train.seq_len, train.global_batch, train.seed)
-    if config.data.source == "synthetic":
-        batches = loader.SyntheticBatches(config.model.vocab_size, *shape)
-        return TrainingData(batches, None, None, f"synthetic-{config.model.vocab_size}")
-    folder = epath.Path(config.data.path or default_folder)
-    if not (folder / "manifest.json").exists():
-        if config.data.path:
-            raise UserError(f"no token shards in {folder}; make them with llama_jax.prepare")
-        prepare(config, folder)
-    dataset = TokenDataset.open(folder, "train")
-    if dataset.vocab_size != config.model.vocab_size:
+    train, data = config.train, config.data
+    vocab_size = config.model.vocab_size
+    if data.source == "synthetic":
+        batches = loader.SyntheticBatches(vocab_size, train.seq_len, train.global_batch, train.seed)
+        return TrainingData(batches, None, None, f"synthetic-{vocab_size}")
+    if data.streaming:
+        return _open_stream(config, default_folder)
+    shares = parse_shares(data.mixture) if data.mixture else None
+    folder = epath.Path(data.path or default_folder)
+    names = _source_names(config, list(shares or ()), folder)
+    missing = [name for name in names if not (folder / name / MANIFEST).exists()]
+    if missing and data.path:
         raise UserError(
-            f"the shards in {folder} have a vocabulary of {dataset.vocab_size}, "
-            f"but model.vocab_size is {config.model.vocab_size}"
+            f"no token shards in {folder / missing[0]}; make them with llama_jax.prepare"
         )
-    held_out = TokenDataset.open(folder, "validation")
-    validation = loader.Batches(held_out, *shape, shuffle=False) if held_out.n_tokens > 1 else None
+    if missing:
+        prepare(config, folder)
+    datasets = {name: TokenDataset.open(folder / name, "train") for name in names}
+    first = datasets[names[0]]
+    for dataset in datasets.values():
+        if dataset.vocab_size != vocab_size:
+            raise UserError(
+                f"the shards in {dataset.folder} have a vocabulary of {dataset.vocab_size}, "
+                f"but model.vocab_size is {vocab_size}"
+            )
+        if dataset.tokenizer_sha256 != first.tokenizer_sha256:
+            raise UserError(
+                f"{first.folder} and {dataset.folder} were made with different tokenizers; "
+                "prepare them together, or with the same data.tokenizer"
+            )
+    held_out = {name: TokenDataset.open(folder / name, "validation") for name in names}
+    validation = loader.ValidationBatches(held_out, train.seq_len, train.global_batch)
     return TrainingData(
-        loader.Batches(dataset, *shape), validation, dataset.tokenizer(), dataset.fingerprint
+        loader.Batches(datasets, train.seq_len, train.global_batch, train.seed, shares),
+        validation if validation.n_sequences else None,
+        first.tokenizer(),
+        _fingerprint(datasets),
     )
+
+
+def _source_names(config: Config, mixed: list[str], folder: epath.Path) -> list[str]:
+    """Names of the sources to open: those of the mixture, which must be those of the source."""
+    named = list(named_sources(config.data.source))
+    if named == [""] and mixed and config.data.path:  # shards that were prepared elsewhere
+        there = sorted(p.name for p in folder.iterdir() if (p / MANIFEST).exists())
+        named = mixed if set(mixed) <= set(there) else there
+    if mixed and set(mixed) != set(named):
+        unknown = sorted(set(mixed) - set(named)) or sorted(set(named) - set(mixed))
+        raise UserError(
+            f"data.mixture has shares for {', '.join(mixed)}, but the sources are "
+            f"{', '.join(name or 'one without a name' for name in named)}: see {unknown[0]!r}"
+        )
+    return mixed or named
+
+
+def _fingerprint(datasets: dict[str, TokenDataset]) -> str:
+    if len(datasets) == 1:
+        return next(iter(datasets.values())).fingerprint
+    parts = [f"{name} {dataset.fingerprint}" for name, dataset in datasets.items()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _open_stream(config: Config, folder: epath.Path) -> TrainingData:
+    """A stream of the source, with a tokenizer that is trained once and then kept in `folder`."""
+    data, size = config.data, config.model.vocab_size
+    path = epath.Path(data.tokenizer or folder / "tokenizer.model")
+    if not path.exists() and not data.tokenizer:
+        print(f"training a tokenizer of {size:,} ids on {data.source}", flush=True)
+        texts = (
+            text
+            for source in named_sources(data.source).values()
+            for text in documents(source, data, Reading())
+        )
+        tokenizer = train_tokenizer(texts, size)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(path)
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size != size:
+        raise UserError(
+            f"tokenizer {path} has {tokenizer.vocab_size} ids, but model.vocab_size is {size}"
+        )
+    stream = StreamingBatches(data, tokenizer, config.train.seq_len, config.train.global_batch)
+    return TrainingData(stream, None, tokenizer, stream.fingerprint())

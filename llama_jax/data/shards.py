@@ -1,16 +1,21 @@
 """Token shards on disk: the format, its writer, and a reader over memory maps.
 
 A folder of shards holds
-  manifest.json      what is in it, with the checksum of every file
-  tokenizer.model    the tokenizer that made it
-  train-00000.bin    token ids, little-endian uint16 or uint32: BOS document EOS, one after another
-  train-00000.idx    where each document begins, in tokens, little-endian int64
-and the same for `validation`. A document lies in one shard.
+  manifest.json          what is in it, with the checksum of every file
+  tokenizer.model        the tokenizer that made it
+  train-00000-000.bin    token ids, little-endian uint16 or uint32: BOS document EOS, one by one
+  train-00000-000.idx    where each document begins, in tokens, little-endian int64
+  train-00000-000.pack   with data.packing=best_fit: which pieces make a sequence, see below
+and the same for `validation`. The first number is the part of the source, the second counts its
+shards. A document lies in one shard.
 """
 
+import bisect
 import dataclasses
+import functools
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,23 +38,25 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class ShardWriter:
-    """Writes the shards of one split, one after another."""
+    """Writes the shards of one split of one part, one after another, in little memory."""
 
     def __init__(
-        self, folder: epath.Path, split: str, tokenizer: Tokenizer, shard_tokens: int
+        self, folder: epath.Path, name: str, tokenizer: Tokenizer, shard_tokens: int, pack_len: int
     ) -> None:
-        """Starts an empty split.
+        """Starts without a shard.
 
         Args:
           folder: where to; must exist.
-          split: name of the split.
+          name: of the shards, to which `-000`, `-001`, .. is added.
           tokenizer: gives BOS, EOS and the type on disk.
           shard_tokens: a shard is closed once it has so many tokens.
+          pack_len: sequence length to pack whole documents for; 0: do not.
         """
-        self._folder, self._split, self._tokenizer = folder, split, tokenizer
-        self._shard_tokens = shard_tokens
+        self._folder, self._name, self._tokenizer = folder, name, tokenizer
+        self._shard_tokens, self._pack_len = shard_tokens, pack_len
         self._dtype = token_dtype(tokenizer.vocab_size)
-        self._arrays: list[np.ndarray] = []
+        self._file: Any = None
+        self._digest = hashlib.sha256()
         self._offsets: list[int] = []
         self._tokens = 0
         self._shards: list[dict[str, Any]] = []
@@ -62,38 +69,47 @@ class ShardWriter:
           ids: its tokens, without BOS and EOS.
           text_bytes: length of its text in UTF-8.
         """
+        if self._file is None:
+            self._file = (self._folder / f"{self._next_name()}.bin").open("wb")
         self._offsets.append(self._tokens)
         document = np.empty(len(ids) + 2, self._dtype)
-        document[0], document[1:-1], document[-1] = (
-            self._tokenizer.bos_id,
-            ids,
-            self._tokenizer.eos_id,
-        )
-        self._arrays.append(document)
+        document[0], document[-1] = self._tokenizer.bos_id, self._tokenizer.eos_id
+        document[1:-1] = ids
+        data = document.tobytes()
+        self._file.write(data)
+        self._digest.update(data)
         self._tokens += len(document)
         self._text_bytes += text_bytes
         if self._tokens >= self._shard_tokens:
             self._close_shard()
 
+    def _next_name(self) -> str:
+        return f"{self._name}-{len(self._shards):03d}"
+
     def _close_shard(self) -> None:
-        name = f"{self._split}-{len(self._shards):05d}"
-        tokens = np.concatenate(self._arrays).tobytes()
-        index = np.asarray(self._offsets, INDEX_DTYPE).tobytes()
-        (self._folder / f"{name}.bin").write_bytes(tokens)
-        (self._folder / f"{name}.idx").write_bytes(index)
-        self._shards.append(
-            {
-                "name": name,
-                "tokens": self._tokens,
-                "documents": len(self._offsets),
-                "sha256": hashlib.sha256(tokens).hexdigest(),
-                "index_sha256": hashlib.sha256(index).hexdigest(),
-            }
-        )
-        self._arrays, self._offsets, self._tokens = [], [], 0
+        self._file.close()
+        name = self._next_name()
+        shard: dict[str, Any] = {
+            "name": name,
+            "tokens": self._tokens,
+            "documents": len(self._offsets),
+            "sha256": self._digest.hexdigest(),
+            "index_sha256": self._write(f"{name}.idx", np.asarray(self._offsets, INDEX_DTYPE)),
+        }
+        if self._pack_len:
+            pack, sequences = pack_documents(self._offsets, self._tokens, self._pack_len)
+            shard |= {"sequences": sequences, "pack_sha256": self._write(f"{name}.pack", pack)}
+        self._shards.append(shard)
+        self._file, self._digest = None, hashlib.sha256()
+        self._offsets, self._tokens = [], 0
+
+    def _write(self, name: str, array: np.ndarray) -> str:
+        data = array.tobytes()
+        (self._folder / name).write_bytes(data)
+        return hashlib.sha256(data).hexdigest()
 
     def finish(self) -> dict[str, Any]:
-        """Closes the last shard; returns the split's part of the manifest."""
+        """Closes the last shard; returns this writer's part of the manifest."""
         if self._offsets:
             self._close_shard()
         return {
@@ -102,6 +118,50 @@ class ShardWriter:
             "text_bytes": self._text_bytes,
             "shards": self._shards,
         }
+
+
+def pack_documents(starts: Sequence[int], n_tokens: int, seq_len: int) -> tuple[np.ndarray, int]:
+    """Best-fit-decreasing packing of whole documents (arXiv:2404.10830).
+
+    A document longer than a sequence is cut into pieces of full sequences and a rest; no other is
+    cut. A piece of n inputs covers n + 1 tokens, whose last is only a target.
+
+    Args:
+      starts: first token of each document.
+      n_tokens: where the last one ends.
+      seq_len: inputs in a sequence, T.
+
+    Returns:
+      What a `.pack` file holds, int64: first piece of each sequence and the end (n_sequences + 1),
+      then the first token of each piece, then its inputs; and n_sequences.
+    """
+    edges = np.append(np.asarray(starts, np.int64), n_tokens)
+    pieces: list[tuple[int, int]] = []
+    for start, inputs in zip(edges[:-1].tolist(), (np.diff(edges) - 1).tolist(), strict=True):
+        pieces += [(min(seq_len, inputs - at), start + at) for at in range(0, inputs, seq_len)]
+    pieces.sort(key=lambda piece: (-piece[0], piece[1]))
+    room: dict[int, list[int]] = {}  # free inputs -> sequences with so many
+    free: list[int] = []  # the keys of `room` in order
+    sequences: list[list[tuple[int, int]]] = []
+    for inputs, start in pieces:
+        at = bisect.bisect_left(free, inputs)
+        if at == len(free):
+            index, left = len(sequences), seq_len - inputs
+            sequences.append([])
+        else:
+            size = free[at]
+            index, left = room[size].pop(), size - inputs
+            if not room[size]:
+                del room[size], free[at]
+        sequences[index].append((start, inputs))
+        if left:
+            if left not in room:
+                room[left] = []
+                bisect.insort(free, left)
+            room[left].append(index)
+    counts = np.cumsum([0, *(len(sequence) for sequence in sequences)])
+    flat = np.asarray([piece for sequence in sequences for piece in sequence]).reshape(-1, 2)
+    return np.concatenate([counts, flat[:, 0], flat[:, 1]]).astype(INDEX_DTYPE), len(sequences)
 
 
 def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
@@ -140,7 +200,8 @@ def fingerprint(manifest: dict[str, Any]) -> str:
     """Identity of the tokens: sha256 over the checksums of all shards and of the tokenizer."""
     parts = [manifest["tokenizer_sha256"]]
     for split in SPLITS:
-        parts += [shard["sha256"] for shard in manifest["splits"][split]["shards"]]
+        for shard in manifest["splits"][split]["shards"]:
+            parts += [shard["sha256"], shard.get("pack_sha256", "")]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -157,6 +218,8 @@ def verify(folder: epath.PathLike) -> list[str]:
         for shard in manifest["splits"][split]["shards"]:
             expected[f"{shard['name']}.bin"] = shard["sha256"]
             expected[f"{shard['name']}.idx"] = shard["index_sha256"]
+            if "pack_sha256" in shard:
+                expected[f"{shard['name']}.pack"] = shard["pack_sha256"]
     return [name for name, digest in expected.items() if _sha256(folder / name) != digest]
 
 
@@ -173,22 +236,28 @@ def _sha256(path: epath.Path) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class TokenDataset:
-    """One split of a folder of shards, as a single run of tokens.
+    """One split of a folder of shards, as a single run of tokens, or of packed sequences.
 
     Attributes:
       folder: where it lies.
       vocab_size: ids are below it.
       n_tokens: tokens in all shards.
+      pack_len: sequence length that documents are packed for; 0 if they are not.
+      n_sequences: packed sequences in all shards.
       fingerprint: identity of the folder's tokens.
+      tokenizer_sha256: of the tokenizer that made them.
     """
 
     folder: epath.Path
+    tokenizer_sha256: str
     vocab_size: int
     n_tokens: int
+    pack_len: int
+    n_sequences: int
     fingerprint: str
-    _names: tuple[str, ...]
-    _maps: tuple[np.ndarray, ...]
-    _starts: np.ndarray  # of each shard in the run of tokens, and the end
+    _shards: tuple[dict[str, Any], ...]
+    _token_starts: np.ndarray  # of each shard in the run of tokens, and the end
+    _sequence_starts: np.ndarray  # the same of the packed sequences
 
     @classmethod
     def open(cls, folder: epath.PathLike, split: str) -> "TokenDataset":
@@ -207,20 +276,27 @@ class TokenDataset:
             )
         dtype = token_dtype(manifest["vocab_size"])
         shards = manifest["splits"][split]["shards"]
-        maps = []
+        sizes = _file_sizes(folder)
         for shard in shards:
-            _check_size(folder / f"{shard['name']}.bin", shard["tokens"] * dtype.itemsize)
-            _check_size(folder / f"{shard['name']}.idx", shard["documents"] * INDEX_DTYPE.itemsize)
-            maps.append(np.memmap(folder / f"{shard['name']}.bin", dtype, "r"))
-        starts = np.cumsum([0, *(shard["tokens"] for shard in shards)])
+            _check_size(folder, sizes, f"{shard['name']}.bin", shard["tokens"] * dtype.itemsize)
+            _check_size(
+                folder, sizes, f"{shard['name']}.idx", shard["documents"] * INDEX_DTYPE.itemsize
+            )
+            if "sequences" in shard:
+                _check_size(folder, sizes, f"{shard['name']}.pack", None)
+        token_starts = np.cumsum([0, *(shard["tokens"] for shard in shards)])
+        sequence_starts = np.cumsum([0, *(shard.get("sequences", 0) for shard in shards)])
         return cls(
             folder=folder,
+            tokenizer_sha256=manifest["tokenizer_sha256"],
             vocab_size=manifest["vocab_size"],
-            n_tokens=int(starts[-1]),
+            n_tokens=int(token_starts[-1]),
+            pack_len=manifest["settings"].get("pack_len", 0),
+            n_sequences=int(sequence_starts[-1]),
             fingerprint=fingerprint(manifest),
-            _names=tuple(shard["name"] for shard in shards),
-            _maps=tuple(maps),
-            _starts=starts,
+            _shards=tuple(shards),
+            _token_starts=token_starts,
+            _sequence_starts=sequence_starts,
         )
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
@@ -229,31 +305,96 @@ class TokenDataset:
         Raises:
           UserError: an id beyond the vocabulary, which only a damaged shard holds.
         """
-        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        shard = int(self._token_starts.searchsorted(start, side="right")) - 1
         parts = []
-        while start < stop and shard < len(self._maps):
-            first = int(self._starts[shard])
-            parts.append(self._maps[shard][start - first : stop - first])
-            if len(parts[-1]) and int(parts[-1].max()) >= self.vocab_size:
-                raise UserError(
-                    f"{self.folder / self._names[shard]}.bin holds ids beyond the vocabulary of "
-                    f"{self.vocab_size}: it is damaged; check with llama_jax.prepare --verify"
-                )
+        while start < stop and shard < len(self._shards):
+            first = int(self._token_starts[shard])
+            parts.append(self._shard_tokens(shard, start - first, stop - first))
             shard += 1
-            start = int(self._starts[shard])
+            start = int(self._token_starts[shard])
+        if len(parts) == 1:
+            return parts[0]
         return np.concatenate(parts) if parts else np.empty(0, np.uint16)
+
+    def pieces(self, sequence: int) -> list[np.ndarray]:
+        """The pieces of a packed sequence: tokens whose last is only a target.
+
+        Raises:
+          UserError: a damaged shard.
+        """
+        shard = int(self._sequence_starts.searchsorted(sequence, side="right")) - 1
+        name, number = self._shards[shard]["name"], self._shards[shard]["sequences"]
+        pack = _open_map(str(self.folder / f"{name}.pack"), INDEX_DTYPE.str)
+        local = sequence - int(self._sequence_starts[shard])
+        count = int(pack[number])
+        if len(pack) != number + 1 + 2 * count:
+            raise self._damaged(f"{name}.pack does not fit together")
+        found = []
+        for piece in range(int(pack[local]), int(pack[local + 1])):
+            start, inputs = int(pack[number + 1 + piece]), int(pack[number + 1 + count + piece])
+            found.append(self._shard_tokens(shard, start, start + inputs + 1))
+        return found
+
+    def _shard_tokens(self, shard: int, start: int, stop: int) -> np.ndarray:
+        name = self._shards[shard]["name"]
+        tokens = _open_map(str(self.folder / f"{name}.bin"), token_dtype(self.vocab_size).str)[
+            start:stop
+        ]
+        if len(tokens) and int(tokens.max()) >= self.vocab_size:
+            raise self._damaged(f"{name}.bin holds ids beyond the vocabulary of {self.vocab_size}")
+        return tokens
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(
+            f"{self.folder}/{what}: it is damaged; check with llama_jax.prepare --verify"
+        )
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the shards."""
         return Tokenizer.load(self.folder / TOKENIZER)
 
 
-def _check_size(path: epath.Path, expected: int) -> None:
-    if not path.exists():
-        raise UserError(f"{path} is missing; the manifest lists it")
-    size = path.stat().length
-    if size != expected:
+@functools.lru_cache(maxsize=4096)  # below the number of maps that Linux allows a process
+def _open_map(path: str, dtype: str) -> Any:
+    """The array in a file: mapped into memory where the file system can, else read by ranges."""
+    if "://" in path:
+        return _RemoteArray(epath.Path(path), np.dtype(dtype))
+    return np.memmap(path, np.dtype(dtype), "r")
+
+
+class _RemoteArray:
+    """As much of an array as slicing, in a file that only `epath` can open."""
+
+    def __init__(self, path: epath.Path, dtype: np.dtype) -> None:
+        self._path, self._dtype = path, dtype
+        self._length = path.stat().length // dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, where: Any) -> Any:
+        if not isinstance(where, slice):
+            return self[where : where + 1][0]
+        start, stop, _ = where.indices(self._length)
+        size = self._dtype.itemsize
+        with self._path.open("rb") as file:
+            file.seek(start * size)
+            return np.frombuffer(file.read(max(0, stop - start) * size), self._dtype)
+
+
+def _file_sizes(folder: epath.Path) -> dict[str, int]:
+    """Bytes of each file of a folder, in one listing."""
+    if "://" in str(folder):
+        return {path.name: path.stat().length for path in folder.iterdir()}
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries}
+
+
+def _check_size(folder: epath.Path, sizes: dict[str, int], name: str, expected: int | None) -> None:
+    if name not in sizes:
+        raise UserError(f"{folder / name} is missing; the manifest lists it")
+    if expected is not None and sizes[name] != expected:
         raise UserError(
-            f"{path} has {size} bytes, the manifest says {expected}: it is truncated or replaced; "
-            "restore it or prepare the data again"
+            f"{folder / name} has {sizes[name]} bytes, the manifest says {expected}: it is "
+            "truncated or replaced; restore it or prepare the data again"
         )

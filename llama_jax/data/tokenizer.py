@@ -63,9 +63,9 @@ class Tokenizer:
         """Token ids of a text, without BOS and EOS."""
         return self._processor.encode(text)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of several texts, on all cores."""
-        return self._processor.encode(list(texts))
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """Token ids of several texts, in so many threads."""
+        return self._processor.encode(list(texts), num_threads=threads)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; BOS and EOS add nothing."""

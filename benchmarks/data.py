@@ -1,0 +1,224 @@
+"""Measures the data path: loader, tokenising, start-up and memory; prints one JSON line for each.
+
+Rates are per CPU second of this process, which other jobs on the machine disturb little.
+
+Example:
+  python benchmarks/data.py
+  python benchmarks/data.py --only=loader,startup --megabytes=20
+"""
+
+import json
+import multiprocessing
+import pathlib
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from absl import flags
+
+from llama_jax import cli
+from llama_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from llama_jax.data import loader, prepare, shards
+from llama_jax.data.mixture import parse_shares
+from llama_jax.data.sources import Reading, documents
+from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.errors import UserError
+
+SEQ_LEN, BATCH, VOCAB = 2048, 64, 8192
+TRAIN = TrainConfig(seq_len=SEQ_LEN, global_batch=BATCH)
+
+
+def config_for(source: str, tokenizer: str, **data: object) -> Config:
+    """A config that tokenises `source` in one process."""
+    fields = {"source": source, "tokenizer": tokenizer, "workers": 1, **data}
+    return Config(
+        model=ModelConfig(vocab_size=VOCAB),
+        data=DataConfig(**fields),  # type: ignore[arg-type]
+        optim=OptimConfig(),
+        train=TRAIN,
+    )
+
+
+def write_fake_shards(folder: pathlib.Path, tokenizer: Tokenizer, count: int, tokens: int) -> None:
+    """Shards of random tokens, one document each, with a manifest that fits them."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    listed = []
+    for number in range(count):
+        name = f"train-{number:05d}-000"
+        rng.integers(3, VOCAB, tokens, dtype=np.uint16).tofile(folder / f"{name}.bin")
+        np.zeros(1, "<i8").tofile(folder / f"{name}.idx")
+        listed.append(
+            {"name": name, "tokens": tokens, "documents": 1, "sha256": "", "index_sha256": ""}
+        )
+    tokenizer.save(folder / shards.TOKENIZER)
+    empty: dict[str, object] = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
+    manifest = {
+        "format_version": shards.FORMAT_VERSION,
+        "settings": {},
+        "vocab_size": VOCAB,
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "skipped": {},
+        "splits": {"train": {**empty, "shards": listed}, "validation": empty},
+    }
+    (folder / shards.MANIFEST).write_text(json.dumps(manifest))
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """CPU seconds of one call, all threads together."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def measure_loader(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator[dict]:
+    """Tokens per CPU second, from one source and from LLaMA's mixture, bare and through tf.data."""
+    write_fake_shards(root / "one", tokenizer, 4, 25_000_000)
+    one = shards.TokenDataset.open(root / "one", "train")
+    shares = parse_shares("llama")
+    cases = {
+        "one source": loader.Batches({"": one}, SEQ_LEN, BATCH, 0),
+        "llama mixture": loader.Batches(
+            dict.fromkeys(shares, one), SEQ_LEN, BATCH, 0, shares=shares
+        ),
+    }
+    steps = 300
+    for name, batches in cases.items():
+
+        def bare(batches: loader.Batches = batches) -> None:
+            for step in range(steps):
+                batches.rows(step, range(BATCH))
+
+        def through_tf(batches: loader.Batches = batches) -> None:
+            for _ in loader.iterate(batches, range(BATCH), 0, steps):
+                pass
+
+        bare()  # the page cache is warm
+        loader_tokens = steps * BATCH * SEQ_LEN
+        through_tf()
+        yield {
+            "benchmark": "loader",
+            "case": name,
+            "tokens_per_cpu_second": round(loader_tokens / cpu_seconds(bare)),
+            "tokens_per_cpu_second_tf_data": round(loader_tokens / cpu_seconds(through_tf)),
+        }
+    batches = cases["one source"]
+    for start in (0, 500_000):
+        began = time.perf_counter()
+        next(loader.iterate(batches, range(BATCH), start, start + 10))
+        yield {
+            "benchmark": "first batch",
+            "step": start,
+            "seconds": round(time.perf_counter() - began, 4),
+        }
+
+
+def measure_tokenise(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator[dict]:
+    """`write_part` (read, tokenise, hash, write) against the library's own batch call."""
+    data = DataConfig(source="stdlib")
+    texts = list(documents("stdlib", data, Reading()))
+    n_bytes = sum(len(text.encode()) for text in texts)
+    config = config_for("stdlib", str(root / "tokenizer.model"))
+    ratios, ours, theirs = [], [], []
+    for number in range(5):
+        theirs.append(cpu_seconds(lambda: tokenizer.encode_batch(texts, 1)))
+        output = root / f"tokenise{number}"
+        ours.append(
+            cpu_seconds(lambda: prepare.prepare(config, output, log=lambda line: None))  # noqa: B023
+        )
+        ratios.append(theirs[-1] / ours[-1])
+    yield {
+        "benchmark": "tokenise",
+        "mb_per_cpu_second": round(n_bytes / 1e6 / sorted(ours)[2], 2),
+        "sentencepiece_mb_per_cpu_second": round(n_bytes / 1e6 / sorted(theirs)[2], 2),
+        "ratio_median": round(sorted(ratios)[2], 3),
+    }
+
+
+def measure_startup(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator[dict]:
+    """Seconds from a manifest of 10,000 shards to the first batch."""
+    write_fake_shards(root / "many", tokenizer, 10_000, 2048)
+    began = time.perf_counter()
+    dataset = shards.TokenDataset.open(root / "many", "train")
+    loader.Batches({"": dataset}, SEQ_LEN, BATCH, 0).rows(0, range(BATCH))
+    seconds = time.perf_counter() - began
+    yield {"benchmark": "startup", "shards": 10_000, "seconds": round(seconds, 3)}
+
+
+def _peak_of(target: str, megabytes: int, root: str, queue: multiprocessing.Queue) -> None:
+    folder = pathlib.Path(root)
+    if target == "prepare":
+        config = config_for(
+            str(folder / f"corpus{megabytes}.jsonl"),
+            str(folder / "tokenizer.model"),
+            validation_fraction=0.0,
+        )
+        prepare.prepare(config, folder / f"prepared{megabytes}", log=lambda line: None)
+    else:
+        dataset = shards.TokenDataset.open(folder / f"prepared{megabytes}", "train")
+        batches = loader.Batches({"": dataset}, SEQ_LEN, BATCH, 0)
+        for step in range(batches.n_sequences // BATCH):
+            batches.rows(step, range(BATCH))
+    # Pages of mapped files are the kernel's to drop, but count as resident while they are there.
+    status = pathlib.Path("/proc/self/status")
+    anonymous = None
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("RssAnon"))
+        anonymous = int(line.split()[1]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    queue.put({"peak_rss_mib": round(peak), "anonymous_mib_at_end": anonymous and round(anonymous)})
+
+
+def measure_memory(root: pathlib.Path, tokenizer: Tokenizer, megabytes: int) -> Iterator[dict]:
+    """Peak memory of preparing and of loading, for a corpus and for one ten times larger."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(5000)]
+    for size in (megabytes, 10 * megabytes):
+        with (root / f"corpus{size}.jsonl").open("w") as file:
+            written = 0
+            while written < size * 1_000_000:
+                text = " ".join(rng.choices(words, k=rng.randint(50, 2000)))
+                written += file.write(json.dumps({"text": text}) + "\n")
+        for target in ("prepare", "load"):
+            context = multiprocessing.get_context("spawn")
+            queue = context.Queue()
+            child = context.Process(target=_peak_of, args=(target, size, str(root), queue))
+            child.start()
+            yield {"benchmark": f"memory: {target}", "corpus_mb": size, **queue.get()}
+            child.join()
+
+
+MEASURES = {
+    "loader": measure_loader,
+    "tokenise": measure_tokenise,
+    "startup": measure_startup,
+    "memory": measure_memory,
+}
+
+
+def main() -> None:
+    """The command; flags are defined below."""
+    unknown = set(_ONLY.value) - set(MEASURES)
+    if unknown:
+        raise UserError(f"--only knows {', '.join(MEASURES)}, not {', '.join(sorted(unknown))}")
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
+        data = DataConfig(source="stdlib")
+        tokenizer = train_tokenizer(documents("stdlib", data, Reading()), VOCAB)
+        tokenizer.save(root / "tokenizer.model")
+        for name in _ONLY.value:
+            for record in MEASURES[name](root, tokenizer, _MEGABYTES.value):
+                print(json.dumps(record))
+                sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _ONLY = flags.DEFINE_list("only", list(MEASURES), "Which to run.")
+    _MEGABYTES = flags.DEFINE_integer(
+        "megabytes", 100, "Size of the smaller corpus of the memory measurement.", lower_bound=1
+    )
+    cli.run(main, __doc__)

@@ -1,0 +1,159 @@
+"""Training straight from a source: tokenised on the fly, never written down.
+
+Documents come in the order of the source (nothing is shuffled: order the files yourself), cut into
+sequences by concatenate-and-chunk, epoch after epoch. Of H processes, process h takes the documents
+h, h + H, .. and fills its own rows, so unlike with shards a batch depends on the number of
+processes, and only the same number can go on exactly.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from llama_jax.config import DataConfig
+from llama_jax.data.sources import Reading, list_parts, named_sources, read
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.errors import UserError
+
+BATCH_DOCUMENTS = 16  # tokenised at once
+KEPT_POSITIONS = 64  # steps whose position is remembered; more than are ever made ahead
+
+Local = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where the next token of a process comes from: a plain tuple of numbers.
+
+    Attributes:
+      epoch: passes over the source that are complete.
+      document: number of the document in the pass, over all processes.
+      token: tokens of it (BOS and EOS included) that were used as inputs.
+    """
+
+    epoch: int = 0
+    document: int = 0
+    token: int = 0
+
+
+class StreamingBatches:
+    """Batches from a source, from a position on; `position(step)` is what a checkpoint keeps."""
+
+    def __init__(
+        self, config: DataConfig, tokenizer: Tokenizer, seq_len: int, global_batch: int
+    ) -> None:
+        """Lists the files; nothing is read yet.
+
+        Raises:
+          UserError: several named sources, or one that is not there.
+        """
+        sources = named_sources(config.source)
+        if len(sources) > 1:
+            raise UserError("data.streaming reads one source; prepare shards to mix several")
+        self._config, self._tokenizer = config, tokenizer
+        self._length, self._batch = seq_len, global_batch
+        self._parts = list_parts(next(iter(sources.values())), config)
+        self._positions: dict[int, Position] = {}
+        self._process, self._processes = 0, 1
+
+    def fingerprint(self) -> str:
+        """Identity of files (names and sizes) and tokenizer."""
+        parts = [dataclasses.astuple(part) for part in self._parts]
+        text = repr((parts, self._config.text_field, self._tokenizer.fingerprint))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """Complete passes over this process's documents."""
+        position = self._positions.get(step)
+        return {"": float(position.epoch)} if position else {}
+
+    def start_at(self, step: int, position: Position, process: int, processes: int) -> None:
+        """Goes on at a position that `position(step)` gave, as one of so many processes."""
+        self._positions = {step: position}
+        self._process, self._processes = process, processes
+
+    def position(self, step: int) -> Position:
+        """Where this process stands before `step`.
+
+        Raises:
+          KeyError: the step is not among the last few that were made.
+        """
+        return self._positions[step]
+
+    def batches(self, rows: range, start: int, stop: int) -> Iterator[Local]:
+        """Batches of the steps start..stop, in order; `start_at` must have named `start`.
+
+        Raises:
+          UserError: a file cannot be read, or no document of the source can be used.
+        """
+        position = self._positions[start]
+        documents = self._from(position)
+        position, ids = next(documents)
+        shape = (len(rows), self._length)
+        n_inputs = len(rows) * self._length
+        for step in range(start, stop):
+            flat = np.empty(n_inputs + 1, np.int32)
+            filled = 0
+            while filled < n_inputs:
+                if position.token == len(ids):
+                    position, ids = next(documents)
+                taken = ids[position.token : position.token + n_inputs - filled]
+                flat[filled : filled + len(taken)] = taken
+                filled += len(taken)
+                position = dataclasses.replace(position, token=position.token + len(taken))
+            if position.token == len(ids):
+                position, ids = next(documents)
+            flat[-1] = ids[position.token]  # a target now, an input of the next batch
+            self._positions[step + 1] = position
+            self._positions.pop(step + 1 - KEPT_POSITIONS, None)
+            yield {
+                "inputs": flat[:-1].reshape(shape),
+                "targets": flat[1:].reshape(shape),
+                "weights": np.ones(shape, np.float32),
+            }
+
+    def _from(self, start: Position) -> Iterator[tuple[Position, np.ndarray]]:
+        """Documents from a position on, each with the position of its first token to use."""
+        position, first = start, start.document
+        while True:
+            found = False
+            for number, ids in self._encoded(first):
+                found = True
+                token = position.token if number == position.document else 0
+                yield dataclasses.replace(position, document=number, token=token), ids
+                position = dataclasses.replace(position, document=number + 1, token=0)
+            if not found and first == 0:
+                raise UserError(
+                    f"data.source={self._config.source} has no text that process "
+                    f"{self._process} of {self._processes} could train on"
+                )
+            position, first = Position(epoch=position.epoch + 1), 0
+
+    def _encoded(self, first: int) -> Iterator[tuple[int, np.ndarray]]:
+        """This process's documents from number `first` on, with BOS and EOS."""
+        texts: list[tuple[int, str]] = []
+
+        def flush() -> Iterator[tuple[int, np.ndarray]]:
+            encoded = self._tokenizer.encode_batch([text for _, text in texts])
+            for (number, _), ids in zip(texts, encoded, strict=True):
+                tokens = [self._tokenizer.bos_id, *ids, self._tokenizer.eos_id]
+                yield number, np.asarray(tokens, np.int32)
+            texts.clear()
+
+        for number, text in enumerate(self._documents()):
+            if number >= first and number % self._processes == self._process:
+                texts.append((number, text))
+                if len(texts) == BATCH_DOCUMENTS:
+                    yield from flush()
+        yield from flush()
+
+    def _documents(self) -> Iterator[str]:
+        for part in self._parts:
+            yield from read(part, self._config, Reading())
+
+    def state(self, step: int) -> list[Any]:
+        """`position(step)` as numbers, for a checkpoint."""
+        return list(dataclasses.astuple(self.position(step)))
