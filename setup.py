@@ -23,7 +23,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "numpy>=2.0",
-        "sentencepiece>=0.2.0",
+        "sentencepiece>=0.2.3",
         "tensorflow-datasets>=4.9.9",
         "importlib_resources>=6",  # TFDS 4.9.10 imports it without asking for it
         # The light CPU build where it exists: TensorFlow only reads data here.

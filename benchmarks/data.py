@@ -11,13 +11,13 @@ import json
 import multiprocessing
 import pathlib
 import random
-import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import sentencepiece
 from absl import flags
 
 from llama_jax import cli
@@ -118,14 +118,16 @@ def measure_loader(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator
 
 
 def measure_tokenise(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator[dict]:
-    """`write_part` (read, tokenise, hash, write) against the library's own batch call."""
-    data = DataConfig(source="stdlib")
-    texts = list(documents("stdlib", data, Reading()))
+    """`prepare` (read, tokenise, hash, write) against the library's own batch call."""
+    texts = 3 * list(documents("stdlib", DataConfig(), Reading()))
+    with (root / "texts.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    library = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
     n_bytes = sum(len(text.encode()) for text in texts)
-    config = config_for("stdlib", str(root / "tokenizer.model"))
+    config = config_for(str(root / "texts.jsonl"), str(root / "tokenizer.model"))
     ratios, ours, theirs = [], [], []
     for number in range(5):
-        theirs.append(cpu_seconds(lambda: tokenizer.encode_batch(texts, 1)))
+        theirs.append(cpu_seconds(lambda: library.encode(texts, num_threads=1)))
         output = root / f"tokenise{number}"
         ours.append(
             cpu_seconds(lambda: prepare.prepare(config, output, log=lambda line: None))  # noqa: B023
@@ -163,14 +165,12 @@ def _peak_of(target: str, megabytes: int, root: str, queue: multiprocessing.Queu
         batches = loader.Batches({"": dataset}, SEQ_LEN, BATCH, 0)
         for step in range(batches.n_sequences // BATCH):
             batches.rows(step, range(BATCH))
-    # Pages of mapped files are the kernel's to drop, but count as resident while they are there.
-    status = pathlib.Path("/proc/self/status")
-    anonymous = None
-    if status.exists():
-        line = next(x for x in status.read_text().splitlines() if x.startswith("RssAnon"))
-        anonymous = int(line.split()[1]) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    queue.put({"peak_rss_mib": round(peak), "anonymous_mib_at_end": anonymous and round(anonymous)})
+    # Linux only: getrusage would also count what the parent had when it started this program. Pages
+    # of mapped files are the kernel's to drop, but count as resident while they are there.
+    lines = (line.split() for line in pathlib.Path("/proc/self/status").read_text().splitlines())
+    sizes = {words[0]: int(words[1]) // 1024 for words in lines if words[-1] == "kB"}
+    names = {"VmHWM:": "peak_mib", "RssAnon:": "anonymous_mib", "RssFile:": "mapped_files_mib"}
+    queue.put({names[name]: sizes[name] for name in names})
 
 
 def measure_memory(root: pathlib.Path, tokenizer: Tokenizer, megabytes: int) -> Iterator[dict]:

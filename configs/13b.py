@@ -1,8 +1,10 @@
 """LLaMA 13B (13,015,864,320 parameters) on 1.0T tokens, as in arXiv:2302.13971, table 2.
 
+  python -m llama_jax.prepare --config=configs/13b.py --output=gs://BUCKET/tokens
   python -m llama_jax.train --config=configs/13b.py --workdir=gs://BUCKET/llama_13b \\
-      --config.data.source='gs://BUCKET/corpus/*.jsonl.gz'
+      --config.data.path=gs://BUCKET/tokens
 
+Data: the paper's seven sources in its shares (table 1), by the names that `data.source` gives them.
 Batch: 2,048 sequences x 2,048 tokens = 4,194,304 tokens a step, 238,419 steps = 1.00T tokens.
 Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 194 GiB in all,
 divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
@@ -12,6 +14,7 @@ Expect: the paper took 135,168 A100-80GB hours, 2,055 tokens/s/GPU by its own fi
 import ml_collections
 
 from llama_jax.config import default
+from llama_jax.data.mixture import llama_sources
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -24,5 +27,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.ffn_dim = 13824
     config.model.remat = "full"
     config.train.steps = 238_419
-    config.data.source = "gs://BUCKET/corpus/*.jsonl.gz"
+    config.data.source = llama_sources("gs://BUCKET/corpus")
+    config.data.mixture = "llama"
     return config

@@ -1,8 +1,10 @@
 """LLaMA 65B (65,285,660,672 parameters) on 1.4T tokens, as in arXiv:2302.13971, table 2.
 
+  python -m llama_jax.prepare --config=configs/65b.py --output=gs://BUCKET/tokens
   python -m llama_jax.train --config=configs/65b.py --workdir=gs://BUCKET/llama_65b \\
-      --config.data.source='gs://BUCKET/corpus/*.jsonl.gz'
+      --config.data.path=gs://BUCKET/tokens
 
+Data: the paper's seven sources in its shares (table 1), by the names that `data.source` gives them.
 Batch: 2,048 sequences x 2,048 tokens = 4,194,304 tokens a step, 333,786 steps = 1.40T tokens.
 Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 973 GiB in all,
 divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
@@ -12,6 +14,7 @@ Expect: the paper took 1,022,362 A100-80GB hours, 380 tokens/s/GPU by its own fi
 import ml_collections
 
 from llama_jax.config import default
+from llama_jax.data.mixture import llama_sources
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -26,5 +29,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.optim.peak_lr = 1.5e-4
     config.model.remat = "full"
     config.train.steps = 333_786
-    config.data.source = "gs://BUCKET/corpus/*.jsonl.gz"
+    config.data.source = llama_sources("gs://BUCKET/corpus")
+    config.data.mixture = "llama"
     return config

@@ -1,8 +1,10 @@
 """LLaMA 7B (6,738,415,616 parameters) on 1.0T tokens, as in the paper (arXiv:2302.13971, table 2).
 
+  python -m llama_jax.prepare --config=configs/7b.py --output=gs://BUCKET/tokens
   python -m llama_jax.train --config=configs/7b.py --workdir=gs://BUCKET/llama_7b \\
-      --config.data.source='gs://BUCKET/corpus/*.jsonl.gz'
+      --config.data.path=gs://BUCKET/tokens
 
+Data: the paper's seven sources in its shares (table 1), by the names that `data.source` gives them.
 Batch: 2,048 sequences x 2,048 tokens = 4,194,304 tokens a step, 238,419 steps = 1.00T tokens.
 Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 100 GiB in all,
 divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
@@ -12,6 +14,7 @@ Expect: the paper took 82,432 A100-80GB hours, 3,370 tokens/s/GPU by its own fig
 import ml_collections
 
 from llama_jax.config import default
+from llama_jax.data.mixture import llama_sources
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -19,5 +22,6 @@ def get_config() -> ml_collections.ConfigDict:
     config = default()
     config.model.remat = "full"
     config.train.steps = 238_419
-    config.data.source = "gs://BUCKET/corpus/*.jsonl.gz"
+    config.data.source = llama_sources("gs://BUCKET/corpus")
+    config.data.mixture = "llama"
     return config

@@ -61,6 +61,11 @@ def run(main: Callable[[], int | None], doc: str | None) -> None:
             _fail(error)
         except OSError as error:  # a full disk, a missing permission: not a bug of ours
             _fail(error)
+        except Exception as error:
+            # What TensorFlow raises where a cloud path cannot be reached; it may not be installed.
+            if type(error).__module__ != "tensorflow.python.framework.errors_impl":
+                raise
+            _fail(error)
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
             return 130

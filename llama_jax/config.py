@@ -285,7 +285,7 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
 
 
 def from_json(text: str) -> Config:
-    """Reads what `Config.to_json` wrote.
+    """Reads what `Config.to_json` wrote; what an older version had no field for has its default.
 
     Raises:
       UserError: the text is not such a config.
@@ -294,6 +294,12 @@ def from_json(text: str) -> Config:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"the config is not valid JSON: {error}") from error
+    _require(isinstance(values, dict), "the config is not a mapping of groups")
+    defaults = dataclasses.asdict(Config())
+    for name, group in defaults.items():
+        given = values.setdefault(name, {})
+        if isinstance(given, dict):
+            values[name] = {**group, **given}
     return _from_dict(values)
 
 
@@ -301,7 +307,6 @@ def _from_dict(values: dict[str, Any]) -> Config:
     groups: dict[str, Any] = {
         field.name: field.default_factory for field in dataclasses.fields(Config)
     }
-    _require(isinstance(values, dict), "the config is not a mapping of groups")
     _require_same_names("config groups", set(values), set(groups))
     built = {}
     for name, group in groups.items():

@@ -128,7 +128,13 @@ class ConsoleWriter:
         """Prints a step or an evaluation."""
         width = len(str(self._total))
         if "eval_loss" in record:
-            print(f"step {step:>{width}}  eval_loss {record['eval_loss']:.4f}")
+            epochs = [
+                f"{name.removeprefix('epochs').removeprefix('/')} {value:.2f}".strip()
+                for name, value in record.items()
+                if name.startswith("epochs") and value is not None
+            ]
+            tail = f"  epochs {', '.join(epochs)}" if epochs else ""
+            print(f"step {step:>{width}}  eval_loss {record['eval_loss']:.4f}{tail}")
             return
         now = time.perf_counter()
         if self._started is None:

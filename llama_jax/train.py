@@ -299,7 +299,7 @@ def run_loop(
                 log.flush()
                 eval_loss = evaluate(compiled, state.params, data, config)
                 if eval_loss is not None:
-                    log.write(step, {"eval_loss": eval_loss})
+                    log.write(step, {"eval_loss": eval_loss, **_epoch_metrics(data, step)})
                 log.start(step)
             if last or step % train.checkpoint_every == 0:
                 save(step)

@@ -1,5 +1,6 @@
 import dataclasses
 import importlib.util
+import json
 import math
 import re
 
@@ -76,6 +77,12 @@ def test_json_gives_the_config_back():
     assert from_json(config.to_json()) == config
 
 
+def test_json_of_an_older_version_has_defaults_for_newer_fields():
+    values = json.loads(TINY.to_json())
+    del values["data"]["packing"], values["dcn"]
+    assert from_json(json.dumps(values)) == TINY
+
+
 def test_config_dict_gives_the_config_back_and_is_locked():
     values = config_lib.default()
     assert from_config_dict(values) == Config()
@@ -88,7 +95,7 @@ def test_config_dict_gives_the_config_back_and_is_locked():
     [
         ("{", "not valid JSON"),
         ("[]", "not a mapping"),
-        ('{"model": 3}', "missing config groups"),
+        ('{"model": 3}', "config group model is not a mapping"),
         (TINY.to_json().replace('"peak_lr"', '"peek_lr"'), "optim: peek_lr"),
         (TINY.to_json().replace('"optim"', '"optimizer"'), "unknown config groups: optimizer"),
         (re.sub(r'"optim": \{.*?\}', '"optim": 3', TINY.to_json(), flags=re.S), "optim"),

@@ -49,7 +49,9 @@ def test_ids_of_llama(tokenizer):
 
 def test_batches_equal_single_texts(tokenizer):
     texts = ["abc def", "", "  x"]
-    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    for threads in (1, 3):
+        found = [ids.tolist() for ids in tokenizer.encode_documents(texts, threads)]
+        assert found == [[1, *tokenizer.encode(text), 2] for text in texts]
 
 
 def test_the_result_depends_on_the_documents_alone(corpus, tokenizer):

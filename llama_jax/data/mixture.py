@@ -20,6 +20,13 @@ LLAMA_SHARES = {
     "arxiv": "0.025",
     "stackexchange": "0.02",
 }
+
+
+def llama_sources(root: str) -> str:
+    """A `data.source` of LLaMA's seven sources, each JSON lines in its own folder below `root`."""
+    return "; ".join(f"{name}={root}/{name}/*.jsonl.zst" for name in LLAMA_SHARES)
+
+
 # Shares are counted in this many samples at most; finer ones are rounded to it.
 MAX_PERIOD = 100_000
 

@@ -29,7 +29,7 @@ from llama_jax.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_tokenizer
 from llama_jax.errors import UserError
 
 # Documents that are tokenised at once: enough to keep the library busy, few enough for the memory.
-BATCH_DOCUMENTS = 256
+BATCH_DOCUMENTS = 64
 BATCH_CHARACTERS = 8_000_000
 PLAN = "plan.json"
 
@@ -276,7 +276,7 @@ def write_part(
     tokenizer = Tokenizer.load(path / shards.TOKENIZER)
     writers = {
         split: shards.ShardWriter(
-            path, f"{split}-{index:05d}", tokenizer, data.shard_tokens, pack_len
+            path, f"{split}-{index:05d}", tokenizer.vocab_size, data.shard_tokens, pack_len
         )
         for split in shards.SPLITS
     }
@@ -284,12 +284,12 @@ def write_part(
     position = 0
     for batch in _batches(read(part, data, reading)):
         n_tokens = 0
-        encoded = tokenizer.encode_batch(batch, threads)
+        encoded = tokenizer.encode_documents(batch, threads)
         for text, ids in zip(batch, encoded, strict=True):
             raw = text.encode()
             split = "validation" if _held_out(raw, data.validation_fraction) else "train"
             writers[split].add(ids, len(raw))
-            n_tokens += len(ids) + 2
+            n_tokens += len(ids)
         progress(reading.position - position, n_tokens)
         position = reading.position
     progress(part.size - position, 0)

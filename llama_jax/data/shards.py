@@ -41,20 +41,20 @@ class ShardWriter:
     """Writes the shards of one split of one part, one after another, in little memory."""
 
     def __init__(
-        self, folder: epath.Path, name: str, tokenizer: Tokenizer, shard_tokens: int, pack_len: int
+        self, folder: epath.Path, name: str, vocab_size: int, shard_tokens: int, pack_len: int
     ) -> None:
         """Starts without a shard.
 
         Args:
           folder: where to; must exist.
           name: of the shards, to which `-000`, `-001`, .. is added.
-          tokenizer: gives BOS, EOS and the type on disk.
+          vocab_size: decides the type on disk.
           shard_tokens: a shard is closed once it has so many tokens.
           pack_len: sequence length to pack whole documents for; 0: do not.
         """
-        self._folder, self._name, self._tokenizer = folder, name, tokenizer
+        self._folder, self._name = folder, name
         self._shard_tokens, self._pack_len = shard_tokens, pack_len
-        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._dtype = token_dtype(vocab_size)
         self._file: Any = None
         self._digest = hashlib.sha256()
         self._offsets: list[int] = []
@@ -62,23 +62,20 @@ class ShardWriter:
         self._shards: list[dict[str, Any]] = []
         self._text_bytes = 0
 
-    def add(self, ids: Sequence[int], text_bytes: int) -> None:
+    def add(self, ids: np.ndarray, text_bytes: int) -> None:
         """Appends a document.
 
         Args:
-          ids: its tokens, without BOS and EOS.
+          ids: its tokens, from BOS to EOS.
           text_bytes: length of its text in UTF-8.
         """
         if self._file is None:
             self._file = (self._folder / f"{self._next_name()}.bin").open("wb")
         self._offsets.append(self._tokens)
-        document = np.empty(len(ids) + 2, self._dtype)
-        document[0], document[-1] = self._tokenizer.bos_id, self._tokenizer.eos_id
-        document[1:-1] = ids
-        data = document.tobytes()
+        data = ids.astype(self._dtype).tobytes()
         self._file.write(data)
         self._digest.update(data)
-        self._tokens += len(document)
+        self._tokens += len(ids)
         self._text_bytes += text_bytes
         if self._tokens >= self._shard_tokens:
             self._close_shard()

@@ -101,20 +101,23 @@ def list_parts(source: str, config: DataConfig) -> list[Part]:
     if source.startswith("tfds:"):
         return _tfds_parts(source.removeprefix("tfds:"), config)
     parts: list[Part] = []
-    small: list[tuple[str, int]] = []
+    small: list[str] = []
+    small_bytes = 0
 
     def close() -> None:
+        nonlocal small_bytes
         if small:
-            paths, sizes = zip(*small, strict=True)
-            parts.append(Part("files", paths, 0, -1, sum(sizes)))
+            parts.append(Part("files", tuple(small), 0, -1, small_bytes))
             small.clear()
+            small_bytes = 0
 
     for path in list_files(source):
         size = path.stat().length
         kind, zipped = _kind(path)
         if kind == "files":
-            small.append((str(path), size))
-            if sum(length for _, length in small) >= config.part_bytes:
+            small.append(str(path))
+            small_bytes += size
+            if small_bytes >= config.part_bytes:
                 close()
             continue
         close()

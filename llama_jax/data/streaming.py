@@ -137,10 +137,9 @@ class StreamingBatches:
         texts: list[tuple[int, str]] = []
 
         def flush() -> Iterator[tuple[int, np.ndarray]]:
-            encoded = self._tokenizer.encode_batch([text for _, text in texts])
+            encoded = self._tokenizer.encode_documents([text for _, text in texts])
             for (number, _), ids in zip(texts, encoded, strict=True):
-                tokens = [self._tokenizer.bos_id, *ids, self._tokenizer.eos_id]
-                yield number, np.asarray(tokens, np.int32)
+                yield number, ids
             texts.clear()
 
         for number, text in enumerate(self._documents()):

@@ -4,6 +4,7 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import sentencepiece
 from etils import epath
 
@@ -63,9 +64,11 @@ class Tokenizer:
         """Token ids of a text, without BOS and EOS."""
         return self._processor.encode(text)
 
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """Token ids of several texts, in so many threads."""
-        return self._processor.encode(list(texts), num_threads=threads)
+    def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """Token ids of several documents, int32, each from BOS to EOS, in so many threads."""
+        return self._processor.encode_as_numpy(
+            list(texts), add_bos=True, add_eos=True, num_threads=threads
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; BOS and EOS add nothing."""
