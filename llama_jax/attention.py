@@ -25,6 +25,7 @@ def attention(
     *,
     q_offset: int | jax.Array = 0,
     segment_ids: tuple[jax.Array, jax.Array] | None = None,
+    window: int = 0,
     backend: str = "auto",
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v, where query t sees the keys s <= t + q_offset of its segment.
@@ -38,6 +39,8 @@ def attention(
       q_offset: position of the first query among the keys; non-zero when decoding with a cache.
       segment_ids: ids of shape (B, T) for queries and (B, S) for keys; tokens of different
         documents, or of a document and its padding, do not see each other.
+      window: a query sees only the last so many keys, itself included (sliding-window attention,
+        Mistral, arXiv:2310.06825); 0: all.
       backend: `xla` or `auto`.
 
     Returns:
@@ -54,9 +57,10 @@ def attention(
     q_BKGTH = q_BTNH.reshape(shape).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     if isinstance(q_offset, int) and q_offset == 0 and n_queries == n_keys:
-        out_BKGTH = _blocked(_n_blocks(n_queries), q_BKGTH, k_BKSH, v_BKSH, segment_ids)
+        n_blocks = _n_blocks(n_queries)
+        out_BKGTH = _blocked(n_blocks, window, q_BKGTH, k_BKSH, v_BKSH, segment_ids)
     else:
-        mask = _mask(jnp.arange(n_queries) + q_offset, jnp.arange(n_keys), segment_ids)
+        mask = _mask(jnp.arange(n_queries) + q_offset, jnp.arange(n_keys), segment_ids, window)
         scores_BKGTS = _scores(q_BKGTH, k_BKSH, mask)
         weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
         out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH)
@@ -70,10 +74,16 @@ def _n_blocks(length: int) -> int:
 
 
 def _mask(
-    queries_Q: jax.Array, keys_C: jax.Array, segment_ids: tuple[jax.Array, jax.Array] | None
+    queries_Q: jax.Array,
+    keys_C: jax.Array,
+    segment_ids: tuple[jax.Array, jax.Array] | None,
+    window: int,
 ) -> jax.Array:
     """True where a query sees a key; broadcasts to B K G Q C."""
-    mask = (keys_C[None, :] <= queries_Q[:, None])[None, None, None]
+    mask_QC = keys_C[None, :] <= queries_Q[:, None]
+    if window:
+        mask_QC &= keys_C[None, :] > queries_Q[:, None] - window
+    mask = mask_QC[None, None, None]
     if segment_ids is None:
         return mask
     return mask & (segment_ids[0][:, None, None, :, None] == segment_ids[1][:, None, None, None, :])
@@ -87,27 +97,35 @@ def _scores(q_BKGQH: jax.Array, k_BKCH: jax.Array, mask: jax.Array) -> jax.Array
 
 
 def _block_scores(
-    start: int,
-    stop: int,
+    bounds: tuple[int, int, int],
+    window: int,
     q_BKGTH: jax.Array,
     k_BKSH: jax.Array,
     segment_ids: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
-    """Masked scores of the queries start..stop against the keys 0..stop."""
+    """Masked scores of the queries start..stop against the keys low..stop."""
+    low, start, stop = bounds
     if segment_ids is not None:
-        segment_ids = (segment_ids[0][:, start:stop], segment_ids[1][:, :stop])
-    mask = _mask(jnp.arange(start, stop), jnp.arange(stop), segment_ids)
-    return _scores(q_BKGTH[..., start:stop, :], k_BKSH[..., :stop, :], mask)
+        segment_ids = (segment_ids[0][:, start:stop], segment_ids[1][:, low:stop])
+    mask = _mask(jnp.arange(start, stop), jnp.arange(low, stop), segment_ids, window)
+    return _scores(q_BKGTH[..., start:stop, :], k_BKSH[..., low:stop, :], mask)
 
 
-def _bounds(n_blocks: int, length: int) -> list[tuple[int, int]]:
+def _bounds(n_blocks: int, window: int, length: int) -> list[tuple[int, int, int]]:
+    """Of each block of queries: the first key that any of them may see, and the block's ends."""
     size = length // n_blocks
-    return [(start, start + size) for start in range(0, length, size)]
+    bounds = []
+    for start in range(0, length, size):
+        # Rounded down to a block, so that gradients of keys add up block by block.
+        low = max(0, start - window + 1) // size * size if window else 0
+        bounds.append((low, start, start + size))
+    return bounds
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _blocked(
     n_blocks: int,
+    window: int,
     q_BKGTH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
@@ -118,26 +136,27 @@ def _blocked(
     The forward pass keeps one number per query, log sum exp of its scores, from which the backward
     pass recomputes the weights (arXiv:2205.14135), so that no T x T array outlives its block.
     """
-    return _blocked_forward(n_blocks, q_BKGTH, k_BKSH, v_BKSH, segment_ids)[0]
+    return _blocked_forward(n_blocks, window, q_BKGTH, k_BKSH, v_BKSH, segment_ids)[0]
 
 
 def _blocked_forward(
     n_blocks: int,
+    window: int,
     q_BKGTH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
     segment_ids: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[jax.Array, tuple]:
     out, log_sums = [], []
-    for start, stop in _bounds(n_blocks, q_BKGTH.shape[3]):
-        scores_BKGQC = _block_scores(start, stop, q_BKGTH, k_BKSH, segment_ids)
+    for bounds in _bounds(n_blocks, window, q_BKGTH.shape[3]):
+        scores_BKGQC = _block_scores(bounds, window, q_BKGTH, k_BKSH, segment_ids)
         max_BKGQ1 = jnp.max(scores_BKGQC, axis=-1, keepdims=True)
         exp_BKGQC = jnp.exp(scores_BKGQC - max_BKGQ1)
         sum_BKGQ1 = jnp.sum(exp_BKGQC, axis=-1, keepdims=True)
         out_BKGQH = jnp.einsum(
             "BKGQC,BKCH->BKGQH",
             exp_BKGQC.astype(v_BKSH.dtype),
-            v_BKSH[..., :stop, :],
+            v_BKSH[..., bounds[0] : bounds[2], :],
             preferred_element_type=jnp.float32,
         )
         out.append((out_BKGQH / sum_BKGQ1).astype(q_BKGTH.dtype))
@@ -148,18 +167,18 @@ def _blocked_forward(
     return out_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, segment_ids, out_BKGTH, log_sum_BKGT1)
 
 
-def _blocked_backward(n_blocks: int, saved: tuple, d_out_BKGTH: jax.Array) -> tuple:
+def _blocked_backward(n_blocks: int, window: int, saved: tuple, d_out_BKGTH: jax.Array) -> tuple:
     q_BKGTH, k_BKSH, v_BKSH, segment_ids, out_BKGTH, log_sum_BKGT1 = saved
     dtype, scale = q_BKGTH.dtype, 1 / math.sqrt(q_BKGTH.shape[-1])
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    bounds = _bounds(n_blocks, q_BKGTH.shape[3])
+    all_bounds = _bounds(n_blocks, window, q_BKGTH.shape[3])
     d_q: list[jax.Array] = []
     d_k: list[jax.Array | float] = [0.0] * n_blocks
     d_v: list[jax.Array | float] = [0.0] * n_blocks
-    for start, stop in bounds:
+    for low, start, stop in all_bounds:
         queries = (..., slice(start, stop), slice(None))
-        keys = (..., slice(0, stop), slice(None))
-        scores_BKGQC = _block_scores(start, stop, q_BKGTH, k_BKSH, segment_ids)
+        keys = (..., slice(low, stop), slice(None))
+        scores_BKGQC = _block_scores((low, start, stop), window, q_BKGTH, k_BKSH, segment_ids)
         weights_BKGQC = jnp.exp(scores_BKGQC - log_sum_BKGT1[queries])
         d_out_BKGQH = d_out_BKGTH[queries]
         dot_BKGQ1 = jnp.sum(
@@ -170,9 +189,10 @@ def _blocked_backward(n_blocks: int, saved: tuple, d_out_BKGTH: jax.Array) -> tu
         d_q.append(product("BKGQC,BKCH->BKGQH", d_scores_BKGQC, k_BKSH[keys]))
         d_k_BKCH = product("BKGQC,BKGQH->BKCH", d_scores_BKGQC, q_BKGTH[queries])
         d_v_BKCH = product("BKGQC,BKGQH->BKCH", weights_BKGQC.astype(dtype), d_out_BKGQH)
-        for index, (first, last) in enumerate(bounds[: len(d_q)]):
-            d_k[index] += d_k_BKCH[..., first:last, :]
-            d_v[index] += d_v_BKCH[..., first:last, :]
+        for index, (_, first, last) in enumerate(all_bounds[: len(d_q)]):
+            if first >= low:
+                d_k[index] += d_k_BKCH[..., first - low : last - low, :]
+                d_v[index] += d_v_BKCH[..., first - low : last - low, :]
     d_q_BKGTH = jnp.concatenate(d_q, axis=3).astype(dtype)
     d_k_BKSH = jnp.concatenate(d_k, axis=2).astype(dtype)
     d_v_BKSH = jnp.concatenate(d_v, axis=2).astype(dtype)

@@ -44,6 +44,7 @@ class ModelConfig:
     ffn_dim: int = 11_008
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
+    sliding_window: int = 0  # attention sees so many tokens back (arXiv:2310.06825); 0: all
     tied_embeddings: bool = False
     compute_dtype: str = "bfloat16"  # weights, norms, softmax and loss stay float32
     attention: str = "auto"  # a backend of attention.py
@@ -63,6 +64,7 @@ class ModelConfig:
             self.n_heads % self.n_kv_heads == 0,
             f"model.n_heads={self.n_heads} is not a multiple of model.n_kv_heads={self.n_kv_heads}",
         )
+        _require(self.sliding_window >= 0, "model.sliding_window must not be negative")
         _require(self.head_dim % 2 == 0, f"RoPE needs an even head size, got {self.head_dim}")
         _require(
             self.compute_dtype in COMPUTE_DTYPES,

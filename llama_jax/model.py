@@ -179,7 +179,13 @@ class Attention(nn.Module):
             values = jax.lax.dynamic_update_slice(v_BSKH, v_BTKH, (0, offset, 0, 0))
             segments = (segment_ids_BT, segment_ids_BS)
         out_BTNH = attention(
-            q_BTNH, keys, values, q_offset=offset, segment_ids=segments, backend=c.attention
+            q_BTNH,
+            keys,
+            values,
+            q_offset=offset,
+            segment_ids=segments,
+            window=c.sliding_window,
+            backend=c.attention,
         )
         out_BTD = project("BTNH,NHD->BTD", out_BTNH, wo_NHD)
         return checkpoint_name(out_BTD, "attn_out"), (None if cache is None else (keys, values))

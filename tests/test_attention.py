@@ -42,8 +42,9 @@ def reference(q, k, v, mask_BTS):
     return out
 
 
-def causal(queries, keys, offset=0):
-    return (np.arange(keys)[None] <= np.arange(queries)[:, None] + offset)[None]
+def causal(queries, keys, offset=0, window=0):
+    distance = np.arange(queries)[:, None] + offset - np.arange(keys)[None]
+    return ((distance >= 0) & (distance < (window or keys + queries)))[None]
 
 
 @pytest.mark.parametrize("n_blocks", [1, 2, 8])
@@ -67,6 +68,25 @@ def test_segments_do_not_see_each_other(monkeypatch, n_blocks):
     np.testing.assert_allclose(out, reference(q, k, v, mask), atol=2e-6)
 
 
+@pytest.mark.parametrize("n_blocks", [1, 4, 8])
+@pytest.mark.parametrize("window", [1, 3, 5, 6, 23, 100])
+def test_a_window_hides_what_is_far_back(monkeypatch, window, n_blocks):
+    monkeypatch.setattr(attention_lib, "MAX_BLOCKS", n_blocks)
+    monkeypatch.setattr(attention_lib, "MIN_BLOCK", 1)
+    q, k, v = inputs(10)
+    expected = reference(q, k, v, causal(24, 24, window=window))
+    np.testing.assert_allclose(attention(q, k, v, window=window), expected, atol=2e-6)
+    late = attention(q[:, :7], k, v, q_offset=5, window=window)
+    expected = reference(q[:, :7], k, v, causal(7, 24, 5, window))
+    np.testing.assert_allclose(late, expected, atol=2e-6)
+
+
+def test_a_window_saves_work():
+    q, k, v = inputs(11, batch=1, queries=1024, keys=1024)
+    text = str(jax.make_jaxpr(lambda q: attention(q, k, v, window=128))(q))
+    assert "128,256]" in text and "128,384]" not in text
+
+
 @pytest.mark.parametrize("offset", [0, 5])
 def test_queries_in_the_middle_of_the_keys(offset):
     q, k, v = inputs(3, queries=7)
@@ -76,8 +96,9 @@ def test_queries_in_the_middle_of_the_keys(offset):
 
 
 @pytest.mark.parametrize("n_blocks", [1, 4])
+@pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize("with_segments", [False, True])
-def test_gradients_equal_those_of_jax_nn(monkeypatch, with_segments, n_blocks):
+def test_gradients_equal_those_of_jax_nn(monkeypatch, with_segments, window, n_blocks):
     monkeypatch.setattr(attention_lib, "MAX_BLOCKS", n_blocks)
     monkeypatch.setattr(attention_lib, "MIN_BLOCK", 1)
     q, k, v = inputs(4)
@@ -87,10 +108,14 @@ def test_gradients_equal_those_of_jax_nn(monkeypatch, with_segments, n_blocks):
 
     def ours(q, k, v):
         pair = (ids, ids) if with_segments else None
-        return jnp.vdot(attention(q, k, v, segment_ids=pair), cotangent)
+        return jnp.vdot(attention(q, k, v, segment_ids=pair, window=window), cotangent)
 
     def theirs(q, k, v):
-        return jnp.vdot(jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True), cotangent)
+        back = (window - 1, 0) if window else None
+        out = jax.nn.dot_product_attention(
+            q, k, v, mask=mask, is_causal=True, local_window_size=back
+        )
+        return jnp.vdot(out, cotangent)
 
     for got, expected in zip(
         jax.grad(ours, (0, 1, 2))(q, k, v), jax.grad(theirs, (0, 1, 2))(q, k, v), strict=True

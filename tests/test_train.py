@@ -482,6 +482,7 @@ STEP_FIELDS = {
     "model__ffn_dim": 64,
     "model__rope_theta": 5e5,
     "model__norm_eps": 1e-5,
+    "model__sliding_window": 8,
     "model__tied_embeddings": True,
     "model__compute_dtype": "bfloat16",
     "model__remat": "full",
