@@ -1,21 +1,25 @@
 """Causal, grouped-query attention; one function over the backends.
 
-Shape letters as in model.py; Q and C are the queries and keys of one block.
+Shape letters as in model.py. Every backend computes the same: none takes a mask that it cannot
+honour.
 """
 
-import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
-# The sequence is cut into at most so many blocks of queries, each of which sees only the keys up to
-# its own end: of the square of scores, the half above the diagonal is mostly never computed.
-MAX_BLOCKS = 8
-MIN_BLOCK = 64  # smaller ones make matrix products too small to be fast
-# Finite, so that a query that sees no key (padding) gives an average instead of NaN.
-MASKED = float(jnp.finfo(jnp.float32).min)
+from llama_jax.blocked_attention import blocked, dense
+from llama_jax.errors import UserError
+from llama_jax.sharding import activation_spec
+
+SegmentIds = tuple[jax.Array, jax.Array]
+
+SPLASH_LANES = 128  # the splash kernel works on multiples of so many tokens
+CUDNN_MAX_HEAD_DIM = 128
 
 
 def attention(
@@ -24,7 +28,7 @@ def attention(
     v_BSKH: jax.Array,
     *,
     q_offset: int | jax.Array = 0,
-    segment_ids: tuple[jax.Array, jax.Array] | None = None,
+    segment_ids: SegmentIds | None = None,
     window: int = 0,
     backend: str = "auto",
 ) -> jax.Array:
@@ -41,162 +45,199 @@ def attention(
         documents, or of a document and its padding, do not see each other.
       window: a query sees only the last so many keys, itself included (sliding-window attention,
         Mistral, arXiv:2310.06825); 0: all.
-      backend: `xla` or `auto`.
+      backend: `xla` everywhere; `splash`, a Pallas kernel on TPU; `cudnn` on NVIDIA GPUs; `auto`
+        takes the fast one of the platform where it can compute this. Decoding is always `xla`.
 
     Returns:
       Values averaged per query, B T N H, in the dtype of `q_BTNH`; softmax is done in float32.
 
     Raises:
       ValueError: an unknown backend.
+      UserError: one that cannot compute this here; says what would work.
     """
-    if backend not in ("auto", "xla"):
-        raise ValueError(f"unknown attention backend {backend!r}")
-    batch, n_queries, n_heads, head_dim = q_BTNH.shape
-    n_keys, n_kv_heads = k_BSKH.shape[1:3]
-    shape = (batch, n_queries, n_kv_heads, n_heads // n_kv_heads, head_dim)
-    q_BKGTH = q_BTNH.reshape(shape).transpose(0, 2, 3, 1, 4)
-    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    if isinstance(q_offset, int) and q_offset == 0 and n_queries == n_keys:
-        n_blocks = _n_blocks(n_queries)
-        out_BKGTH = _blocked(n_blocks, window, q_BKGTH, k_BKSH, v_BKSH, segment_ids)
-    else:
-        mask = _mask(jnp.arange(n_queries) + q_offset, jnp.arange(n_keys), segment_ids, window)
-        scores_BKGTS = _scores(q_BKGTH, k_BKSH, mask)
-        weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
-        out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH)
-    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+    if not (isinstance(q_offset, int) and q_offset == 0 and q_BTNH.shape[1] == k_BSKH.shape[1]):
+        return dense(q_BTNH, k_BSKH, v_BSKH, q_offset, segment_ids, window)
+    platform = _platform()
+    if backend == "auto":
+        fast = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
+        backend = "xla" if _obstacle(fast, platform, q_BTNH) else fast
+    obstacle = _obstacle(backend, platform, q_BTNH)
+    if obstacle:
+        raise UserError(f"model.attention={backend}: {obstacle}")
+    if backend == "splash":
+        return splash(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
+    if backend == "cudnn":
+        return _cudnn(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
+    if _context_size() > 1:
+        return _gathered(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
+    return blocked(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
 
 
-def _n_blocks(length: int) -> int:
-    """The most blocks of equal size that are not too many and not too small."""
-    most = max(1, min(MAX_BLOCKS, length // MIN_BLOCK))
-    return next(count for count in range(most, 0, -1) if length % count == 0)
+def _platform() -> str:
+    """`cpu`, `gpu` or `tpu`: of the mesh, which may be of machines that are not here."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is None:
+        return jax.default_backend()
+    kind = device.device_kind.lower()
+    return "tpu" if "tpu" in kind else "cpu" if kind == "cpu" else "gpu"
 
 
-def _mask(
-    queries_Q: jax.Array,
-    keys_C: jax.Array,
-    segment_ids: tuple[jax.Array, jax.Array] | None,
+def _context_size() -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["context"]
+
+
+def _obstacle(backend: str, platform: str, q_BTNH: jax.Array) -> str:
+    """Why a backend cannot compute this here; empty if it can."""
+    _, length, _, head_dim = q_BTNH.shape
+    context = _context_size()
+    if backend == "xla":
+        return ""
+    if backend == "splash":
+        if platform != "tpu":
+            return f"the splash kernel runs on TPUs, and this is a {platform}; use xla"
+        if length % (SPLASH_LANES * context):
+            return (
+                f"the splash kernel takes multiples of {SPLASH_LANES * context} tokens with "
+                f"context={context}, not {length}; use xla"
+            )
+        return ""
+    if backend == "cudnn":
+        if platform != "gpu":
+            return f"cuDNN runs on NVIDIA GPUs, and this is a {platform}; use xla"
+        if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"cuDNN takes bfloat16, not {q_BTNH.dtype}; use xla or model.compute_dtype"
+        if head_dim > CUDNN_MAX_HEAD_DIM or head_dim % 8:
+            return (
+                f"cuDNN takes heads of a multiple of 8 up to {CUDNN_MAX_HEAD_DIM}, not {head_dim}"
+            )
+        if context > 1:
+            return "cuDNN attention does not divide the sequence over mesh.context; use xla"
+        return ""
+    raise ValueError(f"unknown attention backend {backend!r}")
+
+
+def _gathered(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segment_ids: SegmentIds | None,
     window: int,
 ) -> jax.Array:
-    """True where a query sees a key; broadcasts to B K G Q C."""
-    mask_QC = keys_C[None, :] <= queries_Q[:, None]
-    if window:
-        mask_QC &= keys_C[None, :] > queries_Q[:, None] - window
-    mask = mask_QC[None, None, None]
-    if segment_ids is None:
-        return mask
-    return mask & (segment_ids[0][:, None, None, :, None] == segment_ids[1][:, None, None, None, :])
+    """Context parallelism: each device takes its own queries and the keys of all.
+
+    As in Llama 3 (arXiv:2407.21783, section 3.3.2), keys and values are gathered: with grouped
+    heads they are small. The work is the same on every device, because masked scores are computed
+    like the others.
+    """
+    heads = activation_spec("batch", "seq", "heads", "head_dim")
+    gathered = P(heads[0], None, *heads[2:])
+    ids = (P(heads[0], heads[1]), P(heads[0], None))
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: SegmentIds | None) -> jax.Array:
+        offset = jax.lax.axis_index("context") * q.shape[1]
+        return dense(q, k, v, offset, segments, window)
+
+    return jax.shard_map(
+        local,
+        in_specs=(heads, gathered, gathered, None if segment_ids is None else ids),
+        out_specs=heads,
+        check_vma=False,
+    )(q_BTNH, k_BSKH, v_BSKH, segment_ids)
 
 
-def _scores(q_BKGQH: jax.Array, k_BKCH: jax.Array, mask: jax.Array) -> jax.Array:
-    scores_BKGQC = jnp.einsum(
-        "BKGQH,BKCH->BKGQC", q_BKGQH, k_BKCH, preferred_element_type=jnp.float32
-    )
-    return jnp.where(mask, scores_BKGQC / math.sqrt(q_BKGQH.shape[-1]), MASKED)
-
-
-def _block_scores(
-    bounds: tuple[int, int, int],
+def _cudnn(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segment_ids: SegmentIds | None,
     window: int,
-    q_BKGTH: jax.Array,
-    k_BKSH: jax.Array,
-    segment_ids: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
-    """Masked scores of the queries start..stop against the keys low..stop."""
-    low, start, stop = bounds
+    # cuDNN itself knows no segments: JAX hands it the mask as a bias, which costs B x T x T.
+    mask = None
     if segment_ids is not None:
-        segment_ids = (segment_ids[0][:, start:stop], segment_ids[1][:, low:stop])
-    mask = _mask(jnp.arange(start, stop), jnp.arange(low, stop), segment_ids, window)
-    return _scores(q_BKGTH[..., start:stop, :], k_BKSH[..., low:stop, :], mask)
+        mask = segment_ids[0][:, None, :, None] == segment_ids[1][:, None, None, :]
+    out_BTNH = jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        mask=mask,
+        is_causal=True,
+        local_window_size=(window - 1, 0) if window else None,
+        implementation="cudnn",
+    )
+    return checkpoint_name(out_BTNH, "attn_context")
 
 
-def _bounds(n_blocks: int, window: int, length: int) -> list[tuple[int, int, int]]:
-    """Of each block of queries: the first key that any of them may see, and the block's ends."""
-    size = length // n_blocks
-    bounds = []
-    for start in range(0, length, size):
-        # Rounded down to a block, so that gradients of keys add up block by block.
-        low = max(0, start - window + 1) // size * size if window else 0
-        bounds.append((low, start, start + size))
-    return bounds
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blocked(
-    n_blocks: int,
+def splash(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segment_ids: SegmentIds | None,
     window: int,
-    q_BKGTH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    segment_ids: tuple[jax.Array, jax.Array] | None,
+    *,
+    interpret: bool = False,
 ) -> jax.Array:
-    """Causal attention in blocks of queries, with FlashAttention's backward pass.
+    """The splash (sparse flash) attention kernel that comes with JAX, on each device's heads.
 
-    The forward pass keeps one number per query, log sum exp of its scores, from which the backward
-    pass recomputes the weights (arXiv:2205.14135), so that no T x T array outlives its block.
+    Under `context` each device takes its own queries and gathers the keys, as in `_gathered`; what
+    the mask hides in whole blocks is skipped.
+
+    Args:
+      q_BTNH: queries, as all arguments like those of `attention`.
+      k_BSKH: keys.
+      v_BSKH: values.
+      segment_ids: of queries and keys.
+      window: tokens seen back; 0: all.
+      interpret: run the kernel in Python, on any platform (tests).
     """
-    return _blocked_forward(n_blocks, window, q_BKGTH, k_BKSH, v_BKSH, segment_ids)[0]
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {"tensor": 1, "context": 1} if mesh.empty else mesh.shape
+    length, n_heads = q_BTNH.shape[1], q_BTNH.shape[2] // sizes["tensor"]
+    shape = (length, length)
+    mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+    local_length = length // sizes["context"]
+    block = next(size for size in (512, 256, SPLASH_LANES) if local_length % size == 0)
+    # The same tile for all kernels; larger ones do not fit the vector memory of a v5e.
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    tiles: Any = {f"block_{name}": block for name in names}
+    kernel = kernels.make_splash_mha(
+        masks.MultiHeadMask([mask] * n_heads),
+        block_sizes=kernels.BlockSizes(**tiles),
+        head_shards=1,
+        q_seq_shards=sizes["context"],
+        residual_checkpoint_name="attn_context",
+        interpret=interpret,
+    )
 
-def _blocked_forward(
-    n_blocks: int,
-    window: int,
-    q_BKGTH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    segment_ids: tuple[jax.Array, jax.Array] | None,
-) -> tuple[jax.Array, tuple]:
-    out, log_sums = [], []
-    for bounds in _bounds(n_blocks, window, q_BKGTH.shape[3]):
-        scores_BKGQC = _block_scores(bounds, window, q_BKGTH, k_BKSH, segment_ids)
-        max_BKGQ1 = jnp.max(scores_BKGQC, axis=-1, keepdims=True)
-        exp_BKGQC = jnp.exp(scores_BKGQC - max_BKGQ1)
-        sum_BKGQ1 = jnp.sum(exp_BKGQC, axis=-1, keepdims=True)
-        out_BKGQH = jnp.einsum(
-            "BKGQC,BKCH->BKGQH",
-            exp_BKGQC.astype(v_BKSH.dtype),
-            v_BKSH[..., bounds[0] : bounds[2], :],
-            preferred_element_type=jnp.float32,
+    def local(kernel, q_BNTH, k_BKSH, v_BKSH, segments):
+        ids = None if segments is None else kernels.SegmentIds(*segments)
+        return jax.vmap(kernel, in_axes=(0, 0, 0, None if ids is None else 0))(
+            q_BNTH, k_BKSH, v_BKSH, ids
         )
-        out.append((out_BKGQH / sum_BKGQ1).astype(q_BKGTH.dtype))
-        log_sums.append(max_BKGQ1 + jnp.log(sum_BKGQ1))
-    # Named together: a remat policy that keeps one without the other would recompute both.
-    out_BKGTH = checkpoint_name(jnp.concatenate(out, axis=3), "attn_context")
-    log_sum_BKGT1 = checkpoint_name(jnp.concatenate(log_sums, axis=3), "attn_context")
-    return out_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, segment_ids, out_BKGTH, log_sum_BKGT1)
 
-
-def _blocked_backward(n_blocks: int, window: int, saved: tuple, d_out_BKGTH: jax.Array) -> tuple:
-    q_BKGTH, k_BKSH, v_BKSH, segment_ids, out_BKGTH, log_sum_BKGT1 = saved
-    dtype, scale = q_BKGTH.dtype, 1 / math.sqrt(q_BKGTH.shape[-1])
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    all_bounds = _bounds(n_blocks, window, q_BKGTH.shape[3])
-    d_q: list[jax.Array] = []
-    d_k: list[jax.Array | float] = [0.0] * n_blocks
-    d_v: list[jax.Array | float] = [0.0] * n_blocks
-    for low, start, stop in all_bounds:
-        queries = (..., slice(start, stop), slice(None))
-        keys = (..., slice(low, stop), slice(None))
-        scores_BKGQC = _block_scores((low, start, stop), window, q_BKGTH, k_BKSH, segment_ids)
-        weights_BKGQC = jnp.exp(scores_BKGQC - log_sum_BKGT1[queries])
-        d_out_BKGQH = d_out_BKGTH[queries]
-        dot_BKGQ1 = jnp.sum(
-            d_out_BKGQH.astype(jnp.float32) * out_BKGTH[queries], axis=-1, keepdims=True
-        )
-        d_weights_BKGQC = product("BKGQH,BKCH->BKGQC", d_out_BKGQH, v_BKSH[keys])
-        d_scores_BKGQC = (weights_BKGQC * (d_weights_BKGQC - dot_BKGQ1) * scale).astype(dtype)
-        d_q.append(product("BKGQC,BKCH->BKGQH", d_scores_BKGQC, k_BKSH[keys]))
-        d_k_BKCH = product("BKGQC,BKGQH->BKCH", d_scores_BKGQC, q_BKGTH[queries])
-        d_v_BKCH = product("BKGQC,BKGQH->BKCH", weights_BKGQC.astype(dtype), d_out_BKGQH)
-        for index, (_, first, last) in enumerate(all_bounds[: len(d_q)]):
-            if first >= low:
-                d_k[index] += d_k_BKCH[..., first - low : last - low, :]
-                d_v[index] += d_v_BKCH[..., first - low : last - low, :]
-    d_q_BKGTH = jnp.concatenate(d_q, axis=3).astype(dtype)
-    d_k_BKSH = jnp.concatenate(d_k, axis=2).astype(dtype)
-    d_v_BKSH = jnp.concatenate(d_v, axis=2).astype(dtype)
-    return d_q_BKGTH, d_k_BKSH, d_v_BKSH, None
-
-
-_blocked.defvjp(_blocked_forward, _blocked_backward)
+    scale = 1 / math.sqrt(q_BTNH.shape[-1])
+    q_BNTH = (q_BTNH * scale).astype(q_BTNH.dtype).swapaxes(1, 2)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    if mesh.empty:
+        out_BNTH = local(kernel, q_BNTH, k_BKSH, v_BKSH, segment_ids)
+    else:
+        batch, seq, heads, head_dim = activation_spec("batch", "seq", "heads", "head_dim")
+        gathered = P(batch, heads, None, head_dim)
+        kernel_spec = kernel.manual_sharding_spec(jax.NamedSharding(mesh, P(None, seq)))
+        out_BNTH = jax.shard_map(
+            local,
+            in_specs=(
+                kernel_spec,
+                P(batch, heads, seq, head_dim),
+                gathered,
+                gathered,
+                None if segment_ids is None else (P(batch, seq), P(batch, None)),
+            ),
+            out_specs=P(batch, heads, seq, head_dim),
+            check_vma=False,
+        )(kernel, q_BNTH, k_BKSH, v_BKSH, segment_ids)
+    return checkpoint_name(out_BNTH.swapaxes(1, 2), "attn_context")

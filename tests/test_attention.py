@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import attention as attention_lib
-from llama_jax.attention import attention
+from llama_jax import attention as dispatch
+from llama_jax import blocked_attention as attention_lib
+from llama_jax.attention import attention, splash
+from llama_jax.errors import UserError
+from tests.helpers import mesh_of
 
 
 def inputs(seed, *, batch=2, queries=24, keys=24, n=4, k=2, h=8):
@@ -156,3 +159,135 @@ def test_no_square_of_scores_exists():
 def test_an_unknown_backend_is_an_error():
     with pytest.raises(ValueError, match="unknown attention backend 'magic'"):
         attention(*inputs(0), backend="magic")
+
+
+# The other backends, as far as a CPU can go: Pallas in Python, and everything before the launch.
+
+
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("with_segments", [False, True])
+def test_splash_in_interpret_mode(with_segments, window):
+    q, k, v = inputs(12, queries=256, keys=256, n=2, k=1, h=16)
+    ids = segments(13, 2, 256)
+    mask = causal(256, 256, window=window)
+    pair = (ids, ids) if with_segments else None
+    if with_segments:
+        mask = mask & (ids[:, :, None] == ids[:, None, :])
+    out = splash(q, k, v, pair, window, interpret=True)
+    np.testing.assert_allclose(out, reference(q, k, v, mask), atol=1e-5)
+
+
+def test_gradients_of_splash_in_interpret_mode():
+    q, k, v = inputs(14, batch=1, queries=128, keys=128, n=2, k=1, h=16)
+    cotangent = np.random.default_rng(6).standard_normal(q.shape).astype(np.float32)
+
+    def loss(function):
+        return jax.grad(lambda *x: jnp.vdot(function(*x), cotangent), (0, 1, 2))(q, k, v)
+
+    got = loss(lambda q, k, v: splash(q, k, v, None, 0, interpret=True))
+    for ours, expected in zip(got, loss(lambda q, k, v: attention(q, k, v)), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1, 2), (2, 1, 2, 2)])
+def test_splash_on_a_mesh(shape):
+    q, k, v = inputs(15, batch=4, queries=256, keys=256, n=4, k=2, h=16)
+    ids = segments(16, 4, 256)
+    with jax.set_mesh(mesh_of(shape)):
+        out = jax.jit(lambda q, k, v: splash(q, k, v, (ids, ids), 0, interpret=True))(q, k, v)
+    mask = causal(256, 256) & (ids[:, :, None] == ids[:, None, :])
+    np.testing.assert_allclose(out, reference(q, k, v, mask), atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("shape", [(1, 2, 4, 1), (1, 2, 2, 2), (1, 1, 8, 1)])
+def test_context_parallel(shape, window):
+    q, k, v = inputs(17, batch=4, queries=32, keys=32)
+    ids = segments(18, 4, 32)
+    cotangent = np.random.default_rng(6).standard_normal(q.shape).astype(np.float32)
+
+    def run(q, k, v):
+        return attention(q, k, v, segment_ids=(ids, ids), window=window)
+
+    def both(q, k, v):
+        return run(q, k, v), jax.grad(lambda *x: jnp.vdot(run(*x), cotangent), (0, 1, 2))(q, k, v)
+
+    expected, expected_grads = jax.jit(both)(q, k, v)
+    with jax.set_mesh(mesh_of(shape)):
+        out, grads = jax.jit(both)(q, k, v)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    for got, want in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_context_parallel_divides_the_scores():
+    q, k, v = inputs(19, batch=2, queries=64, keys=64)
+    with jax.set_mesh(mesh_of((1, 1, 8, 1))):
+        text = jax.jit(attention).lower(q, k, v).compile().as_text()
+    assert "f32[2,2,2,8,64]" in text and "f32[2,2,2,64,64]" not in text
+
+
+@pytest.mark.parametrize(
+    ("backend", "platform", "changes", "message"),
+    [
+        ("splash", "cpu", {}, "the splash kernel runs on TPUs, and this is a cpu; use xla"),
+        ("splash", "tpu", {"queries": 100}, "takes multiples of 128 tokens"),
+        ("cudnn", "tpu", {"queries": 100}, "cuDNN runs on NVIDIA GPUs, and this is a tpu"),
+        ("cudnn", "gpu", {}, "takes bfloat16, not float32"),
+        ("cudnn", "gpu", {"h": 12, "dtype": "bfloat16"}, "heads of a multiple of 8 up to 128"),
+        ("cudnn", "gpu", {"h": 256, "dtype": "bfloat16"}, "up to 128, not 256"),
+    ],
+)
+def test_what_a_backend_cannot_do_is_an_error(monkeypatch, backend, platform, changes, message):
+    monkeypatch.setattr(dispatch, "_platform", lambda: platform)
+    dtype = changes.pop("dtype", "float32")
+    changes["keys"] = changes.setdefault("queries", 128)
+    q, k, v = (jnp.asarray(x, dtype) for x in inputs(0, **changes))
+    with pytest.raises(UserError, match=message):
+        attention(q, k, v, backend=backend)
+    # `auto` finds another way.
+    assert attention(q, k, v, backend="auto").shape == q.shape
+
+
+def test_cudnn_does_not_divide_the_sequence(monkeypatch):
+    monkeypatch.setattr(dispatch, "_platform", lambda: "gpu")
+    q, k, v = (jnp.asarray(x, "bfloat16") for x in inputs(0))
+    with (
+        jax.set_mesh(mesh_of((1, 1, 2, 1))),
+        pytest.raises(UserError, match="does not divide the sequence over mesh.context"),
+    ):
+        attention(q, k, v, backend="cudnn")
+
+
+@pytest.mark.parametrize(("platform", "chosen"), [("tpu", "splash"), ("gpu", "_cudnn")])
+def test_auto_takes_the_fast_one(monkeypatch, platform, chosen):
+    monkeypatch.setattr(dispatch, "_platform", lambda: platform)
+    monkeypatch.setattr(dispatch, chosen, lambda *_: "fast")
+    q, k, v = (jnp.asarray(x, "bfloat16") for x in inputs(0, queries=128, keys=128))
+    assert attention(q, k, v) == "fast"
+
+
+def test_the_platform_is_that_of_the_mesh():
+    with jax.set_mesh(mesh_of((1, 1, 1, 1))):
+        assert dispatch._platform() == "cpu"
+    assert dispatch._platform() == "cpu"
+
+
+def test_cudnn_gets_segments_and_window(monkeypatch):
+    """What reaches the library, on its XLA implementation."""
+    call = jax.nn.dot_product_attention
+    seen = {}
+
+    def on_xla(*args, implementation, **kwargs):
+        seen["implementation"] = implementation
+        return call(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(dispatch, "_platform", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_xla)
+    q, k, v = (jnp.asarray(x, "bfloat16") for x in inputs(20))
+    ids = segments(21, 2, 24)
+    out = attention(q, k, v, segment_ids=(ids, ids), window=5, backend="cudnn")
+    mask = causal(24, 24, window=5) & (ids[:, :, None] == ids[:, None, :])
+    exact = reference(*(x.astype(jnp.float32) for x in (q, k, v)), mask)
+    assert seen == {"implementation": "cudnn"}
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.03)  # bfloat16
