@@ -10,28 +10,14 @@ from typing import Any, Protocol
 import jax
 from etils import epath
 
+from llama_jax.chips import find_chip
 from llama_jax.config import Config
-
-# Peak dense bfloat16 FLOP/s of one device, by a part of its `device_kind`. Sources: NVIDIA data
-# sheets without sparsity (A100 312, H100 SXM and H200 989, B200 2250 TFLOP/s), Google Cloud TPU
-# pages (v4 275, v5e 197, v5p 459, v6e 918). Unknown devices have no MFU, never a guessed one.
-PEAK_FLOPS = (
-    ("A100", 312e12),
-    ("H100 80GB HBM3", 989e12),  # the SXM module; PCIe and NVL cards have other peaks
-    ("H200", 989e12),
-    ("B200", 2250e12),
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5p", 459e12),
-    ("TPU v5", 459e12),
-    ("TPU v6 lite", 918e12),
-)
 
 
 def peak_flops(device: jax.Device) -> float | None:
     """Peak bfloat16 FLOP/s of a device, or None where it is not known (CPUs, new chips)."""
-    kind = device.device_kind
-    return next((peak for name, peak in PEAK_FLOPS if name in kind), None)
+    chip = find_chip(device.device_kind)
+    return None if chip is None else chip.peak_flops
 
 
 @dataclasses.dataclass

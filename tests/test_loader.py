@@ -15,6 +15,7 @@ from llama_jax.data.loader import (
     Sequences,
     SyntheticBatches,
     ValidationBatches,
+    coprime_stride,
     iterate,
     local_rows,
     permute,
@@ -349,6 +350,12 @@ def test_validation_of_several_sources_sees_all_of_them_early(three):
     for first, stop in itertools.pairwise(ends):
         expected = BATCH * (stop - first) / batches.n_sequences
         assert abs(sum(first <= n < stop for n in early) - expected) < 2
+
+
+def test_a_stride_visits_every_place_once():
+    for n in range(1, 400):
+        stride = coprime_stride(n)
+        assert sorted(i * stride % n for i in range(n)) == list(range(n))
 
 
 def test_a_seed_of_one_source_does_not_order_another(three):

@@ -227,7 +227,13 @@ def test_skips_are_reported_with_the_place_of_the_first(tmp_path):
     good = json.dumps({"text": "some words to learn from " * 20})
     (source / "a.jsonl").write_text(f'{good}\n{{"text": "x\n{{broken\n{good}\n')
     report = prepare(
-        text_config(source, model__vocab_size=276, data__validation_fraction=0.0),
+        text_config(
+            source,
+            model__vocab_size=276,
+            data__validation_fraction=0.0,
+            data__part_bytes=len(good) + 5,  # one broken line in each of two parts
+            data__workers=1,
+        ),
         tmp_path / "out",
         log=quiet,
     )[0]
@@ -434,5 +440,11 @@ def test_the_fingerprint_is_of_the_tokens(shards, corpus, tmp_path):
     first = TokenDataset.open(shards, "train").fingerprint
     prepare(text_config(corpus), tmp_path / "same", log=quiet)
     assert TokenDataset.open(tmp_path / "same", "train").fingerprint == first
+    one_letter = shutil.copytree(corpus, tmp_path / "corpus")
+    text = (one_letter / "007.txt").read_text()
+    (one_letter / "007.txt").write_text(text[:-2] + "z\n")
+    same_tokenizer = text_config(one_letter, data__tokenizer=str(shards / "tokenizer.model"))
+    prepare(same_tokenizer, tmp_path / "letter", log=quiet)
+    assert TokenDataset.open(tmp_path / "letter", "train").fingerprint != first
     prepare(text_config(corpus, data__validation_fraction=0.5), tmp_path / "split", log=quiet)
     assert TokenDataset.open(tmp_path / "split", "train").fingerprint != first

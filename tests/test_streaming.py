@@ -43,7 +43,7 @@ def expected_tokens(config, tokenizer, process=0, processes=1):
 @pytest.mark.parametrize(("process", "processes"), [(0, 1), (0, 2), (1, 2)])
 def test_every_token_in_order_for_several_epochs(config, tokenizer, process, processes):
     rows = BATCH // processes
-    _, batches = streams(config, tokenizer, 0, None, process, processes, rows)
+    source, batches = streams(config, tokenizer, 0, None, process, processes, rows)
     tokens, length = expected_tokens(config, tokenizer, process, processes)
     steps = 3 * length // (rows * T)
     inputs, targets = [], []
@@ -53,6 +53,7 @@ def test_every_token_in_order_for_several_epochs(config, tokenizer, process, pro
         targets += batch["targets"].ravel().tolist()
     whole = list(itertools.islice(tokens, len(inputs) + 1))
     assert inputs == whole[:-1] and targets == whole[1:]
+    assert source.epochs(steps) == {"": len(inputs) // length}
 
 
 @settings(deadline=None, max_examples=30)
