@@ -50,6 +50,20 @@ def shape_bytes(text: str) -> int:
     return sum(sizes)
 
 
+def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
+    """Of a `while`: what the compiler notes, or N of a condition `counter < N`; otherwise 1.
+
+    The counters of scans, which are all the loops that there are, begin at 0.
+    """
+    noted = _TRIPS.search(line)
+    if noted:
+        return int(noted[1])
+    condition = computations.get(re.findall(r"condition=%?([\w.\-]+)", line)[0], [])
+    limits = [int(n) for one in condition for n in re.findall(r" constant\((\d+)\)", one)]
+    less = any("direction=LT" in one for one in condition)
+    return limits[0] if less and len(limits) == 1 else 1
+
+
 def summarize(text: str) -> Summary:
     """Adds up the instructions of an optimised HLO module, times the trip counts of their loops.
 
@@ -87,8 +101,7 @@ def summarize(text: str) -> Summary:
             estimate = _CYCLES.search(line)
             if estimate and not fused:  # a fusion's estimate covers what is in it
                 cycles += times * int(estimate[1])
-            trips = _TRIPS.search(line) if opcode == "while" else None
-            inner = times * int(trips[1]) if trips else times
+            inner = times * (_trip_count(line, computations) if opcode == "while" else 1)
             called = _CALLED.findall(line)
             for group in _BRANCHES.findall(line):
                 called += [branch.strip().lstrip("%") for branch in group.split(",")]

@@ -348,18 +348,21 @@ def test_a_damaged_pack_file(corpus, tmp_path):
         TokenDataset.open(tmp_path / "out", "train")
 
 
-def test_shards_on_a_file_system_without_maps(shards, monkeypatch):
-    """Object stores are read by ranges; here the same code reads local files."""
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_files_are_read_by_ranges(shards, monkeypatch, scheme):
+    """From disk, and as from an object store, whose paths only `epath` can open."""
     from etils import epath
 
-    from llama_jax.data.shards import _RemoteArray
-
     path = shards / "train-00000-000.bin"
-    expected, remote = np.fromfile(path, "<u2"), _RemoteArray(epath.Path(path), np.dtype("<u2"))
-    assert len(remote) == len(expected)
-    np.testing.assert_array_equal(remote[5:50], expected[5:50])
-    np.testing.assert_array_equal(remote[len(expected) - 3 : len(expected) + 9], expected[-3:])
-    assert remote[7] == expected[7]
+    expected = np.fromfile(path, "<u2")
+    local = epath.Path(path)
+    monkeypatch.setattr(shards_lib.epath, "Path", lambda name: local)
+    array = shards_lib._FileArray(scheme + str(path), "<u2")
+    assert array._local == (not scheme)
+    assert len(array) == len(expected)
+    np.testing.assert_array_equal(array[5:50], expected[5:50])
+    np.testing.assert_array_equal(array[len(expected) - 3 : len(expected) + 9], expected[-3:])
+    assert array[7] == expected[7] and len(array[9:3]) == 0
 
 
 def test_verify_names_what_changed(shards, tmp_path):

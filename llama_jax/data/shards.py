@@ -321,7 +321,7 @@ class TokenDataset:
         """
         shard = int(self._sequence_starts.searchsorted(sequence, side="right")) - 1
         name, number = self._shards[shard]["name"], self._shards[shard]["sequences"]
-        pack = _open_map(str(self.folder / f"{name}.pack"), INDEX_DTYPE.str)
+        pack = _open_array(str(self.folder / f"{name}.pack"), INDEX_DTYPE.str)
         local = sequence - int(self._sequence_starts[shard])
         count = int(pack[number])
         if len(pack) != number + 1 + 2 * count:
@@ -334,7 +334,7 @@ class TokenDataset:
 
     def _shard_tokens(self, shard: int, start: int, stop: int) -> np.ndarray:
         name = self._shards[shard]["name"]
-        tokens = _open_map(str(self.folder / f"{name}.bin"), token_dtype(self.vocab_size).str)[
+        tokens = _open_array(str(self.folder / f"{name}.bin"), token_dtype(self.vocab_size).str)[
             start:stop
         ]
         if len(tokens) and int(tokens.max()) >= self.vocab_size:
@@ -351,20 +351,19 @@ class TokenDataset:
         return Tokenizer.load(self.folder / TOKENIZER)
 
 
-@functools.lru_cache(maxsize=4096)  # below the number of maps that Linux allows a process
-def _open_map(path: str, dtype: str) -> Any:
-    """The array in a file: mapped into memory where the file system can, else read by ranges."""
-    if "://" in path:
-        return _RemoteArray(epath.Path(path), np.dtype(dtype))
-    return np.memmap(path, np.dtype(dtype), "r")
+class _FileArray:
+    """As much of an array as slicing, read from a file by ranges.
 
+    Not a memory map, whose pages count as this process's memory until the kernel wants them back,
+    and which object stores do not have; reading a range is as fast.
+    """
 
-class _RemoteArray:
-    """As much of an array as slicing, in a file that only `epath` can open."""
-
-    def __init__(self, path: epath.Path, dtype: np.dtype) -> None:
-        self._path, self._dtype = path, dtype
-        self._length = path.stat().length // dtype.itemsize
+    def __init__(self, path: str, dtype: str) -> None:
+        self._dtype = np.dtype(dtype)
+        self._local = "://" not in path
+        # Stays open as long as the cache below keeps it.
+        self._file = open(path, "rb", 0) if self._local else epath.Path(path).open("rb")  # noqa: SIM115
+        self._length = epath.Path(path).stat().length // self._dtype.itemsize
 
     def __len__(self) -> int:
         return self._length
@@ -373,10 +372,15 @@ class _RemoteArray:
         if not isinstance(where, slice):
             return self[where : where + 1][0]
         start, stop, _ = where.indices(self._length)
-        size = self._dtype.itemsize
-        with self._path.open("rb") as file:
-            file.seek(start * size)
-            return np.frombuffer(file.read(max(0, stop - start) * size), self._dtype)
+        offset, size = start * self._dtype.itemsize, max(0, stop - start) * self._dtype.itemsize
+        if self._local:  # at an offset of its own: threads share the file
+            return np.frombuffer(os.pread(self._file.fileno(), size, offset), self._dtype)
+        self._file.seek(offset)
+        return np.frombuffer(self._file.read(size), self._dtype)
+
+
+# Fewer than the files that a process may usually have open; the least recently used is closed.
+_open_array = functools.lru_cache(maxsize=256)(_FileArray)
 
 
 def _file_sizes(folder: epath.Path) -> dict[str, int]:
