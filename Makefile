@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKDIR ?= runs/tiny
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help train test lint format slow parity beam clean
+.PHONY: help train test lint format slow parity beam tpu clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -59,5 +59,13 @@ parity: .venv/.installed-parity  ## live comparison with transformers on torch
 beam: .venv-beam/.installed  ## prepare on Apache Beam against prepare on one machine
 	.venv-beam/bin/python -m pytest -m beam -q $(PYTEST_ARGS)
 
+.venv-tpu/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv-tpu
+	@.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tpu]'
+	@touch $@
+
+tpu: .venv-tpu/.installed  ## compile 7B and 65B for TPU slices, with the real compiler
+	.venv-tpu/bin/python -m pytest -m tpu -q $(PYTEST_ARGS)
+
 clean:  ## remove .venv and caches, but not your runs
-	rm -rf .venv .venv-beam .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-beam .venv-tpu .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

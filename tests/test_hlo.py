@@ -1,0 +1,92 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.hlo import shape_bytes, summarize
+from tests.helpers import mesh_of
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("f32[2,3]{1,0}", 24),
+        ("bf16[8]", 16),
+        ("(f32[2], s8[3])", 11),
+        ("pred[]", 1),
+        ("token[]", 0),
+    ],
+)
+def test_bytes_of_a_shape(shape, size):
+    assert shape_bytes(shape) == size
+
+
+def test_collectives_of_a_compiled_loop_count_every_turn():
+    mesh = mesh_of((8, 1, 1, 1))
+
+    def local(x):
+        def body(carry, _):
+            total = jax.lax.psum(carry, "data")
+            return carry + 1e-3 * jnp.sin(total), None
+
+        x, _ = jax.lax.scan(body, x, None, length=5)
+        return jax.lax.all_gather(x, "data", tiled=True)
+
+    with jax.set_mesh(mesh):
+        function = jax.jit(
+            jax.shard_map(local, in_specs=P("data"), out_specs=P(None), check_vma=False)
+        )
+        text = function.lower(jnp.zeros((64, 4))).compile().as_text()
+    summary = summarize(text)
+    # 8 x 4 float32 on each device; gathered, 64 x 4.
+    assert summary.collectives == {"all-reduce": (5, 5 * 8 * 4 * 4), "all-gather": (1, 64 * 4 * 4)}
+
+
+MODULE = """
+HloModule m
+
+%fused (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %x = f32[4]{0} add(%p, %p), backend_config={"estimated_cycles":"999"}
+}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%cond (c: (s32[], f32[4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7)
+  %c = (s32[], f32[4]) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (c: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %f = f32[4]{0} fusion(%v), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"10"}
+  %r = f32[4]{0} all-reduce(%f), to_apply=%add, backend_config={"estimated_cycles":"3"}
+  %ags = (bf16[4], bf16[32]) all-gather-start(%f), dimensions={0}
+  %agd = bf16[32] all-gather-done(%ags)
+  ROOT %t = (s32[], f32[4]) tuple(%i, %r)
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]) while(%init), condition=%cond, body=%body
+  %w2 = (s32[], f32[4]) while(%i), condition=%cond, body=%body, CONFIG{"known_trip_count":{"n":"2"}}
+  ROOT %out = f32[4]{0} fusion(%w), kind=kLoop, calls=%fused, CONFIG{"estimated_cycles":"100"}
+}
+""".replace("CONFIG", "backend_config=")
+
+
+def test_loops_fusions_and_asynchronous_starts():
+    summary = summarize(MODULE)
+    turns = 7 + 2
+    assert summary.cycles == turns * 13 + 100
+    assert summary.collectives == {
+        "all-reduce": (turns, turns * 16),
+        "all-gather": (turns, turns * (4 + 32) * 2 // 2),
+    }
+
+
+def test_a_loop_of_unknown_length_counts_once():
+    text = MODULE.replace("direction=LT", "direction=NE").replace('"n":"2"', '"m":"2"')
+    assert summarize(text).collectives["all-reduce"][0] == 2
