@@ -68,7 +68,7 @@ def attention(
         return splash(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
     if backend == "cudnn":
         return _cudnn(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
-    if _context_size() > 1:
+    if _context_size() > 1 and _divides(q_BTNH):
         return _gathered(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
     return blocked(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
 
@@ -85,6 +85,13 @@ def _platform() -> str:
 def _context_size() -> int:
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape["context"]
+
+
+def _divides(q_BTNH: jax.Array) -> bool:
+    """Whether the mesh divides batch and sequence; it does not when parameters are initialised."""
+    mesh = jax.sharding.get_abstract_mesh()
+    batch, context = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
+    return q_BTNH.shape[0] % batch == 0 and q_BTNH.shape[1] % context == 0
 
 
 def _obstacle(backend: str, platform: str, q_BTNH: jax.Array) -> str:

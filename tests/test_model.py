@@ -64,6 +64,14 @@ def test_initial_weights_are_the_same_bits_on_every_mesh(shape):
     jax.tree.map(np.testing.assert_array_equal, whole, spread)
 
 
+@pytest.mark.parametrize("backend", ["splash", "cudnn"])
+def test_initial_weights_need_no_kernel(backend):
+    config = replace(TINY, model__attention=backend).model
+    params = init_params(config, jax.random.key(0))
+    expected = init_params(TINY.model, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
 def test_rms_norm_in_float64():
     x = np.random.default_rng(1).standard_normal((2, 5, 8)).astype(np.float32)
     scale = np.linspace(0.5, 2, 8, dtype=np.float32)
