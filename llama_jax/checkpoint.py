@@ -227,7 +227,7 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
                 config=from_json(meta["config"]),
                 step=meta["step"],
                 data_fingerprint=meta["data_fingerprint"],
-                positions=meta["positions"],
+                positions=meta.get("positions", []),  # absent before streaming
                 tokenizer_model=base64.b64decode(tokenizer["sentencepiece"]),
             )
         except (OSError, KeyError, TypeError, ValueError) as error:

@@ -382,7 +382,9 @@ def _print_sample(config: Config, state: TrainState, data: TrainingData) -> None
     prompt = config.train.sample_prompt
     if not prompt or data.tokenizer is None or jax.process_count() > 1:
         return
-    sampling = Sampling(max_tokens=min(200, config.train.seq_len // 2), seed=config.train.seed)
+    # Cooler than generate's default: a small model wanders.
+    length = min(200, config.train.seq_len // 2)
+    sampling = Sampling(max_tokens=length, temperature=0.5, seed=config.train.seed)
     context = config.train.seq_len
     text = complete(config.model, state.params, data.tokenizer, [prompt], sampling, context=context)
     _log(f"\nwhat it writes after {prompt!r}:\n{text[0]}")
