@@ -16,7 +16,7 @@ def test_the_tiny_config_learns_python(tmp_path):
     assert process.returncode == 0, process.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    # The docstring says about 3.7; other versions of Python have other files.
+    # The docstring says about 3.8; other versions of Python have other files.
     assert 3.3 < evaluations[-1] < 3.95
     assert evaluations == sorted(evaluations, reverse=True)
 
