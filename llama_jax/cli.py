@@ -57,9 +57,7 @@ def run(main: Callable[[], int | None], doc: str | None) -> None:
     def guarded(_: list[str]) -> int | None:
         try:
             return main()
-        except UserError as error:
-            _fail(error)
-        except OSError as error:  # a full disk, a missing permission: not a bug of ours
+        except (UserError, OSError) as error:  # a full disk, a missing permission: not our bug
             _fail(error)
         except Exception as error:
             # What TensorFlow raises where a cloud path cannot be reached; it may not be installed.

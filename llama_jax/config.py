@@ -113,7 +113,11 @@ class ModelConfig:
         matrices = self.parameter_count() - (2 * self.n_layers + 1) * self.dim
         if not self.tied_embeddings:
             matrices -= self.vocab_size * self.dim
-        return 6.0 * matrices + 6.0 * self.n_layers * self.dim * seq_len
+        return 6.0 * matrices + self.attention_flops_per_token(seq_len)
+
+    def attention_flops_per_token(self, seq_len: int) -> float:
+        """The part of `flops_per_token` that scores and weighted values take."""
+        return 6.0 * self.n_layers * self.dim * seq_len
 
 
 @dataclasses.dataclass(frozen=True)

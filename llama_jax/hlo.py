@@ -42,7 +42,7 @@ class Summary:
 
 
 def shape_bytes(text: str) -> int:
-    """Bytes of a shape such as `(f32[2,3], bf16[4])`; of an asynchronous start, its result."""
+    """Bytes of a shape such as `(f32[2,3], bf16[4])`."""
     sizes = [
         _BYTES.get(dtype, 0) * math.prod(int(size) for size in dims.split(",") if size)
         for dtype, dims in _SHAPE.findall(text)

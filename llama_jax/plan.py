@@ -25,15 +25,13 @@ import jax.numpy as jnp
 from absl import flags
 
 from llama_jax import cli
-from llama_jax.chips import CHIPS, Chip, chip_named
+from llama_jax.chips import CHIPS, GIB, Chip, chip_named
 from llama_jax.config import Config
 from llama_jax.errors import UserError
 from llama_jax.hlo import Summary, summarize
 from llama_jax.mesh import make_mesh
 from llama_jax.sharding import check_batch
 from llama_jax.step import abstract_state, jit_step
-
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +199,7 @@ def predict(config: Config, chip: Chip, chips: int, summary: Summary) -> Predict
     """
     model, train = config.model, config.train
     tokens = train.tokens_per_step / chips
-    attention = 6.0 * model.n_layers * model.dim * train.seq_len * tokens
+    attention = model.attention_flops_per_token(train.seq_len) * tokens
     total = model.flops_per_token(train.seq_len) * tokens
     recomputed = {"none": 0.0, "full": 1 / 3}.get(model.remat, 0.0)
     flops = total * (1 + recomputed)

@@ -27,7 +27,7 @@ def config(tmp_path_factory):
 
 
 def streams(config, tokenizer, step=0, position=None, process=0, processes=1, rows=BATCH):
-    source = StreamingBatches(config, tokenizer, T, BATCH)
+    source = StreamingBatches(config, tokenizer, T)
     source.start_at(step, position or Position(), process, processes)
     return source, source.batches(range(rows), step, 10_000)
 
@@ -87,11 +87,11 @@ def test_positions_of_the_last_steps_are_kept(config, tokenizer):
 
 
 def test_the_fingerprint_is_of_the_files(config, tokenizer, tmp_path):
-    first = StreamingBatches(config, tokenizer, T, BATCH).fingerprint()
-    assert StreamingBatches(config, tokenizer, 32, 2).fingerprint() == first
+    first = StreamingBatches(config, tokenizer, T).fingerprint()
+    assert StreamingBatches(config, tokenizer, 32).fingerprint() == first
     (tmp_path / "x.jsonl").write_text('{"text": "other"}')
     other = DataConfig(source=str(tmp_path / "x.jsonl"), streaming=True)
-    assert StreamingBatches(other, tokenizer, T, BATCH).fingerprint() != first
+    assert StreamingBatches(other, tokenizer, T).fingerprint() != first
 
 
 def test_a_source_without_text(tokenizer, tmp_path):
@@ -106,4 +106,4 @@ def test_several_sources_need_shards(tokenizer, tmp_path):
     (tmp_path / "x.txt").write_text("x")
     config = DataConfig(source=f"a={tmp_path}/x.txt;b={tmp_path}/x.txt", streaming=True)
     with pytest.raises(UserError, match="reads one source"):
-        StreamingBatches(config, tokenizer, T, BATCH)
+        StreamingBatches(config, tokenizer, T)

@@ -120,5 +120,5 @@ def _open_stream(config: Config, folder: epath.Path) -> TrainingData:
         raise UserError(
             f"tokenizer {path} has {tokenizer.vocab_size} ids, but model.vocab_size is {size}"
         )
-    stream = StreamingBatches(data, tokenizer, config.train.seq_len, config.train.global_batch)
+    stream = StreamingBatches(data, tokenizer, config.train.seq_len)
     return TrainingData(stream, None, tokenizer, stream.fingerprint())

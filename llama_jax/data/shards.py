@@ -1,11 +1,11 @@
-"""Token shards on disk: the format, its writer, and a reader over memory maps.
+"""Token shards on disk: the format, its writer, and a reader of ranges.
 
 A folder of shards holds
   manifest.json          what is in it, with the checksum of every file
   tokenizer.model        the tokenizer that made it
   train-00000-000.bin    token ids, little-endian uint16 or uint32: BOS document EOS, one by one
   train-00000-000.idx    where each document begins, in tokens, little-endian int64
-  train-00000-000.pack   with data.packing=best_fit: which pieces make a sequence, see below
+  train-00000-000.pack   with data.packing=best_fit: which pieces make a sequence (`pack_documents`)
 and the same for `validation`. The first number is the part of the source, the second counts its
 shards. A document lies in one shard.
 """
@@ -326,11 +326,12 @@ class TokenDataset:
         count = int(pack[number])
         if len(pack) != number + 1 + 2 * count:
             raise self._damaged(f"{name}.pack does not fit together")
-        found = []
-        for piece in range(int(pack[local]), int(pack[local + 1])):
-            start, inputs = int(pack[number + 1 + piece]), int(pack[number + 1 + count + piece])
-            found.append(self._shard_tokens(shard, start, start + inputs + 1))
-        return found
+        first, last = (number + 1 + int(piece) for piece in pack[local : local + 2])
+        starts, inputs = pack[first:last].tolist(), pack[first + count : last + count].tolist()
+        return [
+            self._shard_tokens(shard, start, start + length + 1)
+            for start, length in zip(starts, inputs, strict=True)
+        ]
 
     def _shard_tokens(self, shard: int, start: int, stop: int) -> np.ndarray:
         name = self._shards[shard]["name"]

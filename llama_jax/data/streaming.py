@@ -42,9 +42,7 @@ class Position:
 class StreamingBatches:
     """Batches from a source, from a position on; `position(step)` is what a checkpoint keeps."""
 
-    def __init__(
-        self, config: DataConfig, tokenizer: Tokenizer, seq_len: int, global_batch: int
-    ) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, seq_len: int) -> None:
         """Lists the files; nothing is read yet.
 
         Raises:
@@ -54,7 +52,7 @@ class StreamingBatches:
         if len(sources) > 1:
             raise UserError("data.streaming reads one source; prepare shards to mix several")
         self._config, self._tokenizer = config, tokenizer
-        self._length, self._batch = seq_len, global_batch
+        self._length = seq_len
         self._parts = list_parts(next(iter(sources.values())), config)
         self._positions: dict[int, Position] = {}
         self._process, self._processes = 0, 1
