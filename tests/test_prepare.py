@@ -169,6 +169,25 @@ def test_a_full_disk_keeps_what_is_done(corpus, shards, tmp_path, monkeypatch):
     assert_same_folder(tmp_path / "out", tmp_path / "expected")
 
 
+def test_an_unreadable_file_keeps_what_is_done(corpus, tmp_path, monkeypatch):
+    """A file server that stumbles after days of work must not cost them."""
+    config = text_config(corpus, data__part_bytes=1000, data__workers=1)
+    write_part = prepare_lib.write_part
+
+    def stumble(*arguments):
+        if arguments[3] == 3:
+            raise UserError("cannot read 003.txt: Stale file handle")
+        return write_part(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_lib, "write_part", stumble)
+        with pytest.raises(UserError, match="Stale file handle"):
+            prepare(config, tmp_path / "out", log=quiet)
+    lines = []
+    prepare(config, tmp_path / "out", log=lines.append)
+    assert "3 of" in lines[0] and "parts are done" in lines[0]
+
+
 def assert_same_folder(left, right):
     names = sorted(path.name for path in left.iterdir())
     assert names == sorted(path.name for path in right.iterdir())

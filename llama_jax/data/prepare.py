@@ -172,7 +172,8 @@ def _prepare_source(
                 f"({', '.join(reasons) or 'no documents'})"
             )
     except UserError:
-        # Another try would end the same way: there is nothing to go on with.
+        if any(_done(partial, parts)):
+            raise  # what is finished is kept for another try
         partial.rmtree()
         if made_here and not any(output.parent.iterdir()):
             output.parent.rmdir()
@@ -197,12 +198,17 @@ def _open_partial(
     )
     if partial.exists():
         if (partial / PLAN).exists() and (partial / PLAN).read_text() == plan:
-            done = sum((partial / _report_name(i)).exists() for i in range(len(parts)))
+            done = sum(_done(partial, parts))
             log(f"going on in {partial}: {done} of {len(parts)} parts are done")
             return
         partial.rmtree()
     partial.mkdir(parents=True)
     _write_atomically(partial / PLAN, plan.encode())
+
+
+def _done(partial: epath.Path, parts: list[Part]) -> list[bool]:
+    """Of each part, whether its shards are complete."""
+    return [(partial / _report_name(index)).exists() for index in range(len(parts))]
 
 
 def _write_atomically(path: epath.Path, data: bytes) -> None:
@@ -338,11 +344,8 @@ def _write_parts(
     data: DataConfig, pack_len: int, parts: list[Part], folder: epath.Path, beam_options: str | None
 ) -> None:
     """Writes all parts that are not done yet."""
-    todo = [
-        (index, part)
-        for index, part in enumerate(parts)
-        if not (folder / _report_name(index)).exists()
-    ]
+    finished = _done(folder, parts)
+    todo = [(index, part) for index, part in enumerate(parts) if not finished[index]]
     if beam_options is not None:
         _write_on_beam(data, pack_len, todo, folder, beam_options)
         return
