@@ -47,7 +47,8 @@ class Checkpointer:
     """Saves the states of one run, asynchronously, and keeps the newest few.
 
     Saving returns as soon as the arrays are copied to the host; a folder gets its final name only
-    when it is complete.
+    when it is complete. As a context manager it waits for that on the way out, whatever else fails:
+    a run that ends in an error must not lose the save before it.
     """
 
     def __init__(self, workdir: epath.PathLike, config: Config) -> None:
@@ -62,6 +63,12 @@ class Checkpointer:
                 should_save_fn=lambda step, last: True,
             ),
         )
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
     def latest_step(self) -> int | None:
         """Newest complete step, or None."""
@@ -129,8 +136,10 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits, and frees orbax's threads."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def _save_error(self, error: Exception) -> UserError:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

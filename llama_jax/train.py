@@ -337,20 +337,19 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
         if jax.process_index() > 0:
             data = open_data(config, workdir / "data")
         _log(describe(config, mesh, data))
-        saver = checkpoint_lib.Checkpointer(workdir, config)
-        state = initial_state(compiled, saver, data, config)
-        start = int(state.step)
         stop = StopRequest()
-        if start < config.train.steps:
-            device = mesh.devices.flat[0]
-            speed = metrics.Speed(config, mesh.size, metrics.peak_flops(device))
-            log = metrics.Metrics(_writers(config, workdir, device.device_kind), speed)
-            try:
-                with stop:
-                    state = run_loop(compiled, state, data, config, saver, log, stop)
-            finally:
-                log.close()
-        saver.close()
+        with checkpoint_lib.Checkpointer(workdir, config) as saver:
+            state = initial_state(compiled, saver, data, config)
+            start = int(state.step)
+            if start < config.train.steps:
+                device = mesh.devices.flat[0]
+                speed = metrics.Speed(config, mesh.size, metrics.peak_flops(device))
+                log = metrics.Metrics(_writers(config, workdir, device.device_kind), speed)
+                try:
+                    with stop:
+                        state = run_loop(compiled, state, data, config, saver, log, stop)
+                finally:
+                    log.close()
         _report(config, workdir, start, int(state.step), stop)
         if int(state.step) == config.train.steps:
             _print_sample(config, state, data)

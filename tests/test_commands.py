@@ -298,10 +298,17 @@ def test_a_tokenizer_file_that_is_none(corpus, tmp_path):
     assert "bad.model is not a SentencePiece model" in one_line_error(process)
 
 
+# The save of step 4 is still being written when that of step 8 fails.
 FULL_DISK = """
-import collections, resource, runpy, shutil, signal, sys
+import collections, os, resource, runpy, shutil, signal, sys, time
 from llama_jax import checkpoint
 how = sys.argv[1]
+rename = os.rename
+def slow_rename(source, target, **kwargs):
+    if "/4.orbax-checkpoint-tmp" in os.fspath(target):
+        time.sleep(1)
+    return rename(source, target, **kwargs)
+os.rename = slow_rename
 save = checkpoint.Checkpointer.save
 def save_on_a_full_disk(self, state, meta):
     if meta.step == 8 and how == "full":
