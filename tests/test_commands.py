@@ -349,7 +349,7 @@ def test_a_full_disk_during_a_save(corpus, tmp_path, how):
     assert "resume  from step 4" in again.stdout and "finished at step 12" in again.stdout
 
 
-@pytest.mark.parametrize("module", ["train", "prepare", "generate"])
+@pytest.mark.parametrize("module", ["train", "prepare", "generate", "data"])
 def test_help_is_complete_and_has_an_example(module):
     process = run_command(module, "--help")
     assert process.returncode == 0 and process.stderr == ""
@@ -362,6 +362,7 @@ def test_help_is_complete_and_has_an_example(module):
             *("--checkpoint", "--prompt", "--max_tokens", "--temperature", "--top_k", "--top_p"),
             "--seed",
         ),
+        "data": ("--show", "--config", "--step", "--rows", "--lines", "--plot"),
     }[module]
     for flag in expected:
         assert f"  {flag}:" in process.stdout, flag

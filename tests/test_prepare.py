@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from llama_jax.data import prepare as prepare_lib
 from llama_jax.data import shards as shards_lib
+from llama_jax.data.packing import pack_documents
 from llama_jax.data.prepare import prepare
-from llama_jax.data.shards import TokenDataset, pack_documents, read_manifest, verify
+from llama_jax.data.shards import TokenDataset, read_manifest, verify
 from llama_jax.errors import UserError
 from tests.helpers import ROOT, replace, text_config
 

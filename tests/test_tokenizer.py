@@ -20,6 +20,23 @@ def test_decoding_gives_the_text_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@settings(max_examples=200, deadline=None)
+@given(text=TEXT)
+def test_the_texts_of_tokens_make_the_text(tokenizer, text):
+    ids = [1, *tokenizer.encode(text), 2]
+    texts = tokenizer.texts(ids)
+    assert len(texts) == len(ids) and texts[0] == texts[-1] == ""
+    assert "".join(texts) == text
+
+
+def test_half_a_character_is_marked(tokenizer):
+    ids = tokenizer.encode("🦙a")
+    assert tokenizer.texts(ids[-5:]) == ["", "", "", "🦙", "a"]
+    assert tokenizer.texts(ids[-3:]) == ["\ufffd", "\ufffd", "a"]  # begins in the middle of it
+    assert tokenizer.texts(ids[-5:-2]) == ["", "", "\ufffd"]
+    assert tokenizer.texts([]) == []
+
+
 @pytest.mark.parametrize(
     "text",
     ["  two  spaces  ", "\ttab\n\n\nlines\r\n", "ﬁ ½ é é 日本語 🦙", "a" * 5000, " ", "\x00\x01"],

@@ -176,19 +176,16 @@ class Batches:
             raise UserError("some sources are packed and others are not; prepare them alike")
         self._packed = packed.pop()
         self._length, self._batch = seq_len, global_batch
-        counts = {name: s.count for name, s in zip(datasets, self._sources, strict=True)}
-        self.n_sequences = sum(counts.values())
+        self.counts = {name: s.count for name, s in zip(datasets, self._sources, strict=True)}
+        self.n_sequences = sum(self.counts.values())
         self.schedule = Schedule(
-            shares_by_size(counts) if shares is None else {n: shares[n] for n in datasets}
+            shares_by_size(self.counts) if shares is None else {n: shares[n] for n in datasets}
         )
 
     def epochs(self, step: int) -> dict[str, float]:
         """Passes over each source, by name, in `step` steps."""
         drawn = self.schedule.drawn(step * self._batch)
-        return {
-            name: drawn[name] / source.count
-            for name, source in zip(self.schedule.names, self._sources, strict=True)
-        }
+        return {name: drawn[name] / count for name, count in self.counts.items()}
 
     def draws(self, step: int, rows: range) -> list[tuple[int, int]]:
         """Source and sequence that each row of a step shows."""

@@ -94,7 +94,7 @@ class Schedule:
           shares: positive, summing to one.
         """
         counts = _counts(list(shares.values()))
-        self.names = list(shares)
+        self.shares, self.names = dict(shares), list(shares)
         self.period = sum(counts)
         self.counts = np.asarray(counts, np.uint64)
         source = np.empty(self.period, np.int64)

@@ -58,7 +58,14 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
         prepare(config, folder)
     datasets = {name: TokenDataset.open(folder / name, "train") for name in names}
     first = datasets[names[0]]
+    packed = data.packing == "best_fit"
     for dataset in datasets.values():
+        if bool(dataset.pack_len) != packed:
+            how = "best_fit" if dataset.pack_len else "concat"
+            raise UserError(
+                f"the shards in {dataset.folder} were made with data.packing={how}, but it is "
+                f"{data.packing} now; use --config.data.packing={how}, or prepare other shards"
+            )
         if dataset.vocab_size != vocab_size:
             raise UserError(
                 f"the shards in {dataset.folder} have a vocabulary of {dataset.vocab_size}, "

@@ -10,18 +10,17 @@ and the same for `validation`. The first number is the part of the source, the s
 shards. A document lies in one shard.
 """
 
-import bisect
 import dataclasses
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from llama_jax.data.packing import INDEX_DTYPE, pack_documents
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 
@@ -29,7 +28,6 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 SPLITS = ("train", "validation")
-INDEX_DTYPE = np.dtype("<i8")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -117,50 +115,6 @@ class ShardWriter:
         }
 
 
-def pack_documents(starts: Sequence[int], n_tokens: int, seq_len: int) -> tuple[np.ndarray, int]:
-    """Best-fit-decreasing packing of whole documents (arXiv:2404.10830).
-
-    A document longer than a sequence is cut into pieces of full sequences and a rest; no other is
-    cut. A piece of n inputs covers n + 1 tokens, whose last is only a target.
-
-    Args:
-      starts: first token of each document.
-      n_tokens: where the last one ends.
-      seq_len: inputs in a sequence, T.
-
-    Returns:
-      What a `.pack` file holds, int64: first piece of each sequence and the end (n_sequences + 1),
-      then the first token of each piece, then its inputs; and n_sequences.
-    """
-    edges = np.append(np.asarray(starts, np.int64), n_tokens)
-    pieces: list[tuple[int, int]] = []
-    for start, inputs in zip(edges[:-1].tolist(), (np.diff(edges) - 1).tolist(), strict=True):
-        pieces += [(min(seq_len, inputs - at), start + at) for at in range(0, inputs, seq_len)]
-    pieces.sort(key=lambda piece: (-piece[0], piece[1]))
-    room: dict[int, list[int]] = {}  # free inputs -> sequences with so many
-    free: list[int] = []  # the keys of `room` in order
-    sequences: list[list[tuple[int, int]]] = []
-    for inputs, start in pieces:
-        at = bisect.bisect_left(free, inputs)
-        if at == len(free):
-            index, left = len(sequences), seq_len - inputs
-            sequences.append([])
-        else:
-            size = free[at]
-            index, left = room[size].pop(), size - inputs
-            if not room[size]:
-                del room[size], free[at]
-        sequences[index].append((start, inputs))
-        if left:
-            if left not in room:
-                room[left] = []
-                bisect.insort(free, left)
-            room[left].append(index)
-    counts = np.cumsum([0, *(len(sequence) for sequence in sequences)])
-    flat = np.asarray([piece for sequence in sequences for piece in sequence]).reshape(-1, 2)
-    return np.concatenate([counts, flat[:, 0], flat[:, 1]]).astype(INDEX_DTYPE), len(sequences)
-
-
 def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
     """The manifest of a folder of shards, checked for form.
 
@@ -191,6 +145,25 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
             f"{path} is damaged: {error!r} is missing; prepare the data again"
         ) from error
     return manifest
+
+
+def source_folders(folder: epath.PathLike) -> dict[str, epath.Path]:
+    """The sources that are prepared in a folder: itself, called '', or folders below it, by name.
+
+    Raises:
+      UserError: there is none.
+    """
+    folder = epath.Path(folder)
+    if (folder / MANIFEST).exists():
+        return {"": folder}
+    found = {}
+    if folder.is_dir():
+        for path in sorted(folder.iterdir(), key=str):
+            if not path.name.endswith(".partial") and (path / MANIFEST).exists():
+                found[path.name] = path
+    if not found:
+        raise UserError(f"no token shards in {folder}; make them with llama_jax.prepare")
+    return found
 
 
 def fingerprint(manifest: dict[str, Any]) -> str:

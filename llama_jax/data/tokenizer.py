@@ -1,5 +1,6 @@
 """SentencePiece tokenizers: loading them, and training them by LLaMA's recipe."""
 
+import codecs
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
@@ -77,6 +78,33 @@ class Tokenizer:
     def piece(self, token: int) -> str:
         """How SentencePiece writes one token."""
         return self._processor.id_to_piece(int(token))
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text; of a character made of several tokens, the last has it.
+
+        BOS and EOS add nothing, bytes that are no UTF-8 a U+FFFD.
+        """
+        found: list[str] = []
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        begins = False
+        for token in map(int, ids):
+            piece = self._processor.id_to_piece(token)
+            if self._processor.is_byte(token):  # written <0x0A>
+                found.append(decoder.decode(bytes([int(piece[3:5], 16)])))
+            else:
+                cut_off = decoder.decode(b"", final=True)
+                decoder.reset()
+                if self._processor.is_control(token):
+                    piece = ""
+                elif self._processor.is_unknown(token):
+                    piece = " ⁇ "  # as SentencePiece decodes it
+                elif begins:  # SentencePiece puts a space before every text
+                    piece = piece.removeprefix("\u2581")
+                found.append(cut_off + piece.replace("\u2581", " "))
+            begins = token == self.bos_id
+        if found:
+            found[-1] += decoder.decode(b"", final=True)
+        return found
 
 
 def _pieces_of(documents: Iterable[str], limit: int) -> Iterator[str]:

@@ -1,0 +1,75 @@
+"""Shows prepared data: mixture, rows as the model sees them, histograms.
+
+Example:
+  python -m llama_jax.data --show=runs/tiny
+  python -m llama_jax.data --show=shards --step=1000 --rows=8 --plot=data.png
+  python -m llama_jax.data --show=shards --config=configs/tiny.py \\
+      --config.data.mixture='web=0.8,books=0.2' --config.train.seq_len=128
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+
+from absl import flags
+from etils import epath
+
+from llama_jax import cli
+from llama_jax.data import show, show_plot
+from llama_jax.data.show_rows import Screen
+from llama_jax.errors import UserError
+
+
+def _print(lines: Iterable[str]) -> bool:
+    """Prints lines; False if nobody reads them any more, as after `| head`."""
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would complain once more when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
+def main() -> None:
+    """The command; flags are defined below."""
+    if not _SHOW.value:
+        raise UserError("--show is missing; try --show=runs/tiny")
+    config = cli.load_config(_CONFIG) if _CONFIG.value is not None else None
+    look = show.open_look(_SHOW.value, config)
+    screen = Screen(
+        width=min(shutil.get_terminal_size((100, 0)).columns, 120),
+        lines=_LINES.value,
+        colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
+    )
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal of ASCII
+    reads = _print([show.summary(look, _STEP.value, screen), ""])
+    reads = reads and _print(show.show_rows(look, _STEP.value, _ROWS.value, screen))
+    path = epath.Path(_PLOT.value or look.folder / "plots" / "data.png")
+    try:
+        show_plot.plot(look, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; choose another file with --plot"
+        ) from error
+    if reads:
+        _print(["", f"histograms  {path}"])
+
+
+if __name__ == "__main__":
+    _SHOW = flags.DEFINE_string(
+        "show", None, "Folder of token shards, of several sources, or a work directory of train."
+    )
+    _CONFIG = cli.config_flag()
+    _STEP = flags.DEFINE_integer(
+        "step", 0, "First step whose batch is shown.", lower_bound=0, upper_bound=10**12
+    )
+    _ROWS = flags.DEFINE_integer("rows", 3, "Sequences to show.", lower_bound=0, upper_bound=10**6)
+    _LINES = flags.DEFINE_integer(
+        "lines", 12, "Lines to show of one document; 0: all.", lower_bound=0
+    )
+    _PLOT = flags.DEFINE_string("plot", None, "PNG to draw; default: plots/data.png in the folder.")
+    cli.run(main, __doc__)

@@ -1,0 +1,234 @@
+"""A look at prepared data: the mixture, rows as the model sees them, and histograms.
+
+Nothing here reads more than it shows, but for the lengths of documents: those are of a few shards
+of each source, spread evenly, so that 10,000 shards take no longer than 30.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from llama_jax.config import Config, DataConfig, ModelConfig, TrainConfig, from_json
+from llama_jax.data import shards
+from llama_jax.data.loader import Batches
+from llama_jax.data.pipeline import open_data
+from llama_jax.data.show_rows import Screen, legend, show_row
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.errors import UserError
+
+SEQ_LEN, BATCH = 256, 4  # where no config says it
+WINDOW = 1000  # sequences whose shares are counted
+SAMPLED_SHARDS = 32  # of a source, whose documents are measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """Prepared data, opened as `train` opens it.
+
+    Attributes:
+      folder: what the user named.
+      config: of the run, or made up.
+      of_a_run: whether the config is one that somebody wrote.
+      batches: as the model sees them.
+      tokenizer: of the shards.
+      fingerprint: of the data.
+      folders: of each source, by name.
+      manifests: the same.
+    """
+
+    folder: epath.Path
+    config: Config
+    of_a_run: bool
+    batches: Batches
+    tokenizer: Tokenizer
+    fingerprint: str
+    folders: dict[str, epath.Path]
+    manifests: dict[str, dict[str, Any]]
+
+
+def open_look(folder: epath.PathLike, config: Config | None = None) -> Look:
+    """Opens a folder of shards, one source or several, or a work directory of `train`.
+
+    Args:
+      folder: where it is.
+      config: how to read it; default: that of the work directory, else a batch of 4 x 256 tokens.
+
+    Raises:
+      UserError: there is nothing to show, or it is damaged, or not what the config says.
+    """
+    folder = epath.Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; name one of token shards, or a work directory")
+    where = folder
+    if (folder / "config.json").exists():
+        saved = from_json((folder / "config.json").read_text())
+        config = config or saved
+        for field, does in (("streaming", "tokenises while it trains"), ("source", "is synthetic")):
+            if getattr(saved.data, field) in (True, "synthetic"):
+                raise UserError(f"the data of {folder} {does}: there are no token shards to show")
+        where = epath.Path(saved.data.path or folder / "data")
+    folders = shards.source_folders(where)
+    manifests = {name: shards.read_manifest(path) for name, path in folders.items()}
+    of_a_run = config is not None
+    config = _reading(config or _made_up(next(iter(manifests.values()))), where, list(folders))
+    data = open_data(config, where)
+    assert isinstance(data.train, Batches) and data.tokenizer is not None
+    names = data.train.schedule.names
+    return Look(
+        folder=folder,
+        config=config,
+        of_a_run=of_a_run,
+        batches=data.train,
+        tokenizer=data.tokenizer,
+        fingerprint=data.fingerprint,
+        folders={name: folders[name] for name in names},
+        manifests={name: manifests[name] for name in names},
+    )
+
+
+def _made_up(manifest: dict[str, Any]) -> Config:
+    """A config for shards of which nothing else is known."""
+    pack_len = manifest["settings"].get("pack_len", 0)
+    return Config(
+        model=ModelConfig(vocab_size=manifest["vocab_size"]),
+        data=DataConfig(packing="best_fit" if pack_len else "concat"),
+        train=TrainConfig(seq_len=pack_len or SEQ_LEN, global_batch=BATCH),
+    )
+
+
+def _reading(config: Config, where: epath.Path, names: list[str]) -> Config:
+    """The config, to read these shards and never to make any."""
+    data = dataclasses.replace(config.data, path=str(where), streaming=False)
+    there = names != [""]
+    if there:  # what was prepared counts, not what is written in a config of something else
+        source = "shards" if data.mixture else "; ".join(f"{name}=shards" for name in names)
+        data = dataclasses.replace(data, source=source)
+    elif data.source == "synthetic":
+        data = dataclasses.replace(data, source="shards")
+    return dataclasses.replace(config, data=data)
+
+
+def summary(look: Look, step: int, screen: Screen) -> str:
+    """Which data this is, its mixture as a table, and what was skipped."""
+    train, packed = look.config.train, look.config.data.packing == "best_fit"
+    how = "whole documents, packed" if packed else "documents cut every seq_len tokens"
+    head = (
+        f"data    {look.folder}, fingerprint {look.fingerprint[:16]}",
+        f"batch   {train.global_batch:,} sequences x {train.seq_len:,} tokens: {how}; "
+        f"seed {train.seed}",
+        f"tokens  {look.tokenizer.vocab_size:,} ids",
+    )
+    lines = _table(look, step, packed)
+    notes = [f"realised: of the {WINDOW:,} sequences from step {step:,} on; there: of all tokens"]
+    if look.of_a_run:
+        notes.append(f"epochs: in the {train.steps:,} steps of the run")
+    skipped = [
+        f"skipped in {name or 'the source'}: {count:,} {reason}; the first: {first}"
+        for name, manifest in look.manifests.items()
+        for reason, (count, first) in sorted(manifest["skipped"].items())
+    ]
+    return "\n".join(
+        [
+            *head,
+            "",
+            screen.paint(lines[0], "bold"),
+            *lines[1:],
+            screen.paint("; ".join(notes), "dim"),
+        ]
+        + skipped
+    )
+
+
+def _table(look: Look, step: int, packed: bool) -> list[str]:
+    asked = look.batches.schedule.shares
+    realised = realised_shares(look, step)
+    epochs = look.batches.epochs(look.config.train.steps)
+    all_tokens = sum(m["splits"]["train"]["tokens"] for m in look.manifests.values())
+    header = ["source", "asked", "realised", "there", "documents", "tokens", "bytes/token"]
+    header += ["skipped", *(["padding"] if packed else []), *(["epochs"] if look.of_a_run else [])]
+    rows = [header]
+    for name, manifest in look.manifests.items():
+        split = manifest["splits"]["train"]
+        cells = [
+            name or "(one)",
+            *(f"{float(share):.2%}" for share in (asked[name], realised[name])),
+            f"{split['tokens'] / all_tokens:.2%}",
+            f"{split['documents']:,}",
+            f"{split['tokens']:,}",
+            f"{split['text_bytes'] / split['tokens']:.2f}",
+            f"{sum(count for count, _ in manifest['skipped'].values()):,}",
+        ]
+        if packed:
+            slots = sum(shard["sequences"] for shard in split["shards"])
+            slots *= look.config.train.seq_len
+            cells.append(f"{1 - (split['tokens'] - split['documents']) / slots:.2%}")
+        if look.of_a_run:
+            cells.append(f"{epochs[name]:.2f}")
+        rows.append(cells)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+
+
+def realised_shares(look: Look, step: int) -> dict[str, float]:
+    """Of the sequences from a step on, which part each source has; counted, not computed."""
+    batch = look.config.train.global_batch
+    sources = [
+        source
+        for number in range(step, step + -(-WINDOW // batch))
+        for source, _ in look.batches.draws(number, range(batch))
+    ][:WINDOW]
+    names = look.batches.schedule.names
+    return {name: sources.count(index) / WINDOW for index, name in enumerate(names)}
+
+
+def show_rows(look: Look, step: int, count: int, screen: Screen) -> Iterator[str]:
+    """Lines that show `count` rows of the batches from a step on, as the model sees them.
+
+    Raises:
+      UserError: a damaged shard.
+    """
+    batch = look.config.train.global_batch
+    yield legend(look.config.data.packing == "best_fit", screen)
+    for number in range(count):
+        at, index = step + number // batch, number % batch
+        source, sequence = look.batches.draws(at, range(index, index + 1))[0]
+        row = {
+            name: value[0] for name, value in look.batches.rows(at, range(index, index + 1)).items()
+        }
+        name = look.batches.schedule.names[source]
+        used = int((row["weights"] > 0).sum())
+        title = f"step {at:,}, row {index}" + (f", {name}" if name else "")
+        yield ""
+        yield (
+            f"{screen.paint(title, 'title')}   sequence {sequence:,} of "
+            f"{look.batches.counts[name]:,}; {used:,} of {len(row['weights']):,} tokens count"
+        )
+        yield from show_row(row, look.tokenizer, screen)
+
+
+def document_lengths(folder: epath.Path, manifest: dict[str, Any]) -> np.ndarray:
+    """Tokens of documents, BOS and EOS included, from at most `SAMPLED_SHARDS` shards.
+
+    Raises:
+      UserError: an index is missing or damaged.
+    """
+    listed = manifest["splits"]["train"]["shards"]
+    chosen = np.unique(np.linspace(0, len(listed) - 1, SAMPLED_SHARDS).round().astype(int))
+    found = []
+    for number in chosen.tolist():
+        shard = listed[number]
+        path = folder / f"{shard['name']}.idx"
+        try:
+            starts = np.frombuffer(path.read_bytes(), shards.INDEX_DTYPE)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {error}") from error
+        lengths = np.diff(starts, append=shard["tokens"])
+        if len(starts) != shard["documents"] or starts[0] != 0 or (lengths < 2).any():
+            raise UserError(f"{path} is damaged; check with llama_jax.prepare --verify")
+        found.append(lengths)
+    return np.concatenate(found)
