@@ -18,10 +18,14 @@ from llama_jax.errors import UserError
 def main() -> None:
     """The command; flags are defined below."""
     if _VERIFY.value:
-        damaged = shards.verify(_VERIFY.value)
+        damaged = []
+        for folder in shards.source_folders(_VERIFY.value).values():
+            found = shards.verify(folder)
+            damaged += [str(folder / name) for name in found]
+            if not found:
+                print(f"{folder}: every file is as the manifest says")
         if damaged:
-            raise UserError(f"damaged or missing in {_VERIFY.value}: {', '.join(damaged)}")
-        print(f"{_VERIFY.value}: every file is as the manifest says")
+            raise UserError(f"damaged or missing: {', '.join(damaged)}")
         return
     if not _OUTPUT.value:
         raise UserError("--output is missing; try --output=shards")
@@ -31,7 +35,9 @@ def main() -> None:
 if __name__ == "__main__":
     _CONFIG = cli.config_flag()
     _OUTPUT = flags.DEFINE_string("output", None, "Folder to make; local or gs://.")
-    _VERIFY = flags.DEFINE_string("verify", None, "Check the shards in this folder, and stop.")
+    _VERIFY = flags.DEFINE_string(
+        "verify", None, "Check the shards in this folder, of one source or several, and stop."
+    )
     _BEAM = flags.DEFINE_string(
         "beam", None, "Run on Apache Beam with these options, such as '--runner=DirectRunner'."
     )

@@ -278,6 +278,13 @@ def test_prepare_and_verify(corpus, tmp_path):
     data[7] ^= 255
     path.write_bytes(data)
     assert "damaged or missing" in one_line_error(run_command("prepare", verify))
+    # All the sources of a folder.
+    shutil.copytree(tmp_path / "shards", tmp_path / "both" / "bad")
+    path.write_bytes(bytes([*data[:7], data[7] ^ 255, *data[8:]]))
+    shutil.copytree(tmp_path / "shards", tmp_path / "both" / "good")
+    process = run_command("prepare", f"--verify={tmp_path / 'both'}")
+    assert f"{tmp_path}/both/bad/train-00000-000.bin" in one_line_error(process)
+    assert process.stdout == f"{tmp_path}/both/good: every file is as the manifest says\n"
 
 
 @pytest.mark.parametrize(

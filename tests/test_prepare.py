@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.data import prepare as prepare_lib
+from llama_jax.data import report as report_lib
 from llama_jax.data import shards as shards_lib
 from llama_jax.data.packing import pack_documents
 from llama_jax.data.prepare import prepare
@@ -274,6 +275,42 @@ def test_named_sources_get_a_folder_each_and_share_a_tokenizer(corpus, tmp_path)
     later = prepare(text_config(f"{first}; c={corpus}/03*.txt"), tmp_path / "out", log=quiet)
     c = TokenDataset.open(tmp_path / "out" / "c", "train")
     assert c.tokenizer_sha256 == a.tokenizer_sha256 and len(later) == 3
+
+
+def test_a_misspelt_glob_costs_no_work_on_the_other_sources(corpus, tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "t.model")
+    source = f"a={corpus}/00*.txt; b={tmp_path}/no*.txt"
+    config = text_config(source, data__tokenizer=str(tmp_path / "t.model"))
+    with pytest.raises(UserError, match="no\\*.txt matches no file"):
+        prepare(config, tmp_path / "out", log=quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shares_of_an_unknown_source_are_refused_before_any_work(corpus, tmp_path):
+    source = f"a={corpus}/00*.txt; b={corpus}/01*.txt"
+    for mixture, message in (("a=0.5,d=0.5", "names d, but the sources are a, b"), ("a=2", "sum")):
+        with pytest.raises(UserError, match=message):
+            prepare(text_config(source, data__mixture=mixture), tmp_path / "out", log=quiet)
+    assert list(tmp_path.iterdir()) == []
+    prepare(text_config(source, data__mixture="a=1"), tmp_path / "out", log=quiet)  # b gets none
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_progress_says_how_fast_and_how_long(monkeypatch, capsys, terminal):
+    now = iter([100.0, 100.1, 180.0, 180.2])
+    monkeypatch.setattr(report_lib.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    bar = report_lib.Progress(400_000_000)
+    bar.add(10_000_000, 3_000_000)  # too early to say anything
+    assert capsys.readouterr().err == ""
+    bar.add(70_000_000, 17_000_000)
+    shown = capsys.readouterr().err
+    assert shown.strip() == "20.0%  80 of 400 MB  1.0 MB/s  250,000 tokens/s  ETA 5m20s"
+    assert shown.startswith("\r") == terminal != shown.endswith("\n")
+    bar.add(1, 1)
+    assert capsys.readouterr().err == ""
+    bar.close()
+    assert capsys.readouterr().err == ("\r" + " " * 90 + "\r" if terminal else "")
 
 
 KILLED = """

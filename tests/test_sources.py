@@ -1,5 +1,6 @@
 import gzip
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -35,6 +36,18 @@ def test_globs_and_lists_name_each_file_once(tmp_path):
         (tmp_path / name).write_text(name)
     source = f"{tmp_path}/*.txt, {tmp_path}/c.md,{tmp_path}/a.txt"
     assert [path.name for path in list_files(source)] == ["a.txt", "b.txt", "c.md"]
+
+
+def test_wildcards_in_folders(tmp_path):
+    for name in ("en/0/a.txt", "en/1/b.txt", "de/0/c.txt", "en/0/d.md", "odd[1].txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    names = lambda pattern: [path.name for path in list_files(f"{tmp_path}/{pattern}")]  # noqa: E731
+    assert names("e?/*/*.txt") == ["a.txt", "b.txt"]
+    assert names("*/0/c.txt") == ["c.txt"]
+    assert names("odd[1].txt") == ["odd[1].txt"]  # a name, although it looks like a pattern
+    with pytest.raises(UserError, match=r"fr/\*/\*.txt matches no file"):
+        names("fr/*/*.txt")
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -86,6 +99,35 @@ def test_an_endless_json_line_is_skipped_in_little_memory(tmp_path):
     texts, skipped = read(tmp_path, max_document_bytes=100)
     assert texts == ["after"]
     assert skipped == {"longer than 100 bytes": 2}
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.zst", "parquet"])
+def test_a_document_of_100_mb_is_skipped_in_bounded_memory(tmp_path, kind):
+    import pyarrow
+    import zstandard
+    from pyarrow import parquet
+
+    path, text = tmp_path / f"a.{kind}", "x" * 100_000_000
+    if kind == "txt":
+        path.write_text(text)
+    elif kind == "parquet":
+        table = pyarrow.table({"text": [text, "after"]})
+        parquet.write_table(table, path, compression="none", use_dictionary=False)
+    else:
+        data = (json.dumps({"text": text}) + '\n{"text": "after"}\n').encode()
+        path.write_bytes(zstandard.compress(data) if kind.endswith("zst") else data)
+        del data
+    del text
+    (tmp_path / "b.txt").write_text("next")
+    reading = Reading()
+    tracemalloc.start()
+    texts = list(documents(str(tmp_path), DataConfig(), reading))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert texts == (["next"] if kind == "txt" else ["after", "next"])
+    assert reading.skipped == {"longer than 10,000,000 bytes": 1}
+    # A line is read up to 6 times the limit, as JSON may escape every byte; Parquet has no lines.
+    assert peak < 220e6
 
 
 def test_a_damaged_gzip_keeps_what_came_before(tmp_path):

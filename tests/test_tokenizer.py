@@ -33,7 +33,8 @@ def test_half_a_character_is_marked(tokenizer):
     ids = tokenizer.encode("🦙a")
     assert tokenizer.texts(ids[-5:]) == ["", "", "", "🦙", "a"]
     assert tokenizer.texts(ids[-3:]) == ["\ufffd", "\ufffd", "a"]  # begins in the middle of it
-    assert tokenizer.texts(ids[-5:-2]) == ["", "", "\ufffd"]
+    assert tokenizer.texts(ids[-5:-2]) == ["", "", "\ufffd"]  # ends there
+    assert tokenizer.texts([*ids[-5:-3], ids[-1]]) == ["", "", "\ufffda"]
     assert tokenizer.texts([]) == []
 
 

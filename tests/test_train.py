@@ -17,6 +17,7 @@ from llama_jax.checkpoint import find_step
 from llama_jax.config import Config
 from llama_jax.data.loader import SyntheticBatches
 from llama_jax.data.pipeline import TrainingData, open_data
+from llama_jax.data.shards import TokenDataset
 from llama_jax.errors import UserError
 from llama_jax.sharding import batch_sharding
 from llama_jax.train import StopRequest, check_memory, check_workdir, run_loop, train
@@ -318,7 +319,10 @@ def test_a_checkpoint_of_other_data_is_refused(finished, config, corpus, tmp_pat
 
     other = replace(config, data__validation_fraction=0.4)
     prepare(other, tmp_path / "other", log=lambda line: None)
-    with pytest.raises(UserError, match="was trained on data .* but this is data"):
+    before = open_data(config, epath.Path(workdir / "data")).fingerprint
+    after = TokenDataset.open(tmp_path / "other", "train").fingerprint
+    message = f"was trained on data {before}, but this is data {after}"
+    with pytest.raises(UserError, match=message):
         train(replace(config, data__path=str(tmp_path / "other")), workdir)
     told = replace(config, data__path=str(tmp_path / "other"), data__accept_other_data=True)
     assert int(train(told, workdir).step) == 8

@@ -82,9 +82,10 @@ def _counts(shares: list[Fraction]) -> list[int]:
 class Schedule:
     """A periodic assignment of samples to sources whose counts never stray from their shares.
 
-    After any number n of samples, each source has had its share of n to within one sample: at each
-    step the source with the earliest deadline among those that are not ahead is taken (Tijdeman's
-    solution of the chairman assignment problem, 1980).
+    After any number n of samples, each of S sources has had its share of n to within
+    1 - 1 / (2 S - 2) of a sample, and so in any window to within 2 - 1 / (S - 1): at each step the
+    source with the earliest deadline among those that are not ahead is taken (Tijdeman's solution
+    of the chairman assignment problem, 1980; no order can do better for all shares).
     """
 
     def __init__(self, shares: Mapping[str, Fraction]) -> None:

@@ -14,16 +14,15 @@ import itertools
 import json
 import multiprocessing
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
 
 from llama_jax.config import Config, DataConfig
-from llama_jax.data import shards
+from llama_jax.data import beam, shards
 from llama_jax.data.mixture import parse_shares
+from llama_jax.data.report import Progress, Report, report_of
 from llama_jax.data.sources import Part, Reading, documents, list_parts, named_sources, read
 from llama_jax.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_tokenizer
 from llama_jax.errors import UserError
@@ -34,41 +33,6 @@ BATCH_CHARACTERS = 8_000_000
 PLAN = "plan.json"
 
 Log = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What preparing found in one source.
-
-    Attributes:
-      folder: where its shards are.
-      splits: per split: documents, tokens, text_bytes, and sequences where documents are packed.
-      skipped: documents that could not be used: reason -> (how many, where the first was).
-      pack_len: sequence length that documents were packed for; 0 if they were not.
-    """
-
-    folder: epath.Path
-    splits: dict[str, dict[str, int]]
-    skipped: dict[str, list[Any]]
-    pack_len: int
-
-    def __str__(self) -> str:
-        lines = [f"{'split':<12}{'documents':>12}{'tokens':>18}{'bytes/token':>13}"]
-        if self.pack_len:
-            lines[0] += f"{'sequences':>13}{'padding':>9}"
-        for name, split in self.splits.items():
-            ratio = split["text_bytes"] / split["tokens"] if split["tokens"] else 0.0
-            line = f"{name:<12}{split['documents']:>12,}{split['tokens']:>18,}{ratio:>13.2f}"
-            if self.pack_len:
-                slots = split["sequences"] * self.pack_len
-                # A document of n tokens has n - 1 inputs.
-                used = split["tokens"] - split["documents"]
-                share = 1 - used / slots if slots else 0.0
-                line += f"{split['sequences']:>13,}{share:>9.2%}"
-            lines.append(line)
-        for reason, (count, first) in sorted(self.skipped.items()):
-            lines.append(f"skipped     {count:>12,}  {reason}; the first: {first}")
-        return "\n".join([*lines, f"token shards in {self.folder}"])
 
 
 def prepare(
@@ -95,14 +59,26 @@ def prepare(
     """
     output = epath.Path(output)
     sources = named_sources(config.data.source)
+    _check_mixture(config.data.mixture, sources)
+    # All are listed before any is read: a misspelt glob must not wait behind days of work.
+    parts = {
+        name: list_parts(source, config.data)
+        for name, source in sources.items()
+        if not (output / name / shards.MANIFEST).exists()
+    }
     tokenizer = functools.cache(lambda: _tokenizer(config, sources, output, log))
     reports = []
     for name, source in sources.items():
         if name:
             log(f"source {name}: {source}")
-        folder = output / name if name else output
+        folder = output / name
+        settings = _settings(config, source)
         try:
-            reports.append(_prepare_source(config, source, folder, tokenizer, beam_options, log))
+            reports.append(
+                _prepare_source(
+                    config, settings, parts.get(name, []), folder, tokenizer, beam_options, log
+                )
+            )
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise UserError(
@@ -116,6 +92,20 @@ def prepare(
             tokens = report.splits["train"]["tokens"]
             log(f"{name:<20}{tokens:>18,} tokens to train on{tokens / total:>9.2%} of all")
     return reports
+
+
+def _check_mixture(mixture: str, sources: dict[str, str]) -> None:
+    """Shares of sources that are not there would be noticed when training starts, and not before.
+
+    Raises:
+      UserError: bad shares, or one of an unknown source.
+    """
+    unknown = set(parse_shares(mixture) if mixture else ()) - set(sources)
+    if unknown and "" not in sources:
+        raise UserError(
+            f"data.mixture names {', '.join(sorted(unknown))}, but the sources are "
+            f"{', '.join(sources)}"
+        )
 
 
 def _settings(config: Config, source: str) -> dict[str, Any]:
@@ -135,13 +125,13 @@ def _settings(config: Config, source: str) -> dict[str, Any]:
 
 def _prepare_source(
     config: Config,
-    source: str,
+    settings: dict[str, Any],
+    parts: list[Part],
     output: epath.Path,
     tokenizer: Callable[[], Tokenizer],
     beam_options: str | None,
     log: Log,
 ) -> Report:
-    settings = _settings(config, source)
     if (output / shards.MANIFEST).exists():
         manifest = shards.read_manifest(output)
         old = manifest["settings"]
@@ -152,10 +142,9 @@ def _prepare_source(
                 "folder, or delete this one if you don't need it"
             )
         log(f"{output} is prepared already")
-        return _report(output, manifest)
+        return report_of(output, manifest)
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} is not empty and holds no token shards; choose another folder")
-    parts = list_parts(source, config.data)
     made_here = not output.parent.exists()
     partial = output.parent / f"{output.name}.partial"
     _open_partial(partial, settings, parts, config, log)
@@ -168,7 +157,7 @@ def _prepare_source(
         if not manifest["splits"]["train"]["documents"]:
             reasons = (f"{count} {why}" for why, (count, _) in manifest["skipped"].items())
             raise UserError(
-                f"data.source={source} has no text to train on "
+                f"data.source={settings['source']} has no text to train on "
                 f"({', '.join(reasons) or 'no documents'})"
             )
     except UserError:
@@ -184,7 +173,7 @@ def _prepare_source(
     if output.exists():
         output.rmdir()
     partial.rename(output)
-    report = _report(output, manifest)
+    report = report_of(output, manifest)
     log(str(report))
     return report
 
@@ -347,9 +336,9 @@ def _write_parts(
     finished = _done(folder, parts)
     todo = [(index, part) for index, part in enumerate(parts) if not finished[index]]
     if beam_options is not None:
-        _write_on_beam(data, pack_len, todo, folder, beam_options)
+        beam.run(functools.partial(write_part, data, pack_len, str(folder)), todo, beam_options)
         return
-    bar = _Progress(sum(part.size for _, part in todo))
+    bar = Progress(sum(part.size for _, part in todo))
     workers = min(data.workers or os.cpu_count() or 1, len(todo))
     if workers <= 1:
         threads = data.workers or os.cpu_count() or 1
@@ -383,27 +372,6 @@ def _write_parts(
     bar.close()
 
 
-def _write_on_beam(
-    data: DataConfig,
-    pack_len: int,
-    todo: list[tuple[int, Part]],
-    folder: epath.Path,
-    options: str,
-) -> None:
-    try:
-        import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions
-    except ImportError as error:
-        raise UserError("Apache Beam is not installed; pip install 'llama_jax[beam]'") from error
-    with beam.Pipeline(options=PipelineOptions(options.split())) as pipeline:
-        _ = (
-            pipeline
-            | beam.Create(todo)
-            | beam.Reshuffle()  # so that parts spread over workers
-            | beam.MapTuple(functools.partial(write_part, data, pack_len, str(folder)))
-        )
-
-
 def _merge(settings: dict[str, Any], parts: list[Part], folder: epath.Path) -> dict[str, Any]:
     """The manifest of all parts."""
     reports = [json.loads((folder / _report_name(i)).read_text()) for i in range(len(parts))]
@@ -428,48 +396,3 @@ def _merge(settings: dict[str, Any], parts: list[Part], folder: epath.Path) -> d
         "skipped": skipped,
         "splits": splits,
     }
-
-
-def _report(folder: epath.Path, manifest: dict[str, Any]) -> Report:
-    splits = {}
-    for name in shards.SPLITS:
-        split = manifest["splits"][name]
-        splits[name] = {key: split[key] for key in ("documents", "tokens", "text_bytes")}
-        splits[name]["sequences"] = sum(shard.get("sequences", 0) for shard in split["shards"])
-    return Report(folder, splits, manifest["skipped"], manifest["settings"].get("pack_len", 0))
-
-
-class _Progress:
-    """One line on a terminal, rewritten twice a second; in a log file, a line a minute."""
-
-    def __init__(self, total: int) -> None:
-        self._began = self._shown = time.monotonic()
-        self._total, self._bytes, self._tokens = total, 0, 0
-        self._terminal = sys.stderr.isatty()
-
-    def add(self, n_bytes: int, n_tokens: int) -> None:
-        """Counts what is done."""
-        self.set(self._bytes + n_bytes, self._tokens + n_tokens)
-
-    def set(self, n_bytes: int, n_tokens: int) -> None:
-        """Shows how much is done."""
-        self._bytes, self._tokens = n_bytes, n_tokens
-        now = time.monotonic()
-        if now - self._shown < (0.5 if self._terminal else 60):
-            return
-        self._shown = now
-        seconds = now - self._began
-        left = (self._total - n_bytes) * seconds / max(n_bytes, 1)
-        text = (
-            f"{n_bytes / max(self._total, 1):6.1%}  {n_bytes / 1e6:,.0f} of "
-            f"{self._total / 1e6:,.0f} MB  {n_bytes / 1e6 / seconds:.1f} MB/s  "
-            f"{n_tokens / seconds:,.0f} tokens/s  ETA {left / 60:,.0f}m{left % 60:02.0f}s"
-        )
-        end = "" if self._terminal else "\n"
-        start = "\r" if self._terminal else ""
-        print(f"{start}{text:<90}", end=end, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Clears the line."""
-        if self._terminal:
-            print("\r" + " " * 90 + "\r", end="", file=sys.stderr, flush=True)

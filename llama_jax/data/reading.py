@@ -1,0 +1,83 @@
+"""A piece of a source, and what is met while it is read."""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from llama_jax.config import DataConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A piece of a source.
+
+    Attributes:
+      kind: `files` (whole files, one document each), `jsonl`, `parquet` or `tfds`.
+      paths: the files; for TFDS the name of the dataset.
+      start: first byte (jsonl), row group (parquet) or example (tfds).
+      stop: where it ends; -1: at the end.
+      size: bytes on disk, for progress.
+    """
+
+    kind: str
+    paths: tuple[str, ...]
+    start: int
+    stop: int
+    size: int
+
+
+class Reading:
+    """What one pass over a part has met.
+
+    Attributes:
+      skipped: documents that could not be used, by reason.
+      first: where the first of each reason was.
+      position: bytes of the part read so far, about.
+    """
+
+    def __init__(self) -> None:
+        self.skipped: collections.Counter[str] = collections.Counter()
+        self.first: dict[str, str] = {}
+        self.position = 0
+
+    def skip(self, reason: str, where: str) -> None:
+        """Counts a document that cannot be used."""
+        self.skipped[reason] += 1
+        self.first.setdefault(reason, where)
+
+
+def too_long(config: DataConfig) -> str:
+    """Why a document of more than `max_document_bytes` is skipped."""
+    return f"longer than {config.max_document_bytes:,} bytes"
+
+
+def document(data: bytes, where: str, config: DataConfig, reading: Reading) -> Iterator[str]:
+    """The text of a document's bytes, or nothing and a count of why."""
+    if len(data) > config.max_document_bytes:
+        reading.skip(too_long(config), where)
+        return
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        reading.skip("invalid UTF-8", where)
+        return
+    if not text.strip():
+        reading.skip("empty", where)
+        return
+    yield text
+
+
+def texts(values: Iterable[Any], where: str, config: DataConfig, reading: Reading) -> Iterator[str]:
+    """The texts among the values of a column, with a count of those that are none."""
+    for number, value in enumerate(values):
+        place = f"{where}, number {number}"
+        if isinstance(value, str):
+            if len(value) > config.max_document_bytes:  # without a copy of a gigantic one
+                reading.skip(too_long(config), place)
+                continue
+            value = value.encode("utf-8", "surrogatepass")
+        if isinstance(value, bytes):
+            yield from document(value, place, config, reading)
+        else:
+            reading.skip(f"no text in field {config.text_field!r}", place)

@@ -1,0 +1,91 @@
+"""What `prepare` tells: how far it is, and at the end what it found."""
+
+import dataclasses
+import sys
+import time
+from typing import Any
+
+from etils import epath
+
+from llama_jax.data.shards import SPLITS
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What preparing found in one source.
+
+    Attributes:
+      folder: where its shards are.
+      splits: per split: documents, tokens, text_bytes, and sequences where documents are packed.
+      skipped: documents that could not be used: reason -> (how many, where the first was).
+      pack_len: sequence length that documents were packed for; 0 if they were not.
+    """
+
+    folder: epath.Path
+    splits: dict[str, dict[str, int]]
+    skipped: dict[str, list[Any]]
+    pack_len: int
+
+    def __str__(self) -> str:
+        lines = [f"{'split':<12}{'documents':>12}{'tokens':>18}{'bytes/token':>13}"]
+        if self.pack_len:
+            lines[0] += f"{'sequences':>13}{'padding':>9}"
+        for name, split in self.splits.items():
+            ratio = split["text_bytes"] / split["tokens"] if split["tokens"] else 0.0
+            line = f"{name:<12}{split['documents']:>12,}{split['tokens']:>18,}{ratio:>13.2f}"
+            if self.pack_len:
+                slots = split["sequences"] * self.pack_len
+                # A document of n tokens has n - 1 inputs.
+                used = split["tokens"] - split["documents"]
+                share = 1 - used / slots if slots else 0.0
+                line += f"{split['sequences']:>13,}{share:>9.2%}"
+            lines.append(line)
+        for reason, (count, first) in sorted(self.skipped.items()):
+            lines.append(f"skipped     {count:>12,}  {reason}; the first: {first}")
+        return "\n".join([*lines, f"token shards in {self.folder}"])
+
+
+def report_of(folder: epath.Path, manifest: dict[str, Any]) -> Report:
+    """The report that a manifest holds."""
+    splits = {}
+    for name in SPLITS:
+        split = manifest["splits"][name]
+        splits[name] = {key: split[key] for key in ("documents", "tokens", "text_bytes")}
+        splits[name]["sequences"] = sum(shard.get("sequences", 0) for shard in split["shards"])
+    return Report(folder, splits, manifest["skipped"], manifest["settings"].get("pack_len", 0))
+
+
+class Progress:
+    """One line on a terminal, rewritten twice a second; in a log file, a line a minute."""
+
+    def __init__(self, total: int) -> None:
+        self._began = self._shown = time.monotonic()
+        self._total, self._bytes, self._tokens = total, 0, 0
+        self._terminal = sys.stderr.isatty()
+
+    def add(self, n_bytes: int, n_tokens: int) -> None:
+        """Counts what is done."""
+        self.set(self._bytes + n_bytes, self._tokens + n_tokens)
+
+    def set(self, n_bytes: int, n_tokens: int) -> None:
+        """Shows how much is done."""
+        self._bytes, self._tokens = n_bytes, n_tokens
+        now = time.monotonic()
+        if now - self._shown < (0.5 if self._terminal else 60):
+            return
+        self._shown = now
+        seconds = now - self._began
+        left = (self._total - n_bytes) * seconds / max(n_bytes, 1)
+        text = (
+            f"{n_bytes / max(self._total, 1):6.1%}  {n_bytes / 1e6:,.0f} of "
+            f"{self._total / 1e6:,.0f} MB  {n_bytes / 1e6 / seconds:.1f} MB/s  "
+            f"{n_tokens / seconds:,.0f} tokens/s  ETA {left / 60:,.0f}m{left % 60:02.0f}s"
+        )
+        end = "" if self._terminal else "\n"
+        start = "\r" if self._terminal else ""
+        print(f"{start}{text:<90}", end=end, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Clears the line."""
+        if self._terminal:
+            print("\r" + " " * 90 + "\r", end="", file=sys.stderr, flush=True)
