@@ -4,7 +4,8 @@ Rates are per CPU second of this process, which other jobs on the machine distur
 
 Example:
   python benchmarks/data.py
-  python benchmarks/data.py --only=loader,startup --megabytes=20
+  python benchmarks/data.py --only=loader,startup
+  python benchmarks/data.py --only=memory --megabytes=250
 """
 
 import json
@@ -19,11 +20,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import sentencepiece
 from absl import flags
+from etils import epath
 
 from llama_jax import cli
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from llama_jax.data import loader, prepare, shards
+from llama_jax.data import loader, prepare, shards, show, show_plot
 from llama_jax.data.mixture import parse_shares
+from llama_jax.data.show_rows import Screen
 from llama_jax.data.sources import Reading, documents
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.errors import UserError
@@ -63,7 +66,10 @@ def write_fake_shards(folder: pathlib.Path, tokenizer: Tokenizer, count: int, to
         "vocab_size": VOCAB,
         "tokenizer_sha256": tokenizer.fingerprint,
         "skipped": {},
-        "splits": {"train": {**empty, "shards": listed}, "validation": empty},
+        "splits": {
+            "train": {**empty, "documents": count, "tokens": count * tokens, "shards": listed},
+            "validation": empty,
+        },
     }
     (folder / shards.MANIFEST).write_text(json.dumps(manifest))
 
@@ -142,13 +148,20 @@ def measure_tokenise(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterat
 
 
 def measure_startup(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator[dict]:
-    """Seconds from a manifest of 10,000 shards to the first batch."""
+    """Seconds from a manifest of 10,000 shards to the first batch, and to a look at them."""
     write_fake_shards(root / "many", tokenizer, 10_000, 2048)
     began = time.perf_counter()
     dataset = shards.TokenDataset.open(root / "many", "train")
     loader.Batches({"": dataset}, SEQ_LEN, BATCH, 0).rows(0, range(BATCH))
     seconds = time.perf_counter() - began
     yield {"benchmark": "startup", "shards": 10_000, "seconds": round(seconds, 3)}
+    began = time.perf_counter()
+    look = show.open_look(root / "many")
+    show.summary(look, 0, Screen())
+    list(show.show_rows(look, 0, 3, Screen()))
+    show_plot.plot(look, epath.Path(root / "many.png"))
+    seconds = time.perf_counter() - began
+    yield {"benchmark": "show", "shards": 10_000, "seconds": round(seconds, 3)}
 
 
 def _peak_of(target: str, megabytes: int, root: str, queue: multiprocessing.Queue) -> None:

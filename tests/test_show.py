@@ -264,6 +264,9 @@ def test_nothing_to_show(tmp_path, sources):
     with pytest.raises(UserError, match="no token shards in"):
         show.open_look(tmp_path)
     folder, configs = sources
+    shutil.copytree(folder / "concat" / "a", tmp_path / "a.partial")  # of a run that was killed
+    with pytest.raises(UserError, match="no token shards in"):
+        show.open_look(tmp_path)
     with pytest.raises(UserError, match="made with data.packing=best_fit, but it is concat now"):
         show.open_look(folder / "best_fit", configs["concat"])
 

@@ -48,6 +48,8 @@ def test_wildcards_in_folders(tmp_path):
     assert names("odd[1].txt") == ["odd[1].txt"]  # a name, although it looks like a pattern
     with pytest.raises(UserError, match=r"fr/\*/\*.txt matches no file"):
         names("fr/*/*.txt")
+    with pytest.raises(UserError, match=r"has '\*\*'; name the folder"):
+        names("**/*.txt")
 
 
 @pytest.mark.parametrize("zipped", [False, True])

@@ -140,27 +140,19 @@ def list_files(source: str) -> list[epath.Path]:
                 raise UserError(f"data.source: the folder {pattern} holds no file")
         elif path.exists():
             matches = [path]
-        elif _is_glob(str(path)):
-            matches = _matches(path)
+        elif any(letter in str(path) for letter in "*?["):
+            if "**" in str(path):  # epath refuses it: in a bucket it could list for hours
+                raise UserError(
+                    f"data.source: {pattern} has '**'; name the folder, which is read with all "
+                    "that is below it"
+                )
+            matches = [match for match in path.parent.glob(path.name) if match.is_file()]
             if not matches:
                 raise UserError(f"data.source: {pattern} matches no file")
         else:
             raise UserError(f"data.source: {pattern} does not exist")
         found.update(str(match) for match in matches)
     return [epath.Path(name) for name in sorted(found)]
-
-
-def _is_glob(path: str) -> bool:
-    return any(letter in path for letter in "*?[")
-
-
-def _matches(path: epath.Path) -> list[epath.Path]:
-    """Files that a glob matches, in whichever of its parts the wildcards are."""
-    root = path
-    rest: list[str] = []
-    while _is_glob(str(root)):
-        root, rest = root.parent, [root.name, *rest]
-    return [match for match in root.glob("/".join(rest)) if match.is_file()]
 
 
 def _walk(folder: epath.Path, excluded: tuple[str, ...] = ()) -> Iterator[epath.Path]:
