@@ -258,6 +258,12 @@ def test_a_run_without_shards(tmp_path, field, value, message):
         show.open_look(tmp_path)
 
 
+def test_a_damaged_config_json(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json: the config is not valid JSON"):
+        show.open_look(tmp_path)
+
+
 def test_nothing_to_show(tmp_path, sources):
     with pytest.raises(UserError, match="nothing is no folder"):
         show.open_look(tmp_path / "nothing")

@@ -63,8 +63,12 @@ def open_look(folder: epath.PathLike, config: Config | None = None) -> Look:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; name one of token shards, or a work directory")
     where = folder
-    if (folder / "config.json").exists():
-        saved = from_json((folder / "config.json").read_text())
+    path = folder / "config.json"
+    if path.exists():
+        try:
+            saved = from_json(path.read_text())
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         config = config or saved
         for field, does in (("streaming", "tokenises while it trains"), ("source", "is synthetic")):
             if getattr(saved.data, field) in (True, "synthetic"):
