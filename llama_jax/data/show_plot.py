@@ -41,6 +41,8 @@ def plot(look: Look, path: epath.Path) -> None:
 
 def _plot_lengths(figure: Any, grid: Any, look: Look, lengths: dict[str, np.ndarray]) -> None:
     """One histogram for each source, below each other, on the same logarithmic scale."""
+    from matplotlib import ticker
+
     seq_len = look.config.train.seq_len
     longest = max(int(found.max()) for found in lengths.values())
     shortest = min(int(found.min()) for found in lengths.values())
@@ -64,10 +66,9 @@ def _plot_lengths(figure: Any, grid: Any, look: Look, lengths: dict[str, np.ndar
             axes.set_title("Tokens in a document", fontsize=10, loc="left")
     axes.set_xlabel(f"tokens (the line: seq_len = {seq_len:,})")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    if edges[-1] > 10 * edges[0]:  # else too few of them are powers of ten
-        axes.xaxis.set_minor_formatter("")
-    else:
-        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:,.0f}")
+    axes.xaxis.set_minor_formatter("")
+    narrow = edges[-1] < 500 * edges[0]  # too few powers of ten to read a length by
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if narrow else (1,)))
 
 
 def _plot_shares(axes: Any, look: Look) -> None:
