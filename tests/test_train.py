@@ -18,6 +18,7 @@ from llama_jax.config import Config
 from llama_jax.data.loader import SyntheticBatches
 from llama_jax.data.pipeline import TrainingData, open_data
 from llama_jax.errors import UserError
+from llama_jax.profiler import Profiler
 from llama_jax.sharding import batch_sharding
 from llama_jax.train import StopRequest, check_memory, check_workdir, run_loop, train
 from tests.helpers import TINY, mesh_of, replace, text_config
@@ -45,7 +46,7 @@ class FakeRun:
         )
 
     def train(self, state, batch):
-        first = int(batch["inputs"][0, 0])
+        first = int(np.asarray(batch["inputs"])[0, 0])
         self.events.append(("train", state.step, first))
         if state.step + 1 == self.stop_at:
             self.stop.name = "SIGTERM"
@@ -84,7 +85,8 @@ class FakeRun:
 
     def run(self, start=0):
         state = run_loop(
-            self.compiled, FakeState(start), self.data, self.config, self, self, self.stop
+            *(self.compiled, FakeState(start), self.data, self.config, self, self),
+            *(Profiler(self.config.train.profile_window, epath.Path("none")), self.stop),
         )
         return state.step
 
@@ -531,6 +533,7 @@ OTHER_FIELDS = {
     "train.checkpoint_every": "test_how_often",
     "train.keep_checkpoints": "test_checkpoint::test_the_newest_are_kept",
     "train.sample_prompt": "test_no_prompt_no_sample",
+    "train.profile_steps": "test_profiler::test_a_run_traces_its_window",
 }
 
 
