@@ -50,7 +50,7 @@ class FakeRun:
         self.events.append(("train", state.step, first))
         if state.step + 1 == self.stop_at:
             self.stop.name = "SIGTERM"
-        return FakeState(state.step + 1), {"loss": jnp.float32(state.step)}
+        return FakeState(state.step + 1), {"loss": np.float32(state.step)}
 
     def evaluate(self, params, batch):
         self.events.append(("evaluate",))
@@ -83,10 +83,10 @@ class FakeRun:
     def write(self, step, record):
         self.events.append(("eval", step, record["eval_loss"]))
 
-    def run(self, start=0):
+    def run(self, state=FakeState(0)):
+        profiler = Profiler(self.config.train.profile_window, epath.Path("none"))
         state = run_loop(
-            *(self.compiled, FakeState(start), self.data, self.config, self, self),
-            *(Profiler(self.config.train.profile_window, epath.Path("none")), self.stop),
+            self.compiled, state, self.data, self.config, self, self, profiler, self.stop
         )
         return state.step
 
@@ -161,7 +161,7 @@ def test_a_stop_request_saves_at_once_and_ends():
 def test_going_on_reads_the_batches_that_come_next():
     whole, later = FakeRun(SHORT), FakeRun(SHORT)
     whole.run()
-    later.run(start=4)
+    later.run(FakeState(4))
     seen = [event for event in whole.events if event[0] == "train"]
     assert [event for event in later.events if event[0] == "train"] == seen[4:]
 
