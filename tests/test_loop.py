@@ -1,7 +1,6 @@
 """What the loop must not do: wait for the device, move arrays implicitly, compile twice."""
 
 import itertools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import pytest
 
 from llama_jax import metrics
 from llama_jax import train as train_lib
+from llama_jax.step import TrainState
 from llama_jax.train import train
 from tests.helpers import replace, text_config
 from tests.test_train import SHORT, FakeRun
@@ -64,8 +64,7 @@ def test_the_loop_waits_for_nothing_but_the_previous_step(log_every):
     events = []
 
     def outputs(step):
-        names = ("step", "params", "opt_state")
-        return types.SimpleNamespace(**{name: Output(events, step) for name in names})
+        return TrainState(*(Output(events, step) for _ in range(3)))
 
     def dispatch(state, batch):
         step = sum(kind == "run" for kind, _ in events) + 1
