@@ -65,10 +65,10 @@ def test_outputs_in_the_file_are_those_of_the_code(executed):
 
 def test_losses_are_equal_on_all_meshes(executed):
     losses = executed["losses"]
-    assert len(losses) == 5
+    assert len(losses) == 4
     for values in losses.values():
         assert values == pytest.approx(losses["one device"], abs=1e-5)
-    assert losses["fsdp"][-1] < 2.6 < 5.5 < losses["fsdp"][0]
+    assert losses["fsdp"][-1] < 2.8 < 5.5 < losses["fsdp"][0]
     saved = "".join(CELLS[7]["outputs"][0]["text"])
     for name, values in losses.items():
         numbers = re.search(rf"^{name} +(.*?)   ", saved, re.M)[1].split()
