@@ -42,6 +42,7 @@ setup(
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "beam": ["apache-beam>=2.77"],
+        "notebook": ["nbconvert>=7.16", "ipykernel>=6.29"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -7,6 +7,7 @@ everything else takes: after this boundary a misspelt or ill-typed field cannot 
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import ml_collections
@@ -105,15 +106,23 @@ class ModelConfig:
         return self.n_layers * block + heads * self.vocab_size * self.dim + self.dim
 
     def flops_per_token(self, seq_len: int) -> float:
+        """FLOPs of one training token, forward and backward: the sum of `flops_by_part`."""
+        return sum(self.flops_by_part(seq_len).values())
+
+    def flops_by_part(self, seq_len: int) -> dict[str, float]:
         """FLOPs of one training token: 6 per weight of a matrix product, plus causal attention.
 
-        The embedding look-up multiplies nothing and is not counted; attention is 12 L D T as in
-        PaLM (arXiv:2204.02311, appendix B), halved because the causal mask leaves half of it.
+        The embedding look-up multiplies nothing and is not counted, nor is recomputation; attention
+        is 12 L D T as in PaLM (arXiv:2204.02311, appendix B), halved because the causal mask leaves
+        half of it.
         """
-        matrices = self.parameter_count() - (2 * self.n_layers + 1) * self.dim
-        if not self.tied_embeddings:
-            matrices -= self.vocab_size * self.dim
-        return 6.0 * matrices + self.attention_flops_per_token(seq_len)
+        projections = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
+        return {
+            "attention projections": 6.0 * self.n_layers * projections,
+            "attention scores": self.attention_flops_per_token(seq_len),
+            "MLP": 6.0 * self.n_layers * 3 * self.dim * self.ffn_dim,
+            "output head": 6.0 * self.vocab_size * self.dim,
+        }
 
     def attention_flops_per_token(self, seq_len: int) -> float:
         """The part of `flops_per_token` that scores and weighted values take."""
@@ -234,6 +243,7 @@ class TrainConfig:
     checkpoint_every: int = 1_000
     keep_checkpoints: int = 3
     sample_prompt: str = ""  # if set, a continuation of it is printed after training
+    profile_steps: str = ""  # first,last step that is traced for TensorBoard; empty: none
 
     def __post_init__(self) -> None:
         _require_positive("train", self, "steps", "seq_len", "global_batch", "grad_accum")
@@ -246,6 +256,29 @@ class TrainConfig:
             f"train.global_batch={self.global_batch} is not a multiple of "
             f"train.grad_accum={self.grad_accum}",
         )
+        if self.profile_steps:
+            self._check_profile_steps()
+
+    def _check_profile_steps(self) -> None:
+        _require(
+            re.fullmatch(r"\d+,\d+", self.profile_steps) is not None,
+            "train.profile_steps must be the first and the last step to trace, such as 10,15, "
+            f"got {self.profile_steps!r}",
+        )
+        window = self.profile_window
+        _require(
+            1 <= window.start < window.stop and window.start <= self.steps,
+            f"train.profile_steps={self.profile_steps} must be two steps in 1..{self.steps} "
+            "(train.steps), the first not after the last",
+        )
+
+    @property
+    def profile_window(self) -> range:
+        """Steps that are traced, numbered from 1 as in the log."""
+        if not self.profile_steps:
+            return range(0)
+        first, last = map(int, self.profile_steps.split(","))
+        return range(first, last + 1)
 
     @property
     def tokens_per_step(self) -> int:

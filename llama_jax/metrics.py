@@ -20,6 +20,12 @@ def peak_flops(device: jax.Device) -> float | None:
     return None if chip is None else chip.peak_flops
 
 
+def peak_name(device: jax.Device) -> str:
+    """What MFU is a share of, such as `NVIDIA H200 989 TFLOP/s`."""
+    peak = peak_flops(device)
+    return device.device_kind + (f" {peak / 1e12:,.0f} TFLOP/s" if peak else "")
+
+
 @dataclasses.dataclass
 class Speed:
     """Tokens per second and model FLOPs utilisation, between two readings.

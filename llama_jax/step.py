@@ -5,6 +5,7 @@ ids, targets one ahead of inputs) and `weights` (float32, 0 where the target doe
 packed documents also `segment_ids` and `positions` (int32).
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -167,15 +168,15 @@ def jit_step(config: Config, mesh: Mesh) -> CompiledStep:
     return CompiledStep(
         state_shardings=states,
         batch_sharding=batch,
-        init=jax.jit(lambda key: init_state(config, key), out_shardings=states),
+        init=jax.jit(functools.partial(init_state, config), out_shardings=states),
         train=jax.jit(
-            lambda state, batch: train_step(state, batch, config=config),
+            functools.partial(train_step, config=config),
             in_shardings=(states, batch),
             out_shardings=(states, replicated),
             donate_argnums=0,
         ),
         evaluate=jax.jit(
-            lambda params, batch: eval_step(params, batch, config=config),
+            functools.partial(eval_step, config=config),
             in_shardings=(states.params, batch),
             out_shardings=replicated,
         ),

@@ -21,9 +21,11 @@ from llama_jax.config import Config, difference, from_json
 from llama_jax.data.loader import stream
 from llama_jax.data.pipeline import TrainingData, open_data
 from llama_jax.data.streaming import Position, StreamingBatches
+from llama_jax.describe import describe
 from llama_jax.errors import UserError
 from llama_jax.generate import Sampling, complete
 from llama_jax.mesh import make_mesh
+from llama_jax.profiler import Profiler
 from llama_jax.sharding import check_batch
 from llama_jax.step import CompiledStep, TrainState, jit_step
 
@@ -33,7 +35,7 @@ RESUMABLE = (
     *("data.tfds_data_dir", "data.workers", "data.part_bytes", "data.shard_tokens"),
     *("data.accept_other_data",),
     *("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every"),
-    *("train.keep_checkpoints", "train.sample_prompt"),
+    *("train.keep_checkpoints", "train.sample_prompt", "train.profile_steps"),
 )
 
 
@@ -156,11 +158,11 @@ def check_workdir(config: Config, workdir: epath.Path) -> None:
     path.write_text(config.to_json())
 
 
-def _writers(config: Config, workdir: epath.Path, peak_name: str) -> list[metrics.Writer]:
+def _writers(config: Config, workdir: epath.Path, device: jax.Device) -> list[metrics.Writer]:
     if jax.process_index() != 0:
         return []
     return [
-        metrics.ConsoleWriter(config.train.steps, peak_name),
+        metrics.ConsoleWriter(config.train.steps, metrics.peak_name(device)),
         metrics.JsonlWriter(workdir / "metrics.jsonl"),
         metrics.TensorBoardWriter(workdir / "tensorboard"),
     ]
@@ -169,34 +171,6 @@ def _writers(config: Config, workdir: epath.Path, peak_name: str) -> list[metric
 def _log(text: str) -> None:
     if jax.process_index() == 0:
         print(text, flush=True)
-
-
-def describe(config: Config, mesh: jax.sharding.Mesh, data: TrainingData) -> str:
-    """What is about to be trained, with every derived quantity, in a few lines."""
-    train = config.train
-    tokens = train.steps * train.tokens_per_step
-    shape = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
-    return "\n".join(
-        (
-            f"model   {config.model.parameter_count():,} parameters, {config.model.compute_dtype}",
-            f"mesh    {shape} on {mesh.size} {mesh.devices.flat[0].device_kind} device(s), "
-            f"{jax.process_count()} process(es)",
-            f"batch   {train.global_batch} sequences x {train.seq_len} = "
-            f"{train.tokens_per_step:,} tokens, in {train.grad_accum} microbatch(es)",
-            f"run     {train.steps:,} steps = {tokens:,} tokens, "
-            f"{config.model.flops_per_token(train.seq_len) * tokens:.2e} FLOPs",
-            *_describe_data(config, data),
-        )
-    )
-
-
-def _describe_data(config: Config, data: TrainingData) -> list[str]:
-    """How often each source will have been seen at the end."""
-    epochs = data.train.epochs(config.train.steps)
-    if not epochs:
-        return []
-    seen = ", ".join(f"{name or 'the source'} {value:.2f}" for name, value in epochs.items())
-    return [f"data    epochs at the end: {seen}"]
 
 
 def evaluate(
@@ -271,13 +245,16 @@ def run_loop(
     config: Config,
     saver: checkpoint_lib.Checkpointer,
     log: metrics.Metrics,
+    profiler: Profiler,
     stop: StopRequest,
 ) -> TrainState:
     """Steps until `train.steps` or a stop request. The order is a contract:
 
     eval -> save -> next batch -> step -> log the previous step. Saving comes before the batches
     move, so that state and data position always agree; logging reads a step whose successor is
-    already running, so that the device never waits for the host.
+    already running, so that the device never waits for the host. Nothing else in the loop waits for
+    the device, and no array is moved behind its back: an implicit transfer is an error. A profile
+    starts and stops before all of that, off the clock.
     """
     train = config.train
     start = int(state.step)
@@ -293,6 +270,10 @@ def run_loop(
 
     log.start(start)
     for step in range(start, train.steps + 1):
+        if profiler.turns(step + 1):
+            log.flush()
+            profiler.turn(step + 1, state)
+            log.start(step)
         last = stop.at(step) or step == train.steps
         if step > start:
             if step == train.steps or step % train.eval_every == 0:
@@ -305,8 +286,10 @@ def run_loop(
                 save(step)
         if last:
             break
-        batch = next(batches)
-        state, step_metrics = compiled.train(state, batch)
+        with profiler.step(step + 1):
+            batch = next(batches)
+            with jax.transfer_guard("disallow"):
+                state, step_metrics = compiled.train(state, batch)
         if (step + 1) % train.log_every == 0:
             log.push(step + 1, {**step_metrics, **_epoch_metrics(data, step + 1)})
         else:
@@ -344,11 +327,14 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
             if start < config.train.steps:
                 device = mesh.devices.flat[0]
                 speed = metrics.Speed(config, mesh.size, metrics.peak_flops(device))
-                log = metrics.Metrics(_writers(config, workdir, device.device_kind), speed)
+                log = metrics.Metrics(_writers(config, workdir, device), speed)
+                window = config.train.profile_window if jax.process_index() == 0 else range(0)
+                profiler = Profiler(window, workdir / "tensorboard")
                 try:
                     with stop:
-                        state = run_loop(compiled, state, data, config, saver, log, stop)
+                        state = run_loop(compiled, state, data, config, saver, log, profiler, stop)
                 finally:
+                    profiler.close()
                     log.close()
         _report(config, workdir, start, int(state.step), stop)
         if int(state.step) == config.train.steps:

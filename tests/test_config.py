@@ -70,6 +70,27 @@ def test_flops_per_token_by_hand():
     # Scores and weighted values: 2 products x 2 FLOPs x 3 passes x T/2 keys on average x D.
     attention = 3 * 2 * 2 * 3 * (16 / 2) * 8
     assert model.flops_per_token(16) == 6 * matrices + attention
+    assert model.flops_by_part(16) == {
+        "attention projections": 6 * 3 * (8 * 8 * 2 + 8 * 4 * 2),
+        "attention scores": attention,
+        "MLP": 6 * 3 * 3 * 8 * 5,
+        "output head": 6 * 8 * 10,
+    }
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_are_six_per_weight_that_is_multiplied(tied):
+    model = replace(TINY, model__tied_embeddings=tied, model__n_kv_heads=2).model
+    norms = (2 * model.n_layers + 1) * model.dim
+    looked_up = 0 if tied else model.vocab_size * model.dim
+    weights = model.parameter_count() - norms - looked_up
+    assert model.flops_per_token(16) - model.attention_flops_per_token(16) == 6 * weights
+
+
+def test_the_window_of_the_profile():
+    assert replace(TINY, train__profile_steps="4,6").train.profile_window == range(4, 7)
+    assert replace(TINY, train__profile_steps="20,99").train.profile_window == range(20, 100)
+    assert not TINY.train.profile_window
 
 
 def test_json_gives_the_config_back():
@@ -137,6 +158,11 @@ INVALID = [
     ("train__z_loss", -1.0, "z_loss"),
     ("train__seed", -1, "seed"),
     ("train__log_every", 0, "log_every"),
+    ("train__profile_steps", "10", "such as 10,15, got '10'"),
+    ("train__profile_steps", "1,2,3", "such as 10,15"),
+    ("train__profile_steps", "0,2", "two steps in 1..20"),
+    ("train__profile_steps", "6,4", "the first not after the last"),
+    ("train__profile_steps", "21,22", "two steps in 1..20"),
 ]
 
 

@@ -33,6 +33,12 @@ def test_peaks_are_known_or_none(kind, peak):
     assert metrics.peak_flops(device(kind)) == peak
 
 
+def test_the_peak_has_a_name_and_a_value():
+    assert metrics.peak_name(device("NVIDIA H200")) == "NVIDIA H200 989 TFLOP/s"
+    assert metrics.peak_name(device("TPU v5 lite")) == "TPU v5 lite 197 TFLOP/s"
+    assert metrics.peak_name(device("cpu")) == "cpu"
+
+
 def test_speed_and_mfu(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
@@ -92,7 +98,7 @@ def test_json_lines_are_valid_whatever_the_numbers(tmp_path):
 def test_console(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    console = metrics.ConsoleWriter(100, "H100")
+    console = metrics.ConsoleWriter(100, metrics.peak_name(device("NVIDIA H200")))
     record = {
         "loss": 2.5,
         "learning_rate": 3e-4,
@@ -108,7 +114,7 @@ def test_console(capsys, monkeypatch):
     console.write(20, {"eval_loss": 3.25, "epochs/web": 0.125, "epochs/books": 2.0})
     first, second, third, fourth, fifth = capsys.readouterr().out.splitlines()
     assert "step  10/100  loss 2.5000  lr 3.00e-04  grad_norm 0.50  12,346 tokens/s" in first
-    assert "MFU 45.6% of H100" in first and "ETA -" in first
+    assert "MFU 45.6% of NVIDIA H200 989 TFLOP/s" in first and "ETA -" in first
     assert "MFU n/a" in second and second.endswith("ETA 8m00s")
     assert third == "step  20  eval_loss 3.2500"
     assert fourth.endswith("eval_loss 3.2500  epochs 0.50")

@@ -1,5 +1,8 @@
 import math
+import os
 import re
+import subprocess
+import sys
 import time
 
 import jax
@@ -14,7 +17,7 @@ from llama_jax.mesh import AXES
 from llama_jax.optim import make_optimizer
 from llama_jax.sharding import PARAM_SPECS, activation_spec, constrain, param_specs, state_shardings
 from llama_jax.step import abstract_state, train_step
-from tests.helpers import TINY, mesh_of, random_batch, replace
+from tests.helpers import ROOT, TINY, mesh_of, random_batch, replace
 from tests.test_config import load
 
 
@@ -163,3 +166,76 @@ def test_check_batch():
         sharding.check_batch(8, 16, 4, mesh)
     with pytest.raises(UserError, match="seq_len=15 does not divide over context=2"):
         sharding.check_batch(8, 15, 2, mesh)
+
+
+# Compiles the train and the evaluation step; what the partitioner warns of is on standard error.
+COMPILE = """
+import sys
+import jax
+from llama_jax import model
+from llama_jax.step import abstract_state, jit_step
+from tests.helpers import ROOT, TINY, mesh_of, random_batch, replace
+
+changes, packed, unpinned, shapes = eval(sys.argv[1])
+config, constrain = replace(TINY, **changes), model.constrain
+model.constrain = lambda x, *names: x if names == unpinned else constrain(x, *names)
+batch = random_batch(config, 0)
+if packed:
+    batch |= {"positions": batch["inputs"], "segment_ids": batch["inputs"]}
+for shape in shapes:
+    mesh = mesh_of(shape)
+    with jax.set_mesh(mesh):
+        step, state = jit_step(config, mesh), abstract_state(config)
+        print("mesh", shape, file=sys.stderr, flush=True)
+        step.train.lower(state, batch).compile()
+        step.evaluate.lower(state.params, batch).compile()
+"""
+
+
+def rematerialized(shapes, unpinned=None, packed=False, **changes):
+    """Meshes on which the partitioner replicates an array whole because it knows no other way."""
+    process = subprocess.run(
+        [sys.executable, "-c", COMPILE, repr((changes, packed, unpinned, shapes))],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings, which the tests elsewhere don't show
+            "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is not compiled warns of nothing
+            # The partitioner is the same; what follows it is not needed here.
+            "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_backend_optimization_level=0",
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert process.returncode == 0, process.stderr
+    parts = process.stderr.split("mesh (")[1:]
+    assert len(parts) == len(shapes), process.stderr
+    found = zip(shapes, parts, strict=True)
+    return [shape for shape, part in found if "nvoluntary full rematerialization" in part]
+
+
+def test_no_intermediate_is_unsharded():
+    assert rematerialized(((1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2))) == []
+
+
+def test_an_unsharded_intermediate_is_seen():
+    """Without the pin on the embedding table the look-up falls back to replicating."""
+    shapes = ((2, 2, 1, 2),)
+    assert rematerialized(shapes, unpinned=("vocab", "embed")) == list(shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__grad_accum": 4, "model__remat": "full", "model__compute_dtype": "bfloat16"},
+        {"model__tied_embeddings": True, "model__n_kv_heads": 2, "model__remat": "dots"},
+        {"packed": True, "model__sliding_window": 8, "train__z_loss": 0.1},
+    ],
+)
+def test_no_intermediate_of_other_steps_is_unsharded(changes):
+    shapes = ((8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 1, 4), (2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 8, 1))
+    if changes.get("model__n_kv_heads") == 2:
+        shapes = tuple(shape for shape in shapes if shape[3] < 4)
+    assert rematerialized(shapes, **changes) == []

@@ -19,6 +19,7 @@ from llama_jax.data.loader import SyntheticBatches
 from llama_jax.data.pipeline import TrainingData, open_data
 from llama_jax.data.shards import TokenDataset
 from llama_jax.errors import UserError
+from llama_jax.profiler import Profiler
 from llama_jax.sharding import batch_sharding
 from llama_jax.train import StopRequest, check_memory, check_workdir, run_loop, train
 from tests.helpers import TINY, mesh_of, replace, text_config
@@ -46,11 +47,11 @@ class FakeRun:
         )
 
     def train(self, state, batch):
-        first = int(batch["inputs"][0, 0])
+        first = int(np.asarray(batch["inputs"])[0, 0])
         self.events.append(("train", state.step, first))
         if state.step + 1 == self.stop_at:
             self.stop.name = "SIGTERM"
-        return FakeState(state.step + 1), {"loss": jnp.float32(state.step)}
+        return FakeState(state.step + 1), {"loss": np.float32(state.step)}
 
     def evaluate(self, params, batch):
         self.events.append(("evaluate",))
@@ -83,9 +84,10 @@ class FakeRun:
     def write(self, step, record):
         self.events.append(("eval", step, record["eval_loss"]))
 
-    def run(self, start=0):
+    def run(self, state=FakeState(0)):
+        profiler = Profiler(self.config.train.profile_window, epath.Path("none"))
         state = run_loop(
-            self.compiled, FakeState(start), self.data, self.config, self, self, self.stop
+            self.compiled, state, self.data, self.config, self, self, profiler, self.stop
         )
         return state.step
 
@@ -160,7 +162,7 @@ def test_a_stop_request_saves_at_once_and_ends():
 def test_going_on_reads_the_batches_that_come_next():
     whole, later = FakeRun(SHORT), FakeRun(SHORT)
     whole.run()
-    later.run(start=4)
+    later.run(FakeState(4))
     seen = [event for event in whole.events if event[0] == "train"]
     assert [event for event in later.events if event[0] == "train"] == seen[4:]
 
@@ -535,6 +537,7 @@ OTHER_FIELDS = {
     "train.checkpoint_every": "test_how_often",
     "train.keep_checkpoints": "test_checkpoint::test_the_newest_are_kept",
     "train.sample_prompt": "test_no_prompt_no_sample",
+    "train.profile_steps": "test_profiler::test_a_run_traces_its_window",
 }
 
 

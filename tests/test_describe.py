@@ -1,0 +1,27 @@
+import re
+import types
+
+from llama_jax.describe import describe
+from tests.helpers import TINY, mesh_of, replace
+
+
+def test_the_flops_of_a_step_by_part():
+    config = replace(TINY, train__steps=10)
+    train = types.SimpleNamespace(epochs=lambda step: {"": 0.5})
+    text = describe(config, mesh_of((1, 8, 1, 1)), types.SimpleNamespace(train=train))
+    rows = {
+        name: (float(token), float(step), float(share))
+        for name, token, step, share in re.findall(
+            r"^ {8}(\w[\w ]+?) +([\d.e+]+) +([\d.e+]+) +([\d.]+)%$", text, re.M
+        )
+    }
+    parts = config.model.flops_by_part(16)
+    assert list(rows) == [*parts, "total"]
+    for name, flops in parts.items():
+        assert rows[name][0] == float(f"{flops:.2e}")
+        assert rows[name][1] == float(f"{flops * 32 * 16:.2e}")
+    assert rows["total"][0] == float(f"{config.model.flops_per_token(16):.2e}")
+    assert rows["total"][2] == 100
+    assert abs(sum(share for _, _, share in rows.values()) - 200) < 0.3
+    assert "6 per weight" in text and "causal half" in text
+    assert "data    epochs at the end: the source 0.50" in text
