@@ -180,7 +180,9 @@ def check_batch(global_batch: int, seq_len: int, grad_accum: int, mesh: Mesh) ->
             f"train.global_batch={global_batch} / train.grad_accum={grad_accum} = {micro} "
             f"sequences do not divide over data x fsdp = {rows} devices"
         )
-    if seq_len % mesh.shape["context"]:
+    context = mesh.shape["context"]
+    if context > 1 and seq_len % (2 * context):
         raise UserError(
-            f"train.seq_len={seq_len} does not divide over context={mesh.shape['context']} devices"
+            f"train.seq_len={seq_len} does not divide into two chunks for each of "
+            f"context={context} devices"
         )

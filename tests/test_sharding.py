@@ -161,5 +161,5 @@ def test_check_batch():
     sharding.check_batch(8, 16, 2, mesh)
     with pytest.raises(UserError, match="global_batch=8 / train.grad_accum=4 = 2 sequences"):
         sharding.check_batch(8, 16, 4, mesh)
-    with pytest.raises(UserError, match="seq_len=15 does not divide over context=2"):
+    with pytest.raises(UserError, match="seq_len=15 does not divide into two chunks"):
         sharding.check_batch(8, 15, 2, mesh)
