@@ -70,7 +70,9 @@ def _on_each_device(function: Callable[..., Any], with_gradients: bool) -> Calla
         d_hidden_BTD, d_head_DV = gradients
         rest = tuple(axis for axis in axes if axis not in shards)
         d_head_DV = jax.lax.psum(jax.lax.psum_scatter(d_head_DV, shards, tiled=True), rest)
-        return (*totals, d_hidden_BTD, d_head_DV)
+        # The barrier: nothing else needs the sum before the optimiser, and a scheduler that puts it
+        # off until then keeps the whole matrix in memory beside the layers.
+        return (*totals, *jax.lax.optimization_barrier((d_hidden_BTD, d_head_DV)))
 
     hidden = P(*tokens, None)
     sharded = jax.shard_map(
