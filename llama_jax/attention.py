@@ -9,14 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.blocked_attention import blocked, dense
+from llama_jax import context_parallel
+from llama_jax.blocked_attention import SegmentIds, blocked, dense
 from llama_jax.errors import UserError
 from llama_jax.sharding import activation_spec
-
-SegmentIds = tuple[jax.Array, jax.Array]
 
 SPLASH_LANES = 128  # the splash kernel works on multiples of so many tokens
 CUDNN_MAX_HEAD_DIM = 128
@@ -69,7 +69,7 @@ def attention(
     if backend == "cudnn":
         return _cudnn(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
     if _context_size() > 1 and _divides(q_BTNH):
-        return _gathered(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
+        return context_parallel.attend(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
     return blocked(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
 
 
@@ -90,8 +90,8 @@ def _context_size() -> int:
 def _divides(q_BTNH: jax.Array) -> bool:
     """Whether the mesh divides batch and sequence; it does not when parameters are initialised."""
     mesh = jax.sharding.get_abstract_mesh()
-    batch, context = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
-    return q_BTNH.shape[0] % batch == 0 and q_BTNH.shape[1] % context == 0
+    batch, chunks = mesh.shape["data"] * mesh.shape["fsdp"], 2 * mesh.shape["context"]
+    return q_BTNH.shape[0] % batch == 0 and q_BTNH.shape[1] % chunks == 0
 
 
 def _obstacle(backend: str, platform: str, q_BTNH: jax.Array) -> str:
@@ -122,35 +122,6 @@ def _obstacle(backend: str, platform: str, q_BTNH: jax.Array) -> str:
             return "cuDNN attention does not divide the sequence over mesh.context; use xla"
         return ""
     raise ValueError(f"unknown attention backend {backend!r}")
-
-
-def _gathered(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    segment_ids: SegmentIds | None,
-    window: int,
-) -> jax.Array:
-    """Context parallelism: each device takes its own queries and the keys of all.
-
-    As in Llama 3 (arXiv:2407.21783, section 3.3.2), keys and values are gathered: with grouped
-    heads they are small. The work is the same on every device, because masked scores are computed
-    like the others.
-    """
-    heads = activation_spec("batch", "seq", "heads", "head_dim")
-    gathered = P(heads[0], None, *heads[2:])
-    ids = (P(heads[0], heads[1]), P(heads[0], None))
-
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: SegmentIds | None) -> jax.Array:
-        offset = jax.lax.axis_index("context") * q.shape[1]
-        return dense(q, k, v, offset, segments, window)
-
-    return jax.shard_map(
-        local,
-        in_specs=(heads, gathered, gathered, None if segment_ids is None else ids),
-        out_specs=heads,
-        check_vma=False,
-    )(q_BTNH, k_BSKH, v_BSKH, segment_ids)
 
 
 def _cudnn(
@@ -187,8 +158,8 @@ def splash(
 ) -> jax.Array:
     """The splash (sparse flash) attention kernel that comes with JAX, on each device's heads.
 
-    Under `context` each device takes its own queries and gathers the keys, as in `_gathered`; what
-    the mask hides in whole blocks is skipped.
+    Under `context` each device takes an early and a late chunk of queries and gathers the keys, see
+    `context_parallel`; what the mask hides in whole blocks is skipped.
 
     Args:
       q_BTNH: queries, as all arguments like those of `attention`.
@@ -206,6 +177,8 @@ def splash(
     length, n_heads = q_BTNH.shape[1], q_BTNH.shape[2] // sizes["tensor"]
     shape = (length, length)
     mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+    if sizes["context"] > 1:
+        mask.q_sequence = context_parallel.query_order(length, sizes["context"]).astype(np.int32)
     local_length = length // sizes["context"]
     block = next(size for size in (512, 256, SPLASH_LANES) if local_length % size == 0)
     # The same tile for all kernels; larger ones do not fit the vector memory of a v5e.
@@ -226,6 +199,14 @@ def splash(
             q_BNTH, k_BKSH, v_BKSH, ids
         )
 
+    def with_context(kernel, q_BNTH, k_BKSH, v_BKSH, segments):
+        exchange, gather = context_parallel.exchange, context_parallel.gather
+        if segments is not None:
+            segments = (exchange(segments[0], 1), gather(segments[1], 1))
+        keys, values = gather(k_BKSH, 2), gather(v_BKSH, 2)
+        out_BNTH = local(kernel, exchange(q_BNTH, 2), keys, values, segments)
+        return context_parallel.exchange_back(out_BNTH, 2)
+
     scale = 1 / math.sqrt(q_BTNH.shape[-1])
     q_BNTH = (q_BTNH * scale).astype(q_BTNH.dtype).swapaxes(1, 2)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
@@ -233,18 +214,12 @@ def splash(
         out_BNTH = local(kernel, q_BNTH, k_BKSH, v_BKSH, segment_ids)
     else:
         batch, seq, heads, head_dim = activation_spec("batch", "seq", "heads", "head_dim")
-        gathered = P(batch, heads, None, head_dim)
+        here, ids = P(batch, heads, seq, head_dim), P(batch, seq)
         kernel_spec = kernel.manual_sharding_spec(jax.NamedSharding(mesh, P(None, seq)))
         out_BNTH = jax.shard_map(
-            local,
-            in_specs=(
-                kernel_spec,
-                P(batch, heads, seq, head_dim),
-                gathered,
-                gathered,
-                None if segment_ids is None else (P(batch, seq), P(batch, None)),
-            ),
-            out_specs=P(batch, heads, seq, head_dim),
+            with_context if sizes["context"] > 1 else local,
+            in_specs=(kernel_spec, here, here, here, None if segment_ids is None else (ids, ids)),
+            out_specs=here,
             check_vma=False,
         )(kernel, q_BNTH, k_BKSH, v_BKSH, segment_ids)
     return checkpoint_name(out_BNTH.swapaxes(1, 2), "attn_context")

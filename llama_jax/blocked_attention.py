@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+SegmentIds = tuple[jax.Array, jax.Array]
+
 # The sequence is cut into at most so many blocks of queries, each of which sees only the keys up to
 # its own end: of the square of scores, the half above the diagonal is mostly never computed.
 MAX_BLOCKS = 8
@@ -22,11 +24,11 @@ def blocked(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    segment_ids: tuple[jax.Array, jax.Array] | None,
+    segment_ids: SegmentIds | None,
     window: int,
 ) -> jax.Array:
     """Causal attention of as many queries as keys; arguments as of `attention.attention`."""
-    q_BKGTH, k_BKSH, v_BKSH = _by_kv_head(q_BTNH, k_BSKH, v_BSKH)
+    q_BKGTH, k_BKSH, v_BKSH = by_kv_head(q_BTNH, k_BSKH, v_BSKH)
     n_blocks = _n_blocks(q_BTNH.shape[1])
     out_BKGTH = _blocked(n_blocks, window, q_BKGTH, k_BKSH, v_BKSH, segment_ids)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
@@ -37,22 +39,25 @@ def dense(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     q_offset: int | jax.Array,
-    segment_ids: tuple[jax.Array, jax.Array] | None,
+    segment_ids: SegmentIds | None,
     window: int,
 ) -> jax.Array:
     """The same for queries that begin at `q_offset` among the keys; scores exist all at once."""
-    q_BKGTH, k_BKSH, v_BKSH = _by_kv_head(q_BTNH, k_BSKH, v_BSKH)
+    q_BKGTH, k_BKSH, v_BKSH = by_kv_head(q_BTNH, k_BSKH, v_BSKH)
     queries_T = jnp.arange(q_BTNH.shape[1]) + q_offset
-    mask = _mask(queries_T, jnp.arange(k_BSKH.shape[1]), segment_ids, window)
-    weights_BKGTS = jax.nn.softmax(_scores(q_BKGTH, k_BKSH, mask), axis=-1).astype(v_BKSH.dtype)
+    mask = visible(queries_T, jnp.arange(k_BSKH.shape[1]), segment_ids, window)
+    weights_BKGTS = jax.nn.softmax(masked_scores(q_BKGTH, k_BKSH, mask), axis=-1).astype(
+        v_BKSH.dtype
+    )
     out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH)
     out_BTNH = out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
     return checkpoint_name(out_BTNH, "attn_context")
 
 
-def _by_kv_head(
+def by_kv_head(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """B T N H, B S K H, B S K H -> B K G T H, B K S H, B K S H."""
     batch, n_queries, n_heads, head_dim = q_BTNH.shape
     n_kv_heads = k_BSKH.shape[2]
     shape = (batch, n_queries, n_kv_heads, n_heads // n_kv_heads, head_dim)
@@ -66,10 +71,10 @@ def _n_blocks(length: int) -> int:
     return next(count for count in range(most, 0, -1) if length % count == 0)
 
 
-def _mask(
+def visible(
     queries_Q: jax.Array,
     keys_C: jax.Array,
-    segment_ids: tuple[jax.Array, jax.Array] | None,
+    segment_ids: SegmentIds | None,
     window: int,
 ) -> jax.Array:
     """True where a query sees a key; broadcasts to B K G Q C."""
@@ -82,7 +87,8 @@ def _mask(
     return mask & (segment_ids[0][:, None, None, :, None] == segment_ids[1][:, None, None, None, :])
 
 
-def _scores(q_BKGQH: jax.Array, k_BKCH: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_scores(q_BKGQH: jax.Array, k_BKCH: jax.Array, mask: jax.Array) -> jax.Array:
+    """q k^T / sqrt(H) in float32, `MASKED` where the mask is False."""
     scores_BKGQC = jnp.einsum(
         "BKGQH,BKCH->BKGQC", q_BKGQH, k_BKCH, preferred_element_type=jnp.float32
     )
@@ -94,14 +100,14 @@ def _block_scores(
     window: int,
     q_BKGTH: jax.Array,
     k_BKSH: jax.Array,
-    segment_ids: tuple[jax.Array, jax.Array] | None,
+    segment_ids: SegmentIds | None,
 ) -> jax.Array:
     """Masked scores of the queries start..stop against the keys low..stop."""
     low, start, stop = bounds
     if segment_ids is not None:
         segment_ids = (segment_ids[0][:, start:stop], segment_ids[1][:, low:stop])
-    mask = _mask(jnp.arange(start, stop), jnp.arange(low, stop), segment_ids, window)
-    return _scores(q_BKGTH[..., start:stop, :], k_BKSH[..., low:stop, :], mask)
+    mask = visible(jnp.arange(start, stop), jnp.arange(low, stop), segment_ids, window)
+    return masked_scores(q_BKGTH[..., start:stop, :], k_BKSH[..., low:stop, :], mask)
 
 
 def _bounds(n_blocks: int, window: int, length: int) -> list[tuple[int, int, int]]:
@@ -122,7 +128,7 @@ def _blocked(
     q_BKGTH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
-    segment_ids: tuple[jax.Array, jax.Array] | None,
+    segment_ids: SegmentIds | None,
 ) -> jax.Array:
     """Causal attention in blocks of queries, with FlashAttention's backward pass.
 
@@ -138,7 +144,7 @@ def _blocked_forward(
     q_BKGTH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
-    segment_ids: tuple[jax.Array, jax.Array] | None,
+    segment_ids: SegmentIds | None,
 ) -> tuple[jax.Array, tuple]:
     out, log_sums = [], []
     for bounds in _bounds(n_blocks, window, q_BKGTH.shape[3]):

@@ -16,7 +16,7 @@ from llama_jax.errors import UserError
 
 REMAT_POLICIES = ("none", "full", "dots")
 # Tensors inside a block that `remat = "save:..."` may keep; model.py gives them these names.
-REMAT_NAMES = ("q", "k", "v", "attn_context", "attn_out", "mlp_gate", "mlp_up")
+REMAT_NAMES = ("block_in", "q", "k", "v", "attn_context", "attn_out", "mlp_gate", "mlp_up")
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
 PACKINGS = ("concat", "best_fit")
 COMPUTE_DTYPES = ("bfloat16", "float32")
@@ -49,7 +49,8 @@ class ModelConfig:
     tied_embeddings: bool = False
     compute_dtype: str = "bfloat16"  # weights, norms, softmax and loss stay float32
     attention: str = "auto"  # a backend of attention.py
-    remat: str = "none"  # none | full | dots | save:NAME,NAME (names in REMAT_NAMES)
+    # none | full | dots | save:NAME,NAME | offload:NAME,NAME (to the host) | save:NAME;offload:NAME
+    remat: str = "none"
     scan_unroll: int = 1  # layers per iteration of the scan; more compile longer, may run faster
 
     def __post_init__(self) -> None:
@@ -75,28 +76,34 @@ class ModelConfig:
             self.attention in ATTENTION_BACKENDS,
             f"model.attention must be one of {ATTENTION_BACKENDS}, got {self.attention!r}",
         )
-        if not self.remat.startswith("save:"):
+        if ":" not in self.remat:
             _require(
                 self.remat in REMAT_POLICIES,
-                f"model.remat must be one of {REMAT_POLICIES} or save:NAME,..., got {self.remat!r}",
+                f"model.remat must be one of {REMAT_POLICIES}, save:NAME,... or offload:NAME,..., "
+                f"got {self.remat!r}",
             )
-        for name in self.remat_names:
+        for part in self.remat.split(";") if ":" in self.remat else ():
+            action, _, names = part.partition(":")
             _require(
-                name in REMAT_NAMES,
-                f"model.remat names an unknown tensor {name!r}; there are {', '.join(REMAT_NAMES)}",
+                action in ("save", "offload"),
+                f"model.remat: {part!r} is neither save:NAME,... nor offload:NAME,...",
             )
+            for name in names.split(","):
+                _require(
+                    name in REMAT_NAMES,
+                    f"model.remat names an unknown tensor {name!r}; there are "
+                    f"{', '.join(REMAT_NAMES)}",
+                )
 
     @property
     def head_dim(self) -> int:
         """Size of one attention head."""
         return self.dim // self.n_heads
 
-    @property
-    def remat_names(self) -> tuple[str, ...]:
-        """Tensors that `remat = "save:..."` keeps from the forward pass; empty otherwise."""
-        if not self.remat.startswith("save:"):
-            return ()
-        return tuple(self.remat.removeprefix("save:").split(","))
+    def remat_names(self, action: str) -> tuple[str, ...]:
+        """Tensors that `remat` keeps from the forward pass: `save` on the device, or `offload`."""
+        parts = dict(part.split(":") for part in self.remat.split(";") if ":" in part)
+        return tuple(parts[action].split(",")) if action in parts else ()
 
     def parameter_count(self) -> int:
         """Number of parameters, embeddings included."""

@@ -7,12 +7,14 @@ no recomputation.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from llama_jax.sharding import constrain
+from llama_jax.sharding import PARAM_SPECS, activation_spec, constrain, mesh_axes
 
 
 def cross_entropy(
@@ -31,7 +33,8 @@ def cross_entropy(
       head_DV: output matrix; logits are `hidden_BTD @ head_DV`.
       targets_BT: the token that follows each position.
       weights_BT: weight of each position, 0 on padding. It gets no gradient.
-      chunk: positions of the sequence whose logits exist at once; rounded down to a divisor of T.
+      chunk: positions of the sequence, as one device has it, whose logits exist at once; rounded
+        down to a divisor.
       z_loss: weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311).
 
     Returns:
@@ -39,23 +42,70 @@ def cross_entropy(
       tokens; only the first has a gradient. Divide by the sum of the weights of the *whole* batch,
       which makes the mean right under gradient accumulation and unequal masks.
     """
-    length = hidden_BTD.shape[1]
-    chunk = next(size for size in range(min(chunk, length), 0, -1) if length % size == 0)
-    n_chunks = length // chunk
     weights_BT = jax.lax.stop_gradient(weights_BT)
-    return _cross_entropy(n_chunks, z_loss, hidden_BTD, head_DV, targets_BT, weights_BT)
+    return _cross_entropy(chunk, z_loss, hidden_BTD, head_DV, targets_BT, weights_BT)
+
+
+def _on_each_device(function: Callable[..., Any], with_gradients: bool) -> Callable[..., Any]:
+    """Runs `function(hidden, head, targets, weights)` on the tokens of each device of the mesh.
+
+    Left to the partitioner, the matrix would be gathered, and its gradient summed over all devices,
+    once per chunk. Here both happen once: the gradient comes back as the parameter lies.
+
+    Args:
+      function: returns objective and entropy, and with gradients also d_hidden_BTD and d_head_DV.
+      with_gradients: whether it does.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    tokens, head = activation_spec("batch", "seq"), PARAM_SPECS["lm_head"]
+    shards = head[0]  # the mesh axes that divide D
+    axes = tuple(axis for entry in tokens for axis in mesh_axes(entry))
+
+    def local(hidden_BTD: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        objective, entropy, *gradients = function(hidden_BTD, *arrays)
+        totals = (objective[None], entropy[None])
+        if not with_gradients:
+            return totals
+        d_hidden_BTD, d_head_DV = gradients
+        rest = tuple(axis for axis in axes if axis not in shards)
+        d_head_DV = jax.lax.psum(jax.lax.psum_scatter(d_head_DV, shards, tiled=True), rest)
+        # The barrier: nothing else needs the sum before the optimiser, and a scheduler that puts it
+        # off until then keeps the whole matrix in memory beside the layers.
+        return (*totals, *jax.lax.optimization_barrier((d_hidden_BTD, d_head_DV)))
+
+    hidden = P(*tokens, None)
+    sharded = jax.shard_map(
+        local,
+        in_specs=(hidden, P(), tokens, tokens),
+        out_specs=(P(axes), P(axes), *((hidden, P(shards)) if with_gradients else ())),
+        axis_names=set(axes),  # the vocabulary stays the partitioner's
+        check_vma=False,
+    )
+
+    def summed(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        objective, entropy, *gradients = sharded(*arrays)
+        return (jnp.sum(objective), jnp.sum(entropy), *gradients)
+
+    return summed
+
+
+def _n_chunks(chunk: int, length: int) -> int:
+    """As few chunks of equal size as there can be of at most `chunk` positions."""
+    size = next(size for size in range(min(chunk, length), 0, -1) if length % size == 0)
+    return length // size
 
 
 def _to_chunks(x_BT: jax.Array, n_chunks: int) -> jax.Array:
-    """B T ... -> C B T/C ...; chunk c holds positions c, c + C, ..: a sharded T stays in place."""
-    shape = (x_BT.shape[0], x_BT.shape[1] // n_chunks, n_chunks, *x_BT.shape[2:])
-    return jnp.moveaxis(x_BT.reshape(shape), 2, 0)
+    """B T ... -> C B T/C ..."""
+    shape = (x_BT.shape[0], n_chunks, x_BT.shape[1] // n_chunks, *x_BT.shape[2:])
+    return jnp.moveaxis(x_BT.reshape(shape), 1, 0)
 
 
 def _from_chunks(x_CBT: jax.Array) -> jax.Array:
     """The inverse of `_to_chunks`."""
-    x_BTC = jnp.moveaxis(x_CBT, 0, 2)
-    return x_BTC.reshape(x_BTC.shape[0], -1, *x_BTC.shape[3:])
+    x_BCT = jnp.moveaxis(x_CBT, 0, 1)
+    return x_BCT.reshape(x_BCT.shape[0], -1, *x_BCT.shape[3:])
 
 
 def _chunk_loss(
@@ -79,31 +129,38 @@ def _chunk_loss(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _cross_entropy(
-    n_chunks: int,
+    chunk: int,
     z_loss: float,
     hidden_BTD: jax.Array,
     head_DV: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
+    function = functools.partial(_sums, chunk, z_loss)
+    return _on_each_device(function, False)(hidden_BTD, head_DV, targets_BT, weights_BT)
+
+
+def _sums(
+    chunk: int, z_loss: float, hidden_BTD: jax.Array, head_DV: jax.Array, *arrays: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Objective and cross-entropy."""
+
     def body(total: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[Any, None]:
         hidden, targets, weights = chunk
         objective, entropy, _ = _chunk_loss(z_loss, hidden, head_DV, targets, weights)
         return (total[0] + objective, total[1] + entropy), None
 
-    chunks = tuple(_to_chunks(x, n_chunks) for x in (hidden_BTD, targets_BT, weights_BT))
+    n_chunks = _n_chunks(chunk, hidden_BTD.shape[1])
+    chunks = tuple(_to_chunks(x, n_chunks) for x in (hidden_BTD, *arrays))
     zero = jnp.zeros((), jnp.float32)
     return jax.lax.scan(body, (zero, zero), chunks)[0]
 
 
-def _forward(
-    n_chunks: int,
-    z_loss: float,
-    hidden_BTD: jax.Array,
-    head_DV: jax.Array,
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+def _sums_and_gradients(
+    chunk: int, z_loss: float, hidden_BTD: jax.Array, head_DV: jax.Array, *arrays: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Objective, cross-entropy, and the gradients of the objective, in the dtypes of the inputs."""
+
     def body(carry: tuple[jax.Array, ...], chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
         objective, entropy, d_head_DV = carry
         hidden, targets, weights = chunk
@@ -121,24 +178,28 @@ def _forward(
         )
         return (objective + add_objective, entropy + add_entropy, d_head_DV), d_hidden_BTD
 
-    chunks = tuple(_to_chunks(x, n_chunks) for x in (hidden_BTD, targets_BT, weights_BT))
+    n_chunks = _n_chunks(chunk, hidden_BTD.shape[1])
+    chunks = tuple(_to_chunks(x, n_chunks) for x in (hidden_BTD, *arrays))
     zero = jnp.zeros((), jnp.float32)
     carry = (zero, zero, jnp.zeros(head_DV.shape, jnp.float32))
     (objective, entropy, d_head_DV), d_hidden_CBTD = jax.lax.scan(body, carry, chunks)
-    return (objective, entropy), (_from_chunks(d_hidden_CBTD), d_head_DV.astype(head_DV.dtype))
+    return objective, entropy, _from_chunks(d_hidden_CBTD), d_head_DV.astype(head_DV.dtype)
+
+
+def _forward(
+    chunk: int, z_loss: float, *arrays: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    function = functools.partial(_sums_and_gradients, chunk, z_loss)
+    objective, entropy, *gradients = _on_each_device(function, True)(*arrays)
+    return (objective, entropy), (gradients[0], gradients[1])
 
 
 def _backward(
-    n_chunks: int, z_loss: float, saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, ...]
+    chunk: int, z_loss: float, saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, ...]
 ) -> tuple[Any, ...]:
-    d_hidden_BTD, d_head_DV = saved
     scale = cotangents[0]
-    return (
-        d_hidden_BTD * scale.astype(d_hidden_BTD.dtype),
-        (d_head_DV * scale.astype(d_head_DV.dtype)),
-        None,
-        None,
-    )
+    d_hidden_BTD, d_head_DV = (gradient * scale.astype(gradient.dtype) for gradient in saved)
+    return d_hidden_BTD, d_head_DV, None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)

@@ -221,6 +221,7 @@ class Block(nn.Module):
     def __call__(self, x_BTD, layer_cache, rope_BT1h, segment_ids_BT, cache_segments):
         """One step of the scan: the carry x_BTD, and this layer's part of the cache."""
         c = self.config
+        x_BTD = checkpoint_name(x_BTD, "block_in")
         cache = None if layer_cache is None else (*layer_cache, *cache_segments)
         attn_norm_D = self.param("attn_norm", nn.initializers.ones, (c.dim,))
         normed_BTD = rms_norm(x_BTD, attn_norm_D, c.norm_eps)
@@ -242,7 +243,12 @@ def _remat(block: Any, config: ModelConfig) -> Any:
     elif config.remat == "dots":
         policy = policies.dots_with_no_batch_dims_saveable
     else:
-        policy = policies.save_only_these_names(*config.remat_names)
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=config.remat_names("save"),
+            names_which_can_be_offloaded=config.remat_names("offload"),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
     # prevent_cse is needless inside a scan, and costs speed.
     return nn.remat(block, policy=policy, prevent_cse=False)
 

@@ -60,23 +60,31 @@ def activation_spec(*names: str | None) -> P:
         if name is not None and name not in ACTIVATION_AXES:
             raise ValueError(f"unknown activation axis {name!r}; known: {list(ACTIVATION_AXES)}")
         entries.append(None if name is None else ACTIVATION_AXES[name])
-    used = [axis for entry in entries for axis in _axes(entry)]
+    used = [axis for entry in entries for axis in mesh_axes(entry)]
     if len(used) != len(set(used)):
         raise ValueError(f"activation axes {names} put two dimensions on one mesh axis: {used}")
     return P(*entries)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pins an activation to its place on the mesh of `jax.set_mesh`; without a mesh, returns it."""
+    """Pins an activation to its place on the mesh of `jax.set_mesh`; without a mesh, returns it.
+
+    Inside `jax.shard_map` the axes that it took over are left out: x is one device's part of them.
+    """
     spec = activation_spec(*names)
     if len(names) != x.ndim:
         raise ValueError(f"constrain got {len(names)} axis names for an array of shape {x.shape}")
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec)
+    free = [
+        tuple(axis for axis in mesh_axes(entry) if axis not in mesh.manual_axes) for entry in spec
+    ]
+    return jax.lax.with_sharding_constraint(x, P(*(axes or None for axes in free)))
 
 
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one dimension of a spec."""
     if entry is None:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)
@@ -113,11 +121,11 @@ def _check_divides(
 ) -> None:
     if len(spec) > len(shape):
         raise UserError(f"{path} has shape {shape}, but its spec {spec} has more dimensions")
-    used = [axis for entry in spec for axis in _axes(entry)]
+    used = [axis for entry in spec for axis in mesh_axes(entry)]
     if len(used) != len(set(used)):
         raise UserError(f"{path}: its spec {spec} uses a mesh axis twice")
     for size, entry in zip(shape, spec, strict=False):
-        axes = _axes(entry)
+        axes = mesh_axes(entry)
         for axis in axes:
             if axis not in mesh.shape:
                 raise UserError(f"{path}: the mesh {dict(mesh.shape)} has no axis {axis!r}")
@@ -173,14 +181,16 @@ def check_batch(global_batch: int, seq_len: int, grad_accum: int, mesh: Mesh) ->
     Raises:
       UserError: naming the numbers that do not divide.
     """
-    rows = math.prod(mesh.shape[axis] for axis in _axes(ACTIVATION_AXES["batch"]))
+    rows = math.prod(mesh.shape[axis] for axis in mesh_axes(ACTIVATION_AXES["batch"]))
     micro = global_batch // grad_accum
     if micro % rows:
         raise UserError(
             f"train.global_batch={global_batch} / train.grad_accum={grad_accum} = {micro} "
             f"sequences do not divide over data x fsdp = {rows} devices"
         )
-    if seq_len % mesh.shape["context"]:
+    context = mesh.shape["context"]
+    if context > 1 and seq_len % (2 * context):
         raise UserError(
-            f"train.seq_len={seq_len} does not divide over context={mesh.shape['context']} devices"
+            f"train.seq_len={seq_len} does not divide into two chunks for each of "
+            f"context={context} devices"
         )

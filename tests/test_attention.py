@@ -7,6 +7,7 @@ import pytest
 
 from llama_jax import attention as dispatch
 from llama_jax import blocked_attention as attention_lib
+from llama_jax import context_parallel
 from llama_jax.attention import attention, splash
 from llama_jax.errors import UserError
 from tests.helpers import mesh_of
@@ -224,7 +225,43 @@ def test_context_parallel_divides_the_scores():
     q, k, v = inputs(19, batch=2, queries=64, keys=64)
     with jax.set_mesh(mesh_of((1, 1, 8, 1))):
         text = jax.jit(attention).lower(q, k, v).compile().as_text()
-    assert "f32[2,2,2,8,64]" in text and "f32[2,2,2,64,64]" not in text
+    # Chunks of 64 / 16 tokens against each other, and no more.
+    assert "f32[2,2,2,4,4]" in text
+    assert "f32[2,2,2,8,64]" not in text and "f32[2,2,2,64,64]" not in text
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_devices_exchange_queries_as_the_order_says(size):
+    positions = np.arange(32, dtype=np.int32)
+
+    def there_and_back(x):
+        moved = context_parallel.exchange(x, 0)
+        return moved, context_parallel.exchange_back(moved, 0)
+
+    spec = jax.P("context")
+    with jax.set_mesh(mesh_of((1, 1, size, 1))):
+        moved, back = jax.jit(
+            jax.shard_map(there_and_back, in_specs=spec, out_specs=(spec, spec), check_vma=False)
+        )(positions)
+    np.testing.assert_array_equal(moved, context_parallel.query_order(32, size))
+    np.testing.assert_array_equal(back, positions)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_every_device_computes_as_much_as_the_others(size):
+    def pairs():
+        steps = jnp.arange(2 * size + 1)
+        pairs = [jnp.stack(context_parallel._pair(step, 2 * size)) for step in steps]
+        return jnp.stack(pairs)[None]
+
+    with jax.set_mesh(mesh_of((1, 1, size, 1))):
+        found = jax.jit(
+            jax.shard_map(pairs, in_specs=(), out_specs=jax.P("context"), check_vma=False)
+        )()
+    seen = {(int(chunk), int(key)) for device in found for _, key, chunk in device}
+    # Exactly the pairs that the causal mask leaves, each once.
+    assert seen == {(q, k) for q in range(2 * size) for k in range(q + 1)}
+    assert len(seen) == found.shape[0] * found.shape[1]
 
 
 @pytest.mark.parametrize(

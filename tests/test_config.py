@@ -138,6 +138,8 @@ INVALID = [
     ("model__attention", "fast", "attention"),
     ("model__remat", "some", "remat"),
     ("model__remat", "save:q,nothing", "'nothing'"),
+    ("model__remat", "save:q;offload:nothing", "'nothing'"),
+    ("model__remat", "keep:q", "neither save:NAME"),
     ("model__norm_eps", 0.0, "norm_eps"),
     ("mesh__data", 0, "data"),
     ("mesh__data", -1, "one mesh axis"),

@@ -165,7 +165,10 @@ def test_bfloat16_is_near_float32():
     np.testing.assert_allclose(hidden.astype(jnp.float32), exact, atol=0.05)
 
 
-POLICIES = ("full", "dots", *(f"save:{name}" for name in REMAT_NAMES))
+POLICIES = (
+    *("full", "dots", "offload:block_in", "save:q;offload:mlp_up"),
+    *(f"save:{name}" for name in REMAT_NAMES),
+)
 
 
 def loss_of(config, params, batch):
@@ -206,8 +209,12 @@ def test_each_named_tensor_is_kept_when_asked_for():
         extra = sizes[f"save:{name}"] - sizes["full"]
         # attn_context brings one number per head along: log sum exp.
         expected = width + (4 if name == "attn_context" else 0)
+        if name == "block_in":  # kept under "full" too: what all else is computed from
+            expected = 0
         assert extra == layers * tokens * expected, name
     assert sizes["full"] < sizes["dots"] < sizes["none"]
+    assert sizes["save:q;offload:mlp_up"] == sizes["full"] + layers * tokens * (32 + 48)
+    assert sizes["offload:block_in"] == sizes["full"]
 
 
 def test_unrolling_the_scan_changes_nothing():

@@ -120,7 +120,8 @@ def test_the_lowered_step_pins_activations():
     assert (f"[{{{rows[1:]}, {{}}]", "32x16x32xf32") in pinned  # residual stream
     assert (f'[{{{rows[1:]}, {{"tensor"}}, {{}}]', "32x16x4x8xf32") in pinned  # q, k, v
     assert (f'[{{{rows[1:]}, {{"tensor"}}]', "32x16x48xf32") in pinned  # SwiGLU
-    assert (f'[{{{rows[1:]}, {{"tensor"}}]', "32x8x64xf32") in pinned  # logits of a chunk
+    # Logits of a chunk, of one device's rows.
+    assert ('[{}, {}, {"tensor"}]', "8x8x64xf32") in pinned
 
 
 def test_65b_on_2048_devices_without_one():
@@ -164,7 +165,7 @@ def test_check_batch():
     sharding.check_batch(8, 16, 2, mesh)
     with pytest.raises(UserError, match="global_batch=8 / train.grad_accum=4 = 2 sequences"):
         sharding.check_batch(8, 16, 4, mesh)
-    with pytest.raises(UserError, match="seq_len=15 does not divide over context=2"):
+    with pytest.raises(UserError, match="seq_len=15 does not divide into two chunks"):
         sharding.check_batch(8, 15, 2, mesh)
 
 
