@@ -87,9 +87,12 @@ def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[j
 
 def rope(x_BTNH: jax.Array, cos_BT1h: jax.Array, sin_BT1h: jax.Array) -> jax.Array:
     """Rotates pairs (i, i + H/2), the layout of Hugging Face; Meta's rotates (2i, 2i + 1)."""
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    # The barrier keeps XLA:TPU from writing the product before in float32, and from rotating
+    # gradients anew inside each product after.
+    x_BTNH = jax.lax.optimization_barrier(x_BTNH)
+    first, second = (half.astype(jnp.float32) for half in jnp.split(x_BTNH, 2, axis=-1))
     rotated = (first * cos_BT1h - second * sin_BT1h, second * cos_BT1h + first * sin_BT1h)
-    return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
+    return jnp.concatenate([half.astype(x_BTNH.dtype) for half in rotated], axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -137,6 +140,8 @@ def _gated_silu_backward(
     saved: tuple[jax.Array, jax.Array], d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     gate, up = saved
+    # d_gate and d_up can take the place of gate and up, if they are not made in the product before.
+    d_out = jax.lax.optimization_barrier(d_out)
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     d_gate = d_out * up * (sigmoid + silu * (1 - sigmoid))
@@ -189,7 +194,7 @@ class Attention(nn.Module):
             backend=c.attention,
         )
         out_BTD = project("BTNH,NHD->BTD", out_BTNH, wo_NHD)
-        return checkpoint_name(out_BTD, "attn_out"), (None if cache is None else (keys, values))
+        return out_BTD, (None if cache is None else (keys, values))
 
 
 class SwiGLU(nn.Module):
@@ -221,16 +226,19 @@ class Block(nn.Module):
     def __call__(self, x_BTD, layer_cache, rope_BT1h, segment_ids_BT, cache_segments):
         """One step of the scan: the carry x_BTD, and this layer's part of the cache."""
         c = self.config
+        # With a cache there may be one token, which is not to be divided.
+        residual = ("batch", "residual_seq" if layer_cache is None else "seq", "embed")
+        whole = ("batch", "seq", "embed")
         x_BTD = checkpoint_name(x_BTD, "block_in")
         cache = None if layer_cache is None else (*layer_cache, *cache_segments)
         attn_norm_D = self.param("attn_norm", nn.initializers.ones, (c.dim,))
-        normed_BTD = rms_norm(x_BTD, attn_norm_D, c.norm_eps)
+        normed_BTD = constrain(rms_norm(x_BTD, attn_norm_D, c.norm_eps), *whole)
         out_BTD, new_cache = Attention(c, name="attn")(normed_BTD, rope_BT1h, segment_ids_BT, cache)
-        x_BTD = constrain(x_BTD + out_BTD, "batch", "seq", "embed")
+        x_BTD = x_BTD + checkpoint_name(constrain(out_BTD, *residual), "attn_out")
         mlp_norm_D = self.param("mlp_norm", nn.initializers.ones, (c.dim,))
-        normed_BTD = rms_norm(x_BTD, mlp_norm_D, c.norm_eps)
-        x_BTD = constrain(x_BTD + SwiGLU(c, name="mlp")(normed_BTD), "batch", "seq", "embed")
-        return x_BTD, new_cache
+        normed_BTD = constrain(rms_norm(x_BTD, mlp_norm_D, c.norm_eps), *whole)
+        out_BTD = constrain(SwiGLU(c, name="mlp")(normed_BTD), *residual)
+        return x_BTD + out_BTD, new_cache
 
 
 def _remat(block: Any, config: ModelConfig) -> Any:
@@ -290,7 +298,8 @@ class Llama(nn.Module):
         # Gathered over fsdp before the look-up: XLA's gather from a table that is sharded on both
         # axes falls back to replicating it ("involuntary full rematerialization").
         table_VD = constrain(embed_VD.astype(c.compute_dtype), "vocab", "embed")
-        x_BTD = constrain(jnp.take(table_VD, tokens_BT, axis=0), "batch", "seq", "embed")
+        residual = ("batch", "residual_seq" if cache is None else "seq", "embed")
+        x_BTD = constrain(jnp.take(table_VD, tokens_BT, axis=0), *residual)
 
         start = 0 if cache is None else cache.index
         if positions_BT is None:
@@ -316,7 +325,7 @@ class Llama(nn.Module):
         x_BTD, kv = layers(x_BTD, layer_cache, rope_BT1h, segment_ids_BT, cache_segments)
 
         final_norm_D = self.param("final_norm", nn.initializers.ones, (c.dim,))
-        hidden_BTD = rms_norm(x_BTD, final_norm_D, c.norm_eps)
+        hidden_BTD = constrain(rms_norm(x_BTD, final_norm_D, c.norm_eps), "batch", "seq", "embed")
         if c.tied_embeddings:
             head_DV = embed_VD.T.astype(c.compute_dtype)
         else:

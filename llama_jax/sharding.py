@@ -39,6 +39,9 @@ PARAM_SPECS: Mapping[str, P] = {
 ACTIVATION_AXES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "seq": "context",
+    # Of the residual stream: norms and sums divide over tensor too, and what stays for the backward
+    # pass with them (Megatron's sequence parallelism, arXiv:2205.05198).
+    "residual_seq": ("context", "tensor"),
     "embed": None,
     "heads": "tensor",
     "head_dim": None,
@@ -193,4 +196,9 @@ def check_batch(global_batch: int, seq_len: int, grad_accum: int, mesh: Mesh) ->
         raise UserError(
             f"train.seq_len={seq_len} does not divide into two chunks for each of "
             f"context={context} devices"
+        )
+    if seq_len % (context * mesh.shape["tensor"]):
+        raise UserError(
+            f"train.seq_len={seq_len} does not divide over context x tensor = "
+            f"{context * mesh.shape['tensor']} devices"
         )
