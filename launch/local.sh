@@ -97,13 +97,19 @@ stop() {
 }
 trap stop TERM INT
 
+# Puts $1 before each line, at once (some awks and seds wait for more), to the last one.
+prefix() {
+  trap '' INT TERM
+  while IFS= read -r line || [[ $line ]]; do printf '%s\n' "$1$line"; done
+}
+
 # Job control gives each process a group of its own: Ctrl-C reaches this script alone, and what a
 # process has started can be ended with it.
 set -m
 for ((i = 0; i < processes; i++)); do
   environment "$i"
   env "${environ[@]}" "${command[@]}" \
-    > >(trap '' INT TERM && exec awk -v tag="[$i] " '{ print tag $0; fflush() }') 2>&1 &
+    > >(prefix "[$i] ") 2>&1 &
   pids+=($!)
 done
 
