@@ -113,7 +113,7 @@ def test_local_restarts_and_resumes_after_a_process_was_killed(tmp_path):
         (resumed,) = wait_for(r"\[0\] resume  from step (\d+)", log)
         assert int(resumed) >= 20
         assert not set(pair) & set(tasks_of(workdir))
-        wait_for(rf"\[0\] step +{int(resumed) + 20}/", log)
+        wait_for(rf"(?s)resume .*\[0\] step +{int(resumed) + 20}/", log)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
         wait_for(r"\[0\] stopped at step \d+, saved", log)

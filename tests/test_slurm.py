@@ -68,14 +68,15 @@ def wait_for(pattern, log, count=1, seconds=180):
         time.sleep(0.5)
 
 
-def state_of(slurm, job):
-    return re.search(r"JobState=(\w+)", slurm("scontrol", "show", "job", job))[1]
-
-
-def wait_for_state(slurm, job, state, seconds=90):
+def wait_for_state(slurm, job, state, also="", seconds=120):
+    """Until Slurm says so, and that the job has left its node."""
     deadline = time.monotonic() + seconds
-    while state_of(slurm, job) != state:
-        assert time.monotonic() < deadline, slurm("scontrol", "show", "job", job)
+    while True:
+        text = slurm("scontrol", "show", "job", job)
+        on_node = slurm("squeue", "--noheader", "--states=COMPLETING")
+        if f"JobState={state} " in text and also in text and not on_node:
+            return
+        assert time.monotonic() < deadline, text
         time.sleep(0.5)
 
 
@@ -112,13 +113,14 @@ def test_a_job_survives_a_killed_task_and_its_time_limit(slurm, tmp_path):
     wait_for(r"retry: exit status \d+; restart 1 of 10 in 1 s", log)
     (resumed,) = wait_for(r"resume  from step (\d+)", log)
     assert int(resumed) >= 20 and int(resumed) % 20 == 0
-    wait_for(rf"step +{int(resumed) + 20}/", log)
+    wait_for(rf"(?s)resume .*step +{int(resumed) + 20}/", log)
 
     slurm("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
     (stopped,) = wait_for(r"stopped at step (\d+), saved", log)
     wait_for(f"saved; queueing job {job} again", log)
-    wait_for_state(slurm, job, "PENDING")
-    slurm("scontrol", "update", f"jobid={job}", "StartTime=now")  # Slurm would wait for a minute
+    # Slurm would wait for two minutes, counted from when the job has wholly left its node.
+    wait_for_state(slurm, job, "PENDING", "Reason=BeginTime")
+    slurm("scontrol", "update", f"jobid={job}", "StartTime=now")
     assert wait_for(r"resume  from step (\d+)", log, 2)[1] == stopped
 
     slurm("scancel", job)  # ends it for good, saved
