@@ -83,7 +83,13 @@ CONF
 stop() {
   local folder=$1 name pid
   export SLURM_CONF=$folder/slurm.conf
+  # Jobs first: without slurmd, their daemons would stay.
+  scancel --user=root 2>/dev/null || true
   scancel --user=root --signal=KILL --full 2>/dev/null || true
+  for _ in $(seq 60); do
+    [[ $(squeue --noheader 2>/dev/null) ]] || break
+    sleep 0.5
+  done
   for name in slurmd slurmctld munged; do
     [[ -f $folder/$name.pid ]] || continue
     pid=$(cat "$folder/$name.pid")
