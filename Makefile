@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKDIR ?= runs/tiny
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help train test lint format slow parity beam tpu clean
+.PHONY: help train test lint format slow parity beam tpu slurm clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -35,10 +35,11 @@ train: .venv/.installed  ## train configs/tiny.py on Python's own library, then 
 test: lint  ## lint, types, and the whole default test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(PYTEST_ARGS)
 
-lint: .venv/.installed-dev  ## ruff and mypy
+lint: .venv/.installed-dev  ## ruff, mypy and shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck launch/*.sh launch/*.sbatch tests/*.sh
 
 format: .venv/.installed-dev  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
@@ -66,6 +67,10 @@ beam: .venv-beam/.installed  ## prepare on Apache Beam against prepare on one ma
 
 tpu: .venv-tpu/.installed  ## compile 7B and 65B for TPU slices, with the real compiler
 	.venv-tpu/bin/python -m pytest -m tpu -q $(PYTEST_ARGS)
+
+slurm: .venv/.installed-dev  ## launch/slurm.sbatch on a real Slurm, from Debian's packages (as root)
+	tests/slurm_cluster.sh install
+	$(BIN)/python -m pytest -m slurm -q $(PYTEST_ARGS)
 
 clean:  ## remove .venv and caches, but not your runs
 	rm -rf .venv .venv-beam .venv-tpu .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

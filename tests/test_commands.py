@@ -174,7 +174,7 @@ def test_another_tokenizer(run, corpus, tmp_path):
 def test_sigterm_saves_and_the_same_command_goes_on(corpus, tmp_path):
     flags = [*TINY_FLAGS, f"--config.data.source={corpus}", f"--workdir={tmp_path / 'run'}"]
     flags += ["--config.train.steps=100000", "--config.train.checkpoint_every=100000"]
-    flags += ["--config.train.eval_every=100000"]
+    flags += ["--config.train.eval_every=100000", "--stopped_status=75"]
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     with subprocess.Popen(
         [sys.executable, "-m", "llama_jax.train", *flags],
@@ -191,7 +191,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(corpus, tmp_path):
             assert time.monotonic() < deadline
         process.send_signal(signal.SIGTERM)
         rest, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    assert process.returncode == 75, errors
     stopped = int(re.search(r"stopped at step (\d+), saved", rest)[1])
     assert (tmp_path / "run" / "checkpoints" / str(stopped)).exists()
     assert (tmp_path / "run" / "plots" / "loss.png").exists()
@@ -235,6 +235,7 @@ def test_two_processes_train_as_one(corpus, tmp_path):
     pair = start_two_processes(corpus, tmp_path / "two", *flags)
     outputs = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
+    assert "start   2 processes, found by environment\n" in outputs[0][0]
     assert "on 8 cpu device(s), 2 process(es)" in outputs[0][0]
     # Only the first one talks, and the library that carries the messages between CPUs.
     assert [line for line in outputs[1][0].splitlines() if not line.startswith("[Gloo]")] == []
@@ -264,6 +265,12 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(corpus, tmp_path):
 def test_half_an_environment_for_many_processes_is_an_error(corpus, tmp_path):
     process = train(corpus, tmp_path / "run", JAX_COORDINATOR_ADDRESS="localhost:1")
     assert "JAX_NUM_PROCESSES is ''" in one_line_error(process)
+
+
+def test_an_unknown_preset_of_compiler_flags(corpus, tmp_path):
+    message = one_line_error(train(corpus, tmp_path / "run", "--xla_preset=v6"))
+    assert "no XLA preset 'v6' among none, v4" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_prepare_and_verify(corpus, tmp_path):
@@ -363,7 +370,10 @@ def test_help_is_complete_and_has_an_example(module):
     assert f"python -m llama_jax.{module}" in process.stdout
     assert "Example:" in process.stdout
     expected = {
-        "train": ("--config", "--workdir"),
+        "train": (
+            *("--config", "--workdir", "--xla_preset", "--start_timeout"),
+            "--stopped_status",
+        ),
         "prepare": ("--config", "--output", "--verify"),
         "generate": (
             *("--checkpoint", "--prompt", "--max_tokens", "--temperature", "--top_k", "--top_p"),

