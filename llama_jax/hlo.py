@@ -241,15 +241,16 @@ def _named_groups(mesh: str, order: str, used: str) -> tuple[tuple[int, ...], ..
             rest = axes[name] // (int(before) * int(size))
             factors[name] = [int(before), int(size), rest]
         picked[name] = 1 if size else 0
-    shape, inside = [], []
+    shape: list[int] = []
+    inside = []
     for name, sizes in factors.items():
         if name in picked:
             inside.append(len(shape) + picked[name])
         shape += sizes
     outside = [axis for axis in range(len(shape)) if axis not in inside]
     members = math.prod(shape[axis] for axis in inside)
-    ids = ids.reshape(shape).transpose([*outside, *inside]).reshape(-1, members)
-    return tuple(map(tuple, ids.tolist()))
+    grouped = ids.reshape(shape).transpose([*outside, *inside]).reshape(-1, members)
+    return tuple(map(tuple, grouped.tolist()))
 
 
 def summarize(text: str) -> Summary:

@@ -23,15 +23,17 @@ _KERNELS = (
     ("Softmax", 2),
 )
 # What moves no bytes: names for values, and the ends of what was counted at its start.
-_FREE = frozenset(
-    "parameter tuple get-tuple-element bitcast constant after-all partition-id replica-id "
-    "while conditional call opt-barrier iota copy-done async-update async-done async-start".split()
+_FREE = (
+    *("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "iota", "after-all"),
+    *("partition-id", "replica-id", "while", "conditional", "call", "opt-barrier", "async-start"),
 )
 
 
 def _kernel(one: Instruction) -> int | None:
     text = one.line.split("backend_config=")[0]
-    if not re.search(r'custom_call_target="(tpu_custom_call|__cudnn\$fmha|__gpu\$xla|triton)', text):
+    if not re.search(
+        r'custom_call_target="(tpu_custom_call|__cudnn\$fmha|__gpu\$xla|triton)', text
+    ):
         return None
     return next((products for name, products in _KERNELS if name in text), None)
 
