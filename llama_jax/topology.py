@@ -191,7 +191,9 @@ device_description_str: "{chip.kind}"
 
 def node_of(device: jax.Device) -> int:
     """The slice of a TPU, the node of a GPU: where the fast network ends."""
-    return (device.slice_index or 0) if device.platform == "tpu" else device.process_index
+    if device.platform == "gpu":
+        return device.process_index
+    return getattr(device, "slice_index", None) or 0
 
 
 @contextlib.contextmanager
