@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from llama_jax import checkpoint as checkpoint_lib
-from llama_jax import cli, metrics
+from llama_jax import cli, metrics, xla_flags
 from llama_jax.config import Config, difference, from_json
 from llama_jax.data.loader import stream
 from llama_jax.data.pipeline import TrainingData, open_data
@@ -24,6 +24,7 @@ from llama_jax.data.streaming import Position, StreamingBatches
 from llama_jax.errors import UserError
 from llama_jax.generate import Sampling, complete
 from llama_jax.mesh import make_mesh
+from llama_jax.processes import start_processes
 from llama_jax.sharding import check_batch
 from llama_jax.step import CompiledStep, TrainState, jit_step
 
@@ -68,25 +69,6 @@ class StopRequest:
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-def start_processes() -> None:
-    """Joins the other processes of the job, where the environment names any.
-
-    Raises:
-      UserError: the environment names them in part, or not as numbers.
-    """
-    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
-        return
-    numbers = {}
-    for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
-        value = os.environ.get(name, "")
-        if not value.isdigit():
-            raise UserError(f"JAX_COORDINATOR_ADDRESS is set, but {name} is {value!r}, no number")
-        numbers[name] = int(value)
-    jax.distributed.initialize(
-        num_processes=numbers["JAX_NUM_PROCESSES"], process_id=numbers["JAX_PROCESS_ID"]
-    )
 
 
 def use_compilation_cache() -> None:
@@ -389,19 +371,40 @@ def _print_sample(config: Config, state: TrainState, data: TrainingData) -> None
     _log(f"\nwhat it writes after {prompt!r}:\n{text[0]}")
 
 
-def main() -> None:
+def main() -> int:
     """The command; flags are defined below."""
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; try --workdir=runs/tiny")
     run_config = cli.load_config(_CONFIG)
-    start_processes()
+    xla_flags.use_preset(_XLA_PRESET.value)
+    means = start_processes(_START_TIMEOUT.value)
+    if means:
+        _log(f"start   {jax.process_count()} processes, found by {means}")
     use_compilation_cache()
-    train(run_config, _WORKDIR.value)
+    state = train(run_config, _WORKDIR.value)
+    return 0 if int(state.step) == run_config.train.steps else _STOPPED_STATUS.value
 
 
 if __name__ == "__main__":
     _CONFIG = cli.config_flag()
     _WORKDIR = flags.DEFINE_string(
         "workdir", None, "Folder of the run: config, checkpoints, metrics, plots; local or gs://."
+    )
+    _XLA_PRESET = flags.DEFINE_string(
+        "xla_preset",
+        "none",
+        f"Compiler flags for a target: {', '.join(xla_flags.PRESETS)}. Flags of your own in "
+        "XLA_FLAGS and LIBTPU_INIT_ARGS win.",
+    )
+    _START_TIMEOUT = flags.DEFINE_integer(
+        "start_timeout", 300, "Seconds to wait for the other processes of the job.", lower_bound=1
+    )
+    _STOPPED_STATUS = flags.DEFINE_integer(
+        "stopped_status",
+        0,
+        "Exit status after SIGTERM, saved but not finished; launchers that restart what fails "
+        "want one that is not 0.",
+        lower_bound=0,
+        upper_bound=255,
     )
     cli.run(main, __doc__)

@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# Trains with several processes on this machine.
+set -uo pipefail
+
+usage() {
+  cat <<'TEXT'
+Trains with several processes on this machine, which find each other over loopback.
+
+Usage: launch/local.sh [OPTIONS] -- --config=FILE --workdir=DIR [flags of llama_jax.train]
+
+  --processes=N    how many (default 2)
+  --gpus=K         GPUs of each process: the first takes 0 .. K-1 and so on (default: each takes all
+                   that it sees, which is right on CPUs)
+  --port=PORT      of process 0 (default: one that is free)
+  --restarts=N     restarts after a failure, in a row (default 0); training resumes
+  --backoff=S      seconds before the first restart, doubled for each further one (default 10)
+  --dry-run        print what would run
+
+Each line of output begins with the number of its process. When one process fails, all are ended.
+Ctrl-C or SIGTERM: all save and end; a second Ctrl-C ends them at once. PYTHON names the interpreter.
+
+Example, 2 processes on the CPUs:
+  launch/local.sh -- --config=configs/tiny.py --workdir=runs/tiny
+Example, a process for each of 8 GPUs:
+  launch/local.sh --processes=8 --gpus=1 --restarts=10 -- --config=configs/7b.py --workdir=runs/7b
+TEXT
+}
+
+fail() { echo "error: $1; try --help" >&2 && exit 1; }
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+processes=2 gpus='' port='' restarts=0 backoff=10 dry_run=
+while (($#)); do
+  case $1 in
+    --processes=*) processes=${1#*=} ;;
+    --gpus=*) gpus=${1#*=} ;;
+    --port=*) port=${1#*=} ;;
+    --restarts=*) restarts=${1#*=} ;;
+    --backoff=*) backoff=${1#*=} ;;
+    --dry-run) dry_run=1 ;;
+    --help | -h) usage && exit 0 ;;
+    --) shift && break ;;
+    *) fail "unexpected argument $1 (flags of train stand after --)" ;;
+  esac
+  shift
+done
+[[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--processes=$processes is no number"
+[[ $gpus =~ ^([1-9][0-9]*)?$ ]] || fail "--gpus=$gpus is no number"
+[[ $restarts =~ ^[0-9]+$ && $backoff =~ ^[0-9]+$ ]] || fail "--restarts and --backoff are numbers"
+(($#)) || fail "no flags of train after --"
+
+python=${PYTHON:-$(command -v "$here/../.venv/bin/python" || echo python)}
+
+if ((restarts)) && [[ ! $dry_run ]]; then
+  # A child of its own for each run: another port, should the old one still be taken.
+  again=(--processes="$processes" --gpus="$gpus" --port="$port")
+  exec "$here/retry.sh" --restarts="$restarts" --backoff="$backoff" -- "$0" "${again[@]}" -- "$@"
+fi
+
+if [[ -z $port ]]; then
+  port=PORT
+  [[ $dry_run ]] || port=$("$python" -c '
+import socket
+with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    print(probe.getsockname()[1])') || fail "cannot run $python"
+fi
+
+# The environment of process $1, as NAME=VALUE words.
+environment() {
+  environ=(JAX_COORDINATOR_ADDRESS="localhost:$port" JAX_NUM_PROCESSES="$processes")
+  environ+=(JAX_PROCESS_ID="$1")
+  if [[ $gpus ]]; then
+    local ids
+    ids=$(seq -s, $(($1 * gpus)) $(($1 * gpus + gpus - 1)))
+    environ+=(JAX_LOCAL_DEVICE_IDS="$ids")
+  fi
+}
+
+command=("$python" -m llama_jax.train "$@")
+if [[ $dry_run ]]; then
+  for ((i = 0; i < processes; i++)); do
+    environment "$i"
+    printf '%q ' env "${environ[@]}" "${command[@]}" && echo "&"
+  done
+  ((restarts == 0)) || echo "# at most $restarts restarts in a row"
+  exit 0
+fi
+
+pids=() signals=0
+# shellcheck disable=SC2317,SC2329  # the trap calls it
+stop() {
+  signals=$((signals + 1))
+  local signal=TERM
+  ((signals == 1)) || signal=KILL
+  for pid in "${pids[@]}"; do kill -"$signal" "$pid" 2>/dev/null; done
+}
+trap stop TERM INT
+
+# Job control gives each process a group of its own: Ctrl-C reaches this script alone, and what a
+# process has started can be ended with it.
+set -m
+for ((i = 0; i < processes; i++)); do
+  environment "$i"
+  env "${environ[@]}" "${command[@]}" \
+    > >(trap '' INT TERM && exec awk -v tag="[$i] " '{ print tag $0; fflush() }') 2>&1 &
+  pids+=($!)
+done
+
+exec 3>&2 2>/dev/null # the shell's own report of each process that was killed
+status=0
+left=("${pids[@]}")
+while ((${#left[@]})); do
+  sleep 0.2
+  running=()
+  for pid in "${left[@]}"; do
+    if kill -0 "$pid" 2>/dev/null; then
+      running+=("$pid")
+      continue
+    fi
+    wait "$pid"
+    code=$?
+    if ((code && !status)); then
+      status=$code
+      echo "local: process $pid ended with exit status $code; ending the others" >&3
+      sleep 0.5 # for its last words
+      for other in "${pids[@]}"; do kill -KILL -- "-$other" 2>/dev/null; done
+    fi
+  done
+  left=("${running[@]+"${running[@]}"}")
+done
+exit "$status"

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Runs a command again after it fails, so that training goes on from its last checkpoint.
+set -uo pipefail
+
+usage() {
+  cat <<'TEXT'
+Runs a command again after it fails, until it exits with 0.
+
+Usage: launch/retry.sh [--restarts=N] [--backoff=SECONDS] [--dry-run] -- COMMAND...
+
+  --restarts=N   failures in a row after which to give up (default 10); a run of ten minutes or
+                 more ends the row
+  --backoff=S    seconds before the first restart, doubled for each further one in a row, at most
+                 300 (default 10)
+  --stop=COMMAND what makes the command save and end (default: SIGTERM to it)
+  --dry-run      print the command only
+
+On SIGTERM or Ctrl-C the command is stopped, and nothing is restarted. Nor is it after exit status 75
+(--stopped_status=75 of llama_jax.train: stopped and saved). The exit status is that of the last run.
+
+Example: launch/retry.sh --restarts=3 -- python -m llama_jax.train --config=... --workdir=...
+TEXT
+}
+
+restarts=10 backoff=10 stop_command='' dry_run=
+while (($#)); do
+  case $1 in
+    --restarts=*) restarts=${1#*=} ;;
+    --backoff=*) backoff=${1#*=} ;;
+    --stop=*) stop_command=${1#*=} ;;
+    --dry-run) dry_run=1 ;;
+    --help | -h) usage && exit 0 ;;
+    --) shift && break ;;
+    *) echo "error: unexpected argument $1; try --help" >&2 && exit 1 ;;
+  esac
+  shift
+done
+for number in "$restarts" "$backoff"; do
+  [[ $number =~ ^[0-9]+$ ]] || { echo "error: $number is no number; try --help" >&2 && exit 1; }
+done
+(($#)) || { echo "error: no command after --; try --help" >&2 && exit 1; }
+if [[ $dry_run ]]; then
+  printf '%q ' "$@" && echo "# at most $restarts restarts in a row"
+  exit 0
+fi
+
+stopped='' child='' pausing=''
+stop() {
+  stopped=1
+  if [[ $stop_command && ! $pausing ]]; then
+    $stop_command
+  elif [[ $child ]]; then
+    kill -TERM "$child" 2>/dev/null
+  fi
+}
+trap stop TERM INT
+
+failures=0
+while :; do
+  began=$SECONDS
+  "$@" &
+  child=$!
+  wait "$child"
+  status=$?
+  # A signal ends `wait` before the child has ended.
+  while kill -0 "$child" 2>/dev/null; do
+    wait "$child"
+    status=$?
+  done
+  child=
+  ((status && status != 75)) || exit "$status"
+  [[ -z $stopped ]] || exit "$status"
+  ((SECONDS - began < 600)) || failures=0
+  if ((++failures > restarts)); then
+    echo "retry: exit status $status; giving up after $restarts restart(s)" >&2
+    exit "$status"
+  fi
+  pause=$((failures > 6 ? 300 : backoff << (failures - 1)))
+  pause=$((pause > 300 ? 300 : pause))
+  echo "retry: exit status $status; restart $failures of $restarts in $pause s" >&2
+  pausing=1
+  sleep "$pause" &
+  child=$!
+  wait "$child"
+  [[ -z $stopped ]] || exit 75
+  pausing=
+done

@@ -1,0 +1,209 @@
+"""Compiler flags for each target: opt-in presets, each setting with its reason and source.
+
+XLA aborts on a flag that it does not know, and flags come and go with its versions, so none is set
+unasked, and the tests hand each preset to the compilers: those of JAX 0.10.2, with its libtpu. They
+are what published records were run with; none has been measured here on the chips.
+"""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import MutableMapping
+
+from llama_jax.errors import UserError
+
+_MAXTEXT = "MaxText benchmarks/xla_flags_library.py"
+_RECIPE = "AI-Hypercomputer gpu-recipes, Llama 3.1 70B on H200 (a3ultra)"
+_TOOLBOX = "JAX-Toolbox docs/GPU_performance.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One flag (`--xla_...`) or environment variable, why it is set, and who says so."""
+
+    name: str
+    value: str
+    reason: str
+    source: str
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether XLA parses it, and would abort on it."""
+        return self.name.startswith("--")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Settings of one target.
+
+    Attributes:
+      variable: whose flags: LIBTPU_INIT_ARGS of the TPU compiler, XLA_FLAGS of all others.
+      settings: in the order in which they are given.
+    """
+
+    variable: str
+    settings: tuple[Setting, ...]
+
+    def flags(self) -> list[str]:
+        """`--name=value` of what XLA parses."""
+        return [f"{one.name}={one.value}" for one in self.settings if one.is_flag]
+
+
+_GATHER = "weights of the next layer are gathered in pieces between matmuls (fsdp)"
+_OVERLAP_GATHER = (
+    Setting("--xla_enable_async_all_gather", "true", _GATHER, _MAXTEXT),
+    Setting("--xla_tpu_enable_async_collective_fusion", "true", _GATHER, _MAXTEXT),
+    Setting("--xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", _GATHER, _MAXTEXT),
+    Setting("--xla_tpu_enable_async_collective_fusion_multiple_steps", "true", _GATHER, _MAXTEXT),
+    Setting("--xla_tpu_overlap_compute_collective_tc", "true", _GATHER, _MAXTEXT),
+)
+_DCN = "gradient all-reduces between slices overlap with the backward pass (dcn.data)"
+_OVERLAP_DCN = (
+    Setting("--xla_tpu_enable_data_parallel_all_reduce_opt", "true", _DCN, _MAXTEXT),
+    Setting("--xla_tpu_data_parallel_opt_different_sized_ops", "true", _DCN, _MAXTEXT),
+)
+_SCATTER = "a layout in which all-reduce and slice become one reduce-scatter"
+_LAYOUT = (
+    Setting("--xla_tpu_use_minor_sharding_for_major_trivial_input", "true", _SCATTER, _MAXTEXT),
+    Setting("--xla_tpu_relayout_group_size_threshold_for_reduce_scatter", "1", _SCATTER, _MAXTEXT),
+    Setting("--xla_tpu_assign_all_reduce_scatter_layout", "true", _SCATTER, _MAXTEXT),
+)
+_VMEM = Setting(
+    "--xla_tpu_scoped_vmem_limit_kib",
+    "98304",
+    "96 of the 128 MiB of VMEM for the running operation, as dense models are bound by compute",
+    _MAXTEXT,
+)
+_HOST = "copies to and from the host overlap with compute, within the memory that there is"
+_HOST_OFFLOAD = tuple(
+    Setting(name, value, _HOST, _MAXTEXT)
+    for name, value in (
+        ("--xla_tpu_enable_all_experimental_scheduler_features", "true"),
+        ("--xla_tpu_enable_scheduler_memory_pressure_tracking", "true"),
+        ("--xla_tpu_host_transfer_overlap_limit", "24"),
+        ("--xla_tpu_aggressive_opt_barrier_removal", "ENABLED"),
+        ("--xla_lhs_prioritize_async_depth_over_stall", "ENABLED"),
+        ("--xla_tpu_enable_ag_backward_pipelining", "true"),
+        ("--xla_should_allow_loop_variant_parameter_in_chain", "ENABLED"),
+        ("--xla_should_add_loop_invariant_op_in_chain", "ENABLED"),
+        ("--xla_max_concurrent_host_send_recv", "100"),
+        ("--xla_tpu_scheduler_percent_shared_memory_limit", "100"),
+        ("--xla_latency_hiding_scheduler_rerun", "2"),
+    )
+)
+
+_OVERLAP_GPU = (
+    Setting(
+        "--xla_gpu_enable_latency_hiding_scheduler",
+        "true",
+        "collectives start early and end late, so that compute hides them",
+        _TOOLBOX,
+    ),
+    *(
+        Setting(f"--xla_gpu_enable_pipelined_{kind}", "true", reason, _TOOLBOX)
+        for kind, reason in (
+            ("all_gather", "the next layer's weights are gathered during this layer (scan)"),
+            ("reduce_scatter", "the last layer's gradients are scattered during this one"),
+            ("all_reduce", "the last layer's gradients are reduced during this one"),
+        )
+    ),
+    Setting(
+        "--xla_gpu_enable_while_loop_double_buffering",
+        "true",
+        "two layers' weights are in turn, without a copy, in the scan over layers",
+        _TOOLBOX,
+    ),
+    *(
+        Setting(
+            f"--xla_gpu_{kind}_combine_threshold_bytes",
+            size,
+            "one large message instead of many: at least the weights of a layer",
+            _RECIPE,
+        )
+        for kind, size in (
+            ("all_reduce", "2147483648"),
+            ("all_gather", "2147483648"),
+            ("reduce_scatter", "16777216"),
+        )
+    ),
+    *(
+        Setting(
+            f"--xla_gpu_enable_{kind}_combine_by_dim",
+            "false",
+            "tensors that are sharded along different dimensions share a message too",
+            _RECIPE,
+        )
+        for kind in ("all_gather", "reduce_scatter")
+    ),
+    Setting(
+        "--xla_disable_hlo_passes",
+        "rematerialization",
+        "model.remat says what is computed twice; XLA's own pass would add to it",
+        _RECIPE,
+    ),
+    Setting(
+        "XLA_PYTHON_CLIENT_MEM_FRACTION",
+        "0.9",
+        "of the GPU's memory, up from 0.75; the rest is for NCCL and cuDNN",
+        _TOOLBOX,
+    ),
+)
+# xla_gpu_graph_level=0, of older recipes, is gone: an empty list of commands is what it meant.
+_HOPPER = (
+    Setting(
+        "--xla_gpu_enable_triton_gemm", "false", "cuBLAS has the faster bfloat16 matmuls", _RECIPE
+    ),
+    Setting("--xla_gpu_enable_command_buffer", "", "CUDA graphs hinder the overlap", _RECIPE),
+    Setting(
+        "CUDA_DEVICE_MAX_CONNECTIONS",
+        "1",
+        "kernels reach the GPU in the order of the schedule; not on Blackwell",
+        _TOOLBOX,
+    ),
+)
+_BLACKWELL = (
+    Setting(
+        "--xla_gpu_enable_command_buffer",
+        "FUSION,CUSTOM_CALL",
+        "CUDA graphs of what is not a collective",
+        _TOOLBOX,
+    ),
+)
+
+PRESETS = {
+    "none": Preset("XLA_FLAGS", ()),  # CPUs
+    "v4": Preset("LIBTPU_INIT_ARGS", _OVERLAP_GATHER),
+    "v5e": Preset("LIBTPU_INIT_ARGS", _OVERLAP_DCN + _OVERLAP_GATHER),
+    "v5p": Preset("LIBTPU_INIT_ARGS", _OVERLAP_DCN + _OVERLAP_GATHER),
+    "v6e": Preset("LIBTPU_INIT_ARGS", (_VMEM, *_LAYOUT, *_OVERLAP_DCN, *_OVERLAP_GATHER)),
+    "v6e-offload": Preset(
+        "LIBTPU_INIT_ARGS",
+        (_VMEM, *_LAYOUT, *_OVERLAP_DCN, *_OVERLAP_GATHER, *_HOST_OFFLOAD),
+    ),
+    "ampere": Preset("XLA_FLAGS", _OVERLAP_GPU),
+    "hopper": Preset("XLA_FLAGS", _OVERLAP_GPU + _HOPPER),
+    "blackwell": Preset("XLA_FLAGS", _OVERLAP_GPU + _BLACKWELL),
+}
+
+
+def use_preset(name: str, env: MutableMapping[str, str] = os.environ) -> None:
+    """Sets a preset in the environment; call it before JAX starts a backend.
+
+    What the environment says already, wins: flags of the same name, and variables.
+
+    Raises:
+      UserError: there is no such preset.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, 1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"no XLA preset {name!r} among {', '.join(PRESETS)}{hint}")
+    preset = PRESETS[name]
+    users = env.get(preset.variable, "").split()
+    named = {flag.split("=")[0] for flag in users}
+    ours = [flag for flag in preset.flags() if flag.split("=")[0] not in named]
+    if ours:
+        env[preset.variable] = " ".join([*ours, *users])
+    for one in preset.settings:
+        if not one.is_flag:
+            env.setdefault(one.name, one.value)
