@@ -179,7 +179,11 @@ def trip_count(loop: Instruction, module: Module) -> int:
     if noted:
         return int(noted[1])
     condition = re.findall(r"condition=%?([\w.\-]+)", loop.line)[0]
-    lines = [one.line for one in module.computations.get(condition, {}).values()]
+    scope = list(module.computations.get(condition, {}).values())
+    for one in tuple(scope):
+        for callee in one.called:  # a GPU's compiler makes a fusion of the comparison
+            scope += module.computations.get(callee, {}).values()
+    lines = [one.line for one in scope]
     limits = [int(n) for line in lines for n in re.findall(r" constant\((\d+)\)", line)]
     less = any("direction=LT" in line for line in lines)
     return limits[0] if less and len(limits) == 1 else 1

@@ -47,13 +47,16 @@ def flops(one: Instruction, scope: dict[str, Instruction], module: Module) -> fl
         return _dot(one, scope)
     if one.opcode == "convolution":
         return _convolution(one, scope)
+    if "__cublas$" in one.line:
+        return _dot(one, scope)
     return kernel_flops(one)
 
 
 def _dot(one: Instruction, scope: dict[str, Instruction]) -> float:
+    """Of a `dot`, or of the call of cuBLAS that stands for one."""
     left = dimensions(scope[one.operands[0]].shape)
-    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.line)
-    contracted = [left[int(axis)] for axis in found[1].split(",") if axis] if found else []
+    axes = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', one.line)
+    contracted = [left[int(axis)] for axis in re.findall(r"\d+", axes[1])] if axes else []
     return 2.0 * math.prod(dimensions(one.shape)) * math.prod(contracted)
 
 

@@ -2,14 +2,15 @@
 
 The compiler of the target runs on this computer, ahead of time (TPU: `pip install '.[tpu]'`, GPU:
 `pip install '.[cuda13]'`). What it says of memory and collectives is exact; the time of a step is
-predicted from its schedule and the chip's data sheet, see predict.py. Compiler flags, such as a
-launcher's, are given as in training: in XLA_FLAGS, for TPUs in LIBTPU_INIT_ARGS.
+predicted from its schedule and the chip's data sheet, see predict.py. Compiler flags are given as
+in training: --xla_preset, and XLA_FLAGS, for TPUs LIBTPU_INIT_ARGS, for your own.
 
 Example:
   python -m llama_jax.plan --config=configs/7b.py --topology=v5p-128
   python -m llama_jax.plan --config=configs/65b.py --topology=v5p:8x8x8 --json \\
       --config.mesh.tensor=4
-  python -m llama_jax.plan --config=configs/65b.py --topology=a100-80g:256x8 --price=1.50
+  python -m llama_jax.plan --config=configs/65b.py --topology=a100-80g:256x8 --price=1.50 \\
+      --xla_preset=ampere --config.mesh.data=8 --config.model.remat=dots
   python -m llama_jax.plan --config=configs/7b.py --topology=v5e-256 --slices=2
   python -m llama_jax.plan --config=configs/13b.py --topology=h100:32x8 --search
 """
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from llama_jax import cli
+from llama_jax import cli, xla_flags
 from llama_jax.chips import GIB
 from llama_jax.config import Config
 from llama_jax.errors import UserError
@@ -196,6 +197,10 @@ def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, An
     summary = summarize(compiled.text)
     nodes = [node_of(device) for device in compiled.mesh.devices.flat]
     prediction = predict(parse(compiled.text), chip, nodes)
+    tokens = train.tokens_per_step / topology.devices
+    if prediction.flops < model.flops_per_token(train.seq_len) * tokens * 0.95:
+        found = prediction.flops / tokens / model.flops_per_token(train.seq_len)
+        result["warnings"].append(f"only {found:.0%} of the FLOPs are found in the program")
     rate = train.tokens_per_step / topology.chips / prediction.step
     days = train.steps * prediction.step / 86_400
     hours = days * 24 * topology.chips
@@ -296,6 +301,7 @@ def main() -> None:
     if _TOPOLOGY.value is None:
         raise UserError("--topology is missing; try --topology=v5p-128 or --topology=h100:256x8")
     topology = parse_topology(_TOPOLOGY.value, _SLICES.value)
+    xla_flags.use_preset(_XLA_PRESET.value)
     jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
     if _SEARCH.value:
         result = search.search(config, topology, _SEARCH_LIMIT.value, _PRICE.value)
@@ -319,5 +325,8 @@ if __name__ == "__main__":
         "search", False, "Try mesh shapes, remat policies and microbatches; show the best that fit."
     )
     _SEARCH_LIMIT = flags.DEFINE_integer("search_limit", 6, "Candidates that --search compiles.")
+    _XLA_PRESET = flags.DEFINE_string(
+        "xla_preset", "none", f"Compiler flags, as of train: {', '.join(xla_flags.PRESETS)}."
+    )
     _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
     cli.run(main, __doc__)
