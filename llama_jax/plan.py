@@ -49,6 +49,7 @@ class Compiled:
       seconds: that compiling took.
       text: the optimised HLO; empty if it does not fit.
       bytes: of one device, by name, see `plan`.
+      constraints: sharding constraints in the program as it is lowered.
       warnings: lines in which the compiler says that it works around our shardings.
     """
 
@@ -56,6 +57,7 @@ class Compiled:
     seconds: float
     text: str
     bytes: dict[str, int]
+    constraints: int
     warnings: tuple[str, ...]
 
 
@@ -114,6 +116,7 @@ def compile_step(config: Config, devices: list[jax.Device]) -> Compiled:
     text, sizes = "", {}
     with captured() as said:
         lowered, state, mesh = lower_step(config, devices)
+        constraints = lowered.as_text().count("sdy.sharding_constraint")
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -139,7 +142,8 @@ def compile_step(config: Config, devices: list[jax.Device]) -> Compiled:
         **sizes,
     }
     warnings = tuple(line for line in said if _WARNING.search(line))
-    return Compiled(mesh, time.perf_counter() - began, text, sizes, warnings)
+    seconds = time.perf_counter() - began
+    return Compiled(mesh, seconds, text, sizes, constraints, warnings)
 
 
 def _bytes_per_device(tree: Any) -> int:
@@ -187,6 +191,7 @@ def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, An
         "parameters": model.parameter_count(),
         "bytes_per_chip": sizes,
         "fits": bool(compiled.text) and sizes["total"] <= sizes["capacity"],
+        "sharding_constraints": compiled.constraints,
         "warnings": list(compiled.warnings),
         "compile_seconds": compiled.seconds,
     }

@@ -266,7 +266,7 @@ def _remedies(
             changed = _changed(config, split, least, config.train.grad_accum)
             text = f"--config.mesh.tensor={tensor} --config.mesh.fsdp={split['fsdp']}"
             yield text, changed, topology
-    for times in (2, 4, 8, 16):
+    for times in (2, 4, 8, 16, 32, 64):
         shape = (*topology.shape[:-1], topology.shape[-1] * times)
         if not topology.chip.torus:
             shape = (topology.shape[0] * times, topology.shape[1])

@@ -154,7 +154,7 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
             described = topologies.get_topology_desc(**options)
     except Exception as error:  # JAX and the plugins raise what they like
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        missing = re.search("not installed|nknown backend|not found|not known|NOT_FOUND", reason)
+        missing = re.search("not (installed|implemented|found|known)|nknown backend", reason)
         extra = "tpu" if chip.torus else "cuda13"
         hint = f"; pip install '.[{extra}]' brings its compiler" if missing else ""
         raise UserError(f"no topology {topology}: {reason}{hint}") from error
