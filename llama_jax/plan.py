@@ -179,7 +179,15 @@ def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, An
     """
     chip, train, model = topology.chip, config.train, config.model
     config = with_slices(config, topology.slices)
-    compiled = compile_step(config, topology_devices(topology))
+    devices = topology_devices(topology)
+    try:
+        compiled = compile_step(config, devices)
+    except UserError as error:
+        if "divide" not in str(error) and "does not cover" not in str(error):
+            raise
+        from llama_jax.search import what_divides
+
+        raise UserError(f"{error}; {what_divides(config, topology)}") from error
     each = chip.devices_per_chip
     sizes = {name: size * each for name, size in compiled.bytes.items()}
     sizes["capacity"] = int(chip.hbm_bytes) * each

@@ -151,13 +151,13 @@ def candidates(config: Config, topology: Topology) -> Iterator[Config]:
                     yield _changed(config, sizes, remat, accum)
 
 
-def options(config: Config) -> str:
+def options(config: Config, remat: bool = True) -> str:
     """The flags that make a candidate of the config file."""
     mesh = " ".join(
         f"--config.mesh.{axis}={size}" for axis, size in dataclasses.asdict(config.mesh).items()
     )
-    remat, accum = config.model.remat, config.train.grad_accum
-    return f"{mesh} --config.model.remat={remat} --config.train.grad_accum={accum}"
+    policy = f" --config.model.remat={config.model.remat}" if remat else ""
+    return f"{mesh}{policy} --config.train.grad_accum={config.train.grad_accum}"
 
 
 def search(config: Config, topology: Topology, limit: int, price: float) -> dict[str, Any]:
@@ -227,45 +227,55 @@ def advice(config: Config, topology: Topology, result: dict[str, Any]) -> list[s
     each = topology.chip.devices_per_chip
     guess = estimate(config, topology)
     scale = max(1.0, sizes["total"] / each / guess.total)
-    found = []
-    for text, one, where in _remedies(config, topology, dict(result["mesh"])):
+    found: dict[str, str] = {}
+    for kind, text, one, where in _remedies(config, topology, dict(result["mesh"])):
         needed = scale * estimate(one, where).total
-        if needed <= topology.chip.hbm_bytes:
-            found.append(f"{text} (about {needed * each / GIB:.1f} GiB a chip)")
-        if len(found) == 4:
-            break
-    return found or ["nothing that one change does: take several times the chips"]
+        if kind not in found and needed <= topology.chip.hbm_bytes:
+            found[kind] = f"{text} (about {needed * each / GIB:.1f} GiB a chip)"
+    return list(found.values()) or ["nothing that one change does: take several times the chips"]
+
+
+def what_divides(config: Config, topology: Topology) -> str:
+    """A mesh over which the config divides on this machine, as flags, or a machine that it does."""
+    found = [one for one in candidates(config, topology) if one.model.remat == "full"]
+    if found:
+        best = min(found, key=lambda one: (one.mesh.tensor, one.train.grad_accum, one.mesh.data))
+        return f"try {options(best, remat=False)}"
+    batch = config.train.global_batch
+    sizes = [size for size in range(1, topology.devices) if batch % size == 0]
+    return f"its {batch} sequences divide over {sizes[-1] if sizes else 1} devices"
 
 
 def _remedies(
     config: Config, topology: Topology, mesh: dict[str, int]
-) -> Iterator[tuple[str, Config, Topology]]:
-    """Changes from the cheapest on: recompute, microbatches, shard instead of replicate, more."""
+) -> Iterator[tuple[str, str, Config, Topology]]:
+    """Changes of each kind from the smallest on; kinds from what costs least."""
     outer = dataclasses.asdict(config.dcn)
     inner = {axis: mesh[axis] // max(1, outer[axis]) for axis in mesh}
     remats = _policies()
     current = remats.index(config.model.remat) if config.model.remat in remats else len(remats)
     for remat in reversed(remats[:current]):
         changed = _changed(config, inner, remat, config.train.grad_accum)
-        yield f"--config.model.remat={remat}", changed, topology
+        yield "remat", f"--config.model.remat={remat}", changed, topology
     least = "full"
     for power in range(1, 8):
         accum = config.train.grad_accum * 2**power
         if _divides(config, inner, accum, config.dcn.data):
             changed = _changed(config, inner, least, accum)
             text = f"--config.model.remat={least} --config.train.grad_accum={accum}"
-            yield text, changed, topology
+            yield "accumulate", text, changed, topology
     if inner["data"] > 1:
         wide = {**inner, "data": 1, "fsdp": inner["fsdp"] * inner["data"]}
         if config.model.dim % (wide["fsdp"] * wide["context"]) == 0:
             changed = _changed(config, wide, least, config.train.grad_accum)
-            yield f"--config.mesh.data=1 --config.mesh.fsdp={wide['fsdp']}", changed, topology
+            text = f"--config.mesh.data=1 --config.mesh.fsdp={wide['fsdp']}"
+            yield "fsdp", text, changed, topology
     for tensor in (2, 4, 8):
         split = {**inner, "tensor": tensor, "fsdp": inner["fsdp"] * inner["tensor"] // tensor}
         if split["fsdp"] and _divides(config, split, config.train.grad_accum, config.dcn.data):
             changed = _changed(config, split, least, config.train.grad_accum)
             text = f"--config.mesh.tensor={tensor} --config.mesh.fsdp={split['fsdp']}"
-            yield text, changed, topology
+            yield "tensor", text, changed, topology
     for times in (2, 4, 8, 16, 32, 64):
         shape = (*topology.shape[:-1], topology.shape[-1] * times)
         if not topology.chip.torus:
@@ -274,4 +284,4 @@ def _remedies(
         wide = {**inner, "fsdp": inner["fsdp"] * times}
         if _divides(config, wide, config.train.grad_accum, config.dcn.data):
             changed = _changed(config, wide, config.model.remat, config.train.grad_accum)
-            yield f"--topology={bigger.slice_name}: {bigger.chips} chips", changed, bigger
+            yield "chips", f"--topology={bigger.slice_name}: {bigger.chips} chips", changed, bigger

@@ -117,7 +117,8 @@ def _cube(chips: int, dimensions: int) -> tuple[int, ...] | None:
         )
         for tail in tails:
             shape = tuple(sorted((first, *tail)))
-            if best is None or shape[-1] - shape[0] < best[-1] - best[0]:
+            shape = shape[::-1] if shape[0] == 1 else shape  # hosts are 2 x 2 x 1
+            if best is None or max(shape) - min(shape) < max(best) - min(best):
                 best = shape
     return best
 

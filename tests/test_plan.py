@@ -143,8 +143,10 @@ def test_slices_are_replicas_unless_dcn_says_otherwise():
 
 
 def test_a_mesh_that_does_not_divide(eight):
-    with pytest.raises(UserError, match="does not cover 8 devices"):
+    with pytest.raises(UserError, match="does not cover 8 devices.*; try --config.mesh.data=1 "):
         plan(replace(CONFIG, mesh__tensor=3), eight)
+    with pytest.raises(UserError, match="do not divide over .*; its 33 sequences divide over 3"):
+        plan(replace(CONFIG, train__global_batch=33), eight)
 
 
 @pytest.mark.parametrize(

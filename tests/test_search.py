@@ -7,7 +7,7 @@ from llama_jax import plan as plan_lib
 from llama_jax import search as search_lib
 from llama_jax.chips import chip_named
 from llama_jax.errors import UserError
-from llama_jax.search import advice, candidates, estimate, options, search
+from llama_jax.search import advice, candidates, estimate, options, search, what_divides
 from llama_jax.topology import Topology, parse_topology
 from tests import plans
 from tests.helpers import TINY, replace
@@ -119,6 +119,15 @@ def test_advice_when_more_chips_are_needed():
     assert told(config, parse_topology("v5e:2x2"), 1e5) == [
         "nothing that one change does: take several times the chips"
     ]
+
+
+def test_what_divides():
+    config, _ = load("13b")
+    text = what_divides(config, parse_topology("h100:256x8"))
+    assert text.startswith("try --config.mesh.data=2 --config.mesh.fsdp=1024 ")
+    assert text.endswith("--config.mesh.tensor=1 --config.train.grad_accum=1")
+    text = what_divides(config, parse_topology("h100:25x8"))
+    assert text == "its 2048 sequences divide over 128 devices"
 
 
 def test_options_are_flags():

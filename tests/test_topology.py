@@ -16,6 +16,7 @@ from llama_jax.topology import captured, node_of, parse_topology, target_config,
     [
         ("v5p-1024", "v5p", (8, 8, 8)),
         ("v5p-128", "v5p", (4, 4, 4)),
+        ("v5p-8", "v5p", (2, 2, 1)),
         ("v5p-2048", "v5p", (8, 8, 16)),
         ("v4-2048", "v4", (8, 8, 16)),
         ("v4-512", "v4", (4, 8, 8)),
