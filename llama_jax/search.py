@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from llama_jax.ahead import with_slices
 from llama_jax.chips import GIB
 from llama_jax.config import REMAT_NAMES, Config
 from llama_jax.errors import UserError
@@ -169,7 +170,7 @@ def search(config: Config, topology: Topology, limit: int, price: float) -> dict
     Raises:
       UserError: none fits, or none divides.
     """
-    from llama_jax.plan import plan, with_slices
+    from llama_jax.plan import plan
 
     config = with_slices(config, topology.slices)
     capacity = topology.chip.hbm_bytes
@@ -220,8 +221,6 @@ def advice(config: Config, topology: Topology, result: dict[str, Any]) -> list[s
     Returns:
       Options, each with its estimated bytes; those that change least come first.
     """
-    from llama_jax.plan import with_slices
-
     config = with_slices(config, topology.slices)
     sizes = result["bytes_per_chip"]
     each = topology.chip.devices_per_chip

@@ -6,10 +6,12 @@ import sys
 import jax
 import pytest
 
+from llama_jax import ahead
 from llama_jax import plan as plan_lib
+from llama_jax.ahead import lower_step, with_slices
 from llama_jax.chips import GIB, chip_named
 from llama_jax.errors import UserError
-from llama_jax.plan import lower_step, plan, table, with_slices
+from llama_jax.plan import plan, table
 from llama_jax.step import abstract_state
 from llama_jax.topology import Topology
 from tests import plans
@@ -94,7 +96,7 @@ def test_the_compilers_word_that_it_does_not_fit(eight, monkeypatch):
             raise jax.errors.JaxRuntimeError(self.message)
 
     real = lower_step(CONFIG, jax.devices())
-    monkeypatch.setattr(plan_lib, "lower_step", lambda *_: (Lowered(), *real[1:]))
+    monkeypatch.setattr(ahead, "lower_step", lambda *_: (Lowered(), *real[1:]))
     for message in (
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Used 97.25G of 95.74G hbm. Exceeded ..",
         "RESOURCE_EXHAUSTED: temporaries (97.25G) exceeds available HBM (95.74G).",
@@ -119,7 +121,7 @@ def test_what_the_compiler_works_around_is_told(eight, monkeypatch):
         os.write(2, said.encode())
         return real(*arguments)
 
-    monkeypatch.setattr(plan_lib, "lower_step", loud)
+    monkeypatch.setattr(ahead, "lower_step", loud)
     result = plan(CONFIG, eight)
     assert result["warnings"][0] == said and f"warning      {said}" in table(result)
 
