@@ -58,7 +58,7 @@ def test_a_collective_beside_compute_costs_nothing():
     assert predict(module(at_once, ""), H100, nodes).step == pytest.approx(waiting.step)
 
 
-def test_no_faster_than_the_memory():
+def test_bound_by_the_memory():
     slow = dataclasses.replace(H100, hbm_bandwidth=1e9)
     found = predict(module("", ""), slow, [0] * 8)
     assert found.memory_bytes == 10 * (2 * 2048 * 8192 * 2)  # %k is not there to be read
@@ -73,6 +73,8 @@ def test_cycles_of_the_compiler():
     found = predict(parse(text.replace("START", "").replace("DONE", "")), V5P, [0] * 8)
     assert found.cycles == pytest.approx(10 * 1e-4)
     assert found.step == max(found.cycles, found.compute)
+    slow = dataclasses.replace(V5P, hbm_bandwidth=1e6)
+    assert predict(parse(text.replace("START", "").replace("DONE", "")), slow, [0] * 8).step > 100
 
 
 @pytest.mark.parametrize(
