@@ -94,6 +94,8 @@ def compile_step(config: Config, devices: list[jax.Device]) -> Compiled:
     """
     began = time.perf_counter()
     text, sizes = "", {}
+    # XLA writes warnings only at this level, whatever TF_CPP_MIN_LOG_LEVEL was at import.
+    jax.config.update("jax_logging_level", "WARNING")
     with captured() as said:
         lowered, state, mesh = lower_step(config, devices)
         constraints = lowered.as_text().count("sdy.sharding_constraint")
