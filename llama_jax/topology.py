@@ -133,6 +133,9 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
 
     chip = topology.chip
     options: dict[str, Any]
+    # Read when a compiler is loaded: with less, it would not tell when it works around shardings.
+    os.environ |= {"TPU_MIN_LOG_LEVEL": "1", "TPU_STDERR_LOG_LEVEL": "1"}
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "1"
     if chip.torus:
         options = {"platform": "tpu", "topology_name": topology.slice_name}
         if chip.name == "v4":

@@ -222,6 +222,45 @@ def check(config, marker):
     assert result["compile_seconds"] < 300
 
 
+def check_that_warnings_are_seen(name):
+    """A step that splits a dimension in the wrong order; the tests' own log level hides it."""
+    code = f"""
+import jax, jax.numpy as jnp
+jax.config.update("jax_platforms", "cpu")
+from llama_jax import ahead, topology
+from llama_jax.plan import plan
+from tests.helpers import TINY, replace
+config = replace(TINY, mesh__tensor=2)
+real = ahead.lower_step
+def lower(config, devices):
+    _, state, mesh = real(config, devices)
+    place = jax.NamedSharding(mesh, jax.P("tensor", "fsdp"))
+    def reshard(x):
+        x = jax.lax.with_sharding_constraint(jnp.sin(x), jax.P("fsdp", "tensor"))
+        x = x.reshape(4, 16, 8)
+        return jax.lax.with_sharding_constraint(2 * x, jax.P(None, ("tensor", "fsdp"), None))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        x = jax.ShapeDtypeStruct((64, 8), jnp.float32, sharding=place)
+        return jax.jit(reshard).lower(x), state, mesh
+ahead.lower_step = lower
+print(plan(config, topology.parse_topology("{name}"))["warnings"])
+"""
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert "Involuntary full rematerialization" in process.stdout, process.stderr
+
+
+@pytest.mark.tpu
+def test_warnings_of_the_tpu_compiler_are_seen():
+    check_that_warnings_are_seen("v5e:2x4")
+
+
+@pytest.mark.gpu
+def test_warnings_of_the_gpu_compiler_are_seen():
+    check_that_warnings_are_seen("h100:8")
+
+
 @pytest.mark.tpu
 @pytest.mark.parametrize("config", ["7b", "65b"])
 def test_the_tpu_compiler_says_that_it_fits(config):
