@@ -25,7 +25,7 @@ _KERNELS = (
 # What moves no bytes: names for values, and the ends of what was counted at its start.
 _FREE = (
     *("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "iota", "after-all"),
-    *("partition-id", "replica-id", "while", "conditional", "call", "opt-barrier", "async-start"),
+    *("partition-id", "replica-id", "while", "conditional", "call", "opt-barrier"),
 )
 
 
@@ -102,9 +102,11 @@ def traffic(one: Instruction, scope: dict[str, Instruction], module: Module) -> 
 
     What only slices an operand reads the slice; what updates one in place writes the update.
     """
-    if one.opcode in _FREE or one.collective or one.opcode.endswith(("-done", "-update")):
-        return 0.0
     operands = [scope[name] for name in one.operands if name in scope]
+    if one.opcode == "copy-start":
+        return float(sum(hbm_bytes(each.shape) for each in operands))
+    if one.opcode in _FREE or one.collective or one.opcode.endswith(("-start", "-done", "-update")):
+        return 0.0
     if one.opcode == "fusion":
         inner = module.computations.get(one.called[0], {}) if one.called else {}
         return _fusion_traffic(one, operands, inner)
@@ -112,8 +114,6 @@ def traffic(one: Instruction, scope: dict[str, Instruction], module: Module) -> 
         return 2.0 * hbm_bytes(one.shape)
     if one.opcode == "dynamic-update-slice":
         return 2.0 * hbm_bytes(operands[1].shape) if len(operands) > 1 else 0.0
-    if one.opcode == "copy-start":
-        return float(sum(hbm_bytes(each.shape) for each in operands))
     read = sum(hbm_bytes(each.shape) for each in operands)
     return float(read + hbm_bytes(one.shape))
 

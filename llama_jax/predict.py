@@ -115,10 +115,11 @@ class _Schedule:
         """That an instruction is or holds: fusions of compute and a collective, and wrappers."""
         if one.collective:
             return [read_collective(one)]
-        if one.opcode not in ("fusion", "async-start"):
+        # A TPU7x calls them to run on its SparseCores, beside the rest: `call-start`.
+        if one.opcode not in ("fusion", "call") and not one.opcode.endswith("-start"):
             return []
-        inner = [self.module.computations.get(name, {}) for name in one.called]
-        return [read_collective(x) for scope in inner for x in scope.values() if x.collective]
+        inner = (self.module.computations.get(name, {}) for name in one.called)
+        return [found for scope in inner for x in scope.values() for found in self.collectives(x)]
 
     def network_seconds(self, one: Collective) -> float:
         """Of one collective, as rings: each device passes on what the others have."""

@@ -97,6 +97,7 @@ def test_kernels(target, name, products):
         ("%u = bf16[1,16]{1,0} copy(%a)\n%x = bf16[8,16] dynamic-update-slice(%a, %u, %i)", 2 * 32),
         ("%x = (bf16[8,16], bf16[8,16]{1,0:S(1)}) copy-start(%a)", 256),
         ("%x = bf16[64,16]{1,0} all-gather(%a), dimensions={0}", 0),
+        ("%x = ((bf16[8,16]), bf16[8,16]) call-start(%a), to_apply=%f", 0),
     ],
 )
 def test_traffic(text, expected):

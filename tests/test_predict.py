@@ -103,3 +103,23 @@ def test_slices_are_joined_by_a_slow_network():
     within = schedule.network_seconds(Collective("all-reduce", "f32", GATHER, ((0, 1),)))
     assert across == pytest.approx(GATHER / 6.25e9, rel=1e-3)
     assert within == pytest.approx(GATHER / 300e9, rel=1e-2)
+
+
+@pytest.mark.parametrize("wrapper", ["async", "call"])
+def test_collectives_within_fusions_within_wrappers(wrapper):
+    text = f"""
+%scattered (p: f32[8]) -> f32[8] {{
+  ROOT %r = f32[8]{{0}} all-reduce(%p), replica_groups=[1,2]<=[2], to_apply=%add
+}}
+
+%wrapped (p: f32[8]) -> f32[8] {{
+  ROOT %f = f32[8]{{0}} fusion(%p), kind=kCustom, calls=%scattered
+}}
+
+ENTRY %main (a: f32[8]) -> f32[8] {{
+  %s = ((f32[8]), f32[8]) {wrapper}-start(%a), to_apply=%wrapped
+  ROOT %d = f32[8]{{0}} {wrapper}-done(%s)
+}}
+"""
+    found = predict(parse(text), H100, [0, 1])
+    assert found.network == found.exposed == pytest.approx(32 / 50e9 + 2 * 4e-6)
