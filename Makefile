@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKDIR ?= runs/tiny
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help train test lint format slow parity beam tpu slurm clean
+.PHONY: help train test lint format slow parity beam tpu gpu slurm clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -68,9 +68,17 @@ beam: .venv-beam/.installed  ## prepare on Apache Beam against prepare on one ma
 tpu: .venv-tpu/.installed  ## compile 7B and 65B for TPU slices, with the real compiler
 	.venv-tpu/bin/python -m pytest -m tpu -q $(PYTEST_ARGS)
 
+.venv-gpu/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv-gpu
+	@.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,cuda13]'
+	@touch $@
+
+gpu: .venv-gpu/.installed  ## compile 7B, 65B and attention for GPU nodes, with the real compiler
+	.venv-gpu/bin/python -m pytest -m gpu -q $(PYTEST_ARGS)
+
 slurm: .venv/.installed-dev  ## launch/slurm.sbatch on a real Slurm, from Debian's packages (as root)
 	tests/slurm_cluster.sh install
 	$(BIN)/python -m pytest -m slurm -q $(PYTEST_ARGS)
 
 clean:  ## remove .venv and caches, but not your runs
-	rm -rf .venv .venv-beam .venv-tpu .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-beam .venv-tpu .venv-gpu .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

@@ -9,6 +9,18 @@ Batch: 2,048 sequences x 2,048 tokens = 4,194,304 tokens a step, 333,786 steps =
 Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 973 GiB in all,
 divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
 Expect: the paper took 1,022,362 A100-80GB hours, 380 tokens/s/GPU by its own figures.
+Fits, as the compilers of these machines say (tests/plans.py checks it):
+  python -m llama_jax.plan --config=configs/65b.py --topology=v5p-1024
+    21.3 of 95.7 GiB a chip; predicted 15.35 s a step, 534 tokens/s/chip,
+    MFU 45.6% (6N), 59 days, 728,484 chip hours.
+  python -m llama_jax.plan --config=configs/65b.py --topology=v4-2048
+    13.7 of 30.8 GiB a chip; predicted 15.97 s a step, 256 tokens/s/chip,
+    MFU 36.5% (6N), 62 days, 1,516,414 chip hours.
+  python -m llama_jax.plan --config=configs/65b.py --topology=a100-80g:256x8 \\
+      --xla_preset=ampere --config.model.remat=save:q,k,v,attn_context,mlp_gate,mlp_up \\
+      --config.mesh.data=8
+    34.3 of 71.3 GiB a chip; predicted 4.62 s a step, 444 tokens/s/chip,
+    MFU 55.7% (6N), 18 days, 876,660 chip hours.
 """
 
 import ml_collections

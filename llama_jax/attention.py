@@ -17,6 +17,7 @@ from llama_jax import context_parallel
 from llama_jax.blocked_attention import SegmentIds, blocked, dense
 from llama_jax.errors import UserError
 from llama_jax.sharding import activation_spec
+from llama_jax.triton_attention import TRITON_BLOCK, TRITON_HEAD_DIMS, triton
 
 SPLASH_LANES = 128  # the splash kernel works on multiples of so many tokens
 CUDNN_MAX_HEAD_DIM = 128
@@ -45,8 +46,9 @@ def attention(
         documents, or of a document and its padding, do not see each other.
       window: a query sees only the last so many keys, itself included (sliding-window attention,
         Mistral, arXiv:2310.06825); 0: all.
-      backend: `xla` everywhere; `splash`, a Pallas kernel on TPU; `cudnn` on NVIDIA GPUs; `auto`
-        takes the fast one of the platform where it can compute this. Decoding is always `xla`.
+      backend: `xla` everywhere; `splash`, a Pallas kernel on TPU; `cudnn` and `triton` (a Pallas
+        kernel too) on NVIDIA GPUs; `auto` takes splash or cudnn where it can compute this.
+        Decoding is always `xla`.
 
     Returns:
       Values averaged per query, B T N H, in the dtype of `q_BTNH`; softmax is done in float32.
@@ -62,12 +64,17 @@ def attention(
         fast = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
         backend = "xla" if _obstacle(fast, platform, q_BTNH) else fast
     obstacle = _obstacle(backend, platform, q_BTNH)
+    if backend == "triton" and not obstacle:
+        obstacle = _triton_obstacle(segment_ids, window)
     if obstacle:
         raise UserError(f"model.attention={backend}: {obstacle}")
     if backend == "splash":
         return splash(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
     if backend == "cudnn":
         return _cudnn(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
+    if backend == "triton":
+        ids_BT = None if segment_ids is None else segment_ids[0]
+        return triton(q_BTNH, k_BSKH, v_BSKH, ids_BT)
     if _context_size() > 1 and _divides(q_BTNH):
         return context_parallel.attend(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
     return blocked(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
@@ -121,7 +128,27 @@ def _obstacle(backend: str, platform: str, q_BTNH: jax.Array) -> str:
         if context > 1:
             return "cuDNN attention does not divide the sequence over mesh.context; use xla"
         return ""
+    if backend == "triton":
+        smallest, largest = TRITON_HEAD_DIMS
+        if platform != "gpu":
+            return f"the Triton kernel runs on NVIDIA GPUs, and this is a {platform}; use xla"
+        if not smallest <= head_dim <= largest:
+            return f"the Triton kernel takes heads of {smallest} to {largest}, not {head_dim}"
+        if length % TRITON_BLOCK:
+            return f"the Triton kernel takes multiples of {TRITON_BLOCK} tokens, not {length}"
+        if context > 1:
+            return "Triton attention does not divide the sequence over mesh.context; use xla"
+        return ""
     raise ValueError(f"unknown attention backend {backend!r}")
+
+
+def _triton_obstacle(segment_ids: SegmentIds | None, window: int) -> str:
+    """What the Triton kernel cannot honour."""
+    if window:
+        return "the Triton kernel has no sliding window; use cudnn or xla"
+    if segment_ids is not None and segment_ids[0] is not segment_ids[1]:
+        return "the Triton kernel takes one array of segment ids, for queries and keys; use xla"
+    return ""
 
 
 def _cudnn(

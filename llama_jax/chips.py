@@ -1,8 +1,11 @@
 """Accelerators: peaks and sizes, with their sources. The one table that MFU and `plan` use.
 
-NVIDIA figures are of the data sheets (dense bfloat16, no sparsity; SXM modules), TPU figures of
-Google Cloud's pages on system architecture and of Jouppi et al. 2023 (arXiv:2304.01433) for v4.
-Links are in one direction, all links of a chip together.
+TPU figures are of Google Cloud's pages on system architecture, and of Jouppi et al. 2023
+(arXiv:2304.01433) for v4; NVIDIA figures of the data sheets (dense bfloat16, no sparsity; SXM
+modules). Links are in one direction, all links of a chip together. Networks between nodes are
+those of NVIDIA's DGX and HGX systems, a 200 (A100), 400 (H100, H200, B200) Gbit/s InfiniBand card
+per GPU; between TPU slices, the data-centre network of a host of four chips (eight: v5e, v6e)
+as in "How to Scale Your Model" (jax-ml.github.io/scaling-book).
 """
 
 import dataclasses
@@ -12,19 +15,62 @@ GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
+class GpuTarget:
+    """What XLA's compiler asks about a GPU that is not here (its GpuTargetConfigProto).
+
+    From XLA's xla/backends/gpu/target_config/specs and NVIDIA's tuning guides.
+
+    Attributes:
+      capability: CUDA compute capability, major and minor.
+      accelerated: whether instructions of just this architecture (`sm_90a`) are there.
+      cores: streaming multiprocessors.
+      fpus: float32 units per core.
+      shared_per_core: bytes of shared memory per core.
+      shared_per_block: bytes of it that one block may take.
+      l2: bytes of second-level cache.
+      clock_ghz: boost clock.
+      memory: bytes.
+      links: NVLinks in use.
+    """
+
+    capability: tuple[int, int]
+    accelerated: bool
+    cores: int
+    fpus: int
+    shared_per_core: int
+    shared_per_block: int
+    l2: int
+    clock_ghz: float
+    memory: int
+    links: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Chip:
     """One accelerator, as its maker specifies it.
 
     Attributes:
       name: short, as in a topology.
       kind: part of JAX's `device_kind` that names it.
-      peak_flops: dense bfloat16 FLOP/s.
-      hbm_bytes: memory that programs can use, bytes.
+      peak_flops: dense bfloat16 FLOP/s, of one JAX device.
+      hbm_bytes: memory that programs can use, bytes: on TPUs what the compiler itself allows; on
+        GPUs 0.9 of what the driver shows, for NCCL, cuDNN and the driver take the rest
+        (XLA_PYTHON_CLIENT_MEM_FRACTION=0.9).
       hbm_bandwidth: bytes/s.
       link_bandwidth: bytes/s of the fast network (ICI, NVLink), one direction.
+      network_bandwidth: bytes/s of the network between slices or nodes, per device, one direction.
       clock: Hz of the unit that the compiler counts cycles of; None if not published.
       cores_per_chip: TensorCores by which Google Cloud counts a slice's name; 1: it counts chips.
       torus: dimensions of the ICI network; 0 for GPUs.
+      devices_per_chip: JAX devices that one chip is; all figures here are of one device.
+      matmul_efficiency: of the peak that large matrix products reach; for GPUs as measured by
+        Bekman, ML Engineering (github.com/stas00/ml-engineering, "Maximum Achievable Matmul
+        FLOPS"; the H200 has the H100's unit), for TPUs 1, as the compiler's cycles have it in.
+      attention_efficiency: of the peak that attention kernels reach, forward and backward
+        together at heads of 128: FlashAttention-2 (arXiv:2307.08691, figures 4 to 6) on A100,
+        FlashAttention-3 (arXiv:2407.08608, figures 5 to 7) on Hopper, causal at T 2048; elsewhere
+        an assumption.
+      target: of GPUs, what the compiler asks.
     """
 
     name: str
@@ -33,21 +79,57 @@ class Chip:
     hbm_bytes: float
     hbm_bandwidth: float
     link_bandwidth: float
+    network_bandwidth: float
     clock: float | None = None
     cores_per_chip: int = 1
     torus: int = 0
+    devices_per_chip: int = 1
+    matmul_efficiency: float = 1.0
+    attention_efficiency: float = 0.5
+    target: GpuTarget | None = None
 
+
+def _gpu(
+    name: str,
+    kind: str,
+    peak: float,
+    bandwidth: float,
+    link: float,
+    network: float,
+    efficiencies: tuple[float, float],
+    target: GpuTarget,
+) -> Chip:
+    return Chip(
+        name,
+        kind,
+        peak,
+        0.9 * target.memory,
+        bandwidth,
+        link,
+        network,
+        matmul_efficiency=efficiencies[0],
+        attention_efficiency=efficiencies[1],
+        target=target,
+    )
+
+
+_A100 = GpuTarget((8, 0), False, 108, 64, 167936, 166912, 41943040, 1.41, 85100068864, 12)
+_H100 = GpuTarget((9, 0), True, 132, 128, 233472, 232448, 52428800, 1.98, 84942979072, 18)
+_H200 = dataclasses.replace(_H100, memory=151397597184)
+_B200 = GpuTarget((10, 0), True, 148, 128, 233472, 232448, 132644864, 1.965, 191514411008, 18)
 
 CHIPS = (
-    Chip("v4", "TPU v4", 275e12, 32 * GIB, 1228 * GB, 150 * GB, 1.05e9, 2, 3),
-    Chip("v5e", "TPU v5 lite", 197e12, 16 * GIB, 819 * GB, 100 * GB, 1.5e9, 1, 2),
-    Chip("v5p", "TPU v5", 459e12, 95 * GIB, 2765 * GB, 300 * GB, 1.75e9, 2, 3),
-    Chip("v6e", "TPU v6 lite", 918e12, 32 * GIB, 1640 * GB, 224 * GB, None, 1, 2),
-    Chip("a100-80g", "A100", 312e12, 80 * GIB, 2039 * GB, 300 * GB),
+    Chip("v4", "TPU v4", 275e12, 30.75 * GIB, 1228 * GB, 150 * GB, 6.25 * GB, 1.05e9, 2, 3),
+    Chip("v5e", "TPU v5 lite", 197e12, 15.75 * GIB, 819 * GB, 100 * GB, 3.125 * GB, 1.5e9, 1, 2),
+    Chip("v5p", "TPU v5", 459e12, 95.74 * GIB, 2765 * GB, 300 * GB, 6.25 * GB, 1.75e9, 2, 3),
+    Chip("v6e", "TPU v6 lite", 918e12, 31.25 * GIB, 1640 * GB, 224 * GB, 12.5 * GB, None, 1, 2),
+    # Two devices: a chip has 2307 TFLOP/s, 192 GiB, 7,380 GB/s and 1.2 TB/s of links.
+    Chip("tpu7x", "TPU7x", 1153.5e12, 94.75 * GIB, 3690 * GB, 300 * GB, 12.5 * GB, None, 2, 3, 2),
+    _gpu("a100-80g", "A100", 312e12, 2039 * GB, 300 * GB, 25 * GB, (0.869, 0.55), _A100),
     # The SXM module; PCIe and NVL cards have other peaks.
-    Chip("h100", "H100 80GB HBM3", 989e12, 80 * GIB, 3350 * GB, 450 * GB),
-    Chip("h200", "H200", 989e12, 141 * GB, 4800 * GB, 450 * GB),
-    Chip("b200", "B200", 2250e12, 180 * GB, 8000 * GB, 900 * GB),
+    _gpu("h100", "H100 80GB HBM3", 989e12, 3350 * GB, 450 * GB, 50 * GB, (0.803, 0.45), _H100),
+    _gpu("h200", "H200", 989e12, 4800 * GB, 450 * GB, 50 * GB, (0.803, 0.45), _H200),
+    _gpu("b200", "B200", 2250e12, 8000 * GB, 900 * GB, 50 * GB, (0.776, 0.40), _B200),
 )
 
 

@@ -17,7 +17,7 @@ from llama_jax.errors import UserError
 REMAT_POLICIES = ("none", "full", "dots")
 # Tensors inside a block that `remat = "save:..."` may keep; model.py gives them these names.
 REMAT_NAMES = ("block_in", "q", "k", "v", "attn_context", "attn_out", "mlp_gate", "mlp_up")
-ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
+ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "triton", "splash")
 PACKINGS = ("concat", "best_fit")
 COMPUTE_DTYPES = ("bfloat16", "float32")
 

@@ -183,7 +183,7 @@ def _pairs_forward(
         return tuple(x.at[slot].set(y) for x, y in zip(carry, new, strict=True)), None
 
     column = jnp.zeros((*q.shape[:-1], 1), jnp.float32)
-    start = (jnp.zeros(q.shape, jnp.float32), column + MASKED, column)
+    start: tuple[jax.Array, ...] = (jnp.zeros(q.shape, jnp.float32), column + MASKED, column)
     (out, maximum, total), _ = jax.lax.scan(body, start, jnp.arange(n_chunks + 1))
     # Named together: a remat policy that keeps one without the other would recompute both.
     out = checkpoint_name((out / total).astype(q.dtype), "attn_context")

@@ -2,8 +2,11 @@
 
 import collections
 import dataclasses
+import functools
 import math
 import re
+
+import numpy as np
 
 COLLECTIVES = (
     "all-gather",
@@ -13,19 +16,91 @@ COLLECTIVES = (
     "collective-permute",
     "ragged-all-to-all",
 )
+# What these apply is arithmetic on scalars.
+_APPLYING = (*COLLECTIVES, "reduce", "sort", "scatter", "map", "reduce-window")
 _BYTES = {
     **{"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2},
     **{"f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8},
 }
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-_INSTRUCTION = re.compile(r"^(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+_INSTRUCTION = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(?:, |$)")
 _CALLED = re.compile(
     r"(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of HLO: `%name = shape opcode(%operands), attributes`."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    line: str
+
+    @property
+    def collective(self) -> str:
+        """Which of `COLLECTIVES` it is or starts; empty: none."""
+        kind = self.opcode.removesuffix("-start")
+        return kind if kind in COLLECTIVES else ""
+
+    @property
+    def is_root(self) -> bool:
+        """Whether it is what its computation returns."""
+        return self.line.startswith("ROOT ")
+
+    @property
+    def op_name(self) -> str:
+        """Where in the Python program it comes from; empty where the compiler made it up."""
+        found = _OP_NAME.search(self.line)
+        return found[1] if found else ""
+
+    @property
+    def cycles(self) -> int:
+        """The compiler's estimate; 0 where it gives none."""
+        found = _CYCLES.search(self.line)
+        return int(found[1]) if found else 0
+
+    @property
+    def called(self) -> list[str]:
+        """Computations that it runs."""
+        if self.opcode.removesuffix("-start") in _APPLYING:
+            return []
+        names = _CALLED.findall(self.line)
+        for group in _BRANCHES.findall(self.line):
+            names += [branch.strip().lstrip("%") for branch in group.split(",")]
+        return names
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """Computations by name, each its instructions by name in the order of the schedule."""
+
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of the program.
+
+    Attributes:
+      kind: of `COLLECTIVES`.
+      dtype: of its largest part.
+      size: bytes of one device's operand or result, whichever is larger.
+      groups: devices of each group, by position in the mesh; empty: not told.
+    """
+
+    kind: str
+    dtype: str
+    size: int
+    groups: tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,35 +108,153 @@ class Summary:
     """Totals of one run of a program, on one device.
 
     Attributes:
-      collectives: kind -> (how often, bytes of the results).
+      collectives: kind -> (how often, bytes as `Collective.size`).
+      by_dtype: the same for `kind dtype`, such as `all-gather bf16`.
+      lookup: collectives of the embedding's look-up, other than the gather of its table.
       cycles: sum of the compiler's estimates; 0 where it gives none.
     """
 
     collectives: dict[str, tuple[int, int]]
+    by_dtype: dict[str, tuple[int, int]]
+    lookup: int
     cycles: int
 
 
 def shape_bytes(text: str) -> int:
     """Bytes of a shape such as `(f32[2,3], bf16[4])`."""
-    sizes = [
-        _BYTES.get(dtype, 0) * math.prod(int(size) for size in dims.split(",") if size)
-        for dtype, dims in _SHAPE.findall(text)
+    return sum(size for _, size in _parts(text))
+
+
+def hbm_bytes(text: str) -> int:
+    """As `shape_bytes`, without what lies in another memory, such as a TPU's vector memory."""
+    return sum(
+        _BYTES.get(dtype, 0) * math.prod(_sizes(dims))
+        for dtype, dims, layout in _SHAPE.findall(text)
+        if "S(" not in layout
+    )
+
+
+def dimensions(text: str) -> list[int]:
+    """Sizes of the first array of a shape."""
+    found = _SHAPE.search(text)
+    return _sizes(found[2]) if found else []
+
+
+def _sizes(dims: str) -> list[int]:
+    return [int(size) for size in dims.split(",") if size]
+
+
+def _parts(text: str) -> list[tuple[str, int]]:
+    return [
+        (dtype, _BYTES.get(dtype, 0) * math.prod(_sizes(dims)))
+        for dtype, dims, _ in _SHAPE.findall(text)
     ]
-    return sum(sizes)
 
 
-def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
+def parse(text: str) -> Module:
+    """Reads an HLO module as XLA prints it."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = "", ""
+    for raw in text.splitlines():
+        found = _COMPUTATION.match(raw) if not raw.startswith(" ") else None
+        if found:
+            current = found[2]
+            computations[current] = {}
+            entry = current if found[1] else entry
+            continue
+        line = raw.strip()
+        one = _INSTRUCTION.match(line) if current else None
+        if one:
+            operands = tuple(re.findall(r"%([\w.\-]+)", one[4]))
+            computations[current][one[1]] = Instruction(one[1], one[2], one[3], operands, line)
+    return Module(computations, entry)
+
+
+def trip_count(loop: Instruction, module: Module) -> int:
     """Of a `while`: what the compiler notes, or N of a condition `counter < N`; otherwise 1.
 
     The counters of scans, which are all the loops that there are, begin at 0.
     """
-    noted = _TRIPS.search(line)
+    noted = _TRIPS.search(loop.line)
     if noted:
         return int(noted[1])
-    condition = computations.get(re.findall(r"condition=%?([\w.\-]+)", line)[0], [])
-    limits = [int(n) for one in condition for n in re.findall(r" constant\((\d+)\)", one)]
-    less = any("direction=LT" in one for one in condition)
+    condition = re.findall(r"condition=%?([\w.\-]+)", loop.line)[0]
+    scope = list(module.computations.get(condition, {}).values())
+    for one in tuple(scope):
+        for callee in one.called:  # a GPU's compiler makes a fusion of the comparison
+            scope += module.computations.get(callee, {}).values()
+    lines = [one.line for one in scope]
+    limits = [int(n) for line in lines for n in re.findall(r" constant\((\d+)\)", line)]
+    less = any("direction=LT" in line for line in lines)
     return limits[0] if less and len(limits) == 1 else 1
+
+
+def _result_shape(one: Instruction) -> str:
+    """Of a collective; a start's shape is (operand, result, ..), but for all-reduces."""
+    if not one.opcode.endswith("-start") or one.collective == "all-reduce":
+        return one.shape
+    depth, parts = 0, [""]
+    for letter in one.shape[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts[1] if len(parts) > 1 else one.shape
+
+
+@functools.cache
+def read_collective(one: Instruction) -> Collective:
+    """What a collective instruction sends, and among whom."""
+    groups = replica_groups(one.line)
+    parts = _parts(_result_shape(one))
+    size = sum(bytes_ for _, bytes_ in parts)
+    if one.collective == "reduce-scatter" and groups:
+        size *= len(groups[0])  # its operand is the larger side
+    dtype = max(parts, key=lambda part: part[1], default=("", 0))[0]
+    return Collective(one.collective, dtype, size, groups)
+
+
+def replica_groups(line: str) -> tuple[tuple[int, ...], ...]:
+    """Groups of devices in any of XLA's notations; empty if there are none."""
+    explicit = re.search(r"replica_groups=\{(\{.*?\})\}", line)
+    if explicit:
+        found = re.findall(r"\{([\d,]*)\}", explicit[1])
+        return tuple(tuple(int(n) for n in group.split(",") if n) for group in found)
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    if iota:
+        sizes = _sizes(iota[3])
+        ids = np.arange(math.prod(sizes)).reshape(sizes)
+        ids = ids.transpose(_sizes(iota[4])) if iota[4] else ids
+        return tuple(map(tuple, ids.reshape(int(iota[1]), int(iota[2])).tolist()))
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](.*?)\{([^}]*)\}", line)
+    return _named_groups(named[1], named[2], named[3]) if named else ()
+
+
+def _named_groups(mesh: str, order: str, used: str) -> tuple[tuple[int, ...], ...]:
+    """`mesh['x'=2,'y'=8] {'x','y':(2)4}`: along all of x and the second factor of 4 of y."""
+    axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    ids = np.arange(math.prod(axes.values()))
+    shuffled = re.search(r"\[([\d,]+)\]T\(([\d,]+)\)", order)
+    if shuffled:
+        ids = ids.reshape(_sizes(shuffled[1])).transpose(_sizes(shuffled[2])).reshape(-1)
+    factors = {name: [size] for name, size in axes.items()}
+    picked = {}
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", used):
+        if size:
+            rest = axes[name] // (int(before) * int(size))
+            factors[name] = [int(before), int(size), rest]
+        picked[name] = 1 if size else 0
+    shape: list[int] = []
+    inside = []
+    for name, sizes in factors.items():
+        if name in picked:
+            inside.append(len(shape) + picked[name])
+        shape += sizes
+    outside = [axis for axis in range(len(shape)) if axis not in inside]
+    members = math.prod(shape[axis] for axis in inside)
+    grouped = ids.reshape(shape).transpose([*outside, *inside]).reshape(-1, members)
+    return tuple(map(tuple, grouped.tolist()))
 
 
 def summarize(text: str) -> Summary:
@@ -69,52 +262,31 @@ def summarize(text: str) -> Summary:
 
     Loops without a known trip count, and both sides of a conditional, count once.
     """
-    computations: dict[str, list[str]] = {}
-    entry, current = "", ""
-    for raw in text.splitlines():
-        line = raw.strip()
-        found = _COMPUTATION.match(line) if not raw.startswith(" ") else None
-        if found:
-            current = found[2]
-            computations[current] = []
-            entry = current if found[1] else entry
-        elif current and " = " in line:
-            computations[current].append(line)
+    module = parse(text)
     counts: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[str] = collections.Counter()
-    cycles = 0
+    cycles = lookup = 0
 
     def visit(name: str, times: int, fused: bool) -> None:
-        nonlocal cycles
-        for line in computations.get(name, ()):
-            instruction = _INSTRUCTION.match(line)
-            if instruction is None:
-                continue
-            shape, opcode = instruction[1], instruction[2]
-            kind = opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
-                size = shape_bytes(shape)
-                if opcode != kind and kind != "all-reduce":
-                    size //= 2  # a start's shape is (operand, result)
-                counts[kind] += times
-                sizes[kind] += times * size
-            estimate = _CYCLES.search(line)
-            if estimate and not fused:  # a fusion's estimate covers what is in it
-                cycles += times * int(estimate[1])
-            inner = times * (_trip_count(line, computations) if opcode == "while" else 1)
-            called = _CALLED.findall(line)
-            for group in _BRANCHES.findall(line):
-                called += [branch.strip().lstrip("%") for branch in group.split(",")]
-            if kind in COLLECTIVES or opcode in (
-                "reduce",
-                "sort",
-                "scatter",
-                "map",
-                "reduce-window",
-            ):
-                continue  # what they apply is arithmetic on scalars
-            for callee in called:
-                visit(callee, inner, fused or opcode == "fusion")
+        nonlocal cycles, lookup
+        for one in module.computations.get(name, {}).values():
+            if one.collective:
+                found = read_collective(one)
+                for key in (found.kind, f"{found.kind} {found.dtype}"):
+                    counts[key] += times
+                    sizes[key] += times * found.size
+                lookup += "_take" in one.op_name and "transpose" not in one.op_name
+            if not fused:  # a fusion's estimate covers what is in it
+                cycles += times * one.cycles
+            inner = times * (trip_count(one, module) if one.opcode == "while" else 1)
+            for callee in one.called:
+                visit(callee, inner, fused or one.opcode == "fusion")
 
-    visit(entry, 1, False)
-    return Summary({kind: (counts[kind], sizes[kind]) for kind in sorted(counts)}, cycles)
+    visit(module.entry, 1, False)
+    totals = {key: (counts[key], sizes[key]) for key in sorted(counts)}
+    return Summary(
+        collectives={key: value for key, value in totals.items() if " " not in key},
+        by_dtype={key: value for key, value in totals.items() if " " in key},
+        lookup=lookup,
+        cycles=cycles,
+    )

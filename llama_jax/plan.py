@@ -1,268 +1,121 @@
 """Compiles the train step for a machine that is not here: does it fit, how fast, how long?
 
-The compiler of the target runs on this computer, ahead of time (TPU: `pip install '.[tpu]'`). What
-it says of memory and collectives is exact; step time is predicted from it, see `predict`.
+The compiler of the target runs on this computer, ahead of time (TPU: `pip install '.[tpu]'`, GPU:
+`pip install '.[cuda13]'`). What it says of memory and collectives is exact; the time of a step is
+predicted from its schedule and the chip's data sheet, see predict.py. Compiler flags are given as
+in training: --xla_preset, and XLA_FLAGS, for TPUs LIBTPU_INIT_ARGS, for your own.
 
 Example:
   python -m llama_jax.plan --config=configs/7b.py --topology=v5p-128
   python -m llama_jax.plan --config=configs/65b.py --topology=v5p:8x8x8 --json \\
       --config.mesh.tensor=4
+  python -m llama_jax.plan --config=configs/65b.py --topology=a100-80g:256x8 --price=1.50 \\
+      --xla_preset=ampere --config.mesh.data=8 --config.model.remat=dots
+  python -m llama_jax.plan --config=configs/7b.py --topology=v5e-256 --slices=2
+  python -m llama_jax.plan --config=configs/13b.py --topology=h100:32x8 --search
 """
 
-import contextlib
-import dataclasses
 import json
-import math
-import os
-import re
-import sys
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 
-from llama_jax import cli
-from llama_jax.chips import CHIPS, GIB, Chip, chip_named
+from llama_jax import cli, xla_flags
+from llama_jax.ahead import compile_step, with_slices
+from llama_jax.chips import GIB
 from llama_jax.config import Config
 from llama_jax.errors import UserError
-from llama_jax.hlo import Summary, summarize
-from llama_jax.mesh import make_mesh
-from llama_jax.sharding import check_batch
-from llama_jax.step import abstract_state, jit_step
+from llama_jax.hlo import parse, summarize
+from llama_jax.predict import Prediction, predict
+from llama_jax.topology import Topology, node_of, parse_topology, topology_devices
 
 
-@dataclasses.dataclass(frozen=True)
-class Topology:
-    """A slice of TPU chips.
-
-    Attributes:
-      chip: which.
-      shape: chips along each dimension of the torus.
-    """
-
-    chip: Chip
-    shape: tuple[int, ...]
-
-    @property
-    def chips(self) -> int:
-        """Number of chips."""
-        return math.prod(self.shape)
-
-    def __str__(self) -> str:
-        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
-
-
-def parse_topology(name: str) -> Topology:
-    """`v5p-1024` (the cloud's name, which counts TensorCores on v4 and v5p) or `v5p:8x8x8`.
-
-    Raises:
-      UserError: an unknown chip, or a number or shape that its slices do not have.
-    """
-    found = re.fullmatch(r"([a-z][\w-]*?)(?:-(\d+)|:(\d+(?:x\d+)*))", name)
-    known = ", ".join(chip.name for chip in CHIPS if chip.torus)
-    chip = chip_named(found[1]) if found else None
-    if found is None or chip is None or not chip.torus:
-        raise UserError(f"unknown topology {name!r}; try v5p-1024 or v5p:8x8x8 (of {known})")
-    if found[3]:
-        shape = tuple(map(int, found[3].split("x")))
-        if len(shape) != chip.torus or 0 in shape:
-            raise UserError(f"{name}: a slice of {chip.name} has {chip.torus} dimensions")
-        return Topology(chip, shape)
-    chips, rest = divmod(int(found[2]), chip.cores_per_chip)
-    shape_of = _cube(chips, chip.torus) if chips and not rest else None
-    if shape_of is None:
-        raise UserError(f"there is no slice {name}; say its shape, such as {chip.name}:4x4x4")
-    return Topology(chip, shape_of)
-
-
-def _cube(chips: int, dimensions: int) -> tuple[int, ...] | None:
-    """The most cubic shape of so many chips; large 3-D slices are made of cubes of 4 x 4 x 4."""
-    unit = 4 if dimensions == 3 and chips >= 64 else 1
-    best = None
-    for first in range(unit, chips + 1, unit):
-        if chips % first:
-            continue
-        rest = chips // first
-        tails = (
-            [(rest,)]
-            if dimensions == 2
-            else [
-                (second, rest // second)
-                for second in range(unit, rest + 1, unit)
-                if rest % second == 0 and rest // second % unit == 0
-            ]
-        )
-        for tail in tails:
-            shape = tuple(sorted((first, *tail)))
-            if best is None or shape[-1] - shape[0] < best[-1] - best[0]:
-                best = shape
-    return best
-
-
-def topology_devices(topology: Topology) -> list[jax.Device]:
-    """Descriptions of the chips, from the TPU compiler.
-
-    Raises:
-      UserError: the compiler is not installed, or knows no such slice.
-    """
-    from jax.experimental import topologies
-
-    # The compiler alone, without asking a cloud where it runs.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    options = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
-    try:
-        with _silent():
-            described = topologies.get_topology_desc(
-                platform="tpu", topology_name=str(topology), **options
-            )
-    except Exception as error:  # JAX and the plugin raise what they like
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        missing = "not installed" in reason
-        hint = "; pip install '.[tpu]' brings the TPU compiler" if missing else ""
-        raise UserError(f"no topology {topology}: {reason}{hint}") from error
-    return list(described.devices)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Drops what a C++ library writes to standard error."""
-    sys.stderr.flush()
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
-
-
-def compile_step(config: Config, devices: list[jax.Device]) -> tuple[Any, jax.sharding.Mesh, float]:
-    """The compiled train step for these devices, its mesh, and the seconds it took.
-
-    Raises:
-      UserError: the config does not divide over the mesh.
-    """
-    mesh = make_mesh(config.mesh, config.dcn, devices)
-    train = config.train
-    check_batch(train.global_batch, train.seq_len, train.grad_accum, mesh)
-    began = time.perf_counter()
-    # The abstract mesh: nothing can be put on devices that are not here.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _silent():
-        step = jit_step(config, mesh)
-        state = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            abstract_state(config),
-            step.state_shardings,
-        )
-        shape = (train.global_batch, train.seq_len)
-        dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
-        batch = {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=step.batch_sharding)
-            for name, dtype in dtypes.items()
-        }
-        compiled = step.train.lower(state, batch).compile()
-    return compiled, mesh, time.perf_counter() - began
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """What a step would take; seconds, and FLOPs of one chip.
-
-    Attributes:
-      flops: that one chip does, recomputation included.
-      compute: seconds of these at the chip's peak.
-      network: seconds of all collectives one after another at the links' speed.
-      cycles: seconds of the compiler's own estimates; None where it gives none.
-      step: the prediction.
-    """
-
-    flops: float
-    compute: float
-    network: float
-    cycles: float | None
-    step: float
-
-
-def predict(config: Config, chip: Chip, chips: int, summary: Summary) -> Prediction:
-    """Step time from the compiler's cycles and a roofline.
-
-    The compiler estimates the cycles of everything but kernels (attention), whose FLOPs are added
-    at half of the peak; no step can be faster than its FLOPs at the peak or its collectives at the
-    links' speed. This has not been calibrated on hardware.
-    """
-    model, train = config.model, config.train
-    tokens = train.tokens_per_step / chips
-    attention = model.attention_flops_per_token(train.seq_len) * tokens
-    total = model.flops_per_token(train.seq_len) * tokens
-    recomputed = {"none": 0.0, "full": 1 / 3}.get(model.remat, 0.0)
-    flops = total * (1 + recomputed)
-    compute = flops / chip.peak_flops
-    moved = sum(size for _, size in summary.collectives.values())
-    network = moved / chip.link_bandwidth
-    cycles = None
-    if summary.cycles and chip.clock:
-        kernels = attention * (1 + recomputed) / (0.5 * chip.peak_flops)
-        cycles = summary.cycles / chip.clock + kernels
-    return Prediction(flops, compute, network, cycles, max(compute, network, cycles or 0.0))
-
-
-def plan(config: Config, topology: Topology) -> dict[str, Any]:
+def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, Any]:
     """Compiles `config` for a topology and says what came of it.
 
+    Args:
+      config: the run.
+      topology: the machine.
+      price: of one chip for one hour; 0: not known.
+
     Returns:
-      The object that `--json` prints; bytes are of one chip.
+      The object that `--json` prints. Bytes are of one chip; `total` is `arguments` (the state,
+      donated, and the batch) and `temporaries`; of these, `gradients` are what the state's are, and
+      `activations` all else. Where the program does not fit, what needs it compiled is null.
 
     Raises:
       UserError: as `topology_devices` and `compile_step`.
     """
+    chip, train, model = topology.chip, config.train, config.model
+    config = with_slices(config, topology.slices)
     devices = topology_devices(topology)
-    compiled, mesh, seconds = compile_step(config, devices)
-    memory = compiled.memory_analysis()
-    summary = summarize(compiled.as_text())
-    chip = topology.chip
-    chips = topology.chips
-    prediction = predict(config, chip, chips, summary)
-    train, model = config.train, config.model
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    rate = train.tokens_per_step / chips / prediction.step
-    days = train.steps * prediction.step / 86_400
-    return {
+    try:
+        compiled = compile_step(config, devices)
+    except UserError as error:
+        if "divide" not in str(error) and "does not cover" not in str(error):
+            raise
+        from llama_jax.search import what_divides
+
+        raise UserError(f"{error}; {what_divides(config, topology)}") from error
+    each = chip.devices_per_chip
+    sizes = {name: size * each for name, size in compiled.bytes.items()}
+    sizes["capacity"] = int(chip.hbm_bytes) * each
+    result: dict[str, Any] = {
         "config": json.loads(config.to_json()),
         "topology": str(topology),
-        "mesh": dict(mesh.shape),
-        "chips": chips,
+        "mesh": dict(compiled.mesh.shape),
+        "chips": topology.chips,
         "parameters": model.parameter_count(),
-        "bytes_per_chip": {
-            "arguments": arguments,  # the state, donated, and the batch
-            "temporaries": temporaries,
-            "total": arguments + temporaries,
-            "capacity": int(chip.hbm_bytes),
-        },
-        "fits": arguments + temporaries <= chip.hbm_bytes,
-        "collectives": {
-            kind: {"count": count, "bytes": size}
-            for kind, (count, size) in summary.collectives.items()
-        },
-        "flops_per_chip": prediction.flops,
-        "seconds": {
-            "compute_at_peak": prediction.compute,
-            "network": prediction.network,
-            "compiler_cycles": prediction.cycles,
-        },
+        "bytes_per_chip": sizes,
+        "fits": bool(compiled.text) and sizes["total"] <= sizes["capacity"],
+        "sharding_constraints": compiled.constraints,
+        "warnings": list(compiled.warnings),
+        "compile_seconds": compiled.seconds,
+    }
+    if not compiled.text:
+        names = "collectives collectives_by_dtype lookup_collectives flops_per_chip seconds "
+        names += "step_seconds tokens_per_second_per_chip mfu_6n mfu_attention days chip_hours cost"
+        return {**result, **dict.fromkeys(names.split())}
+    summary = summarize(compiled.text)
+    nodes = [node_of(device) for device in compiled.mesh.devices.flat]
+    prediction = predict(parse(compiled.text), chip, nodes)
+    tokens = train.tokens_per_step / topology.devices
+    if prediction.flops < model.flops_per_token(train.seq_len) * tokens * 0.95:
+        found = prediction.flops / tokens / model.flops_per_token(train.seq_len)
+        result["warnings"].append(f"only {found:.0%} of the FLOPs are found in the program")
+    rate = train.tokens_per_step / topology.chips / prediction.step
+    days = train.steps * prediction.step / 86_400
+    hours = days * 24 * topology.chips
+    return {
+        **result,
+        "collectives": _counted(summary.collectives),
+        "collectives_by_dtype": _counted(summary.by_dtype),
+        "lookup_collectives": summary.lookup,
+        "flops_per_chip": prediction.flops * each,
+        "hbm_bytes_per_chip": prediction.memory_bytes * each,
+        "seconds": _seconds(prediction),
         "step_seconds": prediction.step,
         "tokens_per_second_per_chip": rate,
-        "mfu_6n": 6 * model.parameter_count() * rate / chip.peak_flops,
-        "mfu_attention": model.flops_per_token(train.seq_len) * rate / chip.peak_flops,
+        "mfu_6n": 6 * model.parameter_count() * rate / (chip.peak_flops * each),
+        "mfu_attention": model.flops_per_token(train.seq_len) * rate / (chip.peak_flops * each),
         "days": days,
-        "chip_hours": days * 24 * chips,
-        "compile_seconds": seconds,
+        "chip_hours": hours,
+        "cost": hours * price if price else None,
+    }
+
+
+def _counted(collectives: dict[str, tuple[int, int]]) -> dict[str, dict[str, int]]:
+    return {name: {"count": count, "bytes": size} for name, (count, size) in collectives.items()}
+
+
+def _seconds(prediction: Prediction) -> dict[str, float | None]:
+    return {
+        "compute_at_peak": prediction.compute,
+        "hbm": prediction.memory,
+        "network": prediction.network,
+        "network_exposed": prediction.exposed,
+        "compiler_cycles": prediction.cycles,
     }
 
 
@@ -272,46 +125,91 @@ def table(result: dict[str, Any]) -> str:
     room = sizes["capacity"] - sizes["total"]
     shape = " x ".join(f"{name}={size}" for name, size in result["mesh"].items())
     lines = [
-        f"topology     {result['topology']}: {result['chips']} chips, {shape}",
+        f"topology     {result['topology']}: {result['chips']:,} chips, {shape}",
         f"parameters   {result['parameters']:,}",
+    ]
+    for name in ("parameters", "moments", "gradients", "activations", "host"):
+        if sizes.get(name):
+            lines.append(f"  {name:<11}{sizes[name]:8.2f} GiB a chip")
+    lines.append(
         f"memory       {sizes['arguments']:.2f} GiB state and batch + "
         f"{sizes['temporaries']:.2f} GiB temporaries = {sizes['total']:.2f} of "
-        f"{sizes['capacity']:.0f} GiB a chip",
+        f"{sizes['capacity']:.2f} GiB a chip"
+    )
+    lines.append(
         f"fits         yes, {room:.2f} GiB are free"
         if result["fits"]
-        else f"fits         NO, {-room:.2f} GiB are missing: take more chips, raise mesh.tensor or "
-        "train.grad_accum, or lower train.global_batch; model.remat=full keeps least",
+        else f"fits         NO, {-room:.2f} GiB are missing"
+    )
+    lines += [f"would fit    {line}" for line in result.get("would_fit", ())]
+    lines += [f"warning      {line}" for line in result["warnings"]]
+    if result["step_seconds"] is not None:
+        lines += _times(result)
+    lines.append(
+        f"compiled in  {result['compile_seconds']:.0f} s; times are predictions, not measurements"
+    )
+    return "\n".join(lines)
+
+
+def _times(result: dict[str, Any]) -> list[str]:
+    lines = [
+        f"collectives  {one['count']:,} {kind}, {one['bytes'] / 1e9:.2f} GB a step"
+        for kind, one in result["collectives_by_dtype"].items()
+        if one["bytes"] >= 1e7
     ]
-    for kind, one in result["collectives"].items():
-        lines.append(f"collectives  {one['count']:,} {kind}, {one['bytes'] / 1e9:.2f} GB a step")
     parts = ", ".join(
         f"{name.replace('_', ' ')} {value:.3f}"
         for name, value in result["seconds"].items()
         if value is not None
     )
     lines += [
+        f"work         {result['flops_per_chip'] / 1e12:,.0f} TFLOP and "
+        f"{result['hbm_bytes_per_chip'] / 1e9:,.0f} GB of memory traffic a chip and step",
         f"step         {result['step_seconds']:.3f} s predicted ({parts})",
         f"speed        {result['tokens_per_second_per_chip']:,.0f} tokens/s/chip, MFU "
         f"{result['mfu_6n']:.1%} (6N), {result['mfu_attention']:.1%} (with attention)",
-        f"run          {result['days']:,.1f} days, {result['chip_hours']:,.0f} chip hours",
-        f"compiled in  {result['compile_seconds']:.0f} s; times are predictions, not measurements",
     ]
-    return "\n".join(lines)
+    cost = "" if result["cost"] is None else f", {result['cost']:,.0f} dollars"
+    lines.append(
+        f"run          {result['days']:,.1f} days, {result['chip_hours']:,.0f} chip hours{cost}"
+    )
+    return lines
 
 
 def main() -> None:
     """The command; flags are defined below."""
+    from llama_jax import search  # which compiles plans
+
     config = cli.load_config(_CONFIG)
     if _TOPOLOGY.value is None:
-        raise UserError("--topology is missing; try --topology=v5p-128")
-    topology = parse_topology(_TOPOLOGY.value)
+        raise UserError("--topology is missing; try --topology=v5p-128 or --topology=h100:256x8")
+    topology = parse_topology(_TOPOLOGY.value, _SLICES.value)
+    xla_flags.use_preset(_XLA_PRESET.value)
     jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
-    result = plan(config, topology)
+    if _SEARCH.value:
+        result = search.search(config, topology, _SEARCH_LIMIT.value, _PRICE.value)
+    else:
+        result = plan(config, topology, _PRICE.value)
+        if not result["fits"]:
+            result["would_fit"] = search.advice(config, topology, result)
     print(json.dumps(result) if _JSON.value else table(result))
 
 
 if __name__ == "__main__":
     _CONFIG = cli.config_flag()
-    _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, such as v5p-1024 or v5p:8x8x8.")
+    _TOPOLOGY = flags.DEFINE_string(
+        "topology",
+        None,
+        "TPU slice, such as v5p-1024 or v5p:8x8x8, or nodes x GPUs, such as h100:256x8.",
+    )
+    _SLICES = flags.DEFINE_integer("slices", 1, "TPU slices; dcn must multiply to them.")
+    _PRICE = flags.DEFINE_float("price", 0.0, "Dollars per chip and hour, for the cost of the run.")
+    _SEARCH = flags.DEFINE_bool(
+        "search", False, "Try mesh shapes, remat policies and microbatches; show the best that fit."
+    )
+    _SEARCH_LIMIT = flags.DEFINE_integer("search_limit", 6, "Candidates that --search compiles.")
+    _XLA_PRESET = flags.DEFINE_string(
+        "xla_preset", "none", f"Compiler flags, as of train: {', '.join(xla_flags.PRESETS)}."
+    )
     _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
     cli.run(main, __doc__)

@@ -1,3 +1,4 @@
+import contextlib
 import math
 
 import jax
@@ -10,6 +11,7 @@ from llama_jax import blocked_attention as attention_lib
 from llama_jax import context_parallel
 from llama_jax.attention import attention, splash
 from llama_jax.errors import UserError
+from llama_jax.triton_attention import triton
 from tests.helpers import mesh_of
 
 
@@ -200,6 +202,57 @@ def test_splash_on_a_mesh(shape):
     np.testing.assert_allclose(out, reference(q, k, v, mask), atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [None, (2, 1, 1, 2)])
+@pytest.mark.parametrize("with_segments", [False, True])
+def test_triton_in_interpret_mode(with_segments, shape):
+    q, k, v = inputs(22, queries=256, keys=256, n=4, k=2, h=16)
+    ids = segments(23, 2, 256) if with_segments else None
+    mask = causal(256, 256)
+    if with_segments:
+        mask = mask & (ids[:, :, None] == ids[:, None, :])
+    with jax.set_mesh(mesh_of(shape)) if shape else contextlib.nullcontext():
+        out = jax.jit(lambda q, k, v: triton(q, k, v, ids, interpret=True))(q, k, v)
+    np.testing.assert_allclose(out, reference(q, k, v, mask), atol=1e-5)
+
+
+@pytest.mark.parametrize("with_segments", [False, True])
+def test_gradients_of_triton_in_interpret_mode(with_segments):
+    q, k, v = inputs(24, batch=1, queries=128, keys=128, n=2, k=1, h=16)
+    ids = segments(25, 1, 128) if with_segments else None
+    pair = (ids, ids) if with_segments else None
+    cotangent = np.random.default_rng(6).standard_normal(q.shape).astype(np.float32)
+
+    def loss(function):
+        return jax.grad(lambda *x: jnp.vdot(function(*x), cotangent), (0, 1, 2))(q, k, v)
+
+    got = loss(lambda q, k, v: triton(q, k, v, ids, interpret=True))
+    expected = loss(lambda q, k, v: attention(q, k, v, segment_ids=pair))
+    for ours, want in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, want, atol=2e-5)
+
+
+def test_triton_gets_segments(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(dispatch, "_platform", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "triton", lambda q, k, v, ids: seen.update(ids=ids))
+    ids = segments(26, 2, 128)
+    attention(*inputs(0, queries=128, keys=128, h=16), segment_ids=(ids, ids), backend="triton")
+    assert seen["ids"] is ids
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": 5}, "has no sliding window"),
+        ({"segment_ids": (np.zeros((2, 128)), np.ones((2, 128)))}, "one array of segment ids"),
+    ],
+)
+def test_masks_that_triton_cannot_honour(monkeypatch, arguments, message):
+    monkeypatch.setattr(dispatch, "_platform", lambda: "gpu")
+    with pytest.raises(UserError, match=message):
+        attention(*inputs(0, queries=128, keys=128, h=16), **arguments, backend="triton")
+
+
 @pytest.mark.parametrize("window", [0, 7])
 @pytest.mark.parametrize("shape", [(1, 2, 4, 1), (1, 2, 2, 2), (1, 1, 8, 1)])
 def test_context_parallel(shape, window):
@@ -269,6 +322,9 @@ def test_every_device_computes_as_much_as_the_others(size):
     [
         ("splash", "cpu", {}, "the splash kernel runs on TPUs, and this is a cpu; use xla"),
         ("splash", "tpu", {"queries": 100}, "takes multiples of 128 tokens"),
+        ("triton", "cpu", {}, "the Triton kernel runs on NVIDIA GPUs, and this is a cpu; use xla"),
+        ("triton", "gpu", {}, "takes heads of 16 to 128, not 8"),
+        ("triton", "gpu", {"queries": 100, "h": 16}, "takes multiples of 128 tokens, not 100"),
         ("cudnn", "tpu", {"queries": 100}, "cuDNN runs on NVIDIA GPUs, and this is a tpu"),
         ("cudnn", "gpu", {}, "takes bfloat16, not float32"),
         ("cudnn", "gpu", {"h": 12, "dtype": "bfloat16"}, "heads of a multiple of 8 up to 128"),
@@ -286,14 +342,15 @@ def test_what_a_backend_cannot_do_is_an_error(monkeypatch, backend, platform, ch
     assert attention(q, k, v, backend="auto").shape == q.shape
 
 
-def test_cudnn_does_not_divide_the_sequence(monkeypatch):
+@pytest.mark.parametrize("backend", ["cudnn", "triton"])
+def test_gpu_kernels_do_not_divide_the_sequence(monkeypatch, backend):
     monkeypatch.setattr(dispatch, "_platform", lambda: "gpu")
-    q, k, v = (jnp.asarray(x, "bfloat16") for x in inputs(0))
+    q, k, v = (jnp.asarray(x, "bfloat16") for x in inputs(0, queries=128, keys=128, h=16))
     with (
         jax.set_mesh(mesh_of((1, 1, 2, 1))),
         pytest.raises(UserError, match="does not divide the sequence over mesh.context"),
     ):
-        attention(q, k, v, backend="cudnn")
+        attention(q, k, v, backend=backend)
 
 
 @pytest.mark.parametrize(("platform", "chosen"), [("tpu", "splash"), ("gpu", "_cudnn")])

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.hlo import shape_bytes, summarize
+from llama_jax.hlo import hbm_bytes, parse, read_collective, replica_groups, shape_bytes, summarize
 from tests.helpers import mesh_of
 
 
@@ -83,10 +83,70 @@ def test_loops_fusions_and_asynchronous_starts():
     assert summary.cycles == turns * 13 + 100
     assert summary.collectives == {
         "all-reduce": (turns, turns * 16),
-        "all-gather": (turns, turns * (4 + 32) * 2 // 2),
+        "all-gather": (turns, turns * 32 * 2),
     }
+    assert summary.by_dtype["all-gather bf16"] == summary.collectives["all-gather"]
+    assert summary.by_dtype["all-reduce f32"] == summary.collectives["all-reduce"]
+
+
+def test_a_comparison_within_a_fusion():
+    compare = "%lt = pred[] compare(%i, %limit), direction=LT"
+    fused = "%lt = pred[] fusion(%i), kind=kLoop, calls=%compared"
+    inner = """
+%compared (i: s32[]) -> pred[] {
+  %limit.1 = s32[] constant(7)
+  ROOT %lt.1 = pred[] compare(%i, %limit.1), direction=LT
+}
+"""
+    text = MODULE.replace("%limit = s32[]{:T(128)} constant(7)", "").replace(compare, fused) + inner
+    assert summarize(text).collectives == summarize(MODULE).collectives
 
 
 def test_a_loop_of_unknown_length_counts_once():
     text = MODULE.replace("direction=LT", "direction=NE").replace('"n":"2"', '"m":"2"')
     assert summarize(text).collectives["all-reduce"][0] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}", ((0, 1), (2, 3))),
+        ("replica_groups=[2,2]<=[4]", ((0, 1), (2, 3))),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2] {'b'}", ((0, 1), (2, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", ((0, 1, 2, 3),)),
+        ("replica_groups=mesh['a'=4,'b'=1] {'a':(1)2}", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=4,'b'=1] {'a':(2)2}", ((0, 1), (2, 3))),
+        ("dimensions={0}", ()),
+    ],
+)
+def test_groups_of_devices(text, groups):
+    assert (
+        replica_groups(f"%x = f32[4] all-gather(%y), {text}, use_global_device_ids=true") == groups
+    )
+
+
+def test_the_larger_side_of_a_collective():
+    text = """
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %rs = ((f32[8], bf16[2]), (f32[2], bf16[1])) reduce-scatter-start(%a), replica_groups=[1,4]<=[4]
+  %ar = f32[8] all-reduce-start(%a), replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %ag = (bf16[2]{0}, bf16[8]{0}) all-gather-start(%a), replica_groups=[1,4]<=[4]
+}
+"""
+    scope = parse(text).computations["main"]
+    scatter, reduce, gather = (read_collective(scope[name]) for name in ("rs", "ar", "ag"))
+    assert (scatter.size, scatter.dtype) == (4 * (2 * 4 + 2), "f32")
+    assert (reduce.size, gather.size, gather.dtype) == (32, 16, "bf16")
+
+
+def test_what_lies_in_another_memory_is_no_traffic():
+    assert hbm_bytes("(f32[8]{0:T(128)}, f32[8]{0:T(128)S(1)})") == 32
+
+
+def test_collectives_of_a_look_up():
+    where = 'metadata={op_name="jit(f)/jvp(Llama)/jit(_take)/gather"}'
+    text = MODULE.replace("to_apply=%add,", f"to_apply=%add, {where},")
+    assert summarize(text).lookup == 2 and summarize(MODULE).lookup == 0
+    assert summarize(text.replace("jvp(Llama)", "transpose(jvp(Llama))")).lookup == 0

@@ -1,62 +1,28 @@
 import json
 import os
-import re
+import subprocess
+import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from llama_jax import ahead
 from llama_jax import plan as plan_lib
-from llama_jax.chips import CHIPS, chip_named, find_chip
+from llama_jax.ahead import lower_step, with_slices
+from llama_jax.chips import GIB, chip_named
 from llama_jax.errors import UserError
-from llama_jax.hlo import Summary
-from llama_jax.plan import Topology, parse_topology, plan, predict, table
+from llama_jax.plan import plan, table
 from llama_jax.step import abstract_state
-from tests.helpers import TINY, one_line_error, replace, run_command
-from tests.test_config import load
+from llama_jax.topology import Topology
+from tests import plans
+from tests.helpers import ROOT, TINY, one_line_error, replace, run_command
 
-
-@pytest.mark.parametrize(
-    ("name", "chip", "shape"),
-    [
-        ("v5p-1024", "v5p", (8, 8, 8)),
-        ("v5p-128", "v5p", (4, 4, 4)),
-        ("v5p-2048", "v5p", (8, 8, 16)),
-        ("v4-2048", "v4", (8, 8, 16)),
-        ("v4-512", "v4", (4, 8, 8)),
-        ("v5e-256", "v5e", (16, 16)),
-        ("v6e-32", "v6e", (4, 8)),
-        ("v5p:8x8x4", "v5p", (8, 8, 4)),
-    ],
+KEYS = (
+    *("config", "topology", "chips", "parameters", "bytes_per_chip", "fits", "collectives"),
+    *("flops_per_chip", "step_seconds", "tokens_per_second_per_chip", "mfu_6n", "mfu_attention"),
+    *("days", "chip_hours", "compile_seconds"),
 )
-def test_names_of_slices(name, chip, shape):
-    topology = parse_topology(name)
-    assert (topology.chip.name, topology.shape) == (chip, shape)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("v9-256", "unknown topology 'v9-256'; try v5p-1024"),
-        ("h100:8", "unknown topology"),
-        ("v5p", "unknown topology"),
-        ("v5p:8x8", "a slice of v5p has 3 dimensions"),
-        ("v5e:4x4x4", "a slice of v5e has 2 dimensions"),
-        ("v5p:8x0x8", "has 3 dimensions"),
-        ("v5p-7", "there is no slice v5p-7"),
-        ("v4-200", "there is no slice v4-200"),
-    ],
-)
-def test_slices_that_do_not_exist(name, message):
-    with pytest.raises(UserError, match=re.escape(message)):
-        parse_topology(name)
-
-
-def test_the_table_of_chips():
-    assert len({chip.name for chip in CHIPS}) == len(CHIPS)
-    assert chip_named("h100").peak_flops == 989e12
-    assert find_chip("TPU v5 lite").name == "v5e" and find_chip("TPU v5p").name == "v5p"
-    assert find_chip("cpu") is None and chip_named("v9") is None
-
 
 CONFIG = replace(TINY, train__global_batch=32, mesh__tensor=2)
 
@@ -70,6 +36,7 @@ def eight(monkeypatch):
 
 def test_the_plan_counts_what_is_there(eight):
     result = plan(CONFIG, eight)
+    assert set(KEYS) <= set(result)  # scripts rely on them
     assert result["chips"] == 8 and result["mesh"]["fsdp"] == 4
     assert json.loads(json.dumps(result)) == result
     state = abstract_state(CONFIG)
@@ -79,7 +46,7 @@ def test_the_plan_counts_what_is_there(eight):
     sizes = result["bytes_per_chip"]
     assert sizes["arguments"] == pytest.approx(expected, rel=0.01)
     assert sizes["total"] == sizes["arguments"] + sizes["temporaries"]
-    assert sizes["capacity"] == 16 * 2**30 and result["fits"]
+    assert sizes["capacity"] == 15.75 * GIB and result["fits"]
     assert result["collectives"]["all-gather"]["count"] > CONFIG.model.n_layers
     rate = result["tokens_per_second_per_chip"]
     assert rate == pytest.approx(CONFIG.train.tokens_per_step / 8 / result["step_seconds"])
@@ -93,33 +60,108 @@ def test_the_plan_counts_what_is_there(eight):
     assert "fits         yes" in text and "v5e:2x4: 8 chips" in text
 
 
-def test_what_does_not_fit_says_what_would_help(eight, monkeypatch):
+def test_what_does_not_fit(eight):
     result = plan(CONFIG, eight)
     result["fits"] = False
     result["bytes_per_chip"]["capacity"] = 1000
-    assert "NO, " in table(result) and "take more chips" in table(result)
+    result["would_fit"] = ["more chips"]
+    assert "NO, " in table(result) and "would fit    more chips" in table(result)
+
+
+def test_the_parts_of_the_memory(eight):
+    sizes = plan(CONFIG, eight)["bytes_per_chip"]
+    assert sizes["moments"] == pytest.approx(2 * sizes["parameters"], rel=0.01)
+    assert sizes["gradients"] + sizes["activations"] == sizes["temporaries"]
+
+
+def test_a_chip_of_two_devices(monkeypatch):
+    monkeypatch.setattr(plan_lib, "topology_devices", lambda topology: jax.devices())
+    one = plan(CONFIG, Topology(chip_named("v5e"), (2, 4)))
+    two = plan(CONFIG, Topology(chip_named("tpu7x"), (2, 2, 1)))
+    assert two["chips"] == 4
+    for name in ("arguments", "temporaries", "total"):
+        assert two["bytes_per_chip"][name] == 2 * one["bytes_per_chip"][name]
+    assert two["bytes_per_chip"]["capacity"] == 2 * int(94.75 * GIB)
+    rate = CONFIG.train.tokens_per_step / 4 / two["step_seconds"]
+    assert two["tokens_per_second_per_chip"] == pytest.approx(rate)
+    assert two["mfu_6n"] == pytest.approx(6 * two["parameters"] * rate / 2307e12)
+    assert two["flops_per_chip"] == pytest.approx(2 * one["flops_per_chip"])
+
+
+def test_what_it_costs(eight):
+    assert plan(CONFIG, eight)["cost"] is None
+    result = plan(CONFIG, eight, price=2.5)
+    assert result["cost"] == pytest.approx(2.5 * result["chip_hours"])
+    assert " dollars" in table(result)
+
+
+def test_the_compilers_word_that_it_does_not_fit(eight, monkeypatch):
+    class Lowered:
+        def as_text(self):
+            return "sdy.sharding_constraint"
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(self.message)
+
+    real = lower_step(CONFIG, jax.devices())
+    monkeypatch.setattr(ahead, "lower_step", lambda *_: (Lowered(), *real[1:]))
+    for message in (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Used 97.25G of 95.74G hbm. Exceeded ..",
+        "RESOURCE_EXHAUSTED: temporaries (97.25G) exceeds available HBM (95.74G).",
+    ):
+        Lowered.message = message
+        result = plan(CONFIG, eight)
+        sizes = result["bytes_per_chip"]
+        assert set(KEYS) <= set(result)
+        assert not result["fits"] and sizes["total"] == int(97.25 * GIB)
+        assert sizes["arguments"] + sizes["temporaries"] == sizes["total"]
+        assert result["mfu_6n"] is None and result["step_seconds"] is None
+        assert "NO, 81.50 GiB are missing" in table(result)
+    Lowered.message = "INTERNAL: a bug"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        plan(CONFIG, eight)
+
+
+def test_what_the_compiler_works_around_is_told(eight, monkeypatch):
+    """A step that splits a dimension in the wrong order, which XLA does by gathering all of it."""
+    _, state, mesh = lower_step(CONFIG, jax.devices())
+
+    def reshard(x):
+        x = jax.lax.with_sharding_constraint(jnp.sin(x), jax.P("fsdp", "tensor"))
+        x = x.reshape(4, 16, 8)
+        return jax.lax.with_sharding_constraint(2 * x, jax.P(None, ("tensor", "fsdp"), None))
+
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(reshard).lower(jnp.zeros((64, 8)))
+    monkeypatch.setattr(ahead, "lower_step", lambda *_: (lowered, state, mesh))
+    result = plan(CONFIG, eight)
+    assert "Involuntary full rematerialization" in result["warnings"][0]
+    assert f"warning      {result['warnings'][0]}" in table(result)
+
+
+def test_sharding_constraints_are_in_the_lowered_step(eight):
+    """Eight of a layer's forward pass, the embedding's two and the logits' at least."""
+    assert plan(CONFIG, eight)["sharding_constraints"] >= 11
+    lowered, _, _ = lower_step(CONFIG, jax.devices())
+    assert "sdy.sharding_constraint" in lowered.as_text()
+
+
+def test_slices_are_replicas_unless_dcn_says_otherwise():
+    assert with_slices(CONFIG, 1) == CONFIG
+    assert with_slices(CONFIG, 4).dcn.data == 4
+    sharded = replace(CONFIG, dcn__fsdp=4)
+    assert with_slices(sharded, 4) == sharded
+    free = replace(CONFIG, dcn__data=-1)
+    assert with_slices(free, 4) == free
+    with pytest.raises(UserError, match="try --config.dcn.data=2"):
+        with_slices(sharded, 2)
 
 
 def test_a_mesh_that_does_not_divide(eight):
-    with pytest.raises(UserError, match="does not cover 8 devices"):
+    with pytest.raises(UserError, match="does not cover 8 devices.*; try --config.mesh.data=1 "):
         plan(replace(CONFIG, mesh__tensor=3), eight)
-
-
-def test_prediction_by_hand():
-    config, _ = load("7b")
-    chip = chip_named("v5p")
-    tokens = config.train.tokens_per_step / 64
-    flops = config.model.flops_per_token(2048) * tokens * 4 / 3  # full remat: forward twice
-    summary = Summary({"all-reduce": (10, 600 * 10**9)}, cycles=int(1.75e9 * 9))
-    found = predict(config, chip, 64, summary)
-    assert found.flops == pytest.approx(flops)
-    assert found.compute == pytest.approx(flops / 459e12)
-    assert found.network == pytest.approx(2.0)
-    attention = 6 * 32 * 4096 * 2048 * tokens * 4 / 3
-    assert found.cycles == pytest.approx(9 + attention / (0.5 * 459e12))
-    assert found.step == found.cycles > found.compute
-    without = predict(config, chip, 64, Summary({}, 0))
-    assert without.cycles is None and without.step == without.compute
+    with pytest.raises(UserError, match="do not divide over .*; its 33 sequences divide over 3"):
+        plan(replace(CONFIG, train__global_batch=33), eight)
 
 
 @pytest.mark.parametrize(
@@ -128,24 +170,148 @@ def test_prediction_by_hand():
         (("--config=configs/7b.py",), "--topology is missing"),
         (("--topology=v5p-128",), "--config is missing"),
         (("--config=configs/7b.py", "--topology=v9-1"), "unknown topology"),
+        (("--config=configs/7b.py", "--topology=h100:2x8", "--slices=2"), "say more nodes"),
+        (("--config=configs/7b.py", "--topology=v5p-8", "--xla_preset=h10"), "no XLA preset"),
     ],
 )
 def test_the_command_with_bad_input(flags, message):
     assert message in one_line_error(run_command("plan", *flags))
 
 
-@pytest.mark.tpu
-@pytest.mark.parametrize(
-    ("name", "topology", "flags"), [("7b", "v5p-128", ()), ("65b", "v5p-1024", ())]
-)
-def test_the_real_compiler_says_that_it_fits(name, topology, flags):
-    os.environ.pop("XLA_FLAGS", None)
-    arguments = (f"--config=configs/{name}.py", f"--topology={topology}", "--json", *flags)
-    process = run_command("plan", *arguments, timeout=900)
-    assert process.returncode == 0, process.stderr
-    result = json.loads(process.stdout)
-    assert result["fits"]
-    state = 12 * result["parameters"] / result["chips"]
-    assert result["bytes_per_chip"]["arguments"] == pytest.approx(state, rel=0.03)
-    assert 0.3 < result["mfu_6n"] < 0.9
+@pytest.mark.parametrize("home", plans.HOMES, ids=lambda home: home.name)
+def test_every_config_names_its_homes(home):
+    """In the docstring, with the figures of the golden plan; they fit."""
+    stored = plans.golden(home)
+    assert stored["fits"] and not stored["warnings"]
+    text = (ROOT / "configs" / f"{home.config}.py").read_text()
+    assert "\n".join(plans.docstring_lines(home)) in text
+    assert {one.marker for one in plans.HOMES if one.config == home.config} == {"tpu", "gpu"}
+
+
+def test_the_papers_run():
+    """LLaMA-65B took 380 tokens/s/GPU on 2,048 A100-80GB: 47% by 6N (arXiv:2302.13971)."""
+    home = next(home for home in plans.HOMES if home.topology == "a100-80g:256x8")
+    assert plans.golden(home)["mfu_6n"] > 0.47
+
+
+def recompiled(config, marker):
+    homes = [home for home in plans.HOMES if (home.config, home.marker) == (config, marker)]
+    return homes[0], plans.compile_plan(homes[0])
+
+
+def check(config, marker):
+    """The compiler still says what the golden plan says.
+
+    Compiled for the same versions of JAX the plan is the same; 3% are for other releases of the
+    compilers, which the constraints leave open. `python -m tests.plans` writes it anew.
+    """
+    home, result = recompiled(config, marker)
+    got, stored = plans.summary(result), plans.golden(home)
+    assert got["fits"] and got["warnings"] == []
+    assert got["lookup_collectives"] == 0  # of the embedding, but for the gather of its table
+    assert got["sharding_constraints"] >= 11
+    gathered = {kind: one["gb"] for kind, one in got["collectives"].items() if "gather" in kind}
+    assert gathered.get("all-gather f32", 0) < 0.01, "weights are gathered in bfloat16"
+    for name, size in stored["gib_per_chip"].items():
+        assert got["gib_per_chip"][name] == pytest.approx(size, rel=0.03, abs=0.02), name
+    assert got["collectives"].keys() == stored["collectives"].keys()
+    for kind, one in stored["collectives"].items():
+        assert got["collectives"][kind] == pytest.approx(one, rel=0.03, abs=0.01), kind
+    assert got["tflop_per_chip"] == pytest.approx(stored["tflop_per_chip"], rel=0.01)
+    assert got["mfu_6n"] == pytest.approx(stored["mfu_6n"], rel=0.03)
     assert result["compile_seconds"] < 300
+
+
+def check_that_warnings_are_seen(name):
+    """A step that splits a dimension in the wrong order; the tests' own log level hides it."""
+    code = f"""
+import jax, jax.numpy as jnp
+jax.config.update("jax_platforms", "cpu")
+from llama_jax import ahead, topology
+from llama_jax.plan import plan
+from tests.helpers import TINY, replace
+config = replace(TINY, mesh__tensor=2)
+real = ahead.lower_step
+def lower(config, devices):
+    _, state, mesh = real(config, devices)
+    place = jax.NamedSharding(mesh, jax.P("tensor", "fsdp"))
+    def reshard(x):
+        x = jax.lax.with_sharding_constraint(jnp.sin(x), jax.P("fsdp", "tensor"))
+        x = x.reshape(4, 16, 8)
+        return jax.lax.with_sharding_constraint(2 * x, jax.P(None, ("tensor", "fsdp"), None))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        x = jax.ShapeDtypeStruct((64, 8), jnp.float32, sharding=place)
+        return jax.jit(reshard).lower(x), state, mesh
+ahead.lower_step = lower
+print(plan(config, topology.parse_topology("{name}"))["warnings"])
+"""
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert "Involuntary full rematerialization" in process.stdout, process.stderr
+
+
+@pytest.mark.tpu
+def test_warnings_of_the_tpu_compiler_are_seen():
+    check_that_warnings_are_seen("v5e:2x4")
+
+
+@pytest.mark.gpu
+def test_warnings_of_the_gpu_compiler_are_seen():
+    check_that_warnings_are_seen("h100:8")
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("config", ["7b", "65b"])
+def test_the_tpu_compiler_says_that_it_fits(config):
+    check(config, "tpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", ["7b", "65b"])
+def test_the_gpu_compiler_says_that_it_fits(config):
+    check(config, "gpu")
+
+
+@pytest.mark.gpu
+def test_a_look_up_with_collectives_is_seen():
+    """The vocabulary over tensor: what each device finds is added up."""
+    home = plans.Home("7b", "h100:8", ("--config.mesh.tensor=2", "--config.train.grad_accum=64"))
+    assert plans.compile_plan(home)["lookup_collectives"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_segments", [False, True])
+@pytest.mark.parametrize("backend", ["xla", "cudnn", "triton"])
+def test_attention_for_eight_h100s(backend, with_segments):
+    """Forward and backward, by the compiler that the GPUs have."""
+    code = f"""
+import jax, jax.numpy as jnp
+jax.config.update("jax_platforms", "cpu")
+from llama_jax.attention import attention
+from llama_jax.config import MeshConfig
+from llama_jax.mesh import make_mesh
+from llama_jax.topology import parse_topology, topology_devices
+mesh = make_mesh(MeshConfig(fsdp=4, tensor=2), devices=topology_devices(parse_topology("h100:8")))
+def loss(q, k, v, ids):
+    pair = (ids, ids) if {with_segments} else None
+    return attention(q, k, v, segment_ids=pair, backend="{backend}").astype(jnp.float32).sum()
+def array(heads):
+    place = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), "context", "tensor", None))
+    return jax.ShapeDtypeStruct((8, 2048, heads, 128), jnp.bfloat16, sharding=place)
+ids = jax.ShapeDtypeStruct(
+    (8, 2048), jnp.int32, sharding=jax.NamedSharding(mesh, jax.P(("data", "fsdp"), "context"))
+)
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    step = jax.jit(jax.grad(loss, (0, 1, 2))).lower(array(32), array(8), array(8), ids).compile()
+text = step.as_text()
+print(text.count("__cudnn$fmha"), text.count("__gpu$xla.gpu.triton"), text.count("all-gather"))
+"""
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    cudnn, triton, gathers = map(int, process.stdout.split())
+    assert cudnn == (2 if backend == "cudnn" else 0)
+    assert triton == (3 if backend == "triton" else 0)  # forward, sums of the backward pass, it
+    assert gathers == 0

@@ -1,0 +1,143 @@
+"""The train step, compiled ahead of time for devices that may not be here."""
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.chips import GIB
+from llama_jax.config import Config
+from llama_jax.errors import UserError
+from llama_jax.mesh import make_mesh
+from llama_jax.sharding import check_batch
+from llama_jax.step import abstract_state, jit_step
+from llama_jax.topology import captured
+
+_WARNING = re.compile(r"(?i)involuntary full rematerialization")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled train step, or the compiler's word that it does not fit.
+
+    Attributes:
+      mesh: where it runs.
+      seconds: that compiling took.
+      text: the optimised HLO; empty if it does not fit.
+      bytes: of one device, by name, see `plan`.
+      constraints: sharding constraints in the program as it is lowered.
+      warnings: lines in which the compiler says that it works around our shardings.
+    """
+
+    mesh: jax.sharding.Mesh
+    seconds: float
+    text: str
+    bytes: dict[str, int]
+    constraints: int
+    warnings: tuple[str, ...]
+
+
+def with_slices(config: Config, slices: int) -> Config:
+    """The config on several slices: one replica on each, unless `dcn` says otherwise.
+
+    Raises:
+      UserError: `dcn` asks for another number of slices.
+    """
+    sizes = dataclasses.asdict(config.dcn)
+    if slices == 1 or -1 in sizes.values():
+        return config
+    if math.prod(sizes.values()) == 1:
+        return dataclasses.replace(config, dcn=dataclasses.replace(config.dcn, data=slices))
+    if math.prod(sizes.values()) != slices:
+        raise UserError(
+            f"dcn {sizes} is of {math.prod(sizes.values())} slices, not of --slices={slices}; "
+            f"try --config.dcn.data={slices}"
+        )
+    return config
+
+
+def lower_step(config: Config, devices: list[jax.Device]) -> tuple[Any, Any, jax.sharding.Mesh]:
+    """The lowered train step for these devices, its abstract state with shardings, and its mesh.
+
+    Raises:
+      UserError: the config does not divide over the mesh.
+    """
+    mesh = make_mesh(config.mesh, config.dcn, devices)
+    train = config.train
+    check_batch(train.global_batch, train.seq_len, train.grad_accum, mesh)
+    # The abstract mesh: nothing can be put on devices that are not here.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        step = jit_step(config, mesh)
+        state = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            abstract_state(config),
+            step.state_shardings,
+        )
+        shape = (train.global_batch, train.seq_len)
+        dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=step.batch_sharding)
+            for name, dtype in dtypes.items()
+        }
+        return step.train.lower(state, batch), state, mesh
+
+
+def compile_step(config: Config, devices: list[jax.Device]) -> Compiled:
+    """Compiles the very step that `train` runs.
+
+    Raises:
+      UserError: the config does not divide over the mesh.
+    """
+    began = time.perf_counter()
+    text, sizes = "", {}
+    # XLA writes warnings only at this level, whatever TF_CPP_MIN_LOG_LEVEL was at import.
+    jax.config.update("jax_logging_level", "WARNING")
+    with captured() as said:
+        lowered, state, mesh = lower_step(config, devices)
+        constraints = lowered.as_text().count("sdy.sharding_constraint")
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            sizes = _exhausted(str(error))
+        else:
+            text, memory = compiled.as_text(), compiled.memory_analysis()
+            sizes = {
+                "arguments": memory.argument_size_in_bytes,
+                "temporaries": memory.temp_size_in_bytes
+                + memory.output_size_in_bytes
+                - memory.alias_size_in_bytes,
+                "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+            }
+    parameters = _bytes_per_device(state.params)
+    sizes.setdefault("arguments", _bytes_per_device(state))
+    sizes.setdefault("temporaries", sizes.get("total", 0) - sizes["arguments"])
+    sizes = {
+        "parameters": parameters,
+        "moments": _bytes_per_device(state.opt_state),
+        "gradients": parameters,
+        "activations": max(0, sizes["temporaries"] - parameters),
+        "total": sizes["arguments"] + sizes["temporaries"],
+        **sizes,
+    }
+    warnings = tuple(line for line in said if _WARNING.search(line))
+    seconds = time.perf_counter() - began
+    return Compiled(mesh, seconds, text, sizes, constraints, warnings)
+
+
+def _bytes_per_device(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _exhausted(message: str) -> dict[str, int]:
+    """The compiler's figure for what it needs, from its words; other errors are raised again."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        raise jax.errors.JaxRuntimeError(message)
+    found = re.search(r"Used ([\d.]+)G of|\(([\d.]+)G\) exceeds available HBM", message)
+    return {"total": int(float(found[1] or found[2]) * GIB)} if found else {"total": 0}

@@ -1,0 +1,171 @@
+"""A home for every config: a machine that it fits on, and what the plan says of it.
+
+`python -m tests.plans` compiles those whose compilers are installed (`.[tpu]`, `.[cuda13]`), and
+writes tests/goldens/plans/*.json and the lines about them in the docstrings of configs/*.py.
+`python -m tests.plans 65b-v5p-1024` does one.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+
+from tests.helpers import ROOT, run_command
+
+GOLDENS = ROOT / "tests" / "goldens" / "plans"
+
+
+@dataclasses.dataclass(frozen=True)
+class Home:
+    """A config, a topology, and what makes the one fit on the other."""
+
+    config: str
+    topology: str
+    flags: tuple[str, ...] = ()
+
+    @property
+    def name(self):
+        return f"{self.config}-{re.sub('[:]', '-', self.topology)}"
+
+    @property
+    def marker(self):
+        """The test environment that has its compiler."""
+        return "gpu" if ":" in self.topology else "tpu"
+
+    @property
+    def command(self):
+        lines = [f"--config=configs/{self.config}.py", f"--topology={self.topology}", *self.flags]
+        return ["python -m llama_jax.plan", *lines]
+
+
+_KEEP = "--config.model.remat=save:q,k,v,attn_context,mlp_gate,mlp_up"
+HOMES = (
+    Home("7b", "v5p-128"),
+    Home("7b", "h100:16x8", ("--xla_preset=hopper", _KEEP, "--config.train.grad_accum=2")),
+    Home("13b", "v5p-256"),
+    Home("13b", "h100:32x8", ("--xla_preset=hopper", _KEEP, "--config.train.grad_accum=2")),
+    Home("33b", "v5p-512"),
+    Home("33b", "h100:128x8", ("--xla_preset=hopper", _KEEP, "--config.mesh.data=4")),
+    Home("65b", "v5p-1024"),
+    Home("65b", "v4-2048"),
+    Home("65b", "a100-80g:256x8", ("--xla_preset=ampere", _KEEP, "--config.mesh.data=8")),
+)
+
+
+def compile_plan(home):
+    """The object that `plan --json` prints for a home."""
+    _, *arguments = home.command
+    process = run_command("plan", *arguments, "--json", timeout=900, XLA_FLAGS="")
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def summary(result):
+    """What of a plan is worth a diff: small, and rounded."""
+    sizes = {name: round(size / 2**30, 2) for name, size in result["bytes_per_chip"].items()}
+    return {
+        "fits": result["fits"],
+        "gib_per_chip": sizes,
+        "collectives": {
+            kind: {"count": one["count"], "gb": round(one["bytes"] / 1e9, 2)}
+            for kind, one in result["collectives_by_dtype"].items()
+        },
+        "lookup_collectives": result["lookup_collectives"],
+        "sharding_constraints": result["sharding_constraints"],
+        "warnings": result["warnings"],
+        "tflop_per_chip": round(result["flops_per_chip"] / 1e12, 1),
+        "step_seconds": round(result["step_seconds"], 2),
+        "tokens_per_second_per_chip": round(result["tokens_per_second_per_chip"]),
+        "mfu_6n": round(result["mfu_6n"], 3),
+        "mfu_attention": round(result["mfu_attention"], 3),
+        "days": round(result["days"], 1),
+        "chip_hours": round(result["chip_hours"]),
+    }
+
+
+def golden(home):
+    """The stored summary."""
+    return json.loads((GOLDENS / f"{home.name}.json").read_text())
+
+
+def docstring_lines(home):
+    """What the config's docstring says of a home."""
+    stored = golden(home)
+    sizes = stored["gib_per_chip"]
+    lines = [""]
+    for word in home.command:
+        if len(lines[-1]) + len(word) > 90:
+            lines[-1] += " \\\\"
+            lines.append("     ")
+        lines[-1] += f" {word}" if lines[-1] else f"  {word}"
+    return [
+        *lines,
+        f"    {sizes['total']:.1f} of {sizes['capacity']:.1f} GiB a chip; predicted "
+        f"{stored['step_seconds']:.2f} s a step, {stored['tokens_per_second_per_chip']:,} "
+        f"tokens/s/chip,",
+        f"    MFU {stored['mfu_6n']:.1%} (6N), {stored['days']:.0f} days, "
+        f"{stored['chip_hours']:,} chip hours.",
+    ]
+
+
+def docstring(config):
+    """The part of a config's docstring that tells where it fits."""
+    lines = ["Fits, as the compilers of these machines say (tests/plans.py checks it):"]
+    for home in HOMES:
+        if home.config == config:
+            lines += docstring_lines(home)
+    return "\n".join(lines) + "\n"
+
+
+def write_docstring(config):
+    """Puts `docstring` in its place: before the end of the config's own."""
+    path = ROOT / "configs" / f"{config}.py"
+    text = re.sub(r'Fits, as the compilers.*?(?=""")', "", path.read_text(), count=1, flags=re.S)
+    head, rest = text[3:].split('"""', 1)
+    path.write_text(f'"""{head}{docstring(config)}"""{rest}')
+
+
+def table():
+    """The rows of benchmarks/README.md."""
+    rows = []
+    for home in HOMES:
+        stored, sizes = golden(home), golden(home)["gib_per_chip"]
+        flags = " ".join(f"`{flag.removeprefix('--config.')}`" for flag in home.flags)
+        cells = [
+            f"`{home.config}`",
+            f"`{home.topology}`",
+            flags,
+            f"{sizes['arguments']:.2f} + {sizes['temporaries']:.2f}",
+            f"{sizes['capacity']:.1f}",
+            f"{stored['step_seconds']:.2f} s",
+            f"{stored['tokens_per_second_per_chip']:,}",
+            f"{stored['mfu_6n']:.1%}",
+            f"{stored['days']:.0f}",
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def main(names):
+    """Compiles and writes."""
+    GOLDENS.mkdir(exist_ok=True)
+    for home in HOMES:
+        if names and home.name not in names:
+            continue
+        try:
+            result = compile_plan(home)
+        except AssertionError as error:
+            print(f"{home.name}: {str(error).strip()[:200]}")
+            continue
+        text = json.dumps(summary(result), indent=2) + "\n"
+        (GOLDENS / f"{home.name}.json").write_text(text)
+        print(f"{home.name}: {result['compile_seconds']:.0f} s", flush=True)
+    for config in dict.fromkeys(home.config for home in HOMES):
+        if all((GOLDENS / f"{home.name}.json").exists() for home in HOMES if home.config == config):
+            write_docstring(config)
+    if all((GOLDENS / f"{home.name}.json").exists() for home in HOMES):
+        print(table())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,122 @@
+import importlib.util
+import os
+import re
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from llama_jax.chips import CHIPS, chip_named, find_chip
+from llama_jax.errors import UserError
+from llama_jax.topology import captured, node_of, parse_topology, target_config, topology_devices
+
+
+@pytest.mark.parametrize(
+    ("name", "chip", "shape"),
+    [
+        ("v5p-1024", "v5p", (8, 8, 8)),
+        ("v5p-128", "v5p", (4, 4, 4)),
+        ("v5p-8", "v5p", (2, 2, 1)),
+        ("v5p-2048", "v5p", (8, 8, 16)),
+        ("v4-2048", "v4", (8, 8, 16)),
+        ("v4-512", "v4", (4, 8, 8)),
+        ("v5e-256", "v5e", (16, 16)),
+        ("v6e-32", "v6e", (4, 8)),
+        ("v5p:8x8x4", "v5p", (8, 8, 4)),
+    ],
+)
+def test_names_of_slices(name, chip, shape):
+    topology = parse_topology(name)
+    assert (topology.chip.name, topology.shape) == (chip, shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v9-256", "unknown topology 'v9-256'; try v5p-1024"),
+        ("h100:8x8x8", "say nodes x GPUs of a node (up to 8), such as h100:256x8"),
+        ("h100:2x16", "say nodes x GPUs"),
+        ("h100-2048", "or one node, h100:8"),
+        ("v5p", "unknown topology"),
+        ("v5p:8x8", "a slice of v5p has 3 dimensions"),
+        ("v5e:4x4x4", "a slice of v5e has 2 dimensions"),
+        ("v5p:8x0x8", "has 3 dimensions"),
+        ("v5p-7", "there is no slice v5p-7"),
+        ("v4-200", "there is no slice v4-200"),
+    ],
+)
+def test_slices_that_do_not_exist(name, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse_topology(name)
+
+
+def test_the_table_of_chips():
+    assert len({chip.name for chip in CHIPS}) == len(CHIPS)
+    assert chip_named("h100").peak_flops == 989e12
+    assert find_chip("TPU v5 lite").name == "v5e" and find_chip("TPU v5p").name == "v5p"
+    assert find_chip("cpu") is None and chip_named("v9") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "chips"),
+    [("h100:256x8", (256, 8), 2048), ("a100-80g:2x4", (2, 4), 8), ("b200:8", (1, 8), 8)],
+)
+def test_nodes_of_gpus(name, shape, chips):
+    topology = parse_topology(name)
+    assert (topology.shape, topology.chips, topology.devices) == (shape, chips, chips)
+
+
+def test_slices_and_chips_of_two_devices():
+    topology = parse_topology("v5e-256", slices=2)
+    assert topology.chips == 512 and str(topology) == "v5e:16x16 x 2 slices"
+    topology = parse_topology("tpu7x-128")
+    assert (topology.shape, topology.chips, topology.devices) == ((4, 4, 4), 64, 128)
+
+
+def test_slices_are_of_tpus():
+    with pytest.raises(UserError, match="of GPUs, say more nodes"):
+        parse_topology("h100:2x8", slices=2)
+    with pytest.raises(UserError, match="--slices must be positive, got 0"):
+        parse_topology("v5e-256", slices=0)
+
+
+def test_what_the_compiler_is_told_of_a_gpu():
+    text = target_config(chip_named("h100"))
+    assert "core_count: 132 " in text and "major: 9 minor: 0" in text
+    assert 'device_description_str: "H100 80GB HBM3"' in text
+    assert "ACCELERATED_FEATURES" in text
+    assert "ACCELERATED" not in target_config(chip_named("a100-80g"))
+    assert {chip.name for chip in CHIPS if chip.target} == {"a100-80g", "h100", "h200", "b200"}
+
+
+@pytest.mark.parametrize(("name", "extra"), [("v5p-128", "tpu"), ("h100:8", "cuda13")])
+def test_a_missing_compiler_says_what_to_install(monkeypatch, name, extra):
+    from jax.experimental import topologies
+
+    def missing(**_):
+        raise RuntimeError("Unknown backend: it is not installed")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(UserError, match=re.escape(f"pip install '.[{extra}]'")):
+        topology_devices(parse_topology(name))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is not None, reason="the compiler is there"
+)
+def test_without_the_compiler_of_gpus():
+    with pytest.raises(UserError, match=re.escape("pip install '.[cuda13]'")):
+        topology_devices(parse_topology("h100:8"))
+
+
+def test_what_a_library_writes_is_kept():
+    with captured() as said:
+        os.write(2, b"one\ntwo\n")
+        assert said == []
+    assert said == ["one", "two"]
+
+
+def test_nodes_and_slices():
+    gpu = SimpleNamespace(platform="gpu", process_index=3, slice_index=0)
+    tpu = SimpleNamespace(platform="tpu", process_index=3, slice_index=1)
+    assert (node_of(gpu), node_of(tpu), node_of(jax.devices()[0])) == (3, 1, 0)
