@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.attention import attention
 from llama_jax.config import ModelConfig
-from llama_jax.sharding import constrain
+from llama_jax.sharding import constrain, reshard
 
 # Standard deviation of the initial weights, as in GPT-2 (the LLaMA paper gives none); projections
 # back into the residual stream are scaled by 1 / sqrt(2 L), which keeps its variance near 1.
@@ -232,13 +232,13 @@ class Block(nn.Module):
         x_BTD = checkpoint_name(x_BTD, "block_in")
         cache = None if layer_cache is None else (*layer_cache, *cache_segments)
         attn_norm_D = self.param("attn_norm", nn.initializers.ones, (c.dim,))
-        normed_BTD = constrain(rms_norm(x_BTD, attn_norm_D, c.norm_eps), *whole)
+        normed_BTD = reshard(rms_norm(x_BTD, attn_norm_D, c.norm_eps), whole, residual)
         out_BTD, new_cache = Attention(c, name="attn")(normed_BTD, rope_BT1h, segment_ids_BT, cache)
-        x_BTD = x_BTD + checkpoint_name(constrain(out_BTD, *residual), "attn_out")
+        x_BTD = x_BTD + checkpoint_name(reshard(out_BTD, residual, whole), "attn_out")
         mlp_norm_D = self.param("mlp_norm", nn.initializers.ones, (c.dim,))
-        normed_BTD = constrain(rms_norm(x_BTD, mlp_norm_D, c.norm_eps), *whole)
-        out_BTD = constrain(SwiGLU(c, name="mlp")(normed_BTD), *residual)
-        return x_BTD + out_BTD, new_cache
+        normed_BTD = reshard(rms_norm(x_BTD, mlp_norm_D, c.norm_eps), whole, residual)
+        out_BTD = SwiGLU(c, name="mlp")(normed_BTD)
+        return x_BTD + reshard(out_BTD, residual, whole), new_cache
 
 
 def _remat(block: Any, config: ModelConfig) -> Any:
@@ -325,7 +325,8 @@ class Llama(nn.Module):
         x_BTD, kv = layers(x_BTD, layer_cache, rope_BT1h, segment_ids_BT, cache_segments)
 
         final_norm_D = self.param("final_norm", nn.initializers.ones, (c.dim,))
-        hidden_BTD = constrain(rms_norm(x_BTD, final_norm_D, c.norm_eps), "batch", "seq", "embed")
+        hidden_BTD = rms_norm(x_BTD, final_norm_D, c.norm_eps)
+        hidden_BTD = reshard(hidden_BTD, ("batch", "seq", "embed"), residual)
         if c.tied_embeddings:
             head_DV = embed_VD.T.astype(c.compute_dtype)
         else:

@@ -74,7 +74,8 @@ def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, An
         "compile_seconds": compiled.seconds,
     }
     if not compiled.text:
-        names = "collectives collectives_by_dtype lookup_collectives flops_per_chip seconds "
+        names = "collectives collectives_by_dtype lookup_collectives flops_per_chip "
+        names += "hbm_bytes_per_chip estimated_cycles seconds "
         names += "step_seconds tokens_per_second_per_chip mfu_6n mfu_attention days chip_hours cost"
         return {**result, **dict.fromkeys(names.split())}
     summary = summarize(compiled.text)
@@ -94,6 +95,7 @@ def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, An
         "lookup_collectives": summary.lookup,
         "flops_per_chip": prediction.flops * each,
         "hbm_bytes_per_chip": prediction.memory_bytes * each,
+        "estimated_cycles": summary.cycles,  # by the compiler, without attention kernels
         "seconds": _seconds(prediction),
         "step_seconds": prediction.step,
         "tokens_per_second_per_chip": rate,

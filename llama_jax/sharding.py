@@ -5,6 +5,7 @@ a row for each; a parameter without a row, a row without a parameter, or a dimen
 axes do not divide is an error that names the path.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -84,6 +85,27 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         tuple(axis for axis in mesh_axes(entry) if axis not in mesh.manual_axes) for entry in spec
     ]
     return jax.lax.with_sharding_constraint(x, P(*(axes or None for axes in free)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def reshard(x: jax.Array, names: tuple[str, ...], gradient_names: tuple[str, ...]) -> jax.Array:
+    """`constrain` of an activation to one place, and of its gradient to another."""
+    return constrain(x, *names)
+
+
+def _reshard_forward(
+    x: jax.Array, names: tuple[str, ...], gradient_names: tuple[str, ...]
+) -> tuple[jax.Array, None]:
+    return constrain(x, *names), None
+
+
+def _reshard_backward(
+    names: tuple[str, ...], gradient_names: tuple[str, ...], _: None, d_out: jax.Array
+) -> tuple[jax.Array]:
+    return (constrain(d_out, *gradient_names),)
+
+
+reshard.defvjp(_reshard_forward, _reshard_backward)
 
 
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -38,16 +38,20 @@ class Home:
         return ["python -m llama_jax.plan", *lines]
 
 
+# Two replicas: a gather over all of a 3-D torus is compiled to an all-reduce, over half of it not.
+_REPLICAS = "--config.mesh.data=2"
+_KEEP_UP = "--config.model.remat=save:mlp_up"
+_KEEP_MLP = "--config.model.remat=save:mlp_gate,mlp_up"
 _KEEP = "--config.model.remat=save:q,k,v,attn_context,mlp_gate,mlp_up"
 HOMES = (
-    Home("7b", "v5p-128"),
+    Home("7b", "v5p-128", (_REPLICAS, _KEEP_UP)),
     Home("7b", "h100:16x8", ("--xla_preset=hopper", _KEEP, "--config.train.grad_accum=2")),
-    Home("13b", "v5p-256"),
+    Home("13b", "v5p-256", (_REPLICAS, _KEEP_UP)),
     Home("13b", "h100:32x8", ("--xla_preset=hopper", _KEEP, "--config.train.grad_accum=2")),
-    Home("33b", "v5p-512"),
+    Home("33b", "v5p-512", (_REPLICAS, _KEEP_UP)),
     Home("33b", "h100:128x8", ("--xla_preset=hopper", _KEEP, "--config.mesh.data=4")),
-    Home("65b", "v5p-1024"),
-    Home("65b", "v4-2048"),
+    Home("65b", "v5p-1024", (_REPLICAS, _KEEP_MLP)),
+    Home("65b", "v4-2048", (_REPLICAS, _KEEP_UP)),
     Home("65b", "a100-80g:256x8", ("--xla_preset=ampere", _KEEP, "--config.mesh.data=8")),
 )
 
