@@ -56,11 +56,11 @@ def _on_each_device(function: Callable[..., Any], with_gradients: bool) -> Calla
       function: returns objective and entropy, and with gradients also d_hidden_BTD and d_head_DV.
       with_gradients: whether it does.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return function
-    tokens, head = activation_spec("batch", "seq"), PARAM_SPECS["lm_head"]
-    shards = head[0]  # the mesh axes that divide D
+    mesh, tokens = jax.sharding.get_abstract_mesh(), activation_spec("batch", "seq")
     axes = tuple(axis for entry in tokens for axis in mesh_axes(entry))
+    if mesh.empty or all(mesh.shape[axis] == 1 for axis in axes):
+        return function  # one device has all tokens
+    shards = PARAM_SPECS["lm_head"][0]  # the mesh axes that divide D
 
     def local(hidden_BTD: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         objective, entropy, *gradients = function(hidden_BTD, *arrays)
