@@ -58,9 +58,12 @@ def _on_each_device(function: Callable[..., Any], with_gradients: bool) -> Calla
     """
     mesh, tokens = jax.sharding.get_abstract_mesh(), activation_spec("batch", "seq")
     axes = tuple(axis for entry in tokens for axis in mesh_axes(entry))
-    if mesh.empty or all(mesh.shape[axis] == 1 for axis in axes):
+    used = [] if mesh.empty else [axis for axis in axes if mesh.shape[axis] > 1]
+    if not used:
         return function  # one device has all tokens
-    shards = PARAM_SPECS["lm_head"][0]  # the mesh axes that divide D
+    by_dim = PARAM_SPECS["lm_head"][0]  # the mesh axes that divide D
+    shards = tuple(axis for axis in by_dim if axis in used)
+    rest = tuple(axis for axis in used if axis not in shards)
 
     def local(hidden_BTD: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         objective, entropy, *gradients = function(hidden_BTD, *arrays)
@@ -68,23 +71,25 @@ def _on_each_device(function: Callable[..., Any], with_gradients: bool) -> Calla
         if not with_gradients:
             return totals
         d_hidden_BTD, d_head_DV = gradients
-        rest = tuple(axis for axis in axes if axis not in shards)
-        d_head_DV = jax.lax.psum(jax.lax.psum_scatter(d_head_DV, shards, tiled=True), rest)
+        if shards:
+            d_head_DV = jax.lax.psum_scatter(d_head_DV, shards, tiled=True)
         # The barrier: nothing else needs the sum before the optimiser, and a scheduler that puts it
         # off until then keeps the whole matrix in memory beside the layers.
-        return (*totals, *jax.lax.optimization_barrier((d_hidden_BTD, d_head_DV)))
+        return (*totals, *jax.lax.optimization_barrier((d_hidden_BTD, d_head_DV[None])))
 
     hidden = P(*tokens, None)
     sharded = jax.shard_map(
         local,
         in_specs=(hidden, P(), tokens, tokens),
-        out_specs=(P(axes), P(axes), *((hidden, P(shards)) if with_gradients else ())),
+        out_specs=(P(axes), P(axes), *((hidden, P(rest, by_dim)) if with_gradients else ())),
         axis_names=set(axes),  # the vocabulary stays the partitioner's
         check_vma=False,
     )
 
     def summed(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         objective, entropy, *gradients = sharded(*arrays)
+        if with_gradients:
+            gradients[1] = jnp.sum(gradients[1], axis=0)  # over replicas of the matrix
         return (jnp.sum(objective), jnp.sum(entropy), *gradients)
 
     return summed
@@ -159,7 +164,7 @@ def _sums(
 def _sums_and_gradients(
     chunk: int, z_loss: float, hidden_BTD: jax.Array, head_DV: jax.Array, *arrays: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Objective, cross-entropy, and the gradients of the objective, in the dtypes of the inputs."""
+    """Objective, cross-entropy, and the gradients of the objective; d_head_DV is float32."""
 
     def body(carry: tuple[jax.Array, ...], chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
         objective, entropy, d_head_DV = carry
@@ -183,15 +188,15 @@ def _sums_and_gradients(
     zero = jnp.zeros((), jnp.float32)
     carry = (zero, zero, jnp.zeros(head_DV.shape, jnp.float32))
     (objective, entropy, d_head_DV), d_hidden_CBTD = jax.lax.scan(body, carry, chunks)
-    return objective, entropy, _from_chunks(d_hidden_CBTD), d_head_DV.astype(head_DV.dtype)
+    return objective, entropy, _from_chunks(d_hidden_CBTD), d_head_DV
 
 
 def _forward(
     chunk: int, z_loss: float, *arrays: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     function = functools.partial(_sums_and_gradients, chunk, z_loss)
-    objective, entropy, *gradients = _on_each_device(function, True)(*arrays)
-    return (objective, entropy), (gradients[0], gradients[1])
+    objective, entropy, d_hidden_BTD, d_head_DV = _on_each_device(function, True)(*arrays)
+    return (objective, entropy), (d_hidden_BTD, d_head_DV.astype(arrays[1].dtype))
 
 
 def _backward(

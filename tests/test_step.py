@@ -136,3 +136,12 @@ def test_the_state_is_donated_and_sharded():
         after, _ = compiled.train(state, random_batch(TINY, 0))
     assert state.params["embed"].is_deleted()
     assert after.params["embed"].sharding == compiled.state_shardings.params["embed"]
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)])
+def test_bfloat16_on_a_mesh(shape):
+    config = replace(TINY, model__compute_dtype="bfloat16")
+    losses, _, _ = losses_and_state(config, mesh_of(shape))
+    expected, _, _ = losses_and_state(config, mesh_of((1, 1, 1, 1)))
+    # bfloat16 has 8 bits, and sums of gradients come in another order.
+    np.testing.assert_allclose(losses, expected, atol=2e-3)
