@@ -43,7 +43,10 @@ setup(
         "cuda13": ["jax[cuda13]"],
         "beam": ["apache-beam>=2.77"],
         "notebook": ["nbconvert>=7.16", "ipykernel>=6.29"],
+        # Tokenizers in Hugging Face's format, such as LLaMA-3's.
+        "hf": ["tokenizers>=0.21"],
         "dev": [
+            "tokenizers>=0.21",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",

@@ -135,3 +135,34 @@ def one_line_error(process):
     assert process.returncode == 1, (process.returncode, process.stdout, process.stderr)
     assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
     return lines[0]
+
+
+def llama3_tokenizer(corpus):
+    """A small byte-level BPE `tokenizer.json` with LLaMA-3's way of cutting text: 400 ids and 3."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    words = Regex(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    made = Tokenizer(models.BPE(ignore_merges=True))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = [path.read_text() for path in sorted(corpus.iterdir())]
+    made.train_from_iterator(texts, trainer)
+    made.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
+    bos = "<|begin_of_text|>"
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, made.token_to_id(bos))]
+    )
+    return made.to_str().encode()
