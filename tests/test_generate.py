@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.decode import Sampling, filter_logits, generate
 from llama_jax.errors import UserError
-from llama_jax.generate import Sampling, complete, decoding_mesh, filter_logits, generate
+from llama_jax.generate import complete
+from llama_jax.inference import decoding_mesh
 from llama_jax.model import logits
 from tests.helpers import TINY, random_params, replace
 

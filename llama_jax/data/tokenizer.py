@@ -136,9 +136,7 @@ class TextStream:
 
     def end(self) -> str:
         """A U+FFFD, if a character is not whole."""
-        cut_off = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return cut_off
+        return self._decoder.decode(b"", final=True)
 
 
 def _pieces_of(documents: Iterable[str], limit: int) -> Iterator[str]:
