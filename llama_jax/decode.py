@@ -281,6 +281,7 @@ def stream(
     context: int,
     eos_id: int,
     chunk: int = 1,
+    rows: int = 1,
 ) -> Iterator[list[list[int]]]:
     """Continues a batch of prompts of unequal lengths, a few tokens at a time.
 
@@ -292,6 +293,7 @@ def stream(
       context: longest sequence the model was trained on, in tokens; generation stops there.
       eos_id: a row ends after this token.
       chunk: tokens drawn by one program; more cost fewer dispatches.
+      rows: of the program, at least; what is more than the prompts is padding.
 
     Yields:
       The next tokens of each row, EOS included where it came; none for a row that has ended.
@@ -301,7 +303,7 @@ def stream(
     """
     longest = check_prompts(prompts, context)
     width, multiple = round_up(longest), batch_multiple()
-    rows = -(-len(prompts) // multiple) * multiple
+    rows = -(-max(rows, len(prompts)) // multiple) * multiple
     tokens_BT, lengths_B = np.zeros((rows, width), np.int32), np.zeros((rows,), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BT[row, width - len(prompt) :] = prompt
