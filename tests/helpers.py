@@ -166,3 +166,18 @@ def llama3_tokenizer(corpus):
         single=f"{bos} $A", special_tokens=[(bos, made.token_to_id(bos))]
     )
     return made.to_str().encode()
+
+
+def save_checkpoint(folder, config, params, tokenizer_model):
+    """A work directory with one saved step of these weights."""
+    from llama_jax.checkpoint import Checkpointer, Meta
+    from llama_jax.optim import make_optimizer
+    from llama_jax.step import TrainState
+
+    params = jax.tree.map(jax.numpy.asarray, params)
+    opt_state = make_optimizer(config.optim, config.train.steps).init(params)
+    state = TrainState(step=jax.numpy.zeros((), "int32"), params=params, opt_state=opt_state)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Checkpointer(folder, config) as checkpointer:
+        checkpointer.save(state, Meta(config, 0, "made up", tokenizer_model))
+    return folder
