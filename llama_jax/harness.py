@@ -254,6 +254,12 @@ def run_tasks(
             )
         except (OSError, ConnectionError) as error:
             raise UserError(f"the data of {', '.join(names)} cannot be read: {error}") from error
+        except ValueError as error:
+            if "unsafe" not in str(error).lower():
+                raise
+            raise UserError(
+                f"one of {', '.join(names)} runs what the model writes; evaluate does not"
+            ) from error
     assert results is not None
     return results
 

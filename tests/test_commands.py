@@ -381,7 +381,7 @@ def test_a_full_disk_during_a_save(corpus, tmp_path, how):
     assert "resume  from step 4" in again.stdout and "finished at step 12" in again.stdout
 
 
-@pytest.mark.parametrize("module", ["train", "prepare", "generate", "data"])
+@pytest.mark.parametrize("module", ["train", "prepare", "generate", "evaluate", "data"])
 def test_help_is_complete_and_has_an_example(module):
     process = run_command(module, "--help")
     assert process.returncode == 0 and process.stderr == ""
@@ -396,6 +396,10 @@ def test_help_is_complete_and_has_an_example(module):
         "generate": (
             *("--checkpoint", "--prompt", "--max_tokens", "--temperature", "--top_k", "--top_p"),
             *("--seed", "--prompts", "--mesh", "--batch_size"),
+        ),
+        "evaluate": (
+            *("--checkpoint", "--text", "--text_field", "--shards", "--split", "--tasks"),
+            *("--num_fewshot", "--stride", "--batch_size", "--limit", "--mesh"),
         ),
         "data": ("--show", "--config", "--step", "--rows", "--lines", "--plot"),
     }[module]
@@ -427,7 +431,7 @@ def test_the_benchmark_prints_one_line_of_json():
 def test_what_needs_no_tensorflow():
     code = (
         "import sys; sys.argv = ['x']; sys.path.insert(0, 'benchmarks'); import train_step;"
-        "import llama_jax.generate, llama_jax.train, llama_jax.prepare;"
+        "import llama_jax.generate, llama_jax.train, llama_jax.prepare, llama_jax.evaluate;"
         "assert 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
