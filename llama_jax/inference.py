@@ -57,6 +57,12 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "") -> InferenceMo
     if not meta.tokenizer_model:
         raise UserError(f"{folder} was trained on synthetic data and has no tokenizer to read text")
     tokenizer = Tokenizer(meta.tokenizer_model, f"the tokenizer of {folder}")
+    size = meta.config.model.vocab_size
+    if tokenizer.vocab_size > size:  # beyond the embedding, JAX would take its last row
+        raise UserError(
+            f"the tokenizer of {folder} has {tokenizer.vocab_size} ids, "
+            f"but model.vocab_size is {size}"
+        )
     devices = parse_mesh(mesh) if mesh else decoding_mesh(meta.config.model)
     with jax.set_mesh(devices):
         shardings = param_shardings(abstract_state(meta.config).params, devices)

@@ -41,15 +41,19 @@ def test_what_comes_piece_by_piece_is_the_whole(kind, tokenizer, corpus, one_dev
     if kind == "json":
         tokenizer = Tokenizer(llama3_tokenizer(corpus))
     model = model_of(tokenizer, one_device)
-    prompts, sampling = ["abc d", "é 🦙"], Sampling(max_tokens=40, temperature=3.0, top_p=1.0)
+    # Many rows, so that some begin with a space and some end in half a character.
+    prompts, sampling = (
+        ["abc d", "é 🦙", *[""] * 22],
+        Sampling(max_tokens=40, temperature=3.0, top_p=1.0),
+    )
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     with jax.set_mesh(one_device):
         found = list(additions(model, ids, sampling, chunk=1))
         whole = complete(model.config.model, model.params, tokenizer, prompts, sampling, context=64)
-    texts = ["".join(a.text for a in found if a.row == row) for row in range(2)]
+    texts = ["".join(a.text for a in found if a.row == row) for row in range(24)]
     assert [p + text for p, text in zip(prompts, texts, strict=True)] == whole
     assert any("\ufffd" in text for text in texts)  # random bytes are hardly ever UTF-8
-    ended = [[a.ended for a in found if a.row == row] for row in range(2)]
+    ended = [[a.ended for a in found if a.row == row] for row in range(24)]
     assert all(row[-1] and not any(row[:-1]) for row in ended)
     assert max(a.part for a in found) <= 40
 
@@ -91,7 +95,7 @@ def test_tokens_per_second(monkeypatch):
 
 
 def test_prompts_from_files(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\n two \r\n")
+    (tmp_path / "a.txt").write_text("one\n\n  \n two \r\n")
     assert read_prompts(tmp_path / "a.txt") == ["one", " two "]
     lines = ["é\n", {"prompt": "b", "id": 3}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 
 from llama_jax.errors import UserError
-from llama_jax.inference import cast_matrices, decoding_mesh, parse_mesh
+from llama_jax.inference import cast_matrices, decoding_mesh, open_model, parse_mesh
 from llama_jax.model import logits
-from tests.helpers import TINY, random_params, replace
+from tests.helpers import TINY, random_params, replace, save_checkpoint
 
 
 @pytest.mark.parametrize(("kv_heads", "tensor"), [(4, 4), (2, 2), (1, 1)])
@@ -51,3 +51,28 @@ def test_cast_weights_give_the_same_logits():
     assert cast["layers"]["mlp_norm"].dtype == cast["final_norm"].dtype == "float32"
     tokens = np.arange(12)[None]
     np.testing.assert_array_equal(logits(config, cast, tokens), logits(config, params, tokens))
+
+
+def test_a_checkpoint_opens_with_its_weights_where_they_belong(tokenizer, tmp_path):
+    config = replace(TINY, model__vocab_size=304, train__seq_len=24)  # padded, as some are
+    params = random_params(config.model)
+    save_checkpoint(tmp_path / "run", config, params, tokenizer.model_bytes)
+    for mesh, sizes in (("fsdp=2,tensor=2", (1, 2, 1, 2)), ("", (1, 1, 1, 4))):
+        model = open_model(tmp_path / "run", mesh)
+        assert tuple(model.mesh.shape.values()) == sizes
+        assert model.context == 24 and model.tokenizer.fingerprint == tokenizer.fingerprint
+        wq = model.params["layers"]["attn"]["wq"]
+        assert wq.sharding.mesh == model.mesh and "tensor" in wq.sharding.spec
+        np.testing.assert_array_equal(wq, params["layers"]["attn"]["wq"])
+
+
+def test_checkpoints_that_cannot_write(tokenizer, tmp_path):
+    params = random_params(TINY.model)
+    save_checkpoint(tmp_path / "none", TINY, params, b"")
+    with pytest.raises(UserError, match="has no tokenizer to read text"):
+        open_model(tmp_path / "none")
+    save_checkpoint(tmp_path / "small", TINY, params, tokenizer.model_bytes)
+    with pytest.raises(UserError, match="has 300 ids, but model.vocab_size is 64"):
+        open_model(tmp_path / "small")
+    with pytest.raises(UserError, match="--checkpoint is missing"):
+        open_model(None)
