@@ -1,4 +1,5 @@
 import json
+import re
 
 import jax
 import pytest
@@ -51,7 +52,9 @@ def test_what_comes_piece_by_piece_is_the_whole(kind, tokenizer, corpus, one_dev
         found = list(additions(model, ids, sampling, chunk=1))
         whole = complete(model.config.model, model.params, tokenizer, prompts, sampling, context=64)
     texts = ["".join(a.text for a in found if a.row == row) for row in range(24)]
-    assert [p + text for p, text in zip(prompts, texts, strict=True)] == whole
+    # Of a character that is cut off, SentencePiece marks each byte, and Python's decoder the rest.
+    got = [p + text for p, text in zip(prompts, texts, strict=True)]
+    assert [re.sub("\ufffd+", "?", t) for t in got] == [re.sub("\ufffd+", "?", t) for t in whole]
     assert any("\ufffd" in text for text in texts)  # random bytes are hardly ever UTF-8
     ended = [[a.ended for a in found if a.row == row] for row in range(24)]
     assert all(row[-1] and not any(row[:-1]) for row in ended)
