@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKDIR ?= runs/tiny
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help train test lint format slow parity beam tpu gpu slurm clean
+.PHONY: help train test lint format slow parity beam tpu gpu eval slurm clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -76,9 +76,18 @@ tpu: .venv-tpu/.installed  ## compile 7B and 65B for TPU slices, with the real c
 gpu: .venv-gpu/.installed  ## compile 7B, 65B and attention for GPU nodes, with the real compiler
 	.venv-gpu/bin/python -m pytest -m gpu -q $(PYTEST_ARGS)
 
+# The harness wants another python-dateutil than constraints.txt has; its [hf] is for the test only.
+.venv-eval/.installed: setup.py
+	$(PYTHON) -m venv .venv-eval
+	@.venv-eval/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,parity,eval]' 'lm_eval[hf]'
+	@touch $@
+
+eval: .venv-eval/.installed  ## the adapter for lm-evaluation-harness against the harness's own model
+	.venv-eval/bin/python -m pytest -m eval -q $(PYTEST_ARGS)
+
 slurm: .venv/.installed-dev  ## launch/slurm.sbatch on a real Slurm, from Debian's packages (as root)
 	tests/slurm_cluster.sh install
 	$(BIN)/python -m pytest -m slurm -q $(PYTEST_ARGS)
 
 clean:  ## remove .venv and caches, but not your runs
-	rm -rf .venv .venv-beam .venv-tpu .venv-gpu .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-beam .venv-tpu .venv-gpu .venv-eval .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

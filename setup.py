@@ -43,7 +43,12 @@ setup(
         "cuda13": ["jax[cuda13]"],
         "beam": ["apache-beam>=2.77"],
         "notebook": ["nbconvert>=7.16", "ipykernel>=6.29"],
+        # Tokenizers in Hugging Face's format, such as LLaMA-3's.
+        "hf": ["tokenizers>=0.21"],
+        # Tasks of lm-evaluation-harness, whose tables have no headings with an older pytablewriter.
+        "eval": ["lm_eval>=0.4.9,<0.5", "pytablewriter>=1", "tokenizers>=0.21"],
         "dev": [
+            "tokenizers>=0.21",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",

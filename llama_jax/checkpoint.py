@@ -2,7 +2,7 @@
 
 A saved step is the folder `checkpoints/N/` with four orbax items: `params`, `optimizer` (step
 counter and moments), `meta` (JSON: resolved config, data fingerprint, versions) and `tokenizer`
-(JSON: the SentencePiece model). Whoever needs only the weights reads only them.
+(JSON: the tokenizer's file). Whoever needs only the weights reads only them.
 """
 
 import base64
@@ -32,7 +32,7 @@ class Meta:
       config: the resolved config of the run.
       step: optimiser steps taken; the data position is a function of it.
       data_fingerprint: sha256 of the token shards, or of the synthetic source's parameters.
-      tokenizer_model: serialized SentencePiece model; empty for synthetic data.
+      tokenizer_model: SentencePiece model or tokenizer.json; empty for synthetic data.
       positions: of each process in streamed data (`data.streaming.Position`); else empty.
     """
 

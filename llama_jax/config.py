@@ -171,7 +171,7 @@ class DataConfig:
 
     source: str = "stdlib"
     path: str = ""  # folder of prepared shards; empty: WORKDIR/data
-    tokenizer: str = ""  # SentencePiece model; empty: train one of model.vocab_size on the source
+    tokenizer: str = ""  # SentencePiece .model or tokenizer.json; empty: train one on the source
     text_field: str = "text"  # of a JSON line, a Parquet table or a TFDS example
     tfds_split: str = "train"
     tfds_data_dir: str = ""  # where TFDS datasets are; empty: TFDS's own default

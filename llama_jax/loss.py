@@ -95,20 +95,20 @@ def _on_each_device(function: Callable[..., Any], with_gradients: bool) -> Calla
     return summed
 
 
-def _n_chunks(chunk: int, length: int) -> int:
+def n_chunks_of(chunk: int, length: int) -> int:
     """As few chunks of equal size as there can be of at most `chunk` positions."""
     size = next(size for size in range(min(chunk, length), 0, -1) if length % size == 0)
     return length // size
 
 
-def _to_chunks(x_BT: jax.Array, n_chunks: int) -> jax.Array:
+def to_chunks(x_BT: jax.Array, n_chunks: int) -> jax.Array:
     """B T ... -> C B T/C ..."""
     shape = (x_BT.shape[0], n_chunks, x_BT.shape[1] // n_chunks, *x_BT.shape[2:])
     return jnp.moveaxis(x_BT.reshape(shape), 1, 0)
 
 
-def _from_chunks(x_CBT: jax.Array) -> jax.Array:
-    """The inverse of `_to_chunks`."""
+def from_chunks(x_CBT: jax.Array) -> jax.Array:
+    """The inverse of `to_chunks`."""
     x_BCT = jnp.moveaxis(x_CBT, 0, 1)
     return x_BCT.reshape(x_BCT.shape[0], -1, *x_BCT.shape[3:])
 
@@ -155,8 +155,8 @@ def _sums(
         objective, entropy, _ = _chunk_loss(z_loss, hidden, head_DV, targets, weights)
         return (total[0] + objective, total[1] + entropy), None
 
-    n_chunks = _n_chunks(chunk, hidden_BTD.shape[1])
-    chunks = tuple(_to_chunks(x, n_chunks) for x in (hidden_BTD, *arrays))
+    n_chunks = n_chunks_of(chunk, hidden_BTD.shape[1])
+    chunks = tuple(to_chunks(x, n_chunks) for x in (hidden_BTD, *arrays))
     zero = jnp.zeros((), jnp.float32)
     return jax.lax.scan(body, (zero, zero), chunks)[0]
 
@@ -183,12 +183,12 @@ def _sums_and_gradients(
         )
         return (objective + add_objective, entropy + add_entropy, d_head_DV), d_hidden_BTD
 
-    n_chunks = _n_chunks(chunk, hidden_BTD.shape[1])
-    chunks = tuple(_to_chunks(x, n_chunks) for x in (hidden_BTD, *arrays))
+    n_chunks = n_chunks_of(chunk, hidden_BTD.shape[1])
+    chunks = tuple(to_chunks(x, n_chunks) for x in (hidden_BTD, *arrays))
     zero = jnp.zeros((), jnp.float32)
     carry = (zero, zero, jnp.zeros(head_DV.shape, jnp.float32))
     (objective, entropy, d_head_DV), d_hidden_CBTD = jax.lax.scan(body, carry, chunks)
-    return objective, entropy, _from_chunks(d_hidden_CBTD), d_head_DV
+    return objective, entropy, from_chunks(d_hidden_CBTD), d_head_DV
 
 
 def _forward(

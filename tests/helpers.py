@@ -14,6 +14,7 @@ from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimC
 from llama_jax.mesh import make_mesh
 
 ROOT = pathlib.Path(__file__).parent.parent
+SPECIAL = ("begin_of_text", "end_of_text", "eot_id", "finetune_right_pad_id")
 MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 1, 4), (2, 2, 1, 2), (1, 2, 2, 2))
 
 TINY = Config(
@@ -135,3 +136,49 @@ def one_line_error(process):
     assert process.returncode == 1, (process.returncode, process.stdout, process.stderr)
     assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
     return lines[0]
+
+
+def llama3_tokenizer(corpus):
+    """A small byte-level BPE `tokenizer.json` with LLaMA-3's way of cutting text; 404 ids."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    words = Regex(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    made = Tokenizer(models.BPE(ignore_merges=True))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = [path.read_text() for path in sorted(corpus.iterdir())]
+    made.train_from_iterator(texts, trainer)
+    made.add_special_tokens([f"<|{name}|>" for name in SPECIAL])
+    bos = "<|begin_of_text|>"
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, made.token_to_id(bos))]
+    )
+    return made.to_str().encode()
+
+
+def save_checkpoint(folder, config, params, tokenizer_model):
+    """A work directory with one saved step of these weights."""
+    from llama_jax.checkpoint import Checkpointer, Meta
+    from llama_jax.optim import make_optimizer
+    from llama_jax.step import TrainState
+
+    params = jax.tree.map(jax.numpy.asarray, params)
+    opt_state = make_optimizer(config.optim, config.train.steps).init(params)
+    state = TrainState(step=jax.numpy.zeros((), "int32"), params=params, opt_state=opt_state)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Checkpointer(folder, config) as checkpointer:
+        checkpointer.save(state, Meta(config, 0, "made up", tokenizer_model))
+    return folder

@@ -66,12 +66,27 @@ def test_generate(run):
     workdir, _ = run
     flags = (f"--checkpoint={workdir}", "--prompt=abc", "--prompt=de f", "--max_tokens=5")
     first, second = run_command("generate", *flags), run_command("generate", *flags)
-    assert first.returncode == 0 and first.stderr == ""
+    assert first.returncode == 0
+    assert re.fullmatch(r"\d+ new tokens; .* tokens/s\n", first.stderr)
     assert first.stdout == second.stdout
     blocks = re.split(r"--- \d ---\n", first.stdout)
     assert blocks[1].startswith("abc") and blocks[2].startswith("de f")
     step = run_command("generate", f"--checkpoint={workdir}/checkpoints/4", "--prompt=abc")
     assert step.returncode == 0 and step.stdout.startswith("abc")
+
+
+def test_generate_for_a_file_of_prompts_on_a_mesh(run, tmp_path):
+    workdir, _ = run
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("abc\nde f\nq 日\n")
+    flags = (f"--checkpoint={workdir}", f"--prompts={prompts}", "--json", "--temperature=0")
+    alone = run_command("generate", *flags, "--max_tokens=7", "--batch_size=2")
+    assert alone.returncode == 0, alone.stderr
+    rows = [json.loads(line) for line in alone.stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == ["abc", "de f", "q 日"]
+    assert all(row["tokens"] <= 7 and isinstance(row["text"], str) for row in rows)
+    mesh = ("--max_tokens=7", "--mesh=data=2,tensor=2")
+    assert run_command("generate", *flags, *mesh, devices=4).stdout == alone.stdout
 
 
 @pytest.mark.parametrize(
@@ -82,6 +97,9 @@ def test_generate(run):
         (("--checkpoint={run}", "--prompt=" + "abc " * 40), "the model's context is 32"),
         (("--checkpoint={run}", "--temperature=-1"), "temperature must be 0"),
         (("--checkpoint={run}", "--top_p=2"), "top_p must be in"),
+        (("--checkpoint={run}", "--prompts=/nothing"), "cannot read --prompts=/nothing"),
+        (("--checkpoint={run}", "--batch_size=0"), "--batch_size must be at least 1"),
+        (("--checkpoint={run}", "--mesh=tensor=3"), "does not cover 1 devices"),
         (("--checkpoint={run}", "--promt=x"), "Did you mean: prompt"),
     ],
 )
@@ -363,7 +381,7 @@ def test_a_full_disk_during_a_save(corpus, tmp_path, how):
     assert "resume  from step 4" in again.stdout and "finished at step 12" in again.stdout
 
 
-@pytest.mark.parametrize("module", ["train", "prepare", "generate", "data"])
+@pytest.mark.parametrize("module", ["train", "prepare", "generate", "evaluate", "data"])
 def test_help_is_complete_and_has_an_example(module):
     process = run_command(module, "--help")
     assert process.returncode == 0 and process.stderr == ""
@@ -377,7 +395,11 @@ def test_help_is_complete_and_has_an_example(module):
         "prepare": ("--config", "--output", "--verify"),
         "generate": (
             *("--checkpoint", "--prompt", "--max_tokens", "--temperature", "--top_k", "--top_p"),
-            "--seed",
+            *("--seed", "--prompts", "--mesh", "--batch_size"),
+        ),
+        "evaluate": (
+            *("--checkpoint", "--text", "--text_field", "--shards", "--split", "--tasks"),
+            *("--num_fewshot", "--stride", "--batch_size", "--limit", "--mesh"),
         ),
         "data": ("--show", "--config", "--step", "--rows", "--lines", "--plot"),
     }[module]
@@ -409,7 +431,7 @@ def test_the_benchmark_prints_one_line_of_json():
 def test_what_needs_no_tensorflow():
     code = (
         "import sys; sys.argv = ['x']; sys.path.insert(0, 'benchmarks'); import train_step;"
-        "import llama_jax.generate, llama_jax.train, llama_jax.prepare;"
+        "import llama_jax.generate, llama_jax.train, llama_jax.prepare, llama_jax.evaluate;"
         "assert 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)

@@ -13,8 +13,10 @@ shards. A document lies in one shard.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -285,6 +287,18 @@ class TokenDataset:
         if len(parts) == 1:
             return parts[0]
         return np.concatenate(parts) if parts else np.empty(0, np.uint16)
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """The tokens of each document, from BOS to EOS.
+
+        Raises:
+          UserError: a damaged shard.
+        """
+        for number, shard in enumerate(self._shards):
+            starts = _open_array(str(self.folder / f"{shard['name']}.idx"), INDEX_DTYPE.str)[:]
+            bounds = [*starts.tolist(), shard["tokens"]]
+            for start, stop in itertools.pairwise(bounds):
+                yield self._shard_tokens(number, start, stop)
 
     def pieces(self, sequence: int) -> list[np.ndarray]:
         """The pieces of a packed sequence: tokens whose last is only a target.

@@ -1,14 +1,16 @@
-"""SentencePiece tokenizers: loading them, and training them by LLaMA's recipe."""
+"""Tokenizers: one interface over two formats, and training SentencePiece by LLaMA's recipe."""
 
 import codecs
 import hashlib
 import io
+import json
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import sentencepiece
 from etils import epath
 
+from llama_jax.data.vocabularies import SentencePiece, TokenizerJson, Vocabulary, with_ends
 from llama_jax.errors import UserError
 
 # SentencePiece skips longer "sentences" and reads its sample into memory; both limits are generous
@@ -21,90 +23,120 @@ class Tokenizer:
     """Text to token ids and back: `decode(encode(text)) == text`, but for U+2581.
 
     That character is how SentencePiece itself writes a space, and comes back as one.
+
+    Attributes:
+      model_bytes: the file, which says itself of which format it is.
+      fingerprint: sha256 of it.
+      vocab_size: all ids are below it.
+      bos_id: begins a text.
+      eos_id: ends it.
     """
 
     def __init__(self, model_bytes: bytes, name: str = "the tokenizer") -> None:
-        """Wraps a serialized SentencePiece model.
+        """Wraps a serialized tokenizer.
 
         Args:
-          model_bytes: contents of a `.model` file.
+          model_bytes: contents of a SentencePiece `.model` file, or of a `tokenizer.json`.
           name: what to call it in an error.
 
         Raises:
-          UserError: the bytes are no SentencePiece model, or one without BOS and EOS.
+          UserError: the bytes are neither, or one without BOS and EOS.
         """
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise UserError(f"{name} is not a SentencePiece model") from error
+        is_json = model_bytes.lstrip()[:1] == b"{"
+        self._vocabulary: Vocabulary = (TokenizerJson if is_json else SentencePiece)(
+            model_bytes, name
+        )
         self.model_bytes = model_bytes
         self.fingerprint = hashlib.sha256(model_bytes).hexdigest()
-        self.vocab_size = self._processor.vocab_size()
-        self.bos_id = self._processor.bos_id()
-        self.eos_id = self._processor.eos_id()
-        if min(self.bos_id, self.eos_id) < 0:
-            raise UserError(f"{name} has no BOS or no EOS token")
+        self.vocab_size = self._vocabulary.size
+        self.bos_id = self._vocabulary.bos_id
+        self.eos_id = self._vocabulary.eos_id
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "Tokenizer":
-        """Reads a `.model` file.
+        """Reads a `.model` file or a `tokenizer.json`, with the tokenizer_config.json beside it.
 
         Raises:
           UserError: it cannot be read, or is none.
         """
+        path, name = epath.Path(path), f"tokenizer {path}"
         try:
-            return cls(epath.Path(path).read_bytes(), f"tokenizer {path}")
+            model_bytes = path.read_bytes()
+            config = path.parent / "tokenizer_config.json"
+            if path.suffix == ".json" and config.exists():
+                model_bytes = with_ends(model_bytes, json.loads(config.read_text()), name)
+            return cls(model_bytes, name)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{name}, or its tokenizer_config.json, is not JSON: {error}"
+            ) from error
         except OSError as error:
             raise UserError(f"cannot read tokenizer {path}: {error.strerror or error}") from error
 
     def save(self, path: epath.PathLike) -> None:
-        """Writes a `.model` file."""
+        """Writes the file, of whichever format."""
         epath.Path(path).write_bytes(self.model_bytes)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without BOS and EOS."""
-        return self._processor.encode(text)
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of a text, without BOS and EOS.
+
+        Args:
+          text: any text.
+          special: take the names of special tokens in it, such as `</s>`, for these tokens. Never
+            for text of others, who could end the turn or the document with it.
+        """
+        return self._vocabulary.encode(text, special)
 
     def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """Token ids of several documents, int32, each from BOS to EOS, in so many threads."""
-        return self._processor.encode_as_numpy(
-            list(texts), add_bos=True, add_eos=True, num_threads=threads
-        )
+        return self._vocabulary.encode_documents(texts, threads)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; BOS and EOS add nothing."""
-        return self._processor.decode(list(ids))
+        return self._vocabulary.decode(list(map(int, ids)))
 
     def piece(self, token: int) -> str:
-        """How SentencePiece writes one token."""
-        return self._processor.id_to_piece(int(token))
+        """How the tokenizer's file writes one token."""
+        return self._vocabulary.piece(int(token))
+
+    def stream(self) -> "TextStream":
+        """Decodes token after token."""
+        return TextStream(self._vocabulary)
 
     def texts(self, ids: Sequence[int]) -> list[str]:
         """What each token adds to the text; of a character made of several tokens, the last has it.
 
         BOS and EOS add nothing, bytes that are no UTF-8 a U+FFFD.
         """
-        found: list[str] = []
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        begins = False
-        for token in map(int, ids):
-            piece = self._processor.id_to_piece(token)
-            if self._processor.is_byte(token):  # written <0x0A>
-                found.append(decoder.decode(bytes([int(piece[3:5], 16)])))
-            else:
-                cut_off = decoder.decode(b"", final=True)
-                decoder.reset()
-                if self._processor.is_control(token):
-                    piece = ""
-                elif self._processor.is_unknown(token):
-                    piece = " ⁇ "  # as SentencePiece decodes it
-                elif begins:  # SentencePiece puts a space before every text
-                    piece = piece.removeprefix("\u2581")
-                found.append(cut_off + piece.replace("\u2581", " "))
-            begins = token == self.bos_id
+        stream = self.stream()
+        found = [stream.add(token) for token in map(int, ids)]
         if found:
-            found[-1] += decoder.decode(b"", final=True)
+            found[-1] += stream.end()
         return found
+
+
+class TextStream:
+    """Text as its tokens come; a character is held back until it is whole."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._begins = False
+
+    def add(self, token: int) -> str:
+        """What the token completes."""
+        added = self._vocabulary.bytes_of(token)
+        if added is None:
+            self._begins = token == self._vocabulary.bos_id
+            return self.end()
+        if self._begins and self._vocabulary.adds_space:
+            added = added.removeprefix(b" ")
+        self._begins = False
+        return self._decoder.decode(added)
+
+    def end(self) -> str:
+        """A U+FFFD, if a character is not whole."""
+        return self._decoder.decode(b"", final=True)
 
 
 def _pieces_of(documents: Iterable[str], limit: int) -> Iterator[str]:

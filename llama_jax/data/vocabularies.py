@@ -1,0 +1,257 @@
+"""The two formats of tokenizers: SentencePiece models and Hugging Face's `tokenizer.json`.
+
+`Tokenizer` is what everybody uses; it has one of these inside, by the first byte of the file.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import sentencepiece
+
+from llama_jax.errors import UserError
+
+SPACE = "\u2581"  # how SentencePiece writes a space
+# Where a tokenizer.json does not say which tokens begin and end a text, these do.
+BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
+EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
+# Our addition to a tokenizer.json whose BOS or EOS has another name: {"bos": NAME, "eos": NAME}.
+ENDS = "llama_jax"
+
+
+class Vocabulary(Protocol):
+    """What `Tokenizer` needs of a format.
+
+    Attributes:
+      size: all ids are below it.
+      bos_id: begins a text.
+      eos_id: ends it.
+      adds_space: whether a space is put before every text.
+    """
+
+    size: int
+    bos_id: int
+    eos_id: int
+    adds_space: bool
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """Token ids, without BOS and EOS; `special`: names of special tokens become these."""
+
+    def encode_documents(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
+        """Token ids of several texts, int32, each from BOS to EOS."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+
+    def piece(self, token: int) -> str:
+        """How the format writes one token."""
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """What a token adds to the text, perhaps part of a character; of a special one None."""
+
+
+class SentencePiece:
+    """A SentencePiece model: LLaMA, LLaMA-2, Mistral, Code Llama, and what `prepare` trains."""
+
+    def __init__(self, model_bytes: bytes, name: str) -> None:
+        """Parses a `.model` file; raises `UserError` where it is none, or has no BOS or EOS."""
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise UserError(f"{name} is not a SentencePiece model") from error
+        self._model_bytes = model_bytes
+        self.size = self._processor.vocab_size()
+        self.bos_id = self._processor.bos_id()
+        self.eos_id = self._processor.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise UserError(f"{name} has no BOS or no EOS token")
+        self.adds_space = "".join(self._processor.encode_as_pieces("a")).startswith(SPACE)
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """See `Vocabulary`; SentencePiece itself never parses the names of control tokens."""
+        if not special:
+            return self._processor.encode(text)
+        ids: list[int] = []
+        for number, part in enumerate(self._control_names.split(text)):
+            if number % 2:
+                ids.append(self._processor.piece_to_id(part))
+            elif part:  # as in transformers, only a text's own beginning gets a space
+                ids += (self._without_space if ids else self._processor).encode(part)
+        return ids
+
+    @functools.cached_property
+    def _control_names(self) -> re.Pattern[str]:
+        names = (self.piece(i) for i in range(self.size) if self._processor.is_control(i))
+        return re.compile(f"({'|'.join(map(re.escape, names))})")
+
+    @functools.cached_property
+    def _without_space(self) -> sentencepiece.SentencePieceProcessor:
+        from sentencepiece import sentencepiece_model_pb2
+
+        model = vars(sentencepiece_model_pb2)["ModelProto"].FromString(self._model_bytes)
+        model.normalizer_spec.add_dummy_prefix = False
+        return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+
+    def encode_documents(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
+        """See `Vocabulary`."""
+        return self._processor.encode_as_numpy(
+            list(texts), add_bos=True, add_eos=True, num_threads=threads
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Vocabulary`."""
+        return self._processor.decode([token for token in ids if token < self.size])
+
+    def piece(self, token: int) -> str:
+        """See `Vocabulary`."""
+        return self._processor.id_to_piece(token)
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """See `Vocabulary`."""
+        if token >= self.size or self._processor.is_control(token):
+            return None
+        if self._processor.is_unknown(token):
+            return " ⁇ ".encode()  # as SentencePiece decodes it
+        piece = self._processor.id_to_piece(token)
+        if self._processor.is_byte(token):  # written <0x0A>
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(SPACE, " ").encode()
+
+
+def _parts(described: Any) -> Iterator[dict[str, Any]]:
+    """All parts of a tokenizer.json, however deep their sequences."""
+    if isinstance(described, dict):
+        yield described
+        for value in described.values():
+            yield from _parts(value)
+    elif isinstance(described, list):
+        for value in described:
+            yield from _parts(value)
+
+
+class TokenizerJson:
+    """A `tokenizer.json`: LLaMA-3's byte-level BPE, or a SentencePiece model in this format."""
+
+    def __init__(self, model_bytes: bytes, name: str) -> None:
+        """Parses the JSON; raises `UserError` where it is none, or BOS and EOS are unknown."""
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise UserError(
+                f"{name} is a tokenizer.json, which the tokenizers library reads: "
+                "pip install 'llama_jax[hf]'"
+            ) from error
+        try:
+            described = json.loads(model_bytes)
+            ends = described.pop(ENDS, {})
+            self._json = json.dumps(described)
+            self._tokenizer = tokenizers.Tokenizer.from_str(self._json)
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(f"{name} is not a tokenizer.json: {error}") from error
+        # It would else cut or pad what it encodes, if it was saved so.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # their names in a text are text
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        first = [
+            part["SpecialToken"]["id"]
+            for processor in _parts(described.get("post_processor"))
+            for part in processor.get("single", ())[:1]
+            if "SpecialToken" in part
+        ]
+        self.bos_id = self._id_of((ends["bos"],) if "bos" in ends else (*first, *BOS_NAMES))
+        self.eos_id = self._id_of((ends["eos"],) if "eos" in ends else EOS_NAMES)
+        if min(self.bos_id, self.eos_id) < 0:
+            raise UserError(
+                f"{name} has no BOS or no EOS token of a known name; put the tokenizer_config.json "
+                "that names them beside it"
+            )
+        kinds = [part.get("type") for part in _parts(described.get("decoder"))]
+        self._byte_level, self._byte_fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
+        self.adds_space = self._pieces("a").startswith(SPACE)
+
+    def _id_of(self, names: Sequence[str]) -> int:
+        ids = (self._tokenizer.token_to_id(name) for name in names)
+        return next((found for found in ids if found is not None), -1)
+
+    def _pieces(self, text: str) -> str:
+        return "".join(self._tokenizer.encode(text, add_special_tokens=False).tokens)
+
+    @functools.cached_property
+    def _parsing(self) -> Any:
+        """The same tokenizer, that takes the names of special tokens for these."""
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_str(self._json)
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """See `Vocabulary`."""
+        tokenizer = self._parsing if special else self._tokenizer
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_documents(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
+        """See `Vocabulary`; more than one thread is as many as the library likes."""
+        if threads == 1:  # never its thread pool, which does not survive a fork
+            rows = [self.encode(text, False) for text in texts]
+        else:
+            encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            rows = [one.ids for one in encoded]
+        return [np.array([self.bos_id, *row, self.eos_id], np.int32) for row in rows]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Vocabulary`."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def piece(self, token: int) -> str:
+        """See `Vocabulary`."""
+        return self._tokenizer.id_to_token(token) or ""
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """See `Vocabulary`."""
+        if token in self._added:
+            added = self._added[token]
+            return None if added.special else added.content.encode()
+        piece = self._tokenizer.id_to_token(token)
+        if piece is None:
+            return None
+        if self._byte_level:
+            return bytes(byte_of_letter()[letter] for letter in piece)
+        if self._byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(SPACE, " ").encode()
+
+
+@functools.cache
+def byte_of_letter() -> dict[str, int]:
+    """The letters that byte-level BPE writes for bytes: visible Latin-1 for itself, else U+0100 on.
+
+    As in GPT-2 (https://github.com/openai/gpt-2, `encoder.py`).
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in visible]
+    letters = {chr(byte): byte for byte in visible}
+    return letters | {chr(0x100 + number): byte for number, byte in enumerate(others)}
+
+
+def with_ends(model_bytes: bytes, config: dict[str, Any], name: str) -> bytes:
+    """A tokenizer.json that says which tokens its `tokenizer_config.json` calls BOS and EOS.
+
+    Unchanged where it is found by itself.
+    """
+    ends = {}
+    for end in ("bos", "eos"):
+        token = config.get(f"{end}_token")
+        token = token["content"] if isinstance(token, dict) else token
+        if token is not None:
+            ends[end] = token
+    described = json.loads(model_bytes)
+    try:
+        found = TokenizerJson(model_bytes, name)
+        same = all(found.piece(getattr(found, f"{end}_id")) == ends[end] for end in ends)
+    except UserError:
+        same = False
+    return model_bytes if same else json.dumps({ENDS: ends, **described}).encode()

@@ -1,0 +1,111 @@
+"""What `generate` and `evaluate` share: a model read from a checkpoint, on a mesh of its own."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from etils import epath
+
+from llama_jax import checkpoint as checkpoint_lib
+from llama_jax.config import Config, MeshConfig, ModelConfig
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.errors import UserError
+from llama_jax.mesh import AXES, make_mesh, mesh_shape
+from llama_jax.sharding import param_shardings
+from llama_jax.step import abstract_state
+
+
+@dataclasses.dataclass(frozen=True)
+class InferenceModel:
+    """A model to write or to score with.
+
+    Attributes:
+      folder: the step that it was read from.
+      config: of the run.
+      params: on the mesh; matrices in the compute dtype, norms in float32.
+      tokenizer: of the run.
+      mesh: set it with `jax.set_mesh` around all uses.
+    """
+
+    folder: epath.Path
+    config: Config
+    params: Any
+    tokenizer: Tokenizer
+    mesh: jax.sharding.Mesh
+
+    @property
+    def context(self) -> int:
+        """Longest sequence the model was trained on, in tokens."""
+        return self.config.train.seq_len
+
+
+def open_model(checkpoint: epath.PathLike | None, mesh: str = "") -> InferenceModel:
+    """Reads a checkpoint.
+
+    Args:
+      checkpoint: a work directory, or the folder of one step.
+      mesh: as `parse_mesh`; empty: as many devices along `tensor` as it divides over.
+
+    Raises:
+      UserError: there is no checkpoint, none with a tokenizer, or it does not fit the mesh.
+    """
+    if checkpoint is None:
+        raise UserError("--checkpoint is missing; try --checkpoint=runs/tiny")
+    folder = checkpoint_lib.find_step(checkpoint)
+    meta = checkpoint_lib.load_meta(folder)
+    if not meta.tokenizer_model:
+        raise UserError(f"{folder} was trained on synthetic data and has no tokenizer to read text")
+    tokenizer = Tokenizer(meta.tokenizer_model, f"the tokenizer of {folder}")
+    size = meta.config.model.vocab_size
+    if tokenizer.vocab_size > size:  # beyond the embedding, JAX would take its last row
+        raise UserError(
+            f"the tokenizer of {folder} has {tokenizer.vocab_size} ids, "
+            f"but model.vocab_size is {size}"
+        )
+    devices = parse_mesh(mesh) if mesh else decoding_mesh(meta.config.model)
+    with jax.set_mesh(devices):
+        shardings = param_shardings(abstract_state(meta.config).params, devices)
+        params = checkpoint_lib.load_params(folder, meta.config, shardings)
+        params = cast_matrices(meta.config.model, params)
+    return InferenceModel(folder, meta.config, params, tokenizer, devices)
+
+
+def cast_matrices(config: ModelConfig, params: Any) -> Any:
+    """Matrices in the dtype that the model computes in, where it would cast them at each token."""
+
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return x if path[-1].key.endswith("norm") else x.astype(config.compute_dtype)
+
+    return jax.tree.map_with_path(cast, params)
+
+
+def decoding_mesh(config: ModelConfig) -> jax.sharding.Mesh:
+    """As many devices along `tensor` as heads, ffn and vocabulary divide over."""
+    devices = jax.devices()
+    tensor = math.gcd(len(devices), config.n_kv_heads, config.ffn_dim, config.vocab_size)
+    return make_mesh(MeshConfig(fsdp=1, tensor=tensor), devices=devices[:tensor])
+
+
+def parse_mesh(text: str) -> jax.sharding.Mesh:
+    """The mesh of `fsdp=2,tensor=4`: axes that are not named have size 1, and -1 takes the rest.
+
+    Raises:
+      UserError: it is not written so, or there are too few devices.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    for item in text.split(","):
+        name, _, size = item.strip().partition("=")
+        if name not in sizes or not size.removeprefix("-").isdigit():
+            raise UserError(
+                f"--mesh: {item.strip()!r} is not AXIS=DEVICES with an axis of {', '.join(AXES)}; "
+                "try --mesh=fsdp=2,tensor=2"
+            )
+        sizes[name] = int(size)
+    if sizes["context"] != 1:
+        raise UserError("--mesh: context is for training; use data, fsdp and tensor here")
+    config, devices = MeshConfig(**sizes), jax.devices()
+    if -1 not in sizes.values() and math.prod(sizes.values()) < len(devices):
+        devices = devices[: math.prod(sizes.values())]
+    mesh_shape(config, len(devices))
+    return make_mesh(config, devices=devices)

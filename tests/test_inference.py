@@ -1,0 +1,78 @@
+import jax
+import numpy as np
+import pytest
+
+from llama_jax.errors import UserError
+from llama_jax.inference import cast_matrices, decoding_mesh, open_model, parse_mesh
+from llama_jax.model import logits
+from tests.helpers import TINY, random_params, replace, save_checkpoint
+
+
+@pytest.mark.parametrize(("kv_heads", "tensor"), [(4, 4), (2, 2), (1, 1)])
+def test_decoding_uses_as_many_devices_as_divide(kv_heads, tensor):
+    mesh = decoding_mesh(replace(TINY, model__n_kv_heads=kv_heads).model)
+    assert mesh.shape["tensor"] == mesh.size == tensor
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("tensor=2", (1, 1, 1, 2)),
+        ("fsdp=2, tensor=4", (1, 2, 1, 4)),
+        ("data=2,fsdp=-1", (2, 4, 1, 1)),
+    ],
+)
+def test_a_mesh_in_words(text, sizes):
+    assert tuple(parse_mesh(text).shape.values()) == sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tensor", "'tensor' is not AXIS=DEVICES"),
+        ("fsdp=2,model=2", "'model=2' is not AXIS=DEVICES"),
+        ("tensor=x", "'tensor=x' is not"),
+        ("fsdp=16", "does not cover 8 devices"),
+        ("context=2", "context is for training"),
+        ("tensor=0", "must be positive"),
+        ("fsdp=-1,tensor=-1", "only one mesh axis may be -1"),
+    ],
+)
+def test_no_mesh_in_words(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_mesh(text)
+
+
+def test_cast_weights_give_the_same_logits():
+    config = replace(TINY, model__compute_dtype="bfloat16").model
+    params = random_params(config)
+    cast = cast_matrices(config, jax.tree.map(jax.numpy.asarray, params))
+    assert cast["layers"]["attn"]["wq"].dtype == cast["embed"].dtype == "bfloat16"
+    assert cast["layers"]["mlp_norm"].dtype == cast["final_norm"].dtype == "float32"
+    tokens = np.arange(12)[None]
+    np.testing.assert_array_equal(logits(config, cast, tokens), logits(config, params, tokens))
+
+
+def test_a_checkpoint_opens_with_its_weights_where_they_belong(tokenizer, tmp_path):
+    config = replace(TINY, model__vocab_size=304, train__seq_len=24)  # padded, as some are
+    params = random_params(config.model)
+    save_checkpoint(tmp_path / "run", config, params, tokenizer.model_bytes)
+    for mesh, sizes in (("fsdp=2,tensor=2", (1, 2, 1, 2)), ("", (1, 1, 1, 4))):
+        model = open_model(tmp_path / "run", mesh)
+        assert tuple(model.mesh.shape.values()) == sizes
+        assert model.context == 24 and model.tokenizer.fingerprint == tokenizer.fingerprint
+        wq = model.params["layers"]["attn"]["wq"]
+        assert wq.sharding.mesh == model.mesh and "tensor" in wq.sharding.spec
+        np.testing.assert_array_equal(wq, params["layers"]["attn"]["wq"])
+
+
+def test_checkpoints_that_cannot_write(tokenizer, tmp_path):
+    params = random_params(TINY.model)
+    save_checkpoint(tmp_path / "none", TINY, params, b"")
+    with pytest.raises(UserError, match="has no tokenizer to read text"):
+        open_model(tmp_path / "none")
+    save_checkpoint(tmp_path / "small", TINY, params, tokenizer.model_bytes)
+    with pytest.raises(UserError, match="has 300 ids, but model.vocab_size is 64"):
+        open_model(tmp_path / "small")
+    with pytest.raises(UserError, match="--checkpoint is missing"):
+        open_model(None)

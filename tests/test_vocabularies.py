@@ -1,0 +1,181 @@
+"""Both formats of tokenizers behind one interface, and the same ids as `transformers` gives."""
+
+import json
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.errors import UserError
+from tests.helpers import llama3_tokenizer
+
+HARD = [
+    "",
+    " ",
+    "Hello, world!  It's   2023, they're 1234567 times\t\tbetter.\n\n\n  def f(x):\n\treturn x\r\n",
+    "naïve café ﬁ ½ é e\u0301 日本語 العربية हिन्दी 🦙👩‍👩‍👧‍👦 \u200b\ufeff",
+    "   leading and trailing   ",
+    "\x00\x01\x7f",
+    "DON'T don't I'LL x^2 + y_3 <= 1e-10 http://a.b/c?d=e&f",
+    "a" * 300,
+]
+MARKED = ["<s>", "a</s>", "</s> b", "x<s> y </s>\n<s>z", "<|begin_of_text|>", "<|eot_id|> q"]
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@pytest.fixture(scope="module")
+def llama3(corpus):
+    return Tokenizer(llama3_tokenizer(corpus))
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=TEXT)
+def test_byte_level_decoding_gives_the_text_back(llama3, text):
+    ids = llama3.encode(text)
+    assert llama3.decode(ids) == text
+    assert "".join(llama3.texts([llama3.bos_id, *ids, llama3.eos_id])) == text
+
+
+def test_what_a_tokenizer_json_says_of_itself(llama3):
+    assert llama3.vocab_size == 404
+    assert llama3.piece(llama3.bos_id) == "<|begin_of_text|>"
+    assert llama3.piece(llama3.eos_id) == "<|end_of_text|>"
+    assert Tokenizer(llama3.model_bytes).fingerprint == llama3.fingerprint
+
+
+def test_a_character_of_several_tokens_appears_whole(llama3):
+    ids = llama3.encode("a🦙b")
+    assert len(ids) == 6
+    assert llama3.texts(ids) == ["a", "", "", "", "🦙", "b"]
+    stream = llama3.stream()
+    assert [stream.add(token) for token in ids[:3]] == ["a", "", ""]
+    assert stream.end() == "\ufffd" and stream.end() == ""
+
+
+def test_special_tokens_in_a_text_are_text_unless_asked(llama3, tokenizer):
+    for one, name in ((llama3, "<|end_of_text|>"), (tokenizer, "</s>")):
+        text = f"a{name}b"
+        assert one.eos_id not in one.encode(text) and one.decode(one.encode(text)) == text
+        parsed = one.encode(text, special=True)
+        assert parsed.count(one.eos_id) == 1
+        assert one.decode(parsed) == "ab"
+
+
+def test_documents_are_from_bos_to_eos(llama3):
+    for threads in (1, 2):
+        rows = llama3.encode_documents(["abc", ""], threads)
+        assert [row.dtype.name for row in rows] == ["int32", "int32"]
+        assert rows[0].tolist() == [llama3.bos_id, *llama3.encode("abc"), llama3.eos_id]
+        assert rows[1].tolist() == [llama3.bos_id, llama3.eos_id]
+
+
+def test_shards_and_batches_of_a_tokenizer_json(llama3, corpus, tmp_path):
+    from llama_jax.data.prepare import prepare
+    from llama_jax.data.shards import TokenDataset
+    from tests.helpers import replace, text_config
+
+    llama3.save(tmp_path / "tokenizer.json")
+    config = text_config(corpus, data__tokenizer=str(tmp_path / "tokenizer.json"))
+    config = replace(config, model__vocab_size=llama3.vocab_size)
+    prepare(config, tmp_path / "shards", log=lambda line: None)
+    data = TokenDataset.open(tmp_path / "shards", "train")
+    found = data.tokenizer().decode(data.tokens(0, data.n_tokens))
+    assert "# file 0\n" in found and data.tokenizer().fingerprint == llama3.fingerprint
+
+
+def with_names(corpus, bos, eos):
+    found = tokenizers.Tokenizer.from_str(llama3_tokenizer(corpus).decode())
+    described = json.loads(found.to_str())
+    described["post_processor"] = None
+    text = json.dumps(described).replace("<|begin_of_text|>", bos).replace("<|end_of_text|>", eos)
+    return text.encode()
+
+
+def test_bos_and_eos_of_other_names_are_in_the_config_beside_it(corpus, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(with_names(corpus, "<|begins|>", "<|ends|>"))
+    with pytest.raises(UserError, match=r"has no BOS or no EOS token.*tokenizer_config.json"):
+        Tokenizer.load(path)
+    config = {"bos_token": "<|begins|>", "eos_token": {"content": "<|ends|>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = Tokenizer.load(path)
+    again = Tokenizer(loaded.model_bytes)  # from a checkpoint, where no file is beside it
+    assert again.piece(again.bos_id) == "<|begins|>" and again.piece(again.eos_id) == "<|ends|>"
+
+
+def test_a_tokenizer_json_is_kept_as_it_is(llama3, tmp_path):
+    llama3.save(tmp_path / "tokenizer.json")
+    config = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer.load(tmp_path / "tokenizer.json").model_bytes == llama3.model_bytes
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"version": "1.0"}'])
+def test_json_that_is_no_tokenizer(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer.json is not a tokenizer.json: ") as caught:
+        Tokenizer.load(tmp_path / "tokenizer.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_beside_it_that_is_broken(llama3, tmp_path):
+    llama3.save(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match="its tokenizer_config.json, is not JSON"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("text", HARD + MARKED)
+def test_the_ids_of_transformers_byte_level(llama3, tmp_path, text, special):
+    import transformers
+
+    llama3.save(tmp_path / "tokenizer.json")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), clean_up_tokenization_spaces=False
+    )
+    expected = theirs.encode(text, add_special_tokens=False, split_special_tokens=not special)
+    assert llama3.encode(text, special=special) == expected
+    assert [llama3.bos_id, *llama3.encode(text)] == theirs.encode(text, split_special_tokens=True)
+    assert llama3.decode(expected) == theirs.decode(expected, skip_special_tokens=True)
+
+
+def as_released(model):
+    """The pre-tokenizer of the tokenizer.json that came with LLaMA: a space before every text.
+
+    The one that transformers 5 makes of a `.model` file puts none before a text that begins with
+    one, and so loses it; SentencePiece itself, and so Meta's code, does as the released file.
+    """
+    normalizers = tokenizers.normalizers
+    model.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    described = json.loads(model.to_str())
+    described["pre_tokenizer"] = None
+    return json.dumps(described)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("text", HARD + MARKED)
+def test_the_ids_of_transformers_sentencepiece(tokenizer, tmp_path, text):
+    import transformers
+
+    tokenizer.save(tmp_path / "tokenizer.model")
+    made = transformers.LlamaTokenizer.from_pretrained(str(tmp_path), legacy=False)
+    (tmp_path / "tokenizer.json").write_text(as_released(made.backend_tokenizer))
+    released = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), clean_up_tokenization_spaces=False
+    )
+    expected = released.encode(text, add_special_tokens=False, split_special_tokens=True)
+    assert tokenizer.encode(text) == expected
+    assert Tokenizer.load(tmp_path / "tokenizer.json").encode(text) == expected
+    assert tokenizer.decode(expected) == released.decode(expected) == text
+    if not text.startswith(" "):
+        made = transformers.LlamaTokenizer.from_pretrained(str(tmp_path), legacy=False)
+        for special in (False, True):
+            assert tokenizer.encode(text, special=special) == made.encode(
+                text, add_special_tokens=False, split_special_tokens=not special
+            )
