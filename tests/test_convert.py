@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import ml_dtypes
@@ -17,7 +20,8 @@ from llama_jax.interchange import formats, hf_config, safetensors
 from llama_jax.interchange.hf import HfSource, HfTarget, load_hf
 from llama_jax.sharding import param_shardings
 from llama_jax.step import abstract_state
-from tests.helpers import TINY, mesh_of, random_params, replace
+from tests.helpers import ROOT, TINY, mesh_of, random_params, replace
+from tests.test_config import load
 
 GROUPED = replace(TINY, model__n_kv_heads=2)
 
@@ -479,3 +483,47 @@ def test_places(text):
         parse_place(text, "source")
     kind, folder = parse_place("hf:gs://bucket/x", "source")
     assert (kind, str(folder)) == ("hf", "gs://bucket/x")
+
+
+# Memory.
+
+
+class Repeated:
+    """A source of bfloat16 weights of any size: parts of one array of random numbers."""
+
+    def __init__(self, config):
+        self.description = formats.Description(config, "bfloat16", {})
+        numbers = np.random.default_rng(0).standard_normal(2**24, np.float32) * 0.02
+        self._numbers = numbers.astype(ml_dtypes.bfloat16)
+        self._shapes = formats.shapes(config.model)
+
+    def read(self, path, layer):
+        shape = self._shapes[path]
+        return np.resize(np.roll(self._numbers, layer or 0), shape)
+
+
+def peak_memory(*arguments):
+    """Bytes that `python -m llama_jax.convert` had resident at most."""
+    command = [sys.executable, "-m", "llama_jax.convert", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    print(output, f"peak {usage.ru_maxrss * 1024 / 1e9:.2f} GB")
+    return usage.ru_maxrss * 1024
+
+
+@pytest.mark.slow
+def test_7b_takes_less_than_4_gb(tmp_path):
+    """13.5 GB in, as much again as a checkpoint, and back: 45 GB of disk at most."""
+    config, _ = load("llama2_7b")
+    convert(Repeated(config), "hf", tmp_path / "hf")
+    source, target = f"hf:{tmp_path}/hf", f"ckpt:{tmp_path}/run"
+    assert peak_memory(f"--source={source}", f"--target={target}") < 4e9
+    shutil.rmtree(tmp_path / "hf")
+    again = f"--target=hf:{tmp_path}/again"
+    assert peak_memory(f"--source={target}", again, "--dtype=bfloat16") < 4e9
+    source, original = HfSource(tmp_path / "again"), Repeated(config)
+    for path, layer in (("embed", None), ("layers/attn/wq", 31), ("layers/mlp/w2", 7)):
+        assert source.read(path, layer).tobytes() == original.read(path, layer).tobytes()

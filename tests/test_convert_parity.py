@@ -45,7 +45,7 @@ MODELS = {
     "llama3.1": scaled(8.0),
     "llama3.2": {**scaled(32.0), "tie_word_embeddings": True},
     "mistral": {"sliding_window": 16},
-    "mistral without window": {"sliding_window": None, "head_dim": 12},
+    "mistral without window": {"sliding_window": None, "head_dim": 16},
     "odd heads": {**THREE_HEADS, "hidden_size": 36, "head_dim": 10},
     "odd kv heads": {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36},
 }
@@ -149,7 +149,7 @@ def test_dtypes_load_as_such(tmp_path, dtype):
     assert load_quietly(tmp_path / "hf").dtype == getattr(torch, dtype)
 
 
-def test_our_tokenizer_loads(tmp_path, tokenizer):
+def test_our_tokenizer_loads(tmp_path, tokenizer, corpus):
     import transformers
 
     config = replace(GROUPED, model__vocab_size=300)
@@ -157,8 +157,12 @@ def test_our_tokenizer_loads(tmp_path, tokenizer):
     source.description.files["tokenizer.model"] = tokenizer.model_bytes
     convert(source, "hf", tmp_path / "hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    for text in ("abc de f", "# file 3\nabc  de\n", " x", "é☃ 12"):
-        assert theirs(text)["input_ids"] == [tokenizer.bos_id, *tokenizer.encode(text)], text
+    texts = ["abc de f", "# file 3\nabc  de\n", " x", "   two  of   them ", "é☃ 12\t\r\n", "🙂", ""]
+    texts += [path.read_text() for path in corpus.iterdir()]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert theirs(text)["input_ids"] == [tokenizer.bos_id, *ids], text
+        assert theirs.decode(ids) == text
     assert load_quietly(tmp_path / "hf").generation_config.eos_token_id == tokenizer.eos_id
 
 

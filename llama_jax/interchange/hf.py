@@ -15,8 +15,9 @@ import numpy as np
 from etils import epath
 
 from llama_jax.config import Config, ModelConfig
+from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
-from llama_jax.interchange import formats, hf_config, safetensors
+from llama_jax.interchange import fast_tokenizer, formats, hf_config, safetensors
 from llama_jax.interchange.formats import Description, is_stacked
 from llama_jax.step import abstract_state
 
@@ -231,17 +232,7 @@ def _with_tokenizer_config(files: dict[str, bytes]) -> dict[str, bytes]:
     model = files.get("tokenizer.model", b"")
     if not model or formats.is_tiktoken(model) or "tokenizer_config.json" in files:
         return files
-    values = {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "legacy": True,  # a space is put before any text, as SentencePiece does
-        "clean_up_tokenization_spaces": False,
-    }
-    return {**files, "tokenizer_config.json": json.dumps(values, indent=2).encode() + b"\n"}
+    return {**files, **fast_tokenizer.fast_files(Tokenizer(model))}
 
 
 def load_hf(folder: epath.PathLike, config: Config, shardings: Any) -> Any:
