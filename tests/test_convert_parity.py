@@ -328,7 +328,7 @@ def test_to_meta_and_back(name, dtype, tmp_path):
     source = MetaSource(tmp_path / "meta")
     kind = {"bfloat16": __import__("ml_dtypes").bfloat16, "float32": np.float32}[dtype]
     assert source.description.dtype == dtype
-    assert source.description.config.model == replace(config, model__compute_dtype="bfloat16").model
+    assert source.description.config.model == replace(config, model__compute_dtype=dtype).model
     assert source.description.config.train.seq_len == CONTEXT
     assert_same(source, jax.tree.map(lambda leaf: leaf.astype(kind), params))
 

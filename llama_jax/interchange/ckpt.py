@@ -6,6 +6,7 @@ tensorstore reads and writes in parts. What is written here is a step without op
 """
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from llama_jax.errors import UserError
 from llama_jax.interchange import card, formats
 from llama_jax.interchange.formats import Description, is_stacked
 
+_CHUNK_SIZE = 2**25  # bytes
 IMPORTED = "imported"  # stands for the fingerprint of data that is not known
 
 
@@ -104,7 +106,10 @@ class CkptTarget:
         for path, shape in formats.shapes(config.model).items():
             stacked = is_stacked(path)
             whole = (config.model.n_layers, *shape) if stacked else shape
-            self._stores[path] = self._create(path, whole, (1, *shape) if stacked else shape)
+            # Parts of a layer, which are compressed at the same time.
+            rows = max(1, _CHUNK_SIZE // (4 * math.prod(shape[1:])))
+            chunks = (min(rows, shape[0]), *shape[1:])
+            self._stores[path] = self._create(path, whole, (1, *chunks) if stacked else chunks)
         self._write_orbax_metadata()
 
     def _create(self, path: str, shape: tuple[int, ...], chunks: tuple[int, ...]) -> Any:

@@ -79,7 +79,7 @@ class HfSource:
         path = self._folder / "config.json"
         if not path.exists():
             raise UserError(f"{folder} is no Hugging Face model: it has no config.json")
-        config, dtype = hf_config.parse(path.read_text(), str(path))
+        config = hf_config.parse(path.read_text(), str(path))
         self._entries = _entries(self._folder)
         self._shapes = formats.shapes(config.model)
         self._check(config.model)
@@ -90,9 +90,9 @@ class HfSource:
         }
         formats.check_vocabulary(files, config.model.vocab_size, str(folder))
         self._keep_special_ids(json.loads(path.read_text()), files)
-        stored = self._entries[NAMES["embed"]].dtype
-        dtype = dtype if dtype in DTYPES else str(stored)
-        self.description = Description(config, dtype, files)
+        dtypes = {str(entry.dtype) for entry in self._entries.values()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+        self.description = Description(formats.computed_in(config, dtype), dtype, files)
 
     def _keep_special_ids(self, values: dict[str, Any], files: dict[str, bytes]) -> None:
         """BOS and EOS in config.json alone would be lost: our checkpoint has no place for them."""

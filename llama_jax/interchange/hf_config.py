@@ -28,8 +28,8 @@ _UNSUPPORTED = {
 }
 
 
-def parse(text: str, name: str) -> tuple[Config, str | None]:
-    """Our config of a `config.json`, and the dtype of its weights if it tells.
+def parse(text: str, name: str) -> Config:
+    """Our config of a `config.json`; the dtype is not asked for, tensors tell theirs.
 
     Raises:
       UserError: it is not JSON, of an unknown architecture, or has what our model has not.
@@ -69,8 +69,7 @@ def parse(text: str, name: str) -> tuple[Config, str | None]:
         raise UserError(f"{name}: {error}") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} has a field of the wrong type: {error}") from error
-    dtype = values.get("dtype") or values.get("torch_dtype")
-    return dataclasses.replace(config, train=train), dtype
+    return dataclasses.replace(config, train=train)
 
 
 def _kind(values: Any, name: str) -> str:

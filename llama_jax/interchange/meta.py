@@ -104,7 +104,7 @@ class MetaSource:
             if not files and (place / "tokenizer.model").exists():
                 files["tokenizer.model"] = (place / "tokenizer.model").read_bytes()
         formats.check_vocabulary(files, self._model.vocab_size, str(folder))
-        self.description = Description(config, dtype, files)
+        self.description = Description(formats.computed_in(config, dtype), dtype, files)
 
     def _open_pieces(self) -> list[dict[str, Any]]:
         torch = _torch()
