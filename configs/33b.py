@@ -13,12 +13,12 @@ Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/33b.py --topology=v5p-512 --config.mesh.data=2 \\
       --config.model.remat=save:mlp_up
     60.1 of 95.7 GiB a chip; predicted 13.89 s a step, 1,179 tokens/s/chip,
-    MFU 50.1% (6N), 54 days, 329,761 chip hours.
+    MFU 50.1% (6N), 54 days, 329,806 chip hours.
   python -m llama_jax.plan --config=configs/33b.py --topology=h100:128x8 \\
       --xla_preset=hopper --config.model.remat=save:q,k,v,attn_context,mlp_gate,mlp_up \\
       --config.mesh.data=4
-    38.1 of 71.2 GiB a chip; predicted 1.45 s a step, 2,835 tokens/s/chip,
-    MFU 55.9% (6N), 6 days, 137,196 chip hours.
+    38.1 of 71.2 GiB a chip; predicted 1.45 s a step, 2,834 tokens/s/chip,
+    MFU 55.9% (6N), 6 days, 137,235 chip hours.
 """
 
 import ml_collections

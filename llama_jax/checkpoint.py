@@ -34,6 +34,8 @@ class Meta:
       data_fingerprint: sha256 of the token shards, or of the synthetic source's parameters.
       tokenizer_model: SentencePiece model or tokenizer.json; empty for synthetic data.
       positions: of each process in streamed data (`data.streaming.Position`); else empty.
+      tokenizer_files: of imported weights, by name, for tokenizers that are not SentencePiece and
+        for the way back (see `interchange`).
     """
 
     config: Config
@@ -41,6 +43,7 @@ class Meta:
     data_fingerprint: str
     tokenizer_model: bytes
     positions: list[list[int]] = dataclasses.field(default_factory=list)
+    tokenizer_files: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
 
 class Checkpointer:
@@ -86,15 +89,7 @@ class Checkpointer:
         Raises:
           UserError: this save or the one before it could not be written (disk full, read-only).
         """
-        description = {
-            "format_version": FORMAT_VERSION,
-            "step": meta.step,
-            "data_fingerprint": meta.data_fingerprint,
-            "positions": meta.positions,
-            "config": meta.config.to_json(),
-            "versions": {"llama_jax": llama_jax.__version__, "jax": jax.__version__},
-        }
-        tokenizer = {"sentencepiece": base64.b64encode(meta.tokenizer_model).decode()}
+        description, tokenizer = _to_json(meta)
         optimizer = {"step": state.step, "opt_state": state.opt_state}
         self._check_space(state)
         try:
@@ -164,6 +159,28 @@ class Checkpointer:
         items = {"params": target.params, "optimizer": optimizer}
         restored = _restore(self.folder(step), items)
         return TrainState(params=restored["params"], **restored["optimizer"])
+
+
+def _to_json(meta: Meta) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The items `meta` and `tokenizer` of a step."""
+    description = {
+        "format_version": FORMAT_VERSION,
+        "step": meta.step,
+        "data_fingerprint": meta.data_fingerprint,
+        "positions": meta.positions,
+        "config": meta.config.to_json(),
+        "versions": {"llama_jax": llama_jax.__version__, "jax": jax.__version__},
+    }
+    files = {name: base64.b64encode(file).decode() for name, file in meta.tokenizer_files.items()}
+    tokenizer = {"sentencepiece": base64.b64encode(meta.tokenizer_model).decode(), "files": files}
+    return description, tokenizer
+
+
+def save_meta(folder: epath.Path, meta: Meta) -> None:
+    """Writes what a step says about itself, into a folder whose arrays come from elsewhere."""
+    for name, item in zip(("meta", "tokenizer"), _to_json(meta), strict=True):
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+            writer.save((folder / name).absolute(), item)
 
 
 def _restore(folder: epath.Path, items: dict[str, Any]) -> dict[str, Any]:
@@ -238,6 +255,10 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
                 data_fingerprint=meta["data_fingerprint"],
                 positions=meta.get("positions", []),  # absent before streaming
                 tokenizer_model=base64.b64decode(tokenizer["sentencepiece"]),
+                tokenizer_files={
+                    name: base64.b64decode(file)
+                    for name, file in tokenizer.get("files", {}).items()
+                },
             )
         except (OSError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, UserError):

@@ -43,7 +43,12 @@ class ModelConfig:
     n_heads: int = 32
     n_kv_heads: int = 32  # fewer than n_heads: grouped-query attention (arXiv:2305.13245)
     ffn_dim: int = 11_008
+    explicit_head_dim: int = 0  # size of one head; 0: dim // n_heads
     rope_theta: float = 10_000.0
+    rope_scaling_factor: float = 1.0  # of long wavelengths, as in Llama 3.1's code; 1: off
+    rope_low_freq_factor: float = 1.0  # wavelengths over context / this are stretched by the factor
+    rope_high_freq_factor: float = 4.0  # wavelengths under context / this stay
+    rope_original_context: int = 8_192  # tokens; the context before it was stretched
     norm_eps: float = 1e-6
     sliding_window: int = 0  # attention sees so many tokens back (arXiv:2310.06825); 0: all
     tied_embeddings: bool = False
@@ -57,16 +62,24 @@ class ModelConfig:
         _require_positive(
             "model", self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim"
         )
-        _require_positive("model", self, "rope_theta", "norm_eps", "scan_unroll")
+        rope = ("rope_theta", "rope_original_context")
+        _require_positive("model", self, *rope, "norm_eps", "scan_unroll")
         _require(
-            self.dim % self.n_heads == 0,
+            bool(self.explicit_head_dim) or self.dim % self.n_heads == 0,
             f"model.dim={self.dim} is not a multiple of model.n_heads={self.n_heads}",
         )
         _require(
             self.n_heads % self.n_kv_heads == 0,
             f"model.n_heads={self.n_heads} is not a multiple of model.n_kv_heads={self.n_kv_heads}",
         )
-        _require(self.sliding_window >= 0, "model.sliding_window must not be negative")
+        for name in ("sliding_window", "explicit_head_dim"):
+            _require(getattr(self, name) >= 0, f"model.{name} must not be negative")
+        _require(self.rope_scaling_factor >= 1, "model.rope_scaling_factor must be 1 (off) or more")
+        _require(
+            0 < self.rope_low_freq_factor < self.rope_high_freq_factor,
+            "model.rope_low_freq_factor must be positive and less than rope_high_freq_factor, got "
+            f"{self.rope_low_freq_factor} and {self.rope_high_freq_factor}",
+        )
         _require(self.head_dim % 2 == 0, f"RoPE needs an even head size, got {self.head_dim}")
         _require(
             self.compute_dtype in COMPUTE_DTYPES,
@@ -98,7 +111,7 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         """Size of one attention head."""
-        return self.dim // self.n_heads
+        return self.explicit_head_dim or self.dim // self.n_heads
 
     def remat_names(self, action: str) -> tuple[str, ...]:
         """Tensors that `remat` keeps from the forward pass: `save` on the device, or `offload`."""
@@ -120,8 +133,8 @@ class ModelConfig:
         """FLOPs of one training token: 6 per weight of a matrix product, plus causal attention.
 
         The embedding look-up multiplies nothing and is not counted, nor is recomputation; attention
-        is 12 L D T as in PaLM (arXiv:2204.02311, appendix B), halved because the causal mask leaves
-        half of it.
+        is 12 L N H T as in PaLM (arXiv:2204.02311, appendix B), halved because the causal mask
+        leaves half of it.
         """
         projections = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
         return {
@@ -133,7 +146,7 @@ class ModelConfig:
 
     def attention_flops_per_token(self, seq_len: int) -> float:
         """The part of `flops_per_token` that scores and weighted values take."""
-        return 6.0 * self.n_layers * self.dim * seq_len
+        return 6.0 * self.n_layers * self.n_heads * self.head_dim * seq_len
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,9 +189,7 @@ class DataConfig:
     tfds_split: str = "train"
     tfds_data_dir: str = ""  # where TFDS datasets are; empty: TFDS's own default
     mixture: str = ""  # shares of tokens, web=0.7,books=0.3, or llama; empty: by size
-    packing: str = (
-        "concat"  # concat (LLaMA's) | best_fit: whole documents, that see only themselves
-    )
+    packing: str = "concat"  # LLaMA's; or best_fit: whole documents, that see only themselves
     streaming: bool = False  # tokenise while training, without shards
     accept_other_data: bool = False  # go on although the checkpoint was trained on other data
     validation_fraction: float = 0.01  # of the documents

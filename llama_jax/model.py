@@ -77,10 +77,27 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * inverse * scale).astype(x.dtype)
 
 
-def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, ...]:
+def rope_frequencies(config: ModelConfig) -> jax.Array:
+    """Radians per token of each rotated pair, H/2, float32 (arXiv:2104.09864).
+
+    With `rope_scaling_factor`, those of Llama 3.1: long wavelengths are stretched by the factor,
+    short ones stay, and between the two the frequencies are interpolated.
+    """
+    c = config
+    exponent_h = jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim
+    frequency_h = c.rope_theta**-exponent_h
+    if c.rope_scaling_factor == 1:
+        return frequency_h
+    turns_h = c.rope_original_context / (2 * jnp.pi / frequency_h)  # over the original context
+    low, high = c.rope_low_freq_factor, c.rope_high_freq_factor
+    keep_h = jnp.clip((turns_h - low) / (high - low), 0, 1)
+    return (1 - keep_h) * frequency_h / c.rope_scaling_factor + keep_h * frequency_h
+
+
+def rope_tables(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, ...]:
     """cos and sin of the rotary angles (arXiv:2104.09864), both B T 1 H/2, float32."""
     # float32, because bfloat16 rounds position 257 to 256.
-    frequency_h = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequency_h = rope_frequencies(config)
     angle_BT1h = positions_BT[..., None, None].astype(jnp.float32) * frequency_h
     return jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
 
@@ -304,7 +321,7 @@ class Llama(nn.Module):
         start = 0 if cache is None else cache.index
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]) + start, tokens_BT.shape)
-        rope_BT1h = rope_tables(positions_BT, c.head_dim, c.rope_theta)
+        rope_BT1h = rope_tables(positions_BT, c)
 
         cache_segments: tuple[Any, ...] = ()
         if cache is not None:

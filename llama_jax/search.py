@@ -95,8 +95,8 @@ def _fast_network(topology: Topology) -> int:
 def _kept_width(config: Config) -> float:
     """Elements that a layer keeps of each token, beside its input."""
     model = config.model
-    kv = model.n_kv_heads * model.head_dim
-    widths = {"q": model.dim, "k": kv, "v": kv, "attn_context": model.dim, "attn_out": model.dim}
+    heads, kv = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+    widths = {"q": heads, "k": kv, "v": kv, "attn_context": heads, "attn_out": model.dim}
     widths |= {"mlp_gate": model.ffn_dim, "mlp_up": model.ffn_dim, "block_in": 0}
     if model.remat in ("none", "dots"):
         # Also what is between the matrix products: norms, and gate times up.

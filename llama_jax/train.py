@@ -185,6 +185,11 @@ def initial_state(
         if isinstance(data.train, StreamingBatches):
             data.train.start_at(0, Position(), *process)
         return compiled.init(jax.random.key(config.train.seed))
+    if not (saver.folder(step) / "optimizer").exists():
+        raise UserError(
+            f"checkpoint {saver.folder(step)} has weights but no optimiser state (it was converted "
+            "from elsewhere), and cannot be trained on; it can be sampled from and converted"
+        )
     saved = checkpoint_lib.load_meta(saver.folder(step))
     if saved.data_fingerprint != data.fingerprint and not config.data.accept_other_data:
         raise UserError(

@@ -1,6 +1,7 @@
 import dataclasses
 import gc
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -188,3 +189,20 @@ def test_a_full_disk_is_a_clear_error_and_keeps_earlier_steps(
         saver.save(trained(compiled, 0), dataclasses.replace(META, step=4))
     assert saver.latest_step() == 3
     saver.close()
+
+
+def test_weights_alone_are_not_trained_on(saved, compiled, tmp_path):
+    from llama_jax.train import initial_state
+
+    workdir = shutil.copytree(saved[0], tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "3" / "optimizer")
+    with Checkpointer(workdir, CONFIG) as saver:
+        data = types.SimpleNamespace(train=None, fingerprint="data-1")
+        with pytest.raises(UserError, match="3 has weights but no optimiser state"):
+            initial_state(compiled[1], saver, data, CONFIG)
+
+
+def test_files_of_another_tokenizer_are_kept(tmp_path):
+    meta = dataclasses.replace(META, tokenizer_files={"tokenizer.json": b"{\xff}"})
+    checkpoint_lib.save_meta(tmp_path, meta)
+    assert load_meta(tmp_path) == meta

@@ -108,6 +108,44 @@ def test_generate_with_bad_input(run, flags, message):
     assert message in one_line_error(run_command("generate", *flags))
 
 
+def test_weights_go_out_and_come_back(run, tmp_path):
+    """A trained model as Hugging Face's folder, and from there the same continuation."""
+    workdir, _ = run
+    places = (f"--source=ckpt:{workdir}", f"--target=hf:{tmp_path}/hf")
+    out = run_command("convert", *places)
+    assert out.returncode == 0 and out.stderr == ""
+    assert f"wrote {tmp_path}/hf:" in out.stdout and "float32" in out.stdout
+    assert "| training loss |" in (tmp_path / "hf" / "README.md").read_text()
+    back = run_command("convert", f"--source=hf:{tmp_path}/hf", f"--target=ckpt:{tmp_path}/run")
+    assert back.returncode == 0 and back.stderr == ""
+    flags = ("--prompt=abc", "--max_tokens=5", "--temperature=0")
+    samples = [
+        run_command("generate", f"--checkpoint={place}", *flags).stdout
+        for place in (workdir, tmp_path / "run")
+    ]
+    assert samples[0] == samples[1] and samples[0].startswith("abc")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "--source must be FORMAT:DIR"),
+        (("--source=hf:x",), "--target must be FORMAT:DIR"),
+        (("--source=hf:/nothing/here", "--target=ckpt:x"), "/nothing/here does not exist"),
+        (("--source=hf:x", "--target=ckpt:y", "--dtype=float32"), "a checkpoint holds float32"),
+        (("--source=hf:x", "--target=meta:y", "--context=5"), "--context is for meta"),
+        (("--source=hf:x", "--target=hf:y", "--dtype=int8"), "int8"),
+        (("--source=hf:configs", "--target=ckpt:y"), "configs is no Hugging Face model"),
+        (("--source=ckpt:configs", "--target=hf:y"), "no checkpoint in configs"),
+        (("--source=ckpt:{run}", "--target=hf:configs"), "configs exists; choose another"),
+    ],
+)
+def test_convert_with_bad_input(run, flags, message):
+    flags = [flag.format(run=run[0]) for flag in flags]
+    assert message in one_line_error(run_command("convert", *flags))
+    assert not (ROOT / "y").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -381,7 +419,7 @@ def test_a_full_disk_during_a_save(corpus, tmp_path, how):
     assert "resume  from step 4" in again.stdout and "finished at step 12" in again.stdout
 
 
-@pytest.mark.parametrize("module", ["train", "prepare", "generate", "evaluate", "data"])
+@pytest.mark.parametrize("module", ["train", "prepare", "generate", "evaluate", "data", "convert"])
 def test_help_is_complete_and_has_an_example(module):
     process = run_command(module, "--help")
     assert process.returncode == 0 and process.stderr == ""
@@ -401,6 +439,7 @@ def test_help_is_complete_and_has_an_example(module):
             *("--checkpoint", "--text", "--text_field", "--shards", "--split", "--tasks"),
             *("--num_fewshot", "--stride", "--batch_size", "--limit", "--mesh"),
         ),
+        "convert": ("--source", "--target", "--dtype", "--context"),
         "data": ("--show", "--config", "--step", "--rows", "--lines", "--plot"),
     }[module]
     for flag in expected:

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -10,7 +11,7 @@ import pytest
 from llama_jax import config as config_lib
 from llama_jax.config import Config, ModelConfig, difference, from_config_dict, from_json
 from llama_jax.errors import UserError
-from llama_jax.step import abstract_state
+from llama_jax.step import abstract_state, train_step
 from tests.helpers import ROOT, TINY, replace
 
 # Touvron et al. 2023, table 2, and the exact counts of the released weights.
@@ -19,6 +20,27 @@ PAPER = {
     "13b": (5120, 40, 40, 13824, 3.0e-4, 1.0e12, 13_015_864_320),
     "33b": (6656, 52, 60, 17920, 1.5e-4, 1.4e12, 32_528_943_616),
     "65b": (8192, 64, 80, 22016, 1.5e-4, 1.4e12, 65_285_660_672),
+}
+
+# As released, with exact counts: dim, layers, heads, kv heads, ffn,
+# vocabulary, context, theta, scaling, parameters.
+FAMILY = {
+    "llama2_7b": (4096, 32, 32, 32, 11008, 32000, 4096, 1e4, 1, 6_738_415_616),
+    "llama2_13b": (5120, 40, 40, 40, 13824, 32000, 4096, 1e4, 1, 13_015_864_320),
+    "llama2_70b": (8192, 80, 64, 8, 28672, 32000, 4096, 1e4, 1, 68_976_648_192),
+    "codellama_7b": (4096, 32, 32, 32, 11008, 32016, 16384, 1e6, 1, 6_738_546_688),
+    "codellama_13b": (5120, 40, 40, 40, 13824, 32016, 16384, 1e6, 1, 13_016_028_160),
+    "codellama_34b": (8192, 48, 64, 8, 22016, 32000, 16384, 1e6, 1, 33_743_970_304),
+    "codellama_70b": (8192, 80, 64, 8, 28672, 32016, 16384, 1e6, 1, 68_976_910_336),
+    "llama3_8b": (4096, 32, 32, 8, 14336, 128256, 8192, 5e5, 1, 8_030_261_248),
+    "llama3_70b": (8192, 80, 64, 8, 28672, 128256, 8192, 5e5, 1, 70_553_706_496),
+    "llama3_1_8b": (4096, 32, 32, 8, 14336, 128256, 131072, 5e5, 8, 8_030_261_248),
+    "llama3_1_70b": (8192, 80, 64, 8, 28672, 128256, 131072, 5e5, 8, 70_553_706_496),
+    "llama3_1_405b": (16384, 126, 128, 8, 53248, 128256, 131072, 5e5, 8, 405_853_388_800),
+    "llama3_2_1b": (2048, 16, 32, 8, 8192, 128256, 131072, 5e5, 32, 1_235_814_400),
+    "llama3_2_3b": (3072, 28, 24, 8, 8192, 128256, 131072, 5e5, 32, 3_212_749_824),
+    "mistral_7b_v0_1": (4096, 32, 32, 8, 14336, 32000, 32768, 1e4, 1, 7_241_732_096),
+    "mistral_7b_v0_3": (4096, 32, 32, 8, 14336, 32768, 32768, 1e6, 1, 7_248_023_552),
 }
 
 
@@ -44,6 +66,39 @@ def test_configs_are_those_of_the_paper(name):
     assert config.train.tokens_per_step == 2048 * 2048
     assert config.train.steps * config.train.tokens_per_step == pytest.approx(tokens, rel=1e-5)
     assert model.parameter_count() == parameters
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_family_is_as_released(name):
+    config, _ = load(name)
+    dim, layers, heads, kv_heads, ffn, vocab, context, theta, scaling, parameters = FAMILY[name]
+    model = config.model
+    assert (model.dim, model.n_layers, model.ffn_dim) == (dim, layers, ffn)
+    assert (model.n_heads, model.n_kv_heads, model.vocab_size) == (heads, kv_heads, vocab)
+    assert config.train.seq_len == context
+    assert (model.rope_theta, model.rope_scaling_factor) == (theta, scaling)
+    assert (model.rope_low_freq_factor, model.rope_high_freq_factor) == (1, 4)
+    assert model.rope_original_context == 8192
+    assert model.norm_eps == 1e-5
+    assert model.sliding_window == (4096 if name == "mistral_7b_v0_1" else 0)
+    assert model.tied_embeddings == name.startswith("llama3_2")
+    assert model.parameter_count() == parameters
+    assert config.train.tokens_per_step == 4 * 2**20
+
+
+@pytest.mark.parametrize("name", [*PAPER, *FAMILY])
+def test_each_config_makes_a_train_step(name):
+    """Shapes of the initial state and of one step on it; nothing is allocated."""
+    config, _ = load(name)
+    state = abstract_state(config)
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+    assert count == config.model.parameter_count()
+    shape = (config.train.global_batch, config.train.seq_len)
+    ids = jax.ShapeDtypeStruct(shape, "int32")
+    batch = {"inputs": ids, "targets": ids, "weights": jax.ShapeDtypeStruct(shape, "float32")}
+    after, metrics = jax.eval_shape(functools.partial(train_step, config=config), state, batch)
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+    assert metrics["loss"].shape == ()
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
@@ -141,6 +196,12 @@ INVALID = [
     ("model__remat", "save:q;offload:nothing", "'nothing'"),
     ("model__remat", "keep:q", "neither save:NAME"),
     ("model__norm_eps", 0.0, "norm_eps"),
+    ("model__explicit_head_dim", -2, "explicit_head_dim"),
+    ("model__explicit_head_dim", 7, "even head size"),
+    ("model__rope_scaling_factor", 0.5, "rope_scaling_factor"),
+    ("model__rope_low_freq_factor", 0.0, "rope_low_freq_factor"),
+    ("model__rope_low_freq_factor", 4.0, "less than rope_high_freq_factor"),
+    ("model__rope_original_context", 0, "rope_original_context"),
     ("mesh__data", 0, "data"),
     ("mesh__data", -1, "one mesh axis"),
     ("data__source", "", "data.source"),

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from llama_jax.config import REMAT_NAMES
-from llama_jax.model import forward, init_cache, init_params, logits, rms_norm, rope, rope_tables
+from llama_jax.model import (
+    forward,
+    init_cache,
+    init_params,
+    logits,
+    rms_norm,
+    rope,
+    rope_frequencies,
+    rope_tables,
+)
 from tests.helpers import MESHES, TINY, mesh_of, random_batch, random_params, replace
 
 CONFIG = replace(TINY, model__n_kv_heads=2).model
@@ -96,7 +105,7 @@ def test_rope_depends_on_the_distance_alone():
 
     def score(query_position, key_position):
         positions = np.array([[query_position], [key_position]])
-        cos, sin = rope_tables(jnp.asarray(positions), 8, 10_000.0)
+        cos, sin = rope_tables(jnp.asarray(positions), CONFIG)
         return float((rope(q, cos[:1], sin[:1]) * rope(k, cos[1:], sin[1:])).sum())
 
     assert score(5, 2) == pytest.approx(score(1005, 1002), abs=1e-4)
@@ -223,3 +232,40 @@ def test_unrolling_the_scan_changes_nothing():
     np.testing.assert_allclose(
         logits(config.model, params, TOKENS), logits(TINY.model, params, TOKENS), atol=1e-5
     )
+
+
+def test_scaled_rope_by_hand():
+    """Llama 3.1's rule in float64, one frequency after the other."""
+    config = replace(
+        TINY,
+        model__explicit_head_dim=64,
+        model__rope_theta=5e5,
+        model__rope_scaling_factor=8.0,
+    ).model
+    expected, kinds = [], set()
+    for i in range(32):
+        frequency = 5e5 ** (-2 * i / 64)
+        wavelength = 2 * np.pi / frequency
+        if wavelength < 8192 / 4:
+            kinds.add("kept")
+        elif wavelength > 8192 / 1:
+            kinds.add("stretched")
+            frequency /= 8
+        else:
+            kinds.add("between")
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            frequency = (1 - smooth) * frequency / 8 + smooth * frequency
+        expected.append(frequency)
+    assert kinds == {"kept", "stretched", "between"}
+    np.testing.assert_allclose(rope_frequencies(config), expected, rtol=1e-6)
+
+
+def test_heads_of_their_own_size():
+    config = replace(TINY, model__explicit_head_dim=16, model__n_kv_heads=2).model
+    params = random_params(config)
+    assert params["layers"]["attn"]["wq"].shape == (2, 32, 4, 16)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert config.parameter_count() == count
+    assert logits(config, params, TOKENS).shape == (3, 16, 64)
+    expected = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, expected)

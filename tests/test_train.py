@@ -479,6 +479,7 @@ def test_check_memory_tells_how_many_devices_it_takes():
 
 # Every field is live: each one is named here with the test that shows it.
 
+SCALING = "model__rope_scaling_factor"
 STEP_FIELDS = {
     "model__vocab_size": 96,
     "model__dim": 64,
@@ -487,6 +488,11 @@ STEP_FIELDS = {
     "model__n_kv_heads": 2,
     "model__ffn_dim": 64,
     "model__rope_theta": 5e5,
+    "model__explicit_head_dim": 16,
+    "model__rope_scaling_factor": 8.0,
+    "model__rope_low_freq_factor": 2.0,
+    "model__rope_high_freq_factor": 8.0,
+    "model__rope_original_context": 64,
     "model__norm_eps": 1e-5,
     "model__sliding_window": 8,
     "model__tied_embeddings": True,
@@ -569,6 +575,11 @@ def base_program():
 
 @pytest.mark.parametrize("field", STEP_FIELDS)
 def test_the_field_changes_the_step(base_program, field):
+    if field.startswith("model__rope_") and field not in ("model__rope_theta", SCALING):
+        # What says how frequencies are scaled, where they are.
+        scaled = replace(TINY, **{SCALING: 8.0})
+        assert program(replace(scaled, **{field: STEP_FIELDS[field]})) != program(scaled)
+        return
     assert program(replace(TINY, **{field: STEP_FIELDS[field]})) != base_program
 
 

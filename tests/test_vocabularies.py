@@ -7,9 +7,12 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_jax.convert import convert, open_source
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
-from tests.helpers import llama3_tokenizer
+from llama_jax.inference import open_model
+from tests.helpers import TINY, llama3_tokenizer, replace
+from tests.test_convert import exported
 
 HARD = [
     "",
@@ -179,3 +182,18 @@ def test_the_ids_of_transformers_sentencepiece(tokenizer, tmp_path, text):
             assert tokenizer.encode(text, special=special) == made.encode(
                 text, add_special_tokens=False, split_special_tokens=not special
             )
+
+
+def test_imported_weights_write_with_their_tokenizer_json_and_give_it_back(corpus, tmp_path):
+    model = with_names(corpus, "<|begins|>", "<|ends|>")
+    ends = json.dumps({"bos_token": "<|begins|>", "eos_token": "<|ends|>"}).encode()
+    files = {"tokenizer.json": model, "tokenizer_config.json": ends}
+    config = replace(TINY, model__vocab_size=Tokenizer(llama3_tokenizer(corpus)).vocab_size)
+    exported(tmp_path / "hf", config, files=files)
+    convert(open_source("hf", tmp_path / "hf"), "ckpt", tmp_path / "run")
+    model_of = open_model(tmp_path / "run")
+    tokenizer = model_of.tokenizer
+    assert tokenizer.piece(tokenizer.bos_id) == "<|begins|>"
+    assert tokenizer.decode(tokenizer.encode("def f(x):")) == "def f(x):"
+    convert(open_source("ckpt", tmp_path / "run"), "hf", tmp_path / "again", "")
+    assert json.loads((tmp_path / "again" / "tokenizer.json").read_text()) == json.loads(model)

@@ -255,3 +255,12 @@ def with_ends(model_bytes: bytes, config: dict[str, Any], name: str) -> bytes:
     except UserError:
         same = False
     return model_bytes if same else json.dumps({ENDS: ends, **described}).encode()
+
+
+def without_ends(model_bytes: bytes) -> bytes:
+    """The tokenizer.json that other programs read: `with_ends` undone."""
+    described = json.loads(model_bytes)
+    if ENDS not in described:
+        return model_bytes
+    del described[ENDS]
+    return json.dumps(described).encode()

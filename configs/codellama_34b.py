@@ -1,0 +1,34 @@
+"""Code Llama 34B (33,743,970,304 parameters), as in arXiv:2308.12950.
+
+  python -m llama_jax.prepare --config=configs/codellama_34b.py --output=gs://BUCKET/tokens
+  python -m llama_jax.train --config=configs/codellama_34b.py --workdir=gs://BUCKET/codellama_34b \\
+      --config.data.path=gs://BUCKET/tokens
+
+Batch: 256 sequences x 16,384 tokens = 4,194,304 tokens a step, 119,209 steps = 0.50T tokens.
+Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 503 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
+Recipe: continues LLaMA-2 at the context of its long-context fine-tuning; the peak rate is ours.
+No infilling at this size, so the vocabulary stays at 32,000.
+"""
+
+import ml_collections
+
+from llama_jax.config import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The config."""
+    config = default()
+    config.model.dim = 8192
+    config.model.n_layers = 48
+    config.model.n_heads = 64
+    config.model.n_kv_heads = 8
+    config.model.ffn_dim = 22016
+    config.model.rope_theta = 1_000_000.0
+    config.model.norm_eps = 1e-5
+    config.model.remat = "full"
+    config.optim.peak_lr = 1.5e-4
+    config.train.steps = 119_209
+    config.train.seq_len = 16384
+    config.train.global_batch = 256
+    return config

@@ -1,0 +1,30 @@
+"""Code Llama 7B (6,738,546,688 parameters), as in arXiv:2308.12950.
+
+  python -m llama_jax.prepare --config=configs/codellama_7b.py --output=gs://BUCKET/tokens
+  python -m llama_jax.train --config=configs/codellama_7b.py --workdir=gs://BUCKET/codellama_7b \\
+      --config.data.path=gs://BUCKET/tokens
+
+Batch: 256 sequences x 16,384 tokens = 4,194,304 tokens a step, 119,209 steps = 0.50T tokens.
+Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 100 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
+Recipe: continues LLaMA-2 at the context of its long-context fine-tuning; the peak rate is ours.
+16 ids more than LLaMA-2: the infilling tokens (prefix, middle, suffix, end).
+The Python variant of 7B has the 32,000 ids of LLaMA-2: --config.model.vocab_size=32_000.
+"""
+
+import ml_collections
+
+from llama_jax.config import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The config."""
+    config = default()
+    config.model.vocab_size = 32_016
+    config.model.rope_theta = 1_000_000.0
+    config.model.norm_eps = 1e-5
+    config.model.remat = "full"
+    config.train.steps = 119_209
+    config.train.seq_len = 16384
+    config.train.global_batch = 256
+    return config

@@ -1,0 +1,31 @@
+"""LLaMA-2 13B (13,015,864,320 parameters), as in arXiv:2307.09288.
+
+  python -m llama_jax.prepare --config=configs/llama2_13b.py --output=gs://BUCKET/tokens
+  python -m llama_jax.train --config=configs/llama2_13b.py --workdir=gs://BUCKET/llama2_13b \\
+      --config.data.path=gs://BUCKET/tokens
+
+Batch: 1,024 sequences x 4,096 tokens = 4,194,304 tokens a step, 476,837 steps = 2.00T tokens.
+Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 194 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
+Recipe: tokens, batch and peak rate are those of the paper, section 2.2 and table 1.
+"""
+
+import ml_collections
+
+from llama_jax.config import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The config."""
+    config = default()
+    config.model.dim = 5120
+    config.model.n_layers = 40
+    config.model.n_heads = 40
+    config.model.n_kv_heads = 40
+    config.model.ffn_dim = 13824
+    config.model.norm_eps = 1e-5
+    config.model.remat = "full"
+    config.train.steps = 476_837
+    config.train.seq_len = 4096
+    config.train.global_batch = 1024
+    return config

@@ -1,0 +1,32 @@
+"""LLaMA-2 70B (68,976,648,192 parameters), as in arXiv:2307.09288.
+
+  python -m llama_jax.prepare --config=configs/llama2_70b.py --output=gs://BUCKET/tokens
+  python -m llama_jax.train --config=configs/llama2_70b.py --workdir=gs://BUCKET/llama2_70b \\
+      --config.data.path=gs://BUCKET/tokens
+
+Batch: 1,024 sequences x 4,096 tokens = 4,194,304 tokens a step, 476,837 steps = 2.00T tokens.
+Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 1,028 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
+Recipe: tokens, batch and peak rate are those of the paper, section 2.2 and table 1.
+"""
+
+import ml_collections
+
+from llama_jax.config import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The config."""
+    config = default()
+    config.model.dim = 8192
+    config.model.n_layers = 80
+    config.model.n_heads = 64
+    config.model.n_kv_heads = 8
+    config.model.ffn_dim = 28672
+    config.model.norm_eps = 1e-5
+    config.model.remat = "full"
+    config.optim.peak_lr = 1.5e-4
+    config.train.steps = 476_837
+    config.train.seq_len = 4096
+    config.train.global_batch = 1024
+    return config

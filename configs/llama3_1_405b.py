@@ -1,0 +1,36 @@
+"""Llama 3.1 405B (405,853,388,800 parameters), as in arXiv:2407.21783.
+
+  python -m llama_jax.prepare --config=configs/llama3_1_405b.py --output=gs://BUCKET/tokens
+  python -m llama_jax.train --config=configs/llama3_1_405b.py --workdir=gs://BUCKET/llama3_1_405b \\
+      --config.data.path=gs://BUCKET/tokens
+
+Batch: 32 sequences x 131,072 tokens = 4,194,304 tokens a step, 190,735 steps = 0.80T tokens.
+Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 6,048 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
+Recipe: the stage that stretches the context to 128K, 0.8T tokens as in section 3.4.2 of the paper;
+the peak rate is that of its table 3.
+"""
+
+import ml_collections
+
+from llama_jax.config import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The config."""
+    config = default()
+    config.model.vocab_size = 128_256
+    config.model.dim = 16384
+    config.model.n_layers = 126
+    config.model.n_heads = 128
+    config.model.n_kv_heads = 8
+    config.model.ffn_dim = 53248
+    config.model.rope_theta = 500_000.0
+    config.model.rope_scaling_factor = 8.0
+    config.model.norm_eps = 1e-5
+    config.model.remat = "full"
+    config.optim.peak_lr = 8e-5
+    config.train.steps = 190_735
+    config.train.seq_len = 131072
+    config.train.global_batch = 32
+    return config

@@ -1,0 +1,36 @@
+"""Llama 3.2 1B (1,235,814,400 parameters), as released; the herd is described in arXiv:2407.21783.
+
+  python -m llama_jax.prepare --config=configs/llama3_2_1b.py --output=gs://BUCKET/tokens
+  python -m llama_jax.train --config=configs/llama3_2_1b.py --workdir=gs://BUCKET/llama3_2_1b \\
+      --config.data.path=gs://BUCKET/tokens
+
+Batch: 32 sequences x 131,072 tokens = 4,194,304 tokens a step, 190,735 steps = 0.80T tokens.
+Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 18 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
+Recipe: the stage that stretches the context to 128K, 0.8T tokens as in section 3.4.2 of the paper;
+the peak rate is ours.
+The embedding is the output matrix too; wavelengths are stretched 32 times.
+"""
+
+import ml_collections
+
+from llama_jax.config import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The config."""
+    config = default()
+    config.model.vocab_size = 128_256
+    config.model.dim = 2048
+    config.model.n_layers = 16
+    config.model.n_kv_heads = 8
+    config.model.ffn_dim = 8192
+    config.model.rope_theta = 500_000.0
+    config.model.rope_scaling_factor = 32.0
+    config.model.norm_eps = 1e-5
+    config.model.tied_embeddings = True
+    config.model.remat = "full"
+    config.train.steps = 190_735
+    config.train.seq_len = 131072
+    config.train.global_batch = 32
+    return config

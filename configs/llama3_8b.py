@@ -1,0 +1,30 @@
+"""Llama 3 8B (8,030,261,248 parameters), as in arXiv:2407.21783.
+
+  python -m llama_jax.prepare --config=configs/llama3_8b.py --output=gs://BUCKET/tokens
+  python -m llama_jax.train --config=configs/llama3_8b.py --workdir=gs://BUCKET/llama3_8b \\
+      --config.data.path=gs://BUCKET/tokens
+
+Batch: 512 sequences x 8,192 tokens = 4,194,304 tokens a step, 3,576,279 steps = 15.00T tokens.
+Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 120 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
+Recipe: 15T tokens and the peak rate of the paper, table 3, at its batch of 4M tokens.
+"""
+
+import ml_collections
+
+from llama_jax.config import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The config."""
+    config = default()
+    config.model.vocab_size = 128_256
+    config.model.n_kv_heads = 8
+    config.model.ffn_dim = 14336
+    config.model.rope_theta = 500_000.0
+    config.model.norm_eps = 1e-5
+    config.model.remat = "full"
+    config.train.steps = 3_576_279
+    config.train.seq_len = 8192
+    config.train.global_batch = 512
+    return config

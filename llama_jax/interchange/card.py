@@ -1,0 +1,87 @@
+"""The model card of an export: what was trained, on what, and how it ended."""
+
+import json
+import statistics
+from typing import Any
+
+from etils import epath
+
+from llama_jax import checkpoint as checkpoint_lib
+from llama_jax.config import Config
+
+
+def write(meta: checkpoint_lib.Meta, step_folder: epath.Path) -> str:
+    """A README.md for the weights of one step.
+
+    Losses and speed come from `metrics.jsonl` of its work directory, where that is still there.
+    """
+    config, model = meta.config, meta.config.model
+    rows = {
+        "parameters": f"{model.parameter_count():,}",
+        "dim, layers": f"{model.dim}, {model.n_layers}",
+        "heads, kv heads": f"{model.n_heads}, {model.n_kv_heads} of size {model.head_dim}",
+        "ffn": f"{model.ffn_dim}",
+        "vocabulary": f"{model.vocab_size:,}" + (", tied" if model.tied_embeddings else ""),
+        "context": f"{config.train.seq_len:,} tokens",
+        "RoPE theta": f"{model.rope_theta:,.0f}",
+    }
+    if model.rope_scaling_factor != 1:
+        rows["RoPE scaling"] = f"{model.rope_scaling_factor:g} (llama3)"
+    if model.sliding_window:
+        rows["sliding window"] = f"{model.sliding_window:,} tokens"
+    lines = [
+        *("---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""),
+        *("# A LLaMA trained with llama_jax", "", "## Model", "", *_table(rows), "", "## Training"),
+        "",
+    ]
+    if meta.step == 0:
+        lines.append("None here: the weights were imported, or are the initial ones.")
+    else:
+        lines += _table(_training(config, meta.step, step_folder.parent.parent / "metrics.jsonl"))
+    text = config.to_json().rstrip()
+    return "\n".join([*lines, "", "## Config", "", "```json", text, "```", ""])
+
+
+def _training(config: Config, step: int, metrics: epath.Path) -> dict[str, str]:
+    train, optim = config.train, config.optim
+    tokens = step * train.tokens_per_step
+    flops = tokens * config.model.flops_per_token(train.seq_len)
+    rows = {
+        "steps": f"{step:,} of {train.steps:,}",
+        "tokens seen": f"{tokens:,} ({train.global_batch:,} x {train.seq_len:,} a step)",
+        "data": config.data.source,
+        "mixture": config.data.mixture or "by size",
+        "optimiser": f"AdamW, peak {optim.peak_lr:g}, {optim.warmup_steps:,} warm-up steps, cosine",
+        "compute": f"{flops:.2e} FLOPs (6 per weight, and causal attention)",
+    }
+    last = _last_values(metrics, step)
+    for name, title in (("loss", "training loss"), ("eval_loss", "validation loss")):
+        if name in last:
+            rows[title] = f"{last[name]:.4f} nats per token"
+    if last.get("speed"):
+        hours = tokens / last["speed"] / 3600
+        rows["speed"] = f"{last['speed']:,.0f} tokens/s (median), {hours:,.2f} hours in all"
+    return rows
+
+
+def _last_values(metrics: epath.Path, step: int) -> dict[str, Any]:
+    """The newest loss and eval_loss up to a step, and its median speed in tokens/s."""
+    found: dict[str, Any] = {}
+    rates = []
+    if not metrics.exists():
+        return found
+    for line in metrics.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # the last line of a run that was killed
+            continue
+        if record.get("step", step + 1) > step:
+            continue
+        found |= {n: record[n] for n in ("loss", "eval_loss") if record.get(n) is not None}
+        if record.get("tokens_per_second"):
+            rates.append(record["tokens_per_second"])
+    return {**found, "speed": statistics.median(rates)} if rates else found
+
+
+def _table(rows: dict[str, str]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]

@@ -1,0 +1,169 @@
+"""Our own checkpoints, read and written one layer at a time.
+
+Orbax saves and restores whole arrays; underneath are zarr arrays in an OCDBT database, which
+tensorstore reads and writes in parts. What is written here is a step without optimiser state that
+`checkpoint.load_params` reads like any other.
+"""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+from llama_jax import checkpoint as checkpoint_lib
+from llama_jax.data.vocabularies import with_ends, without_ends
+from llama_jax.errors import UserError
+from llama_jax.interchange import card, formats
+from llama_jax.interchange.formats import Description, is_stacked
+
+_CHUNK_SIZE = 2**25  # bytes
+IMPORTED = "imported"  # stands for the fingerprint of data that is not known
+
+
+def _array_spec(params: epath.Path, path: str) -> dict[str, Any]:
+    base = str(params.absolute())
+    base = base if "://" in base else f"file://{base}"
+    store = {"driver": "ocdbt", "base": base, "path": path.replace("/", ".") + "/"}
+    return {"driver": "zarr", "kvstore": store}
+
+
+class CkptSource:
+    """A saved step.
+
+    Memory is one layer for checkpoints that were converted; one that was trained is stored in the
+    parts that its devices held, which may span all layers, and then one such stack is read at once.
+    """
+
+    def __init__(self, checkpoint: epath.PathLike) -> None:
+        """Opens a work directory (its newest step), or the folder of one step.
+
+        Raises:
+          UserError: there is none, or its arrays are not those of its config.
+        """
+        folder = checkpoint_lib.find_step(checkpoint)
+        meta = checkpoint_lib.load_meta(folder)
+        model = meta.config.model
+        files = dict(meta.tokenizer_files)
+        if meta.tokenizer_model.lstrip()[:1] == b"{":
+            files.setdefault("tokenizer.json", without_ends(meta.tokenizer_model))
+        elif meta.tokenizer_model:
+            files["tokenizer.model"] = meta.tokenizer_model
+        formats.check_vocabulary(files, model.vocab_size, str(folder))
+        self._stores: dict[str, Any] = {}
+        for path, shape in formats.shapes(model).items():
+            wanted = (model.n_layers, *shape) if is_stacked(path) else shape
+            try:
+                store = ts.open(_array_spec(folder / "params", path), open=True, read=True).result()
+            except ValueError as error:
+                raise UserError(f"{folder}/params lacks {path}, or it is damaged") from error
+            if store.shape != wanted:
+                raise UserError(
+                    f"{folder}/params: {path} has shape {store.shape}, its config makes it {wanted}"
+                )
+            self._stores[path] = store
+        self._folder = folder
+        self._block: tuple[str, int, Any] = ("", 0, None)
+        text = card.write(meta, folder)
+        self.description = Description(meta.config, "float32", files, text, meta.step)
+
+    def read(self, path: str, layer: int | None) -> np.ndarray:
+        """The array `path` of our tree, for a stacked one that of `layer`."""
+        store: Any = self._stores[path]
+        try:
+            if layer is None:
+                return store.read().result()
+            name, start, block = self._block
+            if name != path or not start <= layer < start + len(block):
+                depth = store.chunk_layout.read_chunk.shape[0]
+                start = layer - layer % depth
+                self._block = ("", 0, None)  # the one before is freed first
+                block = store[start : min(start + depth, store.shape[0])].read().result()
+                self._block = (path, start, block)
+            return block[layer - start]
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self._folder}/params/{path} cannot be read: {reason}") from error
+
+
+class CkptTarget:
+    """A new work directory with one step, 0, that has weights and no optimiser state."""
+
+    def __init__(self, workdir: epath.Path, description: Description) -> None:
+        """Writes all but the numbers."""
+        files = dict(description.files)
+        model = files.get("tokenizer.model", b"")
+        sentencepiece = b"" if formats.is_tiktoken(model) else files.pop("tokenizer.model", b"")
+        config = description.config
+        (workdir / "config.json").write_text(config.to_json())
+        tokenizer = sentencepiece
+        if not sentencepiece and "tokenizer.json" in files:
+            ends = json.loads(files.get("tokenizer_config.json", b"{}"))
+            tokenizer = with_ends(files["tokenizer.json"], ends, "tokenizer.json")
+        if tokenizer:
+            (workdir / "tokenizer.model").write_bytes(tokenizer)
+        meta = checkpoint_lib.Meta(config, 0, IMPORTED, tokenizer, tokenizer_files=files)
+        folder = workdir / checkpoint_lib.CHECKPOINTS / "0"
+        self._params = folder / "params"
+        self._params.mkdir(parents=True)
+        checkpoint_lib.save_meta(folder, meta)
+        self._stores = {}
+        for path, shape in formats.shapes(config.model).items():
+            stacked = is_stacked(path)
+            whole = (config.model.n_layers, *shape) if stacked else shape
+            # Parts of a layer, which are compressed at the same time.
+            rows = max(1, _CHUNK_SIZE // (4 * math.prod(shape[1:])))
+            chunks = (min(rows, shape[0]), *shape[1:])
+            self._stores[path] = self._create(path, whole, (1, *chunks) if stacked else chunks)
+        self._write_orbax_metadata()
+
+    def _create(self, path: str, shape: tuple[int, ...], chunks: tuple[int, ...]) -> Any:
+        metadata = {
+            "shape": shape,
+            "chunks": chunks,
+            "dtype": "<f4",
+            "compressor": {"id": "zstd", "level": 1},
+            "fill_value": None,
+            "filters": None,
+            "order": "C",
+        }
+        spec = {**_array_spec(self._params, path), "metadata": metadata}
+        return ts.open(spec, create=True, open=False).result()
+
+    def _write_orbax_metadata(self) -> None:
+        """The two files by which orbax knows the tree; a test compares them with its own."""
+        tree = {}
+        for path, store in self._stores.items():
+            keys = tuple(path.split("/"))
+            value = {
+                "value_type": "jax.Array",
+                "skip_deserialize": False,
+                "write_shape": list(store.shape),
+            }
+            key_metadata = [{"key": key, "key_type": 2} for key in keys]
+            tree[str(keys)] = {"key_metadata": key_metadata, "value_metadata": value}
+        metadata = {
+            "tree_metadata": tree,
+            "use_ocdbt": True,
+            "use_zarr3": False,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        }
+        (self._params / "_METADATA").write_text(json.dumps(metadata))
+        module = "orbax.checkpoint._src.handlers.standard_checkpoint_handler"
+        handler = {"item_handlers": f"{module}.StandardCheckpointHandler", "metrics": {}}
+        (self._params / "_CHECKPOINT_METADATA").write_text(json.dumps(handler))
+
+    def write(self, path: str, layer: int | None, array: np.ndarray) -> None:
+        """Takes what `Source.read` gave."""
+        store = self._stores[path]
+        part = store if layer is None else store[layer]
+        try:
+            part.write(formats.cast(array, np.float32, path)).result()
+        except ValueError as error:  # tensorstore's word for a full disk, too
+            raise UserError(f"{self._params}: {str(error).splitlines()[0]}") from error
+
+    def close(self) -> None:
+        """Completes the files: every write was waited for."""

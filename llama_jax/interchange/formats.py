@@ -1,0 +1,158 @@
+"""What a source gives and a target takes: a description of the model, then array after array."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from llama_jax.config import Config, ModelConfig
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.errors import UserError
+from llama_jax.step import abstract_state
+
+# Files beside the weights that travel with them, whatever format lies between.
+TOKENIZER_FILES = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    "generation_config.json",
+)
+LLAMA3_SPECIAL_TOKENS = 256  # that follow the ranks in a tokenizer.model of Llama 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """All that a checkpoint holds beside its weights.
+
+    Attributes:
+      config: the run, or for weights from elsewhere the defaults with their model and context
+        (`train.seq_len`).
+      dtype: of the stored weights: bfloat16, float16 or float32.
+      files: contents of `TOKENIZER_FILES` that are there.
+      card: Markdown about its training; empty if nothing is known.
+      step: optimiser steps taken here.
+    """
+
+    config: Config
+    dtype: str
+    files: dict[str, bytes]
+    card: str = ""
+    step: int = 0
+
+
+def computed_in(config: Config, dtype: str) -> Config:
+    """The config with the compute dtype of stored weights; bfloat16 for float16, which it lacks."""
+    compute = "float32" if dtype == "float32" else "bfloat16"
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, compute_dtype=compute)
+    )
+
+
+class Source(Protocol):
+    """Weights that can be read in any order. Opening one checks all but the numbers."""
+
+    description: Description
+
+    def read(self, path: str, layer: int | None) -> np.ndarray:
+        """The array `path` of our tree, for a stacked one that of `layer`."""
+
+
+class Target(Protocol):
+    """Weights that can be written in any order."""
+
+    def write(self, path: str, layer: int | None, array: np.ndarray) -> None:
+        """Takes what `Source.read` gave."""
+
+    def close(self) -> None:
+        """Completes the files."""
+
+
+def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Path in our tree -> shape, of one layer where the array is stacked."""
+    params = abstract_state(Config(model=model)).params
+    leaves = jax.tree.leaves_with_path(params)
+    found = {"/".join(key.key for key in keys): tuple(leaf.shape) for keys, leaf in leaves}
+    return {p: shape[1:] if is_stacked(p) else shape for p, shape in found.items()}
+
+
+def is_stacked(path: str) -> bool:
+    """Whether the array has a leading axis of layers."""
+    return path.startswith("layers/")
+
+
+def units(model: ModelConfig) -> Iterator[tuple[str, int | None]]:
+    """Every (path, layer), the layers of one array after another."""
+    for path in shapes(model):
+        layers: tuple[int | None, ...] = tuple(range(model.n_layers))
+        for layer in layers if is_stacked(path) else (None,):
+            yield path, layer
+
+
+def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """The array in another dtype, contiguous.
+
+    Raises:
+      UserError: a number is too large for it (float16 ends at 65504).
+    """
+    if array.dtype == dtype and array.flags.c_contiguous:
+        return array
+    out = np.empty(array.shape, dtype)
+    # Most come transposed: a few rows at a time stay in the cache, which is three times as fast.
+    with np.errstate(over="ignore"):
+        for start in range(0, len(array), 16):
+            out[start : start + 16] = array[start : start + 16]
+    if np.dtype(dtype) == np.float16 and np.isinf(out).any():
+        raise UserError(f"{name} has numbers too large for float16; use --dtype=bfloat16")
+    return out
+
+
+def check_vocabulary(files: dict[str, bytes], vocab_size: int, name: str) -> None:
+    """A tokenizer may have fewer ids than the model has rows (padding), but not more.
+
+    Raises:
+      UserError: it has more, or cannot be read.
+    """
+    for file in ("tokenizer.model", "tokenizer.json"):
+        if file not in files:
+            continue
+        size = _vocabulary(files[file], f"{name}/{file}")
+        if size > vocab_size:
+            raise UserError(
+                f"{name}/{file} has {size:,} ids, but the model's vocabulary is {vocab_size:,}"
+            )
+
+
+def _vocabulary(content: bytes, name: str) -> int:
+    if name.endswith(".json"):
+        try:
+            tokenizer = json.loads(content)
+            vocab = tokenizer["model"]["vocab"]
+            # A dict of id by piece (BPE), or a list of pieces (Unigram).
+            largest = max(vocab.values()) if isinstance(vocab, dict) else len(vocab) - 1
+            return 1 + max([largest, *(token["id"] for token in tokenizer["added_tokens"])])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{name} is not a tokenizer of the tokenizers library") from error
+    if is_tiktoken(content):
+        return len(content.splitlines()) + LLAMA3_SPECIAL_TOKENS
+    return Tokenizer(content, name).vocab_size
+
+
+def is_tiktoken(content: bytes) -> bool:
+    """Whether a tokenizer.model is Llama 3's (lines of base64 and rank), not SentencePiece."""
+    words = content[:1000].split(b"\n")[0].split()
+    return len(words) == 2 and words[1].isdigit()
+
+
+def special_ids(files: dict[str, bytes]) -> tuple[int | None, Any]:
+    """Ids of BOS and EOS (EOS may be a list) where the files tell."""
+    if "generation_config.json" in files:
+        values = json.loads(files["generation_config.json"])
+        if values.get("eos_token_id") is not None:
+            return values.get("bos_token_id"), values["eos_token_id"]
+    model = files.get("tokenizer.model", b"")
+    if model and not is_tiktoken(model):
+        tokenizer = Tokenizer(model)
+        return tokenizer.bos_id, tokenizer.eos_id
+    return None, None

@@ -1,0 +1,331 @@
+"""Meta's folders: `consolidated.NN.pth`, the pieces of its tensor parallelism, and `params.json`.
+
+Meta rotates pairs (2i, 2i + 1) of a head where we rotate (i, i + H/2), so the rows of wq and wk
+stand in another order. Needs torch (`pip install '.[meta]'`), which maps the pickles into memory.
+"""
+
+import dataclasses
+import json
+import math
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from llama_jax.config import Config, ModelConfig
+from llama_jax.errors import UserError
+from llama_jax.interchange import formats
+from llama_jax.interchange.formats import Description
+from llama_jax.interchange.hf import DTYPES, groups
+
+NAMES: Mapping[str, str] = {
+    "embed": "tok_embeddings.weight",
+    "layers/attn_norm": "layers.{}.attention_norm.weight",
+    "layers/attn/wq": "layers.{}.attention.wq.weight",
+    "layers/attn/wk": "layers.{}.attention.wk.weight",
+    "layers/attn/wv": "layers.{}.attention.wv.weight",
+    "layers/attn/wo": "layers.{}.attention.wo.weight",
+    "layers/mlp_norm": "layers.{}.ffn_norm.weight",
+    "layers/mlp/w1": "layers.{}.feed_forward.w1.weight",
+    "layers/mlp/w2": "layers.{}.feed_forward.w2.weight",
+    "layers/mlp/w3": "layers.{}.feed_forward.w3.weight",
+    "final_norm": "norm.weight",
+    "lm_head": "output.weight",
+}
+_UNPICKLING = (pickle.UnpicklingError, EOFError, KeyError)  # of what is cut off, or no weights
+# Divided along their inputs, the second axis of the file; the other matrices along the first.
+_ROW_PARALLEL = ("layers/attn/wo", "layers/mlp/w2")
+
+
+def half_split(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of wq or wk from Meta's order (pairs next to each other) to ours (halves)."""
+    heads = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
+    return heads.swapaxes(1, 2).reshape(rows.shape)
+
+
+def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """The inverse of `half_split`."""
+    heads = rows.reshape(-1, 2, head_dim // 2, rows.shape[-1])
+    return heads.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("Meta's pickles need torch: pip install '.[meta]'") from error
+    return torch
+
+
+def _to_numpy(tensor: Any) -> np.ndarray:
+    """A torch tensor as NumPy, which shares its memory; torch knows no NumPy bfloat16."""
+    torch = _torch()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+class MetaSource:
+    """A folder as Meta released it; opening it checks names and shapes of all tensors."""
+
+    def __init__(self, folder: epath.PathLike, context: int = 0) -> None:
+        """Maps the pieces into memory.
+
+        Args:
+          folder: with params.json and consolidated.*.pth, tokenizer.model there or one above.
+          context: tokens, which params.json does not tell; 0: by the family's habit.
+
+        Raises:
+          UserError: a piece or tensor is missing, extra, damaged, or not what params.json says.
+        """
+        self._folder = epath.Path(folder)
+        path = self._folder / "params.json"
+        if not path.exists():
+            raise UserError(f"{folder} is no model of Meta's: it has no params.json")
+        self._pieces = self._open_pieces()
+        params = _read_params(path)
+        self._model = self._model_of(params, path)
+        self._shapes = formats.shapes(self._model)
+        self._check()
+        context = context or params.get("max_seq_len") or habitual_context(self._model)
+        config = Config(model=self._model)
+        config = dataclasses.replace(
+            config, train=dataclasses.replace(config.train, seq_len=context)
+        )
+        dtype = str(_to_numpy(self._pieces[0][NAMES["final_norm"]]).dtype)
+        if dtype not in DTYPES:
+            raise UserError(f"{folder}: weights have dtype {dtype}; known: {', '.join(DTYPES)}")
+        files: dict[str, bytes] = {}
+        # The first LLaMA and LLaMA-2 keep the tokenizer beside the folders of the models.
+        for place in (self._folder, self._folder.parent):
+            if not files and (place / "tokenizer.model").exists():
+                files["tokenizer.model"] = (place / "tokenizer.model").read_bytes()
+        formats.check_vocabulary(files, self._model.vocab_size, str(folder))
+        self.description = Description(formats.computed_in(config, dtype), dtype, files)
+
+    def _open_pieces(self) -> list[dict[str, Any]]:
+        torch = _torch()
+        files = sorted(self._folder.glob("consolidated.*.pth"))
+        numbers = [file.name.split(".")[1] for file in files]
+        if not files:
+            raise UserError(f"{self._folder} has no consolidated.00.pth")
+        if numbers != [f"{number:02d}" for number in range(len(files))]:
+            found = ", ".join(numbers)
+            raise UserError(f"{self._folder}: pieces are missing, there are only {found}")
+        pieces = []
+        for file in files:
+            try:
+                piece = torch.load(str(file), map_location="cpu", weights_only=True, mmap=True)
+            except (OSError, RuntimeError, ValueError, *_UNPICKLING) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(f"{file} is not a file of weights, or damaged: {reason}") from error
+            if not isinstance(piece, dict) or not piece:
+                raise UserError(f"{file} is not a file of weights: it holds no named tensors")
+            if not all(isinstance(tensor, torch.Tensor) for tensor in piece.values()):
+                raise UserError(f"{file} is not a file of weights: it holds other things, too")
+            pieces.append(piece)
+        for file, piece in zip(files, pieces, strict=True):
+            if set(piece) != set(pieces[0]):
+                raise UserError(f"{file} has not the same tensors as {files[0].name}")
+        return pieces
+
+    def _model_of(self, params: dict[str, Any], path: epath.Path) -> ModelConfig:
+        """Our config: `params.json`, and what only the tensors tell."""
+        first, count = self._pieces[0], len(self._pieces)
+        missing = [NAMES[p].format(0) for p in ("embed", "layers/mlp/w1", "final_norm")]
+        missing = [name for name in missing if name not in first]
+        if missing:
+            raise UserError(f"{self._folder} lacks {missing[0]}")
+        embed = first[NAMES["embed"]].shape
+        # Llama 3 divides the embedding by ids, its predecessors by columns.
+        vocab = embed[0] * (count if embed[1] == params.get("dim") else 1)
+        if params.get("vocab_size", -1) not in (-1, vocab):
+            raise UserError(
+                f"{path}: vocab_size={params['vocab_size']}, but the embedding has {vocab} rows"
+            )
+        try:
+            scaling: dict[str, Any] = {}
+            if params.get("use_scaled_rope"):
+                # 3.2 (whose small models are tied) stretches by 32; its params.json may not tell.
+                factor = params.get("rope_scaling_factor") or (32 if self._is_tied() else 8)
+                scaling = {"rope_scaling_factor": float(factor)}
+                for name in ("rope_low_freq_factor", "rope_high_freq_factor"):
+                    if params.get(name) is not None:
+                        scaling[name] = float(params[name])
+                if params.get("rope_original_context") is not None:
+                    scaling["rope_original_context"] = params["rope_original_context"]
+            return ModelConfig(
+                vocab_size=vocab,
+                dim=params["dim"],
+                n_layers=params["n_layers"],
+                n_heads=params["n_heads"],
+                n_kv_heads=params.get("n_kv_heads") or params["n_heads"],
+                ffn_dim=first[NAMES["layers/mlp/w1"].format(0)].shape[0] * count,
+                explicit_head_dim=params.get("head_dim") or 0,
+                rope_theta=float(params.get("rope_theta", 10_000.0)),
+                norm_eps=float(params["norm_eps"]),
+                sliding_window=params.get("sliding_window") or 0,
+                tied_embeddings=self._is_tied(),
+                **scaling,
+            )
+        except KeyError as error:
+            raise UserError(f"{path} does not tell {error.args[0]}") from error
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: {error}") from error
+
+    def _is_tied(self) -> bool:
+        """Whether the output matrix is the embedding, of which Llama 3.2 ships both."""
+        torch, head = _torch(), NAMES["lm_head"]
+        return all(
+            head not in piece or torch.equal(piece[head], piece[NAMES["embed"]])
+            for piece in self._pieces
+        )
+
+    def _check(self) -> None:
+        names = {NAMES[path].format(layer): path for path, layer in formats.units(self._model)}
+        found = self._pieces[0]
+        for name in names:
+            if name not in found:
+                raise UserError(f"{self._folder} lacks {name}, which params.json asks for")
+        known = {"rope.freqs", NAMES["lm_head"]}  # a buffer; the copy of a tied matrix
+        extra = [name for name in found if name not in names and name not in known]
+        if extra:
+            raise UserError(f"{self._folder} holds {extra[0]}, unknown to params.json")
+        for name, path in names.items():
+            wanted = self._shapes[path]
+            pair = groups(path, wanted)
+            shape = wanted if pair is None else pair[::-1]
+            pieces = [tuple(piece[name].shape) for piece in self._pieces]
+            joined = self._joined(path, pieces)
+            if joined != shape:
+                raise UserError(
+                    f"{self._folder}: {name} has shape {joined}, params.json makes it {shape}"
+                )
+
+    def _axis(self, path: str, shape: tuple[int, ...]) -> int | None:
+        """Along which axis pieces are joined; None: each has the whole."""
+        if len(shape) == 1 or len(self._pieces) == 1:
+            return None
+        if path == "embed":
+            return 0 if shape[1] == self._model.dim else 1
+        return 1 if path in _ROW_PARALLEL else 0
+
+    def _joined(self, path: str, pieces: list[tuple[int, ...]]) -> tuple[int, ...]:
+        axis = self._axis(path, pieces[0])
+        if axis is None:
+            return pieces[0]
+        joined = list(pieces[0])
+        joined[axis] = sum(shape[axis] for shape in pieces)
+        return tuple(joined)
+
+    def read(self, path: str, layer: int | None) -> np.ndarray:
+        """The array `path` of our tree, for a stacked one that of `layer`."""
+        name = NAMES[path].format(layer)
+        axis = self._axis(path, tuple(self._pieces[0][name].shape))
+        parts = [_to_numpy(piece[name]) for piece in self._pieces]
+        array = parts[0] if axis is None else np.concatenate(parts, axis)
+        if path in ("layers/attn/wq", "layers/attn/wk"):
+            array = half_split(array, self._model.head_dim)
+        return (
+            array
+            if groups(path, self._shapes[path]) is None
+            else array.T.reshape(self._shapes[path])
+        )
+
+
+class MetaTarget:
+    """A new folder in Meta's layout, in one piece.
+
+    The pickle wants all tensors at once: they wait in a temporary file, mapped into memory.
+    """
+
+    def __init__(self, folder: epath.Path, description: Description, dtype: str) -> None:
+        """Writes all but the weights."""
+        torch = _torch()
+        self._folder, self._dtype = folder, DTYPES[dtype]
+        self._torch_dtype = getattr(torch, dtype)
+        config = description.config
+        self._model = config.model
+        (folder / "params.json").write_text(_write_params(config))
+        if "tokenizer.model" in description.files:
+            (folder / "tokenizer.model").write_bytes(description.files["tokenizer.model"])
+        if description.card:
+            (folder / "README.md").write_text(description.card)
+        self._spool = folder / "weights.tmp"
+        self._stream = self._spool.open("wb")
+        self._tensors: list[tuple[str, int, tuple[int, ...]]] = []
+
+    def write(self, path: str, layer: int | None, array: np.ndarray) -> None:
+        """Takes what `Source.read` gave."""
+        pair = groups(path, array.shape)
+        if pair is not None:
+            array = array.reshape(pair).T
+        if path in ("layers/attn/wq", "layers/attn/wk"):
+            array = interleaved(array, self._model.head_dim)
+        name = NAMES[path].format(layer)
+        array = np.ascontiguousarray(formats.cast(array, self._dtype, name))
+        self._tensors.append((name, self._stream.tell() // array.itemsize, array.shape))
+        self._stream.write(array.reshape(-1).view(np.uint8).data)
+
+    def close(self) -> None:
+        """Pickles what was written, and removes the temporary file."""
+        torch = _torch()
+        size = self._stream.tell() // np.dtype(self._dtype).itemsize
+        self._stream.close()
+        flat = torch.from_file(str(self._spool), shared=True, size=size, dtype=self._torch_dtype)
+        state = {}
+        for name, start, shape in self._tensors:
+            count = math.prod(shape)
+            state[name] = flat[start : start + count].view(shape)
+        torch.save(state, str(self._folder / "consolidated.00.pth"))
+        del flat, state
+        self._spool.unlink()
+
+
+def _read_params(path: epath.Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a mapping")
+    for field in ("moe", "quantization_args", "vision_chunk_size"):
+        if values.get(field) not in (None, -1):
+            raise UserError(f"{path}: {field} is not supported")
+    return values
+
+
+def _write_params(config: Config) -> str:
+    """Meta's own names where it has some; what it has no name for follows ours."""
+    model = config.model
+    values: dict[str, Any] = {
+        "dim": model.dim,
+        "n_layers": model.n_layers,
+        "n_heads": model.n_heads,
+        "n_kv_heads": model.n_kv_heads,
+        "vocab_size": model.vocab_size,
+        # Meta's code computes ffn_dim as the multiple of this above 2/3 x 4 dim x the multiplier.
+        "multiple_of": model.ffn_dim,
+        "norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "max_seq_len": config.train.seq_len,
+    }
+    if model.explicit_head_dim:
+        values["head_dim"] = model.explicit_head_dim
+    if model.sliding_window:
+        values["sliding_window"] = model.sliding_window
+    if model.rope_scaling_factor != 1:
+        values["use_scaled_rope"] = True
+        for name in ("scaling_factor", "low_freq_factor", "high_freq_factor", "original_context"):
+            values[f"rope_{name}"] = getattr(model, f"rope_{name}")
+    return json.dumps(values, indent=2) + "\n"
+
+
+def habitual_context(model: ModelConfig) -> int:
+    """The context of the model with such RoPE; LLaMA-2's 4096 cannot be told from 2048."""
+    if model.rope_scaling_factor != 1:
+        return 131_072
+    return {500_000.0: 8192, 1_000_000.0: 16_384}.get(model.rope_theta, 2048)
