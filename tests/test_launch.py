@@ -162,7 +162,7 @@ def test_local_asks_all_to_save(tmp_path, number):
         os.killpg(process.pid, number)  # as a terminal does
     else:
         process.send_signal(number)
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=120) == 0
     assert (tmp_path / "saved").read_text() == "saved\nsaved\n"
 
 
@@ -202,7 +202,7 @@ def test_retry_does_not_restart_what_was_stopped(tmp_path):
     )
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 7
+    assert process.wait(timeout=120) == 7
 
 
 # Slurm: see test_slurm.py for the real one.
