@@ -6,7 +6,7 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA:CPU's schedule for concurrency runs independent collectives at the same time, each of which
-# holds a thread on every device until all have come: on 8 fake devices two of them can wait for ever.
+# holds a thread on every device until all have come: on 8 fake devices two can wait for ever.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8"
     " --xla_cpu_enable_concurrency_optimized_scheduler=false"
