@@ -12,141 +12,10 @@ from typing import Any
 
 import ml_collections
 
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, require, require_positive
+from llama_jax.model_config import COMPUTE_DTYPES, ModelConfig
 
-REMAT_POLICIES = ("none", "full", "dots")
-# Tensors inside a block that `remat = "save:..."` may keep; model.py gives them these names.
-REMAT_NAMES = ("block_in", "q", "k", "v", "attn_context", "attn_out", "mlp_gate", "mlp_up")
-ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "triton", "splash")
 PACKINGS = ("concat", "best_fit")
-COMPUTE_DTYPES = ("bfloat16", "float32")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def _require_positive(group: str, config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value > 0, f"{group}.{name} must be positive, got {value}")
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """A LLaMA (Touvron et al., 2023, arXiv:2302.13971). The defaults are those of the 7B model."""
-
-    vocab_size: int = 32_000
-    dim: int = 4096
-    n_layers: int = 32
-    n_heads: int = 32
-    n_kv_heads: int = 32  # fewer than n_heads: grouped-query attention (arXiv:2305.13245)
-    ffn_dim: int = 11_008
-    explicit_head_dim: int = 0  # size of one head; 0: dim // n_heads
-    rope_theta: float = 10_000.0
-    rope_scaling_factor: float = 1.0  # of long wavelengths, as in Llama 3.1's code; 1: off
-    rope_low_freq_factor: float = 1.0  # wavelengths over context / this are stretched by the factor
-    rope_high_freq_factor: float = 4.0  # wavelengths under context / this stay
-    rope_original_context: int = 8_192  # tokens; the context before it was stretched
-    norm_eps: float = 1e-6
-    sliding_window: int = 0  # attention sees so many tokens back (arXiv:2310.06825); 0: all
-    tied_embeddings: bool = False
-    compute_dtype: str = "bfloat16"  # weights, norms, softmax and loss stay float32
-    attention: str = "auto"  # a backend of attention.py
-    # none | full | dots | save:NAME,NAME | offload:NAME,NAME (to the host) | save:NAME;offload:NAME
-    remat: str = "none"
-    scan_unroll: int = 1  # layers per iteration of the scan; more compile longer, may run faster
-
-    def __post_init__(self) -> None:
-        _require_positive(
-            "model", self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim"
-        )
-        rope = ("rope_theta", "rope_original_context")
-        _require_positive("model", self, *rope, "norm_eps", "scan_unroll")
-        _require(
-            bool(self.explicit_head_dim) or self.dim % self.n_heads == 0,
-            f"model.dim={self.dim} is not a multiple of model.n_heads={self.n_heads}",
-        )
-        _require(
-            self.n_heads % self.n_kv_heads == 0,
-            f"model.n_heads={self.n_heads} is not a multiple of model.n_kv_heads={self.n_kv_heads}",
-        )
-        for name in ("sliding_window", "explicit_head_dim"):
-            _require(getattr(self, name) >= 0, f"model.{name} must not be negative")
-        _require(self.rope_scaling_factor >= 1, "model.rope_scaling_factor must be 1 (off) or more")
-        _require(
-            0 < self.rope_low_freq_factor < self.rope_high_freq_factor,
-            "model.rope_low_freq_factor must be positive and less than rope_high_freq_factor, got "
-            f"{self.rope_low_freq_factor} and {self.rope_high_freq_factor}",
-        )
-        _require(self.head_dim % 2 == 0, f"RoPE needs an even head size, got {self.head_dim}")
-        _require(
-            self.compute_dtype in COMPUTE_DTYPES,
-            f"model.compute_dtype must be one of {COMPUTE_DTYPES}, got {self.compute_dtype!r}",
-        )
-        _require(
-            self.attention in ATTENTION_BACKENDS,
-            f"model.attention must be one of {ATTENTION_BACKENDS}, got {self.attention!r}",
-        )
-        if ":" not in self.remat:
-            _require(
-                self.remat in REMAT_POLICIES,
-                f"model.remat must be one of {REMAT_POLICIES}, save:NAME,... or offload:NAME,..., "
-                f"got {self.remat!r}",
-            )
-        for part in self.remat.split(";") if ":" in self.remat else ():
-            action, _, names = part.partition(":")
-            _require(
-                action in ("save", "offload"),
-                f"model.remat: {part!r} is neither save:NAME,... nor offload:NAME,...",
-            )
-            for name in names.split(","):
-                _require(
-                    name in REMAT_NAMES,
-                    f"model.remat names an unknown tensor {name!r}; there are "
-                    f"{', '.join(REMAT_NAMES)}",
-                )
-
-    @property
-    def head_dim(self) -> int:
-        """Size of one attention head."""
-        return self.explicit_head_dim or self.dim // self.n_heads
-
-    def remat_names(self, action: str) -> tuple[str, ...]:
-        """Tensors that `remat` keeps from the forward pass: `save` on the device, or `offload`."""
-        parts = dict(part.split(":") for part in self.remat.split(";") if ":" in part)
-        return tuple(parts[action].split(",")) if action in parts else ()
-
-    def parameter_count(self) -> int:
-        """Number of parameters, embeddings included."""
-        attention = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
-        block = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
-        heads = 1 if self.tied_embeddings else 2
-        return self.n_layers * block + heads * self.vocab_size * self.dim + self.dim
-
-    def flops_per_token(self, seq_len: int) -> float:
-        """FLOPs of one training token, forward and backward: the sum of `flops_by_part`."""
-        return sum(self.flops_by_part(seq_len).values())
-
-    def flops_by_part(self, seq_len: int) -> dict[str, float]:
-        """FLOPs of one training token: 6 per weight of a matrix product, plus causal attention.
-
-        The embedding look-up multiplies nothing and is not counted, nor is recomputation; attention
-        is 12 L N H T as in PaLM (arXiv:2204.02311, appendix B), halved because the causal mask
-        leaves half of it.
-        """
-        projections = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
-        return {
-            "attention projections": 6.0 * self.n_layers * projections,
-            "attention scores": self.attention_flops_per_token(seq_len),
-            "MLP": 6.0 * self.n_layers * 3 * self.dim * self.ffn_dim,
-            "output head": 6.0 * self.vocab_size * self.dim,
-        }
-
-    def attention_flops_per_token(self, seq_len: int) -> float:
-        """The part of `flops_per_token` that scores and weighted values take."""
-        return 6.0 * self.n_layers * self.n_heads * self.head_dim * seq_len
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +30,8 @@ class MeshConfig:
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
-            _require(size == -1 or size > 0, f"mesh axis {name} must be positive or -1, got {size}")
-        _require(list(sizes.values()).count(-1) <= 1, f"only one mesh axis may be -1, got {sizes}")
+            require(size == -1 or size > 0, f"mesh axis {name} must be positive or -1, got {size}")
+        require(list(sizes.values()).count(-1) <= 1, f"only one mesh axis may be -1, got {sizes}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,19 +68,19 @@ class DataConfig:
     max_document_bytes: int = 10_000_000  # longer documents are skipped and counted
 
     def __post_init__(self) -> None:
-        _require(bool(self.source), "data.source is empty; try stdlib or a path")
-        _require(bool(self.text_field), "data.text_field is empty")
-        _require_positive("data", self, "shard_tokens", "max_document_bytes", "part_bytes")
-        _require(self.workers >= 0, "data.workers must not be negative")
-        _require(
+        require(bool(self.source), "data.source is empty; try stdlib or a path")
+        require(bool(self.text_field), "data.text_field is empty")
+        require_positive("data", self, "shard_tokens", "max_document_bytes", "part_bytes")
+        require(self.workers >= 0, "data.workers must not be negative")
+        require(
             self.packing in PACKINGS,
             f"data.packing must be one of {PACKINGS}, got {self.packing!r}",
         )
-        _require(
+        require(
             not self.streaming or (self.packing == "concat" and not self.mixture),
             "data.streaming goes with data.packing=concat and without data.mixture",
         )
-        _require(
+        require(
             0 <= self.validation_fraction < 1,
             f"data.validation_fraction must be in [0, 1), got {self.validation_fraction}",
         )
@@ -232,13 +101,13 @@ class OptimConfig:
     moment_dtype: str = "float32"  # of the first moment; the second stays float32
 
     def __post_init__(self) -> None:
-        _require_positive("optim", self, "peak_lr", "eps", "clip_norm")
+        require_positive("optim", self, "peak_lr", "eps", "clip_norm")
         for name in ("final_lr_fraction", "beta1", "beta2"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"optim.{name} must be in [0, 1], got {value}")
-        _require(self.warmup_steps >= 0, "optim.warmup_steps must not be negative")
-        _require(self.weight_decay >= 0, "optim.weight_decay must not be negative")
-        _require(
+            require(0 <= value <= 1, f"optim.{name} must be in [0, 1], got {value}")
+        require(self.warmup_steps >= 0, "optim.warmup_steps must not be negative")
+        require(self.weight_decay >= 0, "optim.weight_decay must not be negative")
+        require(
             self.moment_dtype in COMPUTE_DTYPES,
             f"optim.moment_dtype must be one of {COMPUTE_DTYPES}, got {self.moment_dtype!r}",
         )
@@ -264,12 +133,12 @@ class TrainConfig:
     profile_steps: str = ""  # first,last step that is traced for TensorBoard; empty: none
 
     def __post_init__(self) -> None:
-        _require_positive("train", self, "steps", "seq_len", "global_batch", "grad_accum")
-        _require_positive("train", self, "loss_chunk", "log_every", "eval_every", "eval_batches")
-        _require_positive("train", self, "checkpoint_every", "keep_checkpoints")
-        _require(self.z_loss >= 0, "train.z_loss must not be negative")
-        _require(0 <= self.seed < 2**32, "train.seed must be in [0, 2**32)")
-        _require(
+        require_positive("train", self, "steps", "seq_len", "global_batch", "grad_accum")
+        require_positive("train", self, "loss_chunk", "log_every", "eval_every", "eval_batches")
+        require_positive("train", self, "checkpoint_every", "keep_checkpoints")
+        require(self.z_loss >= 0, "train.z_loss must not be negative")
+        require(0 <= self.seed < 2**32, "train.seed must be in [0, 2**32)")
+        require(
             self.global_batch % self.grad_accum == 0,
             f"train.global_batch={self.global_batch} is not a multiple of "
             f"train.grad_accum={self.grad_accum}",
@@ -278,13 +147,13 @@ class TrainConfig:
             self._check_profile_steps()
 
     def _check_profile_steps(self) -> None:
-        _require(
+        require(
             re.fullmatch(r"\d+,\d+", self.profile_steps) is not None,
             "train.profile_steps must be the first and the last step to trace, such as 10,15, "
             f"got {self.profile_steps!r}",
         )
         window = self.profile_window
-        _require(
+        require(
             1 <= window.start < window.stop and window.start <= self.steps,
             f"train.profile_steps={self.profile_steps} must be two steps in 1..{self.steps} "
             "(train.steps), the first not after the last",
@@ -316,7 +185,7 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.optim.warmup_steps < self.train.steps,
             f"optim.warmup_steps={self.optim.warmup_steps} must be less than "
             f"train.steps={self.train.steps}",
@@ -351,7 +220,7 @@ def from_json(text: str) -> Config:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"the config is not valid JSON: {error}") from error
-    _require(isinstance(values, dict), "the config is not a mapping of groups")
+    require(isinstance(values, dict), "the config is not a mapping of groups")
     defaults = dataclasses.asdict(Config())
     for name, group in defaults.items():
         given = values.setdefault(name, {})
@@ -369,7 +238,7 @@ def _from_dict(values: dict[str, Any]) -> Config:
     for name, group in groups.items():
         types = {field.name: field.type for field in dataclasses.fields(group)}
         given = values[name]
-        _require(isinstance(given, dict), f"config group {name} is not a mapping, but {given!r}")
+        require(isinstance(given, dict), f"config group {name} is not a mapping, but {given!r}")
         _require_same_names(f"fields of config group {name}", set(given), set(types))
         built[name] = group(**{n: _typed(f"{name}.{n}", given[n], types[n]) for n in types})
     return Config(**built)
@@ -379,13 +248,13 @@ def _typed(name: str, value: Any, wanted: Any) -> Any:
     """The value, if it has the type of its field; an int may stand for a float."""
     if wanted is float and type(value) is int:
         return float(value)
-    _require(type(value) is wanted, f"{name} must be of type {wanted.__name__}, got {value!r}")
+    require(type(value) is wanted, f"{name} must be of type {wanted.__name__}, got {value!r}")
     return value
 
 
 def _require_same_names(what: str, given: set[str], known: set[str]) -> None:
-    _require(given <= known, f"unknown {what}: {', '.join(sorted(given - known))}")
-    _require(given >= known, f"missing {what}: {', '.join(sorted(known - given))}")
+    require(given <= known, f"unknown {what}: {', '.join(sorted(given - known))}")
+    require(given >= known, f"missing {what}: {', '.join(sorted(known - given))}")
 
 
 def difference(left: Config, right: Config) -> dict[str, tuple[Any, Any]]:

@@ -1,4 +1,6 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and how it is raised."""
+
+from typing import Any
 
 
 class UserError(ValueError):
@@ -8,3 +10,16 @@ class UserError(ValueError):
     notebook it is an ordinary `ValueError`. Anything else that escapes is a bug of ours and keeps
     its traceback.
     """
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `UserError(message)` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def require_positive(group: str, config: Any, *names: str) -> None:
+    """Requires that the fields `names` of a config group are greater than 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{group}.{name} must be positive, got {value}")

@@ -11,9 +11,10 @@ from typing import Any
 
 from llama_jax.ahead import with_slices
 from llama_jax.chips import GIB
-from llama_jax.config import REMAT_NAMES, Config
+from llama_jax.config import Config
 from llama_jax.errors import UserError
 from llama_jax.mesh import mesh_shape
+from llama_jax.model_config import REMAT_NAMES
 from llama_jax.topology import Topology
 
 TENSOR_SIZES = (1, 2, 4, 8)

@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.config import REMAT_NAMES
 from llama_jax.model import (
     forward,
     init_cache,
@@ -14,6 +13,7 @@ from llama_jax.model import (
     rope_frequencies,
     rope_tables,
 )
+from llama_jax.model_config import REMAT_NAMES
 from tests.helpers import MESHES, TINY, mesh_of, random_batch, random_params, replace
 
 CONFIG = replace(TINY, model__n_kv_heads=2).model

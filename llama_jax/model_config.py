@@ -1,0 +1,127 @@
+"""The shape of a LLaMA: its sizes, how many parameters and FLOPs they make, how it computes."""
+
+import dataclasses
+
+from llama_jax.errors import require, require_positive
+
+REMAT_POLICIES = ("none", "full", "dots")
+# Tensors inside a block that `remat = "save:..."` may keep; model.py gives them these names.
+REMAT_NAMES = ("block_in", "q", "k", "v", "attn_context", "attn_out", "mlp_gate", "mlp_up")
+ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "triton", "splash")
+COMPUTE_DTYPES = ("bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A LLaMA (Touvron et al., 2023, arXiv:2302.13971). The defaults are those of the 7B model."""
+
+    vocab_size: int = 32_000
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = 32  # fewer than n_heads: grouped-query attention (arXiv:2305.13245)
+    ffn_dim: int = 11_008
+    explicit_head_dim: int = 0  # size of one head; 0: dim // n_heads
+    rope_theta: float = 10_000.0
+    rope_scaling_factor: float = 1.0  # of long wavelengths, as in Llama 3.1's code; 1: off
+    rope_low_freq_factor: float = 1.0  # wavelengths over context / this are stretched by the factor
+    rope_high_freq_factor: float = 4.0  # wavelengths under context / this stay
+    rope_original_context: int = 8_192  # tokens; the context before it was stretched
+    norm_eps: float = 1e-6
+    sliding_window: int = 0  # attention sees so many tokens back (arXiv:2310.06825); 0: all
+    tied_embeddings: bool = False
+    compute_dtype: str = "bfloat16"  # weights, norms, softmax and loss stay float32
+    attention: str = "auto"  # a backend of attention.py
+    # none | full | dots | save:NAME,NAME | offload:NAME,NAME (to the host) | save:NAME;offload:NAME
+    remat: str = "none"
+    scan_unroll: int = 1  # layers per iteration of the scan; more compile longer, may run faster
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "model", self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim"
+        )
+        rope = ("rope_theta", "rope_original_context")
+        require_positive("model", self, *rope, "norm_eps", "scan_unroll")
+        require(
+            bool(self.explicit_head_dim) or self.dim % self.n_heads == 0,
+            f"model.dim={self.dim} is not a multiple of model.n_heads={self.n_heads}",
+        )
+        require(
+            self.n_heads % self.n_kv_heads == 0,
+            f"model.n_heads={self.n_heads} is not a multiple of model.n_kv_heads={self.n_kv_heads}",
+        )
+        for name in ("sliding_window", "explicit_head_dim"):
+            require(getattr(self, name) >= 0, f"model.{name} must not be negative")
+        require(self.rope_scaling_factor >= 1, "model.rope_scaling_factor must be 1 (off) or more")
+        require(
+            0 < self.rope_low_freq_factor < self.rope_high_freq_factor,
+            "model.rope_low_freq_factor must be positive and less than rope_high_freq_factor, got "
+            f"{self.rope_low_freq_factor} and {self.rope_high_freq_factor}",
+        )
+        require(self.head_dim % 2 == 0, f"RoPE needs an even head size, got {self.head_dim}")
+        require(
+            self.compute_dtype in COMPUTE_DTYPES,
+            f"model.compute_dtype must be one of {COMPUTE_DTYPES}, got {self.compute_dtype!r}",
+        )
+        require(
+            self.attention in ATTENTION_BACKENDS,
+            f"model.attention must be one of {ATTENTION_BACKENDS}, got {self.attention!r}",
+        )
+        if ":" not in self.remat:
+            require(
+                self.remat in REMAT_POLICIES,
+                f"model.remat must be one of {REMAT_POLICIES}, save:NAME,... or offload:NAME,..., "
+                f"got {self.remat!r}",
+            )
+        for part in self.remat.split(";") if ":" in self.remat else ():
+            action, _, names = part.partition(":")
+            require(
+                action in ("save", "offload"),
+                f"model.remat: {part!r} is neither save:NAME,... nor offload:NAME,...",
+            )
+            for name in names.split(","):
+                require(
+                    name in REMAT_NAMES,
+                    f"model.remat names an unknown tensor {name!r}; there are "
+                    f"{', '.join(REMAT_NAMES)}",
+                )
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.explicit_head_dim or self.dim // self.n_heads
+
+    def remat_names(self, action: str) -> tuple[str, ...]:
+        """Tensors that `remat` keeps from the forward pass: `save` on the device, or `offload`."""
+        parts = dict(part.split(":") for part in self.remat.split(";") if ":" in part)
+        return tuple(parts[action].split(",")) if action in parts else ()
+
+    def parameter_count(self) -> int:
+        """Number of parameters, embeddings included."""
+        attention = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
+        block = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
+        heads = 1 if self.tied_embeddings else 2
+        return self.n_layers * block + heads * self.vocab_size * self.dim + self.dim
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """FLOPs of one training token, forward and backward: the sum of `flops_by_part`."""
+        return sum(self.flops_by_part(seq_len).values())
+
+    def flops_by_part(self, seq_len: int) -> dict[str, float]:
+        """FLOPs of one training token: 6 per weight of a matrix product, plus causal attention.
+
+        The embedding look-up multiplies nothing and is not counted, nor is recomputation; attention
+        is 12 L N H T as in PaLM (arXiv:2204.02311, appendix B), halved because the causal mask
+        leaves half of it.
+        """
+        projections = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
+        return {
+            "attention projections": 6.0 * self.n_layers * projections,
+            "attention scores": self.attention_flops_per_token(seq_len),
+            "MLP": 6.0 * self.n_layers * 3 * self.dim * self.ffn_dim,
+            "output head": 6.0 * self.vocab_size * self.dim,
+        }
+
+    def attention_flops_per_token(self, seq_len: int) -> float:
+        """The part of `flops_per_token` that scores and weighted values take."""
+        return 6.0 * self.n_layers * self.n_heads * self.head_dim * seq_len
