@@ -32,5 +32,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.eval_every = 200
     config.train.eval_batches = 20
     config.train.checkpoint_every = 200
-    config.train.sample_prompt = "def "
+    # No space at its end: the tokenizer has a space at the beginning of the word that follows.
+    config.train.sample_prompt = "def __init__(self"
     return config

@@ -347,7 +347,7 @@ def _report(config: Config, workdir: epath.Path, start: int, step: int, stop: St
     _log(f"loss plot    {workdir / 'plots' / 'loss.png'}")
     _log(f"TensorBoard  tensorboard --logdir={workdir / 'tensorboard'}")
     if step == config.train.steps:
-        _log(f"samples      python -m llama_jax.generate --checkpoint={workdir} --prompt='def '")
+        _log(f"samples      python -m llama_jax.generate --checkpoint={workdir} --prompt='def main('")
 
 
 def _print_sample(config: Config, state: TrainState, data: TrainingData) -> None:

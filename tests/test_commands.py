@@ -52,7 +52,7 @@ def test_a_run_is_quiet_and_says_where_things_are(run):
     for name in ("checkpoints", "plots/loss.png", "tensorboard"):
         assert any(str(workdir / name) in line for line in lines)
         assert (workdir / name).exists()
-    assert "what it writes after 'def '" in process.stdout
+    assert "what it writes after 'def __init__(self'" in process.stdout
 
 
 def test_again_it_is_finished(run, corpus):

@@ -22,12 +22,13 @@ def test_the_tiny_config_learns_python(tmp_path):
 
     again = run_command("train", *flags)
     assert "finished already" in again.stdout
-    sample = again.stdout.split("what it writes after 'def ':\n")[1]
-    assert sample == process.stdout.split("what it writes after 'def ':\n")[1]
-    assert sample.startswith("def ")
+    sample = again.stdout.split("what it writes after 'def __init__(self':\n")[1]
+    assert sample == process.stdout.split("what it writes after 'def __init__(self':\n")[1]
+    assert sample.startswith("def __init__(self")
+    assert_looks_like_python(sample)
 
     # Several draws together look like Python: keywords, and blocks indented by four.
-    prompts = [f"--prompt={prompt}" for prompt in ("def ", "class ", "if ", "for ")]
+    prompts = [f"--prompt={prompt}" for prompt in ("def", "class", "if", "for")]
     arguments = (f"--checkpoint={tmp_path / 'run'}", *prompts, "--temperature=0.5")
     assert_looks_like_python(run_command("generate", *arguments).stdout)
 
