@@ -6,7 +6,6 @@ Example:
 
 import math
 import os
-import signal
 from typing import Any
 
 import jax
@@ -17,60 +16,20 @@ from jax.experimental import multihost_utils
 
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import cli, metrics, xla_flags
-from llama_jax.config import Config, difference, from_json
+from llama_jax.config import Config
 from llama_jax.data.loader import stream
 from llama_jax.data.pipeline import TrainingData, open_data
 from llama_jax.data.streaming import Position, StreamingBatches
 from llama_jax.describe import describe
 from llama_jax.errors import UserError
 from llama_jax.generate import Sampling, complete
+from llama_jax.guards import check_memory, check_workdir, device_memory
 from llama_jax.mesh import make_mesh
 from llama_jax.processes import start_processes
 from llama_jax.profiler import Profiler
 from llama_jax.sharding import check_batch
+from llama_jax.signals import StopRequest
 from llama_jax.step import CompiledStep, TrainState, jit_step
-
-# Fields that may change when a run is resumed: where and how often, not what is trained.
-RESUMABLE = (
-    *("mesh.", "dcn.", "model.attention", "model.remat", "model.scan_unroll", "data.path"),
-    *("data.tfds_data_dir", "data.workers", "data.part_bytes", "data.shard_tokens"),
-    *("data.accept_other_data",),
-    *("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every"),
-    *("train.keep_checkpoints", "train.sample_prompt", "train.profile_steps"),
-)
-
-
-class StopRequest:
-    """Turns the first SIGTERM or Ctrl-C into a flag that the loop polls; a second one kills.
-
-    With several processes, which must stop at the same step, JAX itself listens for SIGTERM and
-    agrees with the others on that step.
-    """
-
-    def __init__(self) -> None:
-        self.name = ""
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        if jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def at(self, step: int) -> bool:
-        """Whether to stop before `step`; all processes must ask at every step."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.name = "SIGTERM"
-        return bool(self.name)
-
-    def _handle(self, number: int, _: Any) -> None:
-        self.name = signal.Signals(number).name
-        print(f"\n{self.name}: saving after this step (again: stop at once)", flush=True)
-        signal.signal(number, signal.SIG_DFL)
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 def use_compilation_cache() -> None:
@@ -78,66 +37,6 @@ def use_compilation_cache() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "llama_jax", "xla"))
-
-
-def device_memory(device: jax.Device) -> int | None:
-    """Bytes that one device can hold; for CPU devices, their share of the machine's memory."""
-    if device.platform == "cpu":
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return total // jax.local_device_count()
-    return (device.memory_stats() or {}).get("bytes_limit")
-
-
-def check_memory(config: Config, mesh: jax.sharding.Mesh, capacity: int | None) -> None:
-    """Checks that the state and its gradients alone fit, before anything is allocated.
-
-    Raises:
-      UserError: they need more than `capacity` bytes per device.
-    """
-    if capacity is None:
-        return
-    parameters = config.model.parameter_count()
-    moment = 2 if config.optim.moment_dtype == "bfloat16" else 4
-    shards = math.prod(mesh.shape[axis] for axis in ("fsdp", "context", "tensor"))
-    # float32 weights, gradients and second moment; activations come on top.
-    needed = parameters * (4 + 4 + 4 + moment) / shards
-    if needed <= capacity:
-        return
-    kind = mesh.devices.flat[0].device_kind
-    devices = math.ceil(parameters * (12 + moment) / capacity)
-    raise UserError(
-        f"this model has {parameters:,} parameters: weights, gradients and moments need "
-        f"{needed / 2**30:,.0f} GiB per device on this mesh, and each of the {mesh.size} {kind} "
-        f"device(s) has {capacity / 2**30:,.0f} GiB; use {devices} or more such devices with "
-        "mesh.fsdp=-1, or try --config=configs/tiny.py"
-    )
-
-
-def check_workdir(config: Config, workdir: epath.Path) -> None:
-    """Writes `config.json`; refuses a directory that belongs to another run.
-
-    Raises:
-      UserError: the run in `workdir` trains something else.
-    """
-    path = workdir / "config.json"
-    if path.exists():
-        try:
-            saved = from_json(path.read_text())
-        except UserError as error:
-            raise UserError(f"{path}: {error}; use another --workdir") from error
-        changed = {
-            name: values
-            for name, values in difference(saved, config).items()
-            if not name.startswith(RESUMABLE)
-        }
-        if changed:
-            fields = "; ".join(f"{n} is {was}, now {now}" for n, (was, now) in changed.items())
-            raise UserError(
-                f"{workdir} holds a run of another config ({fields}); "
-                "use another --workdir, or the same values"
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(config.to_json())
 
 
 def _writers(config: Config, workdir: epath.Path, device: jax.Device) -> list[metrics.Writer]:
@@ -347,7 +246,7 @@ def _report(config: Config, workdir: epath.Path, start: int, step: int, stop: St
     _log(f"loss plot    {workdir / 'plots' / 'loss.png'}")
     _log(f"TensorBoard  tensorboard --logdir={workdir / 'tensorboard'}")
     if step == config.train.steps:
-        _log(f"samples      python -m llama_jax.generate --checkpoint={workdir} --prompt='def main('")
+        _log(f"samples      python -m llama_jax.generate --checkpoint={workdir} --prompt=def")
 
 
 def _print_sample(config: Config, state: TrainState, data: TrainingData) -> None:

@@ -19,9 +19,11 @@ from llama_jax.data.loader import SyntheticBatches
 from llama_jax.data.pipeline import TrainingData, open_data
 from llama_jax.data.shards import TokenDataset
 from llama_jax.errors import UserError
+from llama_jax.guards import check_memory, check_workdir
 from llama_jax.profiler import Profiler
 from llama_jax.sharding import batch_sharding
-from llama_jax.train import StopRequest, check_memory, check_workdir, run_loop, train
+from llama_jax.signals import StopRequest
+from llama_jax.train import run_loop, train
 from tests.helpers import TINY, mesh_of, replace, text_config
 
 
