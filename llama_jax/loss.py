@@ -16,6 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.sharding import PARAM_SPECS, activation_spec, constrain, mesh_axes
 
+# Objective, cross-entropy and weight: scalars, summed over tokens.
+Sums = tuple[jax.Array, jax.Array, jax.Array]
+
 
 def cross_entropy(
     hidden_BTD: jax.Array,
@@ -25,7 +28,7 @@ def cross_entropy(
     *,
     chunk: int,
     z_loss: float = 0.0,
-) -> tuple[jax.Array, jax.Array]:
+) -> Sums:
     """Weighted sum of -log p(target), in float32.
 
     Args:
@@ -38,9 +41,9 @@ def cross_entropy(
       z_loss: weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311).
 
     Returns:
-      The objective (cross-entropy plus z-loss) and the cross-entropy alone, both summed over
-      tokens; only the first has a gradient. Divide by the sum of the weights of the *whole* batch,
-      which makes the mean right under gradient accumulation and unequal masks.
+      Objective (cross-entropy plus z-loss), cross-entropy alone, and weight, all summed
+      over tokens; only the first has a gradient. Divide by the weight of the *whole* batch, which
+      makes the mean right under gradient accumulation and unequal masks.
     """
     weights_BT = jax.lax.stop_gradient(weights_BT)
     return _cross_entropy(chunk, z_loss, hidden_BTD, head_DV, targets_BT, weights_BT)
@@ -53,7 +56,7 @@ def _on_each_device(function: Callable[..., Any], with_gradients: bool) -> Calla
     once per chunk. Here both happen once: the gradient comes back as the parameter lies.
 
     Args:
-      function: returns objective and entropy, and with gradients also d_hidden_BTD and d_head_DV.
+      function: returns the three sums, and with gradients also d_hidden_BTD and d_head_DV.
       with_gradients: whether it does.
     """
     mesh, tokens = jax.sharding.get_abstract_mesh(), activation_spec("batch", "seq")
@@ -66,31 +69,31 @@ def _on_each_device(function: Callable[..., Any], with_gradients: bool) -> Calla
     rest = tuple(axis for axis in used if axis not in shards)
 
     def local(hidden_BTD: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        objective, entropy, *gradients = function(hidden_BTD, *arrays)
-        totals = (objective[None], entropy[None])
+        sums, *gradients = function(hidden_BTD, *arrays)
+        sums_1S = jnp.stack(sums)[None]  # one sum over devices for all
         if not with_gradients:
-            return totals
+            return (sums_1S,)
         d_hidden_BTD, d_head_DV = gradients
         if shards:
             d_head_DV = jax.lax.psum_scatter(d_head_DV, shards, tiled=True)
         # The barrier: nothing else needs the sum before the optimiser, and a scheduler that puts it
         # off until then keeps the whole matrix in memory beside the layers.
-        return (*totals, *jax.lax.optimization_barrier((d_hidden_BTD, d_head_DV[None])))
+        return (sums_1S, *jax.lax.optimization_barrier((d_hidden_BTD, d_head_DV[None])))
 
     hidden = P(*tokens, None)
     sharded = jax.shard_map(
         local,
         in_specs=(hidden, P(), tokens, tokens),
-        out_specs=(P(axes), P(axes), *((hidden, P(rest, by_dim)) if with_gradients else ())),
+        out_specs=(P(axes), *((hidden, P(rest, by_dim)) if with_gradients else ())),
         axis_names=set(axes),  # the vocabulary stays the partitioner's
         check_vma=False,
     )
 
-    def summed(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        objective, entropy, *gradients = sharded(*arrays)
+    def summed(*arrays: jax.Array) -> tuple[Any, ...]:
+        sums_PS, *gradients = sharded(*arrays)
         if with_gradients:
             gradients[1] = jnp.sum(gradients[1], axis=0)  # over replicas of the matrix
-        return (jnp.sum(objective), jnp.sum(entropy), *gradients)
+        return (tuple(jnp.sum(sums_PS, axis=0)), *gradients)
 
     return summed
 
@@ -119,7 +122,7 @@ def _chunk_loss(
     head_DV: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+) -> tuple[Sums, tuple[jax.Array, ...]]:
     logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
     logits_BTV = constrain(logits_BTV, "batch", "seq", "vocab")
     max_BT1 = jnp.max(logits_BTV, axis=-1, keepdims=True)
@@ -129,7 +132,7 @@ def _chunk_loss(
     target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     entropy = jnp.sum(weights_BT * (log_z_BT - target_BT))
     objective = entropy + z_loss * jnp.sum(weights_BT * jnp.square(log_z_BT))
-    return objective, entropy, (exp_BTV, sum_BT1, log_z_BT)
+    return (objective, entropy, jnp.sum(weights_BT)), (exp_BTV, sum_BT1, log_z_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -140,38 +143,36 @@ def _cross_entropy(
     head_DV: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> Sums:
     function = functools.partial(_sums, chunk, z_loss)
-    return _on_each_device(function, False)(hidden_BTD, head_DV, targets_BT, weights_BT)
+    return _on_each_device(function, False)(hidden_BTD, head_DV, targets_BT, weights_BT)[0]
 
 
 def _sums(
     chunk: int, z_loss: float, hidden_BTD: jax.Array, head_DV: jax.Array, *arrays: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Objective and cross-entropy."""
+) -> tuple[Sums]:
+    """Objective, cross-entropy and weight."""
 
-    def body(total: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[Any, None]:
+    def body(total: Sums, chunk: tuple[jax.Array, ...]) -> tuple[Sums, None]:
         hidden, targets, weights = chunk
-        objective, entropy, _ = _chunk_loss(z_loss, hidden, head_DV, targets, weights)
-        return (total[0] + objective, total[1] + entropy), None
+        sums, _ = _chunk_loss(z_loss, hidden, head_DV, targets, weights)
+        return jax.tree.map(jnp.add, total, sums), None
 
     n_chunks = n_chunks_of(chunk, hidden_BTD.shape[1])
     chunks = tuple(to_chunks(x, n_chunks) for x in (hidden_BTD, *arrays))
     zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(body, (zero, zero), chunks)[0]
+    return (jax.lax.scan(body, (zero, zero, zero), chunks)[0],)
 
 
 def _sums_and_gradients(
     chunk: int, z_loss: float, hidden_BTD: jax.Array, head_DV: jax.Array, *arrays: jax.Array
-) -> tuple[jax.Array, ...]:
-    """Objective, cross-entropy, and the gradients of the objective; d_head_DV is float32."""
+) -> tuple[Sums, jax.Array, jax.Array]:
+    """The three sums, and the gradients of the objective; d_head_DV is float32."""
 
-    def body(carry: tuple[jax.Array, ...], chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
-        objective, entropy, d_head_DV = carry
+    def body(carry: tuple[Sums, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+        total, d_head_DV = carry
         hidden, targets, weights = chunk
-        add_objective, add_entropy, (exp_BTV, sum_BT1, log_z_BT) = _chunk_loss(
-            z_loss, hidden, head_DV, targets, weights
-        )
+        sums, (exp_BTV, sum_BT1, log_z_BT) = _chunk_loss(z_loss, hidden, head_DV, targets, weights)
         # d objective / d logits = w (p - onehot) + w 2 z log(Z) p
         scale_BT = weights * (1 + 2 * z_loss * log_z_BT)
         onehot_BTV = jax.nn.one_hot(targets, head_DV.shape[1], dtype=jnp.float32)
@@ -181,22 +182,22 @@ def _sums_and_gradients(
         d_head_DV += jnp.einsum(
             "BTD,BTV->DV", hidden, d_logits_BTV, preferred_element_type=jnp.float32
         )
-        return (objective + add_objective, entropy + add_entropy, d_head_DV), d_hidden_BTD
+        return (jax.tree.map(jnp.add, total, sums), d_head_DV), d_hidden_BTD
 
     n_chunks = n_chunks_of(chunk, hidden_BTD.shape[1])
     chunks = tuple(to_chunks(x, n_chunks) for x in (hidden_BTD, *arrays))
     zero = jnp.zeros((), jnp.float32)
-    carry = (zero, zero, jnp.zeros(head_DV.shape, jnp.float32))
-    (objective, entropy, d_head_DV), d_hidden_CBTD = jax.lax.scan(body, carry, chunks)
-    return objective, entropy, from_chunks(d_hidden_CBTD), d_head_DV
+    carry = ((zero, zero, zero), jnp.zeros(head_DV.shape, jnp.float32))
+    (sums, d_head_DV), d_hidden_CBTD = jax.lax.scan(body, carry, chunks)
+    return sums, from_chunks(d_hidden_CBTD), d_head_DV
 
 
 def _forward(
     chunk: int, z_loss: float, *arrays: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+) -> tuple[Sums, tuple[jax.Array, jax.Array]]:
     function = functools.partial(_sums_and_gradients, chunk, z_loss)
-    objective, entropy, d_hidden_BTD, d_head_DV = _on_each_device(function, True)(*arrays)
-    return (objective, entropy), (d_hidden_BTD, d_head_DV.astype(arrays[1].dtype))
+    sums, d_hidden_BTD, d_head_DV = _on_each_device(function, True)(*arrays)
+    return sums, (d_hidden_BTD, d_head_DV.astype(arrays[1].dtype))
 
 
 def _backward(

@@ -15,7 +15,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from llama_jax.config import Config
-from llama_jax.loss import cross_entropy
+from llama_jax.loss import Sums, cross_entropy
 from llama_jax.model import forward, init_params
 from llama_jax.optim import make_optimizer, make_schedule
 from llama_jax.sharding import batch_sharding, constrain, state_shardings
@@ -45,8 +45,8 @@ def init_state(config: Config, key: jax.Array) -> TrainState:
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
 
 
-def _loss_sums(params: Any, batch: Batch, config: Config) -> tuple[jax.Array, jax.Array]:
-    """Objective and cross-entropy, summed over the weighted tokens of a (micro)batch."""
+def _loss_sums(params: Any, batch: Batch, config: Config) -> Sums:
+    """Objective, cross-entropy and weight, summed over the tokens of a (micro)batch."""
     hidden_BTD, head_DV, _ = forward(
         config.model,
         params,
@@ -74,31 +74,38 @@ def _microbatches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(split, batch)
 
 
-def _gradients(params: Any, batch: Batch, config: Config) -> tuple[jax.Array, jax.Array, Any]:
-    """Mean loss, mean objective and gradient over the batch, in `grad_accum` microbatches.
+def _gradients(params: Any, batch: Batch, config: Config) -> tuple[Sums, Any]:
+    """Mean objective, mean loss, weight and mean gradient of a batch, in `grad_accum` microbatches.
 
     Microbatches live inside the step, not in `optax.MultiSteps`: sums are divided by the weight of
     the whole batch, which stays right when microbatches have unequal masks, where MultiSteps takes
-    the mean of their means; and a step is one dispatch, whatever the accumulation.
+    the mean of their means; and a step is one dispatch, whatever the accumulation. The weight comes
+    with the loss, in one sum over devices; asked for ahead, it would be a collective of its own,
+    which nothing keeps from running beside those of the layers.
     """
-    total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
 
-    def objective(params: Any, microbatch: Batch) -> tuple[jax.Array, jax.Array]:
-        objective, entropy = _loss_sums(params, microbatch, config)
-        return objective / total_weight, entropy / total_weight
+    def sums_and_gradients(microbatch: Batch) -> tuple[Sums, Any]:
+        def objective(params: Any) -> tuple[jax.Array, Sums]:
+            sums = _loss_sums(params, microbatch, config)
+            return sums[0], sums
 
-    value_and_grad = jax.value_and_grad(objective, has_aux=True)
+        grads, sums = jax.grad(objective, has_aux=True)(params)
+        return sums, grads
+
+    def body(total: tuple[Sums, Any], microbatch: Batch) -> tuple[tuple[Sums, Any], None]:
+        return jax.tree.map(jnp.add, total, sums_and_gradients(microbatch)), None
+
     if config.train.grad_accum == 1:
-        (objective_value, loss), grads = value_and_grad(params, batch)
-        return loss, objective_value, grads
-
-    def body(total: Any, microbatch: Batch) -> tuple[Any, None]:
-        (objective_value, loss), grads = value_and_grad(params, microbatch)
-        return jax.tree.map(jnp.add, total, (loss, objective_value, grads)), None
-
-    zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.scan(body, start, _microbatches(batch, config.train.grad_accum))[0]
+        sums, grads = sums_and_gradients(batch)
+    else:
+        zero = jnp.zeros((), jnp.float32)
+        start = ((zero, zero, zero), jax.tree.map(jnp.zeros_like, params))
+        microbatches = _microbatches(batch, config.train.grad_accum)
+        (sums, grads), _ = jax.lax.scan(body, start, microbatches)
+    objective, entropy, weight = sums
+    scale = 1 / jnp.maximum(weight, 1.0)
+    means = (objective * scale, entropy * scale, weight)
+    return means, jax.tree.map(lambda gradient: gradient * scale, grads)
 
 
 def train_step(
@@ -111,7 +118,7 @@ def train_step(
       in nats), `objective` (loss plus z-loss), `grad_norm` (before clipping), `learning_rate`,
       `tokens` (sum of the weights).
     """
-    loss, objective, grads = _gradients(state.params, batch, config)
+    (objective, loss, tokens), grads = _gradients(state.params, batch, config)
     optimizer = make_optimizer(config.optim, config.train.steps)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -120,15 +127,15 @@ def train_step(
         "objective": objective,
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": make_schedule(config.optim, config.train.steps)(state.step),
-        "tokens": jnp.sum(batch["weights"]),
+        "tokens": tokens,
     }
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
 def eval_step(params: Any, batch: Batch, *, config: Config) -> tuple[jax.Array, jax.Array]:
     """Summed cross-entropy and summed weight of a batch; sum both over batches, then divide."""
-    _, entropy = _loss_sums(params, batch, config)
-    return entropy, jnp.sum(batch["weights"])
+    _, entropy, weight = _loss_sums(params, batch, config)
+    return entropy, weight
 
 
 @struct.dataclass

@@ -5,12 +5,7 @@ import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# XLA:CPU's schedule for concurrency runs independent collectives at the same time, each of which
-# holds a thread on every device until all have come: on 8 fake devices two can wait for ever.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8"
-    " --xla_cpu_enable_concurrency_optimized_scheduler=false"
-)
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 # One cache for this run: its workers and the commands that it starts share compiled programs.
 if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -121,8 +121,7 @@ def run_command(module, *arguments, devices=1, timeout=600, **environment):
     """Runs `python -m llama_jax.MODULE`; returns the completed process with its text output."""
     env = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_cpu_enable_concurrency_optimized_scheduler=false",  # see conftest.py
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         **environment,
     }
     command = [sys.executable, "-m", f"llama_jax.{module}", *map(str, arguments)]

@@ -24,7 +24,7 @@ def reference(hidden, head, targets, weights, z_loss):
     top = logits.max(-1, keepdims=True)
     log_z = np.log(np.exp(logits - top).sum(-1)) + top[..., 0]
     entropy = (weights * (log_z - np.take_along_axis(logits, targets[..., None], -1)[..., 0])).sum()
-    return entropy + z_loss * (weights * log_z**2).sum(), entropy
+    return entropy + z_loss * (weights * log_z**2).sum(), entropy, weights.sum()
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
@@ -98,8 +98,8 @@ def test_only_a_chunk_of_the_logits_ever_exists():
 def test_bfloat16_hidden_states_give_a_float32_loss():
     hidden, head, targets, weights = inputs(4)
     half = jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(head, jnp.bfloat16)
-    objective, entropy = cross_entropy(*half, targets, weights, chunk=4)
-    assert objective.dtype == entropy.dtype == jnp.float32
+    objective, entropy, weight = cross_entropy(*half, targets, weights, chunk=4)
+    assert objective.dtype == entropy.dtype == weight.dtype == jnp.float32
     exact = reference(*(np.asarray(x, np.float32) for x in half), targets, weights, 0)
     # Inputs are the same bfloat16 numbers; only float32 rounding is left.
     np.testing.assert_allclose(objective, exact[0], rtol=1e-5)

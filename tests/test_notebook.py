@@ -11,7 +11,6 @@ import pytest
 from tests.helpers import ROOT
 
 pytestmark = pytest.mark.slow
-FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"  # see conftest.py
 
 CELLS = [
     cell
@@ -39,7 +38,7 @@ def executed():
     process = subprocess.run(
         [sys.executable, "-c", EXECUTE],
         cwd=ROOT / "notebooks",  # as Jupyter does
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": FLAGS, "MPLBACKEND": "Agg"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "MPLBACKEND": "Agg"},
         input=json.dumps(["".join(cell["source"]) for cell in CELLS]),
         capture_output=True,
         text=True,
