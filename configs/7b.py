@@ -12,8 +12,8 @@ Expect: the paper took 82,432 A100-80GB hours, 3,370 tokens/s/GPU by its own fig
 Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/7b.py --topology=v5p-128 --config.mesh.data=2 \\
       --config.model.remat=save:mlp_up
-    83.6 of 95.7 GiB a chip; predicted 10.31 s a step, 6,354 tokens/s/chip,
-    MFU 56.0% (6N), 28 days, 43,720 chip hours.
+    83.6 of 95.7 GiB a chip; predicted 10.32 s a step, 6,353 tokens/s/chip,
+    MFU 56.0% (6N), 28 days, 43,721 chip hours.
   python -m llama_jax.plan --config=configs/7b.py --topology=h100:16x8 --xla_preset=hopper \\
       --config.model.remat=save:q,k,v,attn_context,mlp_gate,mlp_up \\
       --config.train.grad_accum=2
