@@ -17,9 +17,9 @@ class Stopped(KeyboardInterrupt):
 class StopRequest:
     """What the first SIGTERM or Ctrl-C does while this is entered; a second one kills.
 
-    Where the run has nothing to save (data are prepared, a checkpoint is read, a sample is drawn),
-    `Stopped` is raised at once. Inside `polled`, where the loop runs, the signal becomes a flag
-    that the loop polls, to save before it ends.
+    The signal becomes a flag that the loop polls, to save before it ends. Inside `at_once`, where
+    data are prepared, which can take hours and has nothing to save, it raises `Stopped` instead;
+    not elsewhere, because JAX's own callbacks would take the exception.
 
     With several processes, which must stop at the same step, JAX itself listens for SIGTERM and
     agrees with the others on that step; Ctrl-C is passed on to it.
@@ -27,7 +27,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name = ""
-        self._polled = False
+        self._at_once = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -37,13 +37,13 @@ class StopRequest:
         return self
 
     @contextlib.contextmanager
-    def polled(self) -> Iterator[None]:
-        """While somebody asks `at` between any two steps."""
-        self._polled = True
+    def at_once(self) -> Iterator[None]:
+        """Where a signal may end what is done in Python."""
+        self._at_once = True
         try:
             yield
         finally:
-            self._polled = False
+            self._at_once = False
 
     def at(self, step: int) -> bool:
         """Whether to stop before `step`; all processes must ask at every step."""
@@ -60,7 +60,7 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
             return
         self.name = name
-        if not self._polled:
+        if self._at_once:
             raise Stopped(name)
         print(f"\n{name}: saving after this step (again: stop at once)", flush=True)
 

@@ -236,7 +236,8 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
         if jax.process_index() == 0:  # the others wait, and find what it has written
             stack.enter_context(locked(workdir))
             check_workdir(config, workdir)
-            data = open_data(config, workdir / "data")
+            with stop.at_once():
+                data = open_data(config, workdir / "data")
             if data.tokenizer is not None:
                 data.tokenizer.save(workdir / "tokenizer.model")
         multihost_utils.sync_global_devices("work directory")
@@ -256,7 +257,7 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
                 watchdog = Watchdog(config.train.step_timeout)
                 instruments = Instruments(saver, log, profiler, stop, goodput, watchdog)
                 try:
-                    with stop.polled(), watchdog:
+                    with watchdog:
                         state = run_loop(compiled, state, data, config, instruments)
                 finally:
                     profiler.close()

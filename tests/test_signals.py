@@ -9,7 +9,7 @@ from llama_jax.signals import Stopped, StopRequest
 
 def test_the_first_signal_asks_and_the_second_kills(capsys):
     before = signal.getsignal(signal.SIGTERM)
-    with StopRequest() as stop, stop.polled():
+    with StopRequest() as stop:
         assert not stop.at(1)
         signal.raise_signal(signal.SIGTERM)
         assert stop.name == "SIGTERM" and stop.at(2)
@@ -21,11 +21,9 @@ def test_the_first_signal_asks_and_the_second_kills(capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_what_has_nothing_to_save_stops_at_once(number):
-    with StopRequest() as stop:
-        with stop.polled():
-            pass
-        with pytest.raises(Stopped, match=signal.Signals(number).name):
-            signal.raise_signal(number)
+    name = signal.Signals(number).name
+    with StopRequest() as stop, pytest.raises(Stopped, match=name), stop.at_once():
+        signal.raise_signal(number)
 
 
 def test_many_processes_leave_it_to_jax(monkeypatch, capsys):

@@ -40,7 +40,7 @@ def test_before_the_first_step(corpus, tmp_path, number):
     process.send_signal(number)
     status, out, errors = end(process)
     assert status == 0 and errors == ""
-    assert "nothing to save" in out or stopped_at(out) > 0
+    assert f"{number.name}: stopped, nothing to save" in out
 
 
 def test_while_it_compiles(corpus, tmp_path):
@@ -50,7 +50,8 @@ def test_while_it_compiles(corpus, tmp_path):
     process.send_signal(signal.SIGTERM)
     status, out, errors = end(process)
     assert status == 0 and errors == ""
-    assert "nothing to save" in out or (tmp_path / f"run/checkpoints/{stopped_at(out)}").exists()
+    if "stopped before the first step" not in out:
+        assert (tmp_path / "run" / "checkpoints" / str(stopped_at(out))).exists()
 
 
 def test_while_it_evaluates(corpus, tmp_path):
@@ -114,7 +115,7 @@ def test_a_killed_process_ends_the_other_in_bounded_time(corpus, tmp_path, victi
     pair[victim].communicate()
     assert status not in (0, -signal.SIGKILL), errors
     assert time.monotonic() - began < 35
-    assert "another process" in errors
+    assert "another task died" in errors  # JAX says so
 
 
 def test_a_process_that_hangs_is_noticed(corpus, tmp_path):
