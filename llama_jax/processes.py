@@ -21,7 +21,7 @@ from llama_jax.errors import UserError
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # Seconds without a sign of life after which a process is taken for dead, and all others end.
-HEARTBEAT_S = 20
+HEARTBEAT_S = 25
 # What Slurm sets for a task that `srun` started; a batch script alone has no SLURM_STEP_NODELIST.
 _SLURM_TASK = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 
