@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKDIR ?= runs/tiny
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help train test lint format slow parity beam tpu gpu eval slurm clean
+.PHONY: help train test lint format slow parity beam tpu gpu eval slurm soak clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -88,6 +88,9 @@ eval: .venv-eval/.installed  ## the adapter for lm-evaluation-harness against th
 slurm: .venv/.installed-dev  ## launch/slurm.sbatch on a real Slurm, from Debian's packages (as root)
 	tests/slurm_cluster.sh install
 	$(BIN)/python -m pytest -m slurm -q $(PYTEST_ARGS)
+
+soak: .venv/.installed-dev  ## kill a run at random times for MINUTES (60) and compare it with a twin
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.faults.soak --minutes=$(or $(MINUTES),60)
 
 clean:  ## remove .venv and caches, but not your runs
 	rm -rf .venv .venv-beam .venv-tpu .venv-gpu .venv-eval .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

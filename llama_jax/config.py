@@ -130,12 +130,14 @@ class TrainConfig:
     checkpoint_every: int = 1_000
     keep_checkpoints: int = 3
     sample_prompt: str = ""  # if set, a continuation of it is printed after training
+    step_timeout: int = 1_800  # seconds without a step after which a process ends itself; 0: never
     profile_steps: str = ""  # first,last step that is traced for TensorBoard; empty: none
 
     def __post_init__(self) -> None:
         require_positive("train", self, "steps", "seq_len", "global_batch", "grad_accum")
         require_positive("train", self, "loss_chunk", "log_every", "eval_every", "eval_batches")
         require_positive("train", self, "checkpoint_every", "keep_checkpoints")
+        require(self.step_timeout >= 0, "train.step_timeout must not be negative")
         require(self.z_loss >= 0, "train.z_loss must not be negative")
         require(0 <= self.seed < 2**32, "train.seed must be in [0, 2**32)")
         require(

@@ -1,7 +1,10 @@
 """What is checked before a run starts or goes on: that it fits, and that it is the same run."""
 
+import contextlib
+import fcntl
 import math
 import os
+from collections.abc import Iterator
 
 import jax
 from etils import epath
@@ -16,6 +19,7 @@ RESUMABLE = (
     *("data.accept_other_data",),
     *("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every"),
     *("train.keep_checkpoints", "train.sample_prompt", "train.profile_steps"),
+    *("train.step_timeout",),
 )
 
 
@@ -77,3 +81,31 @@ def check_workdir(config: Config, workdir: epath.Path) -> None:
             )
     workdir.mkdir(parents=True, exist_ok=True)
     path.write_text(config.to_json())
+
+
+@contextlib.contextmanager
+def locked(workdir: epath.Path) -> Iterator[None]:
+    """Holds the work directory for this process, until it ends in whatever way.
+
+    Buckets have no such locks, and some network file systems refuse them: there nobody is kept out.
+
+    Raises:
+      UserError: another process trains in it.
+    """
+    if "://" in str(workdir):
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    handle = os.open(workdir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process trains in {workdir}; wait for its end, or use another --workdir"
+            ) from None
+        except OSError:
+            pass  # no locks here
+        yield
+    finally:
+        os.close(handle)

@@ -20,6 +20,8 @@ import jax
 from llama_jax.errors import UserError
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+# Seconds without a sign of life after which a process is taken for dead, and all others end.
+HEARTBEAT_S = 25
 # What Slurm sets for a task that `srun` started; a batch script alone has no SLURM_STEP_NODELIST.
 _SLURM_TASK = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 
@@ -63,7 +65,11 @@ def start_processes(timeout_s: int = 300) -> str:
     watchdog.daemon = True
     watchdog.start()
     try:
-        jax.distributed.initialize(**job.arguments, initialization_timeout=timeout_s + 60)
+        jax.distributed.initialize(
+            **job.arguments,
+            initialization_timeout=timeout_s + 60,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+        )
     except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
         raise UserError(
             f"cannot join the processes of this job, found by {job.means} "

@@ -4,6 +4,8 @@ Example:
   python -m llama_jax.train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=200
 """
 
+import contextlib
+import dataclasses
 import math
 import os
 from typing import Any
@@ -23,13 +25,15 @@ from llama_jax.data.streaming import Position, StreamingBatches
 from llama_jax.describe import describe
 from llama_jax.errors import UserError
 from llama_jax.generate import Sampling, complete
-from llama_jax.guards import check_memory, check_workdir, device_memory
+from llama_jax.goodput import Goodput
+from llama_jax.guards import check_memory, check_workdir, device_memory, locked
 from llama_jax.mesh import make_mesh
 from llama_jax.processes import start_processes
 from llama_jax.profiler import Profiler
 from llama_jax.sharding import check_batch
-from llama_jax.signals import StopRequest
+from llama_jax.signals import Stopped, StopRequest
 from llama_jax.step import CompiledStep, TrainState, jit_step
+from llama_jax.watchdog import Watchdog
 
 
 def use_compilation_cache() -> None:
@@ -55,9 +59,13 @@ def _log(text: str) -> None:
 
 
 def evaluate(
-    compiled: CompiledStep, params: Any, data: TrainingData, config: Config
+    compiled: CompiledStep, params: Any, data: TrainingData, config: Config, stop: StopRequest
 ) -> float | None:
-    """Mean validation loss per token over `eval_batches`; None without held-out documents."""
+    """Mean validation loss per token over `eval_batches`.
+
+    None without held-out documents, and where the run is asked to stop meanwhile: saving comes
+    first then.
+    """
     if data.validation is None:
         return None
     train = config.train
@@ -67,6 +75,8 @@ def evaluate(
     for batch in stream(data.validation, 0, count, compiled.batch_sharding, *shape):
         loss, tokens = jax.device_get(compiled.evaluate(params, batch))
         total, weight = total + float(loss), weight + float(tokens)
+        if stop.name:
+            return None
     return total / weight
 
 
@@ -124,15 +134,24 @@ def _epoch_metrics(data: TrainingData, step: int) -> dict[str, float]:
     return {f"epochs/{name}" if name else "epochs": value for name, value in epochs.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Instruments:
+    """What the loop talks to, besides the device and the data."""
+
+    saver: checkpoint_lib.Checkpointer
+    log: metrics.Metrics
+    profiler: Profiler
+    stop: StopRequest
+    goodput: Goodput
+    watchdog: Watchdog
+
+
 def run_loop(
     compiled: CompiledStep,
     state: TrainState,
     data: TrainingData,
     config: Config,
-    saver: checkpoint_lib.Checkpointer,
-    log: metrics.Metrics,
-    profiler: Profiler,
-    stop: StopRequest,
+    instruments: Instruments,
 ) -> TrainState:
     """Steps until `train.steps` or a stop request. The order is a contract:
 
@@ -143,6 +162,8 @@ def run_loop(
     starts and stops before all of that, off the clock.
     """
     train = config.train
+    i = instruments
+    saver, log, profiler, stop, goodput = i.saver, i.log, i.profiler, i.stop, i.goodput
     start = int(state.step)
     shape = (train.global_batch, train.seq_len)
     batches = stream(data.train, start, train.steps, compiled.batch_sharding, *shape)
@@ -152,10 +173,14 @@ def run_loop(
         meta = checkpoint_lib.Meta(
             config, step, data.fingerprint, tokenizer_model, _positions(data, step)
         )
-        saver.save(state, meta)
+        with goodput.phase("checkpoint"):
+            saver.save(state, meta)
+        goodput.save()
 
+    goodput.enter("step")
     log.start(start)
     for step in range(start, train.steps + 1):
+        i.watchdog.beat(f"step {step + 1}")
         if profiler.turns(step + 1):
             log.flush()
             profiler.turn(step + 1, state)
@@ -164,24 +189,32 @@ def run_loop(
         if step > start:
             if step == train.steps or step % train.eval_every == 0:
                 log.flush()
-                eval_loss = evaluate(compiled, state.params, data, config)
+                with goodput.phase("eval"):
+                    eval_loss = evaluate(compiled, state.params, data, config, stop)
                 if eval_loss is not None:
                     log.write(step, {"eval_loss": eval_loss, **_epoch_metrics(data, step)})
                 log.start(step)
+                last = last or bool(stop.name)
             if last or step % train.checkpoint_every == 0:
                 save(step)
         if last:
             break
         with profiler.step(step + 1):
-            batch = next(batches)
-            with jax.transfer_guard("disallow"):
+            with goodput.phase("data"):
+                batch = next(batches)
+            # The first call compiles, and returns when the step is under way.
+            first = goodput.phase("compile") if step == start else contextlib.nullcontext()
+            with jax.transfer_guard("disallow"), first:
                 state, step_metrics = compiled.train(state, batch)
         if (step + 1) % train.log_every == 0:
-            log.push(step + 1, {**step_metrics, **_epoch_metrics(data, step + 1)})
+            extra = {**_epoch_metrics(data, step + 1), "goodput": goodput.fraction()}
+            log.push(step + 1, {**step_metrics, **extra})
         else:
             log.push(step + 1, None)
     log.flush()
-    saver.wait()
+    with goodput.phase("checkpoint"):
+        saver.wait()
+    goodput.save(at_end=True)
     return state
 
 
@@ -190,23 +223,28 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
 
     Raises:
       UserError: the config does not fit the devices, the data, or what is in `workdir`.
+      Stopped: SIGTERM or Ctrl-C came when there was nothing to save.
     """
     workdir = epath.Path(workdir)
     mesh = make_mesh(config.mesh, config.dcn)
     check_memory(config, mesh, device_memory(mesh.devices.flat[0]))
     check_batch(config.train.global_batch, config.train.seq_len, config.train.grad_accum, mesh)
-    with jax.set_mesh(mesh):
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        stack.enter_context(jax.set_mesh(mesh))
         compiled = jit_step(config, mesh)
         if jax.process_index() == 0:  # the others wait, and find what it has written
+            stack.enter_context(locked(workdir))
             check_workdir(config, workdir)
-            data = open_data(config, workdir / "data")
+            with stop.at_once():
+                data = open_data(config, workdir / "data")
             if data.tokenizer is not None:
                 data.tokenizer.save(workdir / "tokenizer.model")
         multihost_utils.sync_global_devices("work directory")
         if jax.process_index() > 0:
             data = open_data(config, workdir / "data")
         _log(describe(config, mesh, data))
-        stop = StopRequest()
+        goodput = Goodput(workdir / "goodput.json" if jax.process_index() == 0 else None)
         with checkpoint_lib.Checkpointer(workdir, config) as saver:
             state = initial_state(compiled, saver, data, config)
             start = int(state.step)
@@ -216,13 +254,17 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
                 log = metrics.Metrics(_writers(config, workdir, device), speed)
                 window = config.train.profile_window if jax.process_index() == 0 else range(0)
                 profiler = Profiler(window, workdir / "tensorboard")
+                watchdog = Watchdog(config.train.step_timeout)
+                instruments = Instruments(saver, log, profiler, stop, goodput, watchdog)
                 try:
-                    with stop:
-                        state = run_loop(compiled, state, data, config, saver, log, profiler, stop)
+                    with watchdog:
+                        state = run_loop(compiled, state, data, config, instruments)
                 finally:
                     profiler.close()
                     log.close()
         _report(config, workdir, start, int(state.step), stop)
+        if start < int(state.step):
+            _log(f"goodput      {goodput.report()}")
         if int(state.step) == config.train.steps:
             _print_sample(config, state, data)
     return state
@@ -271,7 +313,11 @@ def main() -> int:
     if means:
         _log(f"start   {jax.process_count()} processes, found by {means}")
     use_compilation_cache()
-    state = train(run_config, _WORKDIR.value)
+    try:
+        state = train(run_config, _WORKDIR.value)
+    except Stopped as signal_name:
+        _log(f"\n{signal_name}: stopped, nothing to save; run the same command again to go on")
+        return _STOPPED_STATUS.value
     return 0 if int(state.step) == run_config.train.steps else _STOPPED_STATUS.value
 
 

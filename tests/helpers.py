@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import random
+import socket
 import subprocess
 import sys
 
@@ -30,6 +31,22 @@ TINY = Config(
     data=DataConfig(source="synthetic"),
     optim=OptimConfig(peak_lr=1e-2, warmup_steps=2),
     train=TrainConfig(steps=20, seq_len=16, global_batch=32, loss_chunk=8, log_every=1),
+)
+
+
+TINY_FLAGS = (
+    "--config=configs/tiny.py",
+    "--config.model.vocab_size=300",
+    "--config.model.dim=32",
+    "--config.model.n_layers=2",
+    "--config.model.ffn_dim=48",
+    "--config.optim.warmup_steps=2",
+    "--config.data.validation_fraction=0.2",
+    "--config.train.seq_len=32",
+    "--config.train.global_batch=8",
+    "--config.train.log_every=2",
+    "--config.train.eval_every=4",
+    "--config.train.checkpoint_every=4",
 )
 
 
@@ -128,6 +145,40 @@ def run_command(module, *arguments, devices=1, timeout=600, **environment):
     return subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
     )
+
+
+def start_train(corpus, workdir, *flags, processes=1, devices=None):
+    """Starts `python -m llama_jax.train` on a tiny model, in processes that meet on loopback.
+
+    Args:
+      corpus: text to train on.
+      workdir: of the run.
+      flags: further flags.
+      processes: how many there are.
+      devices: fake devices of each process; default: 8 in all.
+
+    Returns:
+      The `Popen` of each, with their output as text in pipes.
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "llama_jax.train", *TINY_FLAGS, *map(str, flags)]
+    command += [f"--config.data.source={corpus}", f"--workdir={workdir}"]
+    env = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices or 8 // processes}",
+        # A process that waits for another one's compiler would be taken for dead.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    if processes > 1:
+        env |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes)}
+    started = []
+    for number in range(processes):
+        mine = {**env, "JAX_PROCESS_ID": str(number)} if processes > 1 else env
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, cwd=ROOT, env=mine, **pipes))
+    return started
 
 
 def one_line_error(process):

@@ -5,29 +5,13 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 
-from tests.helpers import ROOT, one_line_error, run_command
-
-TINY_FLAGS = (
-    "--config=configs/tiny.py",
-    "--config.model.vocab_size=300",
-    "--config.model.dim=32",
-    "--config.model.n_layers=2",
-    "--config.model.ffn_dim=48",
-    "--config.optim.warmup_steps=2",
-    "--config.data.validation_fraction=0.2",
-    "--config.train.seq_len=32",
-    "--config.train.global_batch=8",
-    "--config.train.log_every=2",
-    "--config.train.eval_every=4",
-    "--config.train.checkpoint_every=4",
-)
+from tests.helpers import ROOT, TINY_FLAGS, one_line_error, run_command, start_train
 
 
 def train(corpus, workdir, *flags, **kwargs):
@@ -253,34 +237,6 @@ def test_sigterm_saves_and_the_same_command_goes_on(corpus, tmp_path):
     assert (tmp_path / "run" / "plots" / "loss.png").exists()
 
 
-def start_two_processes(corpus, workdir, *flags):
-    """Two processes of 4 devices each, which find each other on loopback."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "llama_jax.train", *TINY_FLAGS, *flags]
-    command += [f"--config.data.source={corpus}", f"--workdir={workdir}"]
-    env = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "JAX_NUM_PROCESSES": "2",
-        # A process that waits for another one's compiler would be taken for dead.
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**env, "JAX_PROCESS_ID": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-
-
 def losses_of(workdir):
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line.get("loss", line.get("eval_loss")) for line in lines}
@@ -288,7 +244,7 @@ def losses_of(workdir):
 
 def test_two_processes_train_as_one(corpus, tmp_path):
     flags = ("--config.train.steps=8", "--config.train.checkpoint_every=100")
-    pair = start_two_processes(corpus, tmp_path / "two", *flags)
+    pair = start_train(corpus, tmp_path / "two", *flags, processes=2)
     outputs = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
     assert "start   2 processes, found by environment\n" in outputs[0][0]
@@ -306,7 +262,7 @@ def test_two_processes_train_as_one(corpus, tmp_path):
 def test_sigterm_to_one_process_stops_both_at_the_same_step(corpus, tmp_path):
     flags = ("--config.train.steps=100000", "--config.train.eval_every=100000")
     flags += ("--config.train.checkpoint_every=100000",)
-    pair = start_two_processes(corpus, tmp_path / "run", *flags)
+    pair = start_train(corpus, tmp_path / "run", *flags, processes=2)
     deadline = time.monotonic() + 200
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         assert time.monotonic() < deadline and all(p.poll() is None for p in pair)

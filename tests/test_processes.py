@@ -108,6 +108,7 @@ def test_each_kind_of_cluster(start, env, means, arguments):
     found, called = start(env, timeout_s=7)
     assert found == means
     assert called.pop("initialization_timeout") == 67  # after our own, which says it in one line
+    assert called.pop("heartbeat_timeout_seconds") <= 30  # JAX would wait for 100
     assert arguments is None or called == arguments
 
 

@@ -19,11 +19,13 @@ from llama_jax.data.loader import SyntheticBatches
 from llama_jax.data.pipeline import TrainingData, open_data
 from llama_jax.data.shards import TokenDataset
 from llama_jax.errors import UserError
+from llama_jax.goodput import Goodput
 from llama_jax.guards import check_memory, check_workdir
 from llama_jax.profiler import Profiler
 from llama_jax.sharding import batch_sharding
 from llama_jax.signals import StopRequest
-from llama_jax.train import run_loop, train
+from llama_jax.train import Instruments, run_loop, train
+from llama_jax.watchdog import Watchdog
 from tests.helpers import TINY, mesh_of, replace, text_config
 
 
@@ -88,9 +90,9 @@ class FakeRun:
 
     def run(self, state=FakeState(0)):
         profiler = Profiler(self.config.train.profile_window, epath.Path("none"))
-        state = run_loop(
-            self.compiled, state, self.data, self.config, self, self, profiler, self.stop
-        )
+        watch = (Goodput(None), Watchdog(0))
+        instruments = Instruments(self, self, profiler, self.stop, *watch)
+        state = run_loop(self.compiled, state, self.data, self.config, instruments)
         return state.step
 
     def steps_of(self, kind):
@@ -169,16 +171,6 @@ def test_going_on_reads_the_batches_that_come_next():
     assert [event for event in later.events if event[0] == "train"] == seen[4:]
 
 
-def test_the_first_signal_asks_and_the_second_kills(capsys):
-    before = signal.getsignal(signal.SIGTERM)
-    with StopRequest() as stop:
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.name == "SIGTERM"
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert "saving after this step" in capsys.readouterr().out
-
-
 # Whole runs.
 
 
@@ -213,6 +205,7 @@ def test_the_work_directory(finished, config):
         "checkpoints",
         "config.json",
         "data",
+        "goodput.json",
         "metrics.jsonl",
         "plots",
         "tensorboard",
@@ -545,6 +538,7 @@ OTHER_FIELDS = {
     "train.checkpoint_every": "test_how_often",
     "train.keep_checkpoints": "test_checkpoint::test_the_newest_are_kept",
     "train.sample_prompt": "test_no_prompt_no_sample",
+    "train.step_timeout": "faults/test_stopping::test_a_process_that_hangs_is_noticed",
     "train.profile_steps": "test_profiler::test_a_run_traces_its_window",
 }
 

@@ -1,0 +1,141 @@
+"""Kills a run at random times until it ends anyway, and compares it bit for bit with a twin.
+
+Example:
+  python -m tests.faults.soak --kills=50
+  python -m tests.faults.soak --minutes=60 --processes=2
+"""
+
+import argparse
+import hashlib
+import json
+import pathlib
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from llama_jax.checkpoint import Checkpointer, find_step, load_meta
+from llama_jax.step import jit_step
+from tests.helpers import mesh_of, start_train, write_corpus
+
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)  # kills are what cannot be prepared for
+
+
+def digest(workdir):
+    """sha256 of the whole newest state: weights, moments, counters."""
+    folder = find_step(workdir)
+    config = load_meta(folder).config
+    mesh = mesh_of((1, 1, 1, 1))
+    with jax.set_mesh(mesh), Checkpointer(workdir, config) as saver:
+        state = saver.restore(int(folder.name), jit_step(config, mesh).state_shardings)
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()
+
+
+def losses(workdir):
+    """The loss of each step, as it was logged last."""
+    lines = map(json.loads, (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def run_to_end(corpus, workdir, flags, processes, devices):
+    """Returns the seconds that it took."""
+    began = time.monotonic()
+    running = start_train(corpus, workdir, *flags, processes=processes, devices=devices)
+    outputs = [process.communicate(timeout=1200) for process in running]
+    if any(process.returncode for process in running):
+        raise AssertionError(outputs)
+    return time.monotonic() - began
+
+
+def disturb(corpus, workdir, flags, processes, devices, rng, steps):
+    """Sends one process of the run a signal, while it starts or at some step.
+
+    Returns:
+      The signal's name, or "" where the run was finished before; and the exit statuses.
+    """
+    options = {"processes": processes, "devices": devices}
+    running = start_train(corpus, workdir, *flags, **options)
+    victim, number = rng.choice(running), rng.choice(SIGNALS)
+    at_step = rng.randrange(1, steps)
+    if rng.random() < 0.2:
+        time.sleep(rng.uniform(0, 5))  # imports, data, restoring, compiling
+    else:
+        for line in running[0].stdout:
+            found = re.match(r"step +(\d+)/", line)
+            if found and int(found[1]) >= at_step:
+                break
+        time.sleep(rng.uniform(0, 0.2))
+    finished = all(process.poll() == 0 for process in running)
+    if not finished:
+        victim.send_signal(number)
+    outputs = [process.communicate(timeout=240) for process in running]
+    statuses = [process.returncode for process in running]
+    # Before our handler is there, SIGTERM just ends a process.
+    if number == signal.SIGTERM and processes == 1 and set(statuses) - {0, -number}:
+        raise AssertionError(outputs)
+    return "" if finished else number.name, statuses
+
+
+def newest(workdir):
+    """The newest complete step; 0 before there is one."""
+    names = [path.name for path in workdir.glob("checkpoints/*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def soak(
+    corpus, folder, *, kills, minutes=0.0, processes=1, devices=None, steps=60, seed=0, log=print
+):
+    """Runs a twin undisturbed, and others that are disturbed again and again to their ends.
+
+    Returns:
+      How many signals were sent, and whether all losses and last states are equal.
+    """
+    flags = [f"--config.train.steps={steps}", "--config.train.eval_every=1000"]
+    flags += ["--config.train.checkpoint_every=5", "--config.train.log_every=1"]
+    twin, options = folder / "twin", (flags, processes, devices)
+    seconds = run_to_end(corpus, twin, *options)
+    log(f"undisturbed: {steps} steps in {seconds:.1f} s", flush=True)
+    expected = digest(twin), losses(twin)
+    rng, sent, runs, end = random.Random(seed), 0, 0, time.monotonic() + minutes * 60
+    equal = True
+    while sent < kills or time.monotonic() < end:
+        runs += 1
+        disturbed = folder / f"disturbed{runs}"
+        while newest(disturbed) < steps and (sent < kills or time.monotonic() < end):
+            name, statuses = disturb(corpus, disturbed, *options, rng, steps)
+            sent += bool(name)
+            what = name or "finished before it"
+            log(f"{sent}: {what}, exit {statuses}, newest step {newest(disturbed)}", flush=True)
+        run_to_end(corpus, disturbed, *options)
+        equal &= (digest(disturbed), losses(disturbed)) == expected
+    verdict = "equal to the last bit" if equal else "DIFFERENT"
+    log(f"{sent} signals over {runs} run(s): losses and states are {verdict}", flush=True)
+    return sent, equal
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=0, help="signals to send, at least")
+    parser.add_argument("--minutes", type=float, default=0.0, help="time to go on, at least")
+    parser.add_argument("--processes", type=int, default=1, help="of the run, over loopback")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder)
+        (path / "corpus").mkdir()
+        _, equal = soak(write_corpus(path / "corpus"), path, **vars(arguments))
+    sys.exit(not equal)
+
+
+if __name__ == "__main__":
+    main()

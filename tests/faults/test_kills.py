@@ -1,0 +1,17 @@
+"""A run that is killed at random times ends as if nothing had been: losses, weights, moments."""
+
+import pytest
+
+from tests.faults.soak import soak
+
+
+def test_killed_and_resumed_bit_for_bit(corpus, tmp_path):
+    sent, equal = soak(corpus, tmp_path, kills=2, devices=1, steps=30, seed=3)
+    assert sent >= 2 and equal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_many_kills(corpus, tmp_path, processes):
+    sent, equal = soak(corpus, tmp_path, kills=8, processes=processes, seed=1)
+    assert sent >= 8 and equal
