@@ -4,7 +4,7 @@ A checkpoint of random weights is written in Hugging Face's format, in bfloat16,
 and back; and one that is saved as training saves it is exported. Every conversion is a process of
 its own, whose largest resident memory is reported.
 
-  python benchmarks/convert.py --folder=/some/disk          # LLaMA-2 7B: 45 GB of space at most
+  python benchmarks/convert.py --folder=FOLDER     # LLaMA-2 7B; checks for 41 GB of space
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax.config import Config, ModelConfig
@@ -105,6 +105,7 @@ def save_trained(config: Config, workdir: pathlib.Path) -> None:
 
 def main(_: list[str]) -> None:
     """Prints the figures."""
+    logging.set_verbosity(logging.ERROR)  # orbax tells every save
     with tempfile.TemporaryDirectory(dir=_FOLDER.value) as name:
         folder = pathlib.Path(name)
         for model, results in (

@@ -517,13 +517,17 @@ def test_places(text):
 
 @pytest.mark.slow
 def test_7b_takes_less_than_4_gb(tmp_path):
-    """In and out again."""
-    config = benchmark.llama2_7b(layers=32)
+    """In and out again.
+
+    8 of the 32 layers, which take a quarter of the 41 GB of disk and of the minutes: one layer is in
+    memory at a time. `benchmarks/convert.py` has all 32, and benchmarks/README.md what they took.
+    """
+    config = benchmark.llama2_7b(layers=8)
     for result in benchmark.in_and_out(config, tmp_path):
         print(result)
         assert result["peak_gb"] < 4
     source, original = HfSource(tmp_path / "again"), benchmark.Repeated(config)
-    for path, layer in (("embed", None), ("layers/attn/wq", 6), ("layers/mlp/w2", 31)):
+    for path, layer in (("embed", None), ("layers/attn/wq", 6), ("layers/mlp/w2", 7)):
         assert source.read(path, layer).tobytes() == original.read(path, layer).tobytes()
     shutil.rmtree(tmp_path / "again")
 
