@@ -519,8 +519,8 @@ def test_places(text):
 def test_7b_takes_less_than_4_gb(tmp_path):
     """In and out again.
 
-    8 of the 32 layers, which take a quarter of the 41 GB of disk and of the minutes: one layer is in
-    memory at a time. `benchmarks/convert.py` has all 32, and benchmarks/README.md what they took.
+    8 of the 32 layers, which take a quarter of the 41 GB of disk and of the minutes: one layer is
+    in memory at a time. benchmarks/convert.py has all 32, its README what they took.
     """
     config = benchmark.llama2_7b(layers=8)
     for result in benchmark.in_and_out(config, tmp_path):
