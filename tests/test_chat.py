@@ -274,6 +274,24 @@ def test_an_answer_ends_at_any_end(llama3, one_device):
 
 
 @pytest.mark.parity
+def test_transformers_finds_what_was_exported(llama3, tmp_path):
+    import transformers
+
+    from tests.test_convert_parity import load_quietly
+
+    config = replace(TINY, model__vocab_size=llama3.vocab_size)
+    files = chat_files(llama3)
+    convert(
+        open_source("hf", exported(tmp_path / "hf", config, files=files)), "ckpt", tmp_path / "a"
+    )
+    convert(open_source("ckpt", tmp_path / "a"), "hf", tmp_path / "b")
+    ends = json.loads(files["generation_config.json"])["eos_token_id"]
+    assert load_quietly(tmp_path / "b").generation_config.eos_token_id == ends
+    template = transformers.AutoTokenizer.from_pretrained(tmp_path / "b").chat_template
+    assert template == {"default": LLAMA3, "plain": "{{ messages[0].content }}"}
+
+
+@pytest.mark.parity
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte level", "released"])
 def test_the_text_and_ids_of_transformers(name, kind, llama3, tokenizer, tmp_path):

@@ -83,7 +83,8 @@ def tokens_of(vocab_size):
     return np.random.default_rng(1).integers(0, vocab_size, (2, CONTEXT), dtype=np.int32)
 
 
-def our_logits(source, tokens):
+def our_params(source):
+    """Config and weights in float32."""
     description = source.description
     config = replace(description.config, model__compute_dtype="float32").model
     leaves, tree = jax.tree.flatten_with_path(abstract_state(description.config).params)
@@ -95,7 +96,11 @@ def our_logits(source, tokens):
             arrays.append(np.stack(parts).astype(np.float32))
         else:
             arrays.append(source.read(path, None).astype(np.float32))
-    return logits(config, jax.tree.unflatten(tree, arrays), tokens)
+    return config, jax.tree.unflatten(tree, arrays)
+
+
+def our_logits(source, tokens):
+    return logits(*our_params(source), tokens)
 
 
 def load_quietly(folder):
@@ -140,6 +145,43 @@ def test_in_and_out(name, tmp_path):
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[key]), key
     np.testing.assert_array_equal(expected_logits(again, tokens), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_generation(name, tmp_path):
+    """64 tokens after prompts of unequal lengths, beyond the window; then up to one of two ends."""
+    import torch
+
+    from llama_jax.decode import Sampling, generate
+
+    model = make(name, tmp_path / "theirs")
+    config, params = our_params(HfSource(tmp_path / "theirs"))
+    prompts = [[1, 5, 9], [1, *range(20, 50)], [1]]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
+
+    def theirs(ends):
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=64,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=0,
+        )
+        return output[:, width:].tolist()
+
+    def ours(ends):
+        sampling = Sampling(max_tokens=64, temperature=0.0)
+        return generate(config, params, prompts, sampling, context=CONTEXT, eos_id=ends)
+
+    expected = theirs(None)
+    assert ours(10_000) == expected and len({tuple(row) for row in expected}) == 3
+    ends = [expected[0][9], expected[1][5]]
+    for got, want in zip(ours(ends), theirs(ends), strict=True):
+        assert got == want[: len(got)] and (len(got) == 64 or got[-1] in ends)
+        assert not any(want[len(got) :])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
