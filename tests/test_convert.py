@@ -424,6 +424,14 @@ DAMAGE = {
         ),
         "tokenizer.json has 65 ids, but the model's vocabulary is 64",
     ),
+    "generation": (
+        lambda f: (f / "generation_config.json").write_text("{"),
+        "generation_config.json is not valid JSON",
+    ),
+    "ends": (
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": [1, "</s>"]}'),
+        "eos_token_id=[1, '</s>'] is no token id",
+    ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").write_text("[]"), "tokenizer.json is not a"),
 }
 
