@@ -7,7 +7,8 @@
 Batch: 256 sequences x 16,384 tokens = 4,194,304 tokens a step, 119,209 steps = 0.50T tokens.
 Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 194 GiB in all,
 divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
-Recipe: continues LLaMA-2 at the context of its long-context fine-tuning; the peak rate is ours.
+Recipe: the tokens are the paper's, which continues LLaMA-2 at 4,096 tokens and then fine-tunes at
+16,384; here it is one stage at 16,384, whose batch, peak rate and schedule are ours.
 16 ids more than LLaMA-2: the infilling tokens (prefix, middle, suffix, end).
 The Python variant of 13B has the 32,000 ids of LLaMA-2: --config.model.vocab_size=32_000.
 """

@@ -7,7 +7,8 @@
 Batch: 256 sequences x 16,384 tokens = 4,194,304 tokens a step, 238,419 steps = 1.00T tokens.
 Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 1,028 GiB in all,
 divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
-Recipe: continues LLaMA-2 at the context of its long-context fine-tuning; the peak rate is ours.
+Recipe: the tokens are the paper's, which continues LLaMA-2 at 4,096 tokens and then fine-tunes at
+16,384; here it is one stage at 16,384, whose batch, peak rate and schedule are ours.
 Python and Instruct of 70B were released at theta 1e4 and 4,096 tokens.
 """
 

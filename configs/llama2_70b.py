@@ -7,7 +7,9 @@
 Batch: 1,024 sequences x 4,096 tokens = 4,194,304 tokens a step, 476,837 steps = 2.00T tokens.
 Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 1,028 GiB in all,
 divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
-Recipe: tokens, batch and peak rate are those of the paper, section 2.2 and table 1.
+Recipe, all of the paper (section 2.2, table 1): tokens, batch, peak rate, AdamW with betas 0.9 and
+0.95 and eps 1e-5, 2,000 warm-up steps, cosine to a tenth, decay 0.1, clipping at 1.0. Its mixture
+of data is not published.
 """
 
 import ml_collections
@@ -26,6 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.norm_eps = 1e-5
     config.model.remat = "full"
     config.optim.peak_lr = 1.5e-4
+    config.optim.eps = 1e-5
     config.train.steps = 476_837
     config.train.seq_len = 4096
     config.train.global_batch = 1024

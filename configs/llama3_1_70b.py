@@ -7,8 +7,9 @@
 Batch: 32 sequences x 131,072 tokens = 4,194,304 tokens a step, 190,735 steps = 0.80T tokens.
 Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 1,051 GiB in all,
 divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
-Recipe: the stage that stretches the context to 128K, 0.8T tokens as in section 3.4.2 of the paper;
-the peak rate is that of its table 3.
+Recipe: the stage that stretches the context to 128K, with 0.8T tokens (section 3.4.2 of the paper,
+which does so in six steps; here it is one). The peak rate is that of its table 3, which is of the
+whole training. Not published for this stage, and ours: batch, rate, betas, decay, clipping.
 """
 
 import ml_collections

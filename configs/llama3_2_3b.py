@@ -7,8 +7,8 @@
 Batch: 32 sequences x 131,072 tokens = 4,194,304 tokens a step, 190,735 steps = 0.80T tokens.
 Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 48 GiB in all,
 divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
-Recipe: the stage that stretches the context to 128K, 0.8T tokens as in section 3.4.2 of the paper;
-the peak rate is ours.
+Recipe: ours, in the form of Llama 3.1's stage that stretches the context to 128K, with 0.8T tokens.
+None is published: the released weights were pruned from a larger model and distilled.
 The embedding is the output matrix too; wavelengths are stretched 32 times.
 """
 

@@ -7,7 +7,10 @@
 Batch: 512 sequences x 8,192 tokens = 4,194,304 tokens a step, 3,576,279 steps = 15.00T tokens.
 Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 1,051 GiB in all,
 divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
-Recipe: 15T tokens and the peak rate of the paper, table 3, at its batch of 4M tokens.
+Recipe: the peak rate is that of the paper, table 3, and 15T tokens are its round figure. Not
+published for this size, and LLaMA's here: batch, warm-up, final rate, betas, decay, clipping. For
+405B the paper has 8,000 warm-up steps, a cosine to 1% of the peak, and a batch that grows from 4M
+to 16M tokens. Its mixture of data is given by kinds only.
 """
 
 import ml_collections

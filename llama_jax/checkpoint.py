@@ -22,6 +22,8 @@ from llama_jax.step import TrainState, abstract_state
 # Bump when a saved step can no longer be read as before.
 FORMAT_VERSION = 1
 CHECKPOINTS = "checkpoints"
+# Parts of a layer that are stored by themselves; of smaller ones there would be too many.
+LAYER_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Meta:
       positions: of each process in streamed data (`data.streaming.Position`); else empty.
       tokenizer_files: of imported weights, by name, for tokenizers that are not SentencePiece and
         for the way back (see `interchange`).
+      device_kind: of the chips that saved it, such as `NVIDIA H200`; empty for imported weights.
     """
 
     config: Config
@@ -44,6 +47,7 @@ class Meta:
     tokenizer_model: bytes
     positions: list[list[int]] = dataclasses.field(default_factory=list)
     tokenizer_files: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    device_kind: str = ""
 
 
 class Checkpointer:
@@ -89,6 +93,7 @@ class Checkpointer:
         Raises:
           UserError: this save or the one before it could not be written (disk full, read-only).
         """
+        meta = dataclasses.replace(meta, device_kind=jax.devices()[0].device_kind)
         description, tokenizer = _to_json(meta)
         optimizer = {"step": state.step, "opt_state": state.opt_state}
         self._check_space(state)
@@ -96,7 +101,7 @@ class Checkpointer:
             self._manager.save(
                 meta.step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
+                    params=ocp.args.StandardSave(state.params, save_args=_by_layer(state.params)),
                     optimizer=ocp.args.StandardSave(optimizer),
                     meta=ocp.args.JsonSave(description),
                     tokenizer=ocp.args.JsonSave(tokenizer),
@@ -161,6 +166,20 @@ class Checkpointer:
         return TrainState(params=restored["params"], **restored["optimizer"])
 
 
+def _by_layer(params: Any) -> Any:
+    """Stacks of layers are stored in parts of one layer, so that `convert` reads them one by one.
+
+    Orbax would store what a device holds as one part, which can only be read as a whole.
+    """
+
+    def save_args(path: Any, x: jax.Array) -> ocp.SaveArgs:
+        stacked = path[0].key == "layers"
+        part = x.addressable_shards[0].data.nbytes // x.shape[0]
+        return ocp.SaveArgs(shard_axes=(0,) if stacked and part >= LAYER_BYTES else ())
+
+    return jax.tree.map_with_path(save_args, params)
+
+
 def _to_json(meta: Meta) -> tuple[dict[str, Any], dict[str, Any]]:
     """The items `meta` and `tokenizer` of a step."""
     description = {
@@ -168,6 +187,7 @@ def _to_json(meta: Meta) -> tuple[dict[str, Any], dict[str, Any]]:
         "step": meta.step,
         "data_fingerprint": meta.data_fingerprint,
         "positions": meta.positions,
+        "device_kind": meta.device_kind,
         "config": meta.config.to_json(),
         "versions": {"llama_jax": llama_jax.__version__, "jax": jax.__version__},
     }
@@ -254,6 +274,7 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
                 step=meta["step"],
                 data_fingerprint=meta["data_fingerprint"],
                 positions=meta.get("positions", []),  # absent before streaming
+                device_kind=meta.get("device_kind", ""),
                 tokenizer_model=base64.b64decode(tokenizer["sentencepiece"]),
                 tokenizer_files={
                     name: base64.b64decode(file)

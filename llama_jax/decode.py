@@ -195,7 +195,7 @@ def _decode(
     count: int,
     params: Any,
     state: Decoding,
-    eos_id: jax.Array,
+    eos_ids: jax.Array,
     limit: jax.Array,
     key: jax.Array,
     knobs: tuple[jax.Array, jax.Array, jax.Array],
@@ -221,7 +221,7 @@ def _decode(
             cache=cache,
             logits_BV=logits_BV,
             position_B=state.position_B + 1,
-            done_B=state.done_B | (token_B == eos_id),
+            done_B=state.done_B | (token_B[:, None] == eos_ids).any(axis=1),
             step=state.step + 1,
         )
         return new.constrained(), out_BT.at[:, state.step - begin].set(token_B)
@@ -279,7 +279,7 @@ def stream(
     sampling: Sampling,
     *,
     context: int,
-    eos_id: int,
+    eos_id: int | Sequence[int],
     chunk: int = 1,
     rows: int = 1,
 ) -> Iterator[list[list[int]]]:
@@ -291,7 +291,7 @@ def stream(
       prompts: token ids, each at least one (BOS).
       sampling: how to draw; tokens do not depend on `chunk`.
       context: longest sequence the model was trained on, in tokens; generation stops there.
-      eos_id: a row ends after this token.
+      eos_id: a row ends after this token, or after any of these.
       chunk: tokens drawn by one program; more cost fewer dispatches.
       rows: of the program, at least; what is more than the prompts is padding.
 
@@ -309,8 +309,9 @@ def stream(
         tokens_BT[row, width - len(prompt) :] = prompt
         lengths_B[row] = len(prompt)
     limit = min(sampling.max_tokens, context - longest)
+    eos_ids = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
     fixed = (
-        jnp.int32(eos_id),
+        jnp.array(eos_ids, jnp.int32),
         jnp.int32(limit),
         jax.random.key(sampling.seed),
         (
@@ -328,8 +329,9 @@ def stream(
         found = []
         for row in range(len(prompts)):
             new = [] if done[row] else rows_BT[row, : int(reached) - step].tolist()
-            if eos_id in new:
-                new, done[row] = new[: new.index(eos_id) + 1], True
+            end = next((place for place, token in enumerate(new) if token in eos_ids), None)
+            if end is not None:
+                new, done[row] = new[: end + 1], True
             found.append(new)
         step = int(reached)
         yield found
@@ -342,7 +344,7 @@ def generate(
     sampling: Sampling,
     *,
     context: int,
-    eos_id: int,
+    eos_id: int | Sequence[int],
 ) -> list[list[int]]:
     """All new tokens of each row, from one program; the rest as `stream`."""
     parts = stream(

@@ -3,10 +3,16 @@
 The text appears as it is drawn; of several prompts, which are continued at the same time, one after
 the other. Prompts in a file are one to a line, or in a .jsonl file strings or {"prompt": TEXT}.
 
+A checkpoint with a chat template answers conversations: a line of --messages is a list of messages
+{"role": "user", "content": TEXT}, or {"messages": [...]}. --chat_template=default makes each prompt
+a conversation of one message; other values name another template of the checkpoint, or a file.
+
 Example:
   python -m llama_jax.generate --checkpoint=runs/tiny --prompt='def main(' --max_tokens=100
   python -m llama_jax.generate --checkpoint=runs/7b --prompts=prompts.jsonl --json \\
       --mesh=fsdp=2,tensor=4 > answers.jsonl
+  python -m llama_jax.generate --checkpoint=runs/chat --chat_template=default --prompt='Who? You?'
+  python -m llama_jax.generate --checkpoint=runs/chat --messages=conversations.jsonl --json
 """
 
 import dataclasses
@@ -18,14 +24,14 @@ from typing import Any
 
 import jax
 from absl import flags
-from etils import epath
 
-from llama_jax import cli
+from llama_jax import chat, cli
 from llama_jax.config import ModelConfig
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.decode import Sampling, check_prompts, generate, stream
 from llama_jax.errors import UserError
 from llama_jax.inference import InferenceModel, open_model
+from llama_jax.prompts import Messages, read_messages, read_prompts
 
 # Tokens of one program where nobody watches them come.
 UNWATCHED = 32
@@ -94,7 +100,7 @@ def additions(
         prompts,
         sampling,
         context=model.context,
-        eos_id=tokenizer.eos_id,
+        eos_id=model.eos_ids,
         chunk=chunk,
     )
     number = 0
@@ -102,7 +108,7 @@ def additions(
         for row in sorted(running):
             new = part[row]
             text = "".join(streams[row].add(token) for token in new)
-            ended = new[-1:] == [tokenizer.eos_id]
+            ended = bool(new) and new[-1] in model.eos_ids
             if ended:
                 running.remove(row)
             yield Addition(row, text, len(new), ended, number)
@@ -146,37 +152,6 @@ def show_in_order(
         yield addition
 
 
-def read_prompts(path: epath.PathLike) -> list[str]:
-    """Prompts of a file; empty lines are none.
-
-    Raises:
-      UserError: it cannot be read, holds none, or a line of a .jsonl file is no prompt.
-    """
-    path = epath.Path(path)
-    try:
-        lines = path.read_text().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --prompts={path}: {error}") from error
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if path.suffix not in (".jsonl", ".ndjson"):
-            prompts.append(line.removesuffix("\r"))
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error}") from error
-        prompt = value.get("prompt") if isinstance(value, dict) else value
-        if not isinstance(prompt, str):
-            raise UserError(f'{path}, line {number}: neither a string nor {{"prompt": TEXT}}')
-        prompts.append(prompt)
-    if not prompts:
-        raise UserError(f"there is no prompt in {path}")
-    return prompts
-
-
 def main() -> None:
     """The command; flags are defined below."""
     sampling = Sampling(
@@ -188,31 +163,63 @@ def main() -> None:
     )
     if _BATCH_SIZE.value < 1:
         raise UserError(f"--batch_size must be at least 1, got {_BATCH_SIZE.value}")
-    prompts = read_prompts(_PROMPTS.value) if _PROMPTS.value else _PROMPT.value
+    asked = _read()
     model = open_model(_CHECKPOINT.value, _MESH.value)
-    encode, bos = model.tokenizer.encode, model.tokenizer.bos_id
-    ids = [[bos, *encode(prompt, special=_SPECIAL.value)] for prompt in prompts]
+    if _MESSAGES.value or _CHAT_TEMPLATE.value:
+        template = chat.open_template(model, _CHAT_TEMPLATE.value or chat.DEFAULT)
+        ids = [template.encode(one.messages(), special=_SPECIAL.value) for one in asked]
+    else:
+        encode, bos = model.tokenizer.encode, model.tokenizer.bos_id
+        ids = [[bos, *encode(one.prompt, special=_SPECIAL.value)] for one in asked]
     check_prompts(ids, model.context)  # before the first is continued
     watch = Stopwatch()
     with jax.set_mesh(model.mesh):
-        for first in range(0, len(prompts), _BATCH_SIZE.value):
+        for first in range(0, len(asked), _BATCH_SIZE.value):
             rows = slice(first, first + _BATCH_SIZE.value)
             seed = sampling.seed + first  # batches differ in their draws, as rows do
             watch.count(
                 _batch(
                     model,
-                    prompts[rows],
+                    asked[rows],
                     ids[rows],
                     dataclasses.replace(sampling, seed=seed),
-                    first if len(prompts) > 1 else None,
+                    first if len(asked) > 1 else None,
                 )
             )
     print(watch.summary(), file=sys.stderr)
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What the user wants continued: a prompt, or a conversation."""
+
+    prompt: str = ""
+    conversation: Messages | None = None
+
+    def messages(self) -> Messages:
+        """The conversation; a prompt is one of a single message."""
+        return self.conversation or [{"role": "user", "content": self.prompt}]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the line of a file would have it."""
+        if self.conversation is None:
+            return {"prompt": self.prompt}
+        return {"messages": self.conversation}
+
+
+def _read() -> list[Asked]:
+    given = [flag.name for flag in (_PROMPT, _PROMPTS, _MESSAGES) if flag.present]
+    if len(given) > 1:
+        raise UserError(f"give one of --{' and --'.join(given)}")
+    if _MESSAGES.value:
+        return [Asked(conversation=messages) for messages in read_messages(_MESSAGES.value)]
+    prompts = read_prompts(_PROMPTS.value) if _PROMPTS.value else _PROMPT.value
+    return [Asked(prompt) for prompt in prompts]
+
+
 def _batch(
     model: InferenceModel,
-    prompts: list[str],
+    asked: list[Asked],
     ids: list[list[int]],
     sampling: Sampling,
     first: int | None,
@@ -223,16 +230,19 @@ def _batch(
         def write(text: str) -> None:
             print(text, end="", flush=True)
 
+        # Of an answer, what it answers is not the beginning.
+        shown = ["" if _CHAT_TEMPLATE.value else one.prompt for one in asked]
         found = additions(model, ids, sampling, chunk=1)
-        yield from show_in_order(prompts, found, write, first)
+        yield from show_in_order(shown, found, write, first)
         return
-    texts, counts = [""] * len(prompts), [0] * len(prompts)
+    texts, counts = [""] * len(asked), [0] * len(asked)
     for addition in additions(model, ids, sampling, chunk=UNWATCHED):
         texts[addition.row] += addition.text
         counts[addition.row] += addition.tokens
         yield addition
-    for prompt, text, count in zip(prompts, texts, counts, strict=True):
-        print(json.dumps({"prompt": prompt, "text": text, "tokens": count}, ensure_ascii=False))
+    for one, text, count in zip(asked, texts, counts, strict=True):
+        answer = {**one.to_dict(), "text": text, "tokens": count}
+        print(json.dumps(answer, ensure_ascii=False))
 
 
 class Stopwatch:
@@ -271,8 +281,19 @@ if __name__ == "__main__":
     )
     _PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to continue; repeat it for a batch.")
     _PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, instead of --prompt.")
+    _MESSAGES = flags.DEFINE_string(
+        "messages", None, "File of conversations, instead of --prompt: a .jsonl file."
+    )
+    _CHAT_TEMPLATE = flags.DEFINE_string(
+        "chat_template",
+        None,
+        "Chat template for prompts and messages: its name in the checkpoint (default is the usual "
+        "one, and taken for --messages), or a FILE.jinja.",
+    )
     _SPECIAL = flags.DEFINE_bool(
-        "special", False, "Names of special tokens in prompts, such as </s>, are these tokens."
+        "special",
+        False,
+        "Names of special tokens in prompts and messages, such as </s>, are these tokens.",
     )
     _JSON = flags.DEFINE_bool("json", False, "Print a line of JSON for each prompt.")
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts that are continued at a time.")

@@ -161,7 +161,7 @@ class HarnessModel(TemplateLM):
             [prompt[-room:] for prompt in prompts],
             sampling,
             context=self.max_length,
-            eos_id=self.eot_token_id,
+            eos_id=self._model.eos_ids,
             chunk=CHUNK,
             rows=self.batch_size,
         )
@@ -169,12 +169,13 @@ class HarnessModel(TemplateLM):
         texts = [""] * len(prompts)
         for part in parts:
             for row, new in enumerate(part):
-                tokens[row] += [token for token in new if token != self.eot_token_id]
+                tokens[row] += [token for token in new if token not in self._model.eos_ids]
                 texts[row] = self._model.tokenizer.decode(tokens[row])
             running = [
                 row
                 for row, new in enumerate(part)
-                if new[-1:] not in ([], [self.eot_token_id])
+                if new
+                and new[-1] not in self._model.eos_ids
                 and not any(stop in texts[row] for stop in until if stop)
             ]
             if not running:

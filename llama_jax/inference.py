@@ -1,7 +1,9 @@
 """What `generate` and `evaluate` share: a model read from a checkpoint, on a mesh of its own."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ from llama_jax import checkpoint as checkpoint_lib
 from llama_jax.config import Config, MeshConfig, ModelConfig
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
+from llama_jax.interchange.formats import special_ids
 from llama_jax.mesh import AXES, make_mesh, mesh_shape
 from llama_jax.sharding import param_shardings
 from llama_jax.step import abstract_state
@@ -26,6 +29,7 @@ class InferenceModel:
       params: on the mesh; matrices in the compute dtype, norms in float32.
       tokenizer: of the run.
       mesh: set it with `jax.set_mesh` around all uses.
+      files: that came with imported weights, by name: `generation_config.json`, chat templates.
     """
 
     folder: epath.Path
@@ -33,6 +37,14 @@ class InferenceModel:
     params: Any
     tokenizer: Tokenizer
     mesh: jax.sharding.Mesh
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: those of `generation_config.json`, or the tokenizer's EOS."""
+        found = special_ids(self.files)[1]
+        found = self.tokenizer.eos_id if found is None else found
+        return (found,) if isinstance(found, int) else tuple(found)
 
     @property
     def context(self) -> int:
@@ -54,6 +66,11 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "") -> InferenceMo
         raise UserError("--checkpoint is missing; try --checkpoint=runs/tiny")
     folder = checkpoint_lib.find_step(checkpoint)
     meta = checkpoint_lib.load_meta(folder)
+    if "tokenizer.model" in meta.tokenizer_files and not meta.tokenizer_model:
+        raise UserError(
+            f"the tokenizer.model of {folder} is in Llama 3's own format, which is not read; put "
+            "the tokenizer.json of the same model beside the weights, and convert them again"
+        )
     if not meta.tokenizer_model:
         raise UserError(f"{folder} was trained on synthetic data and has no tokenizer to read text")
     tokenizer = Tokenizer(meta.tokenizer_model, f"the tokenizer of {folder}")
@@ -68,7 +85,8 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "") -> InferenceMo
         shardings = param_shardings(abstract_state(meta.config).params, devices)
         params = checkpoint_lib.load_params(folder, meta.config, shardings)
         params = cast_matrices(meta.config.model, params)
-    return InferenceModel(folder, meta.config, params, tokenizer, devices)
+    files = meta.tokenizer_files
+    return InferenceModel(folder, meta.config, params, tokenizer, devices, files)
 
 
 def cast_matrices(config: ModelConfig, params: Any) -> Any:

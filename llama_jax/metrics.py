@@ -28,7 +28,7 @@ def peak_name(device: jax.Device) -> str:
 
 @dataclasses.dataclass
 class Speed:
-    """Tokens per second and model FLOPs utilisation, between two readings.
+    """Tokens per second, model FLOPs utilisation and the time of all chips, between two readings.
 
     MFU is FLOPs of the model (6 per weight in a matrix product, plus causal attention; see
     `ModelConfig.flops_per_token`) over what all devices could do at their peak.
@@ -40,22 +40,30 @@ class Speed:
 
     def __post_init__(self) -> None:
         self.restart()
+        self._counted = self._since
 
     def restart(self) -> None:
         """Starts a new interval, so that evaluation and saving do not count as slow steps."""
         self._since = time.perf_counter()
 
     def read(self, steps: int) -> dict[str, float | None]:
-        """`tokens_per_second` (all devices) and `mfu` over `steps` steps; starts a new interval."""
+        """The speed over `steps` steps; starts a new interval.
+
+        Returns:
+          `tokens_per_second` (all devices), `mfu`, and `chip_seconds`: the time since the reading
+          before (evaluation and saving included), times devices.
+        """
         now = time.perf_counter()
         tokens = steps * self.config.train.tokens_per_step
         rate = tokens / max(now - self._since, 1e-9)
         self._since = now
+        chip_seconds = (now - self._counted) * self.devices
+        self._counted = now
         mfu = None
         if self.peak is not None:
             flops = self.config.model.flops_per_token(self.config.train.seq_len)
             mfu = rate * flops / (self.peak * self.devices)
-        return {"tokens_per_second": rate, "mfu": mfu}
+        return {"tokens_per_second": rate, "mfu": mfu, "chip_seconds": chip_seconds}
 
 
 class Writer(Protocol):

@@ -9,6 +9,7 @@ import pytest
 
 from llama_jax.convert import convert, open_source
 from llama_jax.errors import UserError
+from llama_jax.interchange import formats
 from llama_jax.interchange import meta as meta_lib
 from llama_jax.interchange.hf import HfSource
 from llama_jax.interchange.meta import MetaSource, half_split, interleaved
@@ -82,7 +83,8 @@ def tokens_of(vocab_size):
     return np.random.default_rng(1).integers(0, vocab_size, (2, CONTEXT), dtype=np.int32)
 
 
-def our_logits(source, tokens):
+def our_params(source):
+    """Config and weights in float32."""
     description = source.description
     config = replace(description.config, model__compute_dtype="float32").model
     leaves, tree = jax.tree.flatten_with_path(abstract_state(description.config).params)
@@ -94,7 +96,11 @@ def our_logits(source, tokens):
             arrays.append(np.stack(parts).astype(np.float32))
         else:
             arrays.append(source.read(path, None).astype(np.float32))
-    return logits(config, jax.tree.unflatten(tree, arrays), tokens)
+    return config, jax.tree.unflatten(tree, arrays)
+
+
+def our_logits(source, tokens):
+    return logits(*our_params(source), tokens)
 
 
 def load_quietly(folder):
@@ -139,6 +145,43 @@ def test_in_and_out(name, tmp_path):
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[key]), key
     np.testing.assert_array_equal(expected_logits(again, tokens), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_generation(name, tmp_path):
+    """64 tokens after prompts of unequal lengths, beyond the window; then up to one of two ends."""
+    import torch
+
+    from llama_jax.decode import Sampling, generate
+
+    model = make(name, tmp_path / "theirs")
+    config, params = our_params(HfSource(tmp_path / "theirs"))
+    prompts = [[1, 5, 9], [1, *range(20, 50)], [1]]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
+
+    def theirs(ends):
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=64,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=0,
+        )
+        return output[:, width:].tolist()
+
+    def ours(ends):
+        sampling = Sampling(max_tokens=64, temperature=0.0)
+        return generate(config, params, prompts, sampling, context=CONTEXT, eos_id=ends)
+
+    expected = theirs(None)
+    assert ours(10_000) == expected and len({tuple(row) for row in expected}) == 3
+    ends = [expected[0][9], expected[1][5]]
+    for got, want in zip(ours(ends), theirs(ends), strict=True):
+        assert got == want[: len(got)] and (len(got) == 64 or got[-1] in ends)
+        assert not any(want[len(got) :])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -299,6 +342,42 @@ def test_meta_computes_what_we_and_transformers_compute(tmp_path, pieces, embed_
     convert(source, "hf", tmp_path / "hf")
     theirs = expected_logits(load_quietly(tmp_path / "hf"), tokens)
     np.testing.assert_allclose(theirs, expected, rtol=0, atol=5e-5)
+
+
+def copied(folder, state, change=None):
+    """Saved in four pieces, though there are two kv heads: each of them in two pieces."""
+    import torch
+
+    heads = {n: t for n, t in state.items() if ".wk." in n or ".wv." in n}
+    save_meta(folder, {name: t for name, t in state.items() if name not in heads}, 4, 0)
+    for piece in range(4):
+        path = folder / f"consolidated.{piece:02d}.pth"
+        part = torch.load(path)
+        part |= {name: tensor.chunk(2)[piece // 2].clone() for name, tensor in heads.items()}
+        if piece == 3 and change:
+            part[change] += 1
+        torch.save(part, path)
+    return folder
+
+
+def test_more_pieces_than_kv_heads(tmp_path):
+    state = meta_state()
+    whole = MetaSource(save_meta(tmp_path / "1", state))
+    wanted = {unit: whole.read(*unit) for unit in formats.units(whole.description.config.model)}
+    # Copies of heads, as of Llama 3.1 405B in 16 pieces; and halves of heads.
+    for folder in (copied(tmp_path / "4", state), save_meta(tmp_path / "half", state, 4, 0)):
+        source = MetaSource(folder)
+        assert source.description.config == whole.description.config
+        for unit, array in wanted.items():
+            np.testing.assert_array_equal(source.read(*unit), array, str(unit))
+
+
+def test_copies_of_a_kv_head_that_differ(tmp_path):
+    name = "layers.1.attention.wv.weight"
+    source = MetaSource(copied(tmp_path / "4", meta_state(), name))
+    with pytest.raises(UserError, match=f"pieces 02 and 03 hold the same kv head.*{name}"):
+        convert(source, "ckpt", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_wrong_permutation_shows(tmp_path, monkeypatch):

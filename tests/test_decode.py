@@ -53,6 +53,16 @@ def test_rows_end_at_the_end_token(expected):
     assert len(got[1]) <= 4
 
 
+def test_a_program_stops_at_any_of_several_end_tokens(expected):
+    eos = expected[1][3]
+    tokens, lengths = np.zeros((1, 16), np.int32), np.array([7], np.int32)
+    tokens[0, -7:] = PROMPTS[1]
+    state = decode._prefill(CONFIG, 32, PARAMS, tokens, lengths)
+    fixed = (jnp.int32(10), jax.random.key(0), (jnp.float32(0), jnp.int32(0), jnp.float32(1)))
+    _, state = decode._decode(CONFIG, 10, PARAMS, state, jnp.array([NEVER, eos]), *fixed)
+    assert state.step == expected[1].index(eos) + 1
+
+
 def test_the_context_is_never_exceeded(expected):
     got = generate(CONFIG, PARAMS, PROMPTS, GREEDY, context=10, eos_id=NEVER)
     assert got == [answer[:3] for answer in expected]  # the longest prompt has 7 tokens

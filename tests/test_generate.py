@@ -1,4 +1,3 @@
-import json
 import re
 
 import jax
@@ -6,13 +5,11 @@ import pytest
 
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.decode import Sampling, generate
-from llama_jax.errors import UserError
 from llama_jax.generate import (
     Addition,
     Stopwatch,
     additions,
     complete,
-    read_prompts,
     show_in_order,
 )
 from llama_jax.inference import InferenceModel
@@ -95,27 +92,3 @@ def test_tokens_per_second(monkeypatch):
     assert watch.summary() == (
         "70 new tokens; the first after 2.00 s (compilation included), then 5.0 tokens/s"
     )
-
-
-def test_prompts_from_files(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\n  \n two \r\n")
-    assert read_prompts(tmp_path / "a.txt") == ["one", " two "]
-    lines = ["é\n", {"prompt": "b", "id": 3}]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert read_prompts(tmp_path / "a.jsonl") == ["é\n", "b"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "there is no prompt in"),
-        ('"a"\n{"promt": "b"}', r"line 2: neither a string nor \{\"prompt\": TEXT\}"),
-        ('"a"\n\n"b', "line 3: not JSON"),
-        (None, "cannot read --prompts=.*p.jsonl"),
-    ],
-)
-def test_files_that_hold_no_prompts(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "p.jsonl").write_text(content)
-    with pytest.raises(UserError, match=message):
-        read_prompts(tmp_path / "p.jsonl")

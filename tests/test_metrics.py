@@ -49,10 +49,13 @@ def test_speed_and_mfu(monkeypatch):
     assert reading["tokens_per_second"] == pytest.approx(tokens / 2)
     flops = TINY.model.flops_per_token(TINY.train.seq_len)
     assert reading["mfu"] == pytest.approx(tokens / 2 * flops / 4e9)
-    now[0] += 1.0
+    assert reading["chip_seconds"] == pytest.approx(4 * 2.0)
+    now[0] += 1.0  # evaluation: not slow steps, but time of the chips
     speed.restart()
     now[0] += 1.0
-    assert speed.read(1)["tokens_per_second"] == pytest.approx(tokens / 10)
+    reading = speed.read(1)
+    assert reading["tokens_per_second"] == pytest.approx(tokens / 10)
+    assert reading["chip_seconds"] == pytest.approx(4 * 2.0)
     assert metrics.Speed(TINY, devices=1, peak=None).read(1)["mfu"] is None
 
 

@@ -11,8 +11,8 @@ from llama_jax.convert import convert, open_source
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.inference import open_model
-from tests.helpers import TINY, llama3_tokenizer, replace
-from tests.test_convert import exported
+from tests.helpers import TINY, llama3_tokenizer, random_params, replace
+from tests.test_convert import Memory, exported
 
 HARD = [
     "",
@@ -182,6 +182,13 @@ def test_the_ids_of_transformers_sentencepiece(tokenizer, tmp_path, text):
             assert tokenizer.encode(text, special=special) == made.encode(
                 text, add_special_tokens=False, split_special_tokens=not special
             )
+
+
+def test_a_tokenizer_in_the_format_of_llama_3_is_told(tmp_path):
+    source = Memory(TINY, random_params(TINY.model), files={"tokenizer.model": b"IQ== 0\n"})
+    convert(source, "ckpt", tmp_path / "run")
+    with pytest.raises(UserError, match="in Llama 3's own format, which is not read; put the"):
+        open_model(tmp_path / "run")
 
 
 def test_imported_weights_write_with_their_tokenizer_json_and_give_it_back(corpus, tmp_path):

@@ -1,16 +1,18 @@
 """Tokenizers: one interface over two formats, and training SentencePiece by LLaMA's recipe."""
 
 import codecs
+import functools
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import sentencepiece
 from etils import epath
 
-from llama_jax.data.vocabularies import SentencePiece, TokenizerJson, Vocabulary, with_ends
+from llama_jax.data.vocabularies import MARK, SentencePiece, TokenizerJson, Vocabulary, with_ends
 from llama_jax.errors import UserError
 
 # SentencePiece skips longer "sentences" and reads its sample into memory; both limits are generous
@@ -83,9 +85,42 @@ class Tokenizer:
         Args:
           text: any text.
           special: take the names of special tokens in it, such as `</s>`, for these tokens. Never
-            for text of others, who could end the turn or the document with it.
+            for text of others, who could end the turn or the document with it; `protected` keeps
+            theirs apart.
         """
         return self._vocabulary.encode(text, special)
+
+    def protected(self, text: str) -> str:
+        """The text, marked so that no part of it is parsed within a text encoded as `special`.
+
+        It stays one text with what stands beside it, so that the ids of a text without names of
+        special tokens are those without marks. A U+FDD0 of its own is lost.
+        """
+        return self._protector(text)
+
+    @functools.cached_property
+    def _protector(self) -> Callable[[str], str]:
+        names = [name for name in self.special_names if len(name) > 1]
+        starts = re.compile("(?=" + "|".join(map(re.escape, names)) + ")(.)", re.DOTALL)
+        # Names that begin or end in the text beside it.
+        heads = tuple({name[:cut] for name in names for cut in range(1, len(name))})
+        tails = tuple({name[cut:] for name in names for cut in range(1, len(name))})
+
+        def protect(text: str) -> str:
+            text = starts.sub(rf"\1{MARK}", text.replace(MARK, ""))
+            # Templates strip white space: marks go next to what is left.
+            if (body := text.rstrip()).endswith(heads):
+                text = body + MARK + text[len(body) :]
+            if (body := text.lstrip()).startswith(tails):
+                text = text[: len(text) - len(body)] + MARK + body
+            return text
+
+        return protect if names else lambda text: text
+
+    @property
+    def special_names(self) -> list[str]:
+        """How special tokens are written, such as `</s>`."""
+        return self._vocabulary.special_names
 
     def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """Token ids of several documents, int32, each from BOS to EOS, in so many threads."""

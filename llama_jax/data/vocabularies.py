@@ -15,6 +15,8 @@ import sentencepiece
 from llama_jax.errors import UserError
 
 SPACE = "\u2581"  # how SentencePiece writes a space
+# Keeps what it stands in from being the name of a special token; Unicode reserves it for such uses.
+MARK = "\ufdd0"
 # Where a tokenizer.json does not say which tokens begin and end a text, these do.
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
@@ -37,8 +39,15 @@ class Vocabulary(Protocol):
     eos_id: int
     adds_space: bool
 
+    @property
+    def special_names(self) -> list[str]:
+        """How special tokens are written."""
+
     def encode(self, text: str, special: bool) -> list[int]:
-        """Token ids, without BOS and EOS; `special`: names of special tokens become these."""
+        """Token ids, without BOS and EOS; `special`: names of special tokens become these.
+
+        But not a name that a `MARK` stands in; marks themselves add nothing then.
+        """
 
     def encode_documents(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         """Token ids of several texts, int32, each from BOS to EOS."""
@@ -79,13 +88,18 @@ class SentencePiece:
             if number % 2:
                 ids.append(self._processor.piece_to_id(part))
             elif part:  # as in transformers, only a text's own beginning gets a space
-                ids += (self._without_space if ids else self._processor).encode(part)
+                processor = self._without_space if ids else self._processor
+                ids += processor.encode(part.replace(MARK, ""))
         return ids
 
     @functools.cached_property
+    def special_names(self) -> list[str]:
+        """See `Vocabulary`."""
+        return [self.piece(i) for i in range(self.size) if self._processor.is_control(i)]
+
+    @functools.cached_property
     def _control_names(self) -> re.Pattern[str]:
-        names = (self.piece(i) for i in range(self.size) if self._processor.is_control(i))
-        return re.compile(f"({'|'.join(map(re.escape, names))})")
+        return re.compile(f"({'|'.join(map(re.escape, self.special_names))})")
 
     @functools.cached_property
     def _without_space(self) -> sentencepiece.SentencePieceProcessor:
@@ -182,15 +196,42 @@ class TokenizerJson:
         return "".join(self._tokenizer.encode(text, add_special_tokens=False).tokens)
 
     @functools.cached_property
+    def special_names(self) -> list[str]:
+        """See `Vocabulary`."""
+        return [token.content for token in self._added.values() if token.special]
+
+    @functools.cached_property
     def _parsing(self) -> Any:
         """The same tokenizer, that takes the names of special tokens for these."""
         import tokenizers
 
-        return tokenizers.Tokenizer.from_str(self._json)
+        found = tokenizers.Tokenizer.from_str(self._json)
+        found.no_truncation()
+        found.no_padding()
+        return found
+
+    @functools.cached_property
+    def _parsing_marked(self) -> Any:
+        """As `_parsing`, but marks are taken out where no special token was found."""
+        import tokenizers
+
+        described = json.loads(self._json)
+        drop = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}
+        rest = [described["normalizer"]] if described.get("normalizer") else []
+        described["normalizer"] = {"type": "Sequence", "normalizers": [drop, *rest]}
+        for token in described["added_tokens"]:
+            if token["special"]:  # else looked for once more when the marks are out
+                token["normalized"] = False
+        found = tokenizers.Tokenizer.from_str(json.dumps(described))
+        found.no_truncation()
+        found.no_padding()
+        return found
 
     def encode(self, text: str, special: bool) -> list[int]:
         """See `Vocabulary`."""
         tokenizer = self._parsing if special else self._tokenizer
+        if special and MARK in text:
+            tokenizer = self._parsing_marked
         return tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_documents(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:

@@ -7,13 +7,13 @@ from typing import Any
 from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
-from llama_jax.config import Config
 
 
 def write(meta: checkpoint_lib.Meta, step_folder: epath.Path) -> str:
     """A README.md for the weights of one step.
 
-    Losses and speed come from `metrics.jsonl` of its work directory, where that is still there.
+    Losses, speed and chip-hours come from `metrics.jsonl` of its work directory, where that is
+    still there.
     """
     config, model = meta.config, meta.config.model
     rows = {
@@ -37,12 +37,13 @@ def write(meta: checkpoint_lib.Meta, step_folder: epath.Path) -> str:
     if meta.step == 0:
         lines.append("None here: the weights were imported, or are the initial ones.")
     else:
-        lines += _table(_training(config, meta.step, step_folder.parent.parent / "metrics.jsonl"))
+        lines += _table(_training(meta, step_folder.parent.parent / "metrics.jsonl"))
     text = config.to_json().rstrip()
     return "\n".join([*lines, "", "## Config", "", "```json", text, "```", ""])
 
 
-def _training(config: Config, step: int, metrics: epath.Path) -> dict[str, str]:
+def _training(meta: checkpoint_lib.Meta, metrics: epath.Path) -> dict[str, str]:
+    config, step = meta.config, meta.step
     train, optim = config.train, config.optim
     tokens = step * train.tokens_per_step
     flops = tokens * config.model.flops_per_token(train.seq_len)
@@ -59,15 +60,21 @@ def _training(config: Config, step: int, metrics: epath.Path) -> dict[str, str]:
         if name in last:
             rows[title] = f"{last[name]:.4f} nats per token"
     if last.get("speed"):
-        hours = tokens / last["speed"] / 3600
-        rows["speed"] = f"{last['speed']:,.0f} tokens/s (median), {hours:,.2f} hours in all"
+        rows["speed"] = f"{last['speed']:,.0f} tokens/s (median)"
+    if last.get("chip_seconds"):
+        kind = f" of {meta.device_kind}" if meta.device_kind else ""
+        rows["chip-hours"] = (
+            f"{last['chip_seconds'] / 3600:,.2f}{kind}, "
+            "with evaluation, saving and steps that were lost and repeated"
+        )
     return rows
 
 
 def _last_values(metrics: epath.Path, step: int) -> dict[str, Any]:
-    """The newest loss and eval_loss up to a step, and its median speed in tokens/s."""
+    """Newest loss and eval_loss up to a step; the median of tokens/s, the sum of chip-seconds."""
     found: dict[str, Any] = {}
     rates = []
+    chip_seconds = 0.0
     if not metrics.exists():
         return found
     for line in metrics.read_text().splitlines():
@@ -80,7 +87,9 @@ def _last_values(metrics: epath.Path, step: int) -> dict[str, Any]:
         found |= {n: record[n] for n in ("loss", "eval_loss") if record.get(n) is not None}
         if record.get("tokens_per_second"):
             rates.append(record["tokens_per_second"])
-    return {**found, "speed": statistics.median(rates)} if rates else found
+        chip_seconds += record.get("chip_seconds") or 0.0
+    found["speed"] = statistics.median(rates) if rates else None
+    return {**found, "chip_seconds": chip_seconds}
 
 
 def _table(rows: dict[str, str]) -> list[str]:

@@ -33,8 +33,8 @@ def _array_spec(params: epath.Path, path: str) -> dict[str, Any]:
 class CkptSource:
     """A saved step.
 
-    Memory is one layer for checkpoints that were converted; one that was trained is stored in the
-    parts that its devices held, which may span all layers, and then one such stack is read at once.
+    Memory is one array of one layer, but where each device of a training held less than
+    `checkpoint.LAYER_BYTES` of it: then one stack of all layers is read at once.
     """
 
     def __init__(self, checkpoint: epath.PathLike) -> None:

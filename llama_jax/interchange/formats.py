@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -19,6 +19,7 @@ TOKENIZER_FILES = (
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
     "generation_config.json",
 )
+MORE_TEMPLATES = "additional_chat_templates"  # a folder beside chat_template.jinja: NAME.jinja
 LLAMA3_SPECIAL_TOKENS = 256  # that follow the ranks in a tokenizer.model of Llama 3
 
 
@@ -30,7 +31,7 @@ class Description:
       config: the run, or for weights from elsewhere the defaults with their model and context
         (`train.seq_len`).
       dtype: of the stored weights: bfloat16, float16 or float32.
-      files: contents of `TOKENIZER_FILES` that are there.
+      files: contents of `TOKENIZER_FILES` that are there, and of `MORE_TEMPLATES`.
       card: Markdown about its training; empty if nothing is known.
       step: optimiser steps taken here.
     """
@@ -145,12 +146,25 @@ def is_tiktoken(content: bytes) -> bool:
     return len(words) == 2 and words[1].isdigit()
 
 
-def special_ids(files: dict[str, bytes]) -> tuple[int | None, Any]:
-    """Ids of BOS and EOS (EOS may be a list) where the files tell."""
+def special_ids(files: Mapping[str, bytes]) -> tuple[int | None, int | list[int] | None]:
+    """Ids of BOS and EOS (or of several, such as those of turns and texts) where the files tell.
+
+    Raises:
+      UserError: generation_config.json is damaged.
+    """
     if "generation_config.json" in files:
-        values = json.loads(files["generation_config.json"])
-        if values.get("eos_token_id") is not None:
-            return values.get("bos_token_id"), values["eos_token_id"]
+        try:
+            values = json.loads(files["generation_config.json"])
+            eos = values.get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise UserError("generation_config.json is not valid JSON, or no mapping") from error
+        many = eos if isinstance(eos, list) else [eos]
+        if not many or not all(type(token) is int for token in many if eos is not None):
+            raise UserError(
+                f"generation_config.json: eos_token_id={eos!r} is no token id, nor several"
+            )
+        if eos is not None:
+            return values.get("bos_token_id"), eos
     model = files.get("tokenizer.model", b"")
     if model and not is_tiktoken(model):
         tokenizer = Tokenizer(model)

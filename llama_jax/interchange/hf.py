@@ -88,8 +88,11 @@ class HfSource:
             for name in formats.TOKENIZER_FILES
             if (self._folder / name).exists()
         }
+        for file in (self._folder / formats.MORE_TEMPLATES).glob("*.jinja"):
+            files[f"{formats.MORE_TEMPLATES}/{file.name}"] = file.read_bytes()
         formats.check_vocabulary(files, config.model.vocab_size, str(folder))
         self._keep_special_ids(json.loads(path.read_text()), files)
+        formats.special_ids(files)  # which says what is wrong
         dtypes = {str(entry.dtype) for entry in self._entries.values()}
         dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
         self.description = Description(formats.computed_in(config, dtype), dtype, files)
@@ -206,6 +209,7 @@ class HfTarget:
         text = hf_config.write(description.config, dtype, special)
         (folder / "config.json").write_text(text)
         for name, content in _with_tokenizer_config(description.files).items():
+            (folder / name).parent.mkdir(exist_ok=True)  # of further chat templates
             (folder / name).write_bytes(content)
         ids = {"bos_token_id": special[0], "eos_token_id": special[1]}
         if "generation_config.json" not in description.files:

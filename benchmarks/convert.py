@@ -1,0 +1,128 @@
+"""Time and memory of conversions: a line of JSON for each.
+
+A checkpoint of random weights is written in Hugging Face's format, in bfloat16, converted to ours,
+and back; and one that is saved as training saves it is exported. Every conversion is a process of
+its own, whose largest resident memory is reported.
+
+  python benchmarks/convert.py --folder=FOLDER     # LLaMA-2 7B; checks for 41 GB of space
+"""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from absl import app, flags, logging
+
+from llama_jax import checkpoint as checkpoint_lib
+from llama_jax.config import Config, ModelConfig
+from llama_jax.convert import convert
+from llama_jax.interchange import formats
+from llama_jax.step import TrainState
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Many layers, each much smaller than all of them.
+TRAINED = Config(
+    model=ModelConfig(
+        vocab_size=1024, dim=2048, n_layers=16, n_heads=16, n_kv_heads=16, ffn_dim=5632
+    )
+)
+
+
+def llama2_7b(layers: int) -> Config:
+    """The shapes of LLaMA-2 7B, with so many layers."""
+    return Config(model=ModelConfig(n_layers=layers, norm_eps=1e-5))
+
+
+class Repeated:
+    """A source of bfloat16 weights of any size: parts of one array of random numbers."""
+
+    def __init__(self, config: Config) -> None:
+        self.description = formats.Description(config, "bfloat16", {})
+        numbers = np.random.default_rng(0).standard_normal(2**24, np.float32) * 0.02
+        self._numbers = numbers.astype(ml_dtypes.bfloat16)
+        self._shapes = formats.shapes(config.model)
+
+    def read(self, path: str, layer: int | None) -> np.ndarray:
+        """An array that differs from layer to layer."""
+        return np.resize(np.roll(self._numbers, layer or 0), self._shapes[path])
+
+
+# Runs a command and prints the KiB that it had resident at most. A small process of its own: Linux
+# counts what the parent had when it forked, too.
+WATCH = """
+import resource, subprocess, sys
+status = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
+
+
+def run(source: str, target: str, *flags: str) -> dict[str, Any]:
+    """One conversion by the command; its seconds, and GB of memory at most."""
+    arguments = (f"--source={source}", f"--target={target}", *flags)
+    command = [sys.executable, "-m", "llama_jax.convert", *arguments]
+    start = time.perf_counter()
+    watch = [sys.executable, "-c", WATCH, *command]
+    process = subprocess.run(watch, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    seconds = round(time.perf_counter() - start, 1)
+    places = " -> ".join(place.partition(":")[0] for place in (source, target))
+    peak = round(int(process.stdout) * 1024 / 1e9, 2)
+    return {"what": places, "seconds": seconds, "peak_gb": peak}
+
+
+def in_and_out(config: Config, folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Hugging Face -> ours -> Hugging Face, which stays in `folder/again`."""
+    convert(Repeated(config), "hf", folder / "hf")
+    results = [run(f"hf:{folder}/hf", f"ckpt:{folder}/run")]
+    shutil.rmtree(folder / "hf")
+    again = f"hf:{folder}/again"
+    results.append(run(f"ckpt:{folder}/run", again, "--dtype=bfloat16"))
+    shutil.rmtree(folder / "run")
+    return results
+
+
+def save_trained(config: Config, workdir: pathlib.Path) -> None:
+    """A step as `train` saves it, of zeros but for the number of the layer; no optimiser state."""
+    from llama_jax.step import abstract_state
+
+    def numbered(leaf: Any) -> jax.Array:
+        shape = (-1,) + (1,) * (len(leaf.shape) - 1)
+        return jax.numpy.zeros(leaf.shape) + jax.numpy.arange(leaf.shape[0]).reshape(shape)
+
+    params = jax.tree.map(numbered, abstract_state(config).params)
+    state = TrainState(step=jax.numpy.ones((), "int32"), params=params, opt_state=())
+    with checkpoint_lib.Checkpointer(workdir, config) as saver:
+        saver.save(state, checkpoint_lib.Meta(config, 1, "none", b""))
+
+
+def main(_: list[str]) -> None:
+    """Prints the figures."""
+    logging.set_verbosity(logging.ERROR)  # orbax tells every save
+    with tempfile.TemporaryDirectory(dir=_FOLDER.value) as name:
+        folder = pathlib.Path(name)
+        for model, results in (
+            (f"LLaMA-2 7B, {_LAYERS.value} layers", in_and_out(llama2_7b(_LAYERS.value), folder)),
+            ("trained, 0.8B, 16 layers", trained(folder)),
+        ):
+            for result in results:
+                print(json.dumps({"model": model, **result}), flush=True)
+
+
+def trained(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Export of a step that one device saved."""
+    save_trained(TRAINED, folder / "trained")
+    return [run(f"ckpt:{folder}/trained", f"hf:{folder}/exported", "--dtype=bfloat16")]
+
+
+if __name__ == "__main__":
+    _FOLDER = flags.DEFINE_string("folder", None, "Where to write; default: the system's own.")
+    _LAYERS = flags.DEFINE_integer("layers", 32, "Layers of the 7B shape.")
+    app.run(main)
