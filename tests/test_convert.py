@@ -467,6 +467,17 @@ def test_shards_that_are_missing(tmp_path):
         HfSource(tmp_path)
 
 
+def test_an_index_that_names_files_elsewhere(tmp_path):
+    (tmp_path / "weights").mkdir()
+    sharded(tmp_path / "weights")
+    index = tmp_path / "weights" / "model.safetensors.index.json"
+    first = min(tmp_path.glob("weights/*.safetensors"))
+    first.rename(tmp_path / first.name)
+    index.write_text(index.read_text().replace(first.name, f"../{first.name}"))
+    with pytest.raises(UserError, match=rf"names files outside its folder: \.\./{first.name}"):
+        HfSource(tmp_path / "weights")
+
+
 # The target: all of it or nothing.
 
 

@@ -172,6 +172,9 @@ def _entries(folder: epath.Path) -> dict[str, safetensors.Entry]:
         files = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is damaged: it has no weight_map") from error
+    outside = [name for name in files if epath.Path(name).name != name]
+    if outside:
+        raise UserError(f"{index} names files outside its folder: {_some(outside)}")
     missing = [name for name in files if not (folder / name).exists()]
     if missing:
         raise UserError(f"{folder} lacks {_some(missing)}, which {index.name} names")
