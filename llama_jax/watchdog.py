@@ -4,25 +4,22 @@ import faulthandler
 import os
 import sys
 import threading
-import time
 from typing import Any
 
-# Seconds after which the standard library's own watchdog, which needs no lock of Python's, ends a
-# process whose interpreter hangs too.
-GRACE_S = 10
+TICK_S = 0.5
 
 
 class Watchdog:
     """Ends the process with status 1 and all its stacks, unless `beat` is called in time.
 
-    JAX waits without end for a collective in which another process does not take part.
+    JAX waits without end for a collective in which another process does not take part. Time is
+    counted in ticks of a thread of its own: a process that was stopped (Ctrl-Z) did not hang.
     """
 
     def __init__(self, timeout_s: float) -> None:
         """Watches nothing until the first `beat`; `timeout_s` of 0 never does."""
         self._timeout_s = timeout_s
-        self._what = ""
-        self._deadline = 0.0
+        self._what, self._left_s = "", 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -31,16 +28,14 @@ class Watchdog:
 
     def beat(self, what: str) -> None:
         """Says that the process lives, and what it does next."""
-        if not self._timeout_s:
-            return
-        self._what, self._deadline = what, time.monotonic() + self._timeout_s
-        faulthandler.dump_traceback_later(self._timeout_s + GRACE_S, exit=True)
-        if not self._thread.is_alive():
+        self._what, self._left_s = what, self._timeout_s
+        if self._timeout_s and not self._thread.is_alive():
             self._thread.start()
 
     def _watch(self) -> None:
-        while not self._ended.wait(max(self._deadline - time.monotonic(), 0.05)):
-            if time.monotonic() >= self._deadline:
+        while not self._ended.wait(TICK_S):
+            self._left_s -= TICK_S
+            if self._left_s <= 0:
                 self._give_up()
 
     def _give_up(self) -> None:
@@ -52,10 +47,9 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        faulthandler.dump_traceback()
+        if sys.__stderr__ is not None:  # sys.stderr of a notebook is no file
+            faulthandler.dump_traceback(file=sys.__stderr__)
         os._exit(1)
 
     def __exit__(self, *_: Any) -> None:
-        if self._timeout_s:
-            self._ended.set()
-            faulthandler.cancel_dump_traceback_later()
+        self._ended.set()
