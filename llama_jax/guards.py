@@ -16,6 +16,8 @@ RESUMABLE = (
     *("data.accept_other_data",),
     *("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every"),
     *("train.keep_checkpoints", "train.sample_prompt", "train.profile_steps"),
+    # What is done about a fault must be free to change when one has happened.
+    *("train.max_skipped", "train.spike_factor", "train.norm_stats"),
 )
 
 

@@ -516,6 +516,8 @@ STEP_FIELDS = {
     "train__grad_accum": 2,
     "train__loss_chunk": 16,
     "train__z_loss": 0.1,
+    "train__spike_factor": 6.0,
+    "train__norm_stats": True,
 }
 OTHER_FIELDS = {
     "model.attention": "test_attention::test_an_unknown_backend_is_an_error",
@@ -545,6 +547,7 @@ OTHER_FIELDS = {
     "train.checkpoint_every": "test_how_often",
     "train.keep_checkpoints": "test_checkpoint::test_the_newest_are_kept",
     "train.sample_prompt": "test_no_prompt_no_sample",
+    "train.max_skipped": "faults.test_numeric::test_bad_batches_in_a_row_stop_the_run",
     "train.profile_steps": "test_profiler::test_a_run_traces_its_window",
 }
 
