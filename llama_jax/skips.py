@@ -10,6 +10,7 @@ were not skipped, so that no bad step has a part in judging the next one. All of
 the device and kept in the state: a run that goes on from a checkpoint skips the same steps again.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -133,3 +134,20 @@ def explain(reasons: int) -> str:
     if reasons & SPIKE:
         found.append("loss or gradient norm is beyond train.spike_factor")
     return "; ".join(found)
+
+
+def not_finite(state: Any) -> list[str]:
+    """Which weights, by group, and moments of a `TrainState` are not finite; waits for them.
+
+    What `choose` guards can only get there by a fault of a machine, or of ours.
+    """
+
+    @jax.jit
+    def measure(params: Any, opt_state: Any) -> tuple[dict[str, jax.Array], jax.Array]:
+        moments = [m for m in jax.tree.leaves(opt_state) if jnp.issubdtype(m.dtype, jnp.inexact)]
+        sums = [jnp.sum(jnp.where(jnp.isfinite(m), 0, 1)) for m in moments]
+        return group_norms(params), jnp.sum(jnp.stack(sums))
+
+    norms, moments = jax.device_get(measure(state.params, state.opt_state))
+    found = [f"weights of {name}" for name, norm in norms.items() if not math.isfinite(norm)]
+    return found + (["moments"] if moments else [])

@@ -29,6 +29,7 @@ from llama_jax.processes import start_processes
 from llama_jax.profiler import Profiler
 from llama_jax.sharding import check_batch
 from llama_jax.signals import StopRequest
+from llama_jax.skip_watch import SkipWatch
 from llama_jax.step import CompiledStep, TrainState, jit_step
 
 
@@ -147,8 +148,10 @@ def run_loop(
     shape = (train.global_batch, train.seq_len)
     batches = stream(data.train, start, train.steps, compiled.batch_sharding, *shape)
     tokenizer_model = data.tokenizer.model_bytes if data.tokenizer else b""
+    watch = SkipWatch(config, data, saver)
 
     def save(step: int) -> None:
+        watch.before_save(state)
         meta = checkpoint_lib.Meta(
             config, step, data.fingerprint, tokenizer_model, _positions(data, step)
         )
@@ -177,9 +180,10 @@ def run_loop(
             with jax.transfer_guard("disallow"):
                 state, step_metrics = compiled.train(state, batch)
         if (step + 1) % train.log_every == 0:
-            log.push(step + 1, {**step_metrics, **_epoch_metrics(data, step + 1)})
+            read = log.push(step + 1, {**step_metrics, **_epoch_metrics(data, step + 1)})
         else:
-            log.push(step + 1, None)
+            read = log.push(step + 1, None)
+        watch.after_log(state, read)
     log.flush()
     saver.wait()
     return state
@@ -223,6 +227,8 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
                     profiler.close()
                     log.close()
         _report(config, workdir, start, int(state.step), stop)
+        if int(state.skips.total):
+            _log(f"skipped      {int(state.skips.total)} steps made no update: see metrics.jsonl")
         if int(state.step) == config.train.steps:
             _print_sample(config, state, data)
     return state

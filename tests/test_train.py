@@ -26,11 +26,14 @@ from llama_jax.signals import StopRequest
 from llama_jax.train import run_loop, train
 from tests.helpers import TINY, mesh_of, replace, text_config
 
+NO_SKIPS = types.SimpleNamespace(in_row=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class FakeState:
     step: int
     params: None = None
+    skips: types.SimpleNamespace = NO_SKIPS
 
 
 class FakeRun:

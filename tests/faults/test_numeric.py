@@ -1,14 +1,20 @@
 """Batches that give a loss or a gradient that nobody should follow (rows 17, 18 and 19)."""
 
+import dataclasses
 import functools
+import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax import train as train_lib
+from llama_jax.checkpoint import find_step
+from llama_jax.errors import UserError
 from llama_jax.skips import explain
 from llama_jax.step import jit_step
-from tests.helpers import TINY, mesh_of, random_batch, replace
+from tests.helpers import TINY, mesh_of, random_batch, replace, text_config
 
 SMALL = replace(TINY, model__n_layers=1, train__global_batch=16, train__steps=8)
 BAD = 3  # of the steps from 0
@@ -87,3 +93,106 @@ def test_why_it_was_skipped_is_kept():
         "the loss is not finite; gradients are not finite in embed, attn, mlp, norms, lm_head"
     )
     assert int(state.skips.in_row) == 0
+
+
+# Whole runs.
+
+
+def bad_from(monkeypatch, first, last):
+    """The weights of the batches of these steps (from 1) are not numbers."""
+    stream = train_lib.stream
+
+    def poisoning(source, start, stop, *rest):
+        for step, batch in enumerate(stream(source, start, stop, *rest), start=start + 1):
+            if stop == 12 and first <= step <= last:
+                batch = {**batch, "weights": batch["weights"] * jnp.nan}
+            yield batch
+
+    monkeypatch.setattr(train_lib, "stream", poisoning)
+
+
+@pytest.fixture
+def run_config(corpus, shards):
+    return text_config(
+        corpus,
+        data__path=str(shards),
+        model__n_layers=1,
+        mesh__fsdp=8,
+        train__steps=12,
+        train__eval_every=12,
+        train__checkpoint_every=4,
+        train__max_skipped=3,
+    )
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_passes_over_a_bad_batch(run_config, tmp_path, monkeypatch, capsys):
+    """It is counted in the log and in the checkpoint, over a resume."""
+    bad_from(monkeypatch, 4, 5)
+    state = jax.device_get(train_lib.train(run_config, tmp_path))
+    out = capsys.readouterr().out
+    lines = [line for line in records(tmp_path) if "loss" in line]
+    assert [line["skipped"] for line in lines] == [0, 0, 0, 1, *[2] * 8]
+    assert [line["loss"] is None for line in lines] == [4 <= n <= 5 for n in range(1, 13)]
+    assert "skipped      2 steps made no update" in out
+    assert "ETA -  skipped" not in out and "  skipped 2\n" in out
+    for last in (4, 8):  # saved after a skipped step, and later
+        for step in (4, 8, 12):
+            if step > last and (folder := tmp_path / "checkpoints" / str(step)).exists():
+                folder.rename(tmp_path / f"{last}-{step}")
+    again = jax.device_get(train_lib.train(run_config, tmp_path))
+    assert "resume  from step 4" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    assert (int(again.skips.total), int(again.skips.last)) == (2, 5)
+
+
+@pytest.mark.parametrize("log_every", [1, 5])
+def test_bad_batches_in_a_row_stop_the_run(run_config, tmp_path, monkeypatch, log_every):
+    config = replace(run_config, train__log_every=log_every)
+    bad_from(monkeypatch, 6, 12)
+    with pytest.raises(UserError) as caught:
+        train_lib.train(config, tmp_path)
+    stopped = {1: 9, 5: 8}[log_every]  # by the log of step 8; by the save of step 8
+    message = str(caught.value)
+    assert message.startswith(
+        f"steps 6 to {stopped} made no update: the loss is not finite; gradients are not finite "
+        f"in embed, attn, mlp, norms, lm_head. Batch of step {stopped}: sequences "
+    )
+    data = train_lib.open_data(config, tmp_path / "data")
+    first = data.train.draws(stopped - 1, range(1))[0][1]
+    assert f"sequences {first}, " in message and " and 2 more; see " in message
+    assert f"--show=WORKDIR --step={stopped - 1}. " in message
+    assert "Nothing was saved, the last checkpoint is 4; weights and moments are fin" in message
+    assert find_step(tmp_path).name == "4"
+    # Told to pass over them, it does.
+    patient = replace(config, train__max_skipped=99)
+    assert int(train_lib.train(patient, tmp_path).skips.total) == 7
+
+
+def test_a_bad_state_is_never_saved(run_config, tmp_path, monkeypatch):
+    """A weight that a fault of the machine has changed, between a step and the next."""
+    jit_step_ = train_lib.jit_step
+
+    def faulty(config, mesh):
+        compiled = jit_step_(config, mesh)
+
+        def train(state, batch):
+            state, metrics = compiled.train(state, batch)
+            return break_weight(state), metrics
+
+        @jax.jit
+        def break_weight(state):
+            value = jnp.where(state.step == 7, jnp.nan, 0)
+            params = {**state.params, "final_norm": state.params["final_norm"] + value}
+            return state.replace(params=params)
+
+        return dataclasses.replace(compiled, train=train)
+
+    monkeypatch.setattr(train_lib, "jit_step", faulty)
+    # One bad step is fewer than train.max_skipped, but its state would be saved.
+    with pytest.raises(UserError, match=r"steps 8 to 8 .* is 4; weights of norms are not finite"):
+        train_lib.train(run_config, tmp_path)
+    assert find_step(tmp_path).name == "4"
