@@ -23,7 +23,13 @@ from llama_jax.data.streaming import Position, StreamingBatches
 from llama_jax.describe import describe
 from llama_jax.errors import UserError
 from llama_jax.generate import Sampling, complete
-from llama_jax.guards import check_memory, check_workdir, device_memory
+from llama_jax.guards import (
+    check_checkpoint,
+    check_memory,
+    check_workdir,
+    device_memory,
+    record_changes,
+)
 from llama_jax.mesh import make_mesh
 from llama_jax.processes import start_processes
 from llama_jax.profiler import Profiler
@@ -77,7 +83,7 @@ def initial_state(
     """The newest checkpoint of the work directory, or a fresh state.
 
     Raises:
-      UserError: the checkpoint is unreadable, or was trained on other data.
+      UserError: the checkpoint is unreadable, or of another run or other data.
     """
     step = saver.latest_step()
     process = (jax.process_index(), jax.process_count())
@@ -91,12 +97,7 @@ def initial_state(
             "from elsewhere), and cannot be trained on; it can be sampled from and converted"
         )
     saved = checkpoint_lib.load_meta(saver.folder(step))
-    if saved.data_fingerprint != data.fingerprint and not config.data.accept_other_data:
-        raise UserError(
-            f"checkpoint {saver.folder(step)} was trained on data {saved.data_fingerprint}, but "
-            f"this is data {data.fingerprint}; restore those shards, use another --workdir, or go "
-            "on with these by --config.data.accept_other_data=True"
-        )
+    changes = check_checkpoint(saved, saver.folder(step), config, data)
     if isinstance(data.train, StreamingBatches):
         if len(saved.positions) != process[1]:
             raise UserError(
@@ -106,6 +107,8 @@ def initial_state(
             )
         data.train.start_at(step, Position(*saved.positions[process[0]]), *process)
     _log(f"resume  from step {step}")
+    if changed := record_changes(saver.folder(step).parent.parent, step, changes):
+        _log(f"        {changed}")
     return saver.restore(step, compiled.state_shardings)
 
 

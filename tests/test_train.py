@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +27,12 @@ from llama_jax.signals import StopRequest
 from llama_jax.train import run_loop, train
 from tests.helpers import TINY, mesh_of, replace, text_config
 
-NO_SKIPS = types.SimpleNamespace(in_row=0)
-
 
 @dataclasses.dataclass(frozen=True)
 class FakeState:
     step: int
     params: None = None
-    skips: types.SimpleNamespace = NO_SKIPS
+    skips: Any = dataclasses.field(default_factory=lambda: types.SimpleNamespace(in_row=0))
 
 
 class FakeRun:

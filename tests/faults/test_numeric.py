@@ -196,3 +196,36 @@ def test_a_bad_state_is_never_saved(run_config, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"steps 8 to 8 .* is 4; weights of norms are not finite"):
         train_lib.train(run_config, tmp_path)
     assert find_step(tmp_path).name == "4"
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_spike_is_passed_over_where_that_is_asked_for(kind):
+    """The state after it is the one of a run without that batch; without the policy it is not."""
+    config = replace(SMALL, train__spike_factor=8.0, train__steps=40)
+    mesh = mesh_of((1, 1, 1, 1))
+    usual = random_batch(SMALL, 0)
+    if kind == "loss":  # targets that were learnt never to come
+        bad = {**usual, "targets": (usual["targets"] + 1) % 64}
+    else:  # the same loss, of few tokens: its gradient is noise
+        weights = np.zeros_like(usual["weights"])
+        weights[0, 0] = 1
+        bad = {**usual, "weights": weights}
+    with jax.set_mesh(mesh):
+        compiled, plain = (
+            jit_step(config, mesh),
+            jit_step(replace(config, train__spike_factor=0.0), mesh),
+        )
+        state = compiled.init(jax.random.key(0))
+        for _ in range(250):  # until what is usual no longer changes
+            state, _ = compiled.train(state, usual)
+        assert int(state.skips.total) == 0
+        before = jax.device_get(state)
+        followed, metrics = plain.train(jax.device_put(before, plain.state_shardings), bad)
+        assert int(followed.skips.total) == 0
+        after, metrics = jax.device_get(compiled.train(state, bad))
+        assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 1
+        assert explain(int(after.skips.reasons)).endswith("beyond train.spike_factor")
+        assert_same_bits((after.params, after.opt_state), (before.params, before.opt_state))
+        assert_same_bits(after.skips.losses, before.skips.losses)
+        placed = jax.device_put(after, compiled.state_shardings)
+        assert jax.device_get(compiled.train(placed, usual)[1])["skipped_in_row"] == 0
