@@ -149,13 +149,20 @@ def test_a_run_passes_over_a_bad_batch(run_config, tmp_path, monkeypatch, capsys
     assert (int(again.skips.total), int(again.skips.last)) == (2, 5)
 
 
-@pytest.mark.parametrize("log_every", [1, 5])
-def test_bad_batches_in_a_row_stop_the_run(run_config, tmp_path, monkeypatch, log_every):
-    config = replace(run_config, train__log_every=log_every)
+@pytest.mark.parametrize(
+    ("log_every", "checkpoint_every", "stopped"),
+    [(1, 5, 9), (5, 4, 8)],
+    ids=["by the log of step 8, while 9 runs", "by the save of step 8"],
+)
+def test_bad_batches_in_a_row_stop_the_run(
+    run_config, tmp_path, monkeypatch, log_every, checkpoint_every, stopped
+):
+    config = replace(
+        run_config, train__log_every=log_every, train__checkpoint_every=checkpoint_every
+    )
     bad_from(monkeypatch, 6, 12)
     with pytest.raises(UserError) as caught:
         train_lib.train(config, tmp_path)
-    stopped = {1: 9, 5: 8}[log_every]  # by the log of step 8; by the save of step 8
     message = str(caught.value)
     assert message.startswith(
         f"steps 6 to {stopped} made no update: the loss is not finite; gradients are not finite "
@@ -165,8 +172,9 @@ def test_bad_batches_in_a_row_stop_the_run(run_config, tmp_path, monkeypatch, lo
     first = data.train.draws(stopped - 1, range(1))[0][1]
     assert f"sequences {first}, " in message and " and 2 more; see " in message
     assert f"--show=WORKDIR --step={stopped - 1}. " in message
-    assert "Nothing was saved, the last checkpoint is 4; weights and moments are fin" in message
-    assert find_step(tmp_path).name == "4"
+    good = f"the last checkpoint is {checkpoint_every}; weights and moments are finite"
+    assert f"Nothing was saved, {good}" in message
+    assert find_step(tmp_path).name == str(checkpoint_every)
     # Told to pass over them, it does.
     patient = replace(config, train__max_skipped=99)
     assert int(train_lib.train(patient, tmp_path).skips.total) == 7
