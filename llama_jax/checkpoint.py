@@ -1,8 +1,9 @@
 """Checkpoints that describe themselves: weights, optimiser, data position, config and tokenizer.
 
-A saved step is the folder `checkpoints/N/` with four orbax items: `params`, `optimizer` (step
-counter and moments), `meta` (JSON: resolved config, data fingerprint, versions) and `tokenizer`
-(JSON: the tokenizer's file). Whoever needs only the weights reads only them.
+A saved step is the folder `checkpoints/N/` with five orbax items: `params`, `optimizer` (step
+counter and moments), `skips` (what was skipped, see skips.py), `meta` (JSON: resolved config, data
+fingerprint, versions) and `tokenizer` (JSON: the tokenizer's file). Whoever needs only the weights
+reads only them.
 """
 
 import base64
@@ -17,10 +18,12 @@ from etils import epath
 import llama_jax
 from llama_jax.config import Config, from_json
 from llama_jax.errors import UserError
+from llama_jax.skips import Skips, no_skips
 from llama_jax.step import TrainState, abstract_state
 
-# Bump when a saved step can no longer be read as before.
-FORMAT_VERSION = 1
+# Bump when a saved step can no longer be read as before. 2: with `skips`.
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 CHECKPOINTS = "checkpoints"
 # Parts of a layer that are stored by themselves; of smaller ones there would be too many.
 LAYER_BYTES = 2**20
@@ -103,6 +106,7 @@ class Checkpointer:
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params, save_args=_by_layer(state.params)),
                     optimizer=ocp.args.StandardSave(optimizer),
+                    skips=ocp.args.StandardSave(state.skips.to_dict()),
                     meta=ocp.args.JsonSave(description),
                     tokenizer=ocp.args.JsonSave(tokenizer),
                 ),
@@ -162,8 +166,14 @@ class Checkpointer:
         )
         optimizer = {"step": target.step, "opt_state": target.opt_state}
         items = {"params": target.params, "optimizer": optimizer}
+        if (self.folder(step) / "skips").exists():  # not before format 2
+            items["skips"] = target.skips.to_dict()
         restored = _restore(self.folder(step), items)
-        return TrainState(params=restored["params"], **restored["optimizer"])
+        if "skips" in items:
+            skips = Skips(**restored["skips"])
+        else:
+            skips = jax.jit(no_skips, out_shardings=shardings.skips)()
+        return TrainState(params=restored["params"], **restored["optimizer"], skips=skips)
 
 
 def _by_layer(params: Any) -> Any:
@@ -265,9 +275,10 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
             meta = reader.restore(folder / "meta")
             tokenizer = reader.restore(folder / "tokenizer")
             version = meta["format_version"]
-            if version != FORMAT_VERSION:
+            if version not in READABLE_VERSIONS:
                 raise UserError(
-                    f"{folder} has format {version}, this version reads {FORMAT_VERSION}"
+                    f"{folder} has format {version}, this version reads "
+                    f"{', '.join(map(str, READABLE_VERSIONS))}"
                 )
             return Meta(
                 config=from_json(meta["config"]),

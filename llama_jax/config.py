@@ -131,6 +131,10 @@ class TrainConfig:
     keep_checkpoints: int = 3
     sample_prompt: str = ""  # if set, a continuation of it is printed after training
     step_timeout: int = 1_800  # seconds without a step after which a process ends itself; 0: never
+    max_skipped: int = 10  # updates skipped in a row, after which the run stops
+    # Deviations of loss or gradient norm above their medians that skip an update; 0: none does.
+    spike_factor: float = 0.0
+    norm_stats: bool = False  # log norms of gradients and updates by group of weights
     profile_steps: str = ""  # first,last step that is traced for TensorBoard; empty: none
 
     def __post_init__(self) -> None:
@@ -138,6 +142,11 @@ class TrainConfig:
         require_positive("train", self, "loss_chunk", "log_every", "eval_every", "eval_batches")
         require_positive("train", self, "checkpoint_every", "keep_checkpoints")
         require(self.step_timeout >= 0, "train.step_timeout must not be negative")
+        require_positive("train", self, "max_skipped")
+        require(
+            self.spike_factor == 0 or self.spike_factor >= 1,
+            f"train.spike_factor must be 0 (off) or at least 1, got {self.spike_factor}",
+        )
         require(self.z_loss >= 0, "train.z_loss must not be negative")
         require(0 <= self.seed < 2**32, "train.seed must be in [0, 2**32)")
         require(

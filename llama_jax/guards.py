@@ -2,25 +2,41 @@
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import math
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from etils import epath
 
+from llama_jax.checkpoint import Meta
 from llama_jax.config import Config, difference, from_json
+from llama_jax.data.pipeline import TrainingData
 from llama_jax.errors import UserError
 
 # Fields that may change when a run is resumed: where and how often, not what is trained.
 RESUMABLE = (
     *("mesh.", "dcn.", "model.attention", "model.remat", "model.scan_unroll", "data.path"),
     *("data.tfds_data_dir", "data.workers", "data.part_bytes", "data.shard_tokens"),
-    *("data.accept_other_data",),
+    *("data.accept_other_data", "data.tokenizer"),  # where it is; what it is, the checkpoint knows
     *("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every"),
     *("train.keep_checkpoints", "train.sample_prompt", "train.profile_steps"),
     *("train.step_timeout",),
+    # What is done about a fault must be free to change when one has happened.
+    *("train.max_skipped", "train.spike_factor", "train.norm_stats"),
 )
+# Fields that say which text is trained on, free to change when told so.
+OTHER_DATA = (
+    *("data.source", "data.text_field", "data.tfds_split", "data.mixture", "data.packing"),
+    *("data.validation_fraction", "data.max_document_bytes"),
+)
+ACCEPT_DATA = "--config.data.accept_other_data=True"
+CHANGES = "changes.jsonl"  # what a run went on with although it had changed, a line for each time
+
+Changes = dict[str, tuple[Any, Any]]  # of a field: what it was and is
 
 
 def device_memory(device: jax.Device) -> int | None:
@@ -68,16 +84,11 @@ def check_workdir(config: Config, workdir: epath.Path) -> None:
             saved = from_json(path.read_text())
         except UserError as error:
             raise UserError(f"{path}: {error}; use another --workdir") from error
-        changed = {
-            name: values
-            for name, values in difference(saved, config).items()
-            if not name.startswith(RESUMABLE)
-        }
+        changed = _refused(difference(saved, config), config)
         if changed:
-            fields = "; ".join(f"{n} is {was}, now {now}" for n, (was, now) in changed.items())
             raise UserError(
-                f"{workdir} holds a run of another config ({fields}); "
-                "use another --workdir, or the same values"
+                f"{workdir} holds a run of another config ({_listed(changed)}); "
+                f"{_mend(changed, 'use another --workdir, or the same values')}"
             )
     workdir.mkdir(parents=True, exist_ok=True)
     path.write_text(config.to_json())
@@ -109,3 +120,61 @@ def locked(workdir: epath.Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _refused(changes: Changes, config: Config) -> Changes:
+    """Those that would train something else than before."""
+    allowed = RESUMABLE + (OTHER_DATA if config.data.accept_other_data else ())
+    return {name: values for name, values in changes.items() if not name.startswith(allowed)}
+
+
+def _listed(changes: Changes) -> str:
+    return "; ".join(f"{name} is {was}, now {now}" for name, (was, now) in changes.items())
+
+
+def _mend(changes: Changes, otherwise: str) -> str:
+    """What to do; the flag, if it would allow all of them."""
+    if all(name.startswith(OTHER_DATA) for name in changes):
+        return f"{otherwise}, or go on with the other data by {ACCEPT_DATA}"
+    return otherwise
+
+
+def check_checkpoint(
+    saved: Meta, folder: epath.PathLike, config: Config, data: TrainingData
+) -> Changes:
+    """Compares this run with what a checkpoint says of itself: config.json may be lost or edited.
+
+    Returns:
+      What has changed and may: fields of the config, and `data fingerprint`.
+
+    Raises:
+      UserError: anything else has changed, field by field; or the data, without the flag for that.
+    """
+    changes = difference(saved.config, config)
+    refused = _refused(changes, config)
+    model = data.tokenizer.model_bytes if data.tokenizer else b""
+    if saved.tokenizer_model != model:  # no flag: weights know tokens by their numbers
+        shas = (hashlib.sha256(each).hexdigest()[:16] for each in (saved.tokenizer_model, model))
+        refused["tokenizer's sha256"] = (next(shas), next(shas))
+    if refused:
+        mend = _mend(refused, "use the same values, or another --workdir")
+        raise UserError(f"checkpoint {folder} is of another run ({_listed(refused)}); {mend}")
+    if saved.data_fingerprint != data.fingerprint:
+        if not config.data.accept_other_data:
+            raise UserError(
+                f"checkpoint {folder} was trained on data {saved.data_fingerprint}, but this is "
+                f"data {data.fingerprint}; restore those shards, use another --workdir, or go on "
+                f"with these by {ACCEPT_DATA}"
+            )
+        changes["data fingerprint"] = (saved.data_fingerprint, data.fingerprint)
+    return changes
+
+
+def record_changes(workdir: epath.Path, step: int, changes: Changes) -> str:
+    """Writes down that the run went on at `step` in spite of these; returns a line for the log."""
+    if not changes:
+        return ""
+    if jax.process_index() == 0:
+        with (workdir / CHANGES).open("a") as file:
+            file.write(json.dumps({"step": step, "changes": changes}) + "\n")
+    return f"changed since: {_listed(changes)}"

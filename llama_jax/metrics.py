@@ -149,6 +149,8 @@ class ConsoleWriter:
             "MFU n/a" if mfu is None else f"MFU {mfu:.1%} of {self._peak_name}",
             f"ETA {self._eta(step, now)}",
         ]
+        if record.get("skipped"):
+            parts.append(f"skipped {record['skipped']:.0f}")
         print("  ".join(parts))
         sys.stdout.flush()
 
@@ -179,22 +181,28 @@ class Metrics:
         self._last_read = step
         self._speed.restart()
 
-    def push(self, step: int, metrics: dict[str, Any] | None) -> None:
-        """Writes what was pushed before, then keeps `metrics` (device arrays; None: no log)."""
-        self.flush()
+    def push(self, step: int, metrics: dict[str, Any] | None) -> dict[str, float | None] | None:
+        """Writes what was pushed before, then keeps `metrics` (device arrays; None: no log).
+
+        Returns:
+          What was written, if anything was.
+        """
+        written = self.flush()
         if metrics is not None:
             self._pending = (step, metrics)
+        return written
 
-    def flush(self) -> None:
-        """Writes the pending step, waiting for the device if need be."""
+    def flush(self) -> dict[str, float | None] | None:
+        """Writes the pending step, waiting for the device if need be; returns what it wrote."""
         if self._pending is None:
-            return
+            return None
         step, metrics = self._pending
         self._pending = None
         values: dict[str, float | None] = {k: float(v) for k, v in jax.device_get(metrics).items()}
         values |= self._speed.read(step - self._last_read)
         self._last_read = step
         self.write(step, values)
+        return values
 
     def write(self, step: int, record: dict[str, float | None]) -> None:
         """Writes a record at once (evaluations)."""

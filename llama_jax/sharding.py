@@ -192,7 +192,8 @@ def state_shardings(state: Any, optimizer: optax.GradientTransformation, mesh: M
         specs,
         transform_non_params=lambda _: P(),
     )
-    return _bind(state.replace(step=P(), params=specs, opt_state=opt_specs), mesh)
+    skips = jax.tree.map(lambda _: P(), state.skips)
+    return _bind(state.replace(step=P(), params=specs, opt_state=opt_specs, skips=skips), mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

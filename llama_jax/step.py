@@ -19,6 +19,7 @@ from llama_jax.loss import Sums, cross_entropy
 from llama_jax.model import forward, init_params
 from llama_jax.optim import make_optimizer, make_schedule
 from llama_jax.sharding import batch_sharding, constrain, state_shardings
+from llama_jax.skips import Skips, choose, count, group_norms, judge, no_skips
 
 Batch = dict[str, jax.Array]
 
@@ -28,14 +29,16 @@ class TrainState:
     """Everything that a step changes.
 
     Attributes:
-      step: optimiser steps taken, int32.
+      step: batches that were taken, int32: optimiser steps, and those that were skipped.
       params: nested dict of float32 arrays.
       opt_state: state of `optim.make_optimizer`.
+      skips: the steps that made no update.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    skips: Skips = struct.field(default_factory=no_skips)
 
 
 def init_state(config: Config, key: jax.Array) -> TrainState:
@@ -111,25 +114,40 @@ def _gradients(params: Any, batch: Batch, config: Config) -> tuple[Sums, Any]:
 def train_step(
     state: TrainState, batch: Batch, *, config: Config
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimiser step on a global batch.
+    """One optimiser step on a global batch, skipped if its loss or gradient is not fit to follow.
 
     Returns:
       The next state, and metrics as float32 scalars: `loss` (mean cross-entropy per weighted token,
       in nats), `objective` (loss plus z-loss), `grad_norm` (before clipping), `learning_rate`,
-      `tokens` (sum of the weights).
+      `tokens` (sum of the weights), `skipped` (steps so far) and `skipped_in_row`; with
+      `train.norm_stats` also `grad_norm/GROUP` and `update_norm/GROUP` of each group of weights.
     """
+    train, skips = config.train, state.skips
     (objective, loss, tokens), grads = _gradients(state.params, batch, config)
-    optimizer = make_optimizer(config.optim, config.train.steps)
+    grad_norm = optax.tree.norm(grads)
+    reasons = judge(skips, objective, grads, grad_norm, train.spike_factor)
+    optimizer = make_optimizer(config.optim, train.steps)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    # Selected here and not by the caller, so that it is part of AdamW's one pass over the state.
+    skip = reasons != 0
+    params, opt_state = choose(skip, (state.params, state.opt_state), (params, opt_state))
+    after = count(skips, reasons, state.step, objective, grad_norm)
     metrics = {
         "loss": loss,
         "objective": objective,
-        "grad_norm": optax.tree.norm(grads),
-        "learning_rate": make_schedule(config.optim, config.train.steps)(state.step),
+        "grad_norm": grad_norm,
+        # Of the update that is made: the schedule counts updates, not batches.
+        "learning_rate": make_schedule(config.optim, train.steps)(state.step - skips.total),
         "tokens": tokens,
+        "skipped": after.total.astype(jnp.float32),
+        "skipped_in_row": after.in_row.astype(jnp.float32),
     }
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    if train.norm_stats:
+        moved = choose(skip, jax.tree.map(jnp.zeros_like, updates), updates)
+        for kind, tree in (("grad_norm", grads), ("update_norm", moved)):
+            metrics |= {f"{kind}/{name}": norm for name, norm in group_norms(tree).items()}
+    return TrainState(state.step + 1, params, opt_state, after), metrics
 
 
 def eval_step(params: Any, batch: Batch, *, config: Config) -> tuple[jax.Array, jax.Array]:

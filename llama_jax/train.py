@@ -26,12 +26,20 @@ from llama_jax.describe import describe
 from llama_jax.errors import UserError
 from llama_jax.generate import Sampling, complete
 from llama_jax.goodput import Goodput
-from llama_jax.guards import check_memory, check_workdir, device_memory, locked
+from llama_jax.guards import (
+    check_checkpoint,
+    check_memory,
+    check_workdir,
+    device_memory,
+    locked,
+    record_changes,
+)
 from llama_jax.mesh import make_mesh
 from llama_jax.processes import start_processes
 from llama_jax.profiler import Profiler
 from llama_jax.sharding import check_batch
 from llama_jax.signals import Stopped, StopRequest
+from llama_jax.skip_watch import SkipWatch
 from llama_jax.step import CompiledStep, TrainState, jit_step
 from llama_jax.watchdog import Watchdog
 
@@ -86,7 +94,7 @@ def initial_state(
     """The newest checkpoint of the work directory, or a fresh state.
 
     Raises:
-      UserError: the checkpoint is unreadable, or was trained on other data.
+      UserError: the checkpoint is unreadable, or of another run or other data.
     """
     step = saver.latest_step()
     process = (jax.process_index(), jax.process_count())
@@ -100,12 +108,7 @@ def initial_state(
             "from elsewhere), and cannot be trained on; it can be sampled from and converted"
         )
     saved = checkpoint_lib.load_meta(saver.folder(step))
-    if saved.data_fingerprint != data.fingerprint and not config.data.accept_other_data:
-        raise UserError(
-            f"checkpoint {saver.folder(step)} was trained on data {saved.data_fingerprint}, but "
-            f"this is data {data.fingerprint}; restore those shards, use another --workdir, or go "
-            "on with these by --config.data.accept_other_data=True"
-        )
+    changes = check_checkpoint(saved, saver.folder(step), config, data)
     if isinstance(data.train, StreamingBatches):
         if len(saved.positions) != process[1]:
             raise UserError(
@@ -115,6 +118,8 @@ def initial_state(
             )
         data.train.start_at(step, Position(*saved.positions[process[0]]), *process)
     _log(f"resume  from step {step}")
+    if changed := record_changes(saver.folder(step).parent.parent, step, changes):
+        _log(f"        {changed}")
     return saver.restore(step, compiled.state_shardings)
 
 
@@ -168,8 +173,10 @@ def run_loop(
     shape = (train.global_batch, train.seq_len)
     batches = stream(data.train, start, train.steps, compiled.batch_sharding, *shape)
     tokenizer_model = data.tokenizer.model_bytes if data.tokenizer else b""
+    watch = SkipWatch(config, data, saver)
 
     def save(step: int) -> None:
+        watch.before_save(state)
         meta = checkpoint_lib.Meta(
             config, step, data.fingerprint, tokenizer_model, _positions(data, step)
         )
@@ -208,9 +215,10 @@ def run_loop(
                 state, step_metrics = compiled.train(state, batch)
         if (step + 1) % train.log_every == 0:
             extra = {**_epoch_metrics(data, step + 1), "goodput": goodput.fraction()}
-            log.push(step + 1, {**step_metrics, **extra})
+            read = log.push(step + 1, {**step_metrics, **extra})
         else:
-            log.push(step + 1, None)
+            read = log.push(step + 1, None)
+        watch.after_log(state, read)
     log.flush()
     with goodput.phase("checkpoint"):
         saver.wait()
@@ -265,6 +273,8 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
         _report(config, workdir, start, int(state.step), stop)
         if start < int(state.step):
             _log(f"goodput      {goodput.report()}")
+        if int(state.skips.total):
+            _log(f"skipped      {int(state.skips.total)} steps made no update: see metrics.jsonl")
         if int(state.step) == config.train.steps:
             _print_sample(config, state, data)
     return state

@@ -10,6 +10,7 @@ import pytest
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax.checkpoint import Checkpointer, Meta, find_step, load_meta, load_params
 from llama_jax.errors import UserError
+from llama_jax.skips import no_skips
 from llama_jax.step import jit_step
 from tests.helpers import TINY, mesh_of, random_batch, replace
 
@@ -46,6 +47,15 @@ def saved(compiled, tmp_path_factory):
 
 def assert_same_bits(left, right):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(left), jax.device_get(right))
+
+
+def test_a_step_from_before_skips_were_counted_comes_back(saved, compiled, tmp_path):
+    workdir = shutil.copytree(saved[0], tmp_path / "old")
+    shutil.rmtree(workdir / "checkpoints" / "3" / "skips")
+    with Checkpointer(workdir, CONFIG) as saver:
+        restored = saver.restore(3, compiled[1].state_shardings)
+    assert_same_bits(restored, saved[1].replace(skips=no_skips()))
+    assert restored.skips.total.sharding == compiled[1].state_shardings.skips.total
 
 
 def test_what_is_saved_comes_back(saved, compiled):
@@ -170,8 +180,8 @@ def test_a_truncated_array_is_a_clear_error(saved, compiled, tmp_path):
 
 
 def test_another_format_is_refused(saved, monkeypatch):
-    monkeypatch.setattr(checkpoint_lib, "FORMAT_VERSION", 2)
-    with pytest.raises(UserError, match="has format 1, this version reads 2"):
+    monkeypatch.setattr(checkpoint_lib, "READABLE_VERSIONS", (3, 4))
+    with pytest.raises(UserError, match="has format 2, this version reads 3, 4"):
         load_meta(find_step(saved[0]))
 
 

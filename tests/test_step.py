@@ -65,7 +65,10 @@ def test_microbatches_with_unequal_masks_weigh_by_tokens():
 
 def test_metrics_of_a_step():
     _, state, metrics = unsharded()
-    assert set(metrics) == {"loss", "objective", "grad_norm", "learning_rate", "tokens"}
+    assert set(metrics) == {
+        *("loss", "objective", "grad_norm", "learning_rate", "tokens"),
+        *("skipped", "skipped_in_row"),
+    }
     assert metrics["objective"] == pytest.approx(metrics["loss"])
     assert int(state.step) == STEPS
     from llama_jax.optim import make_schedule

@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ from tests.helpers import TINY, mesh_of, replace, text_config
 class FakeState:
     step: int
     params: None = None
+    skips: Any = dataclasses.field(default_factory=lambda: types.SimpleNamespace(in_row=0))
 
 
 class FakeRun:
@@ -509,6 +511,8 @@ STEP_FIELDS = {
     "train__grad_accum": 2,
     "train__loss_chunk": 16,
     "train__z_loss": 0.1,
+    "train__spike_factor": 6.0,
+    "train__norm_stats": True,
 }
 OTHER_FIELDS = {
     "model.attention": "test_attention::test_an_unknown_backend_is_an_error",
@@ -539,6 +543,7 @@ OTHER_FIELDS = {
     "train.keep_checkpoints": "test_checkpoint::test_the_newest_are_kept",
     "train.sample_prompt": "test_no_prompt_no_sample",
     "train.step_timeout": "faults/test_stopping::test_a_process_that_hangs_is_noticed",
+    "train.max_skipped": "faults.test_numeric::test_bad_batches_in_a_row_stop_the_run",
     "train.profile_steps": "test_profiler::test_a_run_traces_its_window",
 }
 

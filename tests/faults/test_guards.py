@@ -1,0 +1,202 @@
+"""A run that would go on as something else is refused, field by field (rows 13, 20, 21 and 22)."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import pytest
+from etils import epath
+
+from llama_jax import train as train_lib
+from llama_jax.checkpoint import Meta
+from llama_jax.data.loader import SyntheticBatches
+from llama_jax.data.pipeline import TrainingData, open_data
+from llama_jax.data.prepare import prepare
+from llama_jax.data.tokenizer import train_tokenizer
+from llama_jax.errors import UserError
+from llama_jax.guards import check_checkpoint, check_workdir
+from llama_jax.step import abstract_state
+from tests.helpers import TINY, replace, text_config
+from tests.test_train import STEP_FIELDS
+
+# Fields of the step that only say how it is computed, or what to do about a fault.
+FREE = {
+    "model__remat": "full",
+    "model__scan_unroll": 2,
+    "model__attention": "xla",
+    "mesh__tensor": 2,
+    "dcn__data": 2,
+    "train__log_every": 7,
+    "train__keep_checkpoints": 9,
+    "train__max_skipped": 3,
+    "train__spike_factor": 6.0,
+    "train__norm_stats": True,
+}
+OF_DATA = {
+    "data__source": "other/*.txt",
+    "data__text_field": "body",
+    "data__tfds_split": "test",
+    "data__mixture": "web=1",
+    "data__packing": "best_fit",
+    "data__validation_fraction": 0.5,
+    "data__max_document_bytes": 9,
+}
+REFUSED = {
+    **{name: value for name, value in STEP_FIELDS.items() if name not in FREE},
+    "train__seed": 1,
+    "data__streaming": True,
+}
+
+
+def data_of(fingerprint="tokens", tokenizer=None):
+    source = SyntheticBatches(64, 16, 32, 0)
+    return TrainingData(source, None, tokenizer, fingerprint)
+
+
+def check_both(saved, config, tmp_path):
+    """The checks of config.json and of the checkpoint itself; what they allow."""
+    (tmp_path / "config.json").write_text(saved.to_json())
+    meta = Meta(saved, 5, "tokens", b"")
+
+    def by_file():
+        check_workdir(config, epath.Path(tmp_path))
+
+    def by_checkpoint():
+        return check_checkpoint(meta, "run/5", config, data_of())
+
+    return by_file, by_checkpoint
+
+
+def test_every_field_of_the_config_is_in_one_list():
+    """The lists above, and what is free because it does not touch the run at all."""
+    fields = {
+        f"{group.name}__{field.name}"
+        for group in dataclasses.fields(TINY)
+        for field in dataclasses.fields(group.default_factory)
+    }
+    from llama_jax.guards import RESUMABLE
+
+    listed = {*FREE, *OF_DATA, *REFUSED}
+    rest = {name.replace("__", ".") for name in fields - listed}
+    assert all(name.startswith(RESUMABLE) for name in rest), rest
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_field_that_changes_the_run_is_refused(name, tmp_path):
+    config = replace(TINY, **{name: REFUSED[name]})
+    told = replace(config, data__accept_other_data=True)
+    was = getattr(getattr(TINY, name.split("__")[0]), name.split("__")[1])
+    difference = f"{name.replace('__', '.')} is {was}, now {REFUSED[name]}"
+    for each in (config, told):  # the flag for other data is none for this
+        for check in check_both(TINY, each, tmp_path):
+            with pytest.raises(UserError) as caught:
+                check()
+            assert f"({difference})" in str(caught.value)
+            assert "accept_other_data" not in str(caught.value)
+    assert (tmp_path / "config.json").read_text() == TINY.to_json()
+
+
+@pytest.mark.parametrize("name", OF_DATA)
+def test_other_data_needs_a_flag(name, tmp_path):
+    config = replace(TINY, **{name: OF_DATA[name]})
+    for check in check_both(TINY, config, tmp_path):
+        with pytest.raises(UserError, match=r"by --config.data.accept_other_data=True$"):
+            check()
+    told = replace(config, data__accept_other_data=True)
+    by_file, by_checkpoint = check_both(TINY, told, tmp_path)
+    by_file()
+    assert set(by_checkpoint()) == {name.replace("__", "."), "data.accept_other_data"}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_what_may_change_is_told(name, tmp_path):
+    config = replace(TINY, **{name: FREE[name]})
+    by_file, by_checkpoint = check_both(TINY, config, tmp_path)
+    by_file()
+    group, field = name.split("__")
+    changes = by_checkpoint()
+    was, now = (getattr(getattr(c, group), field) for c in (TINY, config))
+    assert changes == ({} if was == now else {f"{group}.{field}": (was, now)})
+
+
+def test_all_differences_are_named_at_once():
+    config = replace(TINY, train__seq_len=32, train__global_batch=16)
+    message = "train.seq_len is 16, now 32; train.global_batch is 32, now 16"
+    with pytest.raises(UserError, match=message):
+        check_checkpoint(Meta(TINY, 5, "tokens", b""), "run/5", config, data_of())
+
+
+# Whole runs.
+
+
+@pytest.fixture(scope="module")
+def config(corpus):
+    return text_config(corpus, model__n_layers=1, train__steps=3, train__checkpoint_every=3)
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("guards") / "run"
+    train_lib.train(config, workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_the_checkpoint_knows_its_config_where_the_file_does_not(run, config, tmp_path, lost):
+    workdir = shutil.copytree(run, tmp_path / "run")
+    other = replace(config, optim__peak_lr=0.5)
+    if lost:
+        (workdir / "config.json").unlink()
+    else:
+        (workdir / "config.json").write_text(other.to_json())
+    with pytest.raises(UserError, match=r"checkpoints/3 is of another run \(optim.peak_lr is 0.01"):
+        train_lib.train(other, workdir)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(run, config, corpus, tmp_path):
+    """Though other data are accepted: the same numbers would stand for other words."""
+    workdir = shutil.copytree(run, tmp_path / "run")
+    texts = [path.read_text()[::-1] for path in sorted(corpus.iterdir())]
+    train_tokenizer(texts, config.model.vocab_size).save(tmp_path / "other.model")
+    told = replace(
+        config,
+        data__tokenizer=str(tmp_path / "other.model"),
+        data__path=str(tmp_path / "shards"),
+        data__accept_other_data=True,
+    )
+    prepare(told, tmp_path / "shards", log=lambda line: None)
+    assert open_data(told, epath.Path("unused")).tokenizer is not None
+    with pytest.raises(UserError, match=r"another run \(tokenizer's sha256 is \w{16}, now \w{16}"):
+        train_lib.train(told, workdir)
+
+
+def test_other_data_are_written_down_with_the_step(run, config, tmp_path, capsys):
+    workdir = shutil.copytree(run, tmp_path / "run")
+    other = replace(config, data__validation_fraction=0.4, data__path=str(tmp_path / "shards"))
+    prepare(other, tmp_path / "shards", log=lambda line: None)
+    with pytest.raises(UserError, match=r"validation_fraction is 0.2, now 0.4.*accept_other_data"):
+        train_lib.train(other, workdir)
+    assert not (workdir / "changes.jsonl").exists()
+    train_lib.train(replace(other, data__accept_other_data=True), workdir)
+    line = json.loads((workdir / "changes.jsonl").read_text())
+    fingerprints = [open_data(c, run / "data").fingerprint for c in (config, other)]
+    assert line["step"] == 3
+    assert line["changes"]["data fingerprint"] == fingerprints
+    assert line["changes"]["data.validation_fraction"] == [0.2, 0.4]
+    assert "changed since: data.path is , now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+def test_moments_of_another_dtype_are_not_cast(run, config, moment_dtype):
+    """Orbax would cast; the arrays themselves are looked at, whatever the configs say."""
+    other = replace(config, optim__moment_dtype=moment_dtype)
+    mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
+    place = jax.sharding.NamedSharding(mesh, jax.P())
+    shardings = jax.tree.map(lambda _: place, abstract_state(other))
+    with train_lib.checkpoint_lib.Checkpointer(run, other) as saver:
+        if moment_dtype == "float32":
+            assert int(saver.restore(3, shardings).step) == 3
+        else:
+            with pytest.raises(UserError, match=r"holds an array .*float32.* config .*bfloat16"):
+                saver.restore(3, shardings)
