@@ -128,7 +128,10 @@ class TrainConfig:
     eval_every: int = 1_000
     eval_batches: int = 20
     checkpoint_every: int = 1_000
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = 3  # the newest
+    keep_every: int = 0  # also those at multiples of so many steps; 0: none
+    keep_best: int = 0  # also so many with the lowest validation loss
+    max_failed_saves: int = 3  # in a row, that a run survives
     sample_prompt: str = ""  # if set, a continuation of it is printed after training
     profile_steps: str = ""  # first,last step that is traced for TensorBoard; empty: none
 
@@ -136,6 +139,8 @@ class TrainConfig:
         require_positive("train", self, "steps", "seq_len", "global_batch", "grad_accum")
         require_positive("train", self, "loss_chunk", "log_every", "eval_every", "eval_batches")
         require_positive("train", self, "checkpoint_every", "keep_checkpoints")
+        for name in ("keep_every", "keep_best", "max_failed_saves"):
+            require(getattr(self, name) >= 0, f"train.{name} must not be negative")
         require(self.z_loss >= 0, "train.z_loss must not be negative")
         require(0 <= self.seed < 2**32, "train.seed must be in [0, 2**32)")
         require(

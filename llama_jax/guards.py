@@ -16,6 +16,7 @@ RESUMABLE = (
     *("data.accept_other_data",),
     *("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every"),
     *("train.keep_checkpoints", "train.sample_prompt", "train.profile_steps"),
+    *("train.keep_every", "train.keep_best", "train.max_failed_saves"),
 )
 
 

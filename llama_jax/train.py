@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import cli, metrics, xla_flags
+from llama_jax.checkpointer import Checkpointer
 from llama_jax.config import Config
 from llama_jax.data.loader import stream
 from llama_jax.data.pipeline import TrainingData, open_data
@@ -71,14 +72,14 @@ def evaluate(
 
 
 def initial_state(
-    compiled: CompiledStep, saver: checkpoint_lib.Checkpointer, data: TrainingData, config: Config
+    compiled: CompiledStep, saver: Checkpointer, data: TrainingData, config: Config
 ) -> TrainState:
-    """The newest checkpoint of the work directory, or a fresh state.
+    """The newest good checkpoint of the work directory, or a fresh state.
 
     Raises:
       UserError: the checkpoint is unreadable, or was trained on other data.
     """
-    step = saver.latest_step()
+    step = saver.newest_good_step()
     process = (jax.process_index(), jax.process_count())
     if step is None:
         if isinstance(data.train, StreamingBatches):
@@ -105,7 +106,11 @@ def initial_state(
             )
         data.train.start_at(step, Position(*saved.positions[process[0]]), *process)
     _log(f"resume  from step {step}")
-    return saver.restore(step, compiled.state_shardings)
+    try:
+        return saver.restore(step, compiled.state_shardings)
+    except checkpoint_lib.DamagedCheckpoint as error:
+        saver.mark_damaged(step, str(error))
+        return initial_state(compiled, saver, data, config)
 
 
 def _positions(data: TrainingData, step: int) -> list[list[int]]:
@@ -129,7 +134,7 @@ def run_loop(
     state: TrainState,
     data: TrainingData,
     config: Config,
-    saver: checkpoint_lib.Checkpointer,
+    saver: Checkpointer,
     log: metrics.Metrics,
     profiler: Profiler,
     stop: StopRequest,
@@ -148,9 +153,14 @@ def run_loop(
     batches = stream(data.train, start, train.steps, compiled.batch_sharding, *shape)
     tokenizer_model = data.tokenizer.model_bytes if data.tokenizer else b""
 
-    def save(step: int) -> None:
+    def save(step: int, eval_loss: float | None) -> None:
         meta = checkpoint_lib.Meta(
-            config, step, data.fingerprint, tokenizer_model, _positions(data, step)
+            config,
+            step,
+            data.fingerprint,
+            tokenizer_model,
+            _positions(data, step),
+            eval_loss=eval_loss,
         )
         saver.save(state, meta)
 
@@ -162,6 +172,7 @@ def run_loop(
             log.start(step)
         last = stop.at(step) or step == train.steps
         if step > start:
+            eval_loss = None
             if step == train.steps or step % train.eval_every == 0:
                 log.flush()
                 eval_loss = evaluate(compiled, state.params, data, config)
@@ -169,7 +180,7 @@ def run_loop(
                     log.write(step, {"eval_loss": eval_loss, **_epoch_metrics(data, step)})
                 log.start(step)
             if last or step % train.checkpoint_every == 0:
-                save(step)
+                save(step, eval_loss)
         if last:
             break
         with profiler.step(step + 1):
@@ -207,7 +218,7 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
             data = open_data(config, workdir / "data")
         _log(describe(config, mesh, data))
         stop = StopRequest()
-        with checkpoint_lib.Checkpointer(workdir, config) as saver:
+        with Checkpointer(workdir, config) as saver:
             state = initial_state(compiled, saver, data, config)
             start = int(state.step)
             if start < config.train.steps:

@@ -127,7 +127,8 @@ def test_hugging_face_and_back(name, tmp_path):
 
 def test_a_trained_checkpoint_goes_out(tmp_path, capfd):
     """What orbax wrote from a mesh, with its card."""
-    from llama_jax.checkpoint import Checkpointer, Meta
+    from llama_jax.checkpoint import Meta
+    from llama_jax.checkpointer import Checkpointer
     from llama_jax.step import jit_step
 
     config = replace(GROUPED, data__mixture="web=0.7,books=0.3")
@@ -164,7 +165,8 @@ def test_a_trained_checkpoint_goes_out(tmp_path, capfd):
 
 def test_what_is_written_is_what_orbax_writes(tmp_path):
     """The description of the tree, but for where it was and how it is cut."""
-    from llama_jax.checkpoint import Checkpointer, Meta
+    from llama_jax.checkpoint import Meta
+    from llama_jax.checkpointer import Checkpointer
     from llama_jax.step import jit_step
 
     mesh = mesh_of((1, 1, 1, 1))

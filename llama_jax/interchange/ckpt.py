@@ -14,6 +14,7 @@ import tensorstore as ts
 from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
+from llama_jax import manifest
 from llama_jax.data.vocabularies import with_ends, without_ends
 from llama_jax.errors import UserError
 from llama_jax.interchange import card, formats
@@ -167,3 +168,4 @@ class CkptTarget:
 
     def close(self) -> None:
         """Completes the files: every write was waited for."""
+        manifest.write(self._params.parent)
