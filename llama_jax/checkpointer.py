@@ -230,7 +230,8 @@ class Checkpointer:
         print(
             f"warning: saving step {step} to {self._directory} failed: {reason}; earlier "
             f"checkpoints are untouched, the next one is tried as usual ({count} failed in a row, "
-            f"train.max_failed_saves={limit})",
+            f"train.max_failed_saves={limit})\n",
+            end="",  # in one piece: the loop prints too
             flush=True,
         )
         self._note(step, event="save_failed", reason=reason)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import resource
 import subprocess
 import time
@@ -153,7 +154,7 @@ def test_training_goes_on(kind, workdir, undisturbed, monkeypatch, capsys):
     state = jax.device_get(train(CONFIG, workdir))
     jax.tree.map(np.testing.assert_array_equal, state, undisturbed)
     said = capsys.readouterr().out
-    warnings = [line for line in said.splitlines() if line.startswith("warning: saving")]
+    warnings = re.findall("warning: saving .*", said)
     for step, line in zip((6, 8), warnings, strict=True):
         assert f"saving step {step} to {workdir}/checkpoints failed: " in line
         assert any(reason in line for reason in fault.reason.split("|")), line
