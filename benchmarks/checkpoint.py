@@ -70,6 +70,7 @@ def main() -> None:
         prints = [seconds(lambda: fingerprint(state)) for _ in range(5)]
         newest = epath.Path(saver.folder(saver.latest_step() or 0))
         files = [path for path in pathlib.Path(newest).rglob("*") if path.is_file()]
+        on_disk = sum(path.stat().st_size for path in files)
         hashing = min(seconds(lambda: manifest.damage(newest)) for _ in range(3))
         saver.close()
     base = (plain + again) / 2
@@ -86,8 +87,9 @@ def main() -> None:
                 "save_blocks_share": statistics.median(blocked) / (_EVERY.value * base),
                 "fingerprint_seconds": statistics.median(prints),
                 "fingerprint_bytes_per_second": size / statistics.median(prints),
+                "checkpoint_bytes": on_disk,
                 "verify_seconds": hashing,
-                "verify_bytes_per_second": sum(path.stat().st_size for path in files) / hashing,
+                "verify_bytes_per_second": on_disk / hashing,
             }
         )
     )
