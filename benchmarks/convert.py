@@ -22,10 +22,11 @@ import numpy as np
 from absl import app, flags, logging
 
 from llama_jax import checkpoint as checkpoint_lib
+from llama_jax.checkpointer import Checkpointer
 from llama_jax.config import Config, ModelConfig
 from llama_jax.convert import convert
 from llama_jax.interchange import formats
-from llama_jax.step import TrainState
+from llama_jax.step import TrainState, abstract_state
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Many layers, each much smaller than all of them.
@@ -91,15 +92,14 @@ def in_and_out(config: Config, folder: pathlib.Path) -> list[dict[str, Any]]:
 
 def save_trained(config: Config, workdir: pathlib.Path) -> None:
     """A step as `train` saves it, of zeros but for the number of the layer; no optimiser state."""
-    from llama_jax.step import abstract_state
 
     def numbered(leaf: Any) -> jax.Array:
         shape = (-1,) + (1,) * (len(leaf.shape) - 1)
         return jax.numpy.zeros(leaf.shape) + jax.numpy.arange(leaf.shape[0]).reshape(shape)
 
     params = jax.tree.map(numbered, abstract_state(config).params)
-    state = TrainState(step=jax.numpy.ones((), "int32"), params=params, opt_state=())
-    with checkpoint_lib.Checkpointer(workdir, config) as saver:
+    state = TrainState(jax.numpy.ones((), "int32"), params, opt_state=())
+    with Checkpointer(workdir, config) as saver:
         saver.save(state, checkpoint_lib.Meta(config, 1, "none", b""))
 
 

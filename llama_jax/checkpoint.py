@@ -1,32 +1,39 @@
 """Checkpoints that describe themselves: weights, optimiser, data position, config and tokenizer.
 
 A saved step is the folder `checkpoints/N/` with five orbax items: `params`, `optimizer` (step
-counter and moments), `skips` (what was skipped, see skips.py), `meta` (JSON: resolved config, data
-fingerprint, versions) and `tokenizer` (JSON: the tokenizer's file). Whoever needs only the weights
-reads only them.
+counter and moments), `skips` (what was skipped, see `skips`), `meta` (JSON: resolved config, data
+fingerprint, versions) and `tokenizer` (JSON: the tokenizer's file), and `manifest.json` (see
+`manifest`). Whoever needs only the weights reads only them. `Checkpointer` (in `checkpointer`)
+saves steps; here they are read and verified.
+
+Example:
+  python -m llama_jax.checkpoint --verify=runs/tiny
 """
 
 import base64
 import dataclasses
-import shutil
+import json
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import flags
 from etils import epath
 
 import llama_jax
+from llama_jax import cli, manifest
 from llama_jax.config import Config, from_json
 from llama_jax.errors import UserError
-from llama_jax.skips import Skips, no_skips
-from llama_jax.step import TrainState, abstract_state
+from llama_jax.fingerprint import difference, fingerprint
+from llama_jax.retention import saved_steps
+from llama_jax.step import abstract_state
 
 # Bump when a saved step can no longer be read as before. 2: with `skips`.
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 CHECKPOINTS = "checkpoints"
-# Parts of a layer that are stored by themselves; of smaller ones there would be too many.
-LAYER_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,146 +58,15 @@ class Meta:
     positions: list[list[int]] = dataclasses.field(default_factory=list)
     tokenizer_files: dict[str, bytes] = dataclasses.field(default_factory=dict)
     device_kind: str = ""
+    eval_loss: float | None = None
+    fingerprint: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-class Checkpointer:
-    """Saves the states of one run, asynchronously, and keeps the newest few.
-
-    Saving returns as soon as the arrays are copied to the host; a folder gets its final name only
-    when it is complete. As a context manager it waits for that on the way out, whatever else fails:
-    a run that ends in an error must not lose the save before it.
-    """
-
-    def __init__(self, workdir: epath.PathLike, config: Config) -> None:
-        self._directory = (epath.Path(workdir) / CHECKPOINTS).absolute()
-        self._config = config
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.train.keep_checkpoints,
-                cleanup_tmp_directories=True,
-                # Orbax would save the very first step it is offered; when to save is the loop's.
-                should_save_fn=lambda step, last: True,
-            ),
-        )
-
-    def __enter__(self) -> "Checkpointer":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    def latest_step(self) -> int | None:
-        """Newest complete step, or None."""
-        # Without waiting, orbax also names a step that is still being written.
-        self.wait()
-        return self._manager.latest_step()
-
-    def folder(self, step: int) -> epath.Path:
-        """Where `step` is, or would be."""
-        return self._directory / str(step)
-
-    def save(self, state: TrainState, meta: Meta) -> None:
-        """Starts saving `state`.
-
-        Raises:
-          UserError: this save or the one before it could not be written (disk full, read-only).
-        """
-        meta = dataclasses.replace(meta, device_kind=jax.devices()[0].device_kind)
-        description, tokenizer = _to_json(meta)
-        optimizer = {"step": state.step, "opt_state": state.opt_state}
-        self._check_space(state)
-        try:
-            self._manager.save(
-                meta.step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params, save_args=_by_layer(state.params)),
-                    optimizer=ocp.args.StandardSave(optimizer),
-                    skips=ocp.args.StandardSave(state.skips.to_dict()),
-                    meta=ocp.args.JsonSave(description),
-                    tokenizer=ocp.args.JsonSave(tokenizer),
-                ),
-            )
-        except (OSError, ValueError) as error:
-            raise self._save_error(error) from error
-
-    def _check_space(self, state: TrainState) -> None:
-        """Fails before anything is written, where the disk tells that it cannot hold the state."""
-        if "://" in str(self._directory):
-            return
-        shards = (s for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards)
-        needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
-        free = shutil.disk_usage(self._directory).free
-        if free < needed:
-            error = OSError(
-                f"it takes {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
-            )
-            raise self._save_error(error)
-
-    def wait(self) -> None:
-        """Blocks until all saves are on disk.
-
-        Raises:
-          UserError: one of them failed.
-        """
-        try:
-            self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise self._save_error(error) from error
-
-    def close(self) -> None:
-        """Waits, and frees orbax's threads."""
-        try:
-            self.wait()
-        finally:
-            self._manager.close()
-
-    def _save_error(self, error: Exception) -> UserError:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        return UserError(
-            f"saving to {self._directory} failed: {reason}; earlier checkpoints are untouched. "
-            "Free some space or choose another --workdir, then run the same command to go on"
-        )
-
-    def restore(self, step: int, shardings: Any) -> TrainState:
-        """Reads the state of `step` onto the mesh of `shardings` (a `TrainState` of shardings).
-
-        Raises:
-          UserError: the saved arrays are not those of this config.
-        """
-        abstract = abstract_state(self._config)
-        target = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract,
-            shardings,
-        )
-        optimizer = {"step": target.step, "opt_state": target.opt_state}
-        items = {"params": target.params, "optimizer": optimizer}
-        if (self.folder(step) / "skips").exists():  # not before format 2
-            items["skips"] = target.skips.to_dict()
-        restored = _restore(self.folder(step), items)
-        if "skips" in items:
-            skips = Skips(**restored["skips"])
-        else:
-            skips = jax.jit(no_skips, out_shardings=shardings.skips)()
-        return TrainState(params=restored["params"], **restored["optimizer"], skips=skips)
+class DamagedCheckpoint(UserError):
+    """A saved step is not as it was written."""
 
 
-def _by_layer(params: Any) -> Any:
-    """Stacks of layers are stored in parts of one layer, so that `convert` reads them one by one.
-
-    Orbax would store what a device holds as one part, which can only be read as a whole.
-    """
-
-    def save_args(path: Any, x: jax.Array) -> ocp.SaveArgs:
-        stacked = path[0].key == "layers"
-        part = x.addressable_shards[0].data.nbytes // x.shape[0]
-        return ocp.SaveArgs(shard_axes=(0,) if stacked and part >= LAYER_BYTES else ())
-
-    return jax.tree.map_with_path(save_args, params)
-
-
-def _to_json(meta: Meta) -> tuple[dict[str, Any], dict[str, Any]]:
+def meta_items(meta: Meta) -> tuple[dict[str, Any], dict[str, Any]]:
     """The items `meta` and `tokenizer` of a step."""
     description = {
         "format_version": FORMAT_VERSION,
@@ -198,6 +74,8 @@ def _to_json(meta: Meta) -> tuple[dict[str, Any], dict[str, Any]]:
         "data_fingerprint": meta.data_fingerprint,
         "positions": meta.positions,
         "device_kind": meta.device_kind,
+        "eval_loss": meta.eval_loss,
+        "fingerprint": meta.fingerprint,
         "config": meta.config.to_json(),
         "versions": {"llama_jax": llama_jax.__version__, "jax": jax.__version__},
     }
@@ -208,12 +86,23 @@ def _to_json(meta: Meta) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def save_meta(folder: epath.Path, meta: Meta) -> None:
     """Writes what a step says about itself, into a folder whose arrays come from elsewhere."""
-    for name, item in zip(("meta", "tokenizer"), _to_json(meta), strict=True):
+    for name, item in zip(("meta", "tokenizer"), meta_items(meta), strict=True):
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
             writer.save((folder / name).absolute(), item)
 
 
-def _restore(folder: epath.Path, items: dict[str, Any]) -> dict[str, Any]:
+def restore_items(folder: epath.Path, items: dict[str, Any], build: Callable[..., Any]) -> Any:
+    """Reads items of a step onto the mesh of their targets, and checks every bit of them.
+
+    Args:
+      folder: of the step.
+      items: targets (shape, dtype, sharding) by item.
+      build: makes of the items read the tree whose paths have the names of the fingerprint.
+
+    Raises:
+      UserError: the saved arrays are not those asked for.
+      DamagedCheckpoint: they cannot be read, or their fingerprints are not the saved ones.
+    """
     found = {}
     for name, target in items.items():
         with ocp.StandardCheckpointer() as checkpointer:
@@ -225,11 +114,23 @@ def _restore(folder: epath.Path, items: dict[str, Any]) -> dict[str, Any]:
                 raise
             except Exception as error:  # orbax raises a bare Exception for a damaged array
                 reason = str(error.__cause__ or error).strip().splitlines()[0]
-                raise UserError(
-                    f"{folder / name} cannot be read: {reason}; "
-                    f"move {folder} away to go on from the step before"
-                ) from error
-    return found
+                raise DamagedCheckpoint(f"{folder / name} cannot be read: {reason}") from error
+    tree = build(found)
+    prints = _saved_fingerprint(folder)
+    changed = difference(prints, fingerprint(tree)) if prints else []
+    if changed:
+        raise DamagedCheckpoint(
+            f"{folder} does not give back what was saved: {', '.join(changed)} (fingerprint)"
+        )
+    return tree
+
+
+def _saved_fingerprint(folder: epath.Path) -> dict[str, int]:
+    """Fingerprints that were saved with a step; empty for what has none."""
+    try:
+        return json.loads((folder / "meta" / "metadata").read_text()).get("fingerprint", {})
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{folder}/meta cannot be read: {error}") from error
 
 
 def _check_same_arrays(folder: epath.Path, saved: Any, target: Any) -> None:
@@ -248,6 +149,8 @@ def _check_same_arrays(folder: epath.Path, saved: Any, target: Any) -> None:
 def find_step(checkpoint: epath.PathLike) -> epath.Path:
     """The step folder that a user means: the newest of a work directory, or the folder itself.
 
+    Of a work directory, steps with files that are missing or cut are passed over, with a warning.
+
     Raises:
       UserError: there is none.
     """
@@ -257,10 +160,15 @@ def find_step(checkpoint: epath.PathLike) -> epath.Path:
     folder = path if path.name == CHECKPOINTS else path / CHECKPOINTS
     if not folder.exists():
         raise UserError(f"no checkpoint in {path}: it is neither a work directory nor a saved step")
-    steps = [entry for entry in folder.iterdir() if entry.name.isdigit()]
-    if not steps:
-        raise UserError(f"no complete checkpoint in {folder} yet")
-    return max(steps, key=lambda entry: int(entry.name))
+    steps = saved_steps(folder)
+    for step in reversed(steps):
+        reason = manifest.damage(folder / str(step), quick=True)
+        if not reason:
+            return folder / str(step)
+        print(f"warning: {folder / str(step)} is damaged: {reason}", file=sys.stderr)
+    if steps:
+        raise UserError(f"no good checkpoint is left in {folder}")
+    raise UserError(f"no complete checkpoint in {folder} yet")
 
 
 def load_meta(step_folder: epath.PathLike) -> Meta:
@@ -286,6 +194,8 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
                 data_fingerprint=meta["data_fingerprint"],
                 positions=meta.get("positions", []),  # absent before streaming
                 device_kind=meta.get("device_kind", ""),
+                eval_loss=meta.get("eval_loss"),  # these two, before manifests
+                fingerprint=meta.get("fingerprint", {}),
                 tokenizer_model=base64.b64decode(tokenizer["sentencepiece"]),
                 tokenizer_files={
                     name: base64.b64decode(file)
@@ -303,10 +213,59 @@ def load_params(step_folder: epath.PathLike, config: Config, shardings: Any) -> 
 
     Raises:
       UserError: the saved arrays are not those of this config.
+      DamagedCheckpoint: they cannot be read, or are not what was saved.
     """
     target = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract_state(config).params,
         shardings,
     )
-    return _restore(epath.Path(step_folder).absolute(), {"params": target})["params"]
+    folder = epath.Path(step_folder).absolute()
+    return restore_items(folder, {"params": target}, lambda found: found)["params"]
+
+
+def verify(path: epath.Path) -> bool:
+    """Reads every file of the steps in a work directory (or of one step) and prints how they are.
+
+    Returns:
+      Whether no step is damaged.
+
+    Raises:
+      UserError: there is no step.
+    """
+    if (path / "params").exists() or (path / manifest.NAME).exists():
+        folders = [path]
+    else:
+        folder = path if path.name == CHECKPOINTS else path / CHECKPOINTS
+        steps = saved_steps(folder) if folder.exists() else []
+        if not steps:
+            raise UserError(f"no checkpoint in {path}: it has no saved step")
+        folders = [folder / str(step) for step in steps]
+    good = True
+    for folder in folders:
+        reason = manifest.damage(folder)
+        if reason:
+            print(f"{folder}: damaged: {reason}")
+            good = False
+        elif manifest.is_unverified(folder):
+            print(f"{folder}: unverified, saved by a version without a manifest")
+        else:
+            print(f"{folder}: good, every file is as it was written")
+    return good
+
+
+def main() -> int:
+    """The command; the flag is defined below."""
+    if not _VERIFY.value:
+        raise UserError("--verify is missing; try --verify=runs/tiny")
+    return 0 if verify(epath.Path(_VERIFY.value)) else 1
+
+
+if __name__ == "__main__":
+    _VERIFY = flags.DEFINE_string(
+        "verify",
+        None,
+        "Work directory, or the folder of one step: reads every file, and says which steps are "
+        "good, damaged (exit status 1) or unverified.",
+    )
+    cli.run(main, __doc__)

@@ -128,7 +128,10 @@ class TrainConfig:
     eval_every: int = 1_000
     eval_batches: int = 20
     checkpoint_every: int = 1_000
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = 3  # the newest
+    keep_every: int = 0  # also those at multiples of so many steps; 0: none
+    keep_best: int = 0  # also so many with the lowest validation loss
+    max_failed_saves: int = 3  # in a row, that a run survives
     sample_prompt: str = ""  # if set, a continuation of it is printed after training
     step_timeout: int = 1_800  # seconds without a step after which a process ends itself; 0: never
     max_skipped: int = 10  # updates skipped in a row, after which the run stops
@@ -147,6 +150,8 @@ class TrainConfig:
             self.spike_factor == 0 or self.spike_factor >= 1,
             f"train.spike_factor must be 0 (off) or at least 1, got {self.spike_factor}",
         )
+        for name in ("keep_every", "keep_best", "max_failed_saves"):
+            require(getattr(self, name) >= 0, f"train.{name} must not be negative")
         require(self.z_loss >= 0, "train.z_loss must not be negative")
         require(0 <= self.seed < 2**32, "train.seed must be in [0, 2**32)")
         require(

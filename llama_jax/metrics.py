@@ -1,5 +1,6 @@
 """How a run is going: speed, MFU, and where the numbers are written."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -98,22 +99,36 @@ def _finite(value: float | None) -> float | None:
 
 
 class TensorBoardWriter:
-    """Scalars for TensorBoard."""
+    """Scalars for TensorBoard.
+
+    Written at once, not by tensorboardX's thread: a full disk ends that thread, and its queue then
+    blocks the run for ever.
+    """
 
     def __init__(self, directory: epath.Path) -> None:
-        import tensorboardX  # slow to import, and needed by the first process only
+        # Slow to import, and needed by the first process only.
+        from tensorboardX.event_file_writer import EventsWriter
 
-        self._writer = tensorboardX.SummaryWriter(str(directory))
+        directory.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(directory / "events"))
 
     def write(self, step: int, record: dict[str, float | None]) -> None:
         """Writes every number that is there."""
-        for name, value in record.items():
-            if value is not None:
-                self._writer.add_scalar(name, value, step)
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in record.items()
+            if value is not None
+        ]
+        event = Event(step=step, wall_time=time.time(), summary=Summary(value=values))
+        self._events.write_event(event)
+        self._events.flush()
 
     def close(self) -> None:
         """Flushes and closes."""
-        self._writer.close()
+        self._events.close()
 
 
 class ConsoleWriter:
@@ -205,15 +220,19 @@ class Metrics:
         return values
 
     def write(self, step: int, record: dict[str, float | None]) -> None:
-        """Writes a record at once (evaluations)."""
+        """Writes a record at once (evaluations); a disk that is full or gone ends no run."""
         for writer in self._writers:
-            writer.write(step, record)
+            try:
+                writer.write(step, record)
+            except OSError as error:  # the file's buffer is kept, and written when that works again
+                print(f"warning: step {step} could not be logged: {error}", flush=True)
 
     def close(self) -> None:
         """Writes what is pending and closes the writers."""
         self.flush()
         for writer in self._writers:
-            writer.close()
+            with contextlib.suppress(OSError):
+                writer.close()
 
 
 def plot_loss(jsonl: epath.Path, output: epath.Path) -> None:

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import cli, metrics, xla_flags
+from llama_jax.checkpointer import Checkpointer
 from llama_jax.config import Config
 from llama_jax.data.loader import stream
 from llama_jax.data.pipeline import TrainingData, open_data
@@ -89,14 +90,14 @@ def evaluate(
 
 
 def initial_state(
-    compiled: CompiledStep, saver: checkpoint_lib.Checkpointer, data: TrainingData, config: Config
+    compiled: CompiledStep, saver: Checkpointer, data: TrainingData, config: Config
 ) -> TrainState:
-    """The newest checkpoint of the work directory, or a fresh state.
+    """The newest good checkpoint of the work directory, or a fresh state.
 
     Raises:
       UserError: the checkpoint is unreadable, or of another run or other data.
     """
-    step = saver.latest_step()
+    step = saver.newest_good_step()
     process = (jax.process_index(), jax.process_count())
     if step is None:
         if isinstance(data.train, StreamingBatches):
@@ -120,7 +121,11 @@ def initial_state(
     _log(f"resume  from step {step}")
     if changed := record_changes(saver.folder(step).parent.parent, step, changes):
         _log(f"        {changed}")
-    return saver.restore(step, compiled.state_shardings)
+    try:
+        return saver.restore(step, compiled.state_shardings)
+    except checkpoint_lib.DamagedCheckpoint as error:
+        saver.mark_damaged(step, str(error))
+        return initial_state(compiled, saver, data, config)
 
 
 def _positions(data: TrainingData, step: int) -> list[list[int]]:
@@ -143,7 +148,7 @@ def _epoch_metrics(data: TrainingData, step: int) -> dict[str, float]:
 class Instruments:
     """What the loop talks to, besides the device and the data."""
 
-    saver: checkpoint_lib.Checkpointer
+    saver: Checkpointer
     log: metrics.Metrics
     profiler: Profiler
     stop: StopRequest
@@ -175,10 +180,15 @@ def run_loop(
     tokenizer_model = data.tokenizer.model_bytes if data.tokenizer else b""
     watch = SkipWatch(config, data, saver)
 
-    def save(step: int) -> None:
+    def save(step: int, eval_loss: float | None) -> None:
         watch.before_save(state)
         meta = checkpoint_lib.Meta(
-            config, step, data.fingerprint, tokenizer_model, _positions(data, step)
+            config,
+            step,
+            data.fingerprint,
+            tokenizer_model,
+            _positions(data, step),
+            eval_loss=eval_loss,
         )
         with goodput.phase("checkpoint"):
             saver.save(state, meta)
@@ -194,6 +204,7 @@ def run_loop(
             log.start(step)
         last = stop.at(step) or step == train.steps
         if step > start:
+            eval_loss = None
             if step == train.steps or step % train.eval_every == 0:
                 log.flush()
                 with goodput.phase("eval"):
@@ -203,7 +214,7 @@ def run_loop(
                 log.start(step)
                 last = last or bool(stop.name)
             if last or step % train.checkpoint_every == 0:
-                save(step)
+                save(step, eval_loss)
         if last:
             break
         with profiler.step(step + 1):
@@ -253,7 +264,7 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
             data = open_data(config, workdir / "data")
         _log(describe(config, mesh, data))
         goodput = Goodput(workdir / "goodput.json" if jax.process_index() == 0 else None)
-        with checkpoint_lib.Checkpointer(workdir, config) as saver:
+        with Checkpointer(workdir, config) as saver:
             state = initial_state(compiled, saver, data, config)
             start = int(state.step)
             if start < config.train.steps:

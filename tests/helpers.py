@@ -220,16 +220,30 @@ def llama3_tokenizer(corpus):
     return made.to_str().encode()
 
 
-def save_checkpoint(folder, config, params, tokenizer_model):
-    """A work directory with one saved step of these weights."""
-    from llama_jax.checkpoint import Checkpointer, Meta
+def made_state(config, params=None, step=0):
+    """A state with these weights and fresh moments, on one device; nothing is compiled for it."""
     from llama_jax.optim import make_optimizer
     from llama_jax.step import TrainState
 
+    params = random_params(config.model) if params is None else params
     params = jax.tree.map(jax.numpy.asarray, params)
     opt_state = make_optimizer(config.optim, config.train.steps).init(params)
-    state = TrainState(step=jax.numpy.zeros((), "int32"), params=params, opt_state=opt_state)
+    return TrainState(jax.numpy.full((), step, "int32"), params, opt_state)
+
+
+def save_checkpoint(folder, config, params, tokenizer_model):
+    """A work directory with one saved step of these weights."""
+    from llama_jax.checkpoint import Meta
+    from llama_jax.checkpointer import Checkpointer
+
     folder.mkdir(parents=True, exist_ok=True)
     with Checkpointer(folder, config) as checkpointer:
-        checkpointer.save(state, Meta(config, 0, "made up", tokenizer_model))
+        checkpointer.save(made_state(config, params), Meta(config, 0, "made up", tokenizer_model))
     return folder
+
+
+def flip_bit(path, position):
+    """Changes one bit of a file; again, it is as before."""
+    data = bytearray(path.read_bytes())
+    data[position // 8] ^= 1 << position % 8
+    path.write_bytes(data)

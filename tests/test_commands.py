@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests.helpers import ROOT, TINY_FLAGS, one_line_error, run_command, start_train
+from tests.helpers import ROOT, TINY_FLAGS, flip_bit, one_line_error, run_command, start_train
 
 
 def train(corpus, workdir, *flags, **kwargs):
@@ -239,7 +239,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(corpus, tmp_path):
 
 def losses_of(workdir):
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line.get("loss", line.get("eval_loss")) for line in lines}
+    numbers = (line for line in lines if "event" not in line)
+    return {line["step"]: line.get("loss", line.get("eval_loss")) for line in numbers}
 
 
 def test_two_processes_train_as_one(corpus, tmp_path):
@@ -324,33 +325,36 @@ def test_a_tokenizer_file_that_is_none(corpus, tmp_path):
     assert "bad.model is not a SentencePiece model" in one_line_error(process)
 
 
-# The save of step 4 is still being written when that of step 8 fails.
+# The save of step 4 is still being written when that of step 8 fails; so does that of step 12.
 FULL_DISK = """
 import collections, os, resource, runpy, shutil, signal, sys, time
-from llama_jax import checkpoint
+from llama_jax import checkpointer
 how = sys.argv[1]
 rename = os.rename
 def slow_rename(source, target, **kwargs):
-    if "/4.orbax-checkpoint-tmp" in os.fspath(target):
+    if "/4.saving.orbax-checkpoint-tmp" in os.fspath(target):
         time.sleep(1)
     return rename(source, target, **kwargs)
 os.rename = slow_rename
-save = checkpoint.Checkpointer.save
+save = checkpointer.Checkpointer.save
 def save_on_a_full_disk(self, state, meta):
     if meta.step == 8 and how == "full":
+        self._settle()
         shutil.disk_usage = lambda path: collections.namedtuple("U", "free")(1000)
     if meta.step == 8 and how == "fills up":  # no file may grow beyond this
+        self._settle()
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     return save(self, state, meta)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-checkpoint.Checkpointer.save = save_on_a_full_disk
+checkpointer.Checkpointer.save = save_on_a_full_disk
 sys.argv = ["train", *sys.argv[2:]]
 runpy.run_module("llama_jax.train", run_name="__main__")
 """
 
 
 @pytest.mark.parametrize("how", ["full", "fills up"])
-def test_a_full_disk_during_a_save(corpus, tmp_path, how):
+def test_a_full_disk_during_the_last_saves(corpus, tmp_path, how):
+    """Training goes on after the first that fails; that the last one fails is an error."""
     flags = [*TINY_FLAGS, f"--config.data.source={corpus}", f"--workdir={tmp_path / 'run'}"]
     process = subprocess.run(
         [sys.executable, "-c", FULL_DISK, how, *flags, "--config.train.steps=12"],
@@ -370,12 +374,60 @@ def test_a_full_disk_during_a_save(corpus, tmp_path, how):
         message = process.stderr.splitlines()[-1]
         assert message.startswith("error: ") and "File too large" in message
     assert "saving to" in message and "earlier checkpoints are untouched" in message
+    # A thread says it, which may be in the middle of another line.
+    assert re.findall(r"warning: saving step (\d+) ", process.stdout) == ["8", "12"]
+    assert "step 12/12" in process.stdout
     again = train(corpus, tmp_path / "run", "--config.train.steps=12")
     assert again.returncode == 0, again.stderr
     assert "resume  from step 4" in again.stdout and "finished at step 12" in again.stdout
 
 
-@pytest.mark.parametrize("module", ["train", "prepare", "generate", "evaluate", "data", "convert"])
+def test_verify_checkpoints_and_go_on_after_damage(run, corpus, tmp_path):
+    workdir = shutil.copytree(run[0], tmp_path / "run")
+    process = run_command("checkpoint", f"--verify={workdir}")
+    assert process.returncode == 0 and process.stderr == ""
+    good = "good, every file is as it was written"
+    assert process.stdout.splitlines() == [f"{workdir}/checkpoints/{n}: {good}" for n in (4, 8)]
+    newest = workdir / "checkpoints" / "8"
+    path = max((newest / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    flip_bit(path, 4 * path.stat().st_size)
+    for place in (workdir, newest):
+        process = run_command("checkpoint", f"--verify={place}")
+        assert process.returncode == 1 and process.stderr == ""
+        name = path.relative_to(newest)
+        damaged = f"{newest}: damaged: {name} holds other bytes than were written"
+        assert process.stdout.splitlines()[-1] == damaged
+    # A step that is named is not passed over; no file is read twice, but the fingerprint sees it.
+    process = run_command("generate", f"--checkpoint={newest}", "--prompt=abc")
+    assert "8 does not give back what was saved: params/" in one_line_error(process)
+    process = train(corpus, workdir, "--config.train.steps=8")
+    assert process.returncode == 0, process.stderr
+    assert f"damaged checkpoint 8: {name}" in process.stdout
+    assert "resume  from step 4" in process.stdout and "finished at step 8" in process.stdout
+    assert losses_of(workdir) == losses_of(run[0])
+    process = run_command("generate", f"--checkpoint={workdir}", "--prompt=abc")
+    assert process.returncode == 0
+
+
+def test_a_step_with_a_file_missing_is_passed_over(run, tmp_path):
+    workdir = shutil.copytree(run[0], tmp_path / "run")
+    (workdir / "checkpoints" / "8" / "tokenizer" / "metadata").unlink()
+    process = run_command("generate", f"--checkpoint={workdir}", "--prompt=abc")
+    assert process.returncode == 0 and process.stdout.startswith("abc")
+    assert "8 is damaged: tokenizer/metadata is missing" in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [((), "--verify is missing"), (("--verify=/nothing",), "no checkpoint in /nothing")],
+)
+def test_verify_with_bad_input(flags, message):
+    assert message in one_line_error(run_command("checkpoint", *flags))
+
+
+@pytest.mark.parametrize(
+    "module", ["train", "prepare", "generate", "evaluate", "data", "convert", "checkpoint"]
+)
 def test_help_is_complete_and_has_an_example(module):
     process = run_command(module, "--help")
     assert process.returncode == 0 and process.stderr == ""
@@ -396,6 +448,7 @@ def test_help_is_complete_and_has_an_example(module):
             *("--num_fewshot", "--stride", "--batch_size", "--limit", "--mesh"),
         ),
         "convert": ("--source", "--target", "--dtype", "--context"),
+        "checkpoint": ("--verify",),
         "data": ("--show", "--config", "--step", "--rows", "--lines", "--plot"),
     }[module]
     for flag in expected:

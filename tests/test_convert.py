@@ -124,7 +124,8 @@ def test_hugging_face_and_back(name, tmp_path):
 
 def test_a_trained_checkpoint_goes_out(tmp_path, capfd):
     """What orbax wrote from a mesh, with its card."""
-    from llama_jax.checkpoint import Checkpointer, Meta
+    from llama_jax.checkpoint import Meta
+    from llama_jax.checkpointer import Checkpointer
     from llama_jax.step import jit_step
 
     config = replace(GROUPED, data__mixture="web=0.7,books=0.3")
@@ -166,11 +167,13 @@ def test_a_trained_checkpoint_goes_out(tmp_path, capfd):
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 1, 2)])
 def test_a_trained_checkpoint_is_stored_layer_by_layer(tmp_path, monkeypatch, shape):
     """Where layers are not small; then export reads one at a time."""
-    from llama_jax.checkpoint import Checkpointer, Meta, find_step, load_params
+    from llama_jax import checkpointer
+    from llama_jax.checkpoint import Meta, find_step, load_params
+    from llama_jax.checkpointer import Checkpointer
     from llama_jax.step import jit_step
 
     matrix = TINY.model.dim * TINY.model.ffn_dim * 4
-    monkeypatch.setattr(checkpoint_lib, "LAYER_BYTES", matrix // mesh_of(shape).size)
+    monkeypatch.setattr(checkpointer, "LAYER_BYTES", matrix // mesh_of(shape).size)
     mesh = mesh_of(shape)
     with jax.set_mesh(mesh):
         step = jit_step(TINY, mesh)
@@ -190,7 +193,8 @@ def test_a_trained_checkpoint_is_stored_layer_by_layer(tmp_path, monkeypatch, sh
 
 def test_what_is_written_is_what_orbax_writes(tmp_path):
     """The description of the tree, but for where it was and how it is cut."""
-    from llama_jax.checkpoint import Checkpointer, Meta
+    from llama_jax.checkpoint import Meta
+    from llama_jax.checkpointer import Checkpointer
     from llama_jax.step import jit_step
 
     mesh = mesh_of((1, 1, 1, 1))

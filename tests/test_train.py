@@ -371,7 +371,7 @@ def test_streamed_data_needs_as_many_processes(corpus, tmp_path, monkeypatch):
     config = text_config(corpus, data__streaming=True, train__steps=3)
     train(config, tmp_path / "run")
     data = open_data(config, epath.Path(tmp_path / "run" / "data"))
-    saver = train_lib.checkpoint_lib.Checkpointer(tmp_path / "run", config)
+    saver = train_lib.Checkpointer(tmp_path / "run", config)
     meta = train_lib.checkpoint_lib.load_meta(saver.folder(3))
     assert len(meta.positions) == 1
     two = dataclasses.replace(meta, positions=meta.positions * 2)
@@ -540,7 +540,10 @@ OTHER_FIELDS = {
     "train.eval_every": "test_how_often",
     "train.eval_batches": "test_eval_batches_is_how_many",
     "train.checkpoint_every": "test_how_often",
-    "train.keep_checkpoints": "test_checkpoint::test_the_newest_are_kept",
+    "train.keep_checkpoints": "test_checkpointer::test_the_newest_are_kept",
+    "train.keep_every": "test_retention::test_what_is_kept",
+    "train.keep_best": "test_retention::test_what_is_kept",
+    "train.max_failed_saves": "test_checkpointer::test_failed_saves",
     "train.sample_prompt": "test_no_prompt_no_sample",
     "train.step_timeout": "faults/test_stopping::test_a_process_that_hangs_is_noticed",
     "train.max_skipped": "faults.test_numeric::test_bad_batches_in_a_row_stop_the_run",
@@ -611,7 +614,7 @@ def test_the_seed_changes_weights_and_data(tmp_path, shards, corpus):
 
     for c in (config, other):
         compiled = types.SimpleNamespace(init=init)
-        saver = types.SimpleNamespace(latest_step=lambda: None)
+        saver = types.SimpleNamespace(newest_good_step=lambda: None)
         with pytest.raises(Stop):
             train_lib.initial_state(compiled, saver, types.SimpleNamespace(train=None), c)
     assert seeds[0] != seeds[1]

@@ -14,6 +14,7 @@ import tensorstore as ts
 from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
+from llama_jax import manifest
 from llama_jax.data.vocabularies import with_ends, without_ends
 from llama_jax.errors import UserError
 from llama_jax.interchange import card, formats
@@ -34,7 +35,7 @@ class CkptSource:
     """A saved step.
 
     Memory is one array of one layer, but where each device of a training held less than
-    `checkpoint.LAYER_BYTES` of it: then one stack of all layers is read at once.
+    `checkpointer.LAYER_BYTES` of it: then one stack of all layers is read at once.
     """
 
     def __init__(self, checkpoint: epath.PathLike) -> None:
@@ -167,3 +168,4 @@ class CkptTarget:
 
     def close(self) -> None:
         """Completes the files: every write was waited for."""
+        manifest.write(self._params.parent)

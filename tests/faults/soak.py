@@ -19,7 +19,8 @@ import time
 import jax
 import numpy as np
 
-from llama_jax.checkpoint import Checkpointer, find_step, load_meta
+from llama_jax.checkpoint import find_step, load_meta
+from llama_jax.checkpointer import Checkpointer
 from llama_jax.step import jit_step
 from tests.helpers import mesh_of, start_train, write_corpus
 

@@ -1,0 +1,406 @@
+"""Saves the states of one run, and finds the newest good one again.
+
+A step is written in the background as `checkpoints/N.saving`; when all its files are there, process
+0 writes their manifest and renames the folder to `N`, as the last act. (Object stores cannot rename
+a folder: there it is `N` from the start, and counts from its manifest on.)
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from llama_jax import manifest, retention
+from llama_jax.checkpoint import (
+    CHECKPOINTS,
+    DamagedCheckpoint,
+    Meta,
+    meta_items,
+    restore_items,
+)
+from llama_jax.config import Config
+from llama_jax.errors import UserError
+from llama_jax.fingerprint import fingerprint
+from llama_jax.skips import Skips, no_skips
+from llama_jax.step import TrainState, abstract_state
+
+# What a save may fail with that is not our bug: the disk, the network, another process.
+SAVE_ERRORS = (OSError, ValueError, jax.errors.JaxRuntimeError)
+_TEXT_BYTES = 1024
+# Parts of a layer that are stored by themselves; of smaller ones there would be too many.
+LAYER_BYTES = 2**20
+
+
+def agreed(text: str) -> str:
+    """The first text that is not empty, over all processes: they then all do the same about it."""
+    if jax.process_count() == 1:
+        return text
+    row = np.zeros(_TEXT_BYTES, np.uint8)
+    data = text.encode()[:_TEXT_BYTES]
+    row[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(row))
+    texts = (bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows)
+    return next(filter(None, texts), "")
+
+
+def _reason(error: BaseException | None) -> str:
+    if error is None:
+        return ""
+    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+
+
+class Checkpointer:
+    """Saves asynchronously, keeps what `train.keep_*` say, restores the newest good step.
+
+    Saving returns as soon as the arrays are copied to the host. A save that fails is told in one
+    line, and training goes on; the run ends when more than `train.max_failed_saves` in a row or the
+    last one did. As a context manager it waits on the way out, whatever else fails: a run that ends
+    in an error must not lose the save before it. All processes make the same calls.
+    """
+
+    def __init__(self, workdir: epath.PathLike, config: Config) -> None:
+        """Opens the directory, and removes what unfinished saves have left there.
+
+        Raises:
+          UserError: it cannot be written to.
+        """
+        self._workdir = epath.Path(workdir).absolute()
+        self._directory = self._workdir / CHECKPOINTS
+        self._config = config
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread: threading.Thread | None = None
+        self._saving = 0  # the step that `_thread` writes
+        self._error: BaseException | None = None  # of `_thread`
+        self._failures = 0  # saves in a row
+        self._unsaved = ""  # why the last save failed
+        self._damaged: dict[int, str] = {}  # what is wrong with which step
+        problem = agreed(self._open())
+        if problem:
+            raise UserError(f"checkpoints cannot be saved to {self._directory}: {problem}")
+
+    def _open(self) -> str:
+        if jax.process_index() > 0:
+            return ""
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._probe()
+            names = retention.clean(self._directory)
+        except OSError as error:
+            return _reason(error)
+        if names:
+            self._say(f"cleaned {len(names)} unfinished checkpoint folder(s): {', '.join(names)}")
+        return ""
+
+    def _probe(self) -> None:
+        """Raises OSError where nothing can be written."""
+        probe = self._directory / ".probe"
+        probe.write_text("")
+        probe.unlink()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        if error is None:
+            self.close()
+        else:  # the other processes may not come this way: wait for nobody
+            self._join()
+            self._orbax.close()
+
+    def _say(self, text: str) -> None:
+        if jax.process_index() == 0:
+            print(text, flush=True)
+
+    def _note(self, step: int, **record: Any) -> None:
+        """Adds a line to metrics.jsonl, if that can be."""
+        if jax.process_index() > 0:
+            return
+        # The console has it too; a full disk is likely what it is about.
+        with contextlib.suppress(OSError), (self._workdir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **record}) + "\n")
+
+    # Saving.
+
+    def latest_step(self) -> int | None:
+        """Newest complete step, or None."""
+        self._join()
+        return next(reversed(retention.saved_steps(self._directory)), None)
+
+    def folder(self, step: int) -> epath.Path:
+        """Where `step` is, or would be."""
+        return self._directory / str(step)
+
+    def _target(self, step: int) -> epath.Path:
+        """Where `step` is written."""
+        remote = "://" in str(self._directory)
+        return self.folder(step) if remote else self._directory / f"{step}{retention.SAVING}"
+
+    def save(self, state: TrainState, meta: Meta) -> None:
+        """Starts saving `state`; a failure is told, and raised only by the policy.
+
+        Raises:
+          UserError: more than `train.max_failed_saves` in a row failed.
+        """
+        self._settle()
+        problem = agreed(self._obstacle(state))
+        if not problem:
+            kind = jax.devices()[0].device_kind
+            meta = dataclasses.replace(meta, device_kind=kind, fingerprint=fingerprint(state))
+            problem = agreed(self._start(state, meta))
+        if problem:
+            self._warn(meta.step, problem)
+            self._count(problem)
+
+    def _obstacle(self, state: TrainState) -> str:
+        """Why a save cannot work, as far as that can be told before anything is written."""
+        try:
+            if jax.process_index() == 0:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                self._probe()
+            if "://" in str(self._directory):
+                return ""
+            shards = (s for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards)
+            needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
+            free = shutil.disk_usage(self._directory).free
+        except OSError as error:
+            return _reason(error)
+        if free >= needed:
+            return ""
+        return f"it takes {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
+
+    def _start(self, state: TrainState, meta: Meta) -> str:
+        description, tokenizer = meta_items(meta)
+        optimizer = {"step": state.step, "opt_state": state.opt_state}
+        try:
+            self._orbax.save(
+                self._target(meta.step),
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params, save_args=_by_layer(state.params)),
+                    optimizer=ocp.args.StandardSave(optimizer),
+                    skips=ocp.args.StandardSave(state.skips.to_dict()),
+                    meta=ocp.args.JsonSave(description),
+                    tokenizer=ocp.args.JsonSave(tokenizer),
+                ),
+                force=True,
+            )
+        except SAVE_ERRORS as error:
+            return _reason(error)
+        self._saving = meta.step
+        self._thread = threading.Thread(target=self._finish, args=(meta.step,), name="save")
+        self._thread.start()
+        return ""
+
+    def _finish(self, step: int) -> None:
+        """In a thread: waits for orbax, then completes the step and lets old ones go."""
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                target = self._target(step)
+                manifest.write(target)
+                if target != self.folder(step):
+                    target.rename(self.folder(step))
+                    _sync_directory(self._directory)
+        except BaseException as error:
+            self._error = error
+            self._warn(step, _reason(error))
+            self._clean(step)
+            return
+        if jax.process_index() == 0:
+            self._retain()
+
+    def _clean(self, step: int) -> None:
+        """Frees what a failed save holds of a disk that may be full."""
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):  # it is tried again at the next start
+                retention.clean(self._directory, step)
+
+    def _retain(self) -> None:
+        try:
+            for step in retention.dispensable_steps(self._directory, self._config.train):
+                retention.remove(self.folder(step))
+        except OSError as error:
+            self._say(f"warning: an old checkpoint could not be deleted: {_reason(error)}")
+
+    def _warn(self, step: int, reason: str) -> None:
+        count, limit = self._failures + 1, self._config.train.max_failed_saves
+        print(
+            f"warning: saving step {step} to {self._directory} failed: {reason}; earlier "
+            f"checkpoints are untouched, the next one is tried as usual ({count} failed in a row, "
+            f"train.max_failed_saves={limit})\n",
+            end="",  # in one piece: the loop prints too
+            flush=True,
+        )
+        self._note(step, event="save_failed", reason=reason)
+
+    def _join(self) -> BaseException | None:
+        """Waits for the thread; returns what it failed with."""
+        if self._thread is not None:
+            self._thread.join()
+        return self._error
+
+    def _settle(self) -> None:
+        """Waits for the save before, and counts it if it failed."""
+        if self._thread is None:
+            return
+        error = self._join()
+        self._thread = self._error = None
+        if error is not None and not isinstance(error, SAVE_ERRORS):
+            raise error
+        problem = agreed(_reason(error))
+        if problem:
+            self._count(problem)
+        else:
+            self._failures, self._unsaved = 0, ""
+
+    def _count(self, problem: str) -> None:
+        self._failures += 1
+        self._unsaved = problem
+        if self._failures > self._config.train.max_failed_saves:
+            raise self._save_error()
+
+    def _save_error(self) -> UserError:
+        last = self.latest_step()
+        kept = f"step {last} is the newest checkpoint" if last is not None else "there is none yet"
+        return UserError(
+            f"saving to {self._directory} failed: {self._unsaved}; earlier checkpoints are "
+            f"untouched ({kept}). Free some space or choose another --workdir, then run the same "
+            "command to go on"
+        )
+
+    def wait(self) -> None:
+        """Blocks until all saves are on disk.
+
+        Raises:
+          UserError: the last one failed.
+        """
+        self._settle()
+        if self._unsaved:
+            raise self._save_error()
+
+    def close(self) -> None:
+        """Waits, and frees orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    # Restoring.
+
+    def newest_good_step(self) -> int | None:
+        """The newest step whose files are all as they were written; None if nothing was saved.
+
+        Newer, damaged ones are set aside, which is said on the console and in metrics.jsonl.
+
+        Raises:
+          UserError: there are steps, and none of them is good; nothing is changed.
+        """
+        self._join()
+        mine = (jax.process_index(), jax.process_count())
+        for step in self._steps():
+            if step in self._damaged:
+                continue
+            reason = agreed(manifest.damage(self.folder(step), mine))
+            if reason:
+                self._damaged[step] = reason
+                continue
+            self._set_damaged_aside(step)
+            if manifest.is_unverified(self.folder(step)):
+                self._say(f"unverified checkpoint {step}: saved by a version without a manifest")
+            return step
+        if self._damaged:
+            what = "; ".join(f"step {step}: {reason}" for step, reason in self._damaged.items())
+            raise UserError(
+                f"no good checkpoint is left in {self._directory} ({what}); nothing was changed. "
+                "Bring one back from a copy, or use another --workdir to start anew"
+            )
+        return None
+
+    def _steps(self) -> list[int]:
+        """Complete steps as process 0 sees them, newest first."""
+        first = jax.process_index() == 0
+        # A shared file system may show other processes a folder late.
+        steps = retention.saved_steps(self._directory)[::-1] if first else []
+        text = agreed(",".join(map(str, steps[:50])))
+        return [int(step) for step in text.split(",") if step]
+
+    def mark_damaged(self, step: int, reason: str) -> None:
+        """Makes `newest_good_step` pass over `step`, which could not be restored."""
+        self._damaged[step] = reason
+
+    def _set_damaged_aside(self, used: int) -> None:
+        for step in sorted(self._damaged):
+            if jax.process_index() == 0:
+                reason = self._damaged[step]
+                target = retention.set_aside(self.folder(step))
+                self._say(
+                    f"damaged checkpoint {step}: {reason}; set aside as {target}, going on from "
+                    f"step {used}"
+                )
+                self._note(used, event="checkpoint_damaged", damaged_step=step, reason=reason)
+        self._damaged.clear()
+
+    def restore(self, step: int, shardings: Any) -> TrainState:
+        """Reads the state of `step` onto the mesh of `shardings` (a `TrainState` of shardings).
+
+        Raises:
+          UserError: the saved arrays are not those of this config.
+          DamagedCheckpoint: it cannot be read, or its fingerprint is not the saved one.
+        """
+        target = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract_state(self._config),
+            shardings,
+        )
+        optimizer = {"step": target.step, "opt_state": target.opt_state}
+        items = {"params": target.params, "optimizer": optimizer}
+        if (self.folder(step) / "skips").exists():  # not before format 2
+            items["skips"] = target.skips.to_dict()
+
+        def build(found: dict[str, Any]) -> TrainState:
+            if "skips" in found:
+                skips = Skips(**found["skips"])
+            else:
+                skips = jax.jit(no_skips, out_shardings=shardings.skips)()
+            return TrainState(params=found["params"], **found["optimizer"], skips=skips)
+
+        restored, problem = None, ""
+        try:
+            restored = restore_items(self.folder(step), items, build)
+        except DamagedCheckpoint as error:
+            problem = str(error)
+        problem = agreed(problem)
+        if problem or restored is None:
+            raise DamagedCheckpoint(problem)
+        return restored
+
+
+def _by_layer(params: Any) -> Any:
+    """Stacks of layers are stored in parts of one layer, so that `convert` reads them one by one.
+
+    Orbax would store what a device holds as one part, which can only be read as a whole.
+    """
+
+    def save_args(path: Any, x: jax.Array) -> ocp.SaveArgs:
+        stacked = path[0].key == "layers"
+        part = x.addressable_shards[0].data.nbytes // x.shape[0]
+        return ocp.SaveArgs(shard_axes=(0,) if stacked and part >= LAYER_BYTES else ())
+
+    return jax.tree.map_with_path(save_args, params)
+
+
+def _sync_directory(directory: epath.Path) -> None:
+    """Has the disk confirm a rename."""
+    descriptor = os.open(str(directory), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,125 @@
+"""The manifest of a saved step: size and sha256 of every file, so that damage has a name.
+
+It is written when all else in the folder is, and before the folder gets its final name; hashing
+reads the files once, in threads. What it costs for 65B (780 GB of weights and moments) is reading
+them: on several processes each checks its share, see `damage`.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+NAME = "manifest.json"
+# A quick check reads the files up to this size, and of larger ones the size only.
+QUICK_BYTES = 16 * 2**20
+_THREADS = 16
+
+
+def _encode(files: dict[str, dict[str, Any]]) -> str:
+    """The manifest's text, with a checksum of its own: damage to it is not laid on the others."""
+    body = json.dumps(files, indent=1, sort_keys=True)
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    return f'{{"format": 1, "sha256": "{digest}", "files": {body}}}\n'
+
+
+def _files(folder: epath.Path) -> dict[str, epath.Path]:
+    """Every file below the folder but the manifest, by its path from there."""
+    named = {path.relative_to(folder).as_posix(): path for path in _walk(folder)}
+    named.pop(NAME, None)
+    return dict(sorted(named.items()))
+
+
+def _walk(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _walk(path)
+        else:
+            yield path
+
+
+def _sha256(path: epath.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(folder: epath.Path) -> None:
+    """Writes the manifest of all that is in `folder`, and has the disk confirm it."""
+    files = _files(folder)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        digests = pool.map(_sha256, files.values())
+        entries = {
+            name: {"bytes": path.stat().length, "sha256": digest}
+            for (name, path), digest in zip(files.items(), digests, strict=True)
+        }
+    with (folder / NAME).open("w") as file:
+        file.write(_encode(entries))
+        file.flush()
+        if "://" not in str(folder):
+            os.fsync(file.fileno())
+
+
+def _read(folder: epath.Path) -> dict[str, dict[str, Any]] | None:
+    """The files that should be there; None if the manifest is not as it was written."""
+    try:
+        text = (folder / NAME).read_bytes().decode()
+        files = json.loads(text)["files"]
+        return files if text == _encode(files) else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def is_unverified(folder: epath.Path) -> bool:
+    """Whether the step was saved by a version that wrote no manifest."""
+    if (folder / NAME).exists():
+        return False
+    try:  # what came with manifests, a step says about itself
+        return "fingerprint" not in json.loads((folder / "meta" / "metadata").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def damage(folder: epath.Path, part: tuple[int, int] = (0, 1), quick: bool = False) -> str:
+    """The first thing that is not as it was saved, with its file's name; empty if all is well.
+
+    Args:
+      folder: a saved step; one without a manifest has nothing to compare with, see `is_unverified`.
+      part: (index, count) of the process: it reads every count-th file.
+      quick: of large files compare the size only.
+    """
+    return next(iter(_damages(folder, part, quick)), "")
+
+
+def _damages(folder: epath.Path, part: tuple[int, int], quick: bool) -> Iterator[str]:
+    if not (folder / NAME).exists():
+        if not is_unverified(folder):
+            yield f"{NAME} is missing"
+        return
+    expected = _read(folder)
+    if expected is None:
+        yield f"{NAME} is not as it was written"
+        return
+    found = _files(folder)
+    missing = [name for name in expected if name not in found]
+    if missing:
+        yield from (f"{name} is missing" for name in missing)
+        return
+    sizes = {name: found[name].stat().length for name in expected}
+    for name, size in sizes.items():
+        if size != expected[name]["bytes"]:
+            yield f"{name} has {size} bytes, {expected[name]['bytes']} were written"
+    mine = list(expected)[part[0] :: part[1]]
+    if quick:
+        mine = [name for name in mine if sizes[name] <= QUICK_BYTES]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        digests = [pool.submit(_sha256, found[name]) for name in mine]
+        for name, digest in zip(mine, digests, strict=True):
+            try:
+                if digest.result() != expected[name]["sha256"]:
+                    yield f"{name} holds other bytes than were written"
+            except OSError as error:  # a disk that gives up
+                yield f"{name} cannot be read: {error.strerror or error}"

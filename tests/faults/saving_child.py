@@ -1,0 +1,19 @@
+"""Saves steps 1, 2, .. of a model of some 30 MB until it is killed; says when each starts and ends.
+
+Started by test_kill.py, as `python -m tests.faults.saving_child WORKDIR`.
+"""
+
+import sys
+
+from llama_jax.checkpoint import Meta
+from llama_jax.checkpointer import Checkpointer
+from tests.faults.test_kill import CONFIG, state_of
+
+with Checkpointer(sys.argv[1], CONFIG) as saver:
+    first = (saver.newest_good_step() or 0) + 1
+    for step in range(first, first + 1000):
+        state = state_of(step)
+        print(f"saving {step}", flush=True)
+        saver.save(state, Meta(CONFIG, step, "made up", b"tokenizer"))
+        saver.wait()
+        print(f"saved {step}", flush=True)

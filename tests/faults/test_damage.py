@@ -1,0 +1,184 @@
+"""Rows 8 to 11 of docs/reliability.md: files that are not as they were written, other meshes."""
+
+import collections
+import random
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from llama_jax.checkpoint import Meta
+from llama_jax.checkpointer import Checkpointer
+from llama_jax.errors import UserError
+from llama_jax.fingerprint import fingerprint
+from llama_jax.step import jit_step
+from tests.helpers import TINY, flip_bit, made_state, mesh_of, random_params
+
+MESHES = {8: (2, 2, 1, 2), 4: (1, 2, 1, 2), 1: (1, 1, 1, 1)}
+
+
+def state_of(step):
+    return made_state(TINY, random_params(TINY.model, seed=step), step)
+
+
+def shardings(shape):
+    mesh = mesh_of(shape)
+    with jax.set_mesh(mesh):
+        return jit_step(TINY, mesh).state_shardings
+
+
+def save(workdir, state, step):
+    with Checkpointer(workdir, TINY) as saver:
+        saver.save(state, Meta(TINY, step, "made up", b"tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Steps 4 and 8, saved on 8 devices."""
+    workdir = tmp_path_factory.mktemp("damage") / "run"
+    for step in (4, 8):
+        save(workdir, jax.device_put(state_of(step), shardings(MESHES[8])), step)
+    return workdir
+
+
+def files_of(workdir, step):
+    folder = workdir / "checkpoints" / str(step)
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def restored(workdir):
+    """The step that a run would go on from, and its state; what it says goes to stdout."""
+    with Checkpointer(workdir, TINY) as saver:
+        step = saver.newest_good_step()
+        return step, saver.restore(step, shardings(MESHES[1]))
+
+
+def is_found(workdir, path, capsys):
+    """Whether damage to a file of step 8 is told with its name, and step 4 used."""
+    name = path.relative_to(workdir / "checkpoints" / "8").as_posix()
+    capsys.readouterr()
+    with Checkpointer(workdir, TINY) as saver:
+        step = saver.newest_good_step()
+    said = capsys.readouterr().out
+    aside = workdir / "checkpoints" / "8.damaged"
+    found = step == 4 and f"damaged checkpoint 8: {name} " in said and aside.exists()
+    if aside.exists():
+        aside.rename(workdir / "checkpoints" / "8")
+    return found
+
+
+@pytest.mark.parametrize("flips", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_flipped_bits(saved, tmp_path, capsys, flips):
+    """Random bits of random files: each is found, none is restored."""
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    files, choose = files_of(workdir, 8), random.Random(flips)
+    found = collections.Counter()
+    for _ in range(flips):
+        path = choose.choice([path for path in files if path.stat().st_size])
+        position = choose.randrange(8 * path.stat().st_size)
+        flip_bit(path, position)
+        found[is_found(workdir, path, capsys)] += 1
+        flip_bit(path, position)
+    print(f"flipped bits found: {found[True]} of {flips}, over {len(files)} files")
+    assert found == {True: flips}
+    flip_bit(path, position)
+    step, state = restored(workdir)
+    assert step == 4
+    jax.tree.map(np.testing.assert_array_equal, state, state_of(4))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def delete(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("harm", [cut, empty, zero, delete])
+def test_every_file_cut_emptied_zeroed_or_deleted(saved, tmp_path, capsys, harm):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    files = [path for path in files_of(workdir, 8) if path.stat().st_size]
+    assert len(files) > 15
+    missed = []
+    for path in files:
+        good = path.read_bytes()
+        harm(path)
+        if not is_found(workdir, path, capsys):
+            missed.append(path)
+        path.write_bytes(good)
+    assert missed == []
+    assert restored(workdir)[0] == 8
+
+
+def partial(folder):
+    """As a copy that was broken off: half of the files are there."""
+    for path in files_of(folder.parent.parent, 8)[::2]:
+        path.unlink()
+
+
+def half_deleted(folder):
+    """As a deletion by an older version, which was killed."""
+    shutil.rmtree(folder / "meta")
+    shutil.rmtree(folder / "params" / "d")
+
+
+def hollow(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+@pytest.mark.parametrize("harm", [partial, half_deleted, hollow])
+def test_a_folder_that_is_not_whole(saved, tmp_path, capsys, harm):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    harm(workdir / "checkpoints" / "8")
+    step, state = restored(workdir)
+    assert step == 4
+    assert "damaged checkpoint 8: " in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, state, state_of(4))
+
+
+def test_what_interrupted_saves_and_deletions_leave(saved, tmp_path, capsys):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    folder = workdir / "checkpoints"
+    names = ("12.saving", "12.saving.orbax-checkpoint-tmp", "16.orbax-checkpoint-tmp", "2.deleting")
+    for name in names:
+        shutil.copytree(folder / "8", folder / name)
+    assert restored(workdir)[0] == 8
+    assert sorted(path.name for path in folder.iterdir()) == ["4", "8"]
+    assert "cleaned 4 unfinished" in capsys.readouterr().out
+
+
+def test_when_all_is_damaged_nothing_is_touched(saved, tmp_path):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    for step in (4, 8):
+        cut(max(files_of(workdir, step), key=lambda path: path.stat().st_size))
+    before = [(path, path.stat().st_mtime_ns) for path in sorted(workdir.rglob("*/*/*"))]
+    with pytest.raises(UserError, match="no good checkpoint is left"):
+        restored(workdir)
+    assert before == [(path, path.stat().st_mtime_ns) for path in sorted(workdir.rglob("*/*/*"))]
+
+
+def test_from_8_devices_to_4_to_1_and_back(saved, tmp_path):
+    """The same bits on every mesh, and the same fingerprint, each saved by the one before."""
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    step, prints = 8, []
+    for devices in (4, 1, 8):
+        with Checkpointer(workdir, TINY) as saver:
+            assert saver.newest_good_step() == step
+            state = saver.restore(step, shardings(MESHES[devices]))
+        assert len(state.params["embed"].sharding.device_set) == devices
+        prints.append(fingerprint(state))
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), state_of(8))
+        step += 1
+        save(workdir, state, step)
+    assert prints[0] == prints[1] == prints[2] == fingerprint(state_of(8))

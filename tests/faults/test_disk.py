@@ -1,0 +1,199 @@
+"""Rows 6 and 7 of docs/reliability.md: a disk that is full, read-only or gone, while training."""
+
+import contextlib
+import json
+import re
+import resource
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from llama_jax import train as train_lib
+from llama_jax.checkpoint import verify
+from llama_jax.errors import UserError
+from llama_jax.train import train
+from tests.helpers import TINY, replace
+
+# Saves at 2, 4, .. 12; the fault begins in step 6 and ends in step 9.
+CONFIG = replace(TINY, train__steps=12, train__checkpoint_every=2, train__eval_every=100)
+
+
+def mount(*arguments):
+    """Whether it could be mounted, which needs root."""
+    return subprocess.run(["mount", *map(str, arguments)], capture_output=True).returncode == 0
+
+
+class FullDisk:
+    """A tmpfs of 8 MB over the whole work directory, filled up but for so many bytes."""
+
+    reason = "No space left|the disk has 0.00 GB free"
+
+    def __init__(self, workdir, left):
+        self.ballast, self.left = workdir / "ballast", left
+        self.mounted = mount("-t", "tmpfs", "-o", "size=8m", "tmpfs", workdir)
+        self.limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if not self.mounted:
+            self.reason = "File too large"
+
+    def begin(self):
+        if not self.mounted:  # without root: no file may grow beyond this
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, self.limit[1]))
+            return
+        with contextlib.suppress(OSError), self.ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        with self.ballast.open("r+b") as file:
+            file.truncate(max(0, self.ballast.stat().st_size - self.left))
+
+    def end(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.limit)
+        self.ballast.unlink(missing_ok=True)
+
+
+class ReadOnly:
+    """The checkpoints' folder, mounted over itself, becomes read-only."""
+
+    reason = "Read-only file system"
+
+    def __init__(self, workdir):
+        self.folder = workdir / "checkpoints"
+        self.folder.mkdir()
+        self.mounted = mount("--bind", self.folder, self.folder)
+        if not self.mounted:
+            self.reason = "Permission denied"
+
+    def begin(self):
+        if self.mounted:
+            assert mount("-o", "remount,bind,ro", self.folder)
+        else:
+            self.folder.chmod(0o555)
+
+    def end(self):
+        if self.mounted:
+            assert mount("-o", "remount,bind,rw", self.folder)
+        else:
+            self.folder.chmod(0o755)
+
+
+class Lost:
+    """Something else stands where the checkpoints were."""
+
+    reason = "File exists|Not a directory"
+
+    def __init__(self, workdir):
+        self.folder, self.away = workdir / "checkpoints", workdir / "away"
+
+    def begin(self):
+        self.folder.rename(self.away)
+        self.folder.write_text("")
+
+    def end(self):
+        self.folder.unlink()
+        self.away.rename(self.folder)
+
+
+FAULTS = {
+    "full": lambda workdir: FullDisk(workdir, 0),
+    "fills up": lambda workdir: FullDisk(workdir, 500_000),
+    "read-only": ReadOnly,
+    "lost": Lost,
+}
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    yield folder
+    for path in (folder / "checkpoints", folder):
+        subprocess.run(["umount", path], capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return jax.device_get(train(CONFIG, tmp_path_factory.mktemp("twin") / "run"))
+
+
+def until(what):
+    deadline = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def nothing_is_saving(folder):
+    return not folder.is_dir() or not list(folder.glob("*.saving*"))
+
+
+def during(monkeypatch, workdir, first, begin, last, end):
+    """Runs `begin` and `end` as these batches are taken, between the saves in the background."""
+    stream, folder = train_lib.stream, workdir / "checkpoints"
+
+    def disturbed(source, start, *rest):
+        for step, batch in enumerate(stream(source, start, *rest), start=start + 1):
+            if step == first:
+                until((folder / str((step - 1) // 2 * 2)).exists)
+                begin()
+            if step == last:
+                until(lambda: nothing_is_saving(folder))
+                end()
+            yield batch
+
+    monkeypatch.setattr(train_lib, "stream", disturbed)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own
+@pytest.mark.parametrize("kind", FAULTS)
+def test_training_goes_on(kind, workdir, undisturbed, monkeypatch, capsys):
+    """Steps 6 and 8 cannot be saved; the run ends with the same bits as one without a fault."""
+    fault = FAULTS[kind](workdir)
+    during(monkeypatch, workdir, 6, fault.begin, 9, fault.end)
+    state = jax.device_get(train(CONFIG, workdir))
+    jax.tree.map(np.testing.assert_array_equal, state, undisturbed)
+    said = capsys.readouterr().out
+    warnings = re.findall("warning: saving .*", said)
+    for step, line in zip((6, 8), warnings, strict=True):
+        assert f"saving step {step} to {workdir}/checkpoints failed: " in line
+        assert any(reason in line for reason in fault.reason.split("|")), line
+    names = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+    assert names == ["10", "12", "4"]
+    assert verify(train_lib.epath.Path(workdir))
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_run_ends_by_policy_and_goes_on_from_the_last_good_step(
+    workdir, undisturbed, monkeypatch, capsys
+):
+    fault = FAULTS["full"](workdir)
+    with monkeypatch.context() as patch:
+        during(patch, workdir, 6, fault.begin, 99, None)
+        with pytest.raises(UserError, match=r"saving to .* failed: .*step 4 is the newest"):
+            train(replace(CONFIG, train__max_failed_saves=1), workdir)
+    fault.end()
+    state = jax.device_get(train(replace(CONFIG, train__max_failed_saves=1), workdir))
+    assert "resume  from step 4" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, state, undisturbed)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_last_save_must_work(workdir, monkeypatch):
+    fault = FAULTS["full"](workdir)
+    during(monkeypatch, workdir, 11, fault.begin, 99, None)
+    with pytest.raises(UserError, match=r"saving to .* failed: .*step 10 is the newest"):
+        train(CONFIG, workdir)
+
+
+def test_a_place_that_is_read_only_is_told_before_the_first_step(workdir, monkeypatch):
+    fault = ReadOnly(workdir)
+    fault.begin()
+    monkeypatch.setattr(train_lib, "run_loop", lambda *_: pytest.fail("it started"))
+    with pytest.raises(
+        UserError, match=f"cannot be saved to {workdir}/checkpoints: .*{fault.reason}"
+    ):
+        train(CONFIG, workdir)
+    fault.end()

@@ -1,0 +1,68 @@
+"""Row 12 of docs/reliability.md: another number of hosts, and damage that one of them reads."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llama_jax import manifest
+from tests.faults.test_damage import files_of
+from tests.helpers import ROOT, flip_bit
+from tests.test_processes import free_port
+
+DEVICES = 8
+
+
+def run(workdir, processes):
+    """Runs the child on so many processes; returns what each said."""
+    port = free_port()
+    children = []
+    for number in range(processes):
+        env = {
+            **os.environ,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        if processes > 1:
+            env |= {
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(number),
+            }
+        child = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.hosts_child", workdir],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        children.append(child)
+    outputs = [child.communicate(timeout=300) for child in children]
+    assert [child.returncode for child in children] == [0] * processes, outputs
+    return [out for out, _ in outputs]
+
+
+def state_in(output):
+    line = next(line for line in output.splitlines() if line.startswith("state "))
+    return json.loads(line.removeprefix("state "))
+
+
+@pytest.mark.slow  # five starts of a process
+def test_hosts_2_to_1_to_2_and_damage_that_one_of_them_reads(tmp_path):
+    first, second = map(state_in, run(tmp_path, 2))
+    assert first == second and first[:2] == [0, 2]
+    (alone,) = map(state_in, run(tmp_path, 1))
+    assert alone == [1, 1, first[2]]
+    # Process 1 reads every second file of the manifest.
+    files = [path for path in files_of(tmp_path, 2) if path.name != manifest.NAME]
+    flip_bit(files[1], 3)
+    outputs = run(tmp_path, 2)
+    assert [state_in(output) for output in outputs] == [[1, 2, first[2]]] * 2
+    name = files[1].relative_to(tmp_path / "checkpoints" / "2").as_posix()
+    assert f"damaged checkpoint 2: {name} holds other bytes" in outputs[0]
+    assert "damaged" not in outputs[1]
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["1", "2", "2.damaged"]

@@ -1,0 +1,105 @@
+import json
+
+import pytest
+from etils import epath
+
+from llama_jax import manifest
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with files of several sizes, in folders of their own, and its manifest."""
+    folder = epath.Path(tmp_path) / "7"
+    for name, size in (("a", 3), ("d/b", 1000), ("d/e/c", 0), ("meta/metadata", 40)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(bytes(i % 251 for i in range(size)))
+    manifest.write(folder)
+    return folder
+
+
+def test_it_lists_every_file(folder):
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert list(files) == ["a", "d/b", "d/e/c", "meta/metadata"]
+    assert files["d/b"]["bytes"] == 1000 and files["d/e/c"]["bytes"] == 0
+    assert manifest.damage(folder) == ""
+    manifest.write(folder)  # again: it is not in itself
+    assert manifest.damage(folder) == ""
+
+
+def test_every_bit_of_every_file(folder):
+    names = [*json.loads((folder / "manifest.json").read_text())["files"], "manifest.json"]
+    for name in names:
+        path = folder / name
+        good = path.read_bytes()
+        for position in range(0, len(good) * 8, 7):  # 7: every bit of a byte in turn
+            bad = bytearray(good)
+            bad[position // 8] ^= 1 << position % 8
+            path.write_bytes(bad)
+            assert manifest.damage(folder).startswith(name), (name, position)
+        path.write_bytes(good)
+    assert manifest.damage(folder) == ""
+
+
+def test_missing_cut_and_grown(folder):
+    data = (folder / "d" / "b").read_bytes()
+    (folder / "d" / "b").unlink()
+    assert manifest.damage(folder) == "d/b is missing"
+    (folder / "d" / "b").write_bytes(data[:10])
+    assert manifest.damage(folder) == "d/b has 10 bytes, 1000 were written"
+    (folder / "d" / "b").write_bytes(data + b"\0")
+    assert manifest.damage(folder) == "d/b has 1001 bytes, 1000 were written"
+    (folder / "d" / "b").write_bytes(bytes(1000))
+    assert manifest.damage(folder) == "d/b holds other bytes than were written"
+
+
+def test_a_file_that_cannot_be_read(folder, monkeypatch):
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(manifest, "_sha256", fail)
+    assert manifest.damage(folder) == "a cannot be read: Input/output error"
+
+
+def test_a_quick_check_reads_small_files_only(folder, monkeypatch):
+    monkeypatch.setattr(manifest, "QUICK_BYTES", 100)
+    (folder / "d" / "b").write_bytes(bytes(1000))
+    assert manifest.damage(folder, quick=True) == ""
+    (folder / "a").write_bytes(b"xyz")
+    assert manifest.damage(folder, quick=True) == "a holds other bytes than were written"
+
+
+def test_the_parts_are_the_whole(folder):
+    for name in ("a", "d/b", "meta/metadata"):
+        good = (folder / name).read_bytes()
+        (folder / name).write_bytes(bytes(255 - b for b in good))
+        found = [manifest.damage(folder, (index, 3)) for index in range(3)]
+        assert sorted(map(bool, found)) == [False, False, True], name
+        (folder / name).write_bytes(good)
+
+
+def test_without_a_manifest(folder):
+    (folder / "manifest.json").unlink()
+    (folder / "meta" / "metadata").write_text('{"step": 7}')
+    assert manifest.is_unverified(folder) and manifest.damage(folder) == ""
+    # A step that was saved with one must have it.
+    (folder / "meta" / "metadata").write_text('{"step": 7, "fingerprint": {}}')
+    assert not manifest.is_unverified(folder)
+    assert manifest.damage(folder) == "manifest.json is missing"
+    (folder / "meta" / "metadata").write_text("{")
+    assert manifest.damage(folder) == "manifest.json is missing"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"files": 3}', '{"files": {"../x": {}}}', "\udcff"]
+)
+def test_a_manifest_that_is_none(folder, text):
+    (folder / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert manifest.damage(folder) == "manifest.json is not as it was written"
+
+
+def test_names_do_not_leave_the_folder(folder):
+    """A manifest made up to name a file elsewhere: nothing there is opened."""
+    (folder.parent / "secret").write_text("x")
+    entry = {"bytes": 1, "sha256": manifest._sha256(folder.parent / "secret")}
+    (folder / "manifest.json").write_text(manifest._encode({"../secret": entry}))
+    assert manifest.damage(folder) == "../secret is missing"

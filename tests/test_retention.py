@@ -1,0 +1,86 @@
+import json
+
+import pytest
+from etils import epath
+
+from llama_jax import retention
+from tests.helpers import TINY, replace
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return epath.Path(tmp_path)
+
+
+def make(directory, losses):
+    """Steps 10, 20, .. with these validation losses."""
+    for number, loss in enumerate(losses, start=1):
+        meta = directory / str(10 * number) / "meta"
+        meta.mkdir(parents=True)
+        (meta / "metadata").write_text(json.dumps({"eval_loss": loss}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"keep_checkpoints": 2}, [50, 60]),
+        ({"keep_checkpoints": 9}, [10, 20, 30, 40, 50, 60]),
+        ({"keep_checkpoints": 1, "keep_every": 20}, [20, 40, 60]),
+        ({"keep_checkpoints": 1, "keep_every": 7}, [60]),
+        ({"keep_checkpoints": 1, "keep_best": 1}, [30, 60]),
+        ({"keep_checkpoints": 1, "keep_best": 2, "keep_every": 50}, [10, 30, 50, 60]),
+    ],
+)
+def test_what_is_kept(directory, changes, kept):
+    make(directory, [2.0, 3.0, 1.0, None, float("nan"), 2.5])
+    train = replace(TINY, **{f"train__{name}": value for name, value in changes.items()}).train
+    for step in retention.dispensable_steps(directory, train):
+        retention.remove(directory / str(step))
+    assert retention.saved_steps(directory) == kept
+    assert len(list(directory.iterdir())) == len(kept)
+
+
+def test_a_step_that_cannot_say_its_loss_is_no_best(directory):
+    make(directory, [2.0, 1.0, 3.0])
+    (directory / "20" / "meta" / "metadata").write_text("{")
+    train = replace(TINY, train__keep_checkpoints=1, train__keep_best=1).train
+    assert retention.dispensable_steps(directory, train) == [20]
+
+
+def test_a_deletion_that_is_interrupted_leaves_no_step(directory, monkeypatch):
+    make(directory, [1.0, 2.0])
+
+    def killed(self, **_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(directory), "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            retention.remove(directory / "10")
+    assert retention.saved_steps(directory) == [20]
+    assert retention.clean(directory) == ["10.deleting"]
+    assert [path.name for path in directory.iterdir()] == ["20"]
+
+
+def test_only_what_is_unfinished_is_cleaned(directory):
+    make(directory, [1.0])
+    unfinished = [
+        "5.saving",
+        "5.saving.orbax-checkpoint-tmp",
+        "6.orbax-checkpoint-tmp-17",
+        "7.deleting",
+    ]
+    for name in (*unfinished, "8.damaged", "9.mine", "notes"):
+        (directory / name / "params").mkdir(parents=True)
+    assert retention.clean(directory, 5) == unfinished[:2]
+    assert retention.clean(directory) == unfinished[2:]
+    left = sorted(path.name for path in directory.iterdir())
+    assert left == ["10", "8.damaged", "9.mine", "notes"]
+
+
+def test_setting_aside_keeps_what_was_set_aside_before(directory):
+    for name in ("10.damaged", "10.damaged.1"):
+        make(directory, [1.0])
+        assert retention.set_aside(directory / "10").name == name
+    assert retention.saved_steps(directory) == []
+    assert retention.saved_steps(directory / "nothing") == []
