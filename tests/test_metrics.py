@@ -174,3 +174,24 @@ def test_tensorboard_files_hold_the_numbers(tmp_path):
         found |= {(event.step, v.tag): v.simple_value for v in event.summary.value}
         data = data[16 + size :]
     assert found == {(7, "loss"): 2.5}
+
+
+def test_a_record_that_cannot_be_written_ends_no_run(capsys):
+    class Full:
+        def write(self, step, record):
+            raise OSError(28, "No space left on device")
+
+    class Seen(list):
+        def write(self, step, record):
+            self.append(step)
+
+        def close(self):
+            self.append("closed")
+
+    seen, full = Seen(), Full()
+    full.close = lambda: full.write(0, {})
+    log = metrics.Metrics([full, seen], None)
+    log.write(3, {"eval_loss": 1.0})
+    log.close()
+    assert seen == [3, "closed"]
+    assert "warning: step 3 could not be logged: [Errno 28] No space" in capsys.readouterr().out
