@@ -1,5 +1,6 @@
 import dataclasses
 import gc
+import json
 import shutil
 import types
 
@@ -55,7 +56,10 @@ def assert_same_bits(left, right):
 
 def test_a_step_from_before_skips_were_counted_comes_back(saved, compiled, tmp_path):
     workdir = shutil.copytree(saved[0], tmp_path / "old")
-    shutil.rmtree(workdir / "checkpoints" / "3" / "skips")
+    folder = workdir / "checkpoints" / "3"
+    shutil.rmtree(folder / "skips")
+    described = json.loads((folder / "meta" / "metadata").read_text())
+    (folder / "meta" / "metadata").write_text(json.dumps({**described, "fingerprint": {}}))
     with Checkpointer(workdir, CONFIG) as saver:
         restored = saver.restore(3, compiled[1].state_shardings)
     assert_same_bits(restored, saved[1].replace(skips=no_skips()))
