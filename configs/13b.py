@@ -13,7 +13,7 @@ Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/13b.py --topology=v5p-256 --config.mesh.data=2 \\
       --config.model.remat=save:mlp_up
     63.6 of 95.7 GiB a chip; predicted 9.90 s a step, 3,311 tokens/s/chip,
-    MFU 56.3% (6N), 27 days, 83,897 chip hours.
+    MFU 56.3% (6N), 27 days, 83,888 chip hours.
   python -m llama_jax.plan --config=configs/13b.py --topology=h100:32x8 --xla_preset=hopper \\
       --config.model.remat=save:q,k,v,attn_context,mlp_gate,mlp_up \\
       --config.train.grad_accum=2

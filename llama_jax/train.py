@@ -257,8 +257,6 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
             check_workdir(config, workdir)
             with stop.at_once():
                 data = open_data(config, workdir / "data")
-            if data.tokenizer is not None:
-                data.tokenizer.save(workdir / "tokenizer.model")
         multihost_utils.sync_global_devices("work directory")
         if jax.process_index() > 0:
             data = open_data(config, workdir / "data")
@@ -266,6 +264,9 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
         goodput = Goodput(workdir / "goodput.json" if jax.process_index() == 0 else None)
         with Checkpointer(workdir, config) as saver:
             state = initial_state(compiled, saver, data, config)
+            # Only now: a run that is refused leaves the other one's as it was.
+            if data.tokenizer is not None and jax.process_index() == 0:
+                data.tokenizer.save(workdir / "tokenizer.model")
             start = int(state.step)
             if start < config.train.steps:
                 device = mesh.devices.flat[0]

@@ -169,6 +169,8 @@ def test_another_tokenizer_of_the_same_size_is_refused(run, config, corpus, tmp_
     assert open_data(told, epath.Path("unused")).tokenizer is not None
     with pytest.raises(UserError, match=r"another run \(tokenizer's sha256 is \w{16}, now \w{16}"):
         train_lib.train(told, workdir)
+    kept = (run / "tokenizer.model").read_bytes()
+    assert (workdir / "tokenizer.model").read_bytes() == kept
 
 
 def test_other_data_are_written_down_with_the_step(run, config, tmp_path, capsys):
