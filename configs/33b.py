@@ -12,8 +12,8 @@ Expect: the paper took 530,432 A100-80GB hours, 733 tokens/s/GPU by its own figu
 Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/33b.py --topology=v5p-512 --config.mesh.data=2 \\
       --config.model.remat=save:mlp_up
-    60.1 of 95.7 GiB a chip; predicted 13.90 s a step, 1,179 tokens/s/chip,
-    MFU 50.1% (6N), 54 days, 329,903 chip hours.
+    60.0 of 95.7 GiB a chip; predicted 13.90 s a step, 1,179 tokens/s/chip,
+    MFU 50.1% (6N), 54 days, 329,872 chip hours.
   python -m llama_jax.plan --config=configs/33b.py --topology=h100:128x8 \\
       --xla_preset=hopper --config.model.remat=save:q,k,v,attn_context,mlp_gate,mlp_up \\
       --config.mesh.data=4

@@ -13,16 +13,16 @@ Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/65b.py --topology=v5p-1024 --config.mesh.data=2 \\
       --config.model.remat=save:mlp_gate,mlp_up
     74.3 of 95.7 GiB a chip; predicted 12.40 s a step, 661 tokens/s/chip,
-    MFU 56.4% (6N), 48 days, 588,760 chip hours.
+    MFU 56.4% (6N), 48 days, 588,683 chip hours.
   python -m llama_jax.plan --config=configs/65b.py --topology=v4-2048 --config.mesh.data=2 \\
       --config.model.remat=save:mlp_up
     25.6 of 30.8 GiB a chip; predicted 12.68 s a step, 323 tokens/s/chip,
-    MFU 46.0% (6N), 49 days, 1,203,706 chip hours.
+    MFU 46.0% (6N), 49 days, 1,203,707 chip hours.
   python -m llama_jax.plan --config=configs/65b.py --topology=a100-80g:256x8 \\
       --xla_preset=ampere --config.model.remat=save:q,k,v,attn_context,mlp_gate,mlp_up \\
       --config.mesh.data=8
     35.8 of 71.3 GiB a chip; predicted 4.59 s a step, 446 tokens/s/chip,
-    MFU 56.0% (6N), 18 days, 871,579 chip hours.
+    MFU 56.0% (6N), 18 days, 871,551 chip hours.
 """
 
 import ml_collections
