@@ -87,13 +87,14 @@ if [[ $dry_run ]]; then
   exit 0
 fi
 
-pids=() signals=0
+pids=() signals=0 asked=0
 # shellcheck disable=SC2317,SC2329  # the trap calls it
 stop() {
   signals=$((signals + 1))
   local signal=TERM
   ((signals == 1)) || signal=KILL
   for pid in "${pids[@]}"; do kill -"$signal" "$pid" 2>/dev/null; done
+  asked=${#pids[@]}
 }
 trap stop TERM INT
 
@@ -111,6 +112,8 @@ for ((i = 0; i < processes; i++)); do
   env "${environ[@]}" "${command[@]}" \
     > >(prefix "[$i] ") 2>&1 &
   pids+=($!)
+  # The signal may have come between the two: then nobody has asked this one.
+  ((signals == 0 || ${#pids[@]} == asked)) || kill -TERM "$!" 2>/dev/null
 done
 
 exec 3>&2 2>/dev/null # the shell's own report of each process that was killed

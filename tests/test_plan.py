@@ -13,6 +13,7 @@ from llama_jax.ahead import lower_step, with_slices
 from llama_jax.chips import GIB, chip_named
 from llama_jax.errors import UserError
 from llama_jax.plan import plan, table
+from llama_jax.skips import no_skips
 from llama_jax.step import abstract_state
 from llama_jax.topology import Topology
 from tests import plans
@@ -41,8 +42,10 @@ def test_the_plan_counts_what_is_there(eight):
     assert json.loads(json.dumps(result)) == result
     state = abstract_state(CONFIG)
     matrices = sum(leaf.size for leaf in jax.tree.leaves(state.params)) - 5 * 32
-    # Weights and two moments over 8 devices, norms and counters whole, tokens over 4.
+    # Weights and two moments over 8 devices, norms and counters whole, tokens over 4; and what was
+    # skipped and usual.
     expected = 3 * 4 * (matrices / 8 + 5 * 32) + 3 * 4 * 32 * 16 / 4 + 12
+    expected += sum(leaf.nbytes for leaf in jax.tree.leaves(no_skips()))
     sizes = result["bytes_per_chip"]
     assert sizes["arguments"] == pytest.approx(expected, rel=0.01)
     assert sizes["total"] == sizes["arguments"] + sizes["temporaries"]

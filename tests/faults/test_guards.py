@@ -10,6 +10,7 @@ from etils import epath
 
 from llama_jax import train as train_lib
 from llama_jax.checkpoint import Meta
+from llama_jax.checkpointer import Checkpointer
 from llama_jax.data.loader import SyntheticBatches
 from llama_jax.data.pipeline import TrainingData, open_data
 from llama_jax.data.prepare import prepare
@@ -196,7 +197,7 @@ def test_moments_of_another_dtype_are_not_cast(run, config, moment_dtype):
     mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
     place = jax.sharding.NamedSharding(mesh, jax.P())
     shardings = jax.tree.map(lambda _: place, abstract_state(other))
-    with train_lib.checkpoint_lib.Checkpointer(run, other) as saver:
+    with Checkpointer(run, other) as saver:
         if moment_dtype == "float32":
             assert int(saver.restore(3, shardings).step) == 3
         else:

@@ -79,6 +79,7 @@ def test_while_it_saves(corpus, tmp_path):
     assert newest == stopped_at(out)
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_one_of_two_stops_both_at_the_same_step(corpus, tmp_path):
     pair = start_train(corpus, tmp_path / "run", *ENDLESS, NO_EVAL, processes=2)
     read_until(pair[0], "step +2/")
@@ -105,6 +106,7 @@ def test_a_second_job_in_the_same_directory_refuses(corpus, tmp_path):
     assert end(third)[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_in_bounded_time(corpus, tmp_path, victim):
     pair = start_train(corpus, tmp_path / "run", *ENDLESS, NO_EVAL, processes=2)
@@ -118,8 +120,10 @@ def test_a_killed_process_ends_the_other_in_bounded_time(corpus, tmp_path, victi
     assert "another task died" in errors  # JAX says so
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_noticed(corpus, tmp_path):
-    flags = (*ENDLESS, NO_EVAL, "--config.train.step_timeout=10")
+    """By the watchdog, or by the heartbeats that it misses, whatever comes first."""
+    flags = (*ENDLESS, NO_EVAL, "--config.train.step_timeout=20")
     pair = start_train(corpus, tmp_path / "run", *flags, processes=2)
     read_until(pair[0], "step +2/")
     os.kill(pair[1].pid, signal.SIGSTOP)
@@ -128,6 +132,6 @@ def test_a_process_that_hangs_is_noticed(corpus, tmp_path):
     finally:
         pair[1].kill()
         pair[1].communicate()
-    assert status == 1, errors
-    assert "error: no sign of life for 10 s, in step" in errors
+    assert status not in (0, -signal.SIGKILL), errors
+    assert "error: no sign of life for 20 s, in step" in errors or "another task died" in errors
     assert "Thread 0x" in errors
