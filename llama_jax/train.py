@@ -197,7 +197,8 @@ def run_loop(
     goodput.enter("step")
     log.start(start)
     for step in range(start, train.steps + 1):
-        i.watchdog.beat(f"step {step + 1}")
+        # What the first step does is waited for in the second.
+        i.watchdog.beat(f"step {step + 1}", compiles=step <= start + 1)
         if profiler.turns(step + 1):
             log.flush()
             profiler.turn(step + 1, state)

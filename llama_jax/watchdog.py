@@ -26,9 +26,9 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         return self
 
-    def beat(self, what: str) -> None:
-        """Says that the process lives, and what it does next."""
-        self._what, self._left_s = what, self._timeout_s
+    def beat(self, what: str, *, compiles: bool = False) -> None:
+        """Says that the process lives, and what it does next; to compile takes ten times as long."""
+        self._what, self._left_s = what, self._timeout_s * (10 if compiles else 1)
         if self._timeout_s and not self._thread.is_alive():
             self._thread.start()
 
@@ -40,10 +40,10 @@ class Watchdog:
 
     def _give_up(self) -> None:
         print(
-            f"error: no sign of life for {self._timeout_s:g} s, in {self._what}; another process "
-            "of the job may have died or hang. The stacks of this process follow. The same command "
-            "goes on from the last checkpoint; if it is only slow, with a larger "
-            "train.step_timeout",
+            f"error: no sign of life in {self._what} for longer than {self._timeout_s:g} s (where "
+            "it compiles, ten times that); another process of the job may have died or hang. The "
+            "stacks of this process follow. The same command goes on from the last checkpoint; if "
+            "it is only slow, with a larger train.step_timeout",
             file=sys.stderr,
             flush=True,
         )

@@ -122,8 +122,7 @@ def test_a_killed_process_ends_the_other_in_bounded_time(corpus, tmp_path, victi
 
 @pytest.mark.slow
 def test_a_process_that_hangs_is_noticed(corpus, tmp_path):
-    """By the watchdog, or by the heartbeats that it misses, whatever comes first."""
-    flags = (*ENDLESS, NO_EVAL, "--config.train.step_timeout=20")
+    flags = (*ENDLESS, NO_EVAL, "--config.train.step_timeout=10")
     pair = start_train(corpus, tmp_path / "run", *flags, processes=2)
     read_until(pair[0], "step +2/")
     os.kill(pair[1].pid, signal.SIGSTOP)
@@ -133,5 +132,6 @@ def test_a_process_that_hangs_is_noticed(corpus, tmp_path):
         pair[1].kill()
         pair[1].communicate()
     assert status not in (0, -signal.SIGKILL), errors
-    assert "error: no sign of life for 20 s, in step" in errors or "another task died" in errors
+    # Before the heartbeats that it misses are.
+    assert "error: no sign of life in step" in errors and "for longer than 10 s" in errors
     assert "Thread 0x" in errors
