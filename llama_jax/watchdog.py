@@ -27,7 +27,7 @@ class Watchdog:
         return self
 
     def beat(self, what: str, *, compiles: bool = False) -> None:
-        """Says that the process lives, and what it does next; compiling takes up to ten times more."""
+        """Says that the process lives, and what it does next: compiling has ten times as long."""
         self._what, self._left_s = what, self._timeout_s * (10 if compiles else 1)
         if self._timeout_s and not self._thread.is_alive():
             self._thread.start()
