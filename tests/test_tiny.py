@@ -25,7 +25,9 @@ def test_the_tiny_config_learns_python(tmp_path):
     sample = again.stdout.split("what it writes after 'def __init__(self':\n")[1]
     assert sample == process.stdout.split("what it writes after 'def __init__(self':\n")[1]
     assert sample.startswith("def __init__(self")
-    assert_looks_like_python(sample)
+    # One draw is no proof of much: but it is no row of digits, and has a block in it.
+    assert sum(letter.isdigit() for letter in sample) < 0.2 * len(sample), sample
+    assert "\n    " in sample, sample
 
     # Several draws together look like Python: keywords, and blocks indented by four.
     prompts = [f"--prompt={prompt}" for prompt in ("def", "class", "if", "for")]
