@@ -12,7 +12,6 @@ Example:
 
 import base64
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +24,7 @@ from etils import epath
 import llama_jax
 from llama_jax import cli, manifest
 from llama_jax.config import Config, from_json
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, first_line
 from llama_jax.fingerprint import difference, fingerprint
 from llama_jax.retention import saved_steps
 from llama_jax.step import abstract_state
@@ -49,6 +48,8 @@ class Meta:
       tokenizer_files: of imported weights, by name, for tokenizers that are not SentencePiece and
         for the way back (see `interchange`).
       device_kind: of the chips that saved it, such as `NVIDIA H200`; empty for imported weights.
+      eval_loss: validation loss at this step, in nats per token; None where it was not evaluated.
+      fingerprint: of each array of the state, by path (see `fingerprint`); empty for imported ones.
     """
 
     config: Config
@@ -113,7 +114,7 @@ def restore_items(folder: epath.Path, items: dict[str, Any], build: Callable[...
             except UserError:
                 raise
             except Exception as error:  # orbax raises a bare Exception for a damaged array
-                reason = str(error.__cause__ or error).strip().splitlines()[0]
+                reason = first_line(error.__cause__ or error)
                 raise DamagedCheckpoint(f"{folder / name} cannot be read: {reason}") from error
     tree = build(found)
     prints = _saved_fingerprint(folder)
@@ -128,7 +129,7 @@ def restore_items(folder: epath.Path, items: dict[str, Any], build: Callable[...
 def _saved_fingerprint(folder: epath.Path) -> dict[str, int]:
     """Fingerprints that were saved with a step; empty for what has none."""
     try:
-        return json.loads((folder / "meta" / "metadata").read_text()).get("fingerprint", {})
+        return manifest.described(folder).get("fingerprint", {})
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{folder}/meta cannot be read: {error}") from error
 
@@ -146,6 +147,11 @@ def _check_same_arrays(folder: epath.Path, saved: Any, target: Any) -> None:
         raise UserError(f"{folder} holds an array {difference[0]}, this config {difference[1]}")
 
 
+def _steps_folder(path: epath.Path) -> epath.Path:
+    """Where the steps of a work directory are, which may be named itself."""
+    return path if path.name == CHECKPOINTS else path / CHECKPOINTS
+
+
 def find_step(checkpoint: epath.PathLike) -> epath.Path:
     """The step folder that a user means: the newest of a work directory, or the folder itself.
 
@@ -157,7 +163,7 @@ def find_step(checkpoint: epath.PathLike) -> epath.Path:
     path = epath.Path(checkpoint)
     if (path / "params").exists():
         return path
-    folder = path if path.name == CHECKPOINTS else path / CHECKPOINTS
+    folder = _steps_folder(path)
     if not folder.exists():
         raise UserError(f"no checkpoint in {path}: it is neither a work directory nor a saved step")
     steps = saved_steps(folder)
@@ -236,8 +242,8 @@ def verify(path: epath.Path) -> bool:
     if (path / "params").exists() or (path / manifest.NAME).exists():
         folders = [path]
     else:
-        folder = path if path.name == CHECKPOINTS else path / CHECKPOINTS
-        steps = saved_steps(folder) if folder.exists() else []
+        folder = _steps_folder(path)
+        steps = saved_steps(folder)
         if not steps:
             raise UserError(f"no checkpoint in {path}: it has no saved step")
         folders = [folder / str(step) for step in steps]

@@ -28,7 +28,7 @@ from llama_jax.checkpoint import (
     restore_items,
 )
 from llama_jax.config import Config
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, first_line
 from llama_jax.fingerprint import fingerprint
 from llama_jax.skips import Skips, no_skips
 from llama_jax.step import TrainState, abstract_state
@@ -52,12 +52,6 @@ def agreed(text: str) -> str:
     return next(filter(None, texts), "")
 
 
-def _reason(error: BaseException | None) -> str:
-    if error is None:
-        return ""
-    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-
-
 class Checkpointer:
     """Saves asynchronously, keeps what `train.keep_*` say, restores the newest good step.
 
@@ -78,7 +72,6 @@ class Checkpointer:
         self._config = config
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
-        self._saving = 0  # the step that `_thread` writes
         self._error: BaseException | None = None  # of `_thread`
         self._failures = 0  # saves in a row
         self._unsaved = ""  # why the last save failed
@@ -95,7 +88,7 @@ class Checkpointer:
             self._probe()
             names = retention.clean(self._directory)
         except OSError as error:
-            return _reason(error)
+            return first_line(error)
         if names:
             self._say(f"cleaned {len(names)} unfinished checkpoint folder(s): {', '.join(names)}")
         return ""
@@ -172,7 +165,7 @@ class Checkpointer:
             needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
             free = shutil.disk_usage(self._directory).free
         except OSError as error:
-            return _reason(error)
+            return first_line(error)
         if free >= needed:
             return ""
         return f"it takes {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
@@ -193,8 +186,7 @@ class Checkpointer:
                 force=True,
             )
         except SAVE_ERRORS as error:
-            return _reason(error)
-        self._saving = meta.step
+            return first_line(error)
         self._thread = threading.Thread(target=self._finish, args=(meta.step,), name="save")
         self._thread.start()
         return ""
@@ -211,7 +203,7 @@ class Checkpointer:
                     _sync_directory(self._directory)
         except BaseException as error:
             self._error = error
-            self._warn(step, _reason(error))
+            self._warn(step, first_line(error))
             self._clean(step)
             return
         if jax.process_index() == 0:
@@ -228,7 +220,7 @@ class Checkpointer:
             for step in retention.dispensable_steps(self._directory, self._config.train):
                 retention.remove(self.folder(step))
         except OSError as error:
-            self._say(f"warning: an old checkpoint could not be deleted: {_reason(error)}")
+            self._say(f"warning: an old checkpoint could not be deleted: {first_line(error)}")
 
     def _warn(self, step: int, reason: str) -> None:
         count, limit = self._failures + 1, self._config.train.max_failed_saves
@@ -255,7 +247,7 @@ class Checkpointer:
         self._thread = self._error = None
         if error is not None and not isinstance(error, SAVE_ERRORS):
             raise error
-        problem = agreed(_reason(error))
+        problem = agreed("" if error is None else first_line(error))
         if problem:
             self._count(problem)
         else:

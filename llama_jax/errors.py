@@ -12,6 +12,12 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its type, if it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else repr(error)
+
+
 def require(condition: bool, message: str) -> None:
     """Raises `UserError(message)` unless the condition holds."""
     if not condition:

@@ -73,12 +73,21 @@ def _read(folder: epath.Path) -> dict[str, dict[str, Any]] | None:
         return None
 
 
+def described(folder: epath.Path) -> dict[str, Any]:
+    """What a step says about itself (its item `meta`), read without orbax.
+
+    Raises:
+      OSError, ValueError: it is not there, or no JSON.
+    """
+    return json.loads((folder / "meta" / "metadata").read_text())
+
+
 def is_unverified(folder: epath.Path) -> bool:
     """Whether the step was saved by a version that wrote no manifest."""
     if (folder / NAME).exists():
         return False
     try:  # what came with manifests, a step says about itself
-        return "fingerprint" not in json.loads((folder / "meta" / "metadata").read_text())
+        return "fingerprint" not in described(folder)
     except (OSError, ValueError):
         return False
 

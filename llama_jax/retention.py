@@ -7,13 +7,13 @@ name (`8.saving`, `8.deleting`), and is removed at the next start; a damaged ste
 
 import dataclasses
 import datetime
-import json
 import math
 import re
 
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from llama_jax import manifest
 from llama_jax.config import TrainConfig
 
 SAVING = ".saving"
@@ -41,7 +41,7 @@ def saved_steps(directory: epath.Path) -> list[int]:
 def _saved_step(directory: epath.Path, step: int) -> SavedStep:
     """The step with its validation loss, where it has one that can be compared."""
     try:
-        loss = json.loads((directory / str(step) / "meta" / "metadata").read_text())["eval_loss"]
+        loss = manifest.described(directory / str(step))["eval_loss"]
     except (OSError, ValueError, KeyError, TypeError):
         loss = None
     usable = isinstance(loss, float) and math.isfinite(loss)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from llama_jax.chips import CHIPS, Chip, chip_named
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, first_line
 
 GPUS_PER_NODE = 8
 
@@ -157,7 +157,7 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
         with captured():
             described = topologies.get_topology_desc(**options)
     except Exception as error:  # JAX and the plugins raise what they like
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        reason = first_line(error)
         missing = re.search("not (installed|implemented|found|known)|nknown backend", reason)
         extra = "tpu" if chip.torus else "cuda13"
         hint = f"; pip install '.[{extra}]' brings its compiler" if missing else ""

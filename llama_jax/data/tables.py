@@ -8,7 +8,7 @@ from etils import epath
 
 from llama_jax.config import DataConfig
 from llama_jax.data.reading import Part, Reading, texts
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, first_line
 
 
 def parquet_parts(path: epath.Path, size: int, config: DataConfig) -> Iterator[Part]:
@@ -67,7 +67,7 @@ def _tfds_builder(name: str, config: DataConfig) -> Any:
     try:
         return tfds.builder(name, data_dir=config.tfds_data_dir or None)
     except (tfds.core.DatasetNotFoundError, ValueError, OSError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"data.source: cannot open the TFDS dataset {name}: {reason}") from error
 
 

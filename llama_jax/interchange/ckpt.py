@@ -16,7 +16,7 @@ from etils import epath
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import manifest
 from llama_jax.data.vocabularies import with_ends, without_ends
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, first_line
 from llama_jax.interchange import card, formats
 from llama_jax.interchange.formats import Description, is_stacked
 
@@ -85,8 +85,8 @@ class CkptSource:
                 self._block = (path, start, block)
             return block[layer - start]
         except ValueError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{self._folder}/params/{path} cannot be read: {reason}") from error
+            where = f"{self._folder}/params/{path}"
+            raise UserError(f"{where} cannot be read: {first_line(error)}") from error
 
 
 class CkptTarget:
@@ -164,7 +164,7 @@ class CkptTarget:
         try:
             part.write(formats.cast(array, np.float32, path)).result()
         except ValueError as error:  # tensorstore's word for a full disk, too
-            raise UserError(f"{self._params}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{self._params}: {first_line(error)}") from error
 
     def close(self) -> None:
         """Completes the files: every write was waited for."""

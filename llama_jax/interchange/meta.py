@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from llama_jax.config import Config, ModelConfig
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, first_line
 from llama_jax.interchange import formats
 from llama_jax.interchange.formats import Description
 from llama_jax.interchange.hf import DTYPES, groups
@@ -127,7 +127,7 @@ class MetaSource:
             try:
                 piece = torch.load(str(file), map_location="cpu", weights_only=True, mmap=True)
             except (OSError, RuntimeError, ValueError, *_UNPICKLING) as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
                 raise UserError(f"{file} is not a file of weights, or damaged: {reason}") from error
             if not isinstance(piece, dict) or not piece:
                 raise UserError(f"{file} is not a file of weights: it holds no named tensors")
