@@ -1,6 +1,7 @@
 """Small configs, batches and texts, and a way to run the commands."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import random
@@ -240,6 +241,11 @@ def save_checkpoint(folder, config, params, tokenizer_model):
     with Checkpointer(folder, config) as checkpointer:
         checkpointer.save(made_state(config, params), Meta(config, 0, "made up", tokenizer_model))
     return folder
+
+
+def records(workdir):
+    """All that a run wrote to its metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def flip_bit(path, position):

@@ -64,6 +64,22 @@ def _loss(model, batch):
     return logits, (entropy * weights).sum() / weights.sum()
 
 
+def greedy(model, prompts, ends=None):
+    """64 new tokens of each prompt; after an end token, zeros."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
+    output = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=64,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=0,
+    )
+    return output[:, width:].tolist()
+
+
 def logits_and_gradients(config, params, batch):
     """Logits B T V, and the gradient of the weighted mean loss, by their names."""
     model = build(config, params)

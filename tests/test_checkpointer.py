@@ -15,7 +15,7 @@ from llama_jax import manifest
 from llama_jax.checkpoint import DamagedCheckpoint, Meta, load_meta
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.errors import UserError
-from tests.helpers import TINY, flip_bit, made_state, replace
+from tests.helpers import TINY, flip_bit, made_state, records, replace
 
 CONFIG = replace(TINY, train__keep_checkpoints=2)
 META = Meta(CONFIG, 0, "data-1", b"tokenizer")
@@ -53,10 +53,6 @@ def run(two_steps, tmp_path):
 def restore(saver, step):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return saver.restore(step, jax.tree.map(lambda _: device, made_state(CONFIG)))
-
-
-def notes(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 # Saving.
@@ -125,7 +121,7 @@ def test_failed_saves(state, run, monkeypatch, capsys, limit):
     assert len(lines) == 2 * limit + 1
     assert f"saving step 30 to {run}/checkpoints failed: [Errno 28] No space left" in lines[-1]
     assert f"({limit + 1} failed in a row, train.max_failed_saves={limit})" in lines[-1]
-    events = [(note["step"], note["event"]) for note in notes(run)]
+    events = [(note["step"], note["event"]) for note in records(run)]
     assert len(events) == 2 * limit + 1 and events[-1] == (30, "save_failed")
 
 
@@ -220,7 +216,7 @@ def test_a_damaged_step_is_named_and_the_one_before_is_used(state, run, capsys):
     aside = run / "checkpoints" / "8.damaged"
     said = f"damaged checkpoint 8: {reason}; set aside as {aside}, going on from step 4"
     assert said in capsys.readouterr().out
-    assert notes(run) == [
+    assert records(run) == [
         {"step": 4, "event": "checkpoint_damaged", "damaged_step": 8, "reason": reason}
     ]
     assert names(run) == ["4", "8", "8.damaged"]

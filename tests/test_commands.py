@@ -11,7 +11,15 @@ import time
 
 import pytest
 
-from tests.helpers import ROOT, TINY_FLAGS, flip_bit, one_line_error, run_command, start_train
+from tests.helpers import (
+    ROOT,
+    TINY_FLAGS,
+    flip_bit,
+    one_line_error,
+    records,
+    run_command,
+    start_train,
+)
 
 
 def train(corpus, workdir, *flags, **kwargs):
@@ -212,18 +220,10 @@ def test_another_tokenizer(run, corpus, tmp_path):
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(corpus, tmp_path):
-    flags = [*TINY_FLAGS, f"--config.data.source={corpus}", f"--workdir={tmp_path / 'run'}"]
-    flags += ["--config.train.steps=100000", "--config.train.checkpoint_every=100000"]
+    flags = ["--config.train.steps=100000", "--config.train.checkpoint_every=100000"]
     flags += ["--config.train.eval_every=100000", "--stopped_status=75"]
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "llama_jax.train", *flags],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    (started,) = start_train(corpus, tmp_path / "run", *flags, devices=1)
+    with started as process:
         deadline = time.monotonic() + 120
         for line in process.stdout:
             if line.startswith("step "):
@@ -238,8 +238,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(corpus, tmp_path):
 
 
 def losses_of(workdir):
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    numbers = (line for line in lines if "event" not in line)
+    numbers = (line for line in records(workdir) if "event" not in line)
     return {line["step"]: line.get("loss", line.get("eval_loss")) for line in numbers}
 
 

@@ -150,36 +150,22 @@ def test_in_and_out(name, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_generation(name, tmp_path):
     """64 tokens after prompts of unequal lengths, beyond the window; then up to one of two ends."""
-    import torch
-
     from llama_jax.decode import Sampling, generate
+    from tests import hf_reference
 
     model = make(name, tmp_path / "theirs")
     config, params = our_params(HfSource(tmp_path / "theirs"))
     prompts = [[1, 5, 9], [1, *range(20, 50)], [1]]
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
-
-    def theirs(ends):
-        output = model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=64,
-            do_sample=False,
-            eos_token_id=ends,
-            pad_token_id=0,
-        )
-        return output[:, width:].tolist()
 
     def ours(ends):
         sampling = Sampling(max_tokens=64, temperature=0.0)
         return generate(config, params, prompts, sampling, context=CONTEXT, eos_id=ends)
 
-    expected = theirs(None)
+    expected = hf_reference.greedy(model, prompts)
     assert ours(10_000) == expected and len({tuple(row) for row in expected}) == 3
     ends = [expected[0][9], expected[1][5]]
-    for got, want in zip(ours(ends), theirs(ends), strict=True):
+    theirs = hf_reference.greedy(model, prompts, ends)
+    for got, want in zip(ours(ends), theirs, strict=True):
         assert got == want[: len(got)] and (len(got) == 64 or got[-1] in ends)
         assert not any(want[len(got) :])
 

@@ -244,7 +244,6 @@ def test_a_mesh_for_training_is_refused():
     ids=["llama", "grouped", "tied", "window"],
 )
 def test_greedy_equals_transformers(changes):
-    import torch
     import transformers
 
     from tests import hf_reference
@@ -258,17 +257,6 @@ def test_greedy_equals_transformers(changes):
         weights = theirs.state_dict()
         theirs = transformers.MistralForCausalLM(transformers.MistralConfig(**fields)).float()
         theirs.load_state_dict(weights)
-    longest = max(map(len, PROMPTS))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in PROMPTS])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in PROMPTS])
-    output = theirs.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=64,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    expected = output[:, longest:].tolist()
+    expected = hf_reference.greedy(theirs, PROMPTS)
     sampling = Sampling(max_tokens=64, temperature=0.0)
     assert generate(config, params, PROMPTS, sampling, context=256, eos_id=NEVER) == expected

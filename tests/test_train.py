@@ -1,7 +1,6 @@
 """The loop's contract with fakes, and whole runs in this process."""
 
 import dataclasses
-import json
 import shutil
 import signal
 import types
@@ -27,7 +26,7 @@ from llama_jax.sharding import batch_sharding
 from llama_jax.signals import StopRequest
 from llama_jax.train import Instruments, run_loop, train
 from llama_jax.watchdog import Watchdog
-from tests.helpers import TINY, mesh_of, replace, text_config
+from tests.helpers import TINY, mesh_of, records, replace, text_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,10 +193,6 @@ def finished(config, tmp_path_factory):
     """A work directory of 8 steps in one go, and the state at the end."""
     workdir = tmp_path_factory.mktemp("run") / "finished"
     return workdir, jax.device_get(train(config, workdir))
-
-
-def records(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_work_directory(finished, config):

@@ -146,28 +146,33 @@ def _parts(described: Any) -> Iterator[dict[str, Any]]:
             yield from _parts(value)
 
 
+def _whole(described: str) -> Any:
+    """The library's tokenizer; saved so, it would else cut or pad what it encodes."""
+    import tokenizers
+
+    found = tokenizers.Tokenizer.from_str(described)
+    found.no_truncation()
+    found.no_padding()
+    return found
+
+
 class TokenizerJson:
     """A `tokenizer.json`: LLaMA-3's byte-level BPE, or a SentencePiece model in this format."""
 
     def __init__(self, model_bytes: bytes, name: str) -> None:
         """Parses the JSON; raises `UserError` where it is none, or BOS and EOS are unknown."""
         try:
-            import tokenizers
+            described = json.loads(model_bytes)
+            ends = described.pop(ENDS, {})
+            self._json = json.dumps(described)
+            self._tokenizer = _whole(self._json)
         except ImportError as error:
             raise UserError(
                 f"{name} is a tokenizer.json, which the tokenizers library reads: "
                 "pip install 'llama_jax[hf]'"
             ) from error
-        try:
-            described = json.loads(model_bytes)
-            ends = described.pop(ENDS, {})
-            self._json = json.dumps(described)
-            self._tokenizer = tokenizers.Tokenizer.from_str(self._json)
         except Exception as error:  # the library raises a bare Exception
             raise UserError(f"{name} is not a tokenizer.json: {error}") from error
-        # It would else cut or pad what it encodes, if it was saved so.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # their names in a text are text
         self._added = self._tokenizer.get_added_tokens_decoder()
         self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -203,18 +208,11 @@ class TokenizerJson:
     @functools.cached_property
     def _parsing(self) -> Any:
         """The same tokenizer, that takes the names of special tokens for these."""
-        import tokenizers
-
-        found = tokenizers.Tokenizer.from_str(self._json)
-        found.no_truncation()
-        found.no_padding()
-        return found
+        return _whole(self._json)
 
     @functools.cached_property
     def _parsing_marked(self) -> Any:
         """As `_parsing`, but marks are taken out where no special token was found."""
-        import tokenizers
-
         described = json.loads(self._json)
         drop = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}
         rest = [described["normalizer"]] if described.get("normalizer") else []
@@ -222,10 +220,7 @@ class TokenizerJson:
         for token in described["added_tokens"]:
             if token["special"]:  # else looked for once more when the marks are out
                 token["normalized"] = False
-        found = tokenizers.Tokenizer.from_str(json.dumps(described))
-        found.no_truncation()
-        found.no_padding()
-        return found
+        return _whole(json.dumps(described))
 
     def encode(self, text: str, special: bool) -> list[int]:
         """See `Vocabulary`."""

@@ -1,13 +1,13 @@
 """Saves steps 1, 2, .. of a model of some 30 MB until it is killed; says when each starts and ends.
 
-Started by test_kill.py, as `python -m tests.faults.saving_child WORKDIR`.
+Started by test_kill_in_save.py, as `python -m tests.faults.saving_child WORKDIR`.
 """
 
 import sys
 
 from llama_jax.checkpoint import Meta
 from llama_jax.checkpointer import Checkpointer
-from tests.faults.test_kill import CONFIG, state_of
+from tests.faults.test_kill_in_save import CONFIG, state_of
 
 with Checkpointer(sys.argv[1], CONFIG) as saver:
     first = (saver.newest_good_step() or 0) + 1

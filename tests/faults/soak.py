@@ -7,7 +7,6 @@ Example:
 
 import argparse
 import hashlib
-import json
 import pathlib
 import random
 import re
@@ -18,11 +17,13 @@ import time
 
 import jax
 import numpy as np
+from etils import epath
 
-from llama_jax.checkpoint import find_step, load_meta
+from llama_jax.checkpoint import CHECKPOINTS, find_step, load_meta
 from llama_jax.checkpointer import Checkpointer
+from llama_jax.retention import saved_steps
 from llama_jax.step import jit_step
-from tests.helpers import mesh_of, start_train, write_corpus
+from tests.helpers import mesh_of, records, start_train, write_corpus
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)  # kills are what cannot be prepared for
 
@@ -42,8 +43,7 @@ def digest(workdir):
 
 def losses(workdir):
     """The loss of each step, as it was logged last."""
-    lines = map(json.loads, (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return {line["step"]: line["loss"] for line in records(workdir) if "loss" in line}
 
 
 def run_to_end(corpus, workdir, flags, processes, devices):
@@ -87,8 +87,7 @@ def disturb(corpus, workdir, flags, processes, devices, rng, steps):
 
 def newest(workdir):
     """The newest complete step; 0 before there is one."""
-    names = [path.name for path in workdir.glob("checkpoints/*")]
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    return max(saved_steps(epath.Path(workdir) / CHECKPOINTS), default=0)
 
 
 def soak(

@@ -1,7 +1,6 @@
 """Rows 6 and 7 of docs/reliability.md: a disk that is full, read-only or gone, while training."""
 
 import contextlib
-import json
 import re
 import resource
 import subprocess
@@ -15,7 +14,7 @@ from llama_jax import train as train_lib
 from llama_jax.checkpoint import verify
 from llama_jax.errors import UserError
 from llama_jax.train import train
-from tests.helpers import TINY, replace
+from tests.helpers import TINY, records, replace
 
 # Saves at 2, 4, .. 12; the fault begins in step 6 and ends in step 9.
 CONFIG = replace(TINY, train__steps=12, train__checkpoint_every=2, train__eval_every=100)
@@ -161,8 +160,7 @@ def test_training_goes_on(kind, workdir, undisturbed, monkeypatch, capsys):
     names = sorted(path.name for path in (workdir / "checkpoints").iterdir())
     assert names == ["10", "12", "4"]
     assert verify(train_lib.epath.Path(workdir))
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    assert [line["step"] for line in records(workdir) if "loss" in line] == list(range(1, 13))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from llama_jax.checkpoint import find_step
 from llama_jax.errors import UserError
 from llama_jax.skips import explain
 from llama_jax.step import jit_step
-from tests.helpers import TINY, mesh_of, random_batch, replace, text_config
+from tests.helpers import TINY, mesh_of, random_batch, records, replace, text_config
 
 SMALL = replace(TINY, model__n_layers=1, train__global_batch=16, train__steps=8)
 BAD = 3  # of the steps from 0
@@ -123,10 +122,6 @@ def run_config(corpus, shards):
         train__checkpoint_every=4,
         train__max_skipped=3,
     )
-
-
-def records(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_passes_over_a_bad_batch(run_config, tmp_path, monkeypatch, capsys):

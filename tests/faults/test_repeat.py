@@ -1,14 +1,9 @@
 """The same command twice, in fresh processes, gives the same bits (row 25)."""
 
-import hashlib
-import json
-
-import jax
 import pytest
 
-from llama_jax.checkpoint import find_step, load_meta, load_params
-from llama_jax.step import jit_step
-from tests.helpers import mesh_of, run_command
+from tests.faults.soak import digest
+from tests.helpers import records, run_command
 
 FLAGS = (
     *("--config=configs/tiny.py", "--config.data.source=synthetic", "--config.model.vocab_size=64"),
@@ -21,20 +16,12 @@ FLAGS = (
 
 
 def run(workdir, devices):
-    """Losses and gradient norms of each step as hexadecimal, and the sha256 of the weights."""
+    """Losses and gradient norms of each step as hexadecimal, and the sha256 of the last state."""
     done = run_command("train", f"--workdir={workdir}", *FLAGS, devices=devices)
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = records(workdir)
     steps = [(line["loss"].hex(), line["grad_norm"].hex()) for line in lines if "loss" in line]
-    folder = find_step(workdir)
-    config = load_meta(folder).config
-    mesh = mesh_of((1, 1, 1, 1))
-    with jax.set_mesh(mesh):
-        params = load_params(folder, config, jit_step(config, mesh).state_shardings.params)
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(jax.device_get(params)):
-        digest.update(leaf.tobytes())
-    return steps, digest.hexdigest()
+    return steps, digest(workdir)
 
 
 @pytest.mark.slow
