@@ -45,7 +45,7 @@ REPORT_SECONDS = 5.0
 
 
 class Progress:
-    """Says on stderr, now and then, how many tokens are scored."""
+    """Says on stderr, now and then and at the end, how many tokens are scored."""
 
     def __init__(self) -> None:
         self._start = self._said = time.perf_counter()
@@ -57,8 +57,12 @@ class Progress:
         now = time.perf_counter()
         if now - self._said >= REPORT_SECONDS:
             self._said = now
-            speed = self._tokens / (now - self._start)
-            print(f"{self._tokens:,} tokens, {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
+            self.say()
+
+    def say(self) -> None:
+        """Says it now."""
+        speed = self._tokens / (time.perf_counter() - self._start)
+        print(f"{self._tokens:,} tokens, {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
 
 
 def read_texts(source: str, field: str, model: InferenceModel) -> dict[str, Iterator[Document]]:
@@ -110,6 +114,7 @@ def evaluate(
         for name, found in sources.items():
             some = itertools.islice(found, limit)
             totals[name or "text"] = perplexity(scorer, some, stride, progress)
+    progress.say()
     if len(totals) > 1:
         totals["all"] = sum(totals.values(), Totals())
     return {name: total.results() for name, total in totals.items()}

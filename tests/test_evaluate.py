@@ -55,7 +55,9 @@ def test_perplexity_of_files_on_a_mesh(checkpoint, tokenizer, tmp_path):
 
 def test_several_sources_in_a_table(checkpoint, corpus):
     source = f"--text=one={corpus}/00*.txt; two={corpus}/01*.txt"
-    lines = evaluate(f"--checkpoint={checkpoint}", source, "--limit=3").splitlines()
+    process = run_command("evaluate", f"--checkpoint={checkpoint}", source, "--limit=3")
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
     assert lines[0].split("  ")[-1] == "bits per byte"
     rows = {
         line.split()[0]: [float(n.replace(",", "")) for n in line.split()[1:]] for line in lines[1:]
@@ -63,6 +65,8 @@ def test_several_sources_in_a_table(checkpoint, corpus):
     assert list(rows) == ["one", "two", "all"]
     assert rows["one"][0] == rows["two"][0] == 3
     assert [a + b for a, b in zip(rows["one"][:4], rows["two"][:4], strict=True)] == rows["all"][:4]
+    # The last word on the speed is on all tokens.
+    assert f"{rows['all'][1]:,.0f} tokens, " in process.stderr.splitlines()[-1]
 
 
 def test_shards_give_what_their_texts_give(checkpoint, shards, corpus):
