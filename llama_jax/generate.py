@@ -6,6 +6,7 @@ the other. Prompts in a file are one to a line, or in a .jsonl file strings or {
 A checkpoint with a chat template answers conversations: a line of --messages is a list of messages
 {"role": "user", "content": TEXT}, or {"messages": [...]}. --chat_template=default makes each prompt
 a conversation of one message; other values name another template of the checkpoint, or a file.
+--chat answers what you type, message after message.
 
 Example:
   python -m llama_jax.generate --checkpoint=runs/tiny --prompt='def main(' --max_tokens=100
@@ -13,6 +14,7 @@ Example:
       --mesh=fsdp=2,tensor=4 > answers.jsonl
   python -m llama_jax.generate --checkpoint=runs/chat --chat_template=default --prompt='Who? You?'
   python -m llama_jax.generate --checkpoint=runs/chat --messages=conversations.jsonl --json
+  python -m llama_jax.generate --checkpoint=runs/chat --chat --system='Answer in one sentence.'
 """
 
 import dataclasses
@@ -26,94 +28,15 @@ import jax
 from absl import flags
 
 from llama_jax import chat, cli
-from llama_jax.config import ModelConfig
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.decode import Sampling, check_prompts, generate, stream
+from llama_jax.continuation import Addition, additions
+from llama_jax.converse import Conversation, converse
+from llama_jax.decode import Sampling, check_prompts
 from llama_jax.errors import UserError
 from llama_jax.inference import InferenceModel, open_model
 from llama_jax.prompts import Messages, read_messages, read_prompts
 
 # Tokens of one program where nobody watches them come.
 UNWATCHED = 32
-
-
-def complete(
-    config: ModelConfig,
-    params: Any,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    sampling: Sampling,
-    *,
-    context: int,
-) -> list[str]:
-    """Continues texts; returns each prompt with its continuation.
-
-    Raises:
-      UserError: as `decode.stream`.
-    """
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    new = generate(config, params, ids, sampling, context=context, eos_id=tokenizer.eos_id)
-    special = (tokenizer.bos_id, tokenizer.eos_id)
-    return [
-        tokenizer.decode([token for token in (*prompt, *answer) if token not in special])
-        for prompt, answer in zip(ids, new, strict=True)
-    ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Addition:
-    """What a row got.
-
-    Attributes:
-      row: of which prompt.
-      text: new text, of whole characters.
-      tokens: how many new tokens that came with.
-      ended: nothing follows.
-      part: how many programs drew tokens of the batch before.
-    """
-
-    row: int
-    text: str
-    tokens: int
-    ended: bool
-    part: int
-
-
-def additions(
-    model: InferenceModel, prompts: Sequence[Sequence[int]], sampling: Sampling, *, chunk: int
-) -> Iterator[Addition]:
-    """Continues prompts of token ids, and decodes what comes.
-
-    Raises:
-      UserError: as `decode.stream`.
-    """
-    tokenizer = model.tokenizer
-    streams = [tokenizer.stream() for _ in prompts]
-    for begun, prompt in zip(streams, prompts, strict=True):
-        for token in prompt:
-            begun.add(token)
-        begun.end()  # what half a character the prompt ends with is not ours to show
-    running = set(range(len(prompts)))
-    parts = stream(
-        model.config.model,
-        model.params,
-        prompts,
-        sampling,
-        context=model.context,
-        eos_id=model.eos_ids,
-        chunk=chunk,
-    )
-    number = 0
-    for number, part in enumerate(parts):
-        for row in sorted(running):
-            new = part[row]
-            text = "".join(streams[row].add(token) for token in new)
-            ended = bool(new) and new[-1] in model.eos_ids
-            if ended:
-                running.remove(row)
-            yield Addition(row, text, len(new), ended, number)
-    for row in sorted(running):
-        yield Addition(row, streams[row].end(), 0, True, number)
 
 
 def show_in_order(
@@ -165,6 +88,14 @@ def main() -> None:
         raise UserError(f"--batch_size must be at least 1, got {_BATCH_SIZE.value}")
     asked = _read()
     model = open_model(_CHECKPOINT.value, _MESH.value)
+    if _CHAT.value:
+        template = chat.open_template(model, _CHAT_TEMPLATE.value or chat.DEFAULT)
+        conversation = Conversation(
+            model, template, sampling, system=_SYSTEM.value, special=_SPECIAL.value
+        )
+        with jax.set_mesh(model.mesh):
+            converse(conversation)
+        return
     if _MESSAGES.value or _CHAT_TEMPLATE.value:
         template = chat.open_template(model, _CHAT_TEMPLATE.value or chat.DEFAULT)
         ids = [template.encode(one.messages(), special=_SPECIAL.value) for one in asked]
@@ -208,9 +139,13 @@ class Asked:
 
 
 def _read() -> list[Asked]:
-    given = [flag.name for flag in (_PROMPT, _PROMPTS, _MESSAGES) if flag.present]
+    given = [flag.name for flag in (_PROMPT, _PROMPTS, _MESSAGES, _CHAT) if flag.present]
     if len(given) > 1:
         raise UserError(f"give one of --{' and --'.join(given)}")
+    if _SYSTEM.value and not _CHAT.value:
+        raise UserError("--system goes with --chat; in --messages it is the first message")
+    if _CHAT.value and _JSON.value:
+        raise UserError("--json does not go with --chat; see --messages")
     if _MESSAGES.value:
         return [Asked(conversation=messages) for messages in read_messages(_MESSAGES.value)]
     prompts = read_prompts(_PROMPTS.value) if _PROMPTS.value else _PROMPT.value
@@ -290,6 +225,10 @@ if __name__ == "__main__":
         "Chat template for prompts and messages: its name in the checkpoint (default is the usual "
         "one, and taken for --messages), or a FILE.jinja.",
     )
+    _CHAT = flags.DEFINE_bool(
+        "chat", False, "Answer what is typed (or comes line by line on standard input); see /help."
+    )
+    _SYSTEM = flags.DEFINE_string("system", "", "With --chat: what the model is told to be.")
     _SPECIAL = flags.DEFINE_bool(
         "special",
         False,

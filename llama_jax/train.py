@@ -20,12 +20,13 @@ from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import cli, metrics, xla_flags
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.config import Config
+from llama_jax.continuation import complete
 from llama_jax.data.loader import stream
 from llama_jax.data.pipeline import TrainingData, open_data
 from llama_jax.data.streaming import Position, StreamingBatches
+from llama_jax.decode import Sampling
 from llama_jax.describe import describe
 from llama_jax.errors import UserError
-from llama_jax.generate import Sampling, complete
 from llama_jax.goodput import Goodput
 from llama_jax.guards import (
     check_checkpoint,

@@ -135,7 +135,7 @@ def write_corpus(folder, files=40):
     return folder
 
 
-def run_command(module, *arguments, devices=1, timeout=600, **environment):
+def run_command(module, *arguments, devices=1, timeout=600, stdin="", **environment):
     """Runs `python -m llama_jax.MODULE`; returns the completed process with its text output."""
     env = {
         **os.environ,
@@ -144,7 +144,7 @@ def run_command(module, *arguments, devices=1, timeout=600, **environment):
     }
     command = [sys.executable, "-m", f"llama_jax.{module}", *map(str, arguments)]
     return subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+        command, cwd=ROOT, env=env, input=stdin, capture_output=True, text=True, timeout=timeout
     )
 
 

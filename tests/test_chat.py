@@ -239,8 +239,8 @@ def test_the_command(llama3, tmp_path):
 
 
 def test_an_answer_ends_at_any_end(llama3, one_device):
+    from llama_jax.continuation import additions
     from llama_jax.decode import Sampling
-    from llama_jax.generate import additions
 
     model = model_of(llama3, {}, one_device)
     sampling = Sampling(max_tokens=30, temperature=0.0)

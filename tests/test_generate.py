@@ -3,15 +3,10 @@ import re
 import jax
 import pytest
 
+from llama_jax.continuation import Addition, additions, complete
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.decode import Sampling, generate
-from llama_jax.generate import (
-    Addition,
-    Stopwatch,
-    additions,
-    complete,
-    show_in_order,
-)
+from llama_jax.generate import Stopwatch, show_in_order
 from llama_jax.inference import InferenceModel
 from tests.helpers import TINY, llama3_tokenizer, random_params, replace
 

@@ -1,0 +1,92 @@
+"""Text that goes on: what `decode` draws as token ids, as text.
+
+`complete` gives whole texts, for a sample after training; `additions` gives what comes as it comes.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from llama_jax.config import ModelConfig
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.decode import Sampling, generate, stream
+from llama_jax.inference import InferenceModel
+
+
+def complete(
+    config: ModelConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    context: int,
+) -> list[str]:
+    """Continues texts; returns each prompt with its continuation.
+
+    Raises:
+      UserError: as `decode.stream`.
+    """
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    new = generate(config, params, ids, sampling, context=context, eos_id=tokenizer.eos_id)
+    special = (tokenizer.bos_id, tokenizer.eos_id)
+    return [
+        tokenizer.decode([token for token in (*prompt, *answer) if token not in special])
+        for prompt, answer in zip(ids, new, strict=True)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Addition:
+    """What a row got.
+
+    Attributes:
+      row: of which prompt.
+      text: new text, of whole characters.
+      tokens: how many new tokens that came with.
+      ended: nothing follows.
+      part: how many programs drew tokens of the batch before.
+    """
+
+    row: int
+    text: str
+    tokens: int
+    ended: bool
+    part: int
+
+
+def additions(
+    model: InferenceModel, prompts: Sequence[Sequence[int]], sampling: Sampling, *, chunk: int
+) -> Iterator[Addition]:
+    """Continues prompts of token ids, and decodes what comes.
+
+    Raises:
+      UserError: as `decode.stream`.
+    """
+    tokenizer = model.tokenizer
+    streams = [tokenizer.stream() for _ in prompts]
+    for begun, prompt in zip(streams, prompts, strict=True):
+        for token in prompt:
+            begun.add(token)
+        begun.end()  # what half a character the prompt ends with is not ours to show
+    running = set(range(len(prompts)))
+    parts = stream(
+        model.config.model,
+        model.params,
+        prompts,
+        sampling,
+        context=model.context,
+        eos_id=model.eos_ids,
+        chunk=chunk,
+    )
+    number = 0
+    for number, part in enumerate(parts):
+        for row in sorted(running):
+            new = part[row]
+            text = "".join(streams[row].add(token) for token in new)
+            ended = bool(new) and new[-1] in model.eos_ids
+            if ended:
+                running.remove(row)
+            yield Addition(row, text, len(new), ended, number)
+    for row in sorted(running):
+        yield Addition(row, streams[row].end(), 0, True, number)
