@@ -17,6 +17,7 @@ from llama_jax.retention import saved_steps
 from llama_jax.signals import StopRequest
 from llama_jax.skips import LOSS
 from llama_jax.step import TrainState, jit_step
+from tests.faults import test_hosts
 from tests.helpers import flip_bit, records, replace, text_config
 
 STEPS, BAD = 13, (7, 8, 9)
@@ -169,6 +170,26 @@ def test_killed_before_it_is_saved_it_rewinds_again(config, rewound, tmp_path, m
     assert_same(run(config, tmp_path), rewound[0])
     first, second = rewinds(tmp_path)
     assert first == second
+
+
+@pytest.mark.parametrize("changes", [{"profile_steps": "9,9"}, {"eval_every": 4}], ids=str)
+def test_who_reads_the_log_first_changes_nothing(config, rewound, tmp_path, monkeypatch, changes):
+    """A profile or an evaluation after step 8 reads the log of it before the next step runs."""
+    poison(monkeypatch, *BAD)
+    config = replace(config, **{f"train__{name}": value for name, value in changes.items()})
+    assert_same(run(config, tmp_path), rewound[0])
+    assert len(rewinds(tmp_path)) == 1
+
+
+@pytest.mark.slow  # two processes
+def test_processes_go_back_together(config, tmp_path):
+    """Process 0 alone traces a profile, and so reads the log of step 8 earlier than the other."""
+    path = tmp_path / "config.json"
+    path.write_text(replace(config, train__profile_steps="9,9").to_json())
+    outputs = test_hosts.run(tmp_path / "run", 2, "rewind_child", path)
+    first, second = map(test_hosts.state_in, outputs)
+    assert first == second and first[:2] == [STEPS, AT - TO]
+    assert [(r["from"], r["to"]) for r in rewinds(tmp_path / "run")] == [(AT, TO)]
 
 
 @pytest.mark.parametrize("allowed", [1, 2])
