@@ -50,6 +50,7 @@ class Meta:
       device_kind: of the chips that saved it, such as `NVIDIA H200`; empty for imported weights.
       eval_loss: validation loss at this step, in nats per token; None where it was not evaluated.
       fingerprint: of each array of the state, by path (see `fingerprint`); empty for imported ones.
+      rewinds: that led to this step, in order: [step at which, checkpoint to which].
     """
 
     config: Config
@@ -61,6 +62,7 @@ class Meta:
     device_kind: str = ""
     eval_loss: float | None = None
     fingerprint: dict[str, int] = dataclasses.field(default_factory=dict)
+    rewinds: list[list[int]] = dataclasses.field(default_factory=list)
 
 
 class DamagedCheckpoint(UserError):
@@ -77,6 +79,7 @@ def meta_items(meta: Meta) -> tuple[dict[str, Any], dict[str, Any]]:
         "device_kind": meta.device_kind,
         "eval_loss": meta.eval_loss,
         "fingerprint": meta.fingerprint,
+        "rewinds": meta.rewinds,
         "config": meta.config.to_json(),
         "versions": {"llama_jax": llama_jax.__version__, "jax": jax.__version__},
     }
@@ -202,6 +205,7 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
                 device_kind=meta.get("device_kind", ""),
                 eval_loss=meta.get("eval_loss"),  # these two, before manifests
                 fingerprint=meta.get("fingerprint", {}),
+                rewinds=meta.get("rewinds", []),  # absent before them
                 tokenizer_model=base64.b64decode(tokenizer["sentencepiece"]),
                 tokenizer_files={
                     name: base64.b64decode(file)

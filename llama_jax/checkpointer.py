@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -120,6 +121,11 @@ class Checkpointer:
         # The console has it too; a full disk is likely what it is about.
         with contextlib.suppress(OSError), (self._workdir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **record}) + "\n")
+
+    def note(self, step: int, text: str, **record: Any) -> None:
+        """Says what has happened, and adds it to metrics.jsonl."""
+        self._say(text)
+        self._note(step, **record)
 
     # Saving.
 
@@ -287,17 +293,17 @@ class Checkpointer:
 
     # Restoring.
 
-    def newest_good_step(self) -> int | None:
-        """The newest step whose files are all as they were written; None if nothing was saved.
+    def newest_good_step(self, fits: Callable[[int], bool] | None = None) -> int | None:
+        """The newest step (that fits) whose files are all as they were written; None if none is.
 
         Newer, damaged ones are set aside, which is said on the console and in metrics.jsonl.
 
         Raises:
-          UserError: there are steps, and none of them is good; nothing is changed.
+          UserError: any step fits, there are some, and none is good; nothing is changed.
         """
         self._join()
         mine = (jax.process_index(), jax.process_count())
-        for step in self._steps():
+        for step in self._steps(fits):
             if step in self._damaged:
                 continue
             reason = agreed(manifest.damage(self.folder(step), mine))
@@ -308,7 +314,7 @@ class Checkpointer:
             if manifest.is_unverified(self.folder(step)):
                 self._say(f"unverified checkpoint {step}: saved by a version without a manifest")
             return step
-        if self._damaged:
+        if self._damaged and fits is None:
             what = "; ".join(f"step {step}: {reason}" for step, reason in self._damaged.items())
             raise UserError(
                 f"no good checkpoint is left in {self._directory} ({what}); nothing was changed. "
@@ -316,11 +322,13 @@ class Checkpointer:
             )
         return None
 
-    def _steps(self) -> list[int]:
+    def _steps(self, fits: Callable[[int], bool] | None) -> list[int]:
         """Complete steps as process 0 sees them, newest first."""
         first = jax.process_index() == 0
         # A shared file system may show other processes a folder late.
         steps = retention.saved_steps(self._directory)[::-1] if first else []
+        if fits is not None:
+            steps = [step for step in steps if fits(step)]
         text = agreed(",".join(map(str, steps[:50])))
         return [int(step) for step in text.split(",") if step]
 

@@ -137,6 +137,8 @@ class TrainConfig:
     max_skipped: int = 10  # updates skipped in a row, after which the run stops
     # Deviations of loss or gradient norm above their medians that skip an update; 0: none does.
     spike_factor: float = 0.0
+    max_rewinds: int = 0  # times that a run goes back to a checkpoint before it stops so; 0: none
+    rewind_steps: int = 100  # that lie at least between that checkpoint and the first skipped step
     norm_stats: bool = False  # log norms of gradients and updates by group of weights
     profile_steps: str = ""  # first,last step that is traced for TensorBoard; empty: none
 
@@ -145,12 +147,12 @@ class TrainConfig:
         require_positive("train", self, "loss_chunk", "log_every", "eval_every", "eval_batches")
         require_positive("train", self, "checkpoint_every", "keep_checkpoints")
         require(self.step_timeout >= 0, "train.step_timeout must not be negative")
-        require_positive("train", self, "max_skipped")
+        require_positive("train", self, "max_skipped", "rewind_steps")
         require(
             self.spike_factor == 0 or self.spike_factor >= 1,
             f"train.spike_factor must be 0 (off) or at least 1, got {self.spike_factor}",
         )
-        for name in ("keep_every", "keep_best", "max_failed_saves"):
+        for name in ("keep_every", "keep_best", "max_failed_saves", "max_rewinds"):
             require(getattr(self, name) >= 0, f"train.{name} must not be negative")
         require(self.z_loss >= 0, "train.z_loss must not be negative")
         require(0 <= self.seed < 2**32, "train.seed must be in [0, 2**32)")

@@ -27,6 +27,7 @@ RESUMABLE = (
     *("train.step_timeout",),
     # What is done about a fault must be free to change when one has happened.
     *("train.max_skipped", "train.spike_factor", "train.norm_stats"),
+    *("train.max_rewinds", "train.rewind_steps"),
     *("train.keep_every", "train.keep_best", "train.max_failed_saves"),
 )
 # Fields that say which text is trained on, free to change when told so.

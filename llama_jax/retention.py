@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import math
 import re
+from typing import Any
 
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
@@ -38,18 +39,23 @@ def saved_steps(directory: epath.Path) -> list[int]:
     return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())
 
 
+def _described(directory: epath.Path, step: int, name: str) -> Any:
+    """What a step says about itself; None where it cannot."""
+    try:
+        return manifest.described(directory / str(step))[name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _saved_step(directory: epath.Path, step: int) -> SavedStep:
     """The step with its validation loss, where it has one that can be compared."""
-    try:
-        loss = manifest.described(directory / str(step))["eval_loss"]
-    except (OSError, ValueError, KeyError, TypeError):
-        loss = None
+    loss = _described(directory, step, "eval_loss")
     usable = isinstance(loss, float) and math.isfinite(loss)
     return SavedStep(step, {"eval_loss": loss} if usable else None)
 
 
 def dispensable_steps(directory: epath.Path, train: TrainConfig) -> list[int]:
-    """Steps that no rule keeps: the newest, every n-th, the best by validation loss.
+    """Steps that no rule keeps: the newest, every n-th, the best, those that a rewind may need.
 
     The newest is always among the kept, so that one good step stays whatever the config.
     """
@@ -64,11 +70,39 @@ def dispensable_steps(directory: epath.Path, train: TrainConfig) -> list[int]:
             keep_checkpoints_without_metrics=False,
         )
         rules.append(best)
-    steps = [_saved_step(directory, step) for step in saved_steps(directory)]
+    names = saved_steps(directory)
+    if names and train.max_rewinds:
+        rewinds = _described(directory, names[-1], "rewinds") or []
+        rules.append(policies.CustomSteps(_needed_to_rewind(names, train, rewinds)))
+    steps = [_saved_step(directory, step) for step in names]
     kept = policies.AnyPreservationPolicy(rules).should_preserve(
         steps, context=policies.PreservationContext()
     )
     return [step.step for step, keep in zip(steps, kept, strict=True) if not keep]
+
+
+def can_rewind_to(step: int, train: TrainConfig, rewinds: list[list[int]]) -> bool:
+    """Whether a saved step is one that the run comes by, however often it is stopped and started.
+
+    Those are multiples of `train.checkpoint_every`, and what was saved after a rewind; but not what
+    a rewind left behind: the run's weights do not come from there.
+
+    Args:
+      step: the saved one.
+      train: of the run.
+      rewinds: so far, each as [step at which, checkpoint to which].
+    """
+    left = any(to < step < at for at, to in rewinds)
+    return not left and (step % train.checkpoint_every == 0 or step in (at for at, _ in rewinds))
+
+
+def _needed_to_rewind(steps: list[int], train: TrainConfig, rewinds: list[list[int]]) -> list[int]:
+    """Those to which a run may go back that has come to the newest of `steps`."""
+    fit = [step for step in steps if can_rewind_to(step, train, rewinds)]
+    # A bad stretch may have begun before the newest: so much longer, and it had been seen.
+    first = steps[-1] - train.max_skipped - train.log_every
+    older = [step for step in fit if step <= first - train.rewind_steps]
+    return older[-1:] + [step for step in fit if step > first - train.rewind_steps]
 
 
 def remove(folder: epath.Path) -> None:

@@ -8,8 +8,12 @@ the run that never met that batch.
 What counts as a spike (`train.spike_factor`) is told by medians of the last `WINDOW` steps that
 were not skipped, so that no bad step has a part in judging the next one. All of it is decided on
 the device and kept in the state: a run that goes on from a checkpoint skips the same steps again.
+
+A rewind (`rewound`; when and where to, see `skip_watch`) is a longer skip: the weights go back to a
+checkpoint, the data do not, and all batches between are passed over.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -33,7 +37,7 @@ class Skips:
     """What was skipped, and what was usual; a few hundred numbers, on every device.
 
     Attributes:
-      total: skipped steps of the run, int32.
+      total: skipped steps of the run, int32; and steps that a rewind passed over.
       in_row: those since the last update, int32.
       last: the last one, counted from 1 as in the log; 0: none. int32.
       reasons: why, as bits: see `explain`. int32.
@@ -118,6 +122,25 @@ def count(
         losses=jnp.where(skip, skips.losses, skips.losses.at[place].set(loss)),
         grad_norms=jnp.where(skip, skips.grad_norms, skips.grad_norms.at[place].set(grad_norm)),
     )
+
+
+def rewound(
+    then: Skips, at: jax.Array, now: jax.Array, reasons: jax.Array
+) -> tuple[jax.Array, Skips]:
+    """The step and the counts to go on with, at the batch `now`, from a checkpoint of step `at`.
+
+    As if all steps after it had been skipped: the schedule and the places in the windows, which
+    follow `step - total`, are those of the checkpoint.
+
+    Args:
+      then: of the checkpoint.
+      at: its step.
+      now: steps taken when the run goes back.
+      reasons: why it does.
+    """
+    none = jnp.zeros((), jnp.int32)
+    passed = then.total + now - at
+    return now, dataclasses.replace(then, total=passed, in_row=none, last=now, reasons=reasons)
 
 
 def choose(skip: jax.Array, before: Any, after: Any) -> Any:

@@ -92,8 +92,8 @@ def evaluate(
 
 def initial_state(
     compiled: CompiledStep, saver: Checkpointer, data: TrainingData, config: Config
-) -> TrainState:
-    """The newest good checkpoint of the work directory, or a fresh state.
+) -> tuple[TrainState, list[list[int]]]:
+    """The newest good checkpoint of the work directory, or a fresh state; and its `Meta.rewinds`.
 
     Raises:
       UserError: the checkpoint is unreadable, or of another run or other data.
@@ -103,7 +103,7 @@ def initial_state(
     if step is None:
         if isinstance(data.train, StreamingBatches):
             data.train.start_at(0, Position(), *process)
-        return compiled.init(jax.random.key(config.train.seed))
+        return compiled.init(jax.random.key(config.train.seed)), []
     if not (saver.folder(step) / "optimizer").exists():
         raise UserError(
             f"checkpoint {saver.folder(step)} has weights but no optimiser state (it was converted "
@@ -123,7 +123,7 @@ def initial_state(
     if changed := record_changes(saver.folder(step).parent.parent, step, changes):
         _log(f"        {changed}")
     try:
-        return saver.restore(step, compiled.state_shardings)
+        return saver.restore(step, compiled.state_shardings), saved.rewinds
     except checkpoint_lib.DamagedCheckpoint as error:
         saver.mark_damaged(step, str(error))
         return initial_state(compiled, saver, data, config)
@@ -155,6 +155,7 @@ class Instruments:
     stop: StopRequest
     goodput: Goodput
     watchdog: Watchdog
+    watch: SkipWatch
 
 
 def run_loop(
@@ -170,16 +171,16 @@ def run_loop(
     move, so that state and data position always agree; logging reads a step whose successor is
     already running, so that the device never waits for the host. Nothing else in the loop waits for
     the device, and no array is moved behind its back: an implicit transfer is an error. A profile
-    starts and stops before all of that, off the clock.
+    starts and stops before all of that, off the clock; a rewind comes last, and is saved at once.
     """
     train = config.train
     i = instruments
     saver, log, profiler, stop, goodput = i.saver, i.log, i.profiler, i.stop, i.goodput
+    watch = i.watch
     start = int(state.step)
     shape = (train.global_batch, train.seq_len)
     batches = stream(data.train, start, train.steps, compiled.batch_sharding, *shape)
     tokenizer_model = data.tokenizer.model_bytes if data.tokenizer else b""
-    watch = SkipWatch(config, data, saver)
 
     def save(step: int, eval_loss: float | None) -> None:
         watch.before_save(state)
@@ -190,6 +191,7 @@ def run_loop(
             tokenizer_model,
             _positions(data, step),
             eval_loss=eval_loss,
+            rewinds=watch.rewinds,
         )
         with goodput.phase("checkpoint"):
             saver.save(state, meta)
@@ -197,25 +199,26 @@ def run_loop(
 
     goodput.enter("step")
     log.start(start)
+    read, rewound = watch.at_start(state), False
     for step in range(start, train.steps + 1):
         # What the first step does is waited for in the second.
         i.watchdog.beat(f"step {step + 1}", compiles=step <= start + 1)
         if profiler.turns(step + 1):
-            log.flush()
+            read = log.flush() or read
             profiler.turn(step + 1, state)
             log.start(step)
         last = stop.at(step) or step == train.steps
         if step > start:
             eval_loss = None
             if step == train.steps or step % train.eval_every == 0:
-                log.flush()
+                read = log.flush() or read
                 with goodput.phase("eval"):
                     eval_loss = evaluate(compiled, state.params, data, config, stop)
                 if eval_loss is not None:
                     log.write(step, {"eval_loss": eval_loss, **_epoch_metrics(data, step)})
                 log.start(step)
                 last = last or bool(stop.name)
-            if last or step % train.checkpoint_every == 0:
+            if last or rewound or step % train.checkpoint_every == 0:
                 save(step, eval_loss)
         if last:
             break
@@ -228,10 +231,18 @@ def run_loop(
                 state, step_metrics = compiled.train(state, batch)
         if (step + 1) % train.log_every == 0:
             extra = {**_epoch_metrics(data, step + 1), "goodput": goodput.fraction()}
-            read = log.push(step + 1, {**step_metrics, **extra})
+            read = log.push(step + 1, {**step_metrics, **extra}) or read
         else:
-            read = log.push(step + 1, None)
-        watch.after_log(state, read)
+            read = log.push(step + 1, None) or read
+        # Of each step that was logged, as soon as the next one runs: nothing else decides.
+        in_row, read = watch.stuck(read), None
+        if in_row:
+            log.flush()
+            i.watchdog.beat("going back to a checkpoint", compiles=True)
+            with goodput.phase("checkpoint"):
+                state = watch.rewind(state, in_row)
+            log.start(step + 1)
+        rewound = in_row > 0
     log.flush()
     with goodput.phase("checkpoint"):
         saver.wait()
@@ -265,7 +276,8 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
         _log(describe(config, mesh, data))
         goodput = Goodput(workdir / "goodput.json" if jax.process_index() == 0 else None)
         with Checkpointer(workdir, config) as saver:
-            state = initial_state(compiled, saver, data, config)
+            state, rewinds = initial_state(compiled, saver, data, config)
+            watch = SkipWatch(config, data, saver, rewinds)
             # Only now: a run that is refused leaves the other one's as it was.
             if data.tokenizer is not None and jax.process_index() == 0:
                 data.tokenizer.save(workdir / "tokenizer.model")
@@ -277,7 +289,7 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
                 window = config.train.profile_window if jax.process_index() == 0 else range(0)
                 profiler = Profiler(window, workdir / "tensorboard")
                 watchdog = Watchdog(config.train.step_timeout)
-                instruments = Instruments(saver, log, profiler, stop, goodput, watchdog)
+                instruments = Instruments(saver, log, profiler, stop, goodput, watchdog, watch)
                 try:
                     with watchdog:
                         state = run_loop(compiled, state, data, config, instruments)
@@ -289,6 +301,8 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
             _log(f"goodput      {goodput.report()}")
         if int(state.skips.total):
             _log(f"skipped      {int(state.skips.total)} steps made no update: see metrics.jsonl")
+        for at, to in watch.rewinds:
+            _log(f"rewound      at step {at}, to the weights of step {to}")
         if int(state.step) == config.train.steps:
             _print_sample(config, state, data)
     return state

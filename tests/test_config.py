@@ -224,6 +224,8 @@ INVALID = [
     ("train__max_skipped", 0, "train.max_skipped"),
     ("train__spike_factor", 0.5, "train.spike_factor must be 0 (off) or at least 1"),
     ("train__spike_factor", math.nan, "train.spike_factor"),
+    ("train__max_rewinds", -1, "train.max_rewinds"),
+    ("train__rewind_steps", 0, "train.rewind_steps"),
     ("train__keep_every", -1, "keep_every"),
     ("train__keep_best", -1, "keep_best"),
     ("train__max_failed_saves", -1, "max_failed_saves"),

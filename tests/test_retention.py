@@ -40,6 +40,40 @@ def test_what_is_kept(directory, changes, kept):
     assert len(list(directory.iterdir())) == len(kept)
 
 
+def test_what_can_be_rewound_to():
+    """Regular steps and those of rewinds; not what a rewind left behind, nor a stop saved."""
+    train = replace(TINY, train__checkpoint_every=10).train
+    rewinds = [[35, 10], [57, 50]]
+    fit = [s for s in range(1, 71) if retention.can_rewind_to(s, train, rewinds)]
+    assert fit == [10, 35, 40, 50, 57, 60, 70]
+    assert retention.can_rewind_to(20, train, []) and not retention.can_rewind_to(35, train, [])
+    assert not retention.can_rewind_to(57, train, [[57, 50], [80, 50]])
+
+
+@pytest.mark.parametrize(
+    ("newest", "kept"),
+    [
+        # A stretch that is seen at the next log begins after 85: 60 is the newest of 65 or before.
+        (90, [60, 70, 80, 85, 90]),
+        (85, [60, 70, 80, 85]),
+        (75, [50, 60, 70, 75]),
+    ],
+)
+def test_what_a_rewind_may_need_is_kept(directory, newest, kept):
+    make(directory, [2.0] * 9)
+    for step in (75, 85):  # saved by stops
+        (directory / str(step)).mkdir()
+    for step in (70, 80, 85, 90):
+        if step > newest:
+            retention.remove(directory / str(step))
+    changes = {"max_rewinds": 1, "rewind_steps": 20, "max_skipped": 3, "log_every": 2}
+    fields = {"checkpoint_every": 10, "keep_checkpoints": 2, **changes}
+    train = replace(TINY, **{f"train__{name}": value for name, value in fields.items()}).train
+    steps = retention.saved_steps(directory)
+    gone = retention.dispensable_steps(directory, train)
+    assert [step for step in steps if step not in gone] == kept
+
+
 def test_a_step_that_cannot_say_its_loss_is_no_best(directory):
     make(directory, [2.0, 1.0, 3.0])
     (directory / "20" / "meta" / "metadata").write_text("{")

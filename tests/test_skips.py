@@ -14,6 +14,7 @@ from llama_jax.skips import (
     judge,
     no_skips,
     not_finite,
+    rewound,
 )
 from llama_jax.step import abstract_state, init_state, jit_step
 from tests.helpers import TINY, mesh_of, random_batch, random_params, replace
@@ -88,6 +89,20 @@ def test_the_window_holds_the_last_updates_and_no_skipped_step():
             assert (int(skips.total), int(skips.in_row), int(skips.last)) == (2, 2, 7)
     assert (int(skips.total), int(skips.in_row), int(skips.last)) == (3, 0, 71)
     assert sorted(skips.losses.tolist()) == [n for n in range(WINDOW + 3) if n not in (5, 6, 70)]
+
+
+def test_a_rewind_is_a_longer_skip():
+    """What follows the updates goes on as at the checkpoint, what follows the batches does not."""
+    then, at = filled(WINDOW + 5), WINDOW + 5
+    then = count(then, jnp.int32(SPIKE), jnp.int32(at), jnp.float32(9), jnp.float32(9))
+    step, skips = rewound(then, jnp.int32(at + 1), jnp.int32(at + 40), jnp.int32(LOSS))
+    assert (int(step), int(skips.total)) == (at + 40, 1 + 39)
+    assert (int(skips.in_row), int(skips.last), int(skips.reasons)) == (0, at + 40, LOSS)
+    none, value = jnp.int32(0), jnp.float32(7)
+    on = count(skips, none, step, value, value)
+    expected = count(then, none, jnp.int32(at + 1), value, value)
+    assert on.losses.tolist() == expected.losses.tolist()
+    assert on.grad_norms.tolist() == expected.grad_norms.tolist()
 
 
 def test_groups_cover_the_parameters_and_their_norms_are_those_of_numpy():

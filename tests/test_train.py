@@ -24,6 +24,7 @@ from llama_jax.guards import check_memory, check_workdir
 from llama_jax.profiler import Profiler
 from llama_jax.sharding import batch_sharding
 from llama_jax.signals import StopRequest
+from llama_jax.skip_watch import SkipWatch
 from llama_jax.train import Instruments, run_loop, train
 from llama_jax.watchdog import Watchdog
 from tests.helpers import TINY, mesh_of, records, replace, text_config
@@ -91,7 +92,7 @@ class FakeRun:
 
     def run(self, state=FakeState(0)):
         profiler = Profiler(self.config.train.profile_window, epath.Path("none"))
-        watch = (Goodput(None), Watchdog(0))
+        watch = (Goodput(None), Watchdog(0), SkipWatch(self.config, self.data, self, []))
         instruments = Instruments(self, self, profiler, self.stop, *watch)
         state = run_loop(self.compiled, state, self.data, self.config, instruments)
         return state.step
@@ -542,6 +543,7 @@ OTHER_FIELDS = {
     "train.sample_prompt": "test_no_prompt_no_sample",
     "train.step_timeout": "faults/test_stopping::test_a_process_that_hangs_is_noticed",
     "train.max_skipped": "faults.test_numeric::test_bad_batches_in_a_row_stop_the_run",
+    **dict.fromkeys(("train.max_rewinds", "train.rewind_steps"), "faults.test_rewind"),
     "train.profile_steps": "test_profiler::test_a_run_traces_its_window",
 }
 

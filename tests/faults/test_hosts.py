@@ -15,8 +15,8 @@ from tests.test_processes import free_port
 DEVICES = 8
 
 
-def run(workdir, processes):
-    """Runs the child on so many processes; returns what each said."""
+def run(workdir, processes, child="hosts_child", *arguments):
+    """Runs a child on so many processes; returns what each said."""
     port = free_port()
     children = []
     for number in range(processes):
@@ -31,15 +31,15 @@ def run(workdir, processes):
                 "JAX_NUM_PROCESSES": str(processes),
                 "JAX_PROCESS_ID": str(number),
             }
-        child = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.hosts_child", workdir],
+        started = subprocess.Popen(
+            [sys.executable, "-m", f"tests.faults.{child}", workdir, *arguments],
             cwd=ROOT,
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        children.append(child)
+        children.append(started)
     outputs = [child.communicate(timeout=300) for child in children]
     assert [child.returncode for child in children] == [0] * processes, outputs
     return [out for out, _ in outputs]

@@ -1,0 +1,25 @@
+"""One process of test_rewind.py: trains on batches of which some are bad, and says how that ended.
+
+Usage: python -m tests.faults.rewind_child WORKDIR CONFIG_JSON, with the environment of `processes`.
+"""
+
+import json
+import pathlib
+import sys
+
+import pytest
+
+from llama_jax import train as train_lib
+from llama_jax.config import from_json
+from llama_jax.fingerprint import fingerprint
+from llama_jax.processes import start_processes
+from tests.faults.test_rewind import BAD, poison
+
+start_processes(120)
+config = from_json(pathlib.Path(sys.argv[2]).read_text())
+with pytest.MonkeyPatch.context() as patch:
+    poison(patch, *BAD)
+    state = train_lib.train(config, sys.argv[1])
+print(
+    "state", json.dumps([int(state.step), int(state.skips.total), fingerprint(state)]), flush=True
+)

@@ -1,0 +1,274 @@
+"""A run that meets a stretch of bad batches goes back to a checkpoint from before them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from llama_jax import train as train_lib
+from llama_jax.checkpoint import load_meta
+from llama_jax.checkpointer import Checkpointer
+from llama_jax.errors import UserError
+from llama_jax.mesh import make_mesh
+from llama_jax.retention import saved_steps
+from llama_jax.signals import StopRequest
+from llama_jax.skips import LOSS
+from llama_jax.step import TrainState, jit_step
+from tests.faults import test_hosts
+from tests.helpers import flip_bit, records, replace, text_config
+
+STEPS, BAD = 13, (7, 8, 9)
+# The log of 8 is read while 9 runs. Two steps before 7 or earlier, the newest regular one is 4.
+AT, TO = 9, 4
+REASONS = "the loss is not finite; gradients are not finite in embed, attn, mlp, norms, lm_head"
+
+
+@pytest.fixture(scope="module")
+def config(corpus, shards):
+    return text_config(
+        corpus,
+        data__path=str(shards),
+        model__n_layers=1,
+        mesh__fsdp=8,
+        train__steps=STEPS,
+        train__eval_every=STEPS,
+        train__log_every=2,
+        train__checkpoint_every=2,
+        train__keep_checkpoints=1,
+        train__max_skipped=2,
+        train__max_rewinds=1,
+        train__rewind_steps=2,
+    )
+
+
+def poison(monkeypatch, *bad, before=lambda step: None):
+    """The weights of the batches of these steps (from 1) are not numbers."""
+    stream = train_lib.stream
+
+    def poisoning(source, start, stop, *rest):
+        for step, batch in enumerate(stream(source, start, stop, *rest), start=start + 1):
+            if stop == STEPS:
+                before(step)
+                if step in bad:
+                    batch = {**batch, "weights": batch["weights"] * jnp.nan}
+            yield batch
+
+    monkeypatch.setattr(train_lib, "stream", poisoning)
+
+
+def run(config, workdir):
+    return jax.device_get(train_lib.train(config, workdir))
+
+
+def rewinds(workdir):
+    return [r for r in records(workdir) if r.get("event") == "rewound"]
+
+
+def assert_same(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+@pytest.fixture(scope="module")
+def rewound(config, tmp_path_factory):
+    """The last state of a run that was never disturbed but by its data, and its directory."""
+    workdir = tmp_path_factory.mktemp("rewound") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, *BAD)
+        return run(config, workdir), workdir
+
+
+def test_it_goes_on_from_the_old_weights_with_the_new_batches(config, rewound, tmp_path):
+    """A twin by hand: it trains to the checkpoint, leaves out what follows, and trains on."""
+    state, _ = rewound
+    mesh = make_mesh(config.mesh)
+    data = train_lib.open_data(config, epath.Path(tmp_path))
+    with jax.set_mesh(mesh):
+        compiled = jit_step(config, mesh)
+        twin = compiled.init(jax.random.key(config.train.seed))
+        shape = (config.train.global_batch, config.train.seq_len)
+        for step in (*range(TO), *range(AT, STEPS)):
+            if step == AT:
+                place = twin.step.sharding
+                counts = {"total": AT - TO, "last": AT, "reasons": 2 * LOSS - 1}
+                placed = jax.device_put({n: np.int32(c) for n, c in counts.items()}, place)
+                skips = dataclasses.replace(twin.skips, **placed)
+                at = jax.device_put(np.int32(AT), place)
+                twin = TrainState(at, twin.params, twin.opt_state, skips)
+            batch = next(
+                train_lib.stream(data.train, step, step + 1, compiled.batch_sharding, *shape)
+            )
+            twin, _ = compiled.train(twin, batch)
+    assert int(state.step) == STEPS
+    assert_same(state, jax.device_get(twin))
+
+
+def test_it_is_said_and_written_down(config, rewound, tmp_path, monkeypatch, capsys):
+    """And the same command in another directory does the same."""
+    state, workdir = rewound
+    poison(monkeypatch, *BAD)
+    assert_same(run(config, tmp_path), state)
+    out = capsys.readouterr().out
+    assert (
+        "rewound at step 9 to the weights of step 4, passing over 5 batches: steps from 7 on made "
+        f"no update: {REASONS} (train.max_rewinds: 1 of 1)\n"
+    ) in out
+    assert "rewound      at step 9, to the weights of step 4\n" in out
+    event = {"step": 9, "event": "rewound", "from": 9, "to": 4, "passed_over": 5}
+    assert rewinds(tmp_path) == rewinds(workdir) == [{**event, "reasons": REASONS}]
+    losses = [
+        [(r["step"], r["loss"]) for r in records(w) if "loss" in r] for w in (tmp_path, workdir)
+    ]
+    assert losses[0] == losses[1]
+    # The steps that it left behind are no longer needed; the one that it went to may be again.
+    assert saved_steps(epath.Path(workdir / "checkpoints")) == [4, 9, 10, 12, 13]
+    metas = {step: load_meta(workdir / "checkpoints" / str(step)) for step in (4, 9, 13)}
+    assert [meta.rewinds for meta in metas.values()] == [[], [[9, 4]], [[9, 4]]]
+
+
+@pytest.mark.parametrize("stops", [(5,), (8,), (9,), (8, 9, 10)], ids=str)
+def test_stopping_and_starting_changes_nothing(config, rewound, tmp_path, monkeypatch, stops):
+    """A save that only a stop has made is none to go back to, though it were the newest; a step
+    whose log would have been looked at, and was not, is looked at by the next start."""
+    poison(monkeypatch, *BAD)
+    for stop in stops:
+        with monkeypatch.context() as patch:
+            patch.setattr(StopRequest, "at", lambda self, step, stop=stop: step == stop)
+            assert int(run(config, tmp_path).step) == stop
+    assert_same(run(config, tmp_path), rewound[0])
+    assert len(rewinds(tmp_path)) == 1
+
+
+def test_streamed_data_go_on(config, tmp_path, monkeypatch):
+    """Where they stand is saved with the rewound weights."""
+    config = replace(config, data__streaming=True, data__path="")
+    poison(monkeypatch, *BAD)
+    whole = run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "at", lambda self, step: step == AT)
+        assert int(run(config, tmp_path / "parts").step) == AT
+    assert_same(run(config, tmp_path / "parts"), whole)
+    assert len(rewinds(tmp_path / "whole")) == len(rewinds(tmp_path / "parts")) == 1
+
+
+def test_killed_before_it_is_saved_it_rewinds_again(config, rewound, tmp_path, monkeypatch):
+    poison(monkeypatch, *BAD)
+    save = Checkpointer.save
+
+    def killed(saver, state, meta):
+        if meta.step == AT:
+            raise KeyboardInterrupt
+        save(saver, state, meta)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, tmp_path)
+    assert saved_steps(epath.Path(tmp_path / "checkpoints"))[-1] == 8
+    assert_same(run(config, tmp_path), rewound[0])
+    first, second = rewinds(tmp_path)
+    assert first == second
+
+
+@pytest.mark.parametrize("changes", [{"profile_steps": "9,9"}, {"eval_every": 4}], ids=str)
+def test_who_reads_the_log_first_changes_nothing(config, rewound, tmp_path, monkeypatch, changes):
+    """A profile or an evaluation after step 8 reads the log of it before the next step runs."""
+    poison(monkeypatch, *BAD)
+    config = replace(config, **{f"train__{name}": value for name, value in changes.items()})
+    assert_same(run(config, tmp_path), rewound[0])
+    assert len(rewinds(tmp_path)) == 1
+
+
+@pytest.mark.slow  # two processes
+def test_processes_go_back_together(config, tmp_path):
+    """Process 0 alone traces a profile, and so reads the log of step 8 earlier than the other."""
+    path = tmp_path / "config.json"
+    path.write_text(replace(config, train__profile_steps="9,9").to_json())
+    outputs = test_hosts.run(tmp_path / "run", 2, "rewind_child", path)
+    first, second = map(test_hosts.state_in, outputs)
+    assert first == second and first[:2] == [STEPS, AT - TO]
+    assert [(r["from"], r["to"]) for r in rewinds(tmp_path / "run")] == [(AT, TO)]
+
+
+@pytest.mark.parametrize("allowed", [1, 2])
+def test_it_rewinds_so_many_times(config, tmp_path, monkeypatch, allowed):
+    """The second time no further back than to what the first one saved."""
+    poison(monkeypatch, *BAD, 11, 12)
+    config = replace(config, train__max_rewinds=allowed, train__log_every=1)
+    if allowed == 1:
+        with pytest.raises(UserError) as caught:
+            run(config, tmp_path)
+        message = str(caught.value)
+        assert message.startswith("steps 11 to ") and "\n" not in message
+        assert message.endswith("; train.max_rewinds=1 rewinds were made")
+    else:
+        assert run(config, tmp_path).step == STEPS
+    assert [(r["from"], r["to"]) for r in rewinds(tmp_path)] == [(9, 4), (13, 9)][:allowed]
+
+
+def test_nothing_to_go_back_to(config, tmp_path, monkeypatch):
+    poison(monkeypatch, 3, 4, 5)
+    with pytest.raises(UserError) as caught:
+        run(config, tmp_path)
+    message = str(caught.value)
+    assert message.startswith("steps 3 to 4 made no update") and "\n" not in message
+    assert "Nothing was saved, the last checkpoint is 2; " in message
+    assert message.endswith(
+        "; to rewind to, there is no good checkpoint of step 1 or before (train.rewind_steps=2)"
+    )
+    assert rewinds(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "fingerprint"])
+def test_a_damaged_checkpoint_is_passed_over(config, tmp_path, monkeypatch, capsys, kind):
+    """Whether its files show it, or only what is read from them."""
+    folder = tmp_path / "checkpoints" / "4"
+
+    def damage(step):
+        if step == 9 and kind == "file":
+            path = max((folder / "params").rglob("d/*"), key=lambda p: p.stat().st_size)
+            flip_bit(path, 8 * (path.stat().st_size // 2))
+
+    if kind == "fingerprint":
+        restore = Checkpointer.restore
+
+        def unlike(saver, step, shardings):
+            if step == 4:
+                raise train_lib.checkpoint_lib.DamagedCheckpoint("not what was saved")
+            return restore(saver, step, shardings)
+
+        monkeypatch.setattr(Checkpointer, "restore", unlike)
+    poison(monkeypatch, *BAD, before=damage)
+    state = run(replace(config, train__keep_checkpoints=9), tmp_path)
+    assert [(r["from"], r["to"]) for r in rewinds(tmp_path)] == [(9, 2)]
+    assert int(state.skips.total) == 7
+    assert "damaged checkpoint 4: " in capsys.readouterr().out
+    assert (tmp_path / "checkpoints" / "4.damaged").exists()
+
+
+def test_weights_that_a_fault_has_broken_are_left_behind_too(config, tmp_path, monkeypatch):
+    jit_step_ = train_lib.jit_step
+
+    def faulty(config, mesh):
+        compiled = jit_step_(config, mesh)
+
+        @jax.jit
+        def break_weight(state):
+            value = jnp.where(state.step == 5, jnp.nan, 0)
+            params = {**state.params, "final_norm": state.params["final_norm"] + value}
+            return state.replace(params=params)
+
+        def train(state, batch):
+            state, metrics = compiled.train(state, batch)
+            return break_weight(state), metrics
+
+        return dataclasses.replace(compiled, train=train)
+
+    monkeypatch.setattr(train_lib, "jit_step", faulty)
+    often = replace(config, train__log_every=1, train__checkpoint_every=4)
+    state = run(often, tmp_path)
+    assert [(r["from"], r["to"]) for r in rewinds(tmp_path)] == [(8, 4)]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    assert int(state.skips.in_row) == 0 and int(state.step) == STEPS
