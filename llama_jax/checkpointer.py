@@ -10,6 +10,7 @@ import dataclasses
 import os
 import shutil
 import threading
+import time
 from typing import Any
 
 import jax
@@ -27,6 +28,10 @@ from llama_jax.step import TrainState
 
 # What a save may fail with that is not our bug: the disk, the network, another process.
 SAVE_ERRORS = (OSError, ValueError, jax.errors.JaxRuntimeError)
+# Waiting for a save longer than this is said.
+QUIET_S = 10.0
+# Orbax counts its time-out by the wall clock, which may jump; the watchdog ends what hangs.
+_NO_TIMEOUT_S = 50 * 365 * 86_400
 # Parts of a layer that are stored by themselves; of smaller ones there would be too many.
 LAYER_BYTES = 2**20
 
@@ -47,9 +52,11 @@ class Checkpointer(Restorer):
           UserError: it cannot be written to.
         """
         super().__init__(workdir, config)
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        options = ocp.AsyncOptions(timeout_secs=_NO_TIMEOUT_S)
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None  # of `_thread`
+        self._saving, self._began = 0, 0.0  # which step `_thread` saves, and since when
         self._failures = 0  # saves in a row
         self._unsaved = ""  # why the last save failed
         problem = agreed(self._open())
@@ -150,12 +157,18 @@ class Checkpointer(Restorer):
             )
         except SAVE_ERRORS as error:
             return first_line(error)
+        self._saving, self._began = meta.step, time.monotonic()
         self._thread = threading.Thread(target=self._finish, args=(meta.step,), name="save")
         self._thread.start()
         return ""
 
     def _finish(self, step: int) -> None:
         """In a thread: waits for orbax, then completes the step and lets old ones go."""
+        limit = self._config.train.save_timeout
+        timer = threading.Timer(limit, self._tell_slow, (step, limit))
+        timer.daemon = True
+        if limit:
+            timer.start()
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
@@ -169,6 +182,8 @@ class Checkpointer(Restorer):
             self._warn(step, first_line(error))
             self._clean(step)
             return
+        finally:
+            timer.cancel()
         if jax.process_index() == 0:
             self._retain()
 
@@ -196,10 +211,21 @@ class Checkpointer(Restorer):
         )
         self._note(step, event="save_failed", reason=reason)
 
+    def _tell_slow(self, step: int, limit: int) -> None:
+        self._say(
+            f"warning: saving step {step} to {self._directory} takes longer than {limit:,} s "
+            "(train.save_timeout); training goes on, and waits for it at the next save"
+        )
+        self._note(step, event="save_slow", seconds=limit)
+
     def _join(self) -> BaseException | None:
-        """Waits for the thread; returns what it failed with."""
+        """Waits for the thread, and says so; returns what it failed with."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(QUIET_S)
+            if self._thread.is_alive():
+                seconds = time.monotonic() - self._began
+                self._say(f"waiting for the save of step {self._saving}, begun {seconds:.0f} s ago")
+                self._thread.join()
         return self._error
 
     def _settle(self) -> None:

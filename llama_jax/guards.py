@@ -24,7 +24,7 @@ RESUMABLE = (
     *("data.accept_other_data", "data.tokenizer"),  # where it is; what it is, the checkpoint knows
     *("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every"),
     *("train.keep_checkpoints", "train.sample_prompt", "train.profile_steps"),
-    *("train.step_timeout",),
+    *("train.step_timeout", "train.save_timeout"),
     # What is done about a fault must be free to change when one has happened.
     *("train.max_skipped", "train.spike_factor", "train.norm_stats"),
     *("train.keep_every", "train.keep_best", "train.max_failed_saves"),

@@ -190,6 +190,7 @@ def run_loop(
             _positions(data, step),
             eval_loss=eval_loss,
         )
+        i.watchdog.beat(f"saving step {step}")
         with goodput.phase("checkpoint"):
             saver.save(state, meta)
         goodput.save()
@@ -232,6 +233,7 @@ def run_loop(
             read = log.push(step + 1, None)
         watch.after_log(state, read)
     log.flush()
+    i.watchdog.beat("the last save")
     with goodput.phase("checkpoint"):
         saver.wait()
     goodput.save(at_end=True)
@@ -263,7 +265,9 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
             data = open_data(config, workdir / "data")
         _log(describe(config, mesh, data))
         goodput = Goodput(workdir / "goodput.json" if jax.process_index() == 0 else None)
-        with Checkpointer(workdir, config) as saver:
+        watchdog = Watchdog(config.train.step_timeout)
+        # Outermost, since a run that ends in an error waits for its save, too.
+        with watchdog, Checkpointer(workdir, config) as saver:
             state = initial_state(compiled, saver, data, config)
             # Only now: a run that is refused leaves the other one's as it was.
             if data.tokenizer is not None and jax.process_index() == 0:
@@ -275,11 +279,9 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
                 log = metrics.Metrics(_writers(config, workdir, device), speed)
                 window = config.train.profile_window if jax.process_index() == 0 else range(0)
                 profiler = Profiler(window, workdir / "tensorboard")
-                watchdog = Watchdog(config.train.step_timeout)
                 instruments = Instruments(saver, log, profiler, stop, goodput, watchdog)
                 try:
-                    with watchdog:
-                        state = run_loop(compiled, state, data, config, instruments)
+                    state = run_loop(compiled, state, data, config, instruments)
                 finally:
                     profiler.close()
                     log.close()

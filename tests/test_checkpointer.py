@@ -3,10 +3,12 @@
 import dataclasses
 import shutil
 import threading
+import time
 
 import pytest
 from etils import epath
 
+from llama_jax import checkpointer as checkpointer_lib
 from llama_jax import manifest
 from llama_jax.checkpoint import Meta
 from llama_jax.checkpointer import Checkpointer
@@ -167,6 +169,27 @@ def test_an_error_elsewhere_does_not_lose_the_save_before_it(state, run, monkeyp
         threading.Timer(0.2, gate.set).start()
         raise KeyError
     assert names(run) == ["12", "8"]
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_a_slow_save_is_told(state, run, monkeypatch, capsys, limit):
+    """While it goes on, and by whoever waits for it; it is no failure."""
+    write, gate = manifest.write, threading.Event()
+    monkeypatch.setattr(manifest, "write", lambda folder: (gate.wait(60), write(folder)))
+    monkeypatch.setattr(checkpointer_lib, "QUIET_S", 0.1)
+    saver = Checkpointer(run, replace(CONFIG, train__save_timeout=limit))
+    save(saver, state, 12)
+    time.sleep(1.5)
+    told = f"warning: saving step 12 to {run}/checkpoints takes longer than 1 s "
+    assert (told in capsys.readouterr().out) == bool(limit)
+    threading.Timer(0.5, gate.set).start()
+    save(saver, state, 16)
+    assert "waiting for the save of step 12, begun " in capsys.readouterr().out
+    saver.close()
+    assert capsys.readouterr().out == ""
+    note = {"step": 12, "event": "save_slow", "seconds": 1}
+    assert (records(run) if limit else []) == [note] * limit
+    assert names(run) == ["12", "16"]
 
 
 def test_what_was_unfinished_is_cleaned_and_said(run, capsys):

@@ -539,6 +539,7 @@ OTHER_FIELDS = {
     "train.keep_every": "test_retention::test_what_is_kept",
     "train.keep_best": "test_retention::test_what_is_kept",
     "train.max_failed_saves": "test_checkpointer::test_failed_saves",
+    "train.save_timeout": "test_checkpointer::test_a_slow_save_is_told",
     "train.sample_prompt": "test_no_prompt_no_sample",
     "train.step_timeout": "faults/test_stopping::test_a_process_that_hangs_is_noticed",
     "train.max_skipped": "faults.test_numeric::test_bad_batches_in_a_row_stop_the_run",
