@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from llama_jax import manifest, retention
-from llama_jax.agreement import agreed
+from llama_jax.agreement import Meeting, agreed
 from llama_jax.checkpoint import Meta, meta_items
 from llama_jax.config import Config
 from llama_jax.errors import UserError, first_line
@@ -52,7 +52,12 @@ class Checkpointer(Restorer):
           UserError: it cannot be written to.
         """
         super().__init__(workdir, config)
-        options = ocp.AsyncOptions(timeout_secs=_NO_TIMEOUT_S)
+        self._saves, self._meeting = 0, Meeting("")
+        options = ocp.AsyncOptions(
+            timeout_secs=_NO_TIMEOUT_S,
+            # Orbax waits here when all is written, and when all is committed.
+            barrier_sync_fn=lambda **_: self._meeting.wait(),
+        )
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None  # of `_thread`
@@ -118,8 +123,9 @@ class Checkpointer(Restorer):
         if not problem:
             kind = jax.devices()[0].device_kind
             meta = dataclasses.replace(meta, device_kind=kind, fingerprint=fingerprint(state))
-            problem = agreed(self._start(state, meta))
-        if problem:
+            if agreed(self._start(state, meta)):
+                self._settle()
+        else:
             self._warn(meta.step, problem)
             self._count(problem)
 
@@ -141,8 +147,13 @@ class Checkpointer(Restorer):
         return f"it takes {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
 
     def _start(self, state: TrainState, meta: Meta) -> str:
+        """Begins a save in the background; returns why that failed, which `_finish` handles."""
+        self._saves += 1
+        self._meeting = Meeting(f"save {self._saves}")
+        self._saving, self._began = meta.step, time.monotonic()
         description, tokenizer = meta_items(meta)
         optimizer = {"step": state.step, "opt_state": state.opt_state}
+        failed: Exception | None = None
         try:
             self._orbax.save(
                 self._target(meta.step),
@@ -156,13 +167,12 @@ class Checkpointer(Restorer):
                 force=True,
             )
         except SAVE_ERRORS as error:
-            return first_line(error)
-        self._saving, self._began = meta.step, time.monotonic()
-        self._thread = threading.Thread(target=self._finish, args=(meta.step,), name="save")
+            failed = error
+        self._thread = threading.Thread(target=self._finish, args=(meta.step, failed), name="save")
         self._thread.start()
-        return ""
+        return "" if failed is None else first_line(failed)
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, failed: Exception | None) -> None:
         """In a thread: waits for orbax, then completes the step and lets old ones go."""
         limit = self._config.train.save_timeout
         timer = threading.Timer(limit, self._tell_slow, (step, limit))
@@ -170,6 +180,8 @@ class Checkpointer(Restorer):
         if limit:
             timer.start()
         try:
+            if failed is not None:
+                raise failed
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 target = self._target(step)
@@ -177,8 +189,12 @@ class Checkpointer(Restorer):
                 if target != self.folder(step):
                     target.rename(self.folder(step))
                     _sync_directory(self._directory)
+            self._meeting.wait()
         except BaseException as error:
             self._error = error
+            if not self._meeting.failed:  # the others do not know yet
+                with contextlib.suppress(*SAVE_ERRORS):
+                    self._meeting.wait(first_line(error))
             self._warn(step, first_line(error))
             self._clean(step)
             return

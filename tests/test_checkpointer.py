@@ -185,6 +185,7 @@ def test_a_slow_save_is_told(state, run, monkeypatch, capsys, limit):
     threading.Timer(0.5, gate.set).start()
     save(saver, state, 16)
     assert "waiting for the save of step 12, begun " in capsys.readouterr().out
+    monkeypatch.setattr(checkpointer_lib, "QUIET_S", 60)
     saver.close()
     assert capsys.readouterr().out == ""
     note = {"step": 12, "event": "save_slow", "seconds": 1}
