@@ -74,7 +74,7 @@ def check_memory(config: Config, mesh: jax.sharding.Mesh, capacity: int | None) 
 
 
 def check_workdir(config: Config, workdir: epath.Path) -> None:
-    """Writes `config.json`; refuses a directory that belongs to another run.
+    """Refuses a directory whose `config.json` is of another run.
 
     Raises:
       UserError: the run in `workdir` trains something else.
@@ -91,8 +91,6 @@ def check_workdir(config: Config, workdir: epath.Path) -> None:
                 f"{workdir} holds a run of another config ({_listed(changed)}); "
                 f"{_mend(changed, 'use another --workdir, or the same values')}"
             )
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(config.to_json())
 
 
 @contextlib.contextmanager

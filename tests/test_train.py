@@ -1,8 +1,10 @@
 """The loop's contract with fakes, and whole runs in this process."""
 
 import dataclasses
+import json
 import shutil
 import signal
+import time
 import types
 from typing import Any
 
@@ -280,6 +282,22 @@ def test_a_finished_run_says_so(finished, config, capsys):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), state)
     after = sorted((p, p.stat().st_mtime_ns) for p in workdir.rglob("*") if "checkpoints" in str(p))
     assert [p for p, _ in before] == [p for p, _ in after]
+
+
+def test_init_is_all_that_comes_before_the_loop(tmp_path, monkeypatch):
+    clock, offset = time.monotonic, 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + offset)
+
+    def slow(*arguments):
+        nonlocal offset
+        offset = 10_000.0
+        return open_data(*arguments)
+
+    monkeypatch.setattr(train_lib, "open_data", slow)
+    train(replace(TINY, train__steps=3), tmp_path, time.monotonic() - 100_000)
+    seconds = json.loads((tmp_path / "goodput.json").read_text())["seconds"]
+    assert 110_000 < seconds["init"] < 111_000
+    assert sum(seconds.values()) - seconds["init"] < 1_000
 
 
 def test_no_prompt_no_sample(finished, config, capsys):
