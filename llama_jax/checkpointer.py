@@ -1,4 +1,4 @@
-"""Saves the states of one run, and finds the newest good one again.
+"""Saves the states of one run.
 
 A step is written in the background as `checkpoints/N.saving`; when all its files are there, process
 0 writes their manifest and renames the folder to `N`, as the last act. (Object stores cannot rename
@@ -7,54 +7,38 @@ a folder: there it is `N` from the start, and counts from its manifest on.)
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from llama_jax import manifest, retention
-from llama_jax.checkpoint import (
-    CHECKPOINTS,
-    DamagedCheckpoint,
-    Meta,
-    meta_items,
-    restore_items,
-)
+from llama_jax.agreement import Meeting, agreed
+from llama_jax.checkpoint import Meta, meta_items
 from llama_jax.config import Config
 from llama_jax.errors import UserError, first_line
 from llama_jax.fingerprint import fingerprint
-from llama_jax.skips import Skips, no_skips
-from llama_jax.step import TrainState, abstract_state
+from llama_jax.restorer import Restorer
+from llama_jax.step import TrainState
 
 # What a save may fail with that is not our bug: the disk, the network, another process.
 SAVE_ERRORS = (OSError, ValueError, jax.errors.JaxRuntimeError)
-_TEXT_BYTES = 1024
+# Waiting for a save longer than this is said.
+QUIET_S = 10.0
+# Orbax counts its time-out by the wall clock, which may jump; the watchdog ends what hangs.
+_NO_TIMEOUT_S = 50 * 365 * 86_400
 # Parts of a layer that are stored by themselves; of smaller ones there would be too many.
 LAYER_BYTES = 2**20
 
 
-def agreed(text: str) -> str:
-    """The first text that is not empty, over all processes: they then all do the same about it."""
-    if jax.process_count() == 1:
-        return text
-    row = np.zeros(_TEXT_BYTES, np.uint8)
-    data = text.encode()[:_TEXT_BYTES]
-    row[: len(data)] = np.frombuffer(data, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(row))
-    texts = (bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows)
-    return next(filter(None, texts), "")
-
-
-class Checkpointer:
-    """Saves asynchronously, keeps what `train.keep_*` say, restores the newest good step.
+class Checkpointer(Restorer):
+    """Saves asynchronously, keeps what `train.keep_*` say; restores, as its base does.
 
     Saving returns as soon as the arrays are copied to the host. A save that fails is told in one
     line, and training goes on; the run ends when more than `train.max_failed_saves` in a row or the
@@ -68,15 +52,19 @@ class Checkpointer:
         Raises:
           UserError: it cannot be written to.
         """
-        self._workdir = epath.Path(workdir).absolute()
-        self._directory = self._workdir / CHECKPOINTS
-        self._config = config
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        super().__init__(workdir, config)
+        self._saves, self._meeting = 0, Meeting("")
+        options = ocp.AsyncOptions(
+            timeout_secs=_NO_TIMEOUT_S,
+            # Orbax waits here when all is written, and when all is committed.
+            barrier_sync_fn=lambda **_: self._meeting.wait(),
+        )
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None  # of `_thread`
+        self._saving, self._began = 0, 0.0  # which step `_thread` saves, and since when
         self._failures = 0  # saves in a row
         self._unsaved = ""  # why the last save failed
-        self._damaged: dict[int, str] = {}  # what is wrong with which step
         problem = agreed(self._open())
         if problem:
             raise UserError(f"checkpoints cannot be saved to {self._directory}: {problem}")
@@ -110,33 +98,15 @@ class Checkpointer:
             self._join()
             self._orbax.close()
 
-    def _say(self, text: str) -> None:
-        if jax.process_index() == 0:
-            print(text, flush=True)
-
-    def _note(self, step: int, **record: Any) -> None:
-        """Adds a line to metrics.jsonl, if that can be."""
-        if jax.process_index() > 0:
-            return
-        # The console has it too; a full disk is likely what it is about.
-        with contextlib.suppress(OSError), (self._workdir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **record}) + "\n")
-
-    def note(self, step: int, text: str, **record: Any) -> None:
-        """Says what has happened, and adds it to metrics.jsonl."""
-        self._say(text)
-        self._note(step, **record)
-
-    # Saving.
-
     def latest_step(self) -> int | None:
         """Newest complete step, or None."""
         self._join()
         return next(reversed(retention.saved_steps(self._directory)), None)
 
-    def folder(self, step: int) -> epath.Path:
-        """Where `step` is, or would be."""
-        return self._directory / str(step)
+    def newest_good_step(self, fits: Callable[[int], bool] | None = None) -> int | None:
+        """The same, of all saves so far."""
+        self._join()
+        return super().newest_good_step(fits)
 
     def _target(self, step: int) -> epath.Path:
         """Where `step` is written."""
@@ -154,8 +124,9 @@ class Checkpointer:
         if not problem:
             kind = jax.devices()[0].device_kind
             meta = dataclasses.replace(meta, device_kind=kind, fingerprint=fingerprint(state))
-            problem = agreed(self._start(state, meta))
-        if problem:
+            if agreed(self._start(state, meta)):
+                self._settle()
+        else:
             self._warn(meta.step, problem)
             self._count(problem)
 
@@ -177,8 +148,13 @@ class Checkpointer:
         return f"it takes {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
 
     def _start(self, state: TrainState, meta: Meta) -> str:
+        """Begins a save in the background; returns why that failed, which `_finish` handles."""
+        self._saves += 1
+        self._meeting = Meeting(f"save {self._saves}")
+        self._saving, self._began = meta.step, time.monotonic()
         description, tokenizer = meta_items(meta)
         optimizer = {"step": state.step, "opt_state": state.opt_state}
+        failed: Exception | None = None
         try:
             self._orbax.save(
                 self._target(meta.step),
@@ -192,14 +168,21 @@ class Checkpointer:
                 force=True,
             )
         except SAVE_ERRORS as error:
-            return first_line(error)
-        self._thread = threading.Thread(target=self._finish, args=(meta.step,), name="save")
+            failed = error
+        self._thread = threading.Thread(target=self._finish, args=(meta.step, failed), name="save")
         self._thread.start()
-        return ""
+        return "" if failed is None else first_line(failed)
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, failed: Exception | None) -> None:
         """In a thread: waits for orbax, then completes the step and lets old ones go."""
+        limit = self._config.train.save_timeout
+        timer = threading.Timer(limit, self._tell_slow, (step, limit))
+        timer.daemon = True
+        if limit:
+            timer.start()
         try:
+            if failed is not None:
+                raise failed
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 target = self._target(step)
@@ -207,11 +190,17 @@ class Checkpointer:
                 if target != self.folder(step):
                     target.rename(self.folder(step))
                     _sync_directory(self._directory)
+            self._meeting.wait()
         except BaseException as error:
             self._error = error
+            if not self._meeting.failed:  # the others do not know yet
+                with contextlib.suppress(*SAVE_ERRORS):
+                    self._meeting.wait(first_line(error))
             self._warn(step, first_line(error))
             self._clean(step)
             return
+        finally:
+            timer.cancel()
         if jax.process_index() == 0:
             self._retain()
 
@@ -239,10 +228,21 @@ class Checkpointer:
         )
         self._note(step, event="save_failed", reason=reason)
 
+    def _tell_slow(self, step: int, limit: int) -> None:
+        self._say(
+            f"warning: saving step {step} to {self._directory} takes longer than {limit:,} s "
+            "(train.save_timeout); training goes on, and waits for it at the next save"
+        )
+        self._note(step, event="save_slow", seconds=limit)
+
     def _join(self) -> BaseException | None:
-        """Waits for the thread; returns what it failed with."""
+        """Waits for the thread, and says so; returns what it failed with."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(QUIET_S)
+            if self._thread.is_alive():
+                seconds = time.monotonic() - self._began
+                self._say(f"waiting for the save of step {self._saving}, begun {seconds:.0f} s ago")
+                self._thread.join()
         return self._error
 
     def _settle(self) -> None:
@@ -290,97 +290,6 @@ class Checkpointer:
             self.wait()
         finally:
             self._orbax.close()
-
-    # Restoring.
-
-    def newest_good_step(self, fits: Callable[[int], bool] | None = None) -> int | None:
-        """The newest step (that fits) whose files are all as they were written; None if none is.
-
-        Newer, damaged ones are set aside, which is said on the console and in metrics.jsonl.
-
-        Raises:
-          UserError: any step fits, there are some, and none is good; nothing is changed.
-        """
-        self._join()
-        mine = (jax.process_index(), jax.process_count())
-        for step in self._steps(fits):
-            if step in self._damaged:
-                continue
-            reason = agreed(manifest.damage(self.folder(step), mine))
-            if reason:
-                self._damaged[step] = reason
-                continue
-            self._set_damaged_aside(step)
-            if manifest.is_unverified(self.folder(step)):
-                self._say(f"unverified checkpoint {step}: saved by a version without a manifest")
-            return step
-        if self._damaged and fits is None:
-            what = "; ".join(f"step {step}: {reason}" for step, reason in self._damaged.items())
-            raise UserError(
-                f"no good checkpoint is left in {self._directory} ({what}); nothing was changed. "
-                "Bring one back from a copy, or use another --workdir to start anew"
-            )
-        return None
-
-    def _steps(self, fits: Callable[[int], bool] | None) -> list[int]:
-        """Complete steps as process 0 sees them, newest first."""
-        first = jax.process_index() == 0
-        # A shared file system may show other processes a folder late.
-        steps = retention.saved_steps(self._directory)[::-1] if first else []
-        if fits is not None:
-            steps = [step for step in steps if fits(step)]
-        text = agreed(",".join(map(str, steps[:50])))
-        return [int(step) for step in text.split(",") if step]
-
-    def mark_damaged(self, step: int, reason: str) -> None:
-        """Makes `newest_good_step` pass over `step`, which could not be restored."""
-        self._damaged[step] = reason
-
-    def _set_damaged_aside(self, used: int) -> None:
-        for step in sorted(self._damaged):
-            if jax.process_index() == 0:
-                reason = self._damaged[step]
-                target = retention.set_aside(self.folder(step))
-                self._say(
-                    f"damaged checkpoint {step}: {reason}; set aside as {target}, going on from "
-                    f"step {used}"
-                )
-                self._note(used, event="checkpoint_damaged", damaged_step=step, reason=reason)
-        self._damaged.clear()
-
-    def restore(self, step: int, shardings: Any) -> TrainState:
-        """Reads the state of `step` onto the mesh of `shardings` (a `TrainState` of shardings).
-
-        Raises:
-          UserError: the saved arrays are not those of this config.
-          DamagedCheckpoint: it cannot be read, or its fingerprint is not the saved one.
-        """
-        target = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract_state(self._config),
-            shardings,
-        )
-        optimizer = {"step": target.step, "opt_state": target.opt_state}
-        items = {"params": target.params, "optimizer": optimizer}
-        if (self.folder(step) / "skips").exists():  # not before format 2
-            items["skips"] = target.skips.to_dict()
-
-        def build(found: dict[str, Any]) -> TrainState:
-            if "skips" in found:
-                skips = Skips(**found["skips"])
-            else:
-                skips = jax.jit(no_skips, out_shardings=shardings.skips)()
-            return TrainState(params=found["params"], **found["optimizer"], skips=skips)
-
-        restored, problem = None, ""
-        try:
-            restored = restore_items(self.folder(step), items, build)
-        except DamagedCheckpoint as error:
-            problem = str(error)
-        problem = agreed(problem)
-        if problem or restored is None:
-            raise DamagedCheckpoint(problem)
-        return restored
 
 
 def _by_layer(params: Any) -> Any:

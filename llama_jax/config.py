@@ -132,6 +132,7 @@ class TrainConfig:
     keep_every: int = 0  # also those at multiples of so many steps; 0: none
     keep_best: int = 0  # also so many with the lowest validation loss
     max_failed_saves: int = 3  # in a row, that a run survives
+    save_timeout: int = 1_800  # seconds after which a save is told to be slow; 0: never
     sample_prompt: str = ""  # if set, a continuation of it is printed after training
     step_timeout: int = 1_800  # seconds without a step after which a process ends itself; 0: never
     max_skipped: int = 10  # updates skipped in a row, after which the run stops
@@ -146,13 +147,13 @@ class TrainConfig:
         require_positive("train", self, "steps", "seq_len", "global_batch", "grad_accum")
         require_positive("train", self, "loss_chunk", "log_every", "eval_every", "eval_batches")
         require_positive("train", self, "checkpoint_every", "keep_checkpoints")
-        require(self.step_timeout >= 0, "train.step_timeout must not be negative")
         require_positive("train", self, "max_skipped", "rewind_steps")
         require(
             self.spike_factor == 0 or self.spike_factor >= 1,
             f"train.spike_factor must be 0 (off) or at least 1, got {self.spike_factor}",
         )
-        for name in ("keep_every", "keep_best", "max_failed_saves", "max_rewinds"):
+        names = ("keep_every", "keep_best", "max_failed_saves", "max_rewinds")
+        for name in (*names, "step_timeout", "save_timeout"):
             require(getattr(self, name) >= 0, f"train.{name} must not be negative")
         require(self.z_loss >= 0, "train.z_loss must not be negative")
         require(0 <= self.seed < 2**32, "train.seed must be in [0, 2**32)")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-# init: before the loop; lost: from the last save of a run that ended without one to its restart.
+# init: start-up, data, restoring. lost: of a run that was cut off, from its last save to a restart.
 PHASES = ("init", "compile", "data", "step", "eval", "checkpoint", "lost")
 
 
@@ -18,11 +18,12 @@ class Goodput:
     device works on while the host reads data or starts a save: these are times that the loop waits.
     """
 
-    def __init__(self, path: epath.Path | None) -> None:
-        """Goes on from what the file holds; None keeps no file."""
+    def __init__(self, path: epath.Path | None, began: float | None = None) -> None:
+        """Goes on from what the file holds (None keeps no file); `began` by the monotonic clock."""
+        now = time.monotonic()
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.runs = 1
-        self._path, self._phase, self._since = path, "init", time.monotonic()
+        self._path, self._phase, self._since = path, "init", now if began is None else began
         if path is not None and path.exists():
             try:
                 record = json.loads(path.read_text())
@@ -30,7 +31,8 @@ class Goodput:
                 self.runs = int(record["runs"]) + 1
                 if not record["saved_at_end"]:
                     # Wall clocks of two runs: only a report depends on them.
-                    self.seconds["lost"] += max(time.time() - float(record["time"]), 0.0)
+                    since_save = time.time() - float(record["time"])
+                    self.seconds["lost"] += max(since_save - (now - self._since), 0.0)
             except (ValueError, KeyError, TypeError):
                 pass  # half-written by a kill: it starts anew
 

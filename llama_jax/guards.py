@@ -24,7 +24,7 @@ RESUMABLE = (
     *("data.accept_other_data", "data.tokenizer"),  # where it is; what it is, the checkpoint knows
     *("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every"),
     *("train.keep_checkpoints", "train.sample_prompt", "train.profile_steps"),
-    *("train.step_timeout",),
+    *("train.step_timeout", "train.save_timeout"),
     # What is done about a fault must be free to change when one has happened.
     *("train.max_skipped", "train.spike_factor", "train.norm_stats"),
     *("train.max_rewinds", "train.rewind_steps"),
@@ -75,7 +75,7 @@ def check_memory(config: Config, mesh: jax.sharding.Mesh, capacity: int | None) 
 
 
 def check_workdir(config: Config, workdir: epath.Path) -> None:
-    """Writes `config.json`; refuses a directory that belongs to another run.
+    """Refuses a directory whose `config.json` is of another run.
 
     Raises:
       UserError: the run in `workdir` trains something else.
@@ -92,8 +92,6 @@ def check_workdir(config: Config, workdir: epath.Path) -> None:
                 f"{workdir} holds a run of another config ({_listed(changed)}); "
                 f"{_mend(changed, 'use another --workdir, or the same values')}"
             )
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(config.to_json())
 
 
 @contextlib.contextmanager

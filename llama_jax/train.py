@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import time
 from typing import Any
 
 import jax
@@ -193,6 +194,7 @@ def run_loop(
             eval_loss=eval_loss,
             rewinds=watch.rewinds,
         )
+        i.watchdog.beat(f"saving step {step}")
         with goodput.phase("checkpoint"):
             saver.save(state, meta)
         goodput.save()
@@ -244,20 +246,28 @@ def run_loop(
             log.start(step + 1)
         rewound = in_row > 0
     log.flush()
+    i.watchdog.beat("the last save")
     with goodput.phase("checkpoint"):
         saver.wait()
     goodput.save(at_end=True)
     return state
 
 
-def train(config: Config, workdir: epath.PathLike) -> TrainState:
+def train(config: Config, workdir: epath.PathLike, began: float | None = None) -> TrainState:
     """Trains or resumes `config` in `workdir`; returns the last state.
+
+    Args:
+      config: what to train.
+      workdir: folder of the run.
+      began: when the command did, by the monotonic clock, if before this call.
 
     Raises:
       UserError: the config does not fit the devices, the data, or what is in `workdir`.
       Stopped: SIGTERM or Ctrl-C came when there was nothing to save.
     """
     workdir = epath.Path(workdir)
+    began = time.monotonic() if began is None else began
+    goodput = Goodput(None, began)
     mesh = make_mesh(config.mesh, config.dcn)
     check_memory(config, mesh, device_memory(mesh.devices.flat[0]))
     check_batch(config.train.global_batch, config.train.seq_len, config.train.grad_accum, mesh)
@@ -268,19 +278,23 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
         if jax.process_index() == 0:  # the others wait, and find what it has written
             stack.enter_context(locked(workdir))
             check_workdir(config, workdir)
+            goodput = Goodput(workdir / "goodput.json", began)
             with stop.at_once():
                 data = open_data(config, workdir / "data")
         multihost_utils.sync_global_devices("work directory")
         if jax.process_index() > 0:
             data = open_data(config, workdir / "data")
         _log(describe(config, mesh, data))
-        goodput = Goodput(workdir / "goodput.json" if jax.process_index() == 0 else None)
-        with Checkpointer(workdir, config) as saver:
+        watchdog = Watchdog(config.train.step_timeout)
+        # Outermost, since a run that ends in an error waits for its save, too.
+        with watchdog, Checkpointer(workdir, config) as saver:
             state, rewinds = initial_state(compiled, saver, data, config)
             watch = SkipWatch(config, data, saver, rewinds)
             # Only now: a run that is refused leaves the other one's as it was.
-            if data.tokenizer is not None and jax.process_index() == 0:
-                data.tokenizer.save(workdir / "tokenizer.model")
+            if jax.process_index() == 0:
+                (workdir / "config.json").write_text(config.to_json())
+                if data.tokenizer is not None:
+                    data.tokenizer.save(workdir / "tokenizer.model")
             start = int(state.step)
             if start < config.train.steps:
                 device = mesh.devices.flat[0]
@@ -288,11 +302,9 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
                 log = metrics.Metrics(_writers(config, workdir, device), speed)
                 window = config.train.profile_window if jax.process_index() == 0 else range(0)
                 profiler = Profiler(window, workdir / "tensorboard")
-                watchdog = Watchdog(config.train.step_timeout)
                 instruments = Instruments(saver, log, profiler, stop, goodput, watchdog, watch)
                 try:
-                    with watchdog:
-                        state = run_loop(compiled, state, data, config, instruments)
+                    state = run_loop(compiled, state, data, config, instruments)
                 finally:
                     profiler.close()
                     log.close()
@@ -345,6 +357,7 @@ def main() -> int:
     """The command; flags are defined below."""
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; try --workdir=runs/tiny")
+    began = time.monotonic()
     run_config = cli.load_config(_CONFIG)
     xla_flags.use_preset(_XLA_PRESET.value)
     means = start_processes(_START_TIMEOUT.value)
@@ -352,7 +365,7 @@ def main() -> int:
         _log(f"start   {jax.process_count()} processes, found by {means}")
     use_compilation_cache()
     try:
-        state = train(run_config, _WORKDIR.value)
+        state = train(run_config, _WORKDIR.value, began)
     except Stopped as signal_name:
         _log(f"\n{signal_name}: stopped, nothing to save; run the same command again to go on")
         return _STOPPED_STATUS.value

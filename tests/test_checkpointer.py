@@ -1,21 +1,19 @@
-"""Saving that fails, and finding the newest good step."""
+"""Saving, and saving that fails."""
 
 import dataclasses
-import json
 import shutil
 import threading
+import time
 
-import jax
-import numpy as np
 import pytest
 from etils import epath
 
 from llama_jax import checkpointer as checkpointer_lib
 from llama_jax import manifest
-from llama_jax.checkpoint import DamagedCheckpoint, Meta, load_meta
+from llama_jax.checkpoint import Meta
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.errors import UserError
-from tests.helpers import TINY, flip_bit, made_state, records, replace
+from tests.helpers import TINY, made_state, records, replace
 
 CONFIG = replace(TINY, train__keep_checkpoints=2)
 META = Meta(CONFIG, 0, "data-1", b"tokenizer")
@@ -48,14 +46,6 @@ def two_steps(state, tmp_path_factory):
 def run(two_steps, tmp_path):
     """A work directory of one's own, with steps 4 and 8."""
     return shutil.copytree(two_steps, tmp_path / "run")
-
-
-def restore(saver, step):
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return saver.restore(step, jax.tree.map(lambda _: device, made_state(CONFIG)))
-
-
-# Saving.
 
 
 def test_the_newest_are_kept(state, tmp_path):
@@ -181,6 +171,28 @@ def test_an_error_elsewhere_does_not_lose_the_save_before_it(state, run, monkeyp
     assert names(run) == ["12", "8"]
 
 
+@pytest.mark.parametrize("limit", [0, 1])
+def test_a_slow_save_is_told(state, run, monkeypatch, capsys, limit):
+    """While it goes on, and by whoever waits for it; it is no failure."""
+    write, gate = manifest.write, threading.Event()
+    monkeypatch.setattr(manifest, "write", lambda folder: (gate.wait(60), write(folder)))
+    monkeypatch.setattr(checkpointer_lib, "QUIET_S", 0.1)
+    saver = Checkpointer(run, replace(CONFIG, train__save_timeout=limit))
+    save(saver, state, 12)
+    time.sleep(1.5)
+    told = f"warning: saving step 12 to {run}/checkpoints takes longer than 1 s "
+    assert (told in capsys.readouterr().out) == bool(limit)
+    threading.Timer(0.5, gate.set).start()
+    save(saver, state, 16)
+    assert "waiting for the save of step 12, begun " in capsys.readouterr().out
+    monkeypatch.setattr(checkpointer_lib, "QUIET_S", 60)
+    saver.close()
+    assert capsys.readouterr().out == ""
+    note = {"step": 12, "event": "save_slow", "seconds": 1}
+    assert (records(run) if limit else []) == [note] * limit
+    assert names(run) == ["12", "16"]
+
+
 def test_what_was_unfinished_is_cleaned_and_said(run, capsys):
     shutil.copytree(run / "checkpoints" / "8", run / "checkpoints" / "12.saving")
     (run / "checkpoints" / "2.deleting").mkdir()
@@ -195,83 +207,3 @@ def test_a_place_that_cannot_be_written_to(tmp_path):
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(UserError, match=f"cannot be saved to {tmp_path}/checkpoints: .*exists"):
         Checkpointer(tmp_path, CONFIG)
-
-
-# Restoring.
-
-
-def damage(run, step):
-    path = max((run / "checkpoints" / str(step) / "params").rglob("d/*"), key=lambda p: p.name)
-    flip_bit(path, 8 * (path.stat().st_size // 2))
-    return path.relative_to(run / "checkpoints" / str(step)).as_posix()
-
-
-def test_a_damaged_step_is_named_and_the_one_before_is_used(state, run, capsys):
-    file = damage(run, 8)
-    with Checkpointer(run, CONFIG) as saver:
-        assert saver.newest_good_step() == 4
-        jax.tree.map(np.testing.assert_array_equal, restore(saver, 4), state)
-        save(saver, state, 8)  # its name is free again
-    reason = f"{file} holds other bytes than were written"
-    aside = run / "checkpoints" / "8.damaged"
-    said = f"damaged checkpoint 8: {reason}; set aside as {aside}, going on from step 4"
-    assert said in capsys.readouterr().out
-    assert records(run) == [
-        {"step": 4, "event": "checkpoint_damaged", "damaged_step": 8, "reason": reason}
-    ]
-    assert names(run) == ["4", "8", "8.damaged"]
-
-
-def test_damage_that_only_the_fingerprint_sees(state, run):
-    """As from a bug, or a machine that computes wrong: the files are what was written."""
-    path = run / "checkpoints" / "8" / "meta" / "metadata"
-    meta = json.loads(path.read_text())
-    meta["fingerprint"]["params/embed"] ^= 1
-    path.write_text(json.dumps(meta))
-    manifest.write(epath.Path(run / "checkpoints" / "8"))
-    with Checkpointer(run, CONFIG) as saver:
-        assert saver.newest_good_step() == 8
-        with pytest.raises(
-            DamagedCheckpoint, match="does not give back .*: params/embed "
-        ) as caught:
-            restore(saver, 8)
-        saver.mark_damaged(8, str(caught.value))
-        assert saver.newest_good_step() == 4
-    assert names(run) == ["4", "8.damaged"]
-
-
-def test_no_good_step_is_an_error_and_changes_nothing(run):
-    damage(run, 8)
-    (run / "checkpoints" / "4" / "meta" / "metadata").unlink()
-    before = {path: path.stat() for path in run.rglob("*")}
-    for _ in range(2):  # and again
-        with Checkpointer(run, CONFIG) as saver:
-            with pytest.raises(UserError, match=r"no good .*step 8: params/.*step 4: meta/meta"):
-                saver.newest_good_step()
-    after = {path: path.stat() for path in run.rglob("*")}
-    assert {p: s.st_mtime_ns for p, s in before.items() if p.is_file()} == {
-        p: s.st_mtime_ns for p, s in after.items() if p.is_file()
-    }
-    assert before.keys() == after.keys()
-
-
-def test_nothing_saved_yet(tmp_path):
-    with Checkpointer(tmp_path, CONFIG) as saver:
-        assert saver.newest_good_step() is None
-
-
-def test_a_step_of_a_version_without_manifests(state, run, capsys):
-    folder = run / "checkpoints" / "8"
-    (folder / "manifest.json").unlink()
-    meta = json.loads((folder / "meta" / "metadata").read_text())
-    del meta["fingerprint"], meta["eval_loss"]
-    (folder / "meta" / "metadata").write_text(json.dumps(meta))
-    assert load_meta(folder) == dataclasses.replace(META, step=8, device_kind="cpu")
-    with Checkpointer(run, CONFIG) as saver:
-        assert saver.newest_good_step() == 8
-        jax.tree.map(np.testing.assert_array_equal, restore(saver, 8), state)
-    assert "unverified checkpoint 8" in capsys.readouterr().out
-
-
-def test_agreed_is_the_text_itself_on_one_process():
-    assert checkpointer_lib.agreed("x") == "x" and checkpointer_lib.agreed("") == ""

@@ -229,6 +229,8 @@ INVALID = [
     ("train__keep_every", -1, "keep_every"),
     ("train__keep_best", -1, "keep_best"),
     ("train__max_failed_saves", -1, "max_failed_saves"),
+    ("train__step_timeout", -1, "step_timeout"),
+    ("train__save_timeout", -1, "save_timeout"),
     ("train__profile_steps", "10", "such as 10,15, got '10'"),
     ("train__profile_steps", "1,2,3", "such as 10,15"),
     ("train__profile_steps", "0,2", "two steps in 1..20"),

@@ -55,6 +55,19 @@ def test_it_is_kept_across_restarts_and_a_crash_is_lost_time(clock, tmp_path):
     assert third.report().endswith("lost 7.0 (3 runs)") and third.report().startswith("93.0%")
 
 
+def test_what_was_before_is_counted_once(clock, tmp_path):
+    """Start-up is init, and not lost as well."""
+    path = epath.Path(tmp_path / "goodput.json")
+    Goodput(path).save()
+    clock.now += 7
+    began = clock.now
+    clock.now += 30
+    second = Goodput(path, began)
+    clock.now += 4
+    second.enter("step")
+    assert (second.seconds["init"], second.seconds["lost"]) == (34, 7)
+
+
 def test_a_file_that_a_kill_cut_off_begins_anew(clock, tmp_path):
     path = epath.Path(tmp_path / "goodput.json")
     Goodput(path).save()

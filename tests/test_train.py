@@ -1,8 +1,10 @@
 """The loop's contract with fakes, and whole runs in this process."""
 
 import dataclasses
+import json
 import shutil
 import signal
+import time
 import types
 from typing import Any
 
@@ -283,6 +285,22 @@ def test_a_finished_run_says_so(finished, config, capsys):
     assert [p for p, _ in before] == [p for p, _ in after]
 
 
+def test_init_is_all_that_comes_before_the_loop(tmp_path, monkeypatch):
+    clock, offset = time.monotonic, 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + offset)
+
+    def slow(*arguments):
+        nonlocal offset
+        offset = 10_000.0
+        return open_data(*arguments)
+
+    monkeypatch.setattr(train_lib, "open_data", slow)
+    train(replace(TINY, train__steps=3), tmp_path, time.monotonic() - 100_000)
+    seconds = json.loads((tmp_path / "goodput.json").read_text())["seconds"]
+    assert 110_000 < seconds["init"] < 111_000
+    assert sum(seconds.values()) - seconds["init"] < 1_000
+
+
 def test_no_prompt_no_sample(finished, config, capsys):
     workdir, _ = finished
     train(replace(config, train__sample_prompt=""), workdir)
@@ -540,6 +558,7 @@ OTHER_FIELDS = {
     "train.keep_every": "test_retention::test_what_is_kept",
     "train.keep_best": "test_retention::test_what_is_kept",
     "train.max_failed_saves": "test_checkpointer::test_failed_saves",
+    "train.save_timeout": "test_checkpointer::test_a_slow_save_is_told",
     "train.sample_prompt": "test_no_prompt_no_sample",
     "train.step_timeout": "faults/test_stopping::test_a_process_that_hangs_is_noticed",
     "train.max_skipped": "faults.test_numeric::test_bad_batches_in_a_row_stop_the_run",

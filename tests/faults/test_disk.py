@@ -1,20 +1,24 @@
-"""Rows 6 and 7 of docs/reliability.md: a disk that is full, read-only or gone, while training."""
+"""Rows 6, 7 and 23 of docs/reliability.md: a disk that is full, read-only, gone, or slow."""
 
 import contextlib
 import re
 import resource
 import subprocess
+import sys
+import threading
 import time
 
 import jax
 import numpy as np
 import pytest
 
+from llama_jax import checkpointer as checkpointer_lib
+from llama_jax import manifest
 from llama_jax import train as train_lib
 from llama_jax.checkpoint import verify
 from llama_jax.errors import UserError
 from llama_jax.train import train
-from tests.helpers import TINY, records, replace
+from tests.helpers import ROOT, TINY, records, replace
 
 # Saves at 2, 4, .. 12; the fault begins in step 6 and ends in step 9.
 CONFIG = replace(TINY, train__steps=12, train__checkpoint_every=2, train__eval_every=100)
@@ -184,6 +188,67 @@ def test_the_last_save_must_work(workdir, monkeypatch):
     during(monkeypatch, workdir, 11, fault.begin, 99, None)
     with pytest.raises(UserError, match=r"saving to .* failed: .*step 10 is the newest"):
         train(CONFIG, workdir)
+
+
+def test_a_disk_that_stalls(workdir, undisturbed, monkeypatch, capsys):
+    """The save of step 6 takes 2 s more: training goes on, and the save of step 8 waits for it."""
+    write, began = manifest.write, []
+
+    def stalls(folder):
+        if folder.name.startswith("6."):
+            began.append(threading.current_thread())
+            time.sleep(2)
+        write(folder)
+
+    monkeypatch.setattr(manifest, "write", stalls)
+    monkeypatch.setattr(checkpointer_lib, "QUIET_S", 0.2)
+    state = jax.device_get(train(replace(CONFIG, train__save_timeout=1), workdir))
+    jax.tree.map(np.testing.assert_array_equal, state, undisturbed)
+    said = capsys.readouterr().out
+    assert f"warning: saving step 6 to {workdir}/checkpoints takes longer than 1 s" in said
+    assert "waiting for the save of step 6, begun " in said and len(began) == 1
+    lines = [(line["step"], line.get("event")) for line in records(workdir)]
+    assert lines.count((6, "save_slow")) == 1
+    assert lines.index((7, None)) < lines.index((6, "save_slow")) < lines.index((9, None))
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["10", "12", "8"]
+
+
+HANGS = """
+import sys, threading
+from llama_jax import checkpointer, manifest
+from llama_jax.train import train
+from tests.faults.test_disk import CONFIG
+from tests.helpers import replace
+checkpointer.QUIET_S = 1
+manifest.write = lambda folder: threading.Event().wait()
+every = int(sys.argv[2])
+train(replace(CONFIG, train__checkpoint_every=every, train__step_timeout=5), sys.argv[1])
+"""
+BROKEN = """
+from llama_jax.skip_watch import SkipWatch
+def after_log(self, state, read):
+    if state.step == 10:
+        raise KeyError
+SkipWatch.after_log = after_log
+"""
+
+
+@pytest.mark.slow  # three starts of a process
+@pytest.mark.parametrize(
+    ("code", "every", "step", "where"),
+    [
+        (HANGS, 4, 4, "saving step 8"),
+        (HANGS, 12, 12, "the last save"),
+        (BROKEN + HANGS, 8, 8, "step 10"),  # an error, on whose way out it hangs
+    ],
+)
+def test_a_disk_that_never_answers(tmp_path, code, every, step, where):
+    """It is told what is waited for, and the watchdog ends it, wherever it waits."""
+    command = [sys.executable, "-c", code, str(tmp_path / "run"), str(every)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert f"waiting for the save of step {step}, begun 1 s ago" in done.stdout
+    assert f"error: no sign of life in {where} for longer than 5 s" in done.stderr
 
 
 def test_a_place_that_is_read_only_is_told_before_the_first_step(workdir, monkeypatch):

@@ -152,7 +152,19 @@ def test_the_checkpoint_knows_its_config_where_the_file_does_not(run, config, tm
     else:
         (workdir / "config.json").write_text(other.to_json())
     with pytest.raises(UserError, match=r"checkpoints/3 is of another run \(optim.peak_lr is 0.01"):
-        train_lib.train(other, workdir)
+        train_lib.train(replace(other, train__log_every=7), workdir)
+    if lost:
+        assert not (workdir / "config.json").exists()
+    else:
+        assert (workdir / "config.json").read_text() == other.to_json()
+
+
+def test_a_run_that_goes_on_writes_its_config(run, config, tmp_path):
+    workdir = shutil.copytree(run, tmp_path / "run")
+    (workdir / "config.json").unlink()
+    changed = replace(config, train__log_every=7)
+    train_lib.train(changed, workdir)
+    assert (workdir / "config.json").read_text() == changed.to_json()
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(run, config, corpus, tmp_path):

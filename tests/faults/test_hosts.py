@@ -1,4 +1,4 @@
-"""Row 12 of docs/reliability.md: another number of hosts, and damage that one of them reads."""
+"""Row 12 of docs/reliability.md: another number of hosts, and what only one of them fails to do."""
 
 import json
 import os
@@ -8,14 +8,15 @@ import sys
 import pytest
 
 from llama_jax import manifest
+from tests.faults.failing_child import FAULTS
 from tests.faults.test_damage import files_of
-from tests.helpers import ROOT, flip_bit
+from tests.helpers import ROOT, flip_bit, records
 from tests.test_processes import free_port
 
 DEVICES = 8
 
 
-def run(workdir, processes, child="hosts_child", *arguments):
+def run(workdir, processes, child="hosts_child", *arguments, timeout=300):
     """Runs a child on so many processes; returns what each said."""
     port = free_port()
     children = []
@@ -40,8 +41,12 @@ def run(workdir, processes, child="hosts_child", *arguments):
             text=True,
         )
         children.append(started)
-    outputs = [child.communicate(timeout=300) for child in children]
-    assert [child.returncode for child in children] == [0] * processes, outputs
+    try:
+        outputs = [each.communicate(timeout=timeout) for each in children]
+    finally:
+        for each in children:
+            each.kill()
+    assert [each.returncode for each in children] == [0] * processes, outputs
     return [out for out, _ in outputs]
 
 
@@ -66,3 +71,23 @@ def test_hosts_2_to_1_to_2_and_damage_that_one_of_them_reads(tmp_path):
     assert "damaged" not in outputs[1]
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["1", "2", "2.damaged"]
+
+
+@pytest.mark.slow  # two starts of a process
+def test_a_save_that_fails_on_one_of_two(tmp_path):
+    """All of them tell it at once, training goes on, and the next save works."""
+    outputs = run(tmp_path, 2, "failing_child", timeout=150)
+    for output in outputs:
+        lines = output.splitlines()
+        waits = [float(line.split()[1]) for line in lines if line.startswith("waited ")]
+        assert len(waits) == len(FAULTS) and max(waits) < 20
+        for step, (process, _) in enumerate(FAULTS.values(), start=2):
+            (told,) = (line for line in lines if f"warning: saving step {step} to " in line)
+            assert f"{tmp_path}/checkpoints failed: " in told
+            # Who has failed tells its own error, the others who it was.
+            if f"process {process}: " not in told:
+                assert output is outputs[process]
+        assert f"trained {len(FAULTS) + 2}" in lines
+    print("seconds until it was told:", waits)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "6"]
+    assert [line["step"] for line in records(tmp_path)] == [2, 3, 4, 5]

@@ -1,0 +1,95 @@
+"""One process of test_hosts.py: trains and saves, while one of the two fails to in all ways it can.
+
+Usage: python -m tests.faults.failing_child WORKDIR, with the environment of `processes`.
+"""
+
+import resource
+import sys
+import time
+from unittest import mock
+
+import jax
+
+from llama_jax import manifest
+from llama_jax.checkpoint import Meta
+from llama_jax.checkpointer import Checkpointer
+from llama_jax.errors import UserError
+from llama_jax.mesh import make_mesh
+from llama_jax.processes import start_processes
+from llama_jax.step import jit_step
+from tests.helpers import TINY, random_batch, replace
+
+CONFIG = replace(TINY, train__max_failed_saves=9)
+FULL = OSError(28, "No space left on device")
+
+
+def small_files(saver):
+    """No file of this process may grow beyond so many bytes: it fails while it writes."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, old[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def broken(target, name):
+    patch = mock.patch.object(target, name, side_effect=FULL)
+    patch.start()
+    return patch.stop
+
+
+def broken_start(saver):
+    """What orbax does at once fails, after the steps that it takes together with the others."""
+    start = saver._orbax.handler.async_save
+
+    async def fails(*args, **kwargs):
+        await start(*args, **kwargs)
+        raise FULL
+
+    saver._orbax.handler.async_save = fails
+    return lambda: setattr(saver._orbax.handler, "async_save", start)
+
+
+# Which process fails, and how.
+FAULTS = {
+    "starts": (1, broken_start),
+    "writes": (1, small_files),
+    "commits": (0, lambda saver: broken(saver._orbax.handler, "finalize")),
+    "hashes": (0, lambda saver: broken(manifest, "write")),
+}
+
+
+def main():
+    start_processes(120)
+    mesh = make_mesh(CONFIG.mesh, CONFIG.dcn)
+    with jax.set_mesh(mesh), Checkpointer(sys.argv[1], CONFIG) as saver:
+        compiled = jit_step(CONFIG, mesh)
+        state = compiled.init(jax.random.key(0))
+        host = random_batch(CONFIG, 0)
+        batch = {
+            name: jax.make_array_from_callback(x.shape, compiled.batch_sharding, x.__getitem__)
+            for name, x in host.items()
+        }
+
+        def train_and_save():
+            nonlocal state
+            # Two programs at once confuse gloo; the loop waits before a save, too.
+            state, _ = jax.block_until_ready(compiled.train(state, batch))
+            saver.save(state, Meta(CONFIG, int(state.step), "made up", b""))
+
+        train_and_save()
+        saver.wait()
+        for process, begin in FAULTS.values():
+            end = begin(saver) if jax.process_index() == process else lambda: None
+            began = time.monotonic()
+            train_and_save()
+            try:
+                saver.wait()
+            except UserError:
+                print("waited", time.monotonic() - began, flush=True)
+            end()
+        train_and_save()
+        saver.wait()
+        print("trained", int(state.step), flush=True)
+
+
+if __name__ == "__main__":
+    main()
