@@ -168,6 +168,18 @@ def test_a_template_is_chosen(tokenizer, tmp_path):
         open_template(model_of(tokenizer, {}))
 
 
+def test_built_in_templates_are_for_any_checkpoint(tokenizer):
+    model = model_of(tokenizer, {})
+    text = open_template(model, "llama2").render(WITH_SYSTEM)
+    assert text == (
+        "<s> [INST] <<SYS>>\n Be brief. \n<</SYS>>\n\nHello [/INST] Hi. </s><s> [INST] And? [/INST]"
+    )
+    own = {"additional_chat_templates/llama2.jinja": b"its own"}
+    assert open_template(model_of(tokenizer, own), "llama2").render(said("x")) == "its own"
+    with pytest.raises(UserError, match="needs the special token"):
+        open_template(model, "llama3")
+
+
 def test_special_tokens_have_the_names_of_the_checkpoint(llama3):
     names = {"eos_token": {"content": "<|eot_id|>"}, "pad_token": "P", "unk_token": None}
     files = {

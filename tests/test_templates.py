@@ -251,6 +251,8 @@ def test_white_space_between_turns_is_no_part_of_an_answer(llama3):
     [
         "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
         "{% for m in messages %}{{ m.content if loop.last else '-' }}{% endfor %}",
+        "{% for m in messages %}{{ m.content if m.role == 'user' or loop.last else '-' }}"
+        "{% endfor %}",
         "{% for m in messages %}{{ m.content }}{% endfor %}"
         "{{ 'so:' if add_generation_prompt else '' }}",
     ],
@@ -267,8 +269,8 @@ def test_tags_within_a_text_that_is_changed_later(tokenizer):
         "{%+ generation -%} {{ m.content }}{% endgeneration %}{% else %}{{ m.content }}"
         "{% endif %}{% endset %}{{ turn | upper }}|{% endfor %}"
     )
-    found = own(source, tokenizer).example(said("a\ufdd1b", "c\ufdd2\ufdd0d", "e", "f"))
-    assert marked(tokenizer, found.ids, found.counts) == " AB|[[CD]]|E|[[F]]|"
+    found = own(source, tokenizer).example(said("a\ufdd1b\ufdd2c", "d\ufdd0", "e", "f"))
+    assert marked(tokenizer, found.ids, found.counts) == " ABC|[[D]]|E|[[F]]|"
     assert own(source, tokenizer).render(said("a", "b")) == "A|B|"
 
 
