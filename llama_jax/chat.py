@@ -18,8 +18,6 @@ from llama_jax.errors import UserError
 from llama_jax.inference import InferenceModel
 from llama_jax.interchange.formats import MORE_TEMPLATES
 
-__all__ = ["DEFAULT", "ChatTemplate", "open_template", "templates"]
-
 
 def templates(files: Mapping[str, bytes]) -> dict[str, str]:
     """Templates by name, `default` among them where there is one.

@@ -16,7 +16,7 @@ from llama_jax.data.loader import Batches, ValidationBatches, iterate
 from llama_jax.data.pipeline import open_data
 from llama_jax.data.prepare import prepare
 from llama_jax.data.reading import Reading
-from llama_jax.data.shards import TokenDataset, read_manifest, verify
+from llama_jax.data.shards import TokenDataset, fingerprint, read_manifest, verify
 from llama_jax.data.show_rows import Screen
 from llama_jax.data.sources import list_parts
 from llama_jax.data.templates import built_in
@@ -228,7 +228,7 @@ def test_a_truncated_answer_by_hand(tokenizer, tmp_path):
         (b'{"a": 1}', "no JSON list", 0),
         (b"[]", None, 0),
         (json.dumps([ALPACA, ALPACA]).encode()[:-9], "broken JSON", 1),
-        (b"[" + json.dumps(ALPACA).encode() + b', "\xff"]', "invalid UTF-8", 1),
+        (b"[" + json.dumps(ALPACA).encode() + b", \xff]", "broken JSON", 1),
         (b"[" * 100_000, "no JSON list", 0),
     ],
 )
@@ -240,11 +240,20 @@ def test_a_damaged_file(content, reason, found, tokenizer, tmp_path):
     (part,) = list_parts(str(path), config)
     template = built_in("alpaca", tokenizer)
     records = list(examples(part, config, template, T, reading))
-    if reason == "invalid UTF-8":  # decoded a piece at a time, before its records are looked at
-        found = len(records)
     assert len(records) == found
     expected = {f"{reason}; the rest of the file is left out": 1} if reason else {}
     assert reading.skipped == expected
+
+
+def test_a_damaged_letter_costs_its_record(tokenizer, tmp_path):
+    records = [ALPACA, {**ALPACA, "output": "AB"}, {**ALPACA, "id": "AB"}]
+    path = tmp_path / "a.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(records).encode().replace(b"AB", b"A\xff"))
+    config = DataConfig(source=str(path), template="x", packing="best_fit")
+    reading = Reading()
+    (part,) = list_parts(str(path), config)
+    assert len(list(examples(part, config, built_in("alpaca", tokenizer), T, reading))) == 2
+    assert reading.skipped == {"invalid UTF-8": 1}
 
 
 def test_a_damaged_compressed_file(tokenizer, tmp_path):
@@ -405,23 +414,21 @@ def test_many_parts_are_the_same_conversations(chat, tmp_path):
 
 def test_the_fingerprint_covers_mask_and_template(chat, tokenizer, tmp_path):
     config, _, folder = chat
-    given = built_in("vicuna", tokenizer)
-    plain = given.source.replace(
-        "{%- generation %}{{ ' ' + message", "{{- ' ' }}{%- generation %}{{ message"
-    )
-    assert plain != given.source
-    fingerprints = {TokenDataset.open(folder, "train").fingerprint}
-    for number, source in enumerate((plain, f"{given.source}{{# the same text #}}")):
-        (tmp_path / f"{number}.jinja").write_text(source)
-        other = replace(config, data__template=str(tmp_path / f"{number}.jinja"))
-        prepare(other, tmp_path / str(number), log=quiet)
-        dataset = TokenDataset.open(tmp_path / str(number), "train")
-        tokens = dataset.tokens(0, dataset.n_tokens)
-        first = TokenDataset.open(folder, "train")
-        if number:
-            np.testing.assert_array_equal(tokens, first.tokens(0, first.n_tokens))
-        fingerprints.add(dataset.fingerprint)
-    assert len(fingerprints) == 3
+    manifest = read_manifest(folder)
+    whole = fingerprint(manifest)
+    for part in (manifest, manifest["splits"]["validation"]["shards"][0]):
+        name = next(name for name in ("template_sha256", "mask_sha256") if name in part)
+        part[name] += "1"
+        assert fingerprint(manifest) != whole
+        part[name] = part[name][:-1]
+    # The same text and mask, by other Jinja.
+    source = built_in("vicuna", tokenizer).source + "{# once more #}"
+    (tmp_path / "own.jinja").write_text(source)
+    other = replace(config, data__template=str(tmp_path / "own.jinja"))
+    prepare(other, tmp_path / "shards", log=quiet)
+    ours, first = (TokenDataset.open(f, "train") for f in (tmp_path / "shards", folder))
+    np.testing.assert_array_equal(ours.tokens(0, ours.n_tokens), first.tokens(0, first.n_tokens))
+    assert ours.fingerprint != first.fingerprint
 
 
 def test_other_templates_and_shards_are_not_mixed_up(chat, tokenizer, tmp_path):
@@ -429,6 +436,8 @@ def test_other_templates_and_shards_are_not_mixed_up(chat, tokenizer, tmp_path):
     with pytest.raises(UserError, match="made with another template; choose another folder"):
         prepare(replace(config, data__template="llama2"), folder, log=quiet)
     plain = replace(config, data__template="")
+    with pytest.raises(UserError, match="made with another template; choose another folder"):
+        prepare(plain, folder, log=quiet)
     where = epath.Path(folder)
     with pytest.raises(UserError, match="with a chat template, but data.template is empty now"):
         open_data(plain, where)

@@ -17,15 +17,18 @@ from llama_jax.data.chat_template import ChatTemplate, Encoded, Refused
 from llama_jax.data.reading import Example, Part, Reading, too_long
 from llama_jax.data.sources import read_records
 from llama_jax.data.vocabularies import MARK
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, first_line
 from llama_jax.prompts import Messages
 
 ROLES = {
     **{"human": "user", "user": "user", "system": "system"},
     **{"gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant"},
 }
-FOLLOWS = {"": ("system", "user"), "system": ("user",), "user": ("assistant",)}
-FOLLOWS["assistant"] = ("user",)
+# What may follow what; "" is the beginning.
+FOLLOWS = {
+    **{"": ("system", "user"), "system": ("user",)},
+    **{"user": ("assistant",), "assistant": ("user",)},
+}
 EMPTY = {"assistant": "an empty answer", "user": "an empty question"}
 BEGINS_WITH_ANSWER = "an answer before the first question, which is left out"
 
@@ -70,7 +73,7 @@ def _turns(turns: Any, field: str, role: str, content: str) -> Messages:
     for turn in turns:
         name = _text(turn, role)
         if name not in ROLES:
-            raise Unusable(f"an unknown {role}", repr(name))
+            raise Unusable(f"an unknown {role}", repr(name[:40]))
         messages.append({"role": ROLES[name], "content": _text(turn, content)})
     return messages
 
@@ -140,7 +143,7 @@ def examples(
             reading.skip(error.reason, f"{where}: {error.detail}" if error.detail else where)
             continue
         except Refused as error:
-            reading.skip("the template does not take it", f"{where}: {error}")
+            reading.skip("the template does not take it", f"{where}: {first_line(error)}")
             continue
         except UserError as error:
             raise UserError(f"{where}: {error}") from error

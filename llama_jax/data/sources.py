@@ -269,15 +269,14 @@ def _read_json_list(part: Part, config: DataConfig, reading: Reading) -> Iterato
     path = epath.Path(part.paths[0])
     number = 0
     with path.open("rb") as raw:
-        text = io.TextIOWrapper(_unzip(path, raw), "utf-8-sig")
+        # What is no UTF-8 costs the record that it is in: half of a surrogate pair stands for it.
+        text = io.TextIOWrapper(_unzip(path, raw), "utf-8-sig", "surrogateescape")
         try:
             for number, record in enumerate(list_items(text, _longest(config)), start=1):
                 reading.position = raw.tell()
                 yield record, f"{path}, record {number}"
         except DAMAGED:
             reason = "damaged compressed file"
-        except UnicodeDecodeError:
-            reason = "invalid UTF-8"
         except (ValueError, RecursionError):
             reason = "broken JSON" if number else "no JSON list"
         else:
