@@ -1,15 +1,22 @@
 """What verified checkpoints cost: the step, a save, hashing and the fingerprint. One line of JSON.
 
+Steps with and without a save are timed in turns of `--every` steps, a save at the beginning of
+every second turn: `overhead` is the mean over pairs of turns of their ratio less 1, and stands
+beside its standard error and the pairs themselves.
+
 Example:
-  python benchmarks/checkpoint.py --config=configs/tiny.py --steps=200 --every=100
+  python benchmarks/checkpoint.py --config=configs/tiny.py --every=100 --pairs=4
 """
 
+import itertools
 import json
+import math
 import pathlib
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 from absl import flags
@@ -19,10 +26,11 @@ from llama_jax import cli, manifest
 from llama_jax.checkpoint import Meta
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.data.loader import SyntheticBatches, stream
-from llama_jax.errors import UserError
 from llama_jax.fingerprint import fingerprint
 from llama_jax.mesh import make_mesh
 from llama_jax.step import jit_step
+
+_WARMUP = 5  # steps
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -32,59 +40,72 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def in_turns(turn: Callable[[bool], float], pairs: int) -> Iterator[tuple[float, float]]:
+    """(without, with) of each pair; every second one the other way round, so that drift cancels."""
+    for number in range(pairs):
+        first = turn(bool(number % 2))
+        second = turn(not number % 2)
+        plain, saving = (second, first) if number % 2 else (first, second)
+        print(f"pair {number + 1} of {pairs}: {saving / plain - 1:+.2%}", file=sys.stderr)
+        yield plain, saving
+
+
 def main() -> None:
     """Trains on synthetic tokens, with and without saves, and times the parts of one."""
     config = cli.load_config(_CONFIG)
-    train = config.train
-    if _STEPS.value < 2 * _EVERY.value:
-        raise UserError("--steps must be at least twice --every")
+    train, every, pairs = config.train, _EVERY.value, _PAIRS.value
     mesh = make_mesh(config.mesh, config.dcn)
     source = SyntheticBatches(config.model.vocab_size, train.seq_len, train.global_batch, 0)
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         compiled = jit_step(config, mesh)
         state = compiled.init(jax.random.key(0))
         shape = (train.global_batch, train.seq_len)
-        batches = stream(source, 0, 4 * _STEPS.value, compiled.batch_sharding, *shape)
+        count = every * 2 * pairs + 2 * _WARMUP
+        batches = stream(source, 0, count, compiled.batch_sharding, *shape)
         saver = Checkpointer(folder, config)
-        blocked = []
+        blocked: list[float] = []
 
-        def run(saving: bool) -> float:
+        def turn(saving: bool, steps: int = every) -> float:
+            """Seconds of these steps, and of all that a save costs in them."""
             nonlocal state
             start = time.perf_counter()
-            for _ in range(_STEPS.value):
-                state, _metrics = compiled.train(state, next(batches))
+            for number in range(steps):
+                state, _ = compiled.train(state, next(batches))
                 step = int(jax.device_get(state.step))
-                if saving and step % _EVERY.value == 0:
+                if saving and number == 0:
                     meta = Meta(config, step, "benchmark", b"")
-                    before = time.perf_counter()
-                    saver.save(state, meta)
-                    blocked.append(time.perf_counter() - before)
+                    blocked.append(seconds(lambda: saver.save(state, meta)))  # noqa: B023
             saver.wait()
-            return (time.perf_counter() - start) / _STEPS.value
+            return time.perf_counter() - start
 
-        jax.block_until_ready(compiled.train(state, next(batches))[0].params)
-        state = compiled.init(jax.random.key(0))
-        fingerprint(state)
-        plain, saving, again = run(False), run(True), run(False)
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        turn(True, _WARMUP)  # compiles; and the first save is slower
+        times = list(in_turns(turn, pairs))
         prints = [seconds(lambda: fingerprint(state)) for _ in range(5)]
         newest = epath.Path(saver.folder(saver.latest_step() or 0))
         files = [path for path in pathlib.Path(newest).rglob("*") if path.is_file()]
         on_disk = sum(path.stat().st_size for path in files)
         hashing = min(seconds(lambda: manifest.damage(newest)) for _ in range(3))
         saver.close()
-    base = (plain + again) / 2
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    plain = [without for without, _ in times]
+    ratios = [saving / without - 1 for without, saving in times]
+    base = statistics.mean(plain) / every
+    # How much two turns without a save differ: what the overhead must be seen against.
+    noise = [abs(later / sooner - 1) for sooner, later in itertools.pairwise(plain)]
     print(
         json.dumps(
             {
                 "device": jax.devices()[0].device_kind,
                 "state_bytes": size,
+                "save_every": every,
                 "step_seconds_without_saves": base,
-                "step_seconds_with_saves": saving,
-                "save_every": _EVERY.value,
-                "overhead": saving / base - 1,
-                "save_blocks_seconds": statistics.median(blocked),
-                "save_blocks_share": statistics.median(blocked) / (_EVERY.value * base),
+                "step_seconds_with_saves": statistics.mean(saving for _, saving in times) / every,
+                "overhead": statistics.mean(ratios),
+                "overhead_standard_error": statistics.stdev(ratios) / math.sqrt(pairs),
+                "overhead_of_pairs": [round(ratio, 5) for ratio in ratios],
+                "plain_turns_differ_by": statistics.median(noise),
+                "save_blocks_seconds": statistics.median(blocked[1:]),
+                "save_blocks_share": statistics.median(blocked[1:]) / (every * base),
                 "fingerprint_seconds": statistics.median(prints),
                 "fingerprint_bytes_per_second": size / statistics.median(prints),
                 "checkpoint_bytes": on_disk,
@@ -97,6 +118,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     _CONFIG = cli.config_flag()
-    _STEPS = flags.DEFINE_integer("steps", 200, "Steps of each of the three runs.", lower_bound=2)
     _EVERY = flags.DEFINE_integer("every", 100, "Steps between saves.", lower_bound=1)
+    _PAIRS = flags.DEFINE_integer(
+        "pairs", 4, "Turns with a save, each beside one without.", lower_bound=2
+    )
     cli.run(main, __doc__)

@@ -48,13 +48,17 @@ class DataConfig:
     `source` is `stdlib` (Python's own library, on every machine), `synthetic` (random tokens, for
     benchmarks), `tfds:NAME`, or a comma-separated list of files, folders and globs: .jsonl and
     .parquet with a text field, or any text file; all but .parquet also as .gz or .zst. Several
-    sources have names: `web=web/*.jsonl.zst; books=books/*.txt`.
+    sources have names: `web=web/*.jsonl.zst; books=books/*.txt`. With a `template`, files are .json
+    or .jsonl (.gz, .zst) of instructions or conversations, see docs/finetuning.md.
     """
 
     source: str = "stdlib"
     path: str = ""  # folder of prepared shards; empty: WORKDIR/data
     tokenizer: str = ""  # SentencePiece .model or tokenizer.json; empty: train one on the source
     text_field: str = "text"  # of a JSON line, a Parquet table or a TFDS example
+    # Instruction data instead of text, written as alpaca, vicuna, llama2 or llama3 have it, or as a
+    # FILE.jinja or tokenizer_config.json says; the loss is that of the answers.
+    template: str = ""
     tfds_split: str = "train"
     tfds_data_dir: str = ""  # where TFDS datasets are; empty: TFDS's own default
     mixture: str = ""  # shares of tokens, web=0.7,books=0.3, or llama; empty: by size
@@ -79,6 +83,11 @@ class DataConfig:
         require(
             not self.streaming or (self.packing == "concat" and not self.mixture),
             "data.streaming goes with data.packing=concat and without data.mixture",
+        )
+        require(
+            not self.template or (self.packing == "best_fit" and self.source != "synthetic"),
+            "data.template needs data.packing=best_fit, so that conversations stay whole, and "
+            f"files to read; got data.packing={self.packing}, data.source={self.source}",
         )
         require(
             0 <= self.validation_fraction < 1,

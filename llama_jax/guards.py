@@ -33,7 +33,7 @@ RESUMABLE = (
 # Fields that say which text is trained on, free to change when told so.
 OTHER_DATA = (
     *("data.source", "data.text_field", "data.tfds_split", "data.mixture", "data.packing"),
-    *("data.validation_fraction", "data.max_document_bytes"),
+    *("data.validation_fraction", "data.max_document_bytes", "data.template"),
 )
 ACCEPT_DATA = "--config.data.accept_other_data=True"
 CHANGES = "changes.jsonl"  # what a run went on with although it had changed, a line for each time

@@ -5,6 +5,9 @@ Example:
       --config.data.source='books/*.txt,web/*.jsonl.gz'
   python -m llama_jax.prepare --config=configs/tiny.py --output=shards \\
       --config.data.source='web=web/*.parquet; books=books/*.txt.zst'
+  python -m llama_jax.prepare --config=configs/7b.py --output=chat --config.train.seq_len=2048 \\
+      --config.data.source=sharegpt.json --config.data.template=vicuna \\
+      --config.data.packing=best_fit --config.data.tokenizer=tokenizer.model
   python -m llama_jax.prepare --verify=shards
 """
 

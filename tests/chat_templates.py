@@ -64,3 +64,27 @@ CONVERSATIONS = [
     said("x", "", " ", "1234567", "{{ 7 * 7 }} {% raw %}"),
 ]
 WITH_SYSTEM = said("Hello", "Hi.", "And?", system=" Be brief. ")
+
+
+def chat_tokenizer(corpus):
+    """A small tokenizer.json in the style of LLaMA-3's, with all tokens of its conversations."""
+    from tokenizers import Tokenizer
+
+    from tests.helpers import llama3_tokenizer
+
+    made = Tokenizer.from_str(llama3_tokenizer(corpus).decode())
+    made.add_special_tokens(["<|start_header_id|>", "<|end_header_id|>"])
+    return made.to_str().encode()
+
+
+def marked(tokenizer, ids, counts):
+    """The text of tokens, with what counts in [[ ]]; special tokens by name."""
+    stream, text, inside = tokenizer.stream(), "", False
+    for token, count in zip(ids, counts, strict=True):
+        if count != inside:
+            text += "[[" if count else "]]"
+            inside = bool(count)
+        name = tokenizer.piece(token)
+        added = stream.add(int(token))
+        text += added + (name if name in tokenizer.special_names else "")
+    return text + ("]]" if inside else "")

@@ -160,12 +160,24 @@ def test_a_template_is_chosen(tokenizer, tmp_path):
     (tmp_path / "own.jinja").write_text("C")
     for choice, text in (("default", "A"), ("rag", "B"), (str(tmp_path / "own.jinja"), "C")):
         assert open_template(model, choice).render(said("x")) == text
-    with pytest.raises(UserError, match="no chat template 'x'; .* may be default, rag, or a FILE"):
+    with pytest.raises(UserError, match="no chat template 'x'; .* may be default, rag, alpaca, "):
         open_template(model, "x")
     with pytest.raises(UserError, match="cannot read --chat_template=none.jinja"):
         open_template(model, "none.jinja")
-    with pytest.raises(UserError, match="runs/x has no chat template; give one"):
+    with pytest.raises(UserError, match="runs/x has no chat template; .* may be alpaca, "):
         open_template(model_of(tokenizer, {}))
+
+
+def test_built_in_templates_are_for_any_checkpoint(tokenizer):
+    model = model_of(tokenizer, {})
+    text = open_template(model, "llama2").render(WITH_SYSTEM)
+    assert text == (
+        "<s> [INST] <<SYS>>\n Be brief. \n<</SYS>>\n\nHello [/INST] Hi. </s><s> [INST] And? [/INST]"
+    )
+    own = {"additional_chat_templates/llama2.jinja": b"its own"}
+    assert open_template(model_of(tokenizer, own), "llama2").render(said("x")) == "its own"
+    with pytest.raises(UserError, match="needs the special token"):
+        open_template(model, "llama3")
 
 
 def test_special_tokens_have_the_names_of_the_checkpoint(llama3):

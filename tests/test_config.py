@@ -206,6 +206,7 @@ INVALID = [
     ("mesh__data", -1, "one mesh axis"),
     ("data__source", "", "data.source"),
     ("data__text_field", "", "text_field"),
+    ("data__template", "alpaca", "data.template needs data.packing=best_fit"),
     ("data__validation_fraction", 1.0, "validation_fraction"),
     ("data__shard_tokens", 0, "shard_tokens"),
     ("optim__peak_lr", -1.0, "peak_lr"),

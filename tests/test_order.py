@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from llama_jax.data import loader
 from llama_jax.data import shards as shards_lib
 from llama_jax.data.loader import Batches, SyntheticBatches, iterate, stream
-from llama_jax.data.shards import ShardWriter, TokenDataset
+from llama_jax.data.reading import Example
+from llama_jax.data.shard_writer import ShardWriter
+from llama_jax.data.shards import TokenDataset
 from llama_jax.sharding import batch_sharding
 from tests.helpers import mesh_of
 
@@ -30,7 +32,7 @@ def dataset_of(folder, tokenizer, lengths, shard_tokens, pack_len=0):
     writer = ShardWriter(folder, "train-00000", 65_536, shard_tokens, pack_len)
     ends = np.cumsum(lengths)
     for start, stop in zip([0, *ends[:-1]], ends, strict=True):
-        writer.add(np.arange(start, stop, dtype=np.int32), 1)
+        writer.add(Example(np.arange(start, stop, dtype=np.int32), 1, b""))
     nothing = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
     manifest = {
         "format_version": shards_lib.FORMAT_VERSION,

@@ -320,7 +320,7 @@ from tests.helpers import text_config
 corpus, output = sys.argv[1:]
 if __name__ == "__main__":
     config = text_config(corpus, data__part_bytes=1000, data__workers=2)
-    write = prepare._write_atomically
+    write = prepare.write_atomically
     prepare.prepare(config, output)
 """
 
@@ -389,7 +389,7 @@ def test_the_padding_is_reported(corpus, tmp_path):
     used = train["tokens"] - train["documents"]
     assert f"{1 - used / (train['sequences'] * 64):.2%}" in str(report)
     dataset = TokenDataset.open(tmp_path / "out", "train")
-    assert sum(len(p) - 1 for s in range(dataset.n_sequences) for p in dataset.pieces(s)) == used
+    assert sum(len(c) for s in range(dataset.n_sequences) for _, c in dataset.pieces(s)) == used
 
 
 def test_a_damaged_pack_file(corpus, tmp_path):

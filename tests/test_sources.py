@@ -79,6 +79,11 @@ def test_json_lines(tmp_path, zipped):
     }
 
 
+def test_a_json_file_is_a_text_where_there_is_no_template(tmp_path):
+    (tmp_path / "a.json").write_text('[{"instruction": "x"}]')
+    assert read(tmp_path) == (['[{"instruction": "x"}]'], {})
+
+
 def test_another_text_field(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"content": "hello"}\n')
     assert read(tmp_path, text_field="content") == (["hello"], {})

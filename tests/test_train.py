@@ -537,6 +537,7 @@ OTHER_FIELDS = {
     "data.source": "test_sources",
     "data.path": "test_shards_of_another_vocabulary",
     "data.tokenizer": "test_prepare::test_a_given_tokenizer_is_used",
+    "data.template": "test_conversations::test_shards_hold_the_masks",
     "data.text_field": "test_sources::test_another_text_field",
     "data.tfds_split": "test_sources::test_tfds",
     "data.tfds_data_dir": "test_sources::test_tfds",

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from llama_jax.convert import convert, open_source
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.vocabularies import MARK, SPACE
 from llama_jax.errors import UserError
 from llama_jax.inference import open_model
 from tests.helpers import TINY, llama3_tokenizer, random_params, replace
@@ -204,3 +205,38 @@ def test_imported_weights_write_with_their_tokenizer_json_and_give_it_back(corpu
     assert tokenizer.decode(tokenizer.encode("def f(x):")) == "def f(x):"
     convert(open_source("ckpt", tmp_path / "run"), "hf", tmp_path / "again", "")
     assert json.loads((tmp_path / "again" / "tokenizer.json").read_text()) == json.loads(model)
+
+
+def with_trimming(tokenizer):
+    """As LLaMA-3's was released: its post-processor cuts spaces off the places of tokens."""
+    described = json.loads(tokenizer.model_bytes)
+    trim = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    processors = [trim, described["post_processor"]]
+    described["post_processor"] = {"type": "Sequence", "processors": processors}
+    return Tokenizer(json.dumps(described).encode())
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "released", "byte level", "trimming"])
+def test_each_token_knows_its_letters(kind, llama3, tokenizer):
+    if kind == "sentencepiece":
+        found = tokenizer
+    elif kind == "released":
+        from llama_jax.interchange.fast_tokenizer import fast_files
+
+        found = Tokenizer(fast_files(tokenizer)["tokenizer.json"])
+    else:
+        found = llama3 if kind == "byte level" else with_trimming(llama3)
+    bos = found.piece(found.bos_id)
+    for text in [*HARD, *MARKED, "日 🦙🦙 é  x\n\n y", f"{bos} a {bos}b"]:
+        for whole in (text, found.protected(text), f"{bos}{found.protected(text)}{bos}"):
+            ids, spans = found.encode_spans(whole)
+            assert ids == found.encode(whole, special=True)
+            assert spans == sorted(spans)
+            covered = {at for start, stop in spans for at in range(start, stop)}
+            assert {at for at, letter in enumerate(whole) if letter != MARK} <= covered
+            for token, (start, stop) in zip(ids, spans, strict=True):
+                letters = whole[start:stop].replace(MARK, "")
+                if (name := found.piece(token)) in found.special_names:
+                    assert letters == name
+                elif letters.isascii() and start < stop and name != SPACE:
+                    assert found.texts([token])[0].strip(" ") == letters.strip(" ")

@@ -129,11 +129,11 @@ class Sequences:
             batch["weights"][row, :inputs] = 1
             return
         start = 0
-        for segment, piece in enumerate(self._dataset.pieces(number), start=1):
+        for segment, (piece, counts) in enumerate(self._dataset.pieces(number), start=1):
             stop = start + len(piece) - 1
             batch["inputs"][row, start:stop] = piece[:-1]
             batch["targets"][row, start:stop] = piece[1:]
-            batch["weights"][row, start:stop] = 1
+            batch["weights"][row, start:stop] = counts
             batch["segment_ids"][row, start:stop] = segment
             batch["positions"][row, start:stop] = np.arange(stop - start)
             start = stop
@@ -201,7 +201,8 @@ class Batches:
         """Rows of the global batch of a step.
 
         `inputs` and `targets` int32, `weights` float32; with packed documents also `segment_ids`
-        and `positions`. What is not a token has weight 0 and segment 0.
+        and `positions`. What is not a token has weight 0 and segment 0; of conversations, only
+        targets in an answer have weight 1.
 
         Raises:
           UserError: a damaged shard.

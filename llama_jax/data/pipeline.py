@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 
 from etils import epath
 
@@ -12,6 +13,7 @@ from llama_jax.data.prepare import prepare
 from llama_jax.data.shards import MANIFEST, TokenDataset
 from llama_jax.data.sources import Reading, documents, named_sources
 from llama_jax.data.streaming import StreamingBatches
+from llama_jax.data.templates import BUILT_IN, open_choice
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.errors import UserError
 
@@ -25,12 +27,15 @@ class TrainingData:
       validation: None without held-out documents.
       tokenizer: None for synthetic data.
       fingerprint: changes whenever the tokens do.
+      template: the chat template of instruction data, in the form of a tokenizer_config.json; empty
+        for plain text.
     """
 
     train: loader.BatchSource | StreamingBatches
     validation: loader.ValidationBatches | None
     tokenizer: Tokenizer | None
     fingerprint: str
+    template: bytes = b""
 
 
 def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
@@ -76,6 +81,12 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
                 f"{first.folder} and {dataset.folder} were made with different tokenizers; "
                 "prepare them together, or with the same data.tokenizer"
             )
+        if dataset.template_sha256 != first.template_sha256:
+            raise UserError(
+                f"{first.folder} and {dataset.folder} were made with different chat templates; "
+                "prepare them together"
+            )
+        _check_template(data.template, dataset)
     held_out = {name: TokenDataset.open(folder / name, "validation") for name in names}
     validation = loader.ValidationBatches(held_out, train.seq_len, train.global_batch)
     return TrainingData(
@@ -83,7 +94,30 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
         validation if validation.n_sequences else None,
         first.tokenizer(),
         _fingerprint(datasets),
+        first.template(),
     )
+
+
+def _check_template(choice: str, dataset: TokenDataset) -> None:
+    """Compares the template that is asked for with that of shards; a file may be gone since.
+
+    Raises:
+      UserError: they are not the same.
+    """
+    made = dataset.template()
+    if not choice or not made:
+        same = not choice and not made
+    elif choice in BUILT_IN or epath.Path(choice).exists():
+        given = open_choice(choice, dataset.tokenizer(), {})
+        same = given.source == json.loads(made)["chat_template"]
+    else:
+        same = True
+    if not same:
+        was = "another" if choice and made else "a" if made else "no"
+        raise UserError(
+            f"the shards in {dataset.folder} were made with {was} chat template, but data.template "
+            f"is {choice or 'empty'} now; put back the value of then, or prepare other shards"
+        )
 
 
 def _source_names(config: Config, mixed: list[str], folder: epath.Path) -> list[str]:

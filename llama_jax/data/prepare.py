@@ -20,16 +20,15 @@ from typing import Any
 from etils import epath
 
 from llama_jax.config import Config, DataConfig
-from llama_jax.data import beam, shards
+from llama_jax.data import beam, shards, templates
 from llama_jax.data.mixture import parse_shares
+from llama_jax.data.part import report_name, write_atomically, write_part
+from llama_jax.data.reading import Part, Reading
 from llama_jax.data.report import Progress, Report, report_of
-from llama_jax.data.sources import Part, Reading, documents, list_parts, named_sources, read
+from llama_jax.data.sources import documents, list_parts, named_sources
 from llama_jax.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_tokenizer
 from llama_jax.errors import UserError
 
-# Documents that are tokenised at once: enough to keep the library busy, few enough for the memory.
-BATCH_DOCUMENTS = 64
-BATCH_CHARACTERS = 8_000_000
 PLAN = "plan.json"
 
 Log = Callable[[str], None]
@@ -60,6 +59,7 @@ def prepare(
     output = epath.Path(output)
     sources = named_sources(config.data.source)
     _check_mixture(config.data.mixture, sources)
+    template = _template(config.data)
     # All are listed before any is read: a misspelt glob must not wait behind days of work.
     parts = {
         name: list_parts(source, config.data)
@@ -72,11 +72,18 @@ def prepare(
         if name:
             log(f"source {name}: {source}")
         folder = output / name
-        settings = _settings(config, source)
+        settings = _settings(config, source, template)
         try:
             reports.append(
                 _prepare_source(
-                    config, settings, parts.get(name, []), folder, tokenizer, beam_options, log
+                    config,
+                    settings,
+                    parts.get(name, []),
+                    folder,
+                    tokenizer,
+                    template,
+                    beam_options,
+                    log,
                 )
             )
         except OSError as error:
@@ -108,10 +115,34 @@ def _check_mixture(mixture: str, sources: dict[str, str]) -> None:
         )
 
 
-def _settings(config: Config, source: str) -> dict[str, Any]:
+def _template(data: DataConfig) -> bytes:
+    """The chat template of instruction data as the shards keep it; nothing for plain text.
+
+    Raises:
+      UserError: there is no such template, or no tokenizer for it.
+    """
+    if not data.template:
+        return b""
+    if not data.tokenizer:
+        raise UserError(
+            "data.template needs the tokenizer of the model in data.tokenizer: its tokenizer.model "
+            "or tokenizer.json"
+        )
+    beside = epath.Path(data.tokenizer).parent / "tokenizer_config.json"
+    try:
+        config = json.loads(beside.read_text()) if beside.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {beside}: {error}") from error
+    tokenizer = Tokenizer.load(data.tokenizer)
+    return templates.to_json(templates.open_choice(data.template, tokenizer, config))
+
+
+def _settings(config: Config, source: str, template: bytes) -> dict[str, Any]:
     """What the shards depend on; another value would give other shards."""
     data = config.data
+    instructions = {"template": hashlib.sha256(template).hexdigest()} if template else {}
     return {
+        **instructions,
         "source": source,
         "text_field": data.text_field,
         "tfds_split": data.tfds_split,
@@ -129,13 +160,14 @@ def _prepare_source(
     parts: list[Part],
     output: epath.Path,
     tokenizer: Callable[[], Tokenizer],
+    template: bytes,
     beam_options: str | None,
     log: Log,
 ) -> Report:
     if (output / shards.MANIFEST).exists():
         manifest = shards.read_manifest(output)
         old = manifest["settings"]
-        changed = [name for name in settings if old.get(name) != settings[name]]
+        changed = [name for name in {**old, **settings} if old.get(name) != settings.get(name)]
         if changed:
             raise UserError(
                 f"{output} holds shards made with another {', '.join(changed)}; choose another "
@@ -151,13 +183,19 @@ def _prepare_source(
     try:
         if not (partial / shards.TOKENIZER).exists():
             model = tokenizer().model_bytes
-            _write_atomically(partial / shards.TOKENIZER, model)
+            write_atomically(partial / shards.TOKENIZER, model)
+        if template:
+            write_atomically(partial / shards.TEMPLATE, template)
         _write_parts(config.data, settings["pack_len"], parts, partial, beam_options)
         manifest = _merge(settings, parts, partial)
         if not manifest["splits"]["train"]["documents"]:
-            reasons = (f"{count} {why}" for why, (count, _) in manifest["skipped"].items())
+            skipped = manifest["skipped"].items()
+            reasons = [f"{count} {why}" for why, (count, _) in skipped]
+            if template:
+                reasons = [f"{count} {why}; the first: {where}" for why, (count, where) in skipped]
+            what = "conversation" if template else "text"
             raise UserError(
-                f"data.source={settings['source']} has no text to train on "
+                f"data.source={settings['source']} has no {what} to train on "
                 f"({', '.join(reasons) or 'no documents'})"
             )
     except UserError:
@@ -167,8 +205,8 @@ def _prepare_source(
         if made_here and not any(output.parent.iterdir()):
             output.parent.rmdir()
         raise
-    _write_atomically(partial / shards.MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-    for path in [partial / PLAN, *(partial / _report_name(i) for i in range(len(parts)))]:
+    write_atomically(partial / shards.MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    for path in [partial / PLAN, *(partial / report_name(i) for i in range(len(parts)))]:
         path.unlink()
     if output.exists():
         output.rmdir()
@@ -192,22 +230,12 @@ def _open_partial(
             return
         partial.rmtree()
     partial.mkdir(parents=True)
-    _write_atomically(partial / PLAN, plan.encode())
+    write_atomically(partial / PLAN, plan.encode())
 
 
 def _done(partial: epath.Path, parts: list[Part]) -> list[bool]:
     """Of each part, whether its shards are complete."""
-    return [(partial / _report_name(index)).exists() for index in range(len(parts))]
-
-
-def _write_atomically(path: epath.Path, data: bytes) -> None:
-    temporary = path.parent / f"{path.name}.tmp-{os.getpid()}"
-    temporary.write_bytes(data)
-    temporary.rename(path)
-
-
-def _report_name(index: int) -> str:
-    return f"part-{index:05d}.json"
+    return [(partial / report_name(index)).exists() for index in range(len(parts))]
 
 
 def _tokenizer(config: Config, sources: dict[str, str], output: epath.Path, log: Log) -> Tokenizer:
@@ -241,78 +269,6 @@ def _tokenizer(config: Config, sources: dict[str, str], output: epath.Path, log:
                 yield text
 
     return train_tokenizer(sample(), size)
-
-
-def write_part(
-    data: DataConfig,
-    pack_len: int,
-    folder: str,
-    index: int,
-    part: Part,
-    progress: Callable[[int, int], None] = lambda position, tokens: None,
-    threads: int = 1,
-) -> int:
-    """Writes the shards of one part and then its report, which makes it count; returns the index.
-
-    Args:
-      data: how to read, and how large shards are.
-      pack_len: sequence length to pack documents for; 0: do not.
-      folder: where to; holds the tokenizer.
-      index: number of the part.
-      part: what to read.
-      progress: takes bytes of the source and tokens as they are done.
-      threads: that tokenise.
-
-    Raises:
-      UserError: a file cannot be opened.
-      OSError: the disk is full, or not writable.
-    """
-    path = epath.Path(folder)
-    tokenizer = Tokenizer.load(path / shards.TOKENIZER)
-    writers = {
-        split: shards.ShardWriter(
-            path, f"{split}-{index:05d}", tokenizer.vocab_size, data.shard_tokens, pack_len
-        )
-        for split in shards.SPLITS
-    }
-    reading = Reading()
-    position = 0
-    for batch in _batches(read(part, data, reading)):
-        n_tokens = 0
-        encoded = tokenizer.encode_documents(batch, threads)
-        for text, ids in zip(batch, encoded, strict=True):
-            raw = text.encode()
-            split = "validation" if _held_out(raw, data.validation_fraction) else "train"
-            writers[split].add(ids, len(raw))
-            n_tokens += len(ids)
-        progress(reading.position - position, n_tokens)
-        position = reading.position
-    progress(part.size - position, 0)
-    report = {
-        "splits": {split: writer.finish() for split, writer in writers.items()},
-        "skipped": {why: [count, reading.first[why]] for why, count in reading.skipped.items()},
-    }
-    _write_atomically(path / _report_name(index), json.dumps(report).encode())
-    return index
-
-
-def _batches(stream: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in stream:
-        batch.append(text)
-        characters += len(text)
-        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _held_out(data: bytes, fraction: float) -> bool:
-    """Whether a document is held out: by its contents, so that copies go the same way."""
-    digest = hashlib.sha256(data).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 _counters: Any = None  # of a worker process: bytes and tokens done, shared with the parent
@@ -374,17 +330,17 @@ def _write_parts(
 
 def _merge(settings: dict[str, Any], parts: list[Part], folder: epath.Path) -> dict[str, Any]:
     """The manifest of all parts."""
-    reports = [json.loads((folder / _report_name(i)).read_text()) for i in range(len(parts))]
-    skipped: dict[str, list[Any]] = {}
-    for reason, (count, first) in itertools.chain.from_iterable(
-        report["skipped"].items() for report in reports
-    ):
-        skipped.setdefault(reason, [0, first])[0] += count
+    reports = [json.loads((folder / report_name(i)).read_text()) for i in range(len(parts))]
+    noted: dict[str, dict[str, list[Any]]] = {"skipped": {}, "changed": {}}
+    for report, (kind, counts) in itertools.product(reports, noted.items()):
+        for reason, (count, first) in report.get(kind, {}).items():
+            counts.setdefault(reason, [0, first])[0] += count
     splits: dict[str, dict[str, Any]] = {}
     for split in shards.SPLITS:
         found = [report["splits"][split] for report in reports]
         splits[split] = {
-            name: sum(one[name] for one in found) for name in ("documents", "tokens", "text_bytes")
+            name: sum(one.get(name, 0) for one in found)
+            for name in ("documents", "tokens", "answer_tokens", "text_bytes")
         }
         splits[split]["shards"] = [shard for one in found for shard in one["shards"]]
     tokenizer = Tokenizer.load(folder / shards.TOKENIZER)
@@ -393,6 +349,7 @@ def _merge(settings: dict[str, Any], parts: list[Part], folder: epath.Path) -> d
         "settings": settings,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_sha256": tokenizer.fingerprint,
-        "skipped": skipped,
+        **({"template_sha256": settings["template"]} if "template" in settings else {}),
+        **noted,
         "splits": splits,
     }

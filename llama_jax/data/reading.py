@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
+
 from llama_jax.config import DataConfig
 
 
@@ -13,7 +15,8 @@ class Part:
     """A piece of a source.
 
     Attributes:
-      kind: `files` (whole files, one document each), `jsonl`, `parquet` or `tfds`.
+      kind: `files` (whole files, one document each), `jsonl`, `json` (a list of records),
+        `parquet` or `tfds`.
       paths: the files; for TFDS the name of the dataset.
       start: first byte (jsonl), row group (parquet) or example (tfds).
       stop: where it ends; -1: at the end.
@@ -27,17 +30,36 @@ class Part:
     size: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A document as it goes into a shard.
+
+    Attributes:
+      ids: its tokens, int32.
+      text_bytes: length of their text in UTF-8.
+      key: decides whether it is held out; copies have the same.
+      counts: of each token, whether it counts in the loss as a target; None: each does.
+    """
+
+    ids: np.ndarray
+    text_bytes: int
+    key: bytes
+    counts: np.ndarray | None = None
+
+
 class Reading:
     """What one pass over a part has met.
 
     Attributes:
       skipped: documents that could not be used, by reason.
+      changed: documents that were not used as they are, by what was done to them.
       first: where the first of each reason was.
       position: bytes of the part read so far, about.
     """
 
     def __init__(self) -> None:
         self.skipped: collections.Counter[str] = collections.Counter()
+        self.changed: collections.Counter[str] = collections.Counter()
         self.first: dict[str, str] = {}
         self.position = 0
 
@@ -45,6 +67,11 @@ class Reading:
         """Counts a document that cannot be used."""
         self.skipped[reason] += 1
         self.first.setdefault(reason, where)
+
+    def change(self, what: str, where: str) -> None:
+        """Counts a document of which not all is used."""
+        self.changed[what] += 1
+        self.first.setdefault(what, where)
 
 
 def too_long(config: DataConfig) -> str:

@@ -16,23 +16,32 @@ class Report:
 
     Attributes:
       folder: where its shards are.
-      splits: per split: documents, tokens, text_bytes, and sequences where documents are packed.
+      splits: per split: documents, tokens, text_bytes, sequences where documents are packed, and
+        answer_tokens where only these count.
       skipped: documents that could not be used: reason -> (how many, where the first was).
+      changed: documents of which not all is used, in the same way.
       pack_len: sequence length that documents were packed for; 0 if they were not.
     """
 
     folder: epath.Path
     splits: dict[str, dict[str, int]]
     skipped: dict[str, list[Any]]
+    changed: dict[str, list[Any]]
     pack_len: int
 
     def __str__(self) -> str:
-        lines = [f"{'split':<12}{'documents':>12}{'tokens':>18}{'bytes/token':>13}"]
+        answers = any("answer_tokens" in split for split in self.splits.values())
+        what = "conversations" if answers else "documents"
+        lines = [f"{'split':<12}{what:>14}{'tokens':>16}{'bytes/token':>13}"]
+        if answers:
+            lines[0] += f"{'of answers':>16}"
         if self.pack_len:
             lines[0] += f"{'sequences':>13}{'padding':>9}"
         for name, split in self.splits.items():
             ratio = split["text_bytes"] / split["tokens"] if split["tokens"] else 0.0
-            line = f"{name:<12}{split['documents']:>12,}{split['tokens']:>18,}{ratio:>13.2f}"
+            line = f"{name:<12}{split['documents']:>14,}{split['tokens']:>16,}{ratio:>13.2f}"
+            if answers:
+                line += f"{split['answer_tokens']:>16,}"
             if self.pack_len:
                 slots = split["sequences"] * self.pack_len
                 # A document of n tokens has n - 1 inputs.
@@ -40,8 +49,9 @@ class Report:
                 share = 1 - used / slots if slots else 0.0
                 line += f"{split['sequences']:>13,}{share:>9.2%}"
             lines.append(line)
-        for reason, (count, first) in sorted(self.skipped.items()):
-            lines.append(f"skipped     {count:>12,}  {reason}; the first: {first}")
+        for kind, noted in (("skipped", self.skipped), ("changed", self.changed)):
+            for reason, (count, first) in sorted(noted.items()):
+                lines.append(f"{kind:<12}{count:>14,}  {reason}; the first: {first}")
         return "\n".join([*lines, f"token shards in {self.folder}"])
 
 
@@ -52,7 +62,10 @@ def report_of(folder: epath.Path, manifest: dict[str, Any]) -> Report:
         split = manifest["splits"][name]
         splits[name] = {key: split[key] for key in ("documents", "tokens", "text_bytes")}
         splits[name]["sequences"] = sum(shard.get("sequences", 0) for shard in split["shards"])
-    return Report(folder, splits, manifest["skipped"], manifest["settings"].get("pack_len", 0))
+        if "template_sha256" in manifest:
+            splits[name]["answer_tokens"] = split["answer_tokens"]
+    pack_len = manifest["settings"].get("pack_len", 0)
+    return Report(folder, splits, manifest["skipped"], manifest.get("changed", {}), pack_len)
 
 
 class Progress:

@@ -1,4 +1,4 @@
-"""Token shards on disk: the format, its writer, and a reader of ranges.
+"""Token shards on disk: the format, and a reader of ranges.
 
 A folder of shards holds
   manifest.json          what is in it, with the checksum of every file
@@ -6,6 +6,9 @@ A folder of shards holds
   train-00000-000.bin    token ids, little-endian uint16 or uint32: BOS document EOS, one by one
   train-00000-000.idx    where each document begins, in tokens, little-endian int64
   train-00000-000.pack   with data.packing=best_fit: which pieces make a sequence (`pack_documents`)
+  train-00000-000.mask   with data.template: of each token a bit (the highest of a byte first), 1 if
+                         it is a target that counts
+  chat_template.json     with data.template: the template, in the form of tokenizer_config.json
 and the same for `validation`. The first number is the part of the source, the second counts its
 shards. A document lies in one shard.
 """
@@ -22,99 +25,20 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llama_jax.data.packing import INDEX_DTYPE, pack_documents
+from llama_jax.data.packing import INDEX_DTYPE
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
+TEMPLATE = "chat_template.json"
 SPLITS = ("train", "validation")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest type on disk that holds every id."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-class ShardWriter:
-    """Writes the shards of one split of one part, one after another, in little memory."""
-
-    def __init__(
-        self, folder: epath.Path, name: str, vocab_size: int, shard_tokens: int, pack_len: int
-    ) -> None:
-        """Starts without a shard.
-
-        Args:
-          folder: where to; must exist.
-          name: of the shards, to which `-000`, `-001`, .. is added.
-          vocab_size: decides the type on disk.
-          shard_tokens: a shard is closed once it has so many tokens.
-          pack_len: sequence length to pack whole documents for; 0: do not.
-        """
-        self._folder, self._name = folder, name
-        self._shard_tokens, self._pack_len = shard_tokens, pack_len
-        self._dtype = token_dtype(vocab_size)
-        self._file: Any = None
-        self._digest = hashlib.sha256()
-        self._offsets: list[int] = []
-        self._tokens = 0
-        self._shards: list[dict[str, Any]] = []
-        self._text_bytes = 0
-
-    def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Appends a document.
-
-        Args:
-          ids: its tokens, from BOS to EOS.
-          text_bytes: length of its text in UTF-8.
-        """
-        if self._file is None:
-            self._file = (self._folder / f"{self._next_name()}.bin").open("wb")
-        self._offsets.append(self._tokens)
-        data = ids.astype(self._dtype).tobytes()
-        self._file.write(data)
-        self._digest.update(data)
-        self._tokens += len(ids)
-        self._text_bytes += text_bytes
-        if self._tokens >= self._shard_tokens:
-            self._close_shard()
-
-    def _next_name(self) -> str:
-        return f"{self._name}-{len(self._shards):03d}"
-
-    def _close_shard(self) -> None:
-        self._file.close()
-        name = self._next_name()
-        shard: dict[str, Any] = {
-            "name": name,
-            "tokens": self._tokens,
-            "documents": len(self._offsets),
-            "sha256": self._digest.hexdigest(),
-            "index_sha256": self._write(f"{name}.idx", np.asarray(self._offsets, INDEX_DTYPE)),
-        }
-        if self._pack_len:
-            pack, sequences = pack_documents(self._offsets, self._tokens, self._pack_len)
-            shard |= {"sequences": sequences, "pack_sha256": self._write(f"{name}.pack", pack)}
-        self._shards.append(shard)
-        self._file, self._digest = None, hashlib.sha256()
-        self._offsets, self._tokens = [], 0
-
-    def _write(self, name: str, array: np.ndarray) -> str:
-        data = array.tobytes()
-        (self._folder / name).write_bytes(data)
-        return hashlib.sha256(data).hexdigest()
-
-    def finish(self) -> dict[str, Any]:
-        """Closes the last shard; returns this writer's part of the manifest."""
-        if self._offsets:
-            self._close_shard()
-        return {
-            "documents": sum(shard["documents"] for shard in self._shards),
-            "tokens": sum(shard["tokens"] for shard in self._shards),
-            "text_bytes": self._text_bytes,
-            "shards": self._shards,
-        }
 
 
 def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
@@ -169,11 +93,15 @@ def source_folders(folder: epath.PathLike) -> dict[str, epath.Path]:
 
 
 def fingerprint(manifest: dict[str, Any]) -> str:
-    """Identity of the tokens: sha256 over the checksums of all shards and of the tokenizer."""
+    """Identity of the tokens: sha256 over the checksums of all shards, tokenizer and template."""
     parts = [manifest["tokenizer_sha256"]]
+    if template := manifest.get("template_sha256"):
+        parts.append(template)
     for split in SPLITS:
         for shard in manifest["splits"][split]["shards"]:
             parts += [shard["sha256"], shard.get("pack_sha256", "")]
+            if "mask_sha256" in shard:
+                parts.append(shard["mask_sha256"])
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -186,12 +114,16 @@ def verify(folder: epath.PathLike) -> list[str]:
     folder = epath.Path(folder)
     manifest = read_manifest(folder)
     expected = {TOKENIZER: manifest["tokenizer_sha256"]}
+    if "template_sha256" in manifest:
+        expected[TEMPLATE] = manifest["template_sha256"]
     for split in SPLITS:
         for shard in manifest["splits"][split]["shards"]:
             expected[f"{shard['name']}.bin"] = shard["sha256"]
             expected[f"{shard['name']}.idx"] = shard["index_sha256"]
             if "pack_sha256" in shard:
                 expected[f"{shard['name']}.pack"] = shard["pack_sha256"]
+            if "mask_sha256" in shard:
+                expected[f"{shard['name']}.mask"] = shard["mask_sha256"]
     return [name for name, digest in expected.items() if _sha256(folder / name) != digest]
 
 
@@ -218,10 +150,12 @@ class TokenDataset:
       n_sequences: packed sequences in all shards.
       fingerprint: identity of the folder's tokens.
       tokenizer_sha256: of the tokenizer that made them.
+      template_sha256: of the template that made them; empty: they are plain text.
     """
 
     folder: epath.Path
     tokenizer_sha256: str
+    template_sha256: str
     vocab_size: int
     n_tokens: int
     pack_len: int
@@ -246,6 +180,12 @@ class TokenDataset:
                 f"{folder / TOKENIZER} is not the tokenizer that made these shards; put back the "
                 f"one with sha256 {manifest['tokenizer_sha256']}, or prepare the data again"
             )
+        template = manifest.get("template_sha256", "")
+        if template and _sha256(folder / TEMPLATE) != template:
+            raise UserError(
+                f"{folder / TEMPLATE} is missing, or not the template that made these shards; put "
+                "it back, or prepare the data again"
+            )
         dtype = token_dtype(manifest["vocab_size"])
         shards = manifest["splits"][split]["shards"]
         sizes = _file_sizes(folder)
@@ -256,11 +196,14 @@ class TokenDataset:
             )
             if "sequences" in shard:
                 _check_size(folder, sizes, f"{shard['name']}.pack", None)
+            if "mask_sha256" in shard:
+                _check_size(folder, sizes, f"{shard['name']}.mask", -(-shard["tokens"] // 8))
         token_starts = np.cumsum([0, *(shard["tokens"] for shard in shards)])
         sequence_starts = np.cumsum([0, *(shard.get("sequences", 0) for shard in shards)])
         return cls(
             folder=folder,
             tokenizer_sha256=manifest["tokenizer_sha256"],
+            template_sha256=template,
             vocab_size=manifest["vocab_size"],
             n_tokens=int(token_starts[-1]),
             pack_len=manifest["settings"].get("pack_len", 0),
@@ -300,8 +243,8 @@ class TokenDataset:
             for start, stop in itertools.pairwise(bounds):
                 yield self._shard_tokens(number, start, stop)
 
-    def pieces(self, sequence: int) -> list[np.ndarray]:
-        """The pieces of a packed sequence: tokens whose last is only a target.
+    def pieces(self, sequence: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The pieces of a packed sequence: n + 1 tokens, and of the n targets which count.
 
         Raises:
           UserError: a damaged shard.
@@ -316,7 +259,10 @@ class TokenDataset:
         first, last = (number + 1 + int(piece) for piece in pack[local : local + 2])
         starts, inputs = pack[first:last].tolist(), pack[first + count : last + count].tolist()
         return [
-            self._shard_tokens(shard, start, start + length + 1)
+            (
+                self._shard_tokens(shard, start, start + length + 1),
+                self._shard_mask(shard, start + 1, start + length + 1),
+            )
             for start, length in zip(starts, inputs, strict=True)
         ]
 
@@ -329,6 +275,13 @@ class TokenDataset:
             raise self._damaged(f"{name}.bin holds ids beyond the vocabulary of {self.vocab_size}")
         return tokens
 
+    def _shard_mask(self, shard: int, start: int, stop: int) -> np.ndarray:
+        if "mask_sha256" not in self._shards[shard]:
+            return np.ones(stop - start, np.uint8)
+        path = str(self.folder / f"{self._shards[shard]['name']}.mask")
+        found = _open_array(path, "|u1")[start // 8 : -(-stop // 8)]
+        return np.unpackbits(found)[start % 8 :][: stop - start]
+
     def _damaged(self, what: str) -> UserError:
         return UserError(
             f"{self.folder}/{what}: it is damaged; check with llama_jax.prepare --verify"
@@ -337,6 +290,10 @@ class TokenDataset:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the shards."""
         return Tokenizer.load(self.folder / TOKENIZER)
+
+    def template(self) -> bytes:
+        """The chat template that made the shards, as tokenizer_config.json; empty: none did."""
+        return (self.folder / TEMPLATE).read_bytes() if self.template_sha256 else b""
 
 
 class _FileArray:

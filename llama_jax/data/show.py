@@ -15,7 +15,7 @@ from llama_jax.config import Config, DataConfig, ModelConfig, TrainConfig, from_
 from llama_jax.data import shards
 from llama_jax.data.loader import Batches
 from llama_jax.data.pipeline import open_data
-from llama_jax.data.show_rows import Screen, legend, show_row
+from llama_jax.data.show_rows import Screen, counts_of_inputs, legend, show_row
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 
@@ -77,7 +77,7 @@ def open_look(folder: epath.PathLike, config: Config | None = None) -> Look:
     folders = shards.source_folders(where)
     manifests = {name: shards.read_manifest(path) for name, path in folders.items()}
     of_a_run = config is not None
-    config = _reading(config or _made_up(next(iter(manifests.values()))), where, list(folders))
+    config = _reading(config or _made_up(folders, manifests), where, list(folders))
     data = open_data(config, where)
     assert isinstance(data.train, Batches) and data.tokenizer is not None
     names = data.train.schedule.names
@@ -93,12 +93,14 @@ def open_look(folder: epath.PathLike, config: Config | None = None) -> Look:
     )
 
 
-def _made_up(manifest: dict[str, Any]) -> Config:
+def _made_up(folders: dict[str, epath.Path], manifests: dict[str, dict[str, Any]]) -> Config:
     """A config for shards of which nothing else is known."""
+    name, manifest = next(iter(manifests.items()))
     pack_len = manifest["settings"].get("pack_len", 0)
+    template = str(folders[name] / shards.TEMPLATE) if "template_sha256" in manifest else ""
     return Config(
         model=ModelConfig(vocab_size=manifest["vocab_size"]),
-        data=DataConfig(packing="best_fit" if pack_len else "concat"),
+        data=DataConfig(packing="best_fit" if pack_len else "concat", template=template),
         train=TrainConfig(seq_len=pack_len or SEQ_LEN, global_batch=BATCH),
     )
 
@@ -119,6 +121,8 @@ def summary(look: Look, step: int, screen: Screen) -> str:
     """Which data this is, its mixture as a table, and what was skipped."""
     train, packed = look.config.train, look.config.data.packing == "best_fit"
     how = "whole documents, packed" if packed else "documents cut every seq_len tokens"
+    if look.config.data.template:
+        how = "whole conversations, packed; the loss is that of the answers"
     head = (
         f"data    {look.folder}, fingerprint {look.fingerprint[:16]}",
         f"batch   {train.global_batch:,} sequences x {train.seq_len:,} tokens: {how}; "
@@ -130,9 +134,10 @@ def summary(look: Look, step: int, screen: Screen) -> str:
     if look.of_a_run:
         notes.append(f"epochs: in the {train.steps:,} steps of the run")
     skipped = [
-        f"skipped in {name or 'the source'}: {count:,} {reason}; the first: {first}"
+        f"{kind} in {name or 'the source'}: {count:,} {reason}; the first: {first}"
         for name, manifest in look.manifests.items()
-        for reason, (count, first) in sorted(manifest["skipped"].items())
+        for kind in ("skipped", "changed")
+        for reason, (count, first) in sorted(manifest.get(kind, {}).items())
     ]
     return "\n".join(
         [
@@ -152,6 +157,8 @@ def _table(look: Look, step: int, packed: bool) -> list[str]:
     epochs = look.batches.epochs(look.config.train.steps)
     all_tokens = sum(m["splits"]["train"]["tokens"] for m in look.manifests.values())
     header = ["source", "asked", "realised", "there", "documents", "tokens", "bytes/token"]
+    answers = bool(look.config.data.template)
+    header += ["of answers"] if answers else []
     header += ["skipped", *(["padding"] if packed else []), *(["epochs"] if look.of_a_run else [])]
     rows = [header]
     for name, manifest in look.manifests.items():
@@ -163,8 +170,10 @@ def _table(look: Look, step: int, packed: bool) -> list[str]:
             f"{split['documents']:,}",
             f"{split['tokens']:,}",
             f"{split['text_bytes'] / split['tokens']:.2f}",
-            f"{sum(count for count, _ in manifest['skipped'].values()):,}",
         ]
+        if answers:
+            cells.append(f"{split['answer_tokens'] / split['tokens']:.2%}")
+        cells.append(f"{sum(count for count, _ in manifest['skipped'].values()):,}")
         if packed:
             slots = sum(shard["sequences"] for shard in split["shards"])
             slots *= look.config.train.seq_len
@@ -197,7 +206,8 @@ def show_rows(look: Look, step: int, count: int, screen: Screen) -> Iterator[str
       UserError: a damaged shard.
     """
     batch = look.config.train.global_batch
-    yield legend(look.config.data.packing == "best_fit", screen)
+    answers = bool(look.config.data.template)
+    yield legend(look.config.data.packing == "best_fit", screen, answers)
     for number in range(count):
         at, index = step + number // batch, number % batch
         source, sequence = look.batches.draws(at, range(index, index + 1))[0]
@@ -212,6 +222,8 @@ def show_rows(look: Look, step: int, count: int, screen: Screen) -> Iterator[str
             f"{screen.paint(title, 'title')}   sequence {sequence:,} of "
             f"{look.batches.counts[name]:,}; {used:,} of {len(row['weights']):,} tokens count"
         )
+        if answers:
+            row["counts"] = counts_of_inputs(row)
         yield from show_row(row, look.tokenizer, screen)
 
 

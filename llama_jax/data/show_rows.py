@@ -53,12 +53,13 @@ class Piece:
     target: int | None
 
 
-def legend(packed: bool, screen: Screen) -> str:
-    """One line that explains the marks."""
+def legend(packed: bool, screen: Screen, answers: bool = False) -> str:
+    """One line that explains the marks; `answers`: of conversations."""
     gutter = "doc:position" if packed else "position"
+    uncounted = "not in an answer, weight 0" if answers else "weight 0"
     parts = (
         *(f"{gutter} {COUNTS} text", f"{BOS}{EOS} begin, end"),
-        *(f"{TARGET} only predicted", f"{WEIGHTLESS} weight 0", f"{NEWLINE} newline"),
+        *(f"{TARGET} only predicted", f"{WEIGHTLESS} {uncounted}", f"{NEWLINE} newline"),
         f"{CUT} left out",
     )
     return screen.paint("  ".join(parts), "dim")
@@ -66,7 +67,7 @@ def legend(packed: bool, screen: Screen) -> str:
 
 def pieces(row: Row, bos_id: int) -> list[Piece]:
     """Cuts a row where documents, or counted and uncounted positions, meet."""
-    inputs, targets, counted = row["inputs"], row["targets"], row["weights"] > 0
+    inputs, targets, counted = row["inputs"], row["targets"], _counted(row)
     cuts = (inputs[1:] == bos_id) | (counted[1:] != counted[:-1])
     segments = row.get("segment_ids", np.zeros_like(inputs))
     cuts |= segments[1:] != segments[:-1]
@@ -79,8 +80,24 @@ def pieces(row: Row, bos_id: int) -> list[Piece]:
         follows = (
             stop < len(inputs) and inputs[stop] == last and segments[stop] == segments[stop - 1]
         )
-        found.append(Piece(start, stop, None if follows or not counted[start] else last))
+        predicted = row["weights"][stop - 1] > 0 and not follows
+        found.append(Piece(start, stop, last if predicted else None))
     return found
+
+
+def _counted(row: Row) -> np.ndarray:
+    return row.get("counts", row["weights"]) > 0
+
+
+def counts_of_inputs(row: Row) -> np.ndarray:
+    """Of each input whether it counts as the target of the position before it.
+
+    Weights are those of targets; the rows of conversations are shown by what is learnt.
+    """
+    counts = np.zeros_like(row["weights"])
+    same = row["segment_ids"][1:] == row["segment_ids"][:-1]
+    counts[1:] = row["weights"][:-1] * same
+    return counts
 
 
 def show_row(row: Row, tokenizer: Tokenizer, screen: Screen) -> Iterator[str]:
@@ -89,7 +106,7 @@ def show_row(row: Row, tokenizer: Tokenizer, screen: Screen) -> Iterator[str]:
     positions = row.get("positions", np.arange(n_tokens))
     digits = len(str(n_tokens - 1))
     for number, piece in enumerate(pieces(row, tokenizer.bos_id)):
-        counted = bool(row["weights"][piece.start])
+        counted = bool(_counted(row)[piece.start])
         segment = int(row["segment_ids"][piece.start]) if "segment_ids" in row else None
         colour = SEGMENT_COLOURS[(number if segment is None else segment) % len(SEGMENT_COLOURS)]
 

@@ -16,11 +16,13 @@ import zstandard
 from etils import epath
 
 from llama_jax.config import DataConfig
+from llama_jax.data.json_list import list_items
 from llama_jax.data.reading import Part, Reading, document, too_long
 from llama_jax.data.tables import parquet_parts, read_parquet, read_tfds, tfds_parts
 from llama_jax.errors import UserError
 
 JSON_LINES = (".jsonl", ".ndjson")
+JSON_LIST = ".json"
 PARQUET = (".parquet",)
 ZIPPED = (".gz", ".zst")
 DAMAGED = (gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError)
@@ -58,6 +60,8 @@ def list_parts(source: str, config: DataConfig) -> list[Part]:
     Raises:
       UserError: a path does not exist, or a glob matches nothing.
     """
+    if config.template and (source == "stdlib" or source.startswith("tfds:")):
+        raise UserError(f"data.source={source} has no instruction data, which data.template needs")
     if source.startswith("tfds:"):
         return tfds_parts(source.removeprefix("tfds:"), config)
     parts: list[Part] = []
@@ -74,6 +78,13 @@ def list_parts(source: str, config: DataConfig) -> list[Part]:
     for path in list_files(source):
         size = path.stat().length
         kind, zipped = _kind(path)
+        if config.template:
+            if kind not in ("json", "jsonl"):
+                raise UserError(
+                    f"data.source: {path} is neither .json nor .jsonl, which data.template reads"
+                )
+        elif kind == "json":  # a text as any other
+            kind = "files"
         if kind == "files":
             small.append(str(path))
             small_bytes += size
@@ -83,8 +94,8 @@ def list_parts(source: str, config: DataConfig) -> list[Part]:
         close()
         if kind == "parquet":
             parts.extend(parquet_parts(path, size, config))
-        elif zipped or size <= config.part_bytes:
-            parts.append(Part("jsonl", (str(path),), 0, -1, size))
+        elif zipped or kind == "json" or size <= config.part_bytes:
+            parts.append(Part(kind, (str(path),), 0, -1, size))
         else:
             for start in range(0, size, config.part_bytes):
                 stop = min(start + config.part_bytes, size)
@@ -105,9 +116,28 @@ def read(part: Part, config: DataConfig, reading: Reading) -> Iterator[str]:
         elif part.kind == "parquet":
             yield from read_parquet(part, config, reading)
         elif part.kind == "jsonl":
-            yield from _read_json_lines(part, config, reading)
+            for line, where in _read_json_lines(part, config, reading):
+                yield from _json_document(line, where, config, reading)
         else:
             yield from _read_files(part, config, reading)
+    except OSError as error:
+        raise UserError(f"cannot read {part.paths[0]}: {error.strerror or error}") from error
+
+
+def read_records(part: Part, config: DataConfig, reading: Reading) -> Iterator[tuple[Any, str]]:
+    """Streams the records of a part of JSON, each with where it is.
+
+    What is no JSON is counted in `reading`.
+
+    Raises:
+      UserError: a file cannot be opened.
+    """
+    try:
+        if part.kind == "json":
+            yield from _read_json_list(part, config, reading)
+            return
+        for line, where in _read_json_lines(part, config, reading):
+            yield from _json_record(line, where, reading)
     except OSError as error:
         raise UserError(f"cannot read {part.paths[0]}: {error.strerror or error}") from error
 
@@ -175,6 +205,8 @@ def _kind(path: epath.Path) -> tuple[str, bool]:
         return "jsonl", zipped
     if last and last[0] in PARQUET:
         return "parquet", zipped
+    if last and last[0] == JSON_LIST:
+        return "json", zipped
     return "files", zipped
 
 
@@ -202,10 +234,12 @@ def _read_files(part: Part, config: DataConfig, reading: Reading) -> Iterator[st
         yield from document(data, name, config, reading)
 
 
-def _read_json_lines(part: Part, config: DataConfig, reading: Reading) -> Iterator[str]:
+def _read_json_lines(
+    part: Part, config: DataConfig, reading: Reading
+) -> Iterator[tuple[bytes, str]]:
+    """Lines that are not empty, and where they are."""
     path = epath.Path(part.paths[0])
-    # The text of a line is at most as long as the line; escapes (\u00e9) make the line longer.
-    limit = 6 * config.max_document_bytes + 1024
+    limit = _longest(config)
     with path.open("rb") as raw:
         file = _unzip(path, raw)
         offset = part.start
@@ -228,7 +262,31 @@ def _read_json_lines(part: Part, config: DataConfig, reading: Reading) -> Iterat
                 return
             reading.position = raw.tell() - part.start
             if line.strip():
-                yield from _json_document(line, where, config, reading)
+                yield line, where
+
+
+def _read_json_list(part: Part, config: DataConfig, reading: Reading) -> Iterator[tuple[Any, str]]:
+    path = epath.Path(part.paths[0])
+    number = 0
+    with path.open("rb") as raw:
+        # What is no UTF-8 costs the record that it is in: half of a surrogate pair stands for it.
+        text = io.TextIOWrapper(_unzip(path, raw), "utf-8-sig", "surrogateescape")
+        try:
+            for number, record in enumerate(list_items(text, _longest(config)), start=1):
+                reading.position = raw.tell()
+                yield record, f"{path}, record {number}"
+        except DAMAGED:
+            reason = "damaged compressed file"
+        except (ValueError, RecursionError):
+            reason = "broken JSON" if number else "no JSON list"
+        else:
+            return
+    reading.skip(f"{reason}; the rest of the file is left out", f"{path}, after record {number}")
+
+
+def _longest(config: DataConfig) -> int:
+    """Bytes of JSON that a document may take: escapes such as \\u00e9 make it longer."""
+    return 6 * config.max_document_bytes + 1024
 
 
 def _rest_of_line(file: Any, limit: int) -> int:
@@ -241,18 +299,22 @@ def _rest_of_line(file: Any, limit: int) -> int:
     return taken
 
 
-def _json_document(line: bytes, where: str, config: DataConfig, reading: Reading) -> Iterator[str]:
+def _json_record(line: bytes, where: str, reading: Reading) -> Iterator[tuple[Any, str]]:
     try:
         record: Any = json.loads(line)
     except UnicodeDecodeError:
         reading.skip("invalid UTF-8", where)
-        return
     except (json.JSONDecodeError, RecursionError):
         reading.skip("broken JSON line", where)
-        return
-    text = record.get(config.text_field) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        reading.skip(f"no text in field {config.text_field!r}", where)
-        return
-    # JSON may hold half of a surrogate pair, which is no Unicode text.
-    yield from document(text.encode("utf-8", "surrogatepass"), where, config, reading)
+    else:
+        yield record, where
+
+
+def _json_document(line: bytes, where: str, config: DataConfig, reading: Reading) -> Iterator[str]:
+    for record, _ in _json_record(line, where, reading):
+        text = record.get(config.text_field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            reading.skip(f"no text in field {config.text_field!r}", where)
+            return
+        # JSON may hold half of a surrogate pair, which is no Unicode text.
+        yield from document(text.encode("utf-8", "surrogatepass"), where, config, reading)

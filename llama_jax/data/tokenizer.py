@@ -90,6 +90,23 @@ class Tokenizer:
         """
         return self._vocabulary.encode(text, special)
 
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode` with `special`, and of each token the letters (start, stop) it stands for.
+
+        Of a letter made of several tokens, some may have an empty span at its place.
+        """
+        return self._vocabulary.encode_spans(text)
+
+    @functools.cached_property
+    def gap(self) -> str:
+        """What to write between a special token and a text, so that it is read as one alone is.
+
+        A space, where the tokenizer puts one before a text of its own, but not after `<s>`; LLaMA's
+        own code reads such texts apart, and so does what was tuned with it.
+        """
+        after = self.encode(self.piece(self.bos_id) + "a", special=True)
+        return "" if after[1:] == self.encode("a") else " "
+
     def protected(self, text: str) -> str:
         """The text, marked so that no part of it is parsed within a text encoded as `special`.
 

@@ -22,6 +22,9 @@ BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
 # Our addition to a tokenizer.json whose BOS or EOS has another name: {"bos": NAME, "eos": NAME}.
 ENDS = "llama_jax"
+# A post-processor adds special tokens, which templates write themselves, and would cut spaces off
+# the spans of tokens.
+_NOTHING_ADDED: dict[str, Any] = {"post_processor": None}
 
 
 class Vocabulary(Protocol):
@@ -47,6 +50,12 @@ class Vocabulary(Protocol):
         """Token ids, without BOS and EOS; `special`: names of special tokens become these.
 
         But not a name that a `MARK` stands in; marks themselves add nothing then.
+        """
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode` with `special`, and of each token the letters that it stands for.
+
+        Of a letter made of several tokens, some may have an empty span at its place.
         """
 
     def encode_documents(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
@@ -80,17 +89,27 @@ class SentencePiece:
         self.adds_space = "".join(self._processor.encode_as_pieces("a")).startswith(SPACE)
 
     def encode(self, text: str, special: bool) -> list[int]:
+        """See `Vocabulary`."""
+        return self.encode_spans(text)[0] if special else self._processor.encode(text)
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """See `Vocabulary`; SentencePiece itself never parses the names of control tokens."""
-        if not special:
-            return self._processor.encode(text)
         ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        at = 0
         for number, part in enumerate(self._control_names.split(text)):
             if number % 2:
                 ids.append(self._processor.piece_to_id(part))
+                spans.append((at, at + len(part)))
             elif part:  # as in transformers, only a text's own beginning gets a space
                 processor = self._without_space if ids else self._processor
-                ids += processor.encode(part.replace(MARK, ""))
-        return ids
+                found = processor.encode(part.replace(MARK, ""), return_type="offset_mapping")
+                places = [at + index for index, letter in enumerate(part) if letter != MARK]
+                places.append(at + len(part))
+                ids += found["ids"]
+                spans += [(places[start], places[stop]) for start, stop in found["offsets"]]
+            at += len(part)
+        return ids, spans
 
     @functools.cached_property
     def special_names(self) -> list[str]:
@@ -208,12 +227,12 @@ class TokenizerJson:
     @functools.cached_property
     def _parsing(self) -> Any:
         """The same tokenizer, that takes the names of special tokens for these."""
-        return _whole(self._json)
+        return _whole(json.dumps({**json.loads(self._json), **_NOTHING_ADDED}))
 
     @functools.cached_property
     def _parsing_marked(self) -> Any:
         """As `_parsing`, but marks are taken out where no special token was found."""
-        described = json.loads(self._json)
+        described = json.loads(self._json) | _NOTHING_ADDED
         drop = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}
         rest = [described["normalizer"]] if described.get("normalizer") else []
         described["normalizer"] = {"type": "Sequence", "normalizers": [drop, *rest]}
@@ -224,10 +243,15 @@ class TokenizerJson:
 
     def encode(self, text: str, special: bool) -> list[int]:
         """See `Vocabulary`."""
-        tokenizer = self._parsing if special else self._tokenizer
-        if special and MARK in text:
-            tokenizer = self._parsing_marked
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        if special:
+            return self.encode_spans(text)[0]
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """See `Vocabulary`."""
+        tokenizer = self._parsing_marked if MARK in text else self._parsing
+        found = tokenizer.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
 
     def encode_documents(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         """See `Vocabulary`; more than one thread is as many as the library likes."""

@@ -42,7 +42,10 @@ OF_DATA = {
     "data__packing": "best_fit",
     "data__validation_fraction": 0.5,
     "data__max_document_bytes": 9,
+    "data__template": "alpaca",
 }
+# Where a field does not go with all the others of TINY.
+BASES = {"data__template": replace(TINY, data__source="a.json", data__packing="best_fit")}
 REFUSED = {
     **{name: value for name, value in STEP_FIELDS.items() if name not in FREE},
     "train__seed": 1,
@@ -100,12 +103,13 @@ def test_a_field_that_changes_the_run_is_refused(name, tmp_path):
 
 @pytest.mark.parametrize("name", OF_DATA)
 def test_other_data_needs_a_flag(name, tmp_path):
-    config = replace(TINY, **{name: OF_DATA[name]})
-    for check in check_both(TINY, config, tmp_path):
+    base = BASES.get(name, TINY)
+    config = replace(base, **{name: OF_DATA[name]})
+    for check in check_both(base, config, tmp_path):
         with pytest.raises(UserError, match=r"by --config.data.accept_other_data=True$"):
             check()
     told = replace(config, data__accept_other_data=True)
-    by_file, by_checkpoint = check_both(TINY, told, tmp_path)
+    by_file, by_checkpoint = check_both(base, told, tmp_path)
     by_file()
     assert set(by_checkpoint()) == {name.replace("__", "."), "data.accept_other_data"}
 

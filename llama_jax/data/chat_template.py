@@ -1,0 +1,264 @@
+"""Chat templates: from the messages of a conversation to the text that a model was tuned on.
+
+A template is Jinja. It is rendered as `apply_chat_template` of transformers renders it, in Jinja's
+sandbox: it is the code of others. For training it also says which tokens the model is to write:
+those that it has between `{% generation %}` and `{% endgeneration %}`, or, where it has no such
+tags, what an answer adds to the prompt for it.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.errors import UserError
+from llama_jax.prompts import Messages
+
+DEFAULT = "default"
+# The names under which a template finds the special tokens.
+_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+# Around what the model writes, in a text that is rendered; Unicode reserves both for such uses.
+BEGIN, END = "\ufdd1", "\ufdd2"
+_MARKS = re.compile(f"[{BEGIN}{END}]")
+_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+Spans = list[tuple[int, int]]  # of letters: first, after the last
+
+
+class Refused(UserError):
+    """A template does not take these messages."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A conversation to train on.
+
+    Attributes:
+      text: as the template writes it.
+      ids: its tokens, int32.
+      counts: of each token, whether the model is to write it.
+      stops: of each token, where it ends in the text.
+    """
+
+    text: str
+    ids: np.ndarray
+    counts: np.ndarray
+    stops: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """A template with the tokenizer that it is for.
+
+    Attributes:
+      source: Jinja.
+      name: what to call it in an error.
+      tokenizer: reads what it renders.
+      tokens: `bos_token`, `eos_token` and so on, which it may write.
+    """
+
+    source: str
+    name: str
+    tokenizer: Tokenizer
+    tokens: Mapping[str, str]
+
+    def render(self, messages: Messages, *, prompt: bool = True) -> str:
+        """The text of a conversation.
+
+        Args:
+          messages: the conversation.
+          prompt: go on to where the model's next message begins.
+
+        Raises:
+          UserError: it is not Jinja, or does not take such messages.
+        """
+        return _MARKS.sub("", self._render(messages, prompt))
+
+    def _render(self, messages: Messages, prompt: bool) -> str:
+        """The text, with `BEGIN` and `END` around what stands in the tags."""
+        jinja2 = _jinja2()
+        try:
+            return self._compiled.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=prompt,
+                **self.tokens,
+            )
+        # A template may do what Python may; but our own mistakes are not to be blamed on it.
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise Refused(f"{self.name} does not take these messages: {error}") from error
+
+    def encode(self, messages: Messages, *, special: bool = False) -> list[int]:
+        """Token ids of a conversation; BOS is there if the template writes it.
+
+        The template's special tokens are parsed, their names in the messages stay text.
+
+        Args:
+          messages: the conversation.
+          special: parse names in the messages, too, as transformers does by default.
+
+        Raises:
+          UserError: as `render`.
+        """
+        guarded = messages if special else _protected(messages, self.tokenizer)
+        return self.tokenizer.encode(self.render(guarded), special=True)
+
+    def example(self, messages: Messages) -> Encoded:
+        """A whole conversation as tokens, and which of them the model is to write.
+
+        The tokens are those of the whole text; one counts if any letter of it is in an answer.
+
+        Raises:
+          Refused: the template does not take such messages.
+          UserError: it is not Jinja, or has no tags and its prompts are not the beginning of what
+            it writes for the whole.
+        """
+        guarded = _protected(messages, self.tokenizer)
+        find = self._tagged if _TAG.search(self.source) else self._added
+        text, answers = find(guarded)
+        ids, spans = self.tokenizer.encode_spans(text)
+        starts, stops = np.asarray(spans, np.int64).reshape(-1, 2).T
+        # The first bytes of a letter that is made of several tokens have no width.
+        widened = np.maximum(stops, starts + 1)
+        counts = np.zeros(len(ids), bool)
+        for first, last in answers:
+            counts |= (starts < last) & (widened > first)
+        return Encoded(text, np.asarray(ids, np.int32), counts, stops)
+
+    def _tagged(self, messages: Messages) -> tuple[str, Spans]:
+        """The text, and what the template has between its tags."""
+        answers: Spans = []
+        pieces: list[str] = []
+        start = length = 0
+        marked = self._render(messages, False)
+        for part in re.split(f"({_MARKS.pattern})", marked):
+            if part == BEGIN:
+                start = length
+            elif part == END:
+                answers.append((start, length))
+            else:
+                pieces.append(part)
+                length += len(part)
+        return "".join(pieces), answers
+
+    def _added(self, messages: Messages) -> tuple[str, Spans]:
+        """The text, and what each answer adds to the prompt for it, up to the end of its turn."""
+        text = self.render(messages, prompt=False)
+        answers: Spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.render(messages[:number])
+            after = self.render(messages[: number + 1], prompt=False)
+            if not (after.startswith(before) and text.startswith(after)):
+                raise UserError(
+                    f"{self.name} has no {{% generation %}}, and what it writes before an answer "
+                    "is not the beginning of what it writes with it: it cannot say what the model "
+                    "is to write; put {% generation %} and {% endgeneration %} around the answer"
+                )
+            # White space after the end of a turn separates turns, and is no part of the answer.
+            kept = after.rstrip()
+            ends = kept.endswith(tuple(self.tokenizer.special_names))
+            answers.append((len(before), len(kept) if ends else len(after)))
+        return text, answers
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        jinja2 = _jinja2()
+        try:
+            return _environment().from_string(self.source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{self.name} is not a chat template: {error}") from error
+
+    def check(self) -> None:
+        """Raises `UserError` if it is not Jinja, before there are messages to find it out."""
+        assert self._compiled is not None
+
+
+def named_templates(given: Any) -> dict[str, str]:
+    """Templates by name, from `chat_template` of a tokenizer_config.json: one, a list, or none.
+
+    Raises:
+      UserError: it is something else.
+    """
+    if not given:
+        return {}
+    if isinstance(given, str):
+        return {DEFAULT: given}
+    try:
+        return {one["name"]: one["template"] for one in given}
+    except (KeyError, TypeError) as error:
+        raise UserError("tokenizer_config.json: chat_template has no such templates") from error
+
+
+def special_tokens(config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
+    """`bos_token` and so on, as a template wants them: of tokenizer_config.json, else our own."""
+    found = {
+        "bos_token": tokenizer.piece(tokenizer.bos_id),
+        "eos_token": tokenizer.piece(tokenizer.eos_id),
+    }
+    for name in (f"{token}_token" for token in _TOKENS):
+        value = config.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            found[name] = value
+    return found
+
+
+def _protected(value: Any, tokenizer: Tokenizer) -> Any:
+    """Messages whose texts hold no name of a special token, however the template joins them."""
+    if isinstance(value, str):
+        return tokenizer.protected(_MARKS.sub("", value))
+    if isinstance(value, list):
+        return [_protected(one, tokenizer) for one in value]
+    if isinstance(value, dict):
+        return {key: _protected(one, tokenizer) for key, one in value.items()}
+    return value
+
+
+def _jinja2() -> Any:
+    try:
+        import jinja2
+    except ImportError as error:
+        raise UserError("chat templates need jinja2: pip install 'llama_jax[hf]'") from error
+    return jinja2
+
+
+@functools.cache
+def _environment() -> Any:
+    """Jinja as chat templates expect it: their white space, functions and tags."""
+    _jinja2()
+    from jinja2 import ext, nodes, sandbox
+    from jinja2.exceptions import TemplateError
+
+    class Generation(ext.Extension):
+        """{% generation %}: what the model writes; shown between two marks."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (BEGIN, END))
+            return [one.set_lineno(line) for one in (begin, nodes.Scope(body), end)]
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    found = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+    )
+    found.filters["tojson"] = to_json  # Jinja's own writes <, > and & as \u003c and so on
+    found.globals["raise_exception"] = refuse
+    found.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return found

@@ -1,0 +1,116 @@
+"""One part of a source to its shards: a function of its arguments alone."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+
+from etils import epath
+
+from llama_jax.config import DataConfig
+from llama_jax.data import conversations, shards, templates
+from llama_jax.data.reading import Example, Part, Reading
+from llama_jax.data.shard_writer import ShardWriter
+from llama_jax.data.sources import read
+from llama_jax.data.tokenizer import Tokenizer
+
+# Documents that are tokenised at once: enough to keep the library busy, few enough for the memory.
+BATCH_DOCUMENTS = 64
+BATCH_CHARACTERS = 8_000_000
+
+
+def write_atomically(path: epath.Path, data: bytes) -> None:
+    """Writes a file that is there whole or not at all."""
+    temporary = path.parent / f"{path.name}.tmp-{os.getpid()}"
+    temporary.write_bytes(data)
+    temporary.rename(path)
+
+
+def report_name(index: int) -> str:
+    """The file that says that a part is done, and what was in it."""
+    return f"part-{index:05d}.json"
+
+
+def write_part(
+    data: DataConfig,
+    pack_len: int,
+    folder: str,
+    index: int,
+    part: Part,
+    progress: Callable[[int, int], None] = lambda position, tokens: None,
+    threads: int = 1,
+) -> int:
+    """Writes the shards of one part and then its report, which makes it count; returns the index.
+
+    Args:
+      data: how to read, and how large shards are.
+      pack_len: sequence length to pack documents for; 0: do not.
+      folder: where to; holds the tokenizer, and the chat template of instruction data.
+      index: number of the part.
+      part: what to read.
+      progress: takes bytes of the source and tokens as they are done.
+      threads: that tokenise.
+
+    Raises:
+      UserError: a file cannot be opened.
+      OSError: the disk is full, or not writable.
+    """
+    path = epath.Path(folder)
+    tokenizer = Tokenizer.load(path / shards.TOKENIZER)
+    writers = {
+        split: ShardWriter(
+            path, f"{split}-{index:05d}", tokenizer.vocab_size, data.shard_tokens, pack_len
+        )
+        for split in shards.SPLITS
+    }
+    reading = Reading()
+    position = 0
+    if data.template:
+        template = templates.open_choice(str(path / shards.TEMPLATE), tokenizer, {})
+        template = dataclasses.replace(template, name=f"the chat template {data.template}")
+        stream = conversations.examples(part, data, template, pack_len, reading)
+    else:
+        stream = _documents(part, data, tokenizer, reading, threads)
+    for example in stream:
+        held_out = _held_out(example.key, data.validation_fraction)
+        writers["validation" if held_out else "train"].add(example)
+        progress(reading.position - position, len(example.ids))
+        position = reading.position
+    progress(part.size - position, 0)
+    report = {
+        "splits": {split: writer.finish() for split, writer in writers.items()},
+        "skipped": {why: [count, reading.first[why]] for why, count in reading.skipped.items()},
+        "changed": {what: [count, reading.first[what]] for what, count in reading.changed.items()},
+    }
+    write_atomically(path / report_name(index), json.dumps(report).encode())
+    return index
+
+
+def _documents(
+    part: Part, data: DataConfig, tokenizer: Tokenizer, reading: Reading, threads: int
+) -> Iterator[Example]:
+    """Streams the documents of a part of plain text as tokens."""
+    for batch in _batches(read(part, data, reading)):
+        for text, ids in zip(batch, tokenizer.encode_documents(batch, threads), strict=True):
+            raw = text.encode()
+            yield Example(ids, len(raw), raw)
+
+
+def _batches(stream: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in stream:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _held_out(data: bytes, fraction: float) -> bool:
+    """Whether a document is held out: by its contents, so that copies go the same way."""
+    digest = hashlib.sha256(data).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64

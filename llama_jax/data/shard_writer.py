@@ -1,0 +1,97 @@
+"""Writes token shards; `shards` describes the format and reads it."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from llama_jax.data.packing import INDEX_DTYPE, pack_documents
+from llama_jax.data.reading import Example
+from llama_jax.data.shards import token_dtype
+
+
+class ShardWriter:
+    """Writes the shards of one split of one part, one after another, in little memory."""
+
+    def __init__(
+        self, folder: epath.Path, name: str, vocab_size: int, shard_tokens: int, pack_len: int
+    ) -> None:
+        """Starts without a shard.
+
+        Args:
+          folder: where to; must exist.
+          name: of the shards, to which `-000`, `-001`, .. is added.
+          vocab_size: decides the type on disk.
+          shard_tokens: a shard is closed once it has so many tokens.
+          pack_len: sequence length to pack whole documents for; 0: do not.
+        """
+        self._folder, self._name = folder, name
+        self._shard_tokens, self._pack_len = shard_tokens, pack_len
+        self._dtype = token_dtype(vocab_size)
+        self._file: Any = None
+        self._digest = hashlib.sha256()
+        self._offsets: list[int] = []
+        self._counts: list[np.ndarray] = []
+        self._tokens = 0
+        self._shards: list[dict[str, Any]] = []
+        self._text_bytes = 0
+
+    def add(self, example: Example) -> None:
+        """Appends a document; of one split, all say which tokens count, or none does."""
+        ids = example.ids
+        if self._file is None:
+            self._file = (self._folder / f"{self._next_name()}.bin").open("wb")
+        self._offsets.append(self._tokens)
+        data = ids.astype(self._dtype).tobytes()
+        self._file.write(data)
+        self._digest.update(data)
+        self._tokens += len(ids)
+        self._text_bytes += example.text_bytes
+        if example.counts is not None:
+            self._counts.append(example.counts)
+        if self._tokens >= self._shard_tokens:
+            self._close_shard()
+
+    def _next_name(self) -> str:
+        return f"{self._name}-{len(self._shards):03d}"
+
+    def _close_shard(self) -> None:
+        self._file.close()
+        name = self._next_name()
+        shard: dict[str, Any] = {
+            "name": name,
+            "tokens": self._tokens,
+            "documents": len(self._offsets),
+            "sha256": self._digest.hexdigest(),
+            "index_sha256": self._write(f"{name}.idx", np.asarray(self._offsets, INDEX_DTYPE)),
+        }
+        if self._pack_len:
+            pack, sequences = pack_documents(self._offsets, self._tokens, self._pack_len)
+            shard |= {"sequences": sequences, "pack_sha256": self._write(f"{name}.pack", pack)}
+        if self._counts:
+            counts = np.concatenate(self._counts)
+            shard |= {
+                "answer_tokens": int(counts.sum()),
+                "mask_sha256": self._write(f"{name}.mask", np.packbits(counts)),
+            }
+        self._shards.append(shard)
+        self._file, self._digest = None, hashlib.sha256()
+        self._offsets, self._counts, self._tokens = [], [], 0
+
+    def _write(self, name: str, array: np.ndarray) -> str:
+        data = array.tobytes()
+        (self._folder / name).write_bytes(data)
+        return hashlib.sha256(data).hexdigest()
+
+    def finish(self) -> dict[str, Any]:
+        """Closes the last shard; returns this writer's part of the manifest."""
+        if self._offsets:
+            self._close_shard()
+        return {
+            "documents": sum(shard["documents"] for shard in self._shards),
+            "tokens": sum(shard["tokens"] for shard in self._shards),
+            "answer_tokens": sum(shard.get("answer_tokens", 0) for shard in self._shards),
+            "text_bytes": self._text_bytes,
+            "shards": self._shards,
+        }
