@@ -49,7 +49,9 @@ class Meta:
         for the way back (see `interchange`).
       device_kind: of the chips that saved it, such as `NVIDIA H200`; empty for imported weights.
       eval_loss: validation loss at this step, in nats per token; None where it was not evaluated.
-      fingerprint: of each array of the state, by path (see `fingerprint`); empty for imported ones.
+      fingerprint: of each array of the state, by path (see `fingerprint`); empty if imported.
+      base: fingerprints of the base that the adapters are for (`config.init_from` says where it
+        is); empty where all weights are trained.
     """
 
     config: Config
@@ -61,6 +63,7 @@ class Meta:
     device_kind: str = ""
     eval_loss: float | None = None
     fingerprint: dict[str, int] = dataclasses.field(default_factory=dict)
+    base: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class DamagedCheckpoint(UserError):
@@ -77,6 +80,7 @@ def meta_items(meta: Meta) -> tuple[dict[str, Any], dict[str, Any]]:
         "device_kind": meta.device_kind,
         "eval_loss": meta.eval_loss,
         "fingerprint": meta.fingerprint,
+        "base": meta.base,
         "config": meta.config.to_json(),
         "versions": {"llama_jax": llama_jax.__version__, "jax": jax.__version__},
     }
@@ -202,6 +206,7 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
                 device_kind=meta.get("device_kind", ""),
                 eval_loss=meta.get("eval_loss"),  # these two, before manifests
                 fingerprint=meta.get("fingerprint", {}),
+                base=meta.get("base", {}),  # absent before LoRA
                 tokenizer_model=base64.b64decode(tokenizer["sentencepiece"]),
                 tokenizer_files={
                     name: base64.b64decode(file)

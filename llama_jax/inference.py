@@ -13,10 +13,13 @@ from llama_jax import checkpoint as checkpoint_lib
 from llama_jax.config import Config, MeshConfig, ModelConfig
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
+from llama_jax.init_from import check_base, load_init
 from llama_jax.interchange.formats import special_ids
+from llama_jax.lora import Adapted
 from llama_jax.mesh import AXES, make_mesh, mesh_shape
+from llama_jax.nf4 import NF4
 from llama_jax.sharding import param_shardings
-from llama_jax.step import abstract_state
+from llama_jax.step import abstract_frozen, abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,8 @@ class InferenceModel:
     Attributes:
       folder: the step that it was read from.
       config: of the run.
-      params: on the mesh; matrices in the compute dtype, norms in float32.
+      params: on the mesh; matrices in the compute dtype, norms in float32. Of a run with adapters
+        these and their base, not merged (`lora.Adapted`).
       tokenizer: of the run.
       mesh: set it with `jax.set_mesh` around all uses.
       files: that came with imported weights, by name: `generation_config.json`, chat templates.
@@ -84,18 +88,31 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "") -> InferenceMo
     with jax.set_mesh(devices):
         shardings = param_shardings(abstract_state(meta.config).params, devices)
         params = checkpoint_lib.load_params(folder, meta.config, shardings)
-        params = cast_matrices(meta.config.model, params)
+        params = _with_base(folder, meta, params, devices)
     files = meta.tokenizer_files
     return InferenceModel(folder, meta.config, params, tokenizer, devices, files)
+
+
+def _with_base(
+    folder: epath.Path, meta: checkpoint_lib.Meta, params: Any, mesh: jax.sharding.Mesh
+) -> Any:
+    """Parameters of a checkpoint to compute with; adapters come with the base that they are for."""
+    config = meta.config
+    if not config.lora.rank:
+        return cast_matrices(config.model, params)
+    base = load_init(config, param_shardings(abstract_frozen(config), mesh))
+    check_base(meta.base, base, config, folder)
+    return Adapted(cast_matrices(config.model, base), params, config.lora)
 
 
 def cast_matrices(config: ModelConfig, params: Any) -> Any:
     """Matrices in the dtype that the model computes in, where it would cast them at each token."""
 
-    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        return x if path[-1].key.endswith("norm") else x.astype(config.compute_dtype)
+    def cast(path: tuple[Any, ...], x: Any) -> Any:
+        kept = isinstance(x, NF4) or path[-1].key.endswith("norm")
+        return x if kept else x.astype(config.compute_dtype)
 
-    return jax.tree.map_with_path(cast, params)
+    return jax.tree.map_with_path(cast, params, is_leaf=lambda x: isinstance(x, NF4))
 
 
 def decoding_mesh(config: ModelConfig) -> jax.sharding.Mesh:

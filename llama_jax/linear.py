@@ -16,10 +16,14 @@ from llama_jax.sharding import constrain
 
 
 def weight(
-    module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...], dtype: Any
+    module: nn.Module,
+    name: str,
+    init: nn.initializers.Initializer,
+    shape: tuple[int, ...],
+    dtype: Any,
 ) -> Any:
     """The parameter `name` of a module in the compute dtype; one in NF4 as it is."""
-    held = module.get_variable("params", name)
+    held: Any = module.get_variable("params", name)
     if isinstance(held, NF4):
         return held
     return module.param(name, init, shape).astype(dtype)

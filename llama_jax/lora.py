@@ -45,6 +45,13 @@ def matrix_shapes(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[
     }
 
 
+def adapter_count(model: ModelConfig, lora: LoraConfig) -> int:
+    """Number of trained parameters."""
+    shapes = matrix_shapes(model)
+    sides = sum(math.prod(side) for name in lora.names for side in shapes[name])
+    return model.n_layers * lora.rank * sides
+
+
 def init_adapters(model: ModelConfig, lora: LoraConfig, key: jax.Array) -> dict[str, Any]:
     """Adapters before the first step, float32: A as PEFT draws it, B zero, so that nothing changes.
 
@@ -68,7 +75,9 @@ def delta(adapter: Any, lora: LoraConfig, stacked: bool = True) -> Any:
     """What an adapter adds to its matrix, in the matrix's shape; of NumPy or JAX arrays."""
     a, b = adapter["a"], adapter["b"]
     first = 1 if stacked else 0
-    product = a.reshape(*a.shape[:first], -1, lora.rank) @ b.reshape(*b.shape[:first], lora.rank, -1)
+    product = a.reshape(*a.shape[:first], -1, lora.rank) @ b.reshape(
+        *b.shape[:first], lora.rank, -1
+    )
     return lora.scale * product.reshape(*a.shape[:-1], *b.shape[first + 1 :])
 
 

@@ -226,7 +226,9 @@ class Block(nn.Module):
         cache = None if layer_cache is None else (*layer_cache, *cache_segments)
         attn_norm_D = self.param("attn_norm", nn.initializers.ones, (c.dim,))
         normed_BTD = reshard(rms_norm(x_BTD, attn_norm_D, c.norm_eps), whole, residual)
-        out_BTD, new_cache = Attention(c, self.lora, name="attn")(normed_BTD, rope_BT1h, segment_ids_BT, cache)
+        out_BTD, new_cache = Attention(c, self.lora, name="attn")(
+            normed_BTD, rope_BT1h, segment_ids_BT, cache
+        )
         x_BTD = x_BTD + checkpoint_name(reshard(out_BTD, residual, whole), "attn_out")
         mlp_norm_D = self.param("mlp_norm", nn.initializers.ones, (c.dim,))
         normed_BTD = reshard(rms_norm(x_BTD, mlp_norm_D, c.norm_eps), whole, residual)

@@ -82,8 +82,10 @@ def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, An
     nodes = [node_of(device) for device in compiled.mesh.devices.flat]
     prediction = predict(parse(compiled.text), chip, nodes)
     tokens = train.tokens_per_step / topology.devices
-    if prediction.flops < model.flops_per_token(train.seq_len) * tokens * 0.95:
-        found = prediction.flops / tokens / model.flops_per_token(train.seq_len)
+    # A frozen weight has no product for its gradient.
+    each_token = model.flops_per_token(train.seq_len) * (2 / 3 if config.lora.rank else 1)
+    if prediction.flops < each_token * tokens * 0.95:
+        found = prediction.flops / tokens / each_token
         result["warnings"].append(f"only {found:.0%} of the FLOPs are found in the program")
     rate = train.tokens_per_step / topology.chips / prediction.step
     days = train.steps * prediction.step / 86_400
@@ -130,7 +132,7 @@ def table(result: dict[str, Any]) -> str:
         f"topology     {result['topology']}: {result['chips']:,} chips, {shape}",
         f"parameters   {result['parameters']:,}",
     ]
-    for name in ("parameters", "moments", "gradients", "activations", "host"):
+    for name in ("parameters", "frozen", "moments", "gradients", "activations", "host"):
         if sizes.get(name):
             lines.append(f"  {name:<11}{sizes[name]:8.2f} GiB a chip")
     lines.append(

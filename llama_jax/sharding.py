@@ -145,11 +145,13 @@ def param_specs(params: Any, mesh: Mesh | jax.sharding.AbstractMesh) -> Any:
 
 
 def _row(path: str) -> P | None:
-    """The row of a parameter; parts of a matrix, of an adapter or in NF4, have it from the matrix."""
+    """The row of a parameter; those of an adapter and of parts in NF4 follow from their matrix."""
+    if path in PARAM_SPECS:
+        return PARAM_SPECS[path]
     matrix, _, part = path.rpartition("/")
-    row = PARAM_SPECS.get(path) or PARAM_SPECS.get(matrix)
-    if path in PARAM_SPECS or row is None:
-        return PARAM_SPECS.get(path)
+    if matrix not in PARAM_SPECS:
+        return None
+    row = PARAM_SPECS[matrix]
     split = 3 if matrix.endswith("/wo") else 2  # behind L and the inputs: heads and head size
     inputs, outputs = row[1:split], row[split:]
     return {

@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 
 from llama_jax.config import Config
 from llama_jax.frozen import abstract_base
-from llama_jax.loss import Sums, cross_entropy
 from llama_jax.lora import Adapted, init_adapters
+from llama_jax.loss import Sums, cross_entropy
 from llama_jax.model import forward, init_params
 from llama_jax.optim import make_optimizer, make_schedule
 from llama_jax.sharding import batch_sharding, constrain, param_shardings, state_shardings
@@ -36,8 +36,8 @@ class TrainState:
       params: nested dict of float32 arrays.
       opt_state: state of `optim.make_optimizer`.
       skips: the steps that made no update.
-      frozen: with LoRA the base, see `base`, which no step changes and no checkpoint holds; `params`
-        are then the adapters. None without.
+      frozen: with LoRA the base, in the form of `frozen`, which no step changes and no checkpoint
+        holds; `params` are then the adapters. None without.
     """
 
     step: jax.Array

@@ -25,6 +25,7 @@ from llama_jax.data.pipeline import TrainingData, open_data
 from llama_jax.data.streaming import Position, StreamingBatches
 from llama_jax.describe import describe
 from llama_jax.errors import UserError
+from llama_jax.fingerprint import fingerprint
 from llama_jax.generate import Sampling, complete
 from llama_jax.goodput import Goodput
 from llama_jax.guards import (
@@ -35,13 +36,14 @@ from llama_jax.guards import (
     locked,
     record_changes,
 )
+from llama_jax.init_from import first_state, with_base, with_tokenizer
 from llama_jax.mesh import make_mesh
 from llama_jax.processes import start_processes
 from llama_jax.profiler import Profiler
 from llama_jax.sharding import check_batch
 from llama_jax.signals import Stopped, StopRequest
 from llama_jax.skip_watch import SkipWatch
-from llama_jax.step import CompiledStep, TrainState, jit_step
+from llama_jax.step import CompiledStep, TrainState, jit_step, model_weights
 from llama_jax.watchdog import Watchdog
 
 
@@ -102,7 +104,7 @@ def initial_state(
     if step is None:
         if isinstance(data.train, StreamingBatches):
             data.train.start_at(0, Position(), *process)
-        return compiled.init(jax.random.key(config.train.seed))
+        return first_state(compiled, config)
     if not (saver.folder(step) / "optimizer").exists():
         raise UserError(
             f"checkpoint {saver.folder(step)} has weights but no optimiser state (it was converted "
@@ -122,10 +124,11 @@ def initial_state(
     if changed := record_changes(saver.folder(step).parent.parent, step, changes):
         _log(f"        {changed}")
     try:
-        return saver.restore(step, compiled.state_shardings)
+        state = saver.restore(step, compiled.state_shardings.replace(frozen=None))
     except checkpoint_lib.DamagedCheckpoint as error:
         saver.mark_damaged(step, str(error))
         return initial_state(compiled, saver, data, config)
+    return with_base(state, compiled, config, saved.base, saver.folder(step))
 
 
 def _positions(data: TrainingData, step: int) -> list[list[int]]:
@@ -179,6 +182,7 @@ def run_loop(
     batches = stream(data.train, start, train.steps, compiled.batch_sharding, *shape)
     tokenizer_model = data.tokenizer.model_bytes if data.tokenizer else b""
     watch = SkipWatch(config, data, saver)
+    base = fingerprint(state.frozen) if config.lora.rank else {}
 
     def save(step: int, eval_loss: float | None) -> None:
         watch.before_save(state)
@@ -189,9 +193,10 @@ def run_loop(
             tokenizer_model,
             _positions(data, step),
             eval_loss=eval_loss,
+            base=base,
         )
         with goodput.phase("checkpoint"):
-            saver.save(state, meta)
+            saver.save(dataclasses.replace(state, frozen=None), meta)
         goodput.save()
 
     goodput.enter("step")
@@ -208,8 +213,9 @@ def run_loop(
             eval_loss = None
             if step == train.steps or step % train.eval_every == 0:
                 log.flush()
+                weights = model_weights(state, config)
                 with goodput.phase("eval"):
-                    eval_loss = evaluate(compiled, state.params, data, config, stop)
+                    eval_loss = evaluate(compiled, weights, data, config, stop)
                 if eval_loss is not None:
                     log.write(step, {"eval_loss": eval_loss, **_epoch_metrics(data, step)})
                 log.start(step)
@@ -245,7 +251,7 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
       UserError: the config does not fit the devices, the data, or what is in `workdir`.
       Stopped: SIGTERM or Ctrl-C came when there was nothing to save.
     """
-    workdir = epath.Path(workdir)
+    workdir, config = epath.Path(workdir), with_tokenizer(config)
     mesh = make_mesh(config.mesh, config.dcn)
     check_memory(config, mesh, device_memory(mesh.devices.flat[0]))
     check_batch(config.train.global_batch, config.train.seq_len, config.train.grad_accum, mesh)
@@ -322,7 +328,8 @@ def _print_sample(config: Config, state: TrainState, data: TrainingData) -> None
     length = min(200, config.train.seq_len // 2)
     sampling = Sampling(max_tokens=length, temperature=0.5, seed=config.train.seed)
     context = config.train.seq_len
-    text = complete(config.model, state.params, data.tokenizer, [prompt], sampling, context=context)
+    weights = model_weights(state, config)
+    text = complete(config.model, weights, data.tokenizer, [prompt], sampling, context=context)
     _log(f"\nwhat it writes after {prompt!r}:\n{text[0]}")
 
 

@@ -54,7 +54,10 @@ TINY_FLAGS = (
 def replace(config, **changes):
     """`replace(config, train__steps=3)` is the config with another `train.steps`."""
     for name, value in changes.items():
-        group, field = name.split("__")
+        group, _, field = name.partition("__")
+        if not field:
+            config = dataclasses.replace(config, **{group: value})
+            continue
         part = dataclasses.replace(getattr(config, group), **{field: value})
         config = dataclasses.replace(config, **{group: part})
     return config
