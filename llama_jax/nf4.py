@@ -20,6 +20,7 @@ from flax import struct
 from llama_jax.lora_config import NF4_BLOCK
 
 GROUP = 256  # scales that share a scale
+_LEAST = np.finfo(np.float32).tiny  # in place of the scale of zeros
 # QLoRA's appendix E, as bitsandbytes has them.
 LEVELS = np.array(
     [
@@ -33,14 +34,23 @@ LEVELS = np.array(
 
 
 def _tapered() -> np.ndarray:
-    """The 256 values of a scale: 7 decades, with a bit more of fraction in each larger one."""
-    values = [0.0, 1.0]
+    """The 256 values of a scale: 7 decades, with a bit more of fraction in each larger one.
+
+    Rounded where torch's `linspace` and bitsandbytes round, so that the bits are the same.
+    """
+    values = [np.zeros(1, np.float32), np.ones(1, np.float32)]
     for decade in range(7):
-        edges = np.linspace(0.1, 1, 2**decade + 1, dtype=np.float32)
-        means = (edges[:-1] + edges[1:]) / np.float32(2)
-        scaled = 10.0 ** (decade - 6) * means.astype(np.float64)
-        values += [*scaled, *-scaled]
-    return np.sort(np.array(values, np.float64)).astype(np.float32)
+        count = 2**decade
+        step = np.float64(np.float32(np.float32(0.9) / np.float32(count)))
+        index = np.arange(count + 1)
+        from_below, from_above = (
+            np.float64(np.float32(0.1)) + step * index,
+            1 - step * (count - index),
+        )
+        edges = np.where(index < (count + 1) // 2, from_below, from_above).astype(np.float32)
+        means = np.float32(10.0 ** (decade - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
+        values += [means, -means]
+    return np.sort(np.concatenate(values))
 
 
 SCALES = _tapered()
@@ -70,7 +80,7 @@ class NF4:
 def _nearest(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Codes of I/64 64 O, and the largest magnitudes, I/64 O."""
     largest = jnp.max(jnp.abs(blocks), axis=1)
-    scaled = blocks * (1 / jnp.maximum(largest, 1e-38))[:, None]
+    scaled = blocks * (1 / jnp.maximum(largest, _LEAST))[:, None]
     between = (LEVELS[:-1] + LEVELS[1:]) / 2
     codes = sum((scaled > edge).astype(jnp.uint8) for edge in between)
     return codes, largest
@@ -92,7 +102,7 @@ def quantize(matrix: np.ndarray, n_inputs: int) -> NF4:
     ordered = (largest - offset).T.reshape(-1)
     padded = np.pad(ordered, (0, -ordered.size % GROUP)).reshape(-1, GROUP)
     groups = np.abs(padded).max(axis=1)
-    scaled = padded * (1 / np.maximum(groups, np.float32(1e-38)))[:, None]
+    scaled = padded * (1 / np.maximum(groups, _LEAST))[:, None]
     between = (SCALES[:-1] + SCALES[1:]) / 2
     scales = np.searchsorted(between, scaled.reshape(-1)[: ordered.size]).astype(np.uint8)
     return NF4(

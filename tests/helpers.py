@@ -127,6 +127,32 @@ def random_params(config, seed=0):
     return params
 
 
+def random_adapters(config, seed=1):
+    """Adapters of which both matrices count, in NumPy."""
+    from llama_jax.lora import init_adapters
+
+    shapes = jax.eval_shape(
+        lambda key: init_adapters(config.model, config.lora, key), jax.random.key(0)
+    )
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32) * 0.2, shapes)
+
+
+def frozen_base(config, params):
+    """Parameters in NumPy as the base below adapters."""
+    from llama_jax.frozen import freeze
+
+    def leaf(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not name.startswith("layers/"):
+            return freeze(name, x, config.lora)
+        return jax.tree.map(
+            lambda *layers: np.stack(layers), *(freeze(name, one, config.lora) for one in x)
+        )
+
+    return jax.tree.map_with_path(leaf, params)
+
+
 def write_corpus(folder, files=40):
     """Text files of a made-up language; the same text every time."""
     rng = random.Random(0)
