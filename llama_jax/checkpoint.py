@@ -219,6 +219,17 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
             raise UserError(f"{folder} is not a readable checkpoint: {error}") from error
 
 
+def load_adapters(step_folder: epath.PathLike, config: Config) -> Any:
+    """Reads the adapters of a saved step into NumPy.
+
+    Raises:
+      UserError: as `load_params`.
+    """
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda _: one, abstract_state(config).params)
+    return jax.device_get(load_params(step_folder, config, shardings))
+
+
 def load_params(step_folder: epath.PathLike, config: Config, shardings: Any) -> Any:
     """Reads only the weights of a saved step onto the mesh of `shardings`.
 

@@ -5,6 +5,8 @@ FORMAT is hf (safetensors, config.json, tokenizer), meta (consolidated.*.pth, pa
 layer is in memory at a time. The target is written beside its place, as TARGET.partial, and gets
 its name when it is complete; a target that exists is refused.
 
+A checkpoint of a run with adapters (config.lora) is merged with the base that it was trained on.
+
 A checkpoint holds float32; hf and meta keep the source's dtype, unless --dtype says another.
 
 Example:
@@ -23,12 +25,15 @@ import numpy as np
 from absl import flags
 from etils import epath
 
+from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import cli
 from llama_jax.errors import UserError
 from llama_jax.interchange import formats
-from llama_jax.interchange.ckpt import CkptSource, CkptTarget
+from llama_jax.interchange.ckpt import CkptSource, CkptTarget, describe
 from llama_jax.interchange.formats import Description, Source, Target
 from llama_jax.interchange.hf import DTYPES, HfSource, HfTarget
+from llama_jax.interchange.loading import check_model
+from llama_jax.interchange.merged import MergedSource
 from llama_jax.interchange.meta import MetaSource, MetaTarget
 
 FORMATS = ("hf", "meta", "ckpt")
@@ -49,8 +54,14 @@ def parse_place(text: str | None, flag: str) -> tuple[str, epath.Path]:
     return kind, epath.Path(folder)
 
 
-def open_source(kind: str, folder: epath.Path, context: int = 0) -> Source:
-    """Opens and checks weights of one of the formats.
+def open_source(kind: str, folder: epath.Path, context: int = 0, base: str = "") -> Source:
+    """Opens and checks weights of one of the formats; adapters are merged with their base.
+
+    Args:
+      kind: of `FORMATS`.
+      folder: that holds them.
+      context: of a meta source, see `MetaSource`.
+      base: FORMAT:DIR of the weights below adapters; empty: where they were in training.
 
     Raises:
       UserError: they are missing, damaged, or disagree with their config.
@@ -59,7 +70,18 @@ def open_source(kind: str, folder: epath.Path, context: int = 0) -> Source:
         raise UserError(f"{folder} does not exist")
     if kind == "meta":
         return MetaSource(folder, context)
-    return HfSource(folder) if kind == "hf" else CkptSource(folder)
+    if kind == "hf":
+        return HfSource(folder)
+    step = checkpoint_lib.find_step(folder)
+    meta = checkpoint_lib.load_meta(step)
+    if not meta.config.lora.rank:
+        return CkptSource(folder)
+    place = base or meta.config.init_from
+    config = dataclasses.replace(meta.config, init_from=place)
+    origin = open_source(*parse_place(place, "base"))
+    check_model(origin, config)
+    adapters = checkpoint_lib.load_adapters(step, config)
+    return MergedSource(origin, adapters, config, meta.base, describe(step, meta))
 
 
 def convert(source: Source, kind: str, folder: epath.PathLike, dtype: str = "") -> Description:
@@ -126,7 +148,7 @@ def main() -> None:
     if _CONTEXT.value and source_kind != "meta":
         raise UserError("--context is for meta, whose params.json does not tell it")
     start = time.perf_counter()
-    source = open_source(source_kind, source_folder, _CONTEXT.value)
+    source = open_source(source_kind, source_folder, _CONTEXT.value, _BASE.value)
     written = convert(source, target_kind, target_folder, _DTYPE.value or "")
     model = written.config.model
     count = model.parameter_count()
@@ -153,5 +175,11 @@ if __name__ == "__main__":
         0,
         "Longest sequence in tokens, for a meta source; 0: by the family's habit.",
         lower_bound=0,
+    )
+    _BASE = flags.DEFINE_string(
+        "base",
+        "",
+        "Weights below the adapters of a ckpt source, as FORMAT:DIR; default: where they were in "
+        "training.",
     )
     cli.run(main, __doc__)

@@ -13,7 +13,7 @@ from llama_jax import checkpoint as checkpoint_lib
 from llama_jax.config import Config, MeshConfig, ModelConfig
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
-from llama_jax.init_from import check_base, load_init
+from llama_jax.init_from import check_base, load_init, open_init
 from llama_jax.interchange.formats import special_ids
 from llama_jax.lora import Adapted
 from llama_jax.mesh import AXES, make_mesh, mesh_shape
@@ -56,20 +56,27 @@ class InferenceModel:
         return self.config.train.seq_len
 
 
-def open_model(checkpoint: epath.PathLike | None, mesh: str = "") -> InferenceModel:
+def open_model(
+    checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
+) -> InferenceModel:
     """Reads a checkpoint.
 
     Args:
       checkpoint: a work directory, or the folder of one step.
       mesh: as `parse_mesh`; empty: as many devices along `tensor` as it divides over.
+      base: FORMAT:DIR of the weights below adapters; empty: where they were in training.
 
     Raises:
-      UserError: there is no checkpoint, none with a tokenizer, or it does not fit the mesh.
+      UserError: there is no checkpoint, none with a tokenizer, or it does not fit the mesh; its
+        adapters belong to another base.
     """
     if checkpoint is None:
         raise UserError("--checkpoint is missing; try --checkpoint=runs/tiny")
     folder = checkpoint_lib.find_step(checkpoint)
     meta = checkpoint_lib.load_meta(folder)
+    if base:
+        config = dataclasses.replace(meta.config, init_from=base)
+        meta = dataclasses.replace(meta, config=config)
     if "tokenizer.model" in meta.tokenizer_files and not meta.tokenizer_model:
         raise UserError(
             f"the tokenizer.model of {folder} is in Llama 3's own format, which is not read; put "
@@ -90,6 +97,8 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "") -> InferenceMo
         params = checkpoint_lib.load_params(folder, meta.config, shardings)
         params = _with_base(folder, meta, params, devices)
     files = meta.tokenizer_files
+    if meta.config.lora.rank:  # templates and special ids are the base's
+        files = {**open_init(meta.config).description.files, **files}
     return InferenceModel(folder, meta.config, params, tokenizer, devices, files)
 
 

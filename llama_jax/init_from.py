@@ -7,17 +7,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from llama_jax.config import Config, ModelConfig
+from llama_jax.config import Config
 from llama_jax.convert import open_source, parse_place
-from llama_jax.errors import UserError
 from llama_jax.fingerprint import difference, fingerprint
 from llama_jax.frozen import freeze
 from llama_jax.interchange.formats import Source
-from llama_jax.interchange.loading import load
+from llama_jax.interchange.loading import check_model, load
+from llama_jax.interchange.merged import refuse_other_base
 from llama_jax.step import CompiledStep, TrainState, abstract_frozen, abstract_state
-
-# How a model computes is the run's own choice; everything else is a property of the weights.
-_FREE = ("compute_dtype", "attention", "remat", "scan_unroll")
 
 
 def open_init(config: Config) -> Source:
@@ -27,15 +24,7 @@ def open_init(config: Config) -> Source:
       UserError: it cannot be read, or holds another model.
     """
     source = open_source(*parse_place(config.init_from, "config.init_from"))
-    found, wanted = source.description.config.model, config.model
-    changed = [
-        f"model.{field.name} is {getattr(found, field.name)} there, {getattr(wanted, field.name)} "
-        "in the config"
-        for field in dataclasses.fields(ModelConfig)
-        if field.name not in _FREE and getattr(found, field.name) != getattr(wanted, field.name)
-    ]
-    if changed:
-        raise UserError(f"init_from={config.init_from} holds another model: {'; '.join(changed)}")
+    check_model(source, config)
     return source
 
 
@@ -73,18 +62,6 @@ def check_base(saved: dict[str, int], base: Any, config: Config, folder: epath.P
       UserError: it is another.
     """
     refuse_other_base(difference(saved, fingerprint(base)), config, folder)
-
-
-def refuse_other_base(changed: list[str], config: Config, folder: epath.Path) -> None:
-    """Raises UserError if arrays of the base are others than those of a checkpoint."""
-    if not changed:
-        return
-    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-    raise UserError(
-        f"the adapters of {folder} were trained on another base than {config.init_from} "
-        f"({changed[0]}{more} differ by fingerprint); name the weights that they belong to by "
-        "--config.init_from, or train in another --workdir"
-    )
 
 
 def first_state(compiled: CompiledStep, config: Config) -> TrainState:

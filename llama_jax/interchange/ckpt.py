@@ -31,6 +31,21 @@ def _array_spec(params: epath.Path, path: str) -> dict[str, Any]:
     return {"driver": "zarr", "kvstore": store}
 
 
+def describe(folder: epath.Path, meta: checkpoint_lib.Meta) -> Description:
+    """What a saved step holds beside its weights.
+
+    Raises:
+      UserError: its tokenizer has more ids than the model.
+    """
+    files = dict(meta.tokenizer_files)
+    if meta.tokenizer_model.lstrip()[:1] == b"{":
+        files.setdefault("tokenizer.json", without_ends(meta.tokenizer_model))
+    elif meta.tokenizer_model:
+        files["tokenizer.model"] = meta.tokenizer_model
+    formats.check_vocabulary(files, meta.config.model.vocab_size, str(folder))
+    return Description(meta.config, "float32", files, card.write(meta, folder), meta.step)
+
+
 class CkptSource:
     """A saved step.
 
@@ -47,12 +62,7 @@ class CkptSource:
         folder = checkpoint_lib.find_step(checkpoint)
         meta = checkpoint_lib.load_meta(folder)
         model = meta.config.model
-        files = dict(meta.tokenizer_files)
-        if meta.tokenizer_model.lstrip()[:1] == b"{":
-            files.setdefault("tokenizer.json", without_ends(meta.tokenizer_model))
-        elif meta.tokenizer_model:
-            files["tokenizer.model"] = meta.tokenizer_model
-        formats.check_vocabulary(files, model.vocab_size, str(folder))
+        self.description = describe(folder, meta)
         self._stores: dict[str, Any] = {}
         for path, shape in formats.shapes(model).items():
             wanted = (model.n_layers, *shape) if is_stacked(path) else shape
@@ -67,8 +77,6 @@ class CkptSource:
             self._stores[path] = store
         self._folder = folder
         self._block: tuple[str, int, Any] = ("", 0, None)
-        text = card.write(meta, folder)
-        self.description = Description(meta.config, "float32", files, text, meta.step)
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
         """The array `path` of our tree, for a stacked one that of `layer`."""

@@ -1,5 +1,6 @@
 """From a source straight into sharded arrays: one array of one layer is in memory at a time."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +9,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llama_jax.config import Config, ModelConfig
+from llama_jax.errors import UserError
 from llama_jax.interchange.formats import Source, is_stacked
 from llama_jax.nf4 import NF4
 
 Keep = Callable[[str, np.ndarray], Any]
+# How a model computes is the run's own choice; everything else is a property of the weights.
+_FREE = ("compute_dtype", "attention", "remat", "scan_unroll")
+
+
+def check_model(source: Source, config: Config) -> None:
+    """Checks that the weights of a source are those of the config's model.
+
+    Raises:
+      UserError: they are not, with all fields in which they differ.
+    """
+    found, wanted = source.description.config.model, config.model
+    changed = [
+        f"model.{field.name} is {getattr(found, field.name)} there, {getattr(wanted, field.name)} "
+        "in the config"
+        for field in dataclasses.fields(ModelConfig)
+        if field.name not in _FREE and getattr(found, field.name) != getattr(wanted, field.name)
+    ]
+    if changed:
+        raise UserError(f"init_from={config.init_from} is another model: {'; '.join(changed)}")
 
 
 def load(source: Source, targets: Any, shardings: Any, keep: Keep) -> Any:
