@@ -10,12 +10,13 @@ import jax
 from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
-from llama_jax.config import Config, MeshConfig, ModelConfig
+from llama_jax.config import Config, LoraConfig, MeshConfig, ModelConfig
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.init_from import check_base, load_init, open_init
 from llama_jax.interchange.formats import special_ids
 from llama_jax.lora import Adapted
+from llama_jax.lora_config import NF4_BLOCK
 from llama_jax.mesh import AXES, make_mesh, mesh_shape
 from llama_jax.nf4 import NF4
 from llama_jax.sharding import param_shardings
@@ -56,9 +57,7 @@ class InferenceModel:
         return self.config.train.seq_len
 
 
-def open_model(
-    checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
-) -> InferenceModel:
+def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = "") -> InferenceModel:
     """Reads a checkpoint.
 
     Args:
@@ -91,7 +90,7 @@ def open_model(
             f"the tokenizer of {folder} has {tokenizer.vocab_size} ids, "
             f"but model.vocab_size is {size}"
         )
-    devices = parse_mesh(mesh) if mesh else decoding_mesh(meta.config.model)
+    devices = parse_mesh(mesh) if mesh else decoding_mesh(meta.config.model, meta.config.lora)
     with jax.set_mesh(devices):
         shardings = param_shardings(abstract_state(meta.config).params, devices)
         params = checkpoint_lib.load_params(folder, meta.config, shardings)
@@ -124,10 +123,13 @@ def cast_matrices(config: ModelConfig, params: Any) -> Any:
     return jax.tree.map_with_path(cast, params, is_leaf=lambda x: isinstance(x, NF4))
 
 
-def decoding_mesh(config: ModelConfig) -> jax.sharding.Mesh:
-    """As many devices along `tensor` as heads, ffn and vocabulary divide over."""
+def decoding_mesh(config: ModelConfig, lora: LoraConfig | None = None) -> jax.sharding.Mesh:
+    """As many devices along `tensor` as heads, ffn, vocabulary and blocks of NF4 divide over."""
     devices = jax.devices()
     tensor = math.gcd(len(devices), config.n_kv_heads, config.ffn_dim, config.vocab_size)
+    if lora is not None and lora.base_dtype == "nf4" and lora.rank:
+        inputs = (config.ffn_dim, config.n_heads * config.head_dim)
+        tensor = math.gcd(tensor, *(size // NF4_BLOCK for size in inputs))
     return make_mesh(MeshConfig(fsdp=1, tensor=tensor), devices=devices[:tensor])
 
 

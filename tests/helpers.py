@@ -63,6 +63,22 @@ def replace(config, **changes):
     return config
 
 
+def with_adapters(config):
+    """The config as that of a run with LoRA."""
+    return replace(config, init_from="hf:there", lora__rank=2)
+
+
+def field_names(separator):
+    """Every field of the config: `train`, the separator, `steps`; what is in no group by itself."""
+    found = set()
+    for group in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(group.type):
+            found |= {f"{group.name}{separator}{f.name}" for f in dataclasses.fields(group.type)}
+        else:
+            found.add(group.name)
+    return found
+
+
 def text_config(corpus, **changes):
     """A config that trains on the files of a folder."""
     config = replace(

@@ -100,7 +100,9 @@ def test_a_base_is_the_same_bits_from_everywhere_on_every_mesh(config, params, b
 
 def test_weights_of_another_model_are_refused(config, bases):
     other = replace(config, init_from=f"hf:{bases / 'hf'}", model__rope_theta=5e5, model__dim=32)
-    message = r"another model: model.dim is 128 there, 32 in the config; model.rope_theta is 10000.0"
+    message = (
+        r"another model: model.dim is 128 there, 32 in the config; model.rope_theta is 10000.0"
+    )
     with pytest.raises(UserError, match=message):
         load_init(other, None)
 
