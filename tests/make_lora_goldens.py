@@ -53,6 +53,18 @@ def nf4():
         )
 
 
+def saved_by_peft(folder):
+    """The adapters of one case as peft saves them."""
+    from tests import peft_reference
+    from tests.test_lora import PEFT_CASES
+
+    config = PEFT_CASES["some"]
+    model = peft_reference.build(config, random_params(config.model), random_adapters(config))
+    model.peft_config["default"].base_model_name_or_path = "a/base"
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink()
+
+
 def main():
     """Computes and writes one file per case."""
     for cases in (nf4, lora):  # peft would import bitsandbytes as it is
@@ -60,6 +72,7 @@ def main():
             path = ROOT / "tests" / "goldens" / f"{name}.npz"
             np.savez_compressed(path, **arrays)
             print(f"{path.name}: {path.stat().st_size:,} bytes")
+    saved_by_peft(ROOT / "tests" / "goldens" / "peft")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,29 @@ from llama_jax.config import Config, LoraConfig
 from llama_jax.errors import UserError
 from llama_jax.fingerprint import array_fingerprint
 from llama_jax.frozen import freeze, thaw
-from llama_jax.interchange.formats import Description, Source, is_stacked
+from llama_jax.interchange.formats import Description, Source, is_stacked, units
 from llama_jax.lora import delta
 
 _fingerprint = functools.cache(lambda: jax.jit(array_fingerprint))
+
+
+def _prints(path: str, layer: int | None, frozen: Any) -> dict[str, int]:
+    """What one layer adds to the fingerprints of an array, by the names of its parts."""
+    found = {}
+    for keys, x in jax.tree.leaves_with_path(frozen):
+        part = jax.tree_util.keystr(keys, simple=True, separator="/")
+        found[f"{path}/{part}" if part else path] = int(_fingerprint()(x, layer))
+    return found
+
+
+def base_fingerprint(base: Source, config: Config) -> dict[str, int]:
+    """The fingerprint of a base in its frozen form, one array of one layer after another."""
+    found: dict[str, int] = {}
+    for path, layer in units(config.model):
+        frozen = freeze(path, base.read(path, layer), config.lora)
+        for name, value in _prints(path, layer, frozen).items():
+            found[name] = (found.get(name, 0) + value) % 2**32
+    return found
 
 
 def refuse_other_base(changed: list[str], config: Config, adapters: epath.PathLike) -> None:
@@ -94,12 +113,9 @@ class MergedSource:
         if layer in seen:
             return
         seen.add(layer)
-        prints = {}
-        for keys, x in jax.tree.leaves_with_path(frozen):
-            part = jax.tree_util.keystr(keys, simple=True, separator="/")
-            name = f"{path}/{part}" if part else path
-            mine = int(_fingerprint()(x, layer))
-            prints[name] = self._found[name] = (self._found.get(name, 0) + mine) % 2**32
+        prints = _prints(path, layer, frozen)
+        for name, value in prints.items():
+            self._found[name] = (self._found.get(name, 0) + value) % 2**32
         if len(seen) == (self._config.model.n_layers if is_stacked(path) else 1):
-            changed = [name for name, value in prints.items() if self._wanted.get(name) != value]
+            changed = [n for n in prints if self._wanted.get(n) != self._found[n]]
             refuse_other_base(changed, self._config, "this checkpoint")
