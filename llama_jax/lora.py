@@ -52,6 +52,16 @@ def adapter_count(model: ModelConfig, lora: LoraConfig) -> int:
     return model.n_layers * lora.rank * sides
 
 
+def flops_by_part(model: ModelConfig, lora: LoraConfig, seq_len: int) -> dict[str, float]:
+    """FLOPs of one training token: `ModelConfig.flops_by_part`, but 4 per weight that is frozen."""
+    parts = model.flops_by_part(seq_len)
+    if not lora.rank:
+        return parts
+    scores = "attention scores"
+    frozen = {name: flops * 2 / 3 for name, flops in parts.items() if name != scores}
+    return {**frozen, scores: parts[scores], "adapters": 6.0 * adapter_count(model, lora)}
+
+
 def init_adapters(model: ModelConfig, lora: LoraConfig, key: jax.Array) -> dict[str, Any]:
     """Adapters before the first step, float32: A as PEFT draws it, B zero, so that nothing changes.
 
