@@ -50,7 +50,8 @@ def _describe_flops(config: Config) -> list[str]:
         for name, flops in (*parts.items(), ("total", total))
     ]
     frozen = ", 4 per frozen one" if config.lora.rank else ""
-    rule = f"(6 per weight of a matrix product{frozen}; attention's causal half; recomputation not counted)"
+    rule = f"(6 per weight of a matrix product{frozen}; attention's causal half; "
+    rule += "recomputation not counted)"
     head = f"FLOPs   {'':<23}{'a token':>9}{'a step':>11}{'share':>9}"
     return [head, *(" " * 8 + row for row in (*rows, rule))]
 

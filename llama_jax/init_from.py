@@ -9,9 +9,10 @@ from etils import epath
 
 from llama_jax.config import Config
 from llama_jax.convert import open_source, parse_place
+from llama_jax.errors import UserError
 from llama_jax.fingerprint import difference, fingerprint
 from llama_jax.frozen import freeze
-from llama_jax.interchange.formats import Source
+from llama_jax.interchange.formats import Source, is_tiktoken
 from llama_jax.interchange.loading import check_model, load
 from llama_jax.interchange.merged import refuse_other_base
 from llama_jax.step import CompiledStep, TrainState, abstract_frozen, abstract_state
@@ -100,22 +101,35 @@ def with_base(
 
 
 def with_tokenizer(config: Config) -> Config:
-    """The config, whose tokenizer is that of the weights if it names no other."""
-    if not config.init_from or config.data.tokenizer or config.data.source == "synthetic":
+    """The config, whose tokenizer is that of the weights if it names no other.
+
+    Raises:
+      UserError: these have none, so that one would be trained, whose ids they do not know.
+    """
+    data = config.data
+    if not config.init_from or data.tokenizer or data.source == "synthetic":
         return config
     tokenizer = tokenizer_file(config.init_from)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+    if not tokenizer and not data.path:  # prepared shards have their own
+        raise UserError(
+            f"init_from={config.init_from} comes without a tokenizer that we read; name one by "
+            "--config.data.tokenizer=FILE"
+        )
+    return dataclasses.replace(config, data=dataclasses.replace(data, tokenizer=tokenizer))
 
 
 def tokenizer_file(init_from: str) -> str:
-    """Where the tokenizer of these weights is, for `data.tokenizer`; empty if they have none."""
+    """Where the tokenizer of these weights is, for `data.tokenizer`; empty if they have none.
+
+    SentencePiece is preferred, as `convert` does; Llama 3's own format is not read.
+    """
     kind, _, folder = init_from.partition(":")
-    names = {"hf": ("tokenizer.json", "tokenizer.model"), "ckpt": ("tokenizer.model",)}
     places = [epath.Path(folder)]
     if kind == "meta":  # the first LLaMA and LLaMA-2 keep it beside the folders of the models
         places.append(places[0].parent)
     for place in places:
-        for name in names.get(kind, ("tokenizer.model",)):
-            if (place / name).exists():
-                return str(place / name)
+        for name in ("tokenizer.model", "tokenizer.json"):
+            file = place / name
+            if file.exists() and not (name.endswith("model") and is_tiktoken(file.read_bytes())):
+                return str(file)
     return ""

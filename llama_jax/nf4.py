@@ -77,13 +77,14 @@ class NF4:
 
 
 @jax.jit
-def _nearest(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Codes of I/64 64 O, and the largest magnitudes, I/64 O."""
-    largest = jnp.max(jnp.abs(blocks), axis=1)
-    scaled = blocks * (1 / jnp.maximum(largest, _LEAST))[:, None]
+def _nearest(blocks: jax.Array, inverses: jax.Array) -> jax.Array:
+    """Codes of I/64 64 O, by one over the largest magnitudes, I/64 O.
+
+    One product, which every machine rounds alike; a division might differ.
+    """
+    scaled = blocks * inverses[:, None]
     between = (LEVELS[:-1] + LEVELS[1:]) / 2
-    codes = sum((scaled > edge).astype(jnp.uint8) for edge in between)
-    return codes, largest
+    return sum((scaled > edge).astype(jnp.uint8) for edge in between)
 
 
 def quantize(matrix: np.ndarray, n_inputs: int) -> NF4:
@@ -95,7 +96,8 @@ def quantize(matrix: np.ndarray, n_inputs: int) -> NF4:
     """
     outputs = matrix.shape[n_inputs:]
     flat = np.asarray(matrix, np.float32).reshape(-1, NF4_BLOCK, int(np.prod(outputs)))
-    codes, largest = map(np.asarray, _nearest(flat))
+    largest = np.maximum(flat.max(axis=1), -flat.min(axis=1))
+    codes = np.asarray(_nearest(flat, 1 / np.maximum(largest, _LEAST)))
     pairs = codes.reshape(-1, 2, codes.shape[-1])
     # In float64, and only then rounded: the sum of any order gives the same mean.
     offset = np.float32(largest.mean(dtype=np.float64))

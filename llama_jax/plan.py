@@ -43,7 +43,8 @@ def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, An
     Returns:
       The object that `--json` prints. Bytes are of one chip; `total` is `arguments` (the state,
       donated, and the batch) and `temporaries`; of these, `gradients` are what the state's are, and
-      `activations` all else; with LoRA, `frozen` is the base. Where the program does not fit, what needs it compiled is null.
+      `activations` all else; with LoRA, `frozen` is the base. Where the program does not fit, what
+      needs it compiled is null.
 
     Raises:
       UserError: as `topology_devices` and `compile_step`.

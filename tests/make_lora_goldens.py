@@ -1,6 +1,6 @@
 """Writes what `peft` and `bitsandbytes` compute for test_lora.py and test_nf4.py.
 
-python -m tests.make_lora_goldens
+python -m tests.make_lora_goldens  (with `pip install bitsandbytes` beside '.[parity]')
 """
 
 from unittest import mock

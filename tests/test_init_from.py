@@ -112,6 +112,10 @@ def test_the_tokenizer_comes_with_the_weights(config, bases, tokenizer):
         begun = with_tokenizer(replace(config, init_from=f"{kind}:{bases / kind}"))
         assert begun.data.tokenizer == tokenizer_file(f"{kind}:{bases / kind}")
         assert epath.Path(begun.data.tokenizer).exists()
+    nothing = replace(config, init_from=f"hf:{bases}")
+    assert with_tokenizer(replace(nothing, data__path="shards")).data.tokenizer == ""
+    with pytest.raises(UserError, match=r"without a tokenizer .* --config.data.tokenizer=FILE"):
+        with_tokenizer(nothing)
     given = replace(config, init_from=f"hf:{bases / 'hf'}", data__tokenizer="mine.model")
     assert with_tokenizer(given) == given
     assert with_tokenizer(config) == config

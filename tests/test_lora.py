@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.ahead import compile_step
 from llama_jax.config import LoraConfig
 from llama_jax.fingerprint import fingerprint
 from llama_jax.lora import Adapted, adapter_count, init_adapters, merge, unmerge
 from llama_jax.model import init_params, logits
-from llama_jax.step import _dropout_key, _gradients, jit_step, model_weights
+from llama_jax.step import _dropout_key, _gradients, abstract_frozen, jit_step, model_weights
 from tests.helpers import (
     ROOT,
     TINY,
@@ -207,6 +208,19 @@ def test_only_adapters_are_trained_and_have_moments():
     for got, want in zip(jax.tree.leaves(state.frozen), jax.tree.leaves(base), strict=True):
         assert got.dtype == want.dtype and (np.asarray(got) == want).all()
     assert all(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_matrices_in_nf4_are_no_stack_of_floats(remat):
+    """Compiled as `plan` does; the state that it counts has the base in NF4."""
+    config = replace(KINDS["nf4"], model__n_layers=3, model__remat=remat)
+    compiled = compile_step(config, jax.devices()[:1])
+    base = jax.tree.leaves(abstract_frozen(config))
+    assert compiled.bytes["frozen"] == sum(x.size * x.dtype.itemsize for x in base)
+    assert compiled.bytes["parameters"] == 4 * adapter_count(config.model, config.lora)
+    assert "u8[3,32,128]" in compiled.text and "f32[64,128]" in compiled.text
+    for shape in ("3,64,128", "3,128,64", "3,64,4,16", "3,4,16,64"):  # of adapters: 3,64,4 and such
+        assert f"f32[{shape}]" not in compiled.text
 
 
 def _is_adam(part):
