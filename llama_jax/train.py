@@ -108,7 +108,8 @@ def initial_state(
     if not (saver.folder(step) / "optimizer").exists():
         raise UserError(
             f"checkpoint {saver.folder(step)} has weights but no optimiser state (it was converted "
-            "from elsewhere), and cannot be trained on; it can be sampled from and converted"
+            "from elsewhere), and training cannot go on from it; begin another run with it by "
+            f"--config.init_from=ckpt:{saver.folder(step).parent.parent}"
         )
     saved = checkpoint_lib.load_meta(saver.folder(step))
     changes = check_checkpoint(saved, saver.folder(step), config, data)
