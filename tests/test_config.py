@@ -189,7 +189,7 @@ def test_json_that_is_no_config(text, message):
 INVALID = [
     ("init_from", "hf", "init_from must be FORMAT:DIR"),
     ("init_from", "npz:there", "FORMAT one of hf, meta, ckpt, got 'npz:there'"),
-    ("lora__rank", -1, "lora.rank"),
+    ("lora__rank", -1, "lora.rank must not be negative"),
     ("lora__rank", 4, "try --config.init_from=hf:DIR"),
     ("lora__alpha", 0.0, "lora.alpha"),
     ("lora__dropout", 1.0, "lora.dropout"),
