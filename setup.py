@@ -63,6 +63,6 @@ setup(
             "safetensors>=0.5",  # the library, against which our reader and writer are tested
         ],
         # Live comparisons with the reference implementation.
-        "parity": ["torch==2.13.0", "transformers>=5.0"],
+        "parity": ["torch==2.13.0", "transformers>=5.0", "peft>=0.21"],
     },
 )

@@ -14,7 +14,7 @@ from llama_jax.config import Config
 from llama_jax.errors import UserError
 from llama_jax.mesh import make_mesh
 from llama_jax.sharding import check_batch
-from llama_jax.step import abstract_state, jit_step
+from llama_jax.step import abstract_frozen, abstract_state, jit_step
 from llama_jax.topology import captured
 
 _WARNING = re.compile(r"(?i)involuntary full rematerialization")
@@ -74,7 +74,7 @@ def lower_step(config: Config, devices: list[jax.Device]) -> tuple[Any, Any, jax
         step = jit_step(config, mesh)
         state = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            abstract_state(config),
+            dataclasses.replace(abstract_state(config), frozen=abstract_frozen(config)),
             step.state_shardings,
         )
         shape = (train.global_batch, train.seq_len)
@@ -123,6 +123,8 @@ def compile_step(config: Config, devices: list[jax.Device]) -> Compiled:
         "total": sizes["arguments"] + sizes["temporaries"],
         **sizes,
     }
+    if state.frozen is not None:
+        sizes["frozen"] = _bytes_per_device(state.frozen)
     warnings = tuple(line for line in said if _WARNING.search(line))
     seconds = time.perf_counter() - began
     return Compiled(mesh, seconds, text, sizes, constraints, warnings)

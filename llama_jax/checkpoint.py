@@ -49,8 +49,10 @@ class Meta:
         for the way back (see `interchange`).
       device_kind: of the chips that saved it, such as `NVIDIA H200`; empty for imported weights.
       eval_loss: validation loss at this step, in nats per token; None where it was not evaluated.
-      fingerprint: of each array of the state, by path (see `fingerprint`); empty for imported ones.
+      fingerprint: of each array of the state, by path (see `fingerprint`); empty if imported.
       rewinds: that led to this step, in order: [step at which, checkpoint to which].
+      base: fingerprints of the base that the adapters are for (`config.init_from` says where it
+        is); empty where all weights are trained.
     """
 
     config: Config
@@ -63,6 +65,7 @@ class Meta:
     eval_loss: float | None = None
     fingerprint: dict[str, int] = dataclasses.field(default_factory=dict)
     rewinds: list[list[int]] = dataclasses.field(default_factory=list)
+    base: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class DamagedCheckpoint(UserError):
@@ -80,6 +83,7 @@ def meta_items(meta: Meta) -> tuple[dict[str, Any], dict[str, Any]]:
         "eval_loss": meta.eval_loss,
         "fingerprint": meta.fingerprint,
         "rewinds": meta.rewinds,
+        "base": meta.base,
         "config": meta.config.to_json(),
         "versions": {"llama_jax": llama_jax.__version__, "jax": jax.__version__},
     }
@@ -206,6 +210,7 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
                 eval_loss=meta.get("eval_loss"),  # these two, before manifests
                 fingerprint=meta.get("fingerprint", {}),
                 rewinds=meta.get("rewinds", []),  # absent before them
+                base=meta.get("base", {}),  # absent before LoRA
                 tokenizer_model=base64.b64decode(tokenizer["sentencepiece"]),
                 tokenizer_files={
                     name: base64.b64decode(file)
@@ -216,6 +221,17 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{folder} is not a readable checkpoint: {error}") from error
+
+
+def load_adapters(step_folder: epath.PathLike, config: Config) -> Any:
+    """Reads the adapters of a saved step into NumPy.
+
+    Raises:
+      UserError: as `load_params`.
+    """
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda _: one, abstract_state(config).params)
+    return jax.device_get(load_params(step_folder, config, shardings))
 
 
 def load_params(step_folder: epath.PathLike, config: Config, shardings: Any) -> Any:

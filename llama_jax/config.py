@@ -8,14 +8,16 @@ everything else takes: after this boundary a misspelt or ill-typed field cannot 
 import dataclasses
 import json
 import re
-from typing import Any
+from typing import Any, cast
 
 import ml_collections
 
 from llama_jax.errors import UserError, require, require_positive
+from llama_jax.lora_config import LoraConfig
 from llama_jax.model_config import COMPUTE_DTYPES, ModelConfig
 
 PACKINGS = ("concat", "best_fit")
+INIT_FORMATS = ("hf", "meta", "ckpt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,8 +213,18 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    # Weights to begin with: hf:DIR, meta:DIR or ckpt:DIR, as of `convert`; empty: random ones.
+    init_from: str = ""
 
     def __post_init__(self) -> None:
+        kind, _, folder = self.init_from.partition(":")
+        require(
+            not self.init_from or (kind in INIT_FORMATS and bool(folder)),
+            f"init_from must be FORMAT:DIR with FORMAT one of {', '.join(INIT_FORMATS)}, "
+            f"got {self.init_from!r}",
+        )
+        self.lora.check(self.model, self.init_from)
         require(
             self.optim.warmup_steps < self.train.steps,
             f"optim.warmup_steps={self.optim.warmup_steps} must be less than "
@@ -251,24 +263,26 @@ def from_json(text: str) -> Config:
     require(isinstance(values, dict), "the config is not a mapping of groups")
     defaults = dataclasses.asdict(Config())
     for name, group in defaults.items():
-        given = values.setdefault(name, {})
-        if isinstance(given, dict):
+        given = values.setdefault(name, {} if isinstance(group, dict) else group)
+        if isinstance(group, dict) and isinstance(given, dict):
             values[name] = {**group, **given}
     return _from_dict(values)
 
 
 def _from_dict(values: dict[str, Any]) -> Config:
-    groups: dict[str, Any] = {
-        field.name: field.default_factory for field in dataclasses.fields(Config)
-    }
+    groups = {field.name: field.type for field in dataclasses.fields(Config)}
     _require_same_names("config groups", set(values), set(groups))
-    built = {}
+    built: dict[str, Any] = {}
     for name, group in groups.items():
+        if not dataclasses.is_dataclass(group):
+            built[name] = _typed(name, values[name], group)
+            continue
         types = {field.name: field.type for field in dataclasses.fields(group)}
         given = values[name]
         require(isinstance(given, dict), f"config group {name} is not a mapping, but {given!r}")
         _require_same_names(f"fields of config group {name}", set(given), set(types))
-        built[name] = group(**{n: _typed(f"{name}.{n}", given[n], types[n]) for n in types})
+        fields = {n: _typed(f"{name}.{n}", given[n], types[n]) for n in types}
+        built[name] = cast(Any, group)(**fields)
     return Config(**built)
 
 
@@ -290,6 +304,10 @@ def difference(left: Config, right: Config) -> dict[str, tuple[Any, Any]]:
     found = {}
     for group, values in dataclasses.asdict(left).items():
         others = getattr(right, group)
+        if not isinstance(values, dict):
+            if values != others:
+                found[group] = (values, others)
+            continue
         for name, value in values.items():
             other = getattr(others, name)
             if value != other:

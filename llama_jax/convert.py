@@ -1,9 +1,13 @@
 """Converts weights between Hugging Face's format, Meta's, and our checkpoints.
 
 FORMAT is hf (safetensors, config.json, tokenizer), meta (consolidated.*.pth, params.json; needs
-`pip install '.[meta]'`) or ckpt (a work directory, or the folder of one step). One array of one
+`pip install '.[meta]'`), ckpt (a work directory, or the folder of one step) or peft (adapters: of
+adapter_model.safetensors, adapter_config.json). One array of one
 layer is in memory at a time. The target is written beside its place, as TARGET.partial, and gets
 its name when it is complete; a target that exists is refused.
+
+A checkpoint of a run with adapters (config.lora) is merged with the base that it was trained on,
+and adapters of peft with theirs; between ckpt and peft they stay adapters.
 
 A checkpoint holds float32; hf and meta keep the source's dtype, unless --dtype says another.
 
@@ -11,27 +15,34 @@ Example:
   python -m llama_jax.convert --source=hf:Llama-3.2-1B --target=ckpt:runs/llama3_2_1b
   python -m llama_jax.convert --source=ckpt:runs/tiny --target=hf:exports/tiny --dtype=bfloat16
   python -m llama_jax.convert --source=meta:llama-2-7b --target=hf:Llama-2-7b --context=4096
+  python -m llama_jax.convert --source=ckpt:runs/lora --target=peft:exports/adapters
+  python -m llama_jax.convert --source=peft:adapters --base=hf:Llama-2-7b --target=ckpt:runs/lora
 """
 
+import contextlib
 import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from absl import flags
 from etils import epath
 
+from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import cli
 from llama_jax.errors import UserError
-from llama_jax.interchange import formats
-from llama_jax.interchange.ckpt import CkptSource, CkptTarget
+from llama_jax.interchange import formats, peft
+from llama_jax.interchange.ckpt import CkptSource, CkptTarget, describe, write_adapters
 from llama_jax.interchange.formats import Description, Source, Target
 from llama_jax.interchange.hf import DTYPES, HfSource, HfTarget
+from llama_jax.interchange.loading import check_model
+from llama_jax.interchange.merged import MergedSource, base_fingerprint
 from llama_jax.interchange.meta import MetaSource, MetaTarget
 
-FORMATS = ("hf", "meta", "ckpt")
+FORMATS = ("hf", "meta", "ckpt", "peft")
 
 
 def parse_place(text: str | None, flag: str) -> tuple[str, epath.Path]:
@@ -49,8 +60,14 @@ def parse_place(text: str | None, flag: str) -> tuple[str, epath.Path]:
     return kind, epath.Path(folder)
 
 
-def open_source(kind: str, folder: epath.Path, context: int = 0) -> Source:
-    """Opens and checks weights of one of the formats.
+def open_source(kind: str, folder: epath.Path, context: int = 0, base: str = "") -> Source:
+    """Opens and checks weights of one of the formats; adapters are merged with their base.
+
+    Args:
+      kind: of `FORMATS`.
+      folder: that holds them.
+      context: of a meta source, see `MetaSource`.
+      base: FORMAT:DIR of the weights below adapters; empty: where they were in training.
 
     Raises:
       UserError: they are missing, damaged, or disagree with their config.
@@ -59,7 +76,88 @@ def open_source(kind: str, folder: epath.Path, context: int = 0) -> Source:
         raise UserError(f"{folder} does not exist")
     if kind == "meta":
         return MetaSource(folder, context)
-    return HfSource(folder) if kind == "hf" else CkptSource(folder)
+    if kind == "hf":
+        return HfSource(folder)
+    if kind == "peft":
+        described, adapters, origin = open_adapters(kind, folder, base)
+        # As PEFT merges: into the weights as they are.
+        config = described.config
+        whole = dataclasses.replace(config.lora, base_dtype="float32")
+        config = dataclasses.replace(config, lora=whole)
+        return MergedSource(origin, adapters, config, {}, described)
+    step = checkpoint_lib.find_step(folder)
+    meta = checkpoint_lib.load_meta(step)
+    if not meta.config.lora.rank:
+        return CkptSource(folder)
+    described, adapters, origin = open_adapters(kind, step, base)
+    return MergedSource(origin, adapters, described.config, meta.base, described)
+
+
+def open_adapters(kind: str, folder: epath.Path, base: str = "") -> tuple[Description, Any, Source]:
+    """Adapters in NumPy, what is known of them, and the source of the weights below them.
+
+    Args:
+      kind: ckpt or peft.
+      folder: of a saved step, or of PEFT's files.
+      base: FORMAT:DIR of these weights; empty: where the adapters say.
+
+    Raises:
+      UserError: adapters or base cannot be read, or do not fit each other.
+    """
+    if kind == "ckpt":
+        meta = checkpoint_lib.load_meta(folder)
+        config = dataclasses.replace(meta.config, init_from=base or meta.config.init_from)
+        origin = open_source(*parse_place(config.init_from, "base"))
+        check_model(origin, config)
+        described = dataclasses.replace(describe(folder, meta), config=config)
+        return described, checkpoint_lib.load_adapters(folder, config), origin
+    lora, name = peft.read_config(folder)
+    place = base or f"hf:{name}"
+    kind_of_base, folder_of_base = parse_place(place, "base")
+    if not folder_of_base.exists():
+        raise UserError(
+            f"{folder_of_base}, the base of {folder}, is not here; say where: --base=hf:DIR"
+        )
+    origin = open_source(kind_of_base, folder_of_base)
+    config = dataclasses.replace(origin.description.config, lora=lora, init_from=place)
+    described = dataclasses.replace(origin.description, config=config)
+    return described, peft.read(folder, config.model, lora), origin
+
+
+@contextlib.contextmanager
+def _whole(folder: epath.Path) -> Iterator[epath.Path]:
+    """A folder that is written beside its place, and gets its name when it is complete."""
+    if folder.exists():
+        raise UserError(f"{folder} exists; choose another target, or move it away")
+    partial = folder.parent / f"{folder.name}.partial"
+    if partial.exists():  # of a conversion that was killed
+        partial.rmtree()
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)
+    except BaseException:
+        partial.rmtree(missing_ok=True)
+        raise
+
+
+def convert_adapters(
+    kind: str, source: epath.Path, target_kind: str, target: epath.PathLike, base: str = ""
+) -> Description:
+    """Adapters between our checkpoints and PEFT's format, without their base.
+
+    Raises:
+      UserError: as `open_adapters`; the target exists.
+    """
+    folder = checkpoint_lib.find_step(source) if kind == "ckpt" else source
+    described, adapters, origin = open_adapters(kind, folder, base)
+    config = described.config
+    with _whole(epath.Path(target)) as partial:
+        if target_kind == "peft":
+            peft.write(partial, config, adapters)
+        else:
+            write_adapters(partial, described, adapters, base_fingerprint(origin, config))
+    return described
 
 
 def convert(source: Source, kind: str, folder: epath.PathLike, dtype: str = "") -> Description:
@@ -79,13 +177,7 @@ def convert(source: Source, kind: str, folder: epath.PathLike, dtype: str = "") 
     """
     description, folder = source.description, epath.Path(folder)
     dtype = "float32" if kind == "ckpt" else dtype or description.dtype
-    if folder.exists():
-        raise UserError(f"{folder} exists; choose another target, or move it away")
-    partial = folder.parent / f"{folder.name}.partial"
-    if partial.exists():  # of a conversion that was killed
-        partial.rmtree()
-    partial.mkdir(parents=True)
-    try:
+    with _whole(folder) as partial:
         _check_space(
             partial, description, np.dtype(DTYPES[dtype]).itemsize * (2 if kind == "meta" else 1)
         )
@@ -98,10 +190,6 @@ def convert(source: Source, kind: str, folder: epath.PathLike, dtype: str = "") 
         for path, layer in formats.units(description.config.model):
             target.write(path, layer, source.read(path, layer))
         target.close()
-        partial.rename(folder)
-    except BaseException:
-        partial.rmtree(missing_ok=True)
-        raise
     return dataclasses.replace(description, dtype=dtype)
 
 
@@ -126,7 +214,14 @@ def main() -> None:
     if _CONTEXT.value and source_kind != "meta":
         raise UserError("--context is for meta, whose params.json does not tell it")
     start = time.perf_counter()
-    source = open_source(source_kind, source_folder, _CONTEXT.value)
+    if target_kind == "peft" or (source_kind, target_kind) == ("peft", "ckpt"):
+        if source_kind not in ("peft", "ckpt") or source_kind == target_kind:
+            raise UserError(f"{source_kind} has no adapters for {target_kind}")
+        arguments = (source_kind, source_folder, target_kind, target_folder, _BASE.value)
+        lora = convert_adapters(*arguments).config.lora
+        print(f"wrote {target_folder}: adapters of rank {lora.rank} for {lora.targets}")
+        return
+    source = open_source(source_kind, source_folder, _CONTEXT.value, _BASE.value)
     written = convert(source, target_kind, target_folder, _DTYPE.value or "")
     model = written.config.model
     count = model.parameter_count()
@@ -153,5 +248,10 @@ if __name__ == "__main__":
         0,
         "Longest sequence in tokens, for a meta source; 0: by the family's habit.",
         lower_bound=0,
+    )
+    _BASE = flags.DEFINE_string(
+        "base",
+        "",
+        "Weights below the adapters of a source, as FORMAT:DIR; default: where these say it was.",
     )
     cli.run(main, __doc__)

@@ -4,38 +4,54 @@ import jax
 
 from llama_jax.config import Config
 from llama_jax.data.pipeline import TrainingData
+from llama_jax.lora import adapter_count, flops_by_part
 
 
 def describe(config: Config, mesh: jax.sharding.Mesh, data: TrainingData) -> str:
     """The run, with every derived quantity."""
     train = config.train
     tokens = train.steps * train.tokens_per_step
+    flops = sum(flops_by_part(config.model, config.lora, train.seq_len).values())
     shape = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
     return "\n".join(
         (
             f"model   {config.model.parameter_count():,} parameters, {config.model.compute_dtype}",
+            *_describe_start(config),
             f"mesh    {shape} on {mesh.size} {mesh.devices.flat[0].device_kind} device(s), "
             f"{jax.process_count()} process(es)",
             f"batch   {train.global_batch} sequences x {train.seq_len} = "
             f"{train.tokens_per_step:,} tokens, in {train.grad_accum} microbatch(es)",
-            f"run     {train.steps:,} steps = {tokens:,} tokens, "
-            f"{config.model.flops_per_token(train.seq_len) * tokens:.2e} FLOPs",
+            f"run     {train.steps:,} steps = {tokens:,} tokens, {flops * tokens:.2e} FLOPs",
             *_describe_flops(config),
             *_describe_data(config, data),
         )
     )
 
 
+def _describe_start(config: Config) -> list[str]:
+    """What is trained, where that is not random weights."""
+    lora = config.lora
+    if not lora.rank:
+        return [f"begin   {config.init_from}"] if config.init_from else []
+    return [
+        f"LoRA    {adapter_count(config.model, lora):,} parameters are trained: rank {lora.rank} "
+        f"for {lora.targets}",
+        f"base    {config.init_from}, frozen in {lora.base_dtype}",
+    ]
+
+
 def _describe_flops(config: Config) -> list[str]:
     """A table of where the FLOPs of a step go."""
     tokens = config.train.tokens_per_step
-    parts = config.model.flops_by_part(config.train.seq_len)
+    parts = flops_by_part(config.model, config.lora, config.train.seq_len)
     total = sum(parts.values())
     rows = [
         f"{name:<23}{flops:>9.2e}{flops * tokens:>11.2e}{flops / total:>9.1%}"
         for name, flops in (*parts.items(), ("total", total))
     ]
-    rule = "(6 per weight of a matrix product; attention's causal half; recomputation not counted)"
+    frozen = ", 4 per frozen one" if config.lora.rank else ""
+    rule = f"(6 per weight of a matrix product{frozen}; attention's causal half; "
+    rule += "recomputation not counted)"
     head = f"FLOPs   {'':<23}{'a token':>9}{'a step':>11}{'share':>9}"
     return [head, *(" " * 8 + row for row in (*rows, rule))]
 

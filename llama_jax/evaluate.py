@@ -159,7 +159,7 @@ def main() -> None:
     if _TASKS.value:
         _tasks(_TASKS.value)
         return
-    model = open_model(_CHECKPOINT.value, _MESH.value)
+    model = open_model(_CHECKPOINT.value, _MESH.value, _BASE.value)
     if text:
         sources = read_texts(text, _TEXT_FIELD.value, model)
     else:
@@ -181,7 +181,7 @@ def _tasks(names: list[str]) -> None:
         ) from error
     harness.find_tasks(names)  # a misspelt name costs no loading
     results = harness.run_tasks(
-        open_model(_CHECKPOINT.value, _MESH.value),
+        open_model(_CHECKPOINT.value, _MESH.value, _BASE.value),
         names,
         batch_size=_BATCH_SIZE.value,
         num_fewshot=_NUM_FEWSHOT.value,
@@ -210,6 +210,12 @@ if __name__ == "__main__":
     )
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Windows or requests at a time.")
     _LIMIT = flags.DEFINE_integer("limit", None, "Documents of each source or task at most.")
+    _BASE = flags.DEFINE_string(
+        "base",
+        "",
+        "Weights below the adapters of a LoRA checkpoint, as hf:DIR, meta:DIR or ckpt:DIR; empty: "
+        "where they were in training.",
+    )
     _MESH = flags.DEFINE_string(
         "mesh",
         "",

@@ -30,11 +30,16 @@ def _words(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 
 
-def array_fingerprint(x: jax.Array) -> jax.Array:
-    """The fingerprint of one array: a uint32 scalar, to be computed under `jit`."""
+def array_fingerprint(x: jax.Array, layer: Any = None) -> jax.Array:
+    """The fingerprint of one array: a uint32 scalar, to be computed under `jit`.
+
+    With `layer`, `x` is that layer of a stack: the sum of all layers' is the stack's.
+    """
     words = _words(x)
     # Axis by axis: a linear index of a large stacked weight would not fit 32 bits.
     position = jnp.full((), 0x9E3779B9, jnp.uint32)
+    if layer is not None:
+        position = _mix(position * np.uint32(5) + jnp.asarray(layer, jnp.uint32))
     for size in words.shape:
         position = _mix(position[..., None] * np.uint32(5) + jnp.arange(size, dtype=jnp.uint32))
     return jnp.sum(_mix(words ^ position), dtype=jnp.uint32)

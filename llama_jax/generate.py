@@ -87,7 +87,7 @@ def main() -> None:
     if _BATCH_SIZE.value < 1:
         raise UserError(f"--batch_size must be at least 1, got {_BATCH_SIZE.value}")
     asked = _read()
-    model = open_model(_CHECKPOINT.value, _MESH.value)
+    model = open_model(_CHECKPOINT.value, _MESH.value, _BASE.value)
     if _CHAT.value:
         template = chat.open_template(model, _CHAT_TEMPLATE.value or chat.DEFAULT)
         conversation = Conversation(
@@ -236,6 +236,12 @@ if __name__ == "__main__":
     )
     _JSON = flags.DEFINE_bool("json", False, "Print a line of JSON for each prompt.")
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts that are continued at a time.")
+    _BASE = flags.DEFINE_string(
+        "base",
+        "",
+        "Weights below the adapters of a LoRA checkpoint, as hf:DIR, meta:DIR or ckpt:DIR; empty: "
+        "where they were in training.",
+    )
     _MESH = flags.DEFINE_string(
         "mesh",
         "",

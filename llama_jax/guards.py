@@ -16,6 +16,7 @@ from llama_jax.checkpoint import Meta
 from llama_jax.config import Config, difference, from_json
 from llama_jax.data.pipeline import TrainingData
 from llama_jax.errors import UserError
+from llama_jax.lora import adapter_count
 
 # Fields that may change when a run is resumed: where and how often, not what is trained.
 RESUMABLE = (
@@ -61,11 +62,15 @@ def check_memory(config: Config, mesh: jax.sharding.Mesh, capacity: int | None) 
     moment = 2 if config.optim.moment_dtype == "bfloat16" else 4
     shards = math.prod(mesh.shape[axis] for axis in ("fsdp", "context", "tensor"))
     # float32 weights, gradients and second moment; activations come on top.
-    needed = parameters * (4 + 4 + 4 + moment) / shards
+    whole: float = parameters * (4 + 4 + 4 + moment)
+    if config.lora.rank:
+        base = {"float32": 4, "bfloat16": 2, "nf4": 0.5}[config.lora.base_dtype]
+        whole = parameters * base + adapter_count(config.model, config.lora) * (12 + moment)
+    needed = whole / shards
     if needed <= capacity:
         return
     kind = mesh.devices.flat[0].device_kind
-    devices = math.ceil(parameters * (12 + moment) / capacity)
+    devices = math.ceil(whole / capacity)
     raise UserError(
         f"this model has {parameters:,} parameters: weights, gradients and moments need "
         f"{needed / 2**30:,.0f} GiB per device on this mesh, and each of the {mesh.size} {kind} "
@@ -125,6 +130,8 @@ def locked(workdir: epath.Path) -> Iterator[None]:
 def _refused(changes: Changes, config: Config) -> Changes:
     """Those that would train something else than before."""
     allowed = RESUMABLE + (OTHER_DATA if config.data.accept_other_data else ())
+    if config.lora.rank:  # where the base is; what it is, the checkpoint knows
+        allowed += ("init_from",)
     return {name: values for name, values in changes.items() if not name.startswith(allowed)}
 
 

@@ -10,13 +10,17 @@ import jax
 from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
-from llama_jax.config import Config, MeshConfig, ModelConfig
+from llama_jax.config import Config, LoraConfig, MeshConfig, ModelConfig
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
+from llama_jax.init_from import check_base, load_init, open_init
 from llama_jax.interchange.formats import special_ids
+from llama_jax.lora import Adapted
+from llama_jax.lora_config import NF4_BLOCK
 from llama_jax.mesh import AXES, make_mesh, mesh_shape
+from llama_jax.nf4 import NF4
 from llama_jax.sharding import param_shardings
-from llama_jax.step import abstract_state
+from llama_jax.step import abstract_frozen, abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,8 @@ class InferenceModel:
     Attributes:
       folder: the step that it was read from.
       config: of the run.
-      params: on the mesh; matrices in the compute dtype, norms in float32.
+      params: on the mesh; matrices in the compute dtype, norms in float32. Of a run with adapters
+        these and their base, not merged (`lora.Adapted`).
       tokenizer: of the run.
       mesh: set it with `jax.set_mesh` around all uses.
       files: that came with imported weights, by name: `generation_config.json`, chat templates.
@@ -52,20 +57,25 @@ class InferenceModel:
         return self.config.train.seq_len
 
 
-def open_model(checkpoint: epath.PathLike | None, mesh: str = "") -> InferenceModel:
+def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = "") -> InferenceModel:
     """Reads a checkpoint.
 
     Args:
       checkpoint: a work directory, or the folder of one step.
       mesh: as `parse_mesh`; empty: as many devices along `tensor` as it divides over.
+      base: FORMAT:DIR of the weights below adapters; empty: where they were in training.
 
     Raises:
-      UserError: there is no checkpoint, none with a tokenizer, or it does not fit the mesh.
+      UserError: there is no checkpoint, none with a tokenizer, or it does not fit the mesh; its
+        adapters belong to another base.
     """
     if checkpoint is None:
         raise UserError("--checkpoint is missing; try --checkpoint=runs/tiny")
     folder = checkpoint_lib.find_step(checkpoint)
     meta = checkpoint_lib.load_meta(folder)
+    if base:
+        config = dataclasses.replace(meta.config, init_from=base)
+        meta = dataclasses.replace(meta, config=config)
     if "tokenizer.model" in meta.tokenizer_files and not meta.tokenizer_model:
         raise UserError(
             f"the tokenizer.model of {folder} is in Llama 3's own format, which is not read; put "
@@ -80,28 +90,46 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "") -> InferenceMo
             f"the tokenizer of {folder} has {tokenizer.vocab_size} ids, "
             f"but model.vocab_size is {size}"
         )
-    devices = parse_mesh(mesh) if mesh else decoding_mesh(meta.config.model)
+    devices = parse_mesh(mesh) if mesh else decoding_mesh(meta.config.model, meta.config.lora)
     with jax.set_mesh(devices):
         shardings = param_shardings(abstract_state(meta.config).params, devices)
         params = checkpoint_lib.load_params(folder, meta.config, shardings)
-        params = cast_matrices(meta.config.model, params)
+        params = _with_base(folder, meta, params, devices)
     files = meta.tokenizer_files
+    if meta.config.lora.rank:  # templates and special ids are the base's
+        files = {**open_init(meta.config).description.files, **files}
     return InferenceModel(folder, meta.config, params, tokenizer, devices, files)
+
+
+def _with_base(
+    folder: epath.Path, meta: checkpoint_lib.Meta, params: Any, mesh: jax.sharding.Mesh
+) -> Any:
+    """Parameters of a checkpoint to compute with; adapters come with the base that they are for."""
+    config = meta.config
+    if not config.lora.rank:
+        return cast_matrices(config.model, params)
+    base = load_init(config, param_shardings(abstract_frozen(config), mesh))
+    check_base(meta.base, base, config, folder)
+    return Adapted(cast_matrices(config.model, base), params, config.lora)
 
 
 def cast_matrices(config: ModelConfig, params: Any) -> Any:
     """Matrices in the dtype that the model computes in, where it would cast them at each token."""
 
-    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        return x if path[-1].key.endswith("norm") else x.astype(config.compute_dtype)
+    def cast(path: tuple[Any, ...], x: Any) -> Any:
+        kept = isinstance(x, NF4) or path[-1].key.endswith("norm")
+        return x if kept else x.astype(config.compute_dtype)
 
-    return jax.tree.map_with_path(cast, params)
+    return jax.tree.map_with_path(cast, params, is_leaf=lambda x: isinstance(x, NF4))
 
 
-def decoding_mesh(config: ModelConfig) -> jax.sharding.Mesh:
-    """As many devices along `tensor` as heads, ffn and vocabulary divide over."""
+def decoding_mesh(config: ModelConfig, lora: LoraConfig | None = None) -> jax.sharding.Mesh:
+    """As many devices along `tensor` as heads, ffn, vocabulary and blocks of NF4 divide over."""
     devices = jax.devices()
     tensor = math.gcd(len(devices), config.n_kv_heads, config.ffn_dim, config.vocab_size)
+    if lora is not None and lora.base_dtype == "nf4" and lora.rank:
+        inputs = (config.ffn_dim, config.n_heads * config.head_dim)
+        tensor = math.gcd(tensor, *(size // NF4_BLOCK for size in inputs))
     return make_mesh(MeshConfig(fsdp=1, tensor=tensor), devices=devices[:tensor])
 
 

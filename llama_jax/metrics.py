@@ -13,6 +13,7 @@ from etils import epath
 
 from llama_jax.chips import find_chip
 from llama_jax.config import Config
+from llama_jax.lora import flops_by_part
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -62,7 +63,9 @@ class Speed:
         self._counted = now
         mfu = None
         if self.peak is not None:
-            flops = self.config.model.flops_per_token(self.config.train.seq_len)
+            config = self.config
+            parts = flops_by_part(config.model, config.lora, config.train.seq_len)
+            flops = sum(parts.values())
             mfu = rate * flops / (self.peak * self.devices)
         return {"tokens_per_second": rate, "mfu": mfu, "chip_seconds": chip_seconds}
 

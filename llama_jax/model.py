@@ -19,7 +19,9 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.attention import attention
-from llama_jax.config import ModelConfig
+from llama_jax.config import LoraConfig, ModelConfig
+from llama_jax.linear import project_named, weight
+from llama_jax.lora import Adapted
 from llama_jax.sharding import constrain, reshard
 
 # Standard deviation of the initial weights, as in GPT-2 (the LLaMA paper gives none); projections
@@ -112,35 +114,6 @@ def rope(x_BTNH: jax.Array, cos_BT1h: jax.Array, sin_BT1h: jax.Array) -> jax.Arr
     return jnp.concatenate([half.astype(x_BTNH.dtype) for half in rotated], axis=-1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`einsum(equation, x, w)` of activations and a weight.
-
-    Its gradient is the usual one, but with the product for the weight written as x, d_out: in JAX's
-    own order XLA:CPU first transposes d_out, which in an MLP is the larger of the two.
-    """
-    return jnp.einsum(equation, x, w)
-
-
-def _project_forward(
-    equation: str, x: jax.Array, w: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return jnp.einsum(equation, x, w), (x, w)
-
-
-def _project_backward(
-    equation: str, saved: tuple[jax.Array, jax.Array], d_out: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, w = saved
-    operands, out_axes = equation.split("->")
-    x_axes, w_axes = operands.split(",")
-    d_x = jnp.einsum(f"{out_axes},{w_axes}->{x_axes}", d_out, w)
-    return d_x, jnp.einsum(f"{x_axes},{out_axes}->{w_axes}", x, d_out)
-
-
-project.defvjp(_project_forward, _project_backward)
-
-
 @jax.custom_vjp
 def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """silu(gate) * up, the elementwise part of SwiGLU; only the two inputs are kept."""
@@ -174,21 +147,22 @@ class Attention(nn.Module):
     """Causal self-attention with RoPE; several query heads may share a kv head."""
 
     config: ModelConfig
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x_BTD, rope_BT1h, segment_ids_BT, cache):
         """x_BTD -> x_BTD; a cache is (k, v, segment_ids, index), and new (k, v) come back."""
-        c = self.config
-        dtype = c.compute_dtype
+        c, dtype = self.config, self.config.compute_dtype
+        project = functools.partial(project_named, self, self.lora)
         into, out_of = normal(INIT_STD), normal(INIT_STD / (2 * c.n_layers) ** 0.5)
-        wq_DNH = self.param("wq", into, (c.dim, c.n_heads, c.head_dim)).astype(dtype)
-        wk_DKH = self.param("wk", into, (c.dim, c.n_kv_heads, c.head_dim)).astype(dtype)
-        wv_DKH = self.param("wv", into, (c.dim, c.n_kv_heads, c.head_dim)).astype(dtype)
-        wo_NHD = self.param("wo", out_of, (c.n_heads, c.head_dim, c.dim)).astype(dtype)
+        wq_DNH = weight(self, "wq", into, (c.dim, c.n_heads, c.head_dim), dtype)
+        wk_DKH = weight(self, "wk", into, (c.dim, c.n_kv_heads, c.head_dim), dtype)
+        wv_DKH = weight(self, "wv", into, (c.dim, c.n_kv_heads, c.head_dim), dtype)
+        wo_NHD = weight(self, "wo", out_of, (c.n_heads, c.head_dim, c.dim), dtype)
 
-        q_BTNH = rope(project("BTD,DNH->BTNH", x_BTD, wq_DNH), *rope_BT1h)
-        k_BTKH = rope(project("BTD,DKH->BTKH", x_BTD, wk_DKH), *rope_BT1h)
-        v_BTKH = project("BTD,DKH->BTKH", x_BTD, wv_DKH)
+        q_BTNH = rope(project("wq", "BTD,DNH->BTNH", x_BTD, wq_DNH), *rope_BT1h)
+        k_BTKH = rope(project("wk", "BTD,DKH->BTKH", x_BTD, wk_DKH), *rope_BT1h)
+        v_BTKH = project("wv", "BTD,DKH->BTKH", x_BTD, wv_DKH)
         q_BTNH = checkpoint_name(constrain(q_BTNH, "batch", "seq", "heads", "head_dim"), "q")
         k_BTKH = checkpoint_name(constrain(k_BTKH, "batch", "seq", "heads", "head_dim"), "k")
         v_BTKH = checkpoint_name(constrain(v_BTKH, "batch", "seq", "heads", "head_dim"), "v")
@@ -210,7 +184,7 @@ class Attention(nn.Module):
             window=c.sliding_window,
             backend=c.attention,
         )
-        out_BTD = project("BTNH,NHD->BTD", out_BTNH, wo_NHD)
+        out_BTD = project("wo", "BTNH,NHD->BTD", out_BTNH, wo_NHD)
         return out_BTD, (None if cache is None else (keys, values))
 
 
@@ -218,26 +192,28 @@ class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x), arXiv:2002.05202."""
 
     config: ModelConfig
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x_BTD):
         """x_BTD -> x_BTD."""
-        c = self.config
-        dtype = c.compute_dtype
+        c, dtype = self.config, self.config.compute_dtype
+        project = functools.partial(project_named, self, self.lora)
         into, out_of = normal(INIT_STD), normal(INIT_STD / (2 * c.n_layers) ** 0.5)
-        w1_DF = self.param("w1", into, (c.dim, c.ffn_dim)).astype(dtype)
-        w3_DF = self.param("w3", into, (c.dim, c.ffn_dim)).astype(dtype)
-        w2_FD = self.param("w2", out_of, (c.ffn_dim, c.dim)).astype(dtype)
-        gate_BTF = checkpoint_name(project("BTD,DF->BTF", x_BTD, w1_DF), "mlp_gate")
-        up_BTF = checkpoint_name(project("BTD,DF->BTF", x_BTD, w3_DF), "mlp_up")
+        w1_DF = weight(self, "w1", into, (c.dim, c.ffn_dim), dtype)
+        w3_DF = weight(self, "w3", into, (c.dim, c.ffn_dim), dtype)
+        w2_FD = weight(self, "w2", out_of, (c.ffn_dim, c.dim), dtype)
+        gate_BTF = checkpoint_name(project("w1", "BTD,DF->BTF", x_BTD, w1_DF), "mlp_gate")
+        up_BTF = checkpoint_name(project("w3", "BTD,DF->BTF", x_BTD, w3_DF), "mlp_up")
         hidden_BTF = constrain(gated_silu(gate_BTF, up_BTF), "batch", "seq", "ffn")
-        return project("BTF,FD->BTD", hidden_BTF, w2_FD)
+        return project("w2", "BTF,FD->BTD", hidden_BTF, w2_FD)
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); the body of the layer scan."""
 
     config: ModelConfig
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x_BTD, layer_cache, rope_BT1h, segment_ids_BT, cache_segments):
@@ -250,11 +226,13 @@ class Block(nn.Module):
         cache = None if layer_cache is None else (*layer_cache, *cache_segments)
         attn_norm_D = self.param("attn_norm", nn.initializers.ones, (c.dim,))
         normed_BTD = reshard(rms_norm(x_BTD, attn_norm_D, c.norm_eps), whole, residual)
-        out_BTD, new_cache = Attention(c, name="attn")(normed_BTD, rope_BT1h, segment_ids_BT, cache)
+        out_BTD, new_cache = Attention(c, self.lora, name="attn")(
+            normed_BTD, rope_BT1h, segment_ids_BT, cache
+        )
         x_BTD = x_BTD + checkpoint_name(reshard(out_BTD, residual, whole), "attn_out")
         mlp_norm_D = self.param("mlp_norm", nn.initializers.ones, (c.dim,))
         normed_BTD = reshard(rms_norm(x_BTD, mlp_norm_D, c.norm_eps), whole, residual)
-        out_BTD = SwiGLU(c, name="mlp")(normed_BTD)
+        out_BTD = SwiGLU(c, self.lora, name="mlp")(normed_BTD)
         return x_BTD + reshard(out_BTD, residual, whole), new_cache
 
 
@@ -286,6 +264,7 @@ class Llama(nn.Module):
     """
 
     config: ModelConfig
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(
@@ -332,12 +311,12 @@ class Llama(nn.Module):
             cache_segments = (segment_ids_BS, start)
         layers = nn.scan(
             _remat(Block, c),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
+            variable_axes={"params": 0, "adapters": 0},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.n_layers,
             unroll=min(c.scan_unroll, c.n_layers),
-        )(c, name="layers")
+        )(c, self.lora, name="layers")
         layer_cache = None if cache is None else (cache.k, cache.v)
         x_BTD, kv = layers(x_BTD, layer_cache, rope_BT1h, segment_ids_BT, cache_segments)
 
@@ -370,14 +349,23 @@ def forward(
     positions_BT: jax.Array | None = None,
     segment_ids_BT: jax.Array | None = None,
     cache: KVCache | None = None,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, KVCache | None]:
-    """`Llama.__call__` as a pure function of its parameters: hidden_BTD, head_DV, cache."""
-    out: Any = Llama(config).apply(
-        {"params": params},
+    """`Llama.__call__` as a pure function of its parameters: hidden_BTD, head_DV, cache.
+
+    Parameters may be `Adapted`; these have dropout where there is a key.
+    """
+    adapted = isinstance(params, Adapted)
+    variables = {"params": params.base if adapted else params}
+    if adapted:
+        variables["adapters"] = params.adapters
+    out: Any = Llama(config, params.lora if adapted else None).apply(
+        variables,
         tokens_BT,
         positions_BT=positions_BT,
         segment_ids_BT=segment_ids_BT,
         cache=cache,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
     return out
 

@@ -27,6 +27,7 @@ from llama_jax.chips import GIB
 from llama_jax.config import Config
 from llama_jax.errors import UserError
 from llama_jax.hlo import parse, summarize
+from llama_jax.lora import flops_by_part
 from llama_jax.predict import Prediction, predict
 from llama_jax.topology import Topology, node_of, parse_topology, topology_devices
 
@@ -42,7 +43,8 @@ def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, An
     Returns:
       The object that `--json` prints. Bytes are of one chip; `total` is `arguments` (the state,
       donated, and the batch) and `temporaries`; of these, `gradients` are what the state's are, and
-      `activations` all else. Where the program does not fit, what needs it compiled is null.
+      `activations` all else; with LoRA, `frozen` is the base. Where the program does not fit, what
+      needs it compiled is null.
 
     Raises:
       UserError: as `topology_devices` and `compile_step`.
@@ -82,8 +84,9 @@ def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, An
     nodes = [node_of(device) for device in compiled.mesh.devices.flat]
     prediction = predict(parse(compiled.text), chip, nodes)
     tokens = train.tokens_per_step / topology.devices
-    if prediction.flops < model.flops_per_token(train.seq_len) * tokens * 0.95:
-        found = prediction.flops / tokens / model.flops_per_token(train.seq_len)
+    each_token = sum(flops_by_part(model, config.lora, train.seq_len).values())
+    if prediction.flops < each_token * tokens * 0.95:
+        found = prediction.flops / tokens / each_token
         result["warnings"].append(f"only {found:.0%} of the FLOPs are found in the program")
     rate = train.tokens_per_step / topology.chips / prediction.step
     days = train.steps * prediction.step / 86_400
@@ -99,8 +102,11 @@ def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, An
         "seconds": _seconds(prediction),
         "step_seconds": prediction.step,
         "tokens_per_second_per_chip": rate,
-        "mfu_6n": 6 * model.parameter_count() * rate / (chip.peak_flops * each),
-        "mfu_attention": model.flops_per_token(train.seq_len) * rate / (chip.peak_flops * each),
+        "mfu_6n": (4 if config.lora.rank else 6)
+        * model.parameter_count()
+        * rate
+        / (chip.peak_flops * each),
+        "mfu_attention": each_token * rate / (chip.peak_flops * each),
         "days": days,
         "chip_hours": hours,
         "cost": hours * price if price else None,
@@ -130,7 +136,7 @@ def table(result: dict[str, Any]) -> str:
         f"topology     {result['topology']}: {result['chips']:,} chips, {shape}",
         f"parameters   {result['parameters']:,}",
     ]
-    for name in ("parameters", "moments", "gradients", "activations", "host"):
+    for name in ("parameters", "frozen", "moments", "gradients", "activations", "host"):
         if sizes.get(name):
             lines.append(f"  {name:<11}{sizes[name]:8.2f} GiB a chip")
     lines.append(
@@ -164,12 +170,13 @@ def _times(result: dict[str, Any]) -> list[str]:
         for name, value in result["seconds"].items()
         if value is not None
     )
+    rule = "4N" if result["config"]["lora"]["rank"] else "6N"  # a frozen weight has no gradient
     lines += [
         f"work         {result['flops_per_chip'] / 1e12:,.0f} TFLOP and "
         f"{result['hbm_bytes_per_chip'] / 1e9:,.0f} GB of memory traffic a chip and step",
         f"step         {result['step_seconds']:.3f} s predicted ({parts})",
         f"speed        {result['tokens_per_second_per_chip']:,.0f} tokens/s/chip, MFU "
-        f"{result['mfu_6n']:.1%} (6N), {result['mfu_attention']:.1%} (with attention)",
+        f"{result['mfu_6n']:.1%} ({rule}), {result['mfu_attention']:.1%} (with attention)",
     ]
     cost = "" if result["cost"] is None else f", {result['cost']:,.0f} dollars"
     lines.append(

@@ -1,7 +1,8 @@
 """Where every array lives: one table for parameters, one for activations, and no silent default.
 
 A LLaMA of any depth is 12 tensors, because its layers are stacked on a leading axis. The table has
-a row for each; a parameter without a row, a row without a parameter, or a dimension that its mesh
+a row for each, from which those of its adapter follow (`lora`) and those of its parts in NF4
+(`nf4`); a parameter without a row, a row without a parameter, or a dimension that its mesh
 axes do not divide is an error that names the path.
 """
 
@@ -127,18 +128,40 @@ def param_specs(params: Any, mesh: Mesh | jax.sharding.AbstractMesh) -> Any:
         not divide.
     """
     leaves, treedef = jax.tree.flatten_with_path(params)
-    paths = ["/".join(str(key.key) for key in path) for path, _ in leaves]
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     tied = {"lm_head"} - set(paths)  # a model with tied embeddings has no head of its own
-    stale = set(PARAM_SPECS) - set(paths) - tied
-    if stale:
+    known = {path if path in PARAM_SPECS else path.rpartition("/")[0] for path in paths}
+    stale = set(PARAM_SPECS) - known - tied
+    if stale and not any(path.endswith("/a") for path in paths):  # not every matrix has an adapter
         raise UserError(f"sharding table: no parameter for row(s) {', '.join(sorted(stale))}")
     specs = []
     for path, (_, leaf) in zip(paths, leaves, strict=True):
-        if path not in PARAM_SPECS:
+        spec = _row(path)
+        if spec is None:
             raise UserError(f"sharding table: no row for parameter {path} {leaf.shape}")
-        _check_divides(path, leaf.shape, PARAM_SPECS[path], mesh)
-        specs.append(PARAM_SPECS[path])
+        _check_divides(path, leaf.shape, spec, mesh)
+        specs.append(spec)
     return jax.tree.unflatten(treedef, specs)
+
+
+def _row(path: str) -> P | None:
+    """The row of a parameter; those of an adapter and of parts in NF4 follow from their matrix."""
+    if path in PARAM_SPECS:
+        return PARAM_SPECS[path]
+    matrix, _, part = path.rpartition("/")
+    if matrix not in PARAM_SPECS:
+        return None
+    row = PARAM_SPECS[matrix]
+    split = 3 if matrix.endswith("/wo") else 2  # behind L and the inputs: heads and head size
+    inputs, outputs = row[1:split], row[split:]
+    return {
+        "a": P(None, *inputs, None),
+        "b": P(None, None, *outputs),
+        "codes": P(None, inputs[0], *outputs),
+        "scales": P(None, inputs[0], *outputs),
+        "groups": P(),
+        "offset": P(),
+    }.get(part)
 
 
 def _check_divides(

@@ -6,6 +6,7 @@ never met. When and where to is a function of the numbers in the states and of n
 same command, or the same run stopped, killed and started anew, goes back in the same way.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -92,6 +93,8 @@ class SkipWatch:
         now, reasons = int(state.step), int(state.skips.reasons)
         first = now - in_row
         error = self._error(state, first)
+        # The base of adapters never changes: it stays where it is.
+        frozen, state = state.frozen, dataclasses.replace(state, frozen=None)
         shardings = jax.tree.map(lambda array: array.sharding, state)
         while (target := self._target(first)) is not None:
             for array in jax.tree.leaves(state):
@@ -115,7 +118,7 @@ class SkipWatch:
             **{"event": "rewound", "from": now, "to": target, "passed_over": now - target},
             reasons=why,
         )
-        return TrainState(step, then.params, then.opt_state, skips)
+        return TrainState(step, then.params, then.opt_state, skips, frozen)
 
     def _target(self, first: int) -> int | None:
         """The checkpoint to go back to where `first` is the first of the skipped steps, if any."""

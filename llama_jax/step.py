@@ -15,13 +15,16 @@ from flax import struct
 from jax.sharding import Mesh
 
 from llama_jax.config import Config
+from llama_jax.frozen import abstract_base
+from llama_jax.lora import Adapted, init_adapters
 from llama_jax.loss import Sums, cross_entropy
 from llama_jax.model import forward, init_params
 from llama_jax.optim import make_optimizer, make_schedule
-from llama_jax.sharding import batch_sharding, constrain, state_shardings
+from llama_jax.sharding import batch_sharding, constrain, param_shardings, state_shardings
 from llama_jax.skips import Skips, choose, count, group_norms, judge, no_skips
 
 Batch = dict[str, jax.Array]
+_DROPOUT = 0x64726F70  # keeps its keys apart from those of the initial adapters
 
 
 @struct.dataclass
@@ -33,19 +36,39 @@ class TrainState:
       params: nested dict of float32 arrays.
       opt_state: state of `optim.make_optimizer`.
       skips: the steps that made no update.
+      frozen: with LoRA the base, in the form of `frozen`, which no step changes and no checkpoint
+        holds; `params` are then the adapters. None without.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     skips: Skips = struct.field(default_factory=no_skips)
+    frozen: Any = None
 
 
 def init_state(config: Config, key: jax.Array) -> TrainState:
-    """The state before the first step; the same bits on every mesh."""
-    params = init_params(config.model, key)
+    """The state before the first step, without a base; the same bits on every mesh."""
+    if config.lora.rank:
+        params = init_adapters(config.model, config.lora, key)
+    else:
+        params = init_params(config.model, key)
     opt_state = make_optimizer(config.optim, config.train.steps).init(params)
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
+
+
+def model_weights(state: TrainState, config: Config) -> Any:
+    """What `model.forward` takes: the parameters, or the base with its adapters."""
+    return _with_base(state.params, state.frozen, config)
+
+
+def _with_base(params: Any, frozen: Any, config: Config) -> Any:
+    return Adapted(frozen, params, config.lora) if config.lora.rank else params
+
+
+def _dropout_key(config: Config, step: jax.Array) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(config.train.seed), _DROPOUT)
+    return jax.random.fold_in(key, step)
 
 
 def _loss_sums(params: Any, batch: Batch, config: Config) -> Sums:
@@ -56,6 +79,7 @@ def _loss_sums(params: Any, batch: Batch, config: Config) -> Sums:
         batch["inputs"],
         positions_BT=batch.get("positions"),
         segment_ids_BT=batch.get("segment_ids"),
+        dropout_key=batch.get("dropout_key"),
     )
     return cross_entropy(
         hidden_BTD,
@@ -77,7 +101,13 @@ def _microbatches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(split, batch)
 
 
-def _gradients(params: Any, batch: Batch, config: Config) -> tuple[Sums, Any]:
+def _gradients(
+    params: Any,
+    batch: Batch,
+    config: Config,
+    frozen: Any = None,
+    dropout_key: jax.Array | None = None,
+) -> tuple[Sums, Any]:
     """Mean objective, mean loss, weight and mean gradient of a batch, in `grad_accum` microbatches.
 
     Microbatches live inside the step, not in `optax.MultiSteps`: sums are divided by the weight of
@@ -89,7 +119,7 @@ def _gradients(params: Any, batch: Batch, config: Config) -> tuple[Sums, Any]:
 
     def sums_and_gradients(microbatch: Batch) -> tuple[Sums, Any]:
         def objective(params: Any) -> tuple[jax.Array, Sums]:
-            sums = _loss_sums(params, microbatch, config)
+            sums = _loss_sums(_with_base(params, frozen, config), microbatch, config)
             return sums[0], sums
 
         grads, sums = jax.grad(objective, has_aux=True)(params)
@@ -98,12 +128,16 @@ def _gradients(params: Any, batch: Batch, config: Config) -> tuple[Sums, Any]:
     def body(total: tuple[Sums, Any], microbatch: Batch) -> tuple[tuple[Sums, Any], None]:
         return jax.tree.map(jnp.add, total, sums_and_gradients(microbatch)), None
 
-    if config.train.grad_accum == 1:
-        sums, grads = sums_and_gradients(batch)
+    count = config.train.grad_accum
+    keys = {}
+    if dropout_key is not None:  # each microbatch has its own
+        keys["dropout_key"] = dropout_key if count == 1 else jax.random.split(dropout_key, count)
+    if count == 1:
+        sums, grads = sums_and_gradients({**batch, **keys})
     else:
         zero = jnp.zeros((), jnp.float32)
         start = ((zero, zero, zero), jax.tree.map(jnp.zeros_like, params))
-        microbatches = _microbatches(batch, config.train.grad_accum)
+        microbatches = {**_microbatches(batch, count), **keys}
         (sums, grads), _ = jax.lax.scan(body, start, microbatches)
     objective, entropy, weight = sums
     scale = 1 / jnp.maximum(weight, 1.0)
@@ -123,7 +157,9 @@ def train_step(
       `train.norm_stats` also `grad_norm/GROUP` and `update_norm/GROUP` of each group of weights.
     """
     train, skips = config.train, state.skips
-    (objective, loss, tokens), grads = _gradients(state.params, batch, config)
+    key = _dropout_key(config, state.step) if config.lora.rank and config.lora.dropout else None
+    means, grads = _gradients(state.params, batch, config, state.frozen, key)
+    objective, loss, tokens = means
     grad_norm = optax.tree.norm(grads)
     reasons = judge(skips, objective, grads, grad_norm, train.spike_factor)
     optimizer = make_optimizer(config.optim, train.steps)
@@ -147,11 +183,14 @@ def train_step(
         moved = choose(skip, jax.tree.map(jnp.zeros_like, updates), updates)
         for kind, tree in (("grad_norm", grads), ("update_norm", moved)):
             metrics |= {f"{kind}/{name}": norm for name, norm in group_norms(tree).items()}
-    return TrainState(state.step + 1, params, opt_state, after), metrics
+    return TrainState(state.step + 1, params, opt_state, after, state.frozen), metrics
 
 
 def eval_step(params: Any, batch: Batch, *, config: Config) -> tuple[jax.Array, jax.Array]:
-    """Summed cross-entropy and summed weight of a batch; sum both over batches, then divide."""
+    """Summed cross-entropy and summed weight of a batch; sum both over batches, then divide.
+
+    `params` are what `model_weights` gives.
+    """
     _, entropy, weight = _loss_sums(params, batch, config)
     return entropy, weight
 
@@ -163,7 +202,7 @@ class CompiledStep:
     Attributes:
       state_shardings: where each array of the `TrainState` lives.
       batch_sharding: where a batch lives.
-      init: key -> TrainState; the state never exists unsharded.
+      init: key -> TrainState without a base; the state never exists unsharded.
       train: (state, batch) -> (state, metrics); the given state is donated.
       evaluate: (params, batch) -> (summed loss, summed weight).
     """
@@ -176,8 +215,16 @@ class CompiledStep:
 
 
 def abstract_state(config: Config) -> TrainState:
-    """Shapes and dtypes of the state; allocates nothing."""
+    """Shapes and dtypes of the state as it is saved, without a base; allocates nothing."""
     return jax.eval_shape(lambda key: init_state(config, key), jax.random.key(0))
+
+
+def abstract_frozen(config: Config) -> Any:
+    """Shapes and dtypes of the base below adapters; None where all weights are trained."""
+    if not config.lora.rank:
+        return None
+    params = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
+    return abstract_base(params, config.lora)
 
 
 def jit_step(config: Config, mesh: Mesh) -> CompiledStep:
@@ -187,13 +234,15 @@ def jit_step(config: Config, mesh: Mesh) -> CompiledStep:
       UserError: a parameter does not divide over the mesh.
     """
     optimizer = make_optimizer(config.optim, config.train.steps)
-    states = state_shardings(abstract_state(config), optimizer, mesh)
+    saved = state_shardings(abstract_state(config), optimizer, mesh)
+    frozen = abstract_frozen(config)
+    states = saved.replace(frozen=None if frozen is None else param_shardings(frozen, mesh))
     batch = batch_sharding(mesh)
     replicated = jax.sharding.NamedSharding(mesh, jax.P())
     return CompiledStep(
         state_shardings=states,
         batch_sharding=batch,
-        init=jax.jit(functools.partial(init_state, config), out_shardings=states),
+        init=jax.jit(functools.partial(init_state, config), out_shardings=saved),
         train=jax.jit(
             functools.partial(train_step, config=config),
             in_shardings=(states, batch),
@@ -202,7 +251,7 @@ def jit_step(config: Config, mesh: Mesh) -> CompiledStep:
         ),
         evaluate=jax.jit(
             functools.partial(eval_step, config=config),
-            in_shardings=(states.params, batch),
+            in_shardings=(model_weights(states, config), batch),
             out_shardings=replicated,
         ),
     )

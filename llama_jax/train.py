@@ -28,6 +28,7 @@ from llama_jax.data.streaming import Position, StreamingBatches
 from llama_jax.decode import Sampling
 from llama_jax.describe import describe
 from llama_jax.errors import UserError
+from llama_jax.fingerprint import fingerprint
 from llama_jax.goodput import Goodput
 from llama_jax.guards import (
     check_checkpoint,
@@ -37,13 +38,14 @@ from llama_jax.guards import (
     locked,
     record_changes,
 )
+from llama_jax.init_from import first_state, with_base, with_tokenizer
 from llama_jax.mesh import make_mesh
 from llama_jax.processes import start_processes
 from llama_jax.profiler import Profiler
 from llama_jax.sharding import check_batch
 from llama_jax.signals import Stopped, StopRequest
 from llama_jax.skip_watch import SkipWatch
-from llama_jax.step import CompiledStep, TrainState, jit_step
+from llama_jax.step import CompiledStep, TrainState, jit_step, model_weights
 from llama_jax.watchdog import Watchdog
 
 
@@ -104,11 +106,12 @@ def initial_state(
     if step is None:
         if isinstance(data.train, StreamingBatches):
             data.train.start_at(0, Position(), *process)
-        return compiled.init(jax.random.key(config.train.seed)), []
+        return first_state(compiled, config), []
     if not (saver.folder(step) / "optimizer").exists():
         raise UserError(
             f"checkpoint {saver.folder(step)} has weights but no optimiser state (it was converted "
-            "from elsewhere), and cannot be trained on; it can be sampled from and converted"
+            "from elsewhere), and training cannot go on from it; begin another run with it by "
+            f"--config.init_from=ckpt:{saver.folder(step).parent.parent}"
         )
     saved = checkpoint_lib.load_meta(saver.folder(step))
     changes = check_checkpoint(saved, saver.folder(step), config, data)
@@ -124,10 +127,12 @@ def initial_state(
     if changed := record_changes(saver.folder(step).parent.parent, step, changes):
         _log(f"        {changed}")
     try:
-        return saver.restore(step, compiled.state_shardings), saved.rewinds
+        state = saver.restore(step, compiled.state_shardings.replace(frozen=None))
     except checkpoint_lib.DamagedCheckpoint as error:
         saver.mark_damaged(step, str(error))
         return initial_state(compiled, saver, data, config)
+    state = with_base(state, compiled, config, saved.base, saver.folder(step))
+    return state, saved.rewinds
 
 
 def _positions(data: TrainingData, step: int) -> list[list[int]]:
@@ -182,6 +187,7 @@ def run_loop(
     shape = (train.global_batch, train.seq_len)
     batches = stream(data.train, start, train.steps, compiled.batch_sharding, *shape)
     tokenizer_model = data.tokenizer.model_bytes if data.tokenizer else b""
+    base = fingerprint(state.frozen) if config.lora.rank else {}
 
     def save(step: int, eval_loss: float | None) -> None:
         watch.before_save(state)
@@ -193,10 +199,12 @@ def run_loop(
             _positions(data, step),
             eval_loss=eval_loss,
             rewinds=watch.rewinds,
+            tokenizer_files=data.files,
+            base=base,
         )
         i.watchdog.beat(f"saving step {step}")
         with goodput.phase("checkpoint"):
-            saver.save(state, meta)
+            saver.save(dataclasses.replace(state, frozen=None), meta)
         goodput.save()
 
     goodput.enter("step")
@@ -214,8 +222,9 @@ def run_loop(
             eval_loss = None
             if step == train.steps or step % train.eval_every == 0:
                 read = log.flush() or read
+                weights = model_weights(state, config)
                 with goodput.phase("eval"):
-                    eval_loss = evaluate(compiled, state.params, data, config, stop)
+                    eval_loss = evaluate(compiled, weights, data, config, stop)
                 if eval_loss is not None:
                     log.write(step, {"eval_loss": eval_loss, **_epoch_metrics(data, step)})
                 log.start(step)
@@ -265,7 +274,7 @@ def train(config: Config, workdir: epath.PathLike, began: float | None = None) -
       UserError: the config does not fit the devices, the data, or what is in `workdir`.
       Stopped: SIGTERM or Ctrl-C came when there was nothing to save.
     """
-    workdir = epath.Path(workdir)
+    workdir, config = epath.Path(workdir), with_tokenizer(config)
     began = time.monotonic() if began is None else began
     goodput = Goodput(None, began)
     mesh = make_mesh(config.mesh, config.dcn)
@@ -349,7 +358,8 @@ def _print_sample(config: Config, state: TrainState, data: TrainingData) -> None
     length = min(200, config.train.seq_len // 2)
     sampling = Sampling(max_tokens=length, temperature=0.5, seed=config.train.seed)
     context = config.train.seq_len
-    text = complete(config.model, state.params, data.tokenizer, [prompt], sampling, context=context)
+    weights = model_weights(state, config)
+    text = complete(config.model, weights, data.tokenizer, [prompt], sampling, context=context)
     _log(f"\nwhat it writes after {prompt!r}:\n{text[0]}")
 
 

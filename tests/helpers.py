@@ -54,10 +54,29 @@ TINY_FLAGS = (
 def replace(config, **changes):
     """`replace(config, train__steps=3)` is the config with another `train.steps`."""
     for name, value in changes.items():
-        group, field = name.split("__")
+        group, _, field = name.partition("__")
+        if not field:
+            config = dataclasses.replace(config, **{group: value})
+            continue
         part = dataclasses.replace(getattr(config, group), **{field: value})
         config = dataclasses.replace(config, **{group: part})
     return config
+
+
+def with_adapters(config):
+    """The config as that of a run with LoRA."""
+    return replace(config, init_from="hf:there", lora__rank=2)
+
+
+def field_names(separator):
+    """Every field of the config: `train`, the separator, `steps`; what is in no group by itself."""
+    found = set()
+    for group in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(group.type):
+            found |= {f"{group.name}{separator}{f.name}" for f in dataclasses.fields(group.type)}
+        else:
+            found.add(group.name)
+    return found
 
 
 def text_config(corpus, **changes):
@@ -122,6 +141,32 @@ def random_params(config, seed=0):
     if c.tied_embeddings:
         del params["lm_head"]
     return params
+
+
+def random_adapters(config, seed=1):
+    """Adapters of which both matrices count, in NumPy."""
+    from llama_jax.lora import init_adapters
+
+    shapes = jax.eval_shape(
+        lambda key: init_adapters(config.model, config.lora, key), jax.random.key(0)
+    )
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32) * 0.2, shapes)
+
+
+def frozen_base(config, params):
+    """Parameters in NumPy as the base below adapters."""
+    from llama_jax.frozen import freeze
+
+    def leaf(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not name.startswith("layers/"):
+            return freeze(name, x, config.lora)
+        return jax.tree.map(
+            lambda *layers: np.stack(layers), *(freeze(name, one, config.lora) for one in x)
+        )
+
+    return jax.tree.map_with_path(leaf, params)
 
 
 def write_corpus(folder, files=40):

@@ -155,7 +155,7 @@ def test_json_gives_the_config_back():
 
 def test_json_of_an_older_version_has_defaults_for_newer_fields():
     values = json.loads(TINY.to_json())
-    del values["data"]["packing"], values["dcn"]
+    del values["data"]["packing"], values["dcn"], values["lora"], values["init_from"]
     assert from_json(json.dumps(values)) == TINY
 
 
@@ -171,6 +171,7 @@ def test_config_dict_gives_the_config_back_and_is_locked():
     [
         ("{", "not valid JSON"),
         ("[]", "not a mapping"),
+        ('{"init_from": 3}', "init_from must be of type str"),
         ('{"model": 3}', "config group model is not a mapping"),
         (TINY.to_json().replace('"peak_lr"', '"peek_lr"'), "optim: peek_lr"),
         (TINY.to_json().replace('"optim"', '"optimizer"'), "unknown config groups: optimizer"),
@@ -186,6 +187,16 @@ def test_json_that_is_no_config(text, message):
 
 
 INVALID = [
+    ("init_from", "hf", "init_from must be FORMAT:DIR"),
+    ("init_from", "npz:there", "FORMAT one of hf, meta, ckpt, got 'npz:there'"),
+    ("lora__rank", -1, "lora.rank must not be negative"),
+    ("lora__rank", 4, "try --config.init_from=hf:DIR"),
+    ("lora__alpha", 0.0, "lora.alpha"),
+    ("lora__dropout", 1.0, "lora.dropout"),
+    ("lora__targets", "wq,w4", "lora.targets must be some of wq,wk,wv,wo,w1,w2,w3"),
+    ("lora__targets", "wq,wq", "each once"),
+    ("lora__targets", "", "lora.targets"),
+    ("lora__base_dtype", "int8", "lora.base_dtype"),
     ("model__dim", 0, "model.dim"),
     ("model__n_heads", 3, "n_heads=3"),
     ("model__n_kv_heads", 3, "n_kv_heads=3"),
@@ -246,13 +257,23 @@ def test_a_value_out_of_range_is_an_error_that_names_it(name, value, message):
         replace(TINY, **{name: value})
 
 
+def test_blocks_of_nf4_must_divide_the_inputs():
+    wide = replace(TINY, model__dim=64, model__ffn_dim=48, init_from="hf:there", lora__rank=2)
+    with pytest.raises(UserError, match=r"blocks of 64 inputs: model.ffn_dim = 48 is no multiple"):
+        replace(wide, lora__base_dtype="nf4")
+
+
 def test_head_size_must_be_even():
     with pytest.raises(UserError, match="even head size"):
         ModelConfig(dim=9, n_heads=3, n_kv_heads=3)
 
 
 def test_difference_names_what_changed():
-    other = replace(TINY, optim__peak_lr=0.5, train__seed=7)
+    other = replace(TINY, optim__peak_lr=0.5, train__seed=7, init_from="hf:there")
     found = difference(TINY, other)
-    assert found == {"optim.peak_lr": (1e-2, 0.5), "train.seed": (0, 7)}
+    assert found == {
+        "optim.peak_lr": (1e-2, 0.5),
+        "train.seed": (0, 7),
+        "init_from": ("", "hf:there"),
+    }
     assert difference(TINY, dataclasses.replace(TINY)) == {}

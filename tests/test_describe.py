@@ -2,7 +2,7 @@ import re
 import types
 
 from llama_jax.describe import describe
-from tests.helpers import TINY, mesh_of, replace
+from tests.helpers import TINY, mesh_of, replace, with_adapters
 
 
 def test_the_flops_of_a_step_by_part():
@@ -25,3 +25,21 @@ def test_the_flops_of_a_step_by_part():
     assert abs(sum(share for _, _, share in rows.values()) - 200) < 0.3
     assert "6 per weight" in text and "causal half" in text
     assert "data    epochs at the end: the source 0.50" in text
+
+
+def test_adapters_and_their_base_are_told():
+    config = with_adapters(replace(TINY, train__steps=10))
+    train = types.SimpleNamespace(epochs=lambda step: {})
+    text = describe(config, mesh_of((1, 1, 1, 1)), types.SimpleNamespace(train=train))
+    count = 2 * 2 * (4 * 2 * 32 + 3 * (32 + 48))  # layers, rank, inputs and outputs
+    assert f"LoRA    {count:,} parameters are trained: rank 2 for wq,wk,wv,wo,w1,w2,w3" in text
+    assert "base    hf:there, frozen in bfloat16" in text and "4 per frozen one" in text
+    parts = config.model.flops_by_part(16)
+    frozen = sum(parts.values()) - parts["attention scores"]
+    total = frozen * 4 / 6 + parts["attention scores"] + 6 * count
+    assert f"{total * 10 * 32 * 16:.2e} FLOPs" in text
+    assert "begin   hf:there" in describe(
+        replace(TINY, init_from="hf:there"),
+        mesh_of((1, 1, 1, 1)),
+        types.SimpleNamespace(train=train),
+    )

@@ -16,7 +16,6 @@ from etils import epath
 
 from llama_jax import train as train_lib
 from llama_jax.checkpoint import find_step
-from llama_jax.config import Config
 from llama_jax.data.loader import SyntheticBatches
 from llama_jax.data.pipeline import TrainingData, open_data
 from llama_jax.data.shards import TokenDataset
@@ -29,13 +28,14 @@ from llama_jax.signals import StopRequest
 from llama_jax.skip_watch import SkipWatch
 from llama_jax.train import Instruments, run_loop, train
 from llama_jax.watchdog import Watchdog
-from tests.helpers import TINY, mesh_of, records, replace, text_config
+from tests.helpers import TINY, field_names, mesh_of, records, replace, text_config, with_adapters
 
 
 @dataclasses.dataclass(frozen=True)
 class FakeState:
     step: int
     params: None = None
+    frozen: None = None
     skips: Any = dataclasses.field(default_factory=lambda: types.SimpleNamespace(in_row=0))
 
 
@@ -527,8 +527,14 @@ STEP_FIELDS = {
     "train__z_loss": 0.1,
     "train__spike_factor": 6.0,
     "train__norm_stats": True,
+    "lora__rank": 4,
+    "lora__alpha": 4.0,
+    "lora__dropout": 0.1,
+    "lora__targets": "wq,w2",
+    "lora__base_dtype": "float32",
 }
 OTHER_FIELDS = {
+    "init_from": "test_init_from",
     "model.attention": "test_attention::test_an_unknown_backend_is_an_error",
     **dict.fromkeys(
         ("mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor"), "test_mesh, test_step"
@@ -569,24 +575,20 @@ OTHER_FIELDS = {
 
 
 def test_every_field_is_covered():
-    fields = {
-        f"{group.name}.{field.name}"
-        for group in dataclasses.fields(Config)
-        for field in dataclasses.fields(group.default_factory)
-    }
     covered = {name.replace("__", ".") for name in STEP_FIELDS} | set(OTHER_FIELDS)
-    assert covered == fields
+    assert covered == field_names(".")
 
 
 def program(config):
     """The train step as text."""
-    from llama_jax.step import abstract_state, train_step
+    from llama_jax.step import abstract_frozen, abstract_state, train_step
 
+    state = dataclasses.replace(abstract_state(config), frozen=abstract_frozen(config))
     shape = (config.train.global_batch, config.train.seq_len)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32)
     batch = {"inputs": ids, "targets": ids, "weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
     step = jax.make_jaxpr(lambda s, b: train_step(s, b, config=config))
-    return str(step(abstract_state(config), batch))
+    return str(step(state, batch))
 
 
 @pytest.fixture(scope="module")
@@ -600,6 +602,10 @@ def test_the_field_changes_the_step(base_program, field):
         # What says how frequencies are scaled, where they are.
         scaled = replace(TINY, **{SCALING: 8.0})
         assert program(replace(scaled, **{field: STEP_FIELDS[field]})) != program(scaled)
+        return
+    if field.startswith("lora__"):
+        adapted = with_adapters(TINY)
+        assert program(replace(adapted, **{field: STEP_FIELDS[field]})) != program(adapted)
         return
     assert program(replace(TINY, **{field: STEP_FIELDS[field]})) != base_program
 

@@ -37,6 +37,11 @@ class TrainingData:
     fingerprint: str
     template: bytes = b""
 
+    @property
+    def files(self) -> dict[str, bytes]:
+        """What belongs beside the tokenizer in a checkpoint, by name: the chat template."""
+        return {"tokenizer_config.json": self.template} if self.template else {}
+
 
 def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
     """Opens the token shards, preparing them first where there are none.

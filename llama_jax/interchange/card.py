@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
+from llama_jax.lora import flops_by_part
 
 
 def write(meta: checkpoint_lib.Meta, step_folder: epath.Path) -> str:
@@ -46,7 +47,7 @@ def _training(meta: checkpoint_lib.Meta, metrics: epath.Path) -> dict[str, str]:
     config, step = meta.config, meta.step
     train, optim = config.train, config.optim
     tokens = step * train.tokens_per_step
-    flops = tokens * config.model.flops_per_token(train.seq_len)
+    flops = tokens * sum(flops_by_part(config.model, config.lora, train.seq_len).values())
     rows = {
         "steps": f"{step:,} of {train.steps:,}",
         "tokens seen": f"{tokens:,} ({train.global_batch:,} x {train.seq_len:,} a step)",

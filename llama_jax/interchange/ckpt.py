@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import numpy as np
+import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
@@ -31,6 +32,21 @@ def _array_spec(params: epath.Path, path: str) -> dict[str, Any]:
     return {"driver": "zarr", "kvstore": store}
 
 
+def describe(folder: epath.Path, meta: checkpoint_lib.Meta) -> Description:
+    """What a saved step holds beside its weights.
+
+    Raises:
+      UserError: its tokenizer has more ids than the model.
+    """
+    files = dict(meta.tokenizer_files)
+    if meta.tokenizer_model.lstrip()[:1] == b"{":
+        files.setdefault("tokenizer.json", without_ends(meta.tokenizer_model))
+    elif meta.tokenizer_model:
+        files["tokenizer.model"] = meta.tokenizer_model
+    formats.check_vocabulary(files, meta.config.model.vocab_size, str(folder))
+    return Description(meta.config, "float32", files, card.write(meta, folder), meta.step)
+
+
 class CkptSource:
     """A saved step.
 
@@ -47,12 +63,7 @@ class CkptSource:
         folder = checkpoint_lib.find_step(checkpoint)
         meta = checkpoint_lib.load_meta(folder)
         model = meta.config.model
-        files = dict(meta.tokenizer_files)
-        if meta.tokenizer_model.lstrip()[:1] == b"{":
-            files.setdefault("tokenizer.json", without_ends(meta.tokenizer_model))
-        elif meta.tokenizer_model:
-            files["tokenizer.model"] = meta.tokenizer_model
-        formats.check_vocabulary(files, model.vocab_size, str(folder))
+        self.description = describe(folder, meta)
         self._stores: dict[str, Any] = {}
         for path, shape in formats.shapes(model).items():
             wanted = (model.n_layers, *shape) if is_stacked(path) else shape
@@ -67,8 +78,6 @@ class CkptSource:
             self._stores[path] = store
         self._folder = folder
         self._block: tuple[str, int, Any] = ("", 0, None)
-        text = card.write(meta, folder)
-        self.description = Description(meta.config, "float32", files, text, meta.step)
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
         """The array `path` of our tree, for a stacked one that of `layer`."""
@@ -89,27 +98,54 @@ class CkptSource:
             raise UserError(f"{where} cannot be read: {first_line(error)}") from error
 
 
+def _write_description(
+    workdir: epath.Path, description: Description, base: dict[str, int]
+) -> epath.Path:
+    """Starts a work directory with one step, whose folder is returned."""
+    files = dict(description.files)
+    model = files.get("tokenizer.model", b"")
+    sentencepiece = b"" if formats.is_tiktoken(model) else files.pop("tokenizer.model", b"")
+    config = description.config
+    (workdir / "config.json").write_text(config.to_json())
+    tokenizer = sentencepiece
+    if not sentencepiece and "tokenizer.json" in files:
+        ends = json.loads(files.get("tokenizer_config.json", b"{}"))
+        tokenizer = with_ends(files["tokenizer.json"], ends, "tokenizer.json")
+    if tokenizer:
+        (workdir / "tokenizer.model").write_bytes(tokenizer)
+    meta = checkpoint_lib.Meta(config, 0, IMPORTED, tokenizer, tokenizer_files=files, base=base)
+    folder = workdir / checkpoint_lib.CHECKPOINTS / "0"
+    folder.mkdir(parents=True)
+    checkpoint_lib.save_meta(folder, meta)
+    return folder
+
+
+def write_adapters(
+    workdir: epath.Path, description: Description, adapters: Any, base: dict[str, int]
+) -> None:
+    """A new work directory with one step, 0, that has adapters and no optimiser state.
+
+    Args:
+      workdir: that is empty.
+      description: whose config says what adapters they are, and where their base is.
+      adapters: in NumPy.
+      base: fingerprints of the base.
+    """
+    folder = _write_description(workdir, description, base)
+    with ocp.StandardCheckpointer() as writer:
+        writer.save((folder / "params").absolute(), adapters)
+    manifest.write(folder)
+
+
 class CkptTarget:
     """A new work directory with one step, 0, that has weights and no optimiser state."""
 
     def __init__(self, workdir: epath.Path, description: Description) -> None:
         """Writes all but the numbers."""
-        files = dict(description.files)
-        model = files.get("tokenizer.model", b"")
-        sentencepiece = b"" if formats.is_tiktoken(model) else files.pop("tokenizer.model", b"")
         config = description.config
-        (workdir / "config.json").write_text(config.to_json())
-        tokenizer = sentencepiece
-        if not sentencepiece and "tokenizer.json" in files:
-            ends = json.loads(files.get("tokenizer_config.json", b"{}"))
-            tokenizer = with_ends(files["tokenizer.json"], ends, "tokenizer.json")
-        if tokenizer:
-            (workdir / "tokenizer.model").write_bytes(tokenizer)
-        meta = checkpoint_lib.Meta(config, 0, IMPORTED, tokenizer, tokenizer_files=files)
-        folder = workdir / checkpoint_lib.CHECKPOINTS / "0"
+        folder = _write_description(workdir, description, {})
         self._params = folder / "params"
-        self._params.mkdir(parents=True)
-        checkpoint_lib.save_meta(folder, meta)
+        self._params.mkdir()
         self._stores = {}
         for path, shape in formats.shapes(config.model).items():
             stacked = is_stacked(path)

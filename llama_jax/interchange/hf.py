@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 from etils import epath
@@ -18,7 +17,8 @@ from llama_jax.config import Config, ModelConfig
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.interchange import fast_tokenizer, formats, hf_config, safetensors
-from llama_jax.interchange.formats import Description, is_stacked
+from llama_jax.interchange.formats import Description
+from llama_jax.interchange.loading import load
 from llama_jax.step import abstract_state
 
 NAMES: Mapping[str, str] = {
@@ -262,20 +262,5 @@ def load_hf(folder: epath.PathLike, config: Config, shardings: Any) -> Any:
     if found != wanted or layers != config.model.n_layers:
         raise UserError(f"{folder} holds a model of other shapes than this config")
 
-    def load(keys: Any, leaf: Any, sharding: Any) -> jax.Array:
-        path = "/".join(key.key for key in keys)
-
-        def part(index: Any) -> np.ndarray:
-            if not is_stacked(path):
-                return source.read_part(path, None, index).astype(leaf.dtype)
-            numbers = range(*index[0].indices(leaf.shape[0]))
-            first = source.read_part(path, numbers[0], index[1:]).astype(leaf.dtype)
-            out = np.empty((len(numbers), *first.shape), leaf.dtype)
-            out[0] = first
-            for place, number in enumerate(numbers[1:], 1):
-                out[place] = source.read_part(path, number, index[1:])
-            return out
-
-        return jax.make_array_from_callback(leaf.shape, sharding, part)
-
-    return jax.tree.map_with_path(load, abstract_state(config).params, shardings)
+    target = abstract_state(config).params
+    return load(source, target, shardings, lambda _, x: x.astype(np.float32))

@@ -107,6 +107,7 @@ class Writer:
         tensors: Mapping[str, tuple[int, ...]],
         dtype: Any,
         shard_size: int,
+        stem: str = "model",
     ) -> None:
         """Starts the files of a model.
 
@@ -115,6 +116,7 @@ class Writer:
           tensors: name -> shape, in the order in which they shall lie.
           dtype: of all of them.
           shard_size: bytes of a file at most, unless one tensor is larger.
+          stem: of the files' names.
         """
         dtype = np.dtype(dtype)
         self._dtype = dtype
@@ -131,9 +133,9 @@ class Writer:
         self._streams = []
         index = {}
         for number, names in enumerate(shards):
-            file = "model.safetensors"
+            file = f"{stem}.safetensors"
             if len(shards) > 1:
-                file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+                file = f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors"
             stream = (folder / file).open("wb")
             self._streams.append(stream)
             header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -153,7 +155,7 @@ class Writer:
         if len(shards) > 1:
             total = {"total_size": sum(sizes.values())}
             text = json.dumps({"metadata": total, "weight_map": index}, indent=2)
-            (folder / "model.safetensors.index.json").write_text(text + "\n")
+            (folder / f"{stem}.safetensors.index.json").write_text(text + "\n")
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Writes one tensor; each must be written once."""

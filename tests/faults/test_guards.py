@@ -1,6 +1,6 @@
 """A run that would go on as something else is refused, field by field (rows 13, 20, 21 and 22)."""
 
-import dataclasses
+import functools
 import json
 import shutil
 
@@ -18,7 +18,7 @@ from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.errors import UserError
 from llama_jax.guards import check_checkpoint, check_workdir
 from llama_jax.step import abstract_state
-from tests.helpers import TINY, replace, text_config
+from tests.helpers import TINY, field_names, replace, text_config, with_adapters
 from tests.test_train import STEP_FIELDS
 
 # Fields of the step that only say how it is computed, or what to do about a fault.
@@ -50,6 +50,7 @@ REFUSED = {
     **{name: value for name, value in STEP_FIELDS.items() if name not in FREE},
     "train__seed": 1,
     "data__streaming": True,
+    "init_from": "hf:elsewhere",
 }
 
 
@@ -74,31 +75,35 @@ def check_both(saved, config, tmp_path):
 
 def test_every_field_of_the_config_is_in_one_list():
     """The lists above, and what is free because it does not touch the run at all."""
-    fields = {
-        f"{group.name}__{field.name}"
-        for group in dataclasses.fields(TINY)
-        for field in dataclasses.fields(group.default_factory)
-    }
     from llama_jax.guards import RESUMABLE
 
     listed = {*FREE, *OF_DATA, *REFUSED}
-    rest = {name.replace("__", ".") for name in fields - listed}
+    rest = {name.replace("__", ".") for name in field_names("__") - listed}
     assert all(name.startswith(RESUMABLE) for name in rest), rest
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_field_that_changes_the_run_is_refused(name, tmp_path):
-    config = replace(TINY, **{name: REFUSED[name]})
+    saved = with_adapters(TINY) if name.startswith("lora") else TINY
+    config = replace(saved, **{name: REFUSED[name]})
     told = replace(config, data__accept_other_data=True)
-    was = getattr(getattr(TINY, name.split("__")[0]), name.split("__")[1])
+    was = functools.reduce(getattr, name.split("__"), saved)
     difference = f"{name.replace('__', '.')} is {was}, now {REFUSED[name]}"
     for each in (config, told):  # the flag for other data is none for this
-        for check in check_both(TINY, each, tmp_path):
+        for check in check_both(saved, each, tmp_path):
             with pytest.raises(UserError) as caught:
                 check()
             assert f"({difference})" in str(caught.value)
             assert "accept_other_data" not in str(caught.value)
-    assert (tmp_path / "config.json").read_text() == TINY.to_json()
+    assert (tmp_path / "config.json").read_text() == saved.to_json()
+
+
+def test_a_base_may_be_elsewhere(tmp_path):
+    """What it is, its fingerprint tells: see test_init_from."""
+    saved = with_adapters(TINY)
+    by_file, by_checkpoint = check_both(saved, replace(saved, init_from="hf:moved"), tmp_path)
+    by_file()
+    assert by_checkpoint() == {"init_from": ("hf:there", "hf:moved")}
 
 
 @pytest.mark.parametrize("name", OF_DATA)

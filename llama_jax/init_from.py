@@ -1,0 +1,135 @@
+"""The weights that a run begins with (`config.init_from`): to train on, or below adapters."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from llama_jax.config import Config
+from llama_jax.convert import open_source, parse_place
+from llama_jax.errors import UserError
+from llama_jax.fingerprint import difference, fingerprint
+from llama_jax.frozen import freeze
+from llama_jax.interchange.formats import Source, is_tiktoken
+from llama_jax.interchange.loading import check_model, load
+from llama_jax.interchange.merged import refuse_other_base
+from llama_jax.step import CompiledStep, TrainState, abstract_frozen, abstract_state
+
+
+def open_init(config: Config) -> Source:
+    """The source that `config.init_from` names, if it is the model of the config.
+
+    Raises:
+      UserError: it cannot be read, or holds another model.
+    """
+    source = open_source(*parse_place(config.init_from, "config.init_from"))
+    check_model(source, config)
+    return source
+
+
+def load_init(config: Config, shardings: Any) -> Any:
+    """Reads the weights onto a mesh, one array of one layer after another.
+
+    Args:
+      config: with `init_from`.
+      shardings: of the base where the config has adapters, else of the parameters.
+
+    Returns:
+      float32 parameters, or the base in its frozen form (`frozen`).
+
+    Raises:
+      UserError: as `open_init`.
+    """
+    source = open_init(config)
+    if config.lora.rank:
+        targets = abstract_frozen(config)
+        return load(source, targets, shardings, lambda path, x: freeze(path, x, config.lora))
+    targets = abstract_state(config).params
+    return load(source, targets, shardings, lambda _, x: x.astype(np.float32))
+
+
+def check_base(saved: dict[str, int], base: Any, config: Config, folder: epath.Path) -> None:
+    """Checks that the base is the one that a checkpoint's adapters were trained on.
+
+    Args:
+      saved: fingerprints of that one's arrays.
+      base: as `load_init` gives it.
+      config: which says where it is from.
+      folder: of the checkpoint, for the error.
+
+    Raises:
+      UserError: it is another.
+    """
+    refuse_other_base(difference(saved, fingerprint(base)), config, folder)
+
+
+def first_state(compiled: CompiledStep, config: Config) -> TrainState:
+    """The state before the first step: random weights, or those that `config.init_from` names.
+
+    Raises:
+      UserError: as `open_init`.
+    """
+    state = compiled.init(jax.random.key(config.train.seed))
+    if config.lora.rank:
+        return dataclasses.replace(state, frozen=load_init(config, compiled.state_shardings.frozen))
+    if config.init_from:
+        state = dataclasses.replace(state, params=None)  # frees the random ones first
+        params = load_init(config, compiled.state_shardings.params)
+        state = dataclasses.replace(state, params=params)
+    return state
+
+
+def with_base(
+    state: TrainState,
+    compiled: CompiledStep,
+    config: Config,
+    saved: dict[str, int],
+    folder: epath.Path,
+) -> TrainState:
+    """A state as it was saved, with the base below its adapters if it has some.
+
+    Raises:
+      UserError: as `load_init` and `check_base`.
+    """
+    if not config.lora.rank:
+        return state
+    base = load_init(config, compiled.state_shardings.frozen)
+    check_base(saved, base, config, folder)
+    return dataclasses.replace(state, frozen=base)
+
+
+def with_tokenizer(config: Config) -> Config:
+    """The config, whose tokenizer is that of the weights if it names no other.
+
+    Raises:
+      UserError: these have none, so that one would be trained, whose ids they do not know.
+    """
+    data = config.data
+    if not config.init_from or data.tokenizer or data.source == "synthetic":
+        return config
+    tokenizer = tokenizer_file(config.init_from)
+    if not tokenizer and not data.path:  # prepared shards have their own
+        raise UserError(
+            f"init_from={config.init_from} comes without a tokenizer that we read; name one by "
+            "--config.data.tokenizer=FILE"
+        )
+    return dataclasses.replace(config, data=dataclasses.replace(data, tokenizer=tokenizer))
+
+
+def tokenizer_file(init_from: str) -> str:
+    """Where the tokenizer of these weights is, for `data.tokenizer`; empty if they have none.
+
+    SentencePiece is preferred, as `convert` does; Llama 3's own format is not read.
+    """
+    kind, _, folder = init_from.partition(":")
+    places = [epath.Path(folder)]
+    if kind == "meta":  # the first LLaMA and LLaMA-2 keep it beside the folders of the models
+        places.append(places[0].parent)
+    for place in places:
+        for name in ("tokenizer.model", "tokenizer.json"):
+            file = place / name
+            if file.exists() and not (name.endswith("model") and is_tiktoken(file.read_bytes())):
+                return str(file)
+    return ""

@@ -1,0 +1,204 @@
+"""Runs that begin with weights of others: all of them trained, or adapters above them."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from llama_jax import checkpoint as checkpoint_lib
+from llama_jax import train as train_lib
+from llama_jax.config import LoraConfig
+from llama_jax.convert import convert, open_source
+from llama_jax.errors import UserError
+from llama_jax.fingerprint import fingerprint
+from llama_jax.inference import open_model
+from llama_jax.init_from import first_state, load_init, tokenizer_file, with_tokenizer
+from llama_jax.lora import Adapted
+from llama_jax.model import logits
+from llama_jax.step import jit_step
+from tests.helpers import (
+    frozen_base,
+    mesh_of,
+    random_params,
+    replace,
+    save_checkpoint,
+    text_config,
+)
+
+LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.2, targets="wq,wo,w2")
+
+
+@pytest.fixture(scope="module")
+def config(corpus):
+    return text_config(
+        corpus,
+        model__dim=128,  # two blocks of NF4
+        model__ffn_dim=128,
+        mesh__data=4,
+        mesh__fsdp=2,
+        train__steps=4,
+        train__checkpoint_every=2,
+        train__eval_every=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    """Small, as trained ones are."""
+    return jax.tree.map(lambda x: x * np.float32(0.2), random_params(config.model))
+
+
+@pytest.fixture(scope="module")
+def bases(config, params, tokenizer, tmp_path_factory):
+    """The same weights as a checkpoint and as a folder of Hugging Face; and other ones."""
+    folder = tmp_path_factory.mktemp("bases")
+    save_checkpoint(folder / "ckpt", config, params, tokenizer.model_bytes)
+    convert(open_source("ckpt", epath.Path(folder / "ckpt")), "hf", folder / "hf")
+    (folder / "ckpt" / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+    other = {**params, "final_norm": params["final_norm"] + np.float32(1e-3)}
+    save_checkpoint(folder / "other", config, other, tokenizer.model_bytes)
+    return folder
+
+
+def equal(left, right):
+    for one, two in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert one.dtype == two.dtype
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("kind", ["hf", "ckpt"])
+def test_full_fine_tuning_starts_from_these_weights_with_fresh_moments(config, params, bases, kind):
+    config, mesh = replace(config, init_from=f"{kind}:{bases / kind}"), mesh_of((1, 2, 2, 2))
+    with jax.set_mesh(mesh):
+        compiled = jit_step(config, mesh)
+        state = first_state(compiled, config)
+        equal(state.params, params)
+        assert state.frozen is None and int(state.step) == 0
+        assert all(not np.asarray(x).any() for x in jax.tree.leaves(state.opt_state))
+        assert state.params["embed"].sharding == compiled.state_shardings.params["embed"]
+
+
+@pytest.mark.parametrize("base_dtype", ["float32", "bfloat16", "nf4"])
+def test_a_base_is_the_same_bits_from_everywhere_on_every_mesh(config, params, bases, base_dtype):
+    config = replace(
+        config, init_from="hf:there", lora=dataclasses.replace(LORA, base_dtype=base_dtype)
+    )
+    expected = frozen_base(config, params)
+    prints = []
+    for kind, shape in [("hf", (1, 1, 1, 1)), ("hf", (2, 1, 2, 1)), ("ckpt", (2, 1, 1, 2))]:
+        mesh = mesh_of(shape)
+        with jax.set_mesh(mesh):
+            places = jit_step(config, mesh).state_shardings.frozen
+            base = load_init(replace(config, init_from=f"{kind}:{bases / kind}"), places)
+            equal(base, expected)
+            prints.append(fingerprint(base))
+    assert prints[0] == prints[1] == prints[2]
+
+
+def test_weights_of_another_model_are_refused(config, bases):
+    other = replace(config, init_from=f"hf:{bases / 'hf'}", model__rope_theta=5e5, model__dim=32)
+    message = (
+        r"another model: model.dim is 128 there, 32 in the config; model.rope_theta is 10000.0"
+    )
+    with pytest.raises(UserError, match=message):
+        load_init(other, None)
+
+
+def test_the_tokenizer_comes_with_the_weights(config, bases, tokenizer):
+    for kind in ("hf", "ckpt"):
+        begun = with_tokenizer(replace(config, init_from=f"{kind}:{bases / kind}"))
+        assert begun.data.tokenizer == tokenizer_file(f"{kind}:{bases / kind}")
+        assert epath.Path(begun.data.tokenizer).exists()
+    nothing = replace(config, init_from=f"hf:{bases}")
+    assert with_tokenizer(replace(nothing, data__path="shards")).data.tokenizer == ""
+    with pytest.raises(UserError, match=r"without a tokenizer .* --config.data.tokenizer=FILE"):
+        with_tokenizer(nothing)
+    given = replace(config, init_from=f"hf:{bases / 'hf'}", data__tokenizer="mine.model")
+    assert with_tokenizer(given) == given
+    assert with_tokenizer(config) == config
+
+
+# A whole run of adapters.
+
+
+@pytest.fixture(scope="module")
+def adapted(config, bases):
+    lora = dataclasses.replace(LORA, base_dtype="nf4")
+    return replace(config, init_from=f"ckpt:{bases / 'ckpt'}", lora=lora)
+
+
+@pytest.fixture(scope="module")
+def finished(adapted, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("lora") / "run"
+    return workdir, train_lib.train(adapted, workdir)
+
+
+def test_the_checkpoint_holds_adapters_and_names_the_base(finished, adapted, bases):
+    workdir, state = finished
+    folder = checkpoint_lib.find_step(workdir)
+    saved = checkpoint_lib.load_adapters(folder, adapted)
+    assert set(saved["layers"]["attn"]) == {"wq", "wo"} and set(saved["layers"]) == {"attn", "mlp"}
+    equal(saved, state.params)
+    meta = checkpoint_lib.load_meta(folder)
+    assert meta.base == fingerprint(state.frozen)
+    assert meta.config.init_from == f"ckpt:{bases / 'ckpt'}"
+    assert not any(name.startswith("frozen") for name in meta.fingerprint)
+    size = sum(file.stat().st_size for file in (workdir / "checkpoints/4").rglob("*"))
+    assert size < 400_000 < sum(x.nbytes for x in jax.tree.leaves(state.frozen)) * 4
+
+
+def test_resume_is_bit_exact(finished, adapted, tmp_path):
+    """Dropout, too: its masks are those of the step."""
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    equal(train_lib.train(adapted, workdir), finished[1])
+
+
+def test_another_base_is_refused(finished, adapted, bases, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    other = f"ckpt:{bases / 'other'}"
+    message = r"trained on another base than ckpt:\S+other is \(final_norm differ by fingerprint\)"
+    with pytest.raises(UserError, match=message):
+        train_lib.train(replace(adapted, init_from=other), workdir)
+    with pytest.raises(UserError, match=message):
+        open_model(workdir, base=other)
+    with pytest.raises(UserError, match=message):
+        source = open_source("ckpt", epath.Path(workdir), base=other)
+        convert(source, "hf", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    # The same weights elsewhere are the same base.
+    open_model(workdir, base=f"hf:{bases / 'hf'}")
+
+
+def test_full_fine_tuning_does_not_change_where_it_began(config, bases, tmp_path):
+    from llama_jax.guards import check_workdir
+
+    first = replace(config, init_from=f"ckpt:{bases / 'ckpt'}")
+    check_workdir(first, epath.Path(tmp_path))
+    with pytest.raises(UserError, match="init_from is ckpt:"):
+        check_workdir(replace(config, init_from=f"ckpt:{bases / 'other'}"), epath.Path(tmp_path))
+
+
+@pytest.mark.parametrize("target", ["hf", "ckpt"])
+def test_converted_adapters_are_merged_into_their_base(finished, adapted, tmp_path, target):
+    workdir, _ = finished
+    source = open_source("ckpt", epath.Path(workdir))
+    described = convert(source, target, tmp_path / "merged", "float32" if target == "hf" else "")
+    assert described.config.lora == LoraConfig() and described.config.init_from == ""
+    tokens = np.arange(12)[None]
+    merged = replace(described.config, init_from=f"{target}:{tmp_path / 'merged'}")
+    mesh = mesh_of((1, 1, 1, 1))
+    with jax.set_mesh(mesh):
+        params = load_init(merged, jit_step(merged, mesh).state_shardings.params)
+        got = logits(merged.model, params, tokens)
+        model = open_model(workdir, "tensor=1")
+    assert isinstance(model.params, Adapted)
+    with jax.set_mesh(model.mesh):
+        unmerged = logits(merged.model, model.params, tokens)
+        none = jax.tree.map(np.zeros_like, jax.device_get(model.params.adapters))
+        base = logits(merged.model, dataclasses.replace(model.params, adapters=none), tokens)
+    np.testing.assert_allclose(got, unmerged, rtol=0, atol=1e-5)
+    assert np.abs(base - unmerged).max() > 1e-3
