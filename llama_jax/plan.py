@@ -178,11 +178,16 @@ def _times(result: dict[str, Any]) -> list[str]:
         f"speed        {result['tokens_per_second_per_chip']:,.0f} tokens/s/chip, MFU "
         f"{result['mfu_6n']:.1%} ({rule}), {result['mfu_attention']:.1%} (with attention)",
     ]
-    cost = "" if result["cost"] is None else f", {result['cost']:,.0f} dollars"
-    lines.append(
-        f"run          {result['days']:,.1f} days, {result['chip_hours']:,.0f} chip hours{cost}"
-    )
+    cost = "" if result["cost"] is None else f", {_short(result['cost'])} dollars"
+    days = result["days"]
+    long = f"{days:,.1f} days" if days >= 2 else f"{_short(24 * days)} hours"
+    lines.append(f"run          {long}, {_short(result['chip_hours'])} chip hours{cost}")
     return lines
+
+
+def _short(number: float) -> str:
+    """With decimals where the number is small: fine-tuning takes hours, not years."""
+    return f"{number:,.2f}" if number < 100 else f"{number:,.0f}"
 
 
 def main() -> None:

@@ -1,0 +1,36 @@
+"""Alpaca: LLaMA-7B (6,738,415,616 parameters), all weights fine-tuned on instructions.
+
+  python -m llama_jax.train --config=configs/alpaca_7b.py --workdir=runs/alpaca_7b \\
+      --config.init_from=hf:llama-7b --config.data.source=alpaca_data.json
+
+Batch: 40 sequences x 512 tokens = 20,480 tokens a step, 1,218 steps.
+Recipe of github.com/tatsu-lab/stanford_alpaca: 3 epochs of 52,002 records, 128 a step, AdamW with
+betas 0.9 and 0.999 and no decay, peak rate 2e-5, warm-up over 3% and cosine to 0, clipping at 1.0.
+Ours are the 40 packed sequences, for 128 padded records: look at what `prepare` says of your data
+and at the epochs in the log. It needs 8 GPUs of 80 GB or less; `lora` in docs/lora.md needs one.
+"""
+
+import ml_collections
+
+from llama_jax.config import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The config."""
+    config = default()
+    config.init_from = "hf:llama-7b"
+    config.model.remat = "full"
+    config.data.source = "alpaca_data.json"
+    config.data.template = "alpaca"
+    config.data.packing = "best_fit"
+    config.optim.peak_lr = 2e-5
+    config.optim.final_lr_fraction = 0.0
+    config.optim.warmup_steps = 36
+    config.optim.beta2 = 0.999
+    config.optim.weight_decay = 0.0
+    config.train.steps = 1_218
+    config.train.seq_len = 512
+    config.train.global_batch = 40
+    config.train.eval_every = 200
+    config.train.checkpoint_every = 200
+    return config

@@ -1,0 +1,42 @@
+"""Guanaco: QLoRA on LLaMA-7B (6,738,415,616 parameters), frozen in NF4, on one GPU.
+
+  python -m llama_jax.train --config=configs/guanaco_7b_qlora.py --workdir=runs/guanaco_7b \\
+      --config.init_from=hf:llama-7b --config.data.source=openassistant.jsonl
+
+Batch: 16 sequences x 512 tokens = 8,192 tokens a step, 1,875 steps.
+Recipe of arXiv:2305.14314 (appendix B): NF4 with double quantisation, adapters of rank 64 and alpha
+16 with dropout 0.1 on all matrices, constant rate 2e-4, beta2 0.999, clipping at 0.3, 16 records a
+step. Ours are packed sequences, for padded records of as many tokens at most, and the template: the
+paper's "### Human" and "### Assistant" is a Jinja file of three lines, should you want it.
+"""
+
+import ml_collections
+
+from llama_jax.config import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The config."""
+    config = default()
+    config.init_from = "hf:llama-7b"
+    config.model.remat = "full"
+    config.lora.rank = 64
+    config.lora.alpha = 16.0
+    config.lora.dropout = 0.1
+    config.lora.base_dtype = "nf4"
+    config.data.source = "openassistant.jsonl"
+    config.data.template = "vicuna"
+    config.data.packing = "best_fit"
+    config.optim.peak_lr = 2e-4
+    config.optim.final_lr_fraction = 1.0
+    config.optim.warmup_steps = 0
+    config.optim.beta2 = 0.999
+    config.optim.weight_decay = 0.0
+    config.optim.clip_norm = 0.3
+    config.train.steps = 1_875
+    config.train.seq_len = 512
+    config.train.global_batch = 16
+    config.train.grad_accum = 4
+    config.train.eval_every = 200
+    config.train.checkpoint_every = 200
+    return config

@@ -1,0 +1,55 @@
+"""From instructions to a model that chats: base, all weights, adapters on top."""
+
+import jax
+import pytest
+
+from llama_jax.chat import open_template
+from llama_jax.converse import Conversation
+from llama_jax.data.templates import built_in
+from llama_jax.decode import Sampling
+from llama_jax.inference import open_model
+from llama_jax.train import train
+from tests.chat_templates import said
+from tests.helpers import random_params, records, replace, save_checkpoint
+from tests.test_conversations import chat_config
+
+pytestmark = pytest.mark.slow  # three trainings
+
+
+@pytest.fixture(scope="module")
+def finetuned(tokenizer, tmp_path_factory):
+    """A base, a run that trains all of its weights, and one with adapters on top of that."""
+    folder = tmp_path_factory.mktemp("finetune")
+    pairs = [
+        {"instruction": f"say {n}", "input": "", "output": f"{n} is what I say"} for n in range(60)
+    ]
+    config = replace(
+        chat_config(folder, tokenizer, pairs),
+        train__steps=4,
+        train__log_every=1,
+        train__eval_every=4,
+        train__checkpoint_every=4,
+        optim__warmup_steps=0,
+    )
+    base = folder / "base"
+    save_checkpoint(base, config, random_params(config.model), tokenizer.model_bytes)
+    tokenizer.save(base / "tokenizer.model")
+    full = replace(config, init_from=f"ckpt:{base}", data__tokenizer="")
+    train(full, folder / "full")
+    adapted = replace(full, init_from=f"ckpt:{folder / 'full'}", lora__rank=2)
+    train(adapted, folder / "adapted")
+    return folder
+
+
+@pytest.mark.parametrize("run", ["full", "adapted"])
+def test_a_finetuned_checkpoint_answers_by_the_template_that_it_learnt(finetuned, run, tokenizer):
+    losses = [r["loss"] for r in records(finetuned / run) if "loss" in r]
+    assert len(losses) == 4
+    model = open_model(finetuned / run, "fsdp=1")
+    template = open_template(model)
+    expected = built_in("vicuna", tokenizer)
+    assert template.encode(said("say 7")) == expected.encode(said("say 7"))
+    sampling = Sampling(max_tokens=4, temperature=0.0)
+    with jax.set_mesh(model.mesh):
+        talk = Conversation(model, template, sampling)
+        assert "".join(talk.answer("say 7", pytest.fail)) == talk.messages[1]["content"]
