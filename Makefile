@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKDIR ?= runs/tiny
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help train test lint format slow parity beam tpu gpu eval slurm soak clean
+.PHONY: help train quiz test lint format slow parity beam tpu gpu eval slurm soak clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -31,6 +31,9 @@ help:  ## this list
 
 train: .venv/.installed  ## train configs/tiny.py on Python's own library, then print a sample
 	$(BIN)/python -m llama_jax.train --config=configs/tiny.py --workdir=$(WORKDIR)
+
+quiz: .venv/.installed  ## fine-tune what `make train` made on questions, and ask it before and after
+	$(BIN)/python examples/quiz.py --base=$(WORKDIR)
 
 test: lint  ## lint, types, and the whole default test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(PYTEST_ARGS)

@@ -1,0 +1,155 @@
+"""Fine-tunes the small model of `make train` on questions about signatures, and asks it before and
+after: on functions of Python's own library that it was not trained to answer questions about.
+
+Example:
+  python examples/quiz.py --base=runs/tiny --workdir=runs/quiz
+"""
+
+import argparse
+import ast
+import dataclasses
+import json
+import pathlib
+import random
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+
+import jax
+
+from llama_jax.continuation import additions
+from llama_jax.data.templates import built_in
+from llama_jax.decode import Sampling
+from llama_jax.inference import open_model
+
+ROOT = pathlib.Path(__file__).parents[1]
+ASKED = {
+    "name": "What is the name of this function?",
+    "count": "How many parameters does this function have?",
+    "first": "What is the first parameter of this function?",
+    "last": "What is the last parameter of this function?",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question of the quiz.
+
+    Attributes:
+      kind: of `ASKED`.
+      signature: what is asked about.
+      answer: the only right one.
+    """
+
+    kind: str
+    signature: str
+    answer: str
+
+    def record(self) -> dict[str, str]:
+        """As a record of Alpaca's data."""
+        return {"instruction": ASKED[self.kind], "input": self.signature, "output": self.answer}
+
+    def messages(self) -> list[dict[str, str]]:
+        """As a conversation, as `llama_jax` makes it of the record."""
+        return [{"role": "user", "content": f"{ASKED[self.kind]}\n\n{self.signature}"}]
+
+
+def signatures(folder: pathlib.Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Names of functions in the modules of a folder, and their plain parameters, one to four."""
+    for path in sorted(folder.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            args = node.args
+            names = tuple(arg.arg for arg in args.args)
+            plain = not (args.vararg or args.kwarg or args.kwonlyargs or args.posonlyargs)
+            if plain and 1 <= len(names) <= 4:
+                yield node.name, names
+
+
+def questions(functions: list[tuple[str, tuple[str, ...]]], seed: int) -> list[Question]:
+    """One of each kind for each function, mixed."""
+    found = []
+    for name, parameters in functions:
+        signature = f"def {name}({', '.join(parameters)}):"
+        answers = {
+            "name": name,
+            "count": str(len(parameters)),
+            "first": parameters[0],
+            "last": parameters[-1],
+        }
+        found += [Question(kind, signature, answer) for kind, answer in answers.items()]
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def split(train: int, test: int, seed: int) -> tuple[list[Question], list[Question]]:
+    """Questions to train on and to hold out; no function is in both."""
+    functions = sorted(dict(signatures(pathlib.Path(sysconfig.get_paths()["stdlib"]))).items())
+    random.Random(seed).shuffle(functions)
+    # As many of each number of parameters, so that "how many" is no question of habit.
+    groups = [[f for f in functions if len(f[1]) == count] for count in (1, 2, 3, 4)]
+    mixed = [function for four in zip(*groups, strict=False) for function in four]
+    n_train, n_test = train // len(ASKED), test // len(ASKED)
+    chosen = mixed[: n_train + n_test]
+    return questions(chosen[:n_train], seed), questions(chosen[n_train:], seed)
+
+
+def answers(checkpoint: str, asked: list[Question]) -> list[str]:
+    """What a checkpoint answers, greedily."""
+    model = open_model(checkpoint, "fsdp=1")
+    template = built_in("llama2", model.tokenizer)
+    ids = [template.encode(question.messages()) for question in asked]
+    texts = [""] * len(asked)
+    with jax.set_mesh(model.mesh):
+        sampling = Sampling(max_tokens=16, temperature=0.0)
+        for addition in additions(model, ids, sampling, chunk=16):
+            texts[addition.row] += addition.text
+    return [text.strip() for text in texts]
+
+
+def table(asked: list[Question], before: list[str], after: list[str]) -> str:
+    """How many answers of each kind are right, and a few of them."""
+    lines = ["question  asked  right before  right after"]
+    for kind in ASKED:
+        rows = [n for n, question in enumerate(asked) if question.kind == kind]
+        right = [sum(given[n] == asked[n].answer for n in rows) for given in (before, after)]
+        lines.append(f"{kind:8}  {len(rows):5}  {right[0]:12}  {right[1]:11}")
+    lines += ["", f"{'kind':6}  {'signature':44}  {'before':24}  after"]
+    for n in range(min(12, len(asked))):
+        shown = " ".join(before[n].split())[:24]
+        cells = (f"{asked[n].kind:6}", f"{asked[n].signature[:44]:44}", f"{shown:24}", after[n])
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", default="runs/tiny", help="work directory of the base")
+    parser.add_argument("--workdir", default="runs/quiz", help="of the fine-tuning")
+    parser.add_argument("--train", type=int, default=640, help="questions to train on")
+    parser.add_argument("--test", type=int, default=80, help="questions held out")
+    options, flags = parser.parse_known_args()
+    if not (pathlib.Path(options.base) / "checkpoints").exists():
+        sys.exit(f"error: there is no base in {options.base}; make it with: make train")
+    train, test = split(options.train, options.test, seed=0)
+    workdir = pathlib.Path(options.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "questions.json"
+    path.write_text(json.dumps([question.record() for question in train], indent=1))
+    command = [sys.executable, "-m", "llama_jax.train", f"--workdir={workdir}", *flags]
+    command += [f"--config={ROOT / 'configs' / 'tiny_quiz.py'}", f"--config.data.source={path}"]
+    command += [f"--config.init_from=ckpt:{options.base}"]
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        sys.exit(status)
+    print(f"\n{len(train)} questions to train on; {len(test)} held out, on other functions:\n")
+    print(table(test, answers(options.base, test), answers(options.workdir, test)))
+
+
+if __name__ == "__main__":
+    main()
