@@ -35,7 +35,7 @@ def test_answers_are_right_and_held_out_functions_are_new(quiz):
 
 def test_signatures_have_plain_parameters_only(quiz, tmp_path):
     (tmp_path / "a.py").write_text(
-        "def a(x, y=1): pass\ndef b(*x): pass\ndef c(x, /): pass\ndef d(x, *, y): pass\n"
+        "def a(x, y=1): pass\ndef b(*x): pass\ndef c(x, /, y): pass\ndef d(x, *, y): pass\n"
         "def e(): pass\ndef f(a, b, c, d, e): pass\nclass G:\n    def g(self): pass\n"
     )
     assert sorted(quiz.signatures(tmp_path)) == [("a", ("x", "y")), ("g", ("self",))]
