@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 import jax
 
+from llama_jax import cli
 from llama_jax.continuation import additions
 from llama_jax.data.templates import built_in
 from llama_jax.decode import Sampling
@@ -25,7 +26,7 @@ from llama_jax.inference import open_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 ASKED = {
-    "name": "What is the name of this function?",
+    "method": "Is this function a method?",
     "count": "How many parameters does this function have?",
     "first": "What is the first parameter of this function?",
     "last": "What is the last parameter of this function?",
@@ -74,7 +75,7 @@ def questions(functions: list[tuple[str, tuple[str, ...]]], seed: int) -> list[Q
     for name, parameters in functions:
         signature = f"def {name}({', '.join(parameters)}):"
         answers = {
-            "name": name,
+            "method": "yes" if parameters[0] == "self" else "no",
             "count": str(len(parameters)),
             "first": parameters[0],
             "last": parameters[-1],
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=640, help="questions to train on")
     parser.add_argument("--test", type=int, default=80, help="questions held out")
     options, flags = parser.parse_known_args()
+    cli.quieten_libraries()
     if not (pathlib.Path(options.base) / "checkpoints").exists():
         sys.exit(f"error: there is no base in {options.base}; make it with: make train")
     train, test = split(options.train, options.test, seed=0)

@@ -68,13 +68,13 @@ def run(main: Callable[[], int | None], doc: str | None) -> None:
             print("\ninterrupted", file=sys.stderr)
             return 130
 
-    _quieten_libraries()
+    quieten_libraries()
     # absl prints the docstring of __main__ above the flags in --help.
     sys.modules["__main__"].__doc__ = doc
     app.run(guarded, flags_parser=parse)
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Keeps what libraries say about themselves out of the user's terminal."""
     # orbax logs every save, and a failed one with its traceback; what fails is also raised to us.
     logging.set_verbosity(logging.FATAL)

@@ -24,7 +24,8 @@ def test_answers_are_right_and_held_out_functions_are_new(quiz):
     for question in (*train, *test):
         function = ast.parse(question.signature + " pass").body[0]
         names = [arg.arg for arg in function.args.args]
-        right = {"name": function.name, "count": str(len(names)), "first": names[0]}
+        method = "yes" if names[0] == "self" else "no"
+        right = {"method": method, "count": str(len(names)), "first": names[0]}
         assert question.answer == {**right, "last": names[-1]}[question.kind]
     named = [{q.signature.split("(")[0] for q in part} for part in (train, test)]
     assert not named[0] & named[1] and len(named[1]) == 20
@@ -44,8 +45,11 @@ def test_signatures_have_plain_parameters_only(quiz, tmp_path):
 def test_the_table_counts_what_is_right(quiz):
     asked = quiz.questions([("f", ("a", "b")), ("g", ("c",))], seed=1)
     right = [question.answer for question in asked]
-    wrong = ["no\nidea" if q.kind == "name" else q.answer for q in asked]
+    wrong = ["no\nidea" if q.kind == "method" else q.answer for q in asked]
     lines = quiz.table(asked, wrong, right).splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines[1:5]}
-    assert rows == {"name": ["2", "0", "2"], **dict.fromkeys(("count", "first", "last"), ["2"] * 3)}
-    assert re.search(r"name    def f\(a, b\): +no idea +f$", "\n".join(lines), re.M)
+    assert rows == {
+        "method": ["2", "0", "2"],
+        **dict.fromkeys(("count", "first", "last"), ["2"] * 3),
+    }
+    assert re.search(r"method  def f\(a, b\): +no idea +no$", "\n".join(lines), re.M)
