@@ -60,6 +60,7 @@ def bases(config, params, tokenizer, tmp_path_factory):
     (folder / "ckpt" / "tokenizer.model").write_bytes(tokenizer.model_bytes)
     other = {**params, "final_norm": params["final_norm"] + np.float32(1e-3)}
     save_checkpoint(folder / "other", config, other, tokenizer.model_bytes)
+    (folder / "other" / "tokenizer.model").write_bytes(tokenizer.model_bytes)
     return folder
 
 
@@ -177,6 +178,7 @@ def test_full_fine_tuning_does_not_change_where_it_began(config, bases, tmp_path
     from llama_jax.guards import check_workdir
 
     first = replace(config, init_from=f"ckpt:{bases / 'ckpt'}")
+    (tmp_path / "config.json").write_text(first.to_json())
     check_workdir(first, epath.Path(tmp_path))
     with pytest.raises(UserError, match="init_from is ckpt:"):
         check_workdir(replace(config, init_from=f"ckpt:{bases / 'other'}"), epath.Path(tmp_path))
