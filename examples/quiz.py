@@ -143,9 +143,9 @@ def main() -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "questions.json"
     path.write_text(json.dumps([question.record() for question in train], indent=1))
-    command = [sys.executable, "-m", "llama_jax.train", f"--workdir={workdir}", *flags]
+    command = [sys.executable, "-m", "llama_jax.train", f"--workdir={workdir}"]
     command += [f"--config={ROOT / 'configs' / 'tiny_quiz.py'}", f"--config.data.source={path}"]
-    command += [f"--config.init_from=ckpt:{options.base}"]
+    command += [f"--config.init_from=ckpt:{options.base}", *flags]
     status = subprocess.run(command, check=False).returncode
     if status:
         sys.exit(status)
