@@ -20,6 +20,7 @@ import jax
 
 from llama_jax import cli
 from llama_jax.continuation import additions
+from llama_jax.data.conversations import messages_of
 from llama_jax.data.templates import built_in
 from llama_jax.decode import Sampling
 from llama_jax.inference import open_model
@@ -50,10 +51,6 @@ class Question:
     def record(self) -> dict[str, str]:
         """As a record of Alpaca's data."""
         return {"instruction": ASKED[self.kind], "input": self.signature, "output": self.answer}
-
-    def messages(self) -> list[dict[str, str]]:
-        """As a conversation, as `llama_jax` makes it of the record."""
-        return [{"role": "user", "content": f"{ASKED[self.kind]}\n\n{self.signature}"}]
 
 
 def signatures(folder: pathlib.Path) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -101,7 +98,8 @@ def answers(checkpoint: str, asked: list[Question]) -> list[str]:
     """What a checkpoint answers, greedily."""
     model = open_model(checkpoint, "fsdp=1")
     template = built_in("llama2", model.tokenizer)
-    ids = [template.encode(question.messages()) for question in asked]
+    # As training reads the records, without the answer.
+    ids = [template.encode(messages_of(question.record())[:-1]) for question in asked]
     texts = [""] * len(asked)
     with jax.set_mesh(model.mesh):
         sampling = Sampling(max_tokens=16, temperature=0.0)

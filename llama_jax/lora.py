@@ -20,7 +20,7 @@ class Adapted:
     """A base with adapters: what `model.forward` takes in place of plain parameters.
 
     Attributes:
-      base: parameters, see `base.py`.
+      base: parameters, in the form of `frozen`.
       adapters: see `init_adapters`.
       lora: what the adapters were made by.
     """
