@@ -2,7 +2,8 @@
 
 Steps with and without a save are timed in turns of `--every` steps, a save at the beginning of
 every second turn: `overhead` is the mean over pairs of turns of their ratio less 1, and stands
-beside its standard error and the pairs themselves.
+beside its standard error and the pairs themselves. `cpu_overhead` is the same of the CPU seconds of
+the process: a noisy machine moves them less, and they hold all that a save does in the background.
 
 Example:
   python benchmarks/checkpoint.py --config=configs/tiny.py --every=100 --pairs=4
@@ -40,13 +41,19 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(turn: Callable[[bool], float], pairs: int) -> Iterator[tuple[float, float]]:
+Times = tuple[float, float]  # of the wall, of the CPU
+
+
+def in_turns(turn: Callable[[bool], Times], pairs: int) -> Iterator[tuple[Times, Times]]:
     """(without, with) of each pair; every second one the other way round, so that drift cancels."""
     for number in range(pairs):
         first = turn(bool(number % 2))
         second = turn(not number % 2)
         plain, saving = (second, first) if number % 2 else (first, second)
-        print(f"pair {number + 1} of {pairs}: {saving / plain - 1:+.2%}", file=sys.stderr)
+        wall, cpu = (
+            with_save / without - 1 for without, with_save in zip(plain, saving, strict=True)
+        )
+        print(f"pair {number + 1} of {pairs}: {wall:+.2%}, CPU {cpu:+.2%}", file=sys.stderr)
         yield plain, saving
 
 
@@ -65,10 +72,10 @@ def main() -> None:
         saver = Checkpointer(folder, config)
         blocked: list[float] = []
 
-        def turn(saving: bool, steps: int = every) -> float:
+        def turn(saving: bool, steps: int = every) -> Times:
             """Seconds of these steps, and of all that a save costs in them."""
             nonlocal state
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             for number in range(steps):
                 state, _ = compiled.train(state, next(batches))
                 step = int(jax.device_get(state.step))
@@ -76,7 +83,7 @@ def main() -> None:
                     meta = Meta(config, step, "benchmark", b"")
                     blocked.append(seconds(lambda: saver.save(state, meta)))  # noqa: B023
             saver.wait()
-            return time.perf_counter() - start
+            return time.perf_counter() - start, time.process_time() - cpu
 
         turn(True, _WARMUP)  # compiles; and the first save is slower
         times = list(in_turns(turn, pairs))
@@ -87,8 +94,10 @@ def main() -> None:
         hashing = min(seconds(lambda: manifest.damage(newest)) for _ in range(3))
         saver.close()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    plain = [without for without, _ in times]
-    ratios = [saving / without - 1 for without, saving in times]
+    plain = [without[0] for without, _ in times]
+    ratios, cpu_ratios = (
+        [saving[kind] / without[kind] - 1 for without, saving in times] for kind in (0, 1)
+    )
     base = statistics.mean(plain) / every
     # How much two turns without a save differ: what the overhead must be seen against.
     noise = [abs(later / sooner - 1) for sooner, later in itertools.pairwise(plain)]
@@ -99,10 +108,14 @@ def main() -> None:
                 "state_bytes": size,
                 "save_every": every,
                 "step_seconds_without_saves": base,
-                "step_seconds_with_saves": statistics.mean(saving for _, saving in times) / every,
+                "step_seconds_with_saves": statistics.mean(saving[0] for _, saving in times)
+                / every,
                 "overhead": statistics.mean(ratios),
                 "overhead_standard_error": statistics.stdev(ratios) / math.sqrt(pairs),
                 "overhead_of_pairs": [round(ratio, 5) for ratio in ratios],
+                "cpu_overhead": statistics.mean(cpu_ratios),
+                "cpu_overhead_standard_error": statistics.stdev(cpu_ratios) / math.sqrt(pairs),
+                "cpu_overhead_of_pairs": [round(ratio, 5) for ratio in cpu_ratios],
                 "plain_turns_differ_by": statistics.median(noise),
                 "save_blocks_seconds": statistics.median(blocked[1:]),
                 "save_blocks_share": statistics.median(blocked[1:]) / (every * base),

@@ -6,11 +6,14 @@ Example:
 """
 
 import argparse
+import collections
 import hashlib
+import json
 import pathlib
 import random
 import re
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -60,9 +63,11 @@ def disturb(corpus, workdir, flags, processes, devices, rng, steps):
     """Sends one process of the run a signal, while it starts or at some step.
 
     Returns:
-      The signal's name, or "" where the run was finished before; and the exit statuses.
+      The signal's name, or "" where the run was finished before; the exit statuses; and the seconds
+      from the start to the first step, in a list that is empty where no step was reached.
     """
-    options = {"processes": processes, "devices": devices}
+    options, began = {"processes": processes, "devices": devices}, time.monotonic()
+    first_step = []
     running = start_train(corpus, workdir, *flags, **options)
     victim, number = rng.choice(running), rng.choice(SIGNALS)
     at_step = rng.randrange(1, steps)
@@ -71,6 +76,8 @@ def disturb(corpus, workdir, flags, processes, devices, rng, steps):
     else:
         for line in running[0].stdout:
             found = re.match(r"step +(\d+)/", line)
+            if found and not first_step:
+                first_step.append(time.monotonic() - began)
             if found and int(found[1]) >= at_step:
                 break
         time.sleep(rng.uniform(0, 0.2))
@@ -82,7 +89,7 @@ def disturb(corpus, workdir, flags, processes, devices, rng, steps):
     # Before our handler is there, SIGTERM just ends a process.
     if number == signal.SIGTERM and processes == 1 and set(statuses) - {0, -number}:
         raise AssertionError(outputs)
-    return "" if finished else number.name, statuses
+    return "" if finished else number.name, statuses, first_step
 
 
 def newest(workdir):
@@ -96,7 +103,7 @@ def soak(
     """Runs a twin undisturbed, and others that are disturbed again and again to their ends.
 
     Returns:
-      How many signals were sent, and whether all losses and last states are equal.
+      How often each signal was sent, and whether all losses and last states are equal.
     """
     flags = [f"--config.train.steps={steps}", "--config.train.eval_every=1000"]
     flags += ["--config.train.checkpoint_every=5", "--config.train.log_every=1"]
@@ -104,21 +111,37 @@ def soak(
     seconds = run_to_end(corpus, twin, *options)
     log(f"undisturbed: {steps} steps in {seconds:.1f} s", flush=True)
     expected = digest(twin), losses(twin)
-    rng, sent, runs, end = random.Random(seed), 0, 0, time.monotonic() + minutes * 60
-    equal = True
-    while sent < kills or time.monotonic() < end:
-        runs += 1
-        disturbed = folder / f"disturbed{runs}"
-        while newest(disturbed) < steps and (sent < kills or time.monotonic() < end):
-            name, statuses = disturb(corpus, disturbed, *options, rng, steps)
-            sent += bool(name)
-            what = name or "finished before it"
-            log(f"{sent}: {what}, exit {statuses}, newest step {newest(disturbed)}", flush=True)
-        run_to_end(corpus, disturbed, *options)
-        equal &= (digest(disturbed), losses(disturbed)) == expected
-    verdict = "equal to the last bit" if equal else "DIFFERENT"
-    log(f"{sent} signals over {runs} run(s): losses and states are {verdict}", flush=True)
+    rng, sent, end = random.Random(seed), collections.Counter(), time.monotonic() + minutes * 60
+    disturbed, first_steps, equal = [], [], True
+    while sent.total() < kills or time.monotonic() < end:
+        disturbed.append(folder / f"disturbed{len(disturbed) + 1}")
+        while newest(disturbed[-1]) < steps and (sent.total() < kills or time.monotonic() < end):
+            name, statuses, first_step = disturb(corpus, disturbed[-1], *options, rng, steps)
+            sent.update([name] if name else [])
+            first_steps += first_step
+            what, step = name or "finished before it", newest(disturbed[-1])
+            log(f"{sent.total()}: {what}, exit {statuses}, newest step {step}", flush=True)
+        run_to_end(corpus, disturbed[-1], *options)
+        equal &= (digest(disturbed[-1]), losses(disturbed[-1])) == expected
+    log(summary(disturbed, sent, first_steps, steps), flush=True)
+    log(f"losses and states are {'equal to the last bit' if equal else 'DIFFERENT'}", flush=True)
     return sent, equal
+
+
+def summary(workdirs, sent, first_steps, steps):
+    """What the signals cost, in one line."""
+    signals = " and ".join(f"{count} {name}" for name, count in sent.items())
+    logged = sum("loss" in line for workdir in workdirs for line in records(workdir))
+    spent = collections.Counter()
+    for workdir in workdirs:
+        spent.update(json.loads((workdir / "goodput.json").read_text())["seconds"])
+    redone = logged - steps * len(workdirs)
+    first = f"{statistics.median(first_steps):.1f} s" if first_steps else "not seen"
+    return (
+        f"{signals} over {len(workdirs)} run(s) of {steps} steps: {redone} steps redone, "
+        f"{first} from a start to its first step (median), "
+        f"{spent['step'] / spent.total():.1%} of the time in steps"
+    )
 
 
 def main():

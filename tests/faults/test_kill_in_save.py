@@ -62,6 +62,8 @@ def test_killed_inside_a_save(tmp_path, kills):
             assert step in (done, done + 1)  # renamed, but killed before it could say so
             state = saver.restore(step, shardings)
         jax.tree.map(np.testing.assert_array_equal, state, state_of(step))
-        left = sorted(int(path.name) for path in directory.iterdir())
-        assert left == sorted(range(step, max(0, step - CONFIG.train.keep_checkpoints), -1))
+        left = sorted((int(path.name) for path in directory.iterdir()), reverse=True)
+        kept = list(range(step, max(0, step - CONFIG.train.keep_checkpoints), -1))
+        # Killed between the newest one's renaming and the oldest one's removal: one more is left.
+        assert left in (kept, [*kept, kept[-1] - 1])
     print(f"{partial} partial saves of {tries} kills, all recovered")
