@@ -26,6 +26,7 @@ from llama_jax import cli, manifest
 from llama_jax.config import Config, from_json
 from llama_jax.errors import UserError, first_line
 from llama_jax.fingerprint import difference, fingerprint
+from llama_jax.interchange.formats import is_tokenizer_file
 from llama_jax.retention import saved_steps
 from llama_jax.step import abstract_state
 
@@ -201,6 +202,10 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
                     f"{folder} has format {version}, this version reads "
                     f"{', '.join(map(str, READABLE_VERSIONS))}"
                 )
+            files = tokenizer.get("files", {})
+            for name in files:  # it becomes a path again where it is exported
+                if not is_tokenizer_file(name):
+                    raise UserError(f"{folder} holds a file {name!r}, which is no tokenizer's")
             return Meta(
                 config=from_json(meta["config"]),
                 step=meta["step"],
@@ -212,10 +217,7 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
                 rewinds=meta.get("rewinds", []),  # absent before them
                 base=meta.get("base", {}),  # absent before LoRA
                 tokenizer_model=base64.b64decode(tokenizer["sentencepiece"]),
-                tokenizer_files={
-                    name: base64.b64decode(file)
-                    for name, file in tokenizer.get("files", {}).items()
-                },
+                tokenizer_files={name: base64.b64decode(file) for name, file in files.items()},
             )
         except (OSError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, UserError):

@@ -33,6 +33,7 @@ SAVE_ERRORS = (OSError, ValueError, jax.errors.JaxRuntimeError)
 QUIET_S = 10.0
 # Orbax counts its time-out by the wall clock, which may jump; the watchdog ends what hangs.
 _NO_TIMEOUT_S = 50 * 365 * 86_400
+_BLOCK_BYTES = 4096  # what a file takes of most disks at least
 # Parts of a layer that are stored by themselves; of smaller ones there would be too many.
 LAYER_BYTES = 2**20
 
@@ -56,6 +57,8 @@ class Checkpointer(Restorer):
         self._saves, self._meeting = 0, Meeting("")
         options = ocp.AsyncOptions(
             timeout_secs=_NO_TIMEOUT_S,
+            # In the background it waits for folders by the wall clock, for 300 s, which may jump.
+            create_directories_asynchronously=False,
             # Orbax waits here when all is written, and when all is committed.
             barrier_sync_fn=lambda **_: self._meeting.wait(),
         )
@@ -83,10 +86,13 @@ class Checkpointer(Restorer):
         return ""
 
     def _probe(self) -> None:
-        """Raises OSError where nothing can be written."""
-        probe = self._directory / ".probe"
-        probe.write_text("")
-        probe.unlink()
+        """Raises OSError where no folder can be made, or not a block be written."""
+        probe = self._directory / f"0{retention.SAVING}.probe"  # removed at the next start, if left
+        probe.mkdir(exist_ok=True)
+        try:
+            (probe / "block").write_bytes(bytes(_BLOCK_BYTES))
+        finally:
+            probe.rmtree()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -110,7 +116,7 @@ class Checkpointer(Restorer):
 
     def _target(self, step: int) -> epath.Path:
         """Where `step` is written."""
-        remote = "://" in str(self._directory)
+        remote = retention.is_object_store(self._directory)
         return self.folder(step) if remote else self._directory / f"{step}{retention.SAVING}"
 
     def save(self, state: TrainState, meta: Meta) -> None:
@@ -136,7 +142,7 @@ class Checkpointer(Restorer):
             if jax.process_index() == 0:
                 self._directory.mkdir(parents=True, exist_ok=True)
                 self._probe()
-            if "://" in str(self._directory):
+            if retention.is_object_store(self._directory):
                 return ""
             shards = (s for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards)
             needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
@@ -196,8 +202,8 @@ class Checkpointer(Restorer):
             if not self._meeting.failed:  # the others do not know yet
                 with contextlib.suppress(*SAVE_ERRORS):
                     self._meeting.wait(first_line(error))
-            self._warn(step, first_line(error))
             self._clean(step)
+            self._warn(step, first_line(error))
             return
         finally:
             timer.cancel()
@@ -219,12 +225,10 @@ class Checkpointer(Restorer):
 
     def _warn(self, step: int, reason: str) -> None:
         count, limit = self._failures + 1, self._config.train.max_failed_saves
-        print(
+        self._print(
             f"warning: saving step {step} to {self._directory} failed: {reason}; earlier "
             f"checkpoints are untouched, the next one is tried as usual ({count} failed in a row, "
-            f"train.max_failed_saves={limit})\n",
-            end="",  # in one piece: the loop prints too
-            flush=True,
+            f"train.max_failed_saves={limit})"
         )
         self._note(step, event="save_failed", reason=reason)
 

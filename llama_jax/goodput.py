@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from llama_jax.files import write_atomically
+
 # init: start-up, data, restoring. lost: of a run that was cut off, from its last save to a restart.
 PHASES = ("init", "compile", "data", "step", "eval", "checkpoint", "lost")
 
@@ -68,7 +70,8 @@ class Goodput:
             "time": time.time(),
             "saved_at_end": at_end,
         }
-        self._path.write_text(json.dumps(record, indent=1) + "\n")
+        with contextlib.suppress(OSError):  # a disk that is full or gone ends no run
+            write_atomically(self._path, f"{json.dumps(record, indent=1)}\n".encode())
 
     def report(self) -> str:
         """One line, such as `97.0% of 120 s: init 2.1, compile 1.0, ... (2 runs)`."""

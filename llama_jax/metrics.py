@@ -228,7 +228,8 @@ class Metrics:
             try:
                 writer.write(step, record)
             except OSError as error:  # the file's buffer is kept, and written when that works again
-                print(f"warning: step {step} could not be logged: {error}", flush=True)
+                with contextlib.suppress(OSError):  # of the console, too
+                    print(f"warning: step {step} could not be logged: {error}", flush=True)
 
     def close(self) -> None:
         """Writes what is pending and closes the writers."""
@@ -245,7 +246,10 @@ def plot_loss(jsonl: epath.Path, output: epath.Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = [json.loads(line) for line in jsonl.read_text().splitlines()]
+    records = []
+    for line in jsonl.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # a line that a kill cut off
+            records.append(json.loads(line))
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     for name, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
         # A resumed run repeats steps that were lost; the later record counts.

@@ -25,6 +25,7 @@ class Restorer:
         self._directory = self._workdir / CHECKPOINTS
         self._config = config
         self._damaged: dict[int, str] = {}  # what is wrong with which step
+        self.passed_over = False  # whether a damaged step was set aside
 
     def folder(self, step: int) -> epath.Path:
         """Where `step` is, or would be."""
@@ -73,6 +74,7 @@ class Restorer:
         self._damaged[step] = reason
 
     def _set_damaged_aside(self, used: int) -> None:
+        self.passed_over |= bool(self._damaged)
         for step in sorted(self._damaged):
             if jax.process_index() == 0:
                 reason = self._damaged[step]
@@ -120,7 +122,13 @@ class Restorer:
 
     def _say(self, text: str) -> None:
         if jax.process_index() == 0:
-            print(text, flush=True)
+            self._print(text)
+
+    @staticmethod
+    def _print(text: str) -> None:
+        """Prints in one piece, since the loop does, too; a full disk under stdout ends no save."""
+        with contextlib.suppress(OSError):
+            print(f"{text}\n", end="", flush=True)
 
     def note(self, step: int, text: str, **record: Any) -> None:
         """Says what has happened, and adds it to metrics.jsonl."""

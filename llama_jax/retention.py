@@ -32,11 +32,22 @@ class SavedStep:
     time: datetime.datetime = datetime.datetime.min
 
 
+def is_object_store(directory: epath.Path) -> bool:
+    """Whether a folder is a bucket's: to rename it copies all that is in it, a file at a time."""
+    return "://" in str(directory)
+
+
 def saved_steps(directory: epath.Path) -> list[int]:
-    """Numbers of the complete steps, in order; none where there is no such directory."""
+    """Numbers of the complete steps, in order; none where there is no such directory.
+
+    In an object store a folder has its number from the start: its manifest makes it complete.
+    """
     if not directory.exists():
         return []
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())
+    entries = [entry for entry in directory.iterdir() if entry.name.isdigit()]
+    if is_object_store(directory):
+        entries = [entry for entry in entries if (entry / manifest.NAME).exists()]
+    return sorted(int(entry.name) for entry in entries)
 
 
 def _described(directory: epath.Path, step: int, name: str) -> Any:
@@ -107,6 +118,9 @@ def _needed_to_rewind(steps: list[int], train: TrainConfig, rewinds: list[list[i
 
 def remove(folder: epath.Path) -> None:
     """Deletes a step; killed on the way, it leaves nothing that looks like one."""
+    if is_object_store(folder):
+        (folder / manifest.NAME).unlink()
+        return folder.rmtree()
     leaving = folder.rename(folder.parent / (folder.name + _DELETING))
     leaving.rmtree()
 

@@ -28,6 +28,7 @@ from llama_jax.data.streaming import Position, StreamingBatches
 from llama_jax.decode import Sampling
 from llama_jax.describe import describe
 from llama_jax.errors import UserError
+from llama_jax.files import write_atomically
 from llama_jax.fingerprint import fingerprint
 from llama_jax.goodput import Goodput
 from llama_jax.guards import (
@@ -208,6 +209,7 @@ def run_loop(
         goodput.save()
 
     goodput.enter("step")
+    goodput.save()  # what a run that is killed before its first save has lost counts, too
     log.start(start)
     read, rewound = watch.at_start(state), False
     for step in range(start, train.steps + 1):
@@ -262,13 +264,27 @@ def run_loop(
     return state
 
 
-def train(config: Config, workdir: epath.PathLike, began: float | None = None) -> TrainState:
+def train(config: Config, workdir: epath.PathLike) -> TrainState:
     """Trains or resumes `config` in `workdir`; returns the last state.
+
+    Raises:
+      UserError, Stopped: as `run`.
+    """
+    return run(config, workdir)[0]
+
+
+def run(
+    config: Config, workdir: epath.PathLike, began: float | None = None
+) -> tuple[TrainState, bool]:
+    """Trains or resumes `config` in `workdir`.
 
     Args:
       config: what to train.
       workdir: folder of the run.
       began: when the command did, by the monotonic clock, if before this call.
+
+    Returns:
+      The last state, and whether a damaged checkpoint was passed over.
 
     Raises:
       UserError: the config does not fit the devices, the data, or what is in `workdir`.
@@ -301,9 +317,9 @@ def train(config: Config, workdir: epath.PathLike, began: float | None = None) -
             watch = SkipWatch(config, data, saver, rewinds)
             # Only now: a run that is refused leaves the other one's as it was.
             if jax.process_index() == 0:
-                (workdir / "config.json").write_text(config.to_json())
+                write_atomically(workdir / "config.json", config.to_json().encode())
                 if data.tokenizer is not None:
-                    data.tokenizer.save(workdir / "tokenizer.model")
+                    write_atomically(workdir / "tokenizer.model", data.tokenizer.model_bytes)
             start = int(state.step)
             if start < config.train.steps:
                 device = mesh.devices.flat[0]
@@ -326,7 +342,7 @@ def train(config: Config, workdir: epath.PathLike, began: float | None = None) -
             _log(f"rewound      at step {at}, to the weights of step {to}")
         if int(state.step) == config.train.steps:
             _print_sample(config, state, data)
-    return state
+    return state, saver.passed_over
 
 
 def _report(config: Config, workdir: epath.Path, start: int, step: int, stop: StopRequest) -> None:
@@ -375,11 +391,13 @@ def main() -> int:
         _log(f"start   {jax.process_count()} processes, found by {means}")
     use_compilation_cache()
     try:
-        state = train(run_config, _WORKDIR.value, began)
+        state, damaged = run(run_config, _WORKDIR.value, began)
     except Stopped as signal_name:
         _log(f"\n{signal_name}: stopped, nothing to save; run the same command again to go on")
         return _STOPPED_STATUS.value
-    return 0 if int(state.step) == run_config.train.steps else _STOPPED_STATUS.value
+    if int(state.step) < run_config.train.steps:
+        return _STOPPED_STATUS.value
+    return _DAMAGED_STATUS.value if damaged else 0
 
 
 if __name__ == "__main__":
@@ -401,6 +419,13 @@ if __name__ == "__main__":
         0,
         "Exit status after SIGTERM, saved but not finished; launchers that restart what fails "
         "want one that is not 0.",
+        lower_bound=0,
+        upper_bound=255,
+    )
+    _DAMAGED_STATUS = flags.DEFINE_integer(
+        "damaged_status",
+        0,
+        "Exit status after training to the end, where a damaged checkpoint was passed over.",
         lower_bound=0,
         upper_bound=255,
     )

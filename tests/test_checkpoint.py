@@ -200,3 +200,13 @@ def test_files_of_another_tokenizer_are_kept(tmp_path):
     meta = dataclasses.replace(META, tokenizer_files={"tokenizer.json": b"{\xff}"})
     checkpoint_lib.save_meta(tmp_path, meta)
     assert load_meta(tmp_path) == meta
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/x", "additional_chat_templates/../x.jinja", "x.py", "..", ""]
+)
+def test_no_file_of_a_checkpoint_leaves_its_folder(tmp_path, name):
+    """They are written out where it is exported: a foreign one must not choose where."""
+    checkpoint_lib.save_meta(tmp_path, dataclasses.replace(META, tokenizer_files={name: b"x"}))
+    with pytest.raises(UserError, match="holds a file .*, which is no tokenizer's"):
+        load_meta(tmp_path)

@@ -155,6 +155,8 @@ def test_the_plot_shows_both_losses_and_the_later_record_of_a_step(tmp_path, mon
 
     monkeypatch.setattr(Axes, "plot", spy)
     output = epath.Path(tmp_path / "plots" / "loss.png")
+    with (tmp_path / "m.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')  # a kill in the middle of a line
     metrics.plot_loss(epath.Path(tmp_path / "m.jsonl"), output)
     assert drawn == {"training": [(1, 5.0), (2, 4.0)], "validation": [(2, 4.5)]}
     assert output.read_bytes().startswith(b"\x89PNG")

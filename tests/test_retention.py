@@ -40,6 +40,18 @@ def test_what_is_kept(directory, changes, kept):
     assert len(list(directory.iterdir())) == len(kept)
 
 
+def test_in_an_object_store_the_manifest_makes_a_step(directory, monkeypatch):
+    """No folder is renamed there: what has no manifest is being written, or deleted."""
+    monkeypatch.setattr(retention, "is_object_store", lambda _: True)
+    make(directory, [2.0, 1.0, 3.0])
+    (directory / "10" / "manifest.json").write_text("")
+    (directory / "20" / "manifest.json").write_text("")
+    assert retention.saved_steps(directory) == [10, 20]
+    monkeypatch.setattr(type(directory), "rmtree", lambda self: None)  # killed before it
+    retention.remove(directory / "10")
+    assert retention.saved_steps(directory) == [20] and (directory / "10").exists()
+
+
 def test_what_can_be_rewound_to():
     """Regular steps and those of rewinds; not what a rewind left behind, nor a stop saved."""
     train = replace(TINY, train__checkpoint_every=10).train

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 
 from etils import epath
@@ -14,17 +13,11 @@ from llama_jax.data.reading import Example, Part, Reading
 from llama_jax.data.shard_writer import ShardWriter
 from llama_jax.data.sources import read
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.files import write_atomically
 
 # Documents that are tokenised at once: enough to keep the library busy, few enough for the memory.
 BATCH_DOCUMENTS = 64
 BATCH_CHARACTERS = 8_000_000
-
-
-def write_atomically(path: epath.Path, data: bytes) -> None:
-    """Writes a file that is there whole or not at all."""
-    temporary = path.parent / f"{path.name}.tmp-{os.getpid()}"
-    temporary.write_bytes(data)
-    temporary.rename(path)
 
 
 def report_name(index: int) -> str:

@@ -22,12 +22,13 @@ from etils import epath
 from llama_jax.config import Config, DataConfig
 from llama_jax.data import beam, shards, templates
 from llama_jax.data.mixture import parse_shares
-from llama_jax.data.part import report_name, write_atomically, write_part
+from llama_jax.data.part import report_name, write_part
 from llama_jax.data.reading import Part, Reading
 from llama_jax.data.report import Progress, Report, report_of
 from llama_jax.data.sources import documents, list_parts, named_sources
 from llama_jax.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_tokenizer
 from llama_jax.errors import UserError
+from llama_jax.files import write_atomically
 
 PLAN = "plan.json"
 

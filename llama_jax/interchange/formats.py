@@ -23,6 +23,13 @@ MORE_TEMPLATES = "additional_chat_templates"  # a folder beside chat_template.ji
 LLAMA3_SPECIAL_TOKENS = 256  # that follow the ranks in a tokenizer.model of Llama 3
 
 
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a name is in `TOKENIZER_FILES`, or a template in `MORE_TEMPLATES`; no other path."""
+    folder, _, file = name.rpartition("/")
+    template = folder == MORE_TEMPLATES and file.endswith(".jinja") and "\\" not in file
+    return name in TOKENIZER_FILES or template
+
+
 @dataclasses.dataclass(frozen=True)
 class Description:
     """All that a checkpoint holds beside its weights.

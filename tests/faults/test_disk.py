@@ -1,6 +1,7 @@
 """Rows 6, 7 and 23 of docs/reliability.md: a disk that is full, read-only, gone, or slow."""
 
 import contextlib
+import json
 import re
 import resource
 import subprocess
@@ -15,10 +16,11 @@ import pytest
 from llama_jax import checkpointer as checkpointer_lib
 from llama_jax import manifest
 from llama_jax import train as train_lib
-from llama_jax.checkpoint import verify
+from llama_jax.checkpoint import Meta, verify
+from llama_jax.checkpointer import Checkpointer
 from llama_jax.errors import UserError
 from llama_jax.train import train
-from tests.helpers import ROOT, TINY, records, replace
+from tests.helpers import ROOT, TINY, made_state, random_params, records, replace
 
 # Saves at 2, 4, .. 12; the fault begins in step 6 and ends in step 9.
 CONFIG = replace(TINY, train__steps=12, train__checkpoint_every=2, train__eval_every=100)
@@ -82,12 +84,12 @@ class ReadOnly:
 
 
 class Lost:
-    """Something else stands where the checkpoints were."""
+    """Something else stands where the checkpoints, or the whole work directory, were."""
 
     reason = "File exists|Not a directory"
 
-    def __init__(self, workdir):
-        self.folder, self.away = workdir / "checkpoints", workdir / "away"
+    def __init__(self, folder):
+        self.folder, self.away = folder, folder.with_name("away")
 
     def begin(self):
         self.folder.rename(self.away)
@@ -102,7 +104,8 @@ FAULTS = {
     "full": lambda workdir: FullDisk(workdir, 0),
     "fills up": lambda workdir: FullDisk(workdir, 500_000),
     "read-only": ReadOnly,
-    "lost": Lost,
+    "lost": lambda workdir: Lost(workdir / "checkpoints"),
+    "all lost": Lost,
 }
 
 
@@ -165,6 +168,7 @@ def test_training_goes_on(kind, workdir, undisturbed, monkeypatch, capsys):
     assert names == ["10", "12", "4"]
     assert verify(train_lib.epath.Path(workdir))
     assert [line["step"] for line in records(workdir) if "loss" in line] == list(range(1, 13))
+    assert json.loads((workdir / "goodput.json").read_text())["saved_at_end"]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -252,6 +256,28 @@ def test_a_disk_that_never_answers(tmp_path, code, every, step, where):
     assert done.returncode == 1
     assert re.search(rf"waiting for the save of step {step}, begun \d+ s ago", done.stdout)
     assert f"error: no sign of life in {where} for longer than 5 s" in done.stderr
+
+
+def test_a_console_that_is_full_ends_no_save(tmp_path, monkeypatch):
+    """A failed save is told and cleaned up, also where stdout is a file of the same full disk."""
+    printed = []
+
+    def full(*text, **_):
+        printed.append(" ".join(map(str, text)))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(manifest, "write", full)
+    monkeypatch.setattr("builtins.print", full)
+    state = made_state(TINY, random_params(TINY.model), 3)
+    with Checkpointer(tmp_path, TINY) as saver:
+        saver.save(state, Meta(TINY, 3, "made up", b""))
+        with pytest.raises(UserError, match="No space left"):
+            saver.wait()
+        assert list((tmp_path / "checkpoints").iterdir()) == []
+        monkeypatch.undo()
+        saver.save(state, Meta(TINY, 3, "made up", b""))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+    assert "saving step 3" in "".join(printed)
 
 
 def test_a_place_that_is_read_only_is_told_before_the_first_step(workdir, monkeypatch):
