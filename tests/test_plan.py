@@ -6,18 +6,20 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from etils import epath
 
 from llama_jax import ahead
 from llama_jax import plan as plan_lib
 from llama_jax.ahead import lower_step, with_slices
 from llama_jax.chips import GIB, chip_named
+from llama_jax.data.pipeline import open_data
 from llama_jax.errors import UserError
 from llama_jax.plan import plan, table
 from llama_jax.skips import no_skips
 from llama_jax.step import abstract_state
 from llama_jax.topology import Topology
 from tests import plans
-from tests.helpers import ROOT, TINY, one_line_error, replace, run_command
+from tests.helpers import ROOT, TINY, one_line_error, replace, run_command, text_config
 
 KEYS = (
     *("config", "topology", "chips", "parameters", "bytes_per_chip", "fits", "collectives"),
@@ -61,6 +63,18 @@ def test_the_plan_counts_what_is_there(eight):
     )
     text = table(result)
     assert "fits         yes" in text and "v5e:2x4: 8 chips" in text
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_the_batch_is_what_training_draws(packing, corpus, tmp_path):
+    """Attention above segment ids is another program than without."""
+    config = text_config(corpus, data__packing=packing)
+    drawn = open_data(config, epath.Path(tmp_path)).train.rows(0, range(8))
+    lowered, _, _ = lower_step(config, jax.devices())
+    (_, batch), _ = lowered.args_info
+    assert {name: (one.shape, one.dtype) for name, one in batch.items()} == {
+        name: (rows.shape, rows.dtype) for name, rows in drawn.items()
+    }
 
 
 def test_what_does_not_fit(eight):
