@@ -6,8 +6,9 @@
 Batch: 40 sequences x 512 tokens = 20,480 tokens a step, 1,218 steps.
 Recipe of github.com/tatsu-lab/stanford_alpaca: 3 epochs of 52,002 records, 128 a step, AdamW with
 betas 0.9 and 0.999 and no decay, peak rate 2e-5, warm-up over 3% and cosine to 0, clipping at 1.0.
-Ours are the 40 packed sequences, for 128 padded records: look at what `prepare` says of your data
-and at the epochs in the log. It needs 8 GPUs of 80 GB or less; `lora` in docs/lora.md needs one.
+Ours are the 40 packed sequences, for 128 padded records, which are taken to be of 160 tokens each:
+look at what `prepare` says of your data and at the epochs in the log. It needs 8 GPUs of 80 GB or
+less; `lora` in docs/lora.md needs one.
 Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/alpaca_7b.py --topology=h100:1x8
     15.2 of 71.2 GiB a chip; predicted 0.22 s a step, 11,695 tokens/s/chip,
