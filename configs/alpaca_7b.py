@@ -6,8 +6,20 @@
 Batch: 40 sequences x 512 tokens = 20,480 tokens a step, 1,218 steps.
 Recipe of github.com/tatsu-lab/stanford_alpaca: 3 epochs of 52,002 records, 128 a step, AdamW with
 betas 0.9 and 0.999 and no decay, peak rate 2e-5, warm-up over 3% and cosine to 0, clipping at 1.0.
-Ours are the 40 packed sequences, for 128 padded records: look at what `prepare` says of your data
-and at the epochs in the log. It needs 8 GPUs of 80 GB or less; `lora` in docs/lora.md needs one.
+Ours are the 40 packed sequences, for 128 padded records, which are taken to be of 160 tokens each:
+look at what `prepare` says of your data and at the epochs in the log. It needs 8 GPUs of 80 GB or
+less; `lora` in docs/lora.md needs one.
+Fits, as the compilers of these machines say (tests/plans.py checks it):
+  python -m llama_jax.plan --config=configs/alpaca_7b.py --topology=h100:1x8
+    15.2 of 71.2 GiB a chip; predicted 0.22 s a step, 11,695 tokens/s/chip,
+    MFU 47.8% (6N), 0.07 hours, 0.59 chip hours.
+  python -m llama_jax.plan --config=configs/alpaca_7b.py --topology=a100-80g:1x8
+    14.8 of 71.3 GiB a chip; predicted 0.66 s a step, 3,892 tokens/s/chip,
+    MFU 50.4% (6N), 0.22 hours, 1.78 chip hours.
+  python -m llama_jax.plan --config=configs/alpaca_7b.py --topology=rtx4090:1x1 \\
+      --config.lora.rank=16 --config.train.grad_accum=5
+    15.2 of 21.6 GiB a chip; predicted 7.34 s a step, 2,791 tokens/s/chip,
+    MFU 45.5% (4N), 2.48 hours, 2.48 chip hours.
 """
 
 import ml_collections

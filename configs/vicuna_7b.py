@@ -6,8 +6,8 @@
 Batch: 80 sequences x 2,048 tokens = 163,840 tokens a step, 1,640 steps.
 Recipe of github.com/lm-sys/FastChat: 3 epochs of 70,000 conversations, 128 a step, peak rate 2e-5,
 warm-up over 3% and cosine to 0, no decay; AdamW with betas 0.9 and 0.999, clipping at 1.0. Ours are
-the 80 packed sequences, for 128 padded conversations: look at what `prepare` says of your data and
-at the epochs in the log.
+the 80 packed sequences, for 128 padded conversations, which are taken to be of 1,280 tokens each:
+look at what `prepare` says of your data and at the epochs in the log.
 """
 
 import ml_collections

@@ -7,14 +7,13 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from llama_jax.chips import GIB
 from llama_jax.config import Config
 from llama_jax.errors import UserError
 from llama_jax.mesh import make_mesh
 from llama_jax.sharding import check_batch
-from llama_jax.step import abstract_frozen, abstract_state, jit_step
+from llama_jax.step import abstract_batch, abstract_frozen, abstract_state, jit_step
 from llama_jax.topology import captured
 
 _WARNING = re.compile(r"(?i)involuntary full rematerialization")
@@ -77,11 +76,9 @@ def lower_step(config: Config, devices: list[jax.Device]) -> tuple[Any, Any, jax
             dataclasses.replace(abstract_state(config), frozen=abstract_frozen(config)),
             step.state_shardings,
         )
-        shape = (train.global_batch, train.seq_len)
-        dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
         batch = {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=step.batch_sharding)
-            for name, dtype in dtypes.items()
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=step.batch_sharding)
+            for name, leaf in abstract_batch(config).items()
         }
         return step.train.lower(state, batch), state, mesh
 

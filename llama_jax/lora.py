@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from llama_jax.lora_config import MATRICES, LoraConfig
+from llama_jax.lora_config import MATRICES, NF4_BITS, LoraConfig
 from llama_jax.model_config import ModelConfig
 
 
@@ -50,6 +50,15 @@ def adapter_count(model: ModelConfig, lora: LoraConfig) -> int:
     shapes = matrix_shapes(model)
     sides = sum(math.prod(side) for name in lora.names for side in shapes[name])
     return model.n_layers * lora.rank * sides
+
+
+def frozen_bytes(model: ModelConfig, lora: LoraConfig) -> float:
+    """Of the base below adapters, up to the norms, which are counted as if they were matrices."""
+    shapes = matrix_shapes(model).values()
+    weights = model.n_layers * sum(math.prod(inputs + outputs) for inputs, outputs in shapes)
+    others = model.parameter_count() - weights
+    each = {"float32": 4.0, "bfloat16": 2.0, "nf4": NF4_BITS / 8}[lora.base_dtype]
+    return each * weights + max(2.0, each) * others
 
 
 def flops_by_part(model: ModelConfig, lora: LoraConfig, seq_len: int) -> dict[str, float]:

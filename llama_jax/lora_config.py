@@ -12,6 +12,7 @@ MATRICES = {
 }
 BASE_DTYPES = ("float32", "bfloat16", "nf4")
 NF4_BLOCK = 64  # inputs that share a scale
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a weight, with its shares of both scales, see nf4.py
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,12 +13,16 @@ from llama_jax.ahead import with_slices
 from llama_jax.chips import GIB
 from llama_jax.config import Config
 from llama_jax.errors import UserError
+from llama_jax.lora import adapter_count, flops_by_part, frozen_bytes
+from llama_jax.lora_config import NF4_BLOCK
 from llama_jax.mesh import mesh_shape
 from llama_jax.model_config import REMAT_NAMES
 from llama_jax.topology import Topology
 
 TENSOR_SIZES = (1, 2, 4, 8)
 MARGIN = 0.9  # of the memory, that a candidate may take by the estimate
+NF4_TRAFFIC = 6.0  # bytes that move when a weight is unpacked, as compiled for GPUs
+MOST_MICROBATCHES = 64  # of a candidate
 
 
 def _policies() -> list[str]:
@@ -53,22 +57,30 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     mesh = mesh_shape(config.mesh, topology.devices // groups)
     sizes = {axis: mesh[axis] * outer[axis] for axis in mesh}
     tensor, shards = sizes["tensor"], sizes["fsdp"] * sizes["context"]
-    count = model.parameter_count()
+    trained, frozen, gathered = _weights(config)
     moments = 4 + (2 if config.optim.moment_dtype == "bfloat16" else 4)
-    state = (4 + moments + 4 * (1 + (train.grad_accum > 1))) * count / (shards * tensor)
-    layer = count / model.n_layers / tensor
+    state = (4 + moments + 4 * (1 + (train.grad_accum > 1))) * trained + frozen
+    state /= shards * tensor
+    layer = 2 * model.parameter_count() / model.n_layers / tensor
     tokens = train.tokens_per_step / train.grad_accum / (sizes["data"] * shards)
     kept = tokens * 2 * (model.dim + _kept_width(config) / tensor) * model.n_layers
     working = tokens * 2 * (8 * model.dim + 6 * model.ffn_dim / tensor)
     chunk = min(1.0, train.loss_chunk / train.seq_len)
     logits = tokens * chunk * model.vocab_size / tensor * 12
     heads = 2 * model.vocab_size * model.dim / tensor * 4
-    total = state + 3 * 2 * layer + kept + max(working, logits) + heads
+    # Of frozen weights a layer is unpacked or gathered; of trained ones there are gradients too.
+    total = state + kept + max(working, logits)
+    total += layer if config.lora.rank else 3 * layer + heads
 
-    flops = model.flops_per_token(train.seq_len) * train.tokens_per_step / topology.devices
-    flops *= 1 + _recomputed(config) / 3
+    parts = flops_by_part(model, config.lora, train.seq_len)
+    flops = sum(parts.values()) * train.tokens_per_step / topology.devices
+    flops *= 1 + _recomputed(config) / (2 if config.lora.rank else 3)
     compute = flops / (0.9 * chip.matmul_efficiency * chip.peak_flops)
-    gathers = (2 + (model.remat != "none")) * train.grad_accum * 2 * count / tensor
+    passes = (2 + (model.remat != "none")) * train.grad_accum
+    if config.lora.rank and config.lora.base_dtype == "nf4":
+        unpacked = model.parameter_count() / tensor
+        compute += passes * NF4_TRAFFIC * unpacked / chip.hbm_bandwidth
+    gathers = passes * gathered / tensor
     local = _fast_network(topology)
     spans = shards > max(1, local // tensor)
     cards = max(1, min(shards, local // tensor))
@@ -80,10 +92,20 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     if sizes["data"] > 1:
         outside = sizes["data"] * shards * tensor > local
         wire = chip.network_bandwidth if outside else chip.link_bandwidth
-        network += 2 * 4 * count / (shards * tensor) / wire
+        network += 2 * 4 * trained / (shards * tensor) / wire
     if not chip.torus:  # a ring of many GPUs takes time for the shortest message
         network += 16 * model.n_layers * train.grad_accum * shards * 2e-6
     return Estimate(total, max(compute, network) + 0.2 * min(compute, network))
+
+
+def _weights(config: Config) -> tuple[float, float, float]:
+    """Number of trained weights, bytes of frozen ones, bytes that a gather of all of them moves."""
+    if not config.lora.rank:
+        count = config.model.parameter_count()
+        return count, 0.0, 2.0 * count
+    frozen = frozen_bytes(config.model, config.lora)
+    adapters = adapter_count(config.model, config.lora)
+    return adapters, frozen, frozen + 4.0 * adapters
 
 
 def _fast_network(topology: Topology) -> int:
@@ -132,12 +154,21 @@ def _divides(config: Config, sizes: dict[str, int], accum: int, outer: int) -> b
     rows = sizes["data"] * sizes["fsdp"] * outer
     shards = sizes["fsdp"] * sizes["context"]
     tensor = sizes["tensor"]
-    split = (model.n_kv_heads, model.n_heads, model.ffn_dim, model.vocab_size)
+    split = [model.n_kv_heads, model.n_heads, model.ffn_dim, model.vocab_size]
+    block = NF4_BLOCK if config.lora.rank and config.lora.base_dtype == "nf4" else 1
+    if block > 1:
+        split += [model.ffn_dim // block, model.n_heads * model.head_dim // block]
     return (
         train.global_batch % (accum * rows) == 0
-        and model.dim % shards == 0
+        and model.dim // block % shards == 0
         and all(size % tensor == 0 for size in split)
     )
+
+
+def _accumulations(config: Config) -> list[int]:
+    """Numbers of microbatches that the global batch divides into, from 1 on."""
+    batch = config.train.global_batch
+    return [size for size in range(1, batch + 1) if batch % size == 0]
 
 
 def candidates(config: Config, topology: Topology) -> Iterator[Config]:
@@ -145,12 +176,14 @@ def candidates(config: Config, topology: Topology) -> Iterator[Config]:
     outer = math.prod(dataclasses.asdict(config.dcn).values())
     inner = topology.devices // outer
     context = config.mesh.context if config.mesh.context > 0 else 1
+    accums = [size for size in _accumulations(config) if size <= MOST_MICROBATCHES]
     for tensor in TENSOR_SIZES:
         rest, left = divmod(inner, tensor * context)
         for fsdp in (size for size in range(1, rest + 1) if not left and rest % size == 0):
             sizes = {"data": rest // fsdp, "fsdp": fsdp, "context": context, "tensor": tensor}
-            accums = (2**power for power in range(6))
-            for accum in (a for a in accums if _divides(config, sizes, a, config.dcn.data)):
+            for accum in accums:
+                if not _divides(config, sizes, accum, config.dcn.data):
+                    continue
                 for remat in _policies():
                     yield _changed(config, sizes, remat, accum)
 
@@ -248,6 +281,23 @@ def what_divides(config: Config, topology: Topology) -> str:
     return f"its {batch} sequences divide over {sizes[-1] if sizes else 1} devices"
 
 
+def _accumulated(config: Config, sizes: dict[str, int]) -> Iterator[tuple[str, Config]]:
+    """Full rematerialisation in more and more microbatches, as flags and as a config."""
+    for accum in _accumulations(config):
+        if accum > config.train.grad_accum and _divides(config, sizes, accum, config.dcn.data):
+            text = f"--config.model.remat=full --config.train.grad_accum={accum}"
+            yield text, _changed(config, sizes, "full", accum)
+
+
+def _in_nf4(config: Config) -> Config | None:
+    """The config with its frozen base in NF4; None where there is none, or it is so already."""
+    model, lora = config.model, config.lora
+    inputs = (model.dim, model.ffn_dim, model.n_heads * model.head_dim)
+    if not lora.rank or lora.base_dtype == "nf4" or any(size % NF4_BLOCK for size in inputs):
+        return None
+    return dataclasses.replace(config, lora=dataclasses.replace(lora, base_dtype="nf4"))
+
+
 def _remedies(
     config: Config, topology: Topology, mesh: dict[str, int]
 ) -> Iterator[tuple[str, str, Config, Topology]]:
@@ -260,12 +310,14 @@ def _remedies(
         changed = _changed(config, inner, remat, config.train.grad_accum)
         yield "remat", f"--config.model.remat={remat}", changed, topology
     least = "full"
-    for power in range(1, 8):
-        accum = config.train.grad_accum * 2**power
-        if _divides(config, inner, accum, config.dcn.data):
-            changed = _changed(config, inner, least, accum)
-            text = f"--config.model.remat={least} --config.train.grad_accum={accum}"
-            yield "accumulate", text, changed, topology
+    for text, changed in _accumulated(config, inner):
+        yield "accumulate", text, changed, topology
+    smaller = _in_nf4(config)
+    if smaller and _divides(smaller, inner, smaller.train.grad_accum, config.dcn.data):
+        flag = "--config.lora.base_dtype=nf4"
+        yield "base", flag, smaller, topology
+        for text, changed in _accumulated(smaller, inner):
+            yield "base", f"{flag} {text}", changed, topology
     if inner["data"] > 1:
         wide = {**inner, "data": 1, "fsdp": inner["fsdp"] * inner["data"]}
         if config.model.dim % (wide["fsdp"] * wide["context"]) == 0:

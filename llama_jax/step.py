@@ -227,6 +227,15 @@ def abstract_frozen(config: Config) -> Any:
     return abstract_base(params, config.lora)
 
 
+def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the global batches that `data.loader` makes of the config's data."""
+    dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    if config.data.packing == "best_fit" and config.data.source != "synthetic":
+        dtypes |= {"segment_ids": jnp.int32, "positions": jnp.int32}
+    shape = (config.train.global_batch, config.train.seq_len)
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+
+
 def jit_step(config: Config, mesh: Mesh) -> CompiledStep:
     """Binds the pure functions to a mesh; call inside `jax.set_mesh(mesh)`.
 

@@ -1,7 +1,8 @@
 """A home for every config: a machine that it fits on, and what the plan says of it.
 
 `python -m tests.plans` compiles those whose compilers are installed (`.[tpu]`, `.[cuda13]`), and
-writes tests/goldens/plans/*.json and the lines about them in the docstrings of configs/*.py.
+writes tests/goldens/plans/*.json and the lines about them in the docstrings of configs/*.py; it
+prints the tables of benchmarks/README.md and docs/finetuning.md.
 `python -m tests.plans 65b-v5p-1024` does one.
 """
 
@@ -10,6 +11,7 @@ import json
 import re
 import sys
 
+from llama_jax.topology import parse_topology
 from tests.helpers import ROOT, run_command
 
 GOLDENS = ROOT / "tests" / "goldens" / "plans"
@@ -43,7 +45,7 @@ _REPLICAS = "--config.mesh.data=2"
 _KEEP_UP = "--config.model.remat=save:mlp_up"
 _KEEP_MLP = "--config.model.remat=save:mlp_gate,mlp_up"
 _KEEP = "--config.model.remat=save:q,k,v,attn_context,mlp_gate,mlp_up"
-HOMES = (
+PRETRAINING = (
     Home("7b", "v5p-128", (_REPLICAS, _KEEP_UP)),
     Home("7b", "h100:16x8", ("--xla_preset=hopper", _KEEP, "--config.train.grad_accum=2")),
     Home("13b", "v5p-256", (_REPLICAS, _KEEP_UP)),
@@ -54,6 +56,15 @@ HOMES = (
     Home("65b", "v4-2048", (_REPLICAS, _KEEP_UP)),
     Home("65b", "a100-80g:256x8", ("--xla_preset=ampere", _KEEP, "--config.mesh.data=8")),
 )
+FINETUNING = (
+    Home("alpaca_7b", "h100:1x8"),
+    Home("alpaca_7b", "a100-80g:1x8"),
+    Home("alpaca_7b", "rtx4090:1x1", ("--config.lora.rank=16", "--config.train.grad_accum=5")),
+    Home("guanaco_7b_qlora", "rtx4090:1x1"),
+    Home("guanaco_65b_qlora", "l40s:1x1"),
+)
+HOMES = PRETRAINING + FINETUNING
+ALPACA_TOKENS = 1_218 * 40 * 512  # of alpaca_7b.py: three times 52,002 records
 
 
 def compile_plan(home):
@@ -66,6 +77,7 @@ def compile_plan(home):
 
 def summary(result):
     """What of a plan is worth a diff: small, and rounded."""
+    hours = result["chip_hours"]
     sizes = {name: round(size / 2**30, 2) for name, size in result["bytes_per_chip"].items()}
     return {
         "fits": result["fits"],
@@ -83,7 +95,7 @@ def summary(result):
         "mfu_6n": round(result["mfu_6n"], 3),
         "mfu_attention": round(result["mfu_attention"], 3),
         "days": round(result["days"], 1),
-        "chip_hours": round(result["chip_hours"]),
+        "chip_hours": round(hours) if hours >= 100 else round(hours, 2),
     }
 
 
@@ -92,10 +104,17 @@ def golden(home):
     return json.loads((GOLDENS / f"{home.name}.json").read_text())
 
 
+def hours(home):
+    """Of a whole run."""
+    return golden(home)["chip_hours"] / parse_topology(home.topology).chips
+
+
 def docstring_lines(home):
     """What the config's docstring says of a home."""
     stored = golden(home)
     sizes = stored["gib_per_chip"]
+    rule = "4N" if "frozen" in sizes else "6N"
+    long = f"{hours(home):.2f} hours" if home in FINETUNING else f"{stored['days']:.0f} days"
     lines = [""]
     for word in home.command:
         if len(lines[-1]) + len(word) > 90:
@@ -107,8 +126,7 @@ def docstring_lines(home):
         f"    {sizes['total']:.1f} of {sizes['capacity']:.1f} GiB a chip; predicted "
         f"{stored['step_seconds']:.2f} s a step, {stored['tokens_per_second_per_chip']:,} "
         f"tokens/s/chip,",
-        f"    MFU {stored['mfu_6n']:.1%} (6N), {stored['days']:.0f} days, "
-        f"{stored['chip_hours']:,} chip hours.",
+        f"    MFU {stored['mfu_6n']:.1%} ({rule}), {long}, {stored['chip_hours']:,} chip hours.",
     ]
 
 
@@ -132,7 +150,7 @@ def write_docstring(config):
 def table():
     """The rows of benchmarks/README.md."""
     rows = []
-    for home in HOMES:
+    for home in PRETRAINING:
         stored, sizes = golden(home), golden(home)["gib_per_chip"]
         flags = " ".join(f"`{flag.removeprefix('--config.')}`" for flag in home.flags)
         cells = [
@@ -147,6 +165,27 @@ def table():
             f"{stored['days']:.0f}",
         ]
         rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def finetuning_table():
+    """The rows of docs/finetuning.md, for Alpaca's tokens at a dollar an hour."""
+    rows = []
+    for home in FINETUNING:
+        stored, sizes = golden(home), golden(home)["gib_per_chip"]
+        rate, chips = stored["tokens_per_second_per_chip"], parse_topology(home.topology).chips
+        chip_hours = ALPACA_TOKENS / rate / 3600
+        cells = [
+            f"`{home.config}`",
+            " ".join(f"`{flag.removeprefix('--config.')}`" for flag in home.flags),
+            f"`{home.topology}`",
+            f"{sizes['total']:.2f}",
+            f"{sizes['capacity']:.1f}",
+            f"{rate:,}",
+            f"{chip_hours / chips:.2f}",
+            f"{chip_hours:.2f}",
+        ]
+        rows.append("| " + " | ".join(cells).replace("|  |", "| |") + " |")
     return "\n".join(rows)
 
 
@@ -169,6 +208,7 @@ def main(names):
             write_docstring(config)
     if all((GOLDENS / f"{home.name}.json").exists() for home in HOMES):
         print(table())
+        print(finetuning_table())
 
 
 if __name__ == "__main__":

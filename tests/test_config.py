@@ -9,9 +9,17 @@ import jax
 import pytest
 
 from llama_jax import config as config_lib
-from llama_jax.config import Config, ModelConfig, difference, from_config_dict, from_json
+from llama_jax.config import (
+    Config,
+    LoraConfig,
+    ModelConfig,
+    difference,
+    from_config_dict,
+    from_json,
+)
 from llama_jax.errors import UserError
-from llama_jax.step import abstract_state, train_step
+from llama_jax.lora import adapter_count
+from llama_jax.step import abstract_batch, abstract_frozen, abstract_state, train_step
 from tests.helpers import ROOT, TINY, replace
 
 # Touvron et al. 2023, table 2, and the exact counts of the released weights.
@@ -42,6 +50,18 @@ FAMILY = {
     "mistral_7b_v0_1": (4096, 32, 32, 8, 14336, 32000, 32768, 1e4, 1, 7_241_732_096),
     "mistral_7b_v0_3": (4096, 32, 32, 8, 14336, 32768, 32768, 1e6, 1, 7_248_023_552),
 }
+
+# As published: weights, rate, sequence length, batch, epochs x records or steps, warm-up, clipping.
+FINETUNED = {
+    # github.com/tatsu-lab/stanford_alpaca, README.
+    "alpaca_7b": ("7b", 2e-5, 512, 128, 3 * 52_002 // 128, 0.03, 1.0),
+    # github.com/lm-sys/FastChat, README; 70,000 conversations.
+    "vicuna_7b": ("7b", 2e-5, 2048, 128, 3 * 70_000 // 128, 0.03, 1.0),
+    # arXiv:2305.14314, appendix B.
+    "guanaco_7b_qlora": ("7b", 2e-4, 512, 16, 1875, 0.0, 0.3),
+    "guanaco_65b_qlora": ("65b", 1e-4, 512, 16, 1875, 0.0, 0.3),
+}
+PACKED = {"alpaca_7b": 40, "vicuna_7b": 80}  # rows for 128 records, see their docstrings
 
 
 def load(name):
@@ -86,16 +106,39 @@ def test_the_family_is_as_released(name):
     assert config.train.tokens_per_step == 4 * 2**20
 
 
-@pytest.mark.parametrize("name", [*PAPER, *FAMILY])
+@pytest.mark.parametrize("name", FINETUNED)
+def test_fine_tuning_follows_its_recipe(name):
+    config, _ = load(name)
+    base, peak_lr, seq_len, batch, steps, warmup, clip_norm = FINETUNED[name]
+    train, optim, data = config.train, config.optim, config.data
+    assert config.init_from == f"hf:llama-{base}"
+    assert config.model.parameter_count() == PAPER[base][-1]
+    assert (train.seq_len, train.steps) == (seq_len, steps)
+    assert train.global_batch == PACKED.get(name, batch)
+    assert (optim.peak_lr, optim.warmup_steps) == (peak_lr, int(warmup * steps))
+    assert (optim.beta1, optim.beta2, optim.eps) == (0.9, 0.999, 1e-8)
+    assert (optim.weight_decay, optim.clip_norm) == (0.0, clip_norm)
+    qlora = name.endswith("_qlora")
+    assert optim.final_lr_fraction == (1 if qlora else 0)  # constant, or cosine to zero
+    assert data.template == ("alpaca" if name == "alpaca_7b" else "vicuna")
+    assert data.packing == "best_fit"
+    expected = LoraConfig()
+    if qlora:  # on all matrices
+        rank, dropout = (64, 0.1) if base == "7b" else (16, 0.05)  # 64 there too in the paper
+        expected = LoraConfig(rank, 16.0, dropout, base_dtype="nf4")
+    assert config.lora == expected
+
+
+@pytest.mark.parametrize("name", [*PAPER, *FAMILY, *FINETUNED])
 def test_each_config_makes_a_train_step(name):
     """Shapes of the initial state and of one step on it; nothing is allocated."""
     config, _ = load(name)
-    state = abstract_state(config)
+    state = dataclasses.replace(abstract_state(config), frozen=abstract_frozen(config))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
-    assert count == config.model.parameter_count()
-    shape = (config.train.global_batch, config.train.seq_len)
-    ids = jax.ShapeDtypeStruct(shape, "int32")
-    batch = {"inputs": ids, "targets": ids, "weights": jax.ShapeDtypeStruct(shape, "float32")}
+    model, lora = config.model, config.lora
+    assert count == (adapter_count(model, lora) if lora.rank else model.parameter_count())
+    batch = abstract_batch(config)
+    assert ("segment_ids" in batch) == (name in FINETUNED)
     after, metrics = jax.eval_shape(functools.partial(train_step, config=config), state, batch)
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
     assert metrics["loss"].shape == ()

@@ -23,8 +23,10 @@ from tests.helpers import (
     frozen_base,
     mesh_of,
     random_params,
+    records,
     replace,
     save_checkpoint,
+    start_train,
     text_config,
 )
 
@@ -204,3 +206,42 @@ def test_converted_adapters_are_merged_into_their_base(finished, adapted, tmp_pa
         base = logits(merged.model, dataclasses.replace(model.params, adapters=none), tokens)
     np.testing.assert_allclose(got, unmerged, rtol=0, atol=1e-5)
     assert np.abs(base - unmerged).max() > 1e-3
+
+
+@pytest.mark.slow  # five starts of a process
+def test_two_processes_train_above_nf4_as_one(corpus, tokenizer, tmp_path):
+    """The blocks of a matrix lie on both of them; each reads what the source lets it."""
+    model = {"dim": 256, "ffn_dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4}
+    config = text_config(corpus, **{f"model__{name}": size for name, size in model.items()})
+    params = jax.tree.map(lambda x: x * np.float32(0.2), random_params(config.model))
+    save_checkpoint(tmp_path / "ckpt", config, params, tokenizer.model_bytes)
+    convert(open_source("ckpt", epath.Path(tmp_path / "ckpt")), "hf", tmp_path / "hf")
+    (tmp_path / "ckpt" / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+    fields = {f"model.{name}": size for name, size in model.items()}
+    fields |= {"mesh.fsdp": 4, "mesh.tensor": 2}
+    fields |= {"lora.rank": 4, "lora.dropout": 0.2, "lora.base_dtype": "nf4"}
+    fields |= {"model.compute_dtype": "float32", "train.log_every": 1, "train.steps": 4}
+    fields |= {"optim.peak_lr": 1e-2}
+
+    def losses(processes, kind):
+        """With the fingerprint of the base."""
+        workdir = tmp_path / f"{kind}-{processes}"
+        flags = [f"--config.{name}={value}" for name, value in fields.items()]
+        flags.append(f"--config.init_from={kind}:{tmp_path / kind}")
+        started = start_train(corpus, workdir, *flags, processes=processes)
+        try:
+            outputs = [process.communicate(timeout=300) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        assert [process.returncode for process in started] == [0] * processes, outputs
+        lines = (line for line in records(workdir) if "event" not in line)
+        found = {one["step"]: one.get("loss", one.get("eval_loss")) for one in lines}
+        return found, checkpoint_lib.load_meta(checkpoint_lib.find_step(workdir)).base
+
+    expected, base = losses(1, "hf")
+    assert len(expected) == 4 and expected[3] < expected[1]
+    for kind in ("hf", "ckpt"):
+        got, same = losses(2, kind)
+        assert got == pytest.approx(expected, abs=2e-6)
+        assert same == base and base

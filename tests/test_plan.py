@@ -6,18 +6,30 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from etils import epath
 
 from llama_jax import ahead
 from llama_jax import plan as plan_lib
 from llama_jax.ahead import lower_step, with_slices
 from llama_jax.chips import GIB, chip_named
+from llama_jax.data.pipeline import open_data
 from llama_jax.errors import UserError
+from llama_jax.lora import adapter_count, flops_by_part
 from llama_jax.plan import plan, table
 from llama_jax.skips import no_skips
-from llama_jax.step import abstract_state
+from llama_jax.step import abstract_frozen, abstract_state
 from llama_jax.topology import Topology
 from tests import plans
-from tests.helpers import ROOT, TINY, one_line_error, replace, run_command
+from tests.helpers import (
+    ROOT,
+    TINY,
+    one_line_error,
+    replace,
+    run_command,
+    text_config,
+    with_adapters,
+)
+from tests.test_config import load
 
 KEYS = (
     *("config", "topology", "chips", "parameters", "bytes_per_chip", "fits", "collectives"),
@@ -63,6 +75,18 @@ def test_the_plan_counts_what_is_there(eight):
     assert "fits         yes" in text and "v5e:2x4: 8 chips" in text
 
 
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_the_batch_is_what_training_draws(packing, corpus, tmp_path):
+    """Attention above segment ids is another program than without."""
+    config = text_config(corpus, data__packing=packing)
+    drawn = open_data(config, epath.Path(tmp_path)).train.rows(0, range(8))
+    lowered, _, _ = lower_step(config, jax.devices())
+    (_, batch), _ = lowered.args_info
+    assert {name: (one.shape, one.dtype) for name, one in batch.items()} == {
+        name: (rows.shape, rows.dtype) for name, rows in drawn.items()
+    }
+
+
 def test_what_does_not_fit(eight):
     result = plan(CONFIG, eight)
     result["fits"] = False
@@ -96,6 +120,32 @@ def test_what_it_costs(eight):
     result = plan(CONFIG, eight, price=2.5)
     assert result["cost"] == pytest.approx(2.5 * result["chip_hours"])
     assert " dollars" in table(result)
+
+
+def test_a_plan_of_adapters(monkeypatch):
+    """What there is of weights, which FLOPs count, hours and dollars."""
+    monkeypatch.setattr(plan_lib, "topology_devices", lambda topology: jax.devices()[:1])
+    one, config = (
+        Topology(chip_named("v5e"), (1, 1)),
+        replace(with_adapters(TINY), lora__targets="wq"),
+    )
+    result = plan(config, one, price=0.5)
+    sizes = result["bytes_per_chip"]
+    base = jax.tree.leaves(abstract_frozen(config))
+    assert sizes["frozen"] == sum(leaf.size * leaf.dtype.itemsize for leaf in base)
+    assert sizes["parameters"] == 4 * adapter_count(config.model, config.lora)
+    assert sizes["moments"] == pytest.approx(2 * sizes["parameters"], abs=16)
+    assert sizes["gradients"] == sizes["parameters"]
+    rate, peak = result["tokens_per_second_per_chip"], one.chip.peak_flops
+    assert result["mfu_6n"] == pytest.approx(4 * result["parameters"] * rate / peak)
+    each_token = sum(flops_by_part(config.model, config.lora, config.train.seq_len).values())
+    assert result["mfu_attention"] == pytest.approx(each_token * rate / peak)
+    assert result["cost"] == pytest.approx(0.5 * result["chip_hours"])
+    result |= {"days": 0.5, "chip_hours": 12.0, "cost": 6.0}
+    text = table(result)
+    assert f"  frozen     {sizes['frozen'] / GIB:8.2f} GiB a chip" in text
+    assert "(4N)" in text and "(6N)" not in text
+    assert "run          12.00 hours, 12.00 chip hours, 6.00 dollars" in text
 
 
 def test_the_compilers_word_that_it_does_not_fit(eight, monkeypatch):
@@ -188,7 +238,38 @@ def test_every_config_names_its_homes(home):
     assert stored["fits"] and not stored["warnings"]
     text = (ROOT / "configs" / f"{home.config}.py").read_text()
     assert "\n".join(plans.docstring_lines(home)) in text
-    assert {one.marker for one in plans.HOMES if one.config == home.config} == {"tpu", "gpu"}
+    if home in plans.PRETRAINING:
+        assert {one.marker for one in plans.HOMES if one.config == home.config} == {"tpu", "gpu"}
+
+
+def test_the_table_of_fine_tuning():
+    text = (ROOT / "docs" / "finetuning.md").read_text()
+    assert plans.finetuning_table() in text
+    # The plan's own figure is of the config's steps, which for alpaca_7b are Alpaca's.
+    own = [home for home in plans.FINETUNING if home.config == "alpaca_7b"]
+    for home in own:
+        hours = f"| {plans.hours(home):.2f} | {plans.golden(home)['chip_hours']:.2f} |"
+        assert f"`{home.topology}`" in next(line for line in text.splitlines() if hours in line)
+    config, _ = load("alpaca_7b")
+    assert config.train.steps * config.train.tokens_per_step == plans.ALPACA_TOKENS
+    for name in ("guanaco_7b_qlora", "guanaco_65b_qlora"):
+        tokens = load(name)[0].train.tokens_per_step
+        assert f"`--config.train.steps={plans.ALPACA_TOKENS // tokens}`" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "topology", "gb"),
+    [
+        ("alpaca_7b", "rtx4090:1x1", 24),  # LoRA
+        ("guanaco_7b_qlora", "rtx4090:1x1", 16),
+        ("guanaco_65b_qlora", "l40s:1x1", 48),
+    ],
+)
+def test_fine_tuning_fits_a_gpu_of_so_many_gb(config, topology, gb):
+    """Of which a tenth is for the driver and libraries, as in `chips`."""
+    home = plans.Home(config, topology)
+    sizes = plans.golden(home)["gib_per_chip"]
+    assert sizes["total"] < 0.9 * gb * 1e9 / GIB and "frozen" in sizes
 
 
 def test_the_papers_run():
@@ -197,18 +278,18 @@ def test_the_papers_run():
     assert plans.golden(home)["mfu_6n"] > 0.47
 
 
-def recompiled(config, marker):
-    homes = [home for home in plans.HOMES if (home.config, home.marker) == (config, marker)]
-    return homes[0], plans.compile_plan(homes[0])
+def home_of(config, marker):
+    homes = [home for home in plans.PRETRAINING if (home.config, home.marker) == (config, marker)]
+    return homes[0]
 
 
-def check(config, marker):
+def check(home):
     """The compiler still says what the golden plan says.
 
     Compiled for the same versions of JAX the plan is the same; 3% are for other releases of the
     compilers, which the constraints leave open. `python -m tests.plans` writes it anew.
     """
-    home, result = recompiled(config, marker)
+    result = plans.compile_plan(home)
     got, stored = plans.summary(result), plans.golden(home)
     assert got["fits"] and got["warnings"] == []
     assert got["lookup_collectives"] == 0  # of the embedding, but for the gather of its table
@@ -267,13 +348,19 @@ def test_warnings_of_the_gpu_compiler_are_seen():
 @pytest.mark.tpu
 @pytest.mark.parametrize("config", ["7b", "65b"])
 def test_the_tpu_compiler_says_that_it_fits(config):
-    check(config, "tpu")
+    check(home_of(config, "tpu"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", ["7b", "65b"])
 def test_the_gpu_compiler_says_that_it_fits(config):
-    check(config, "gpu")
+    check(home_of(config, "gpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("home", plans.FINETUNING, ids=lambda home: home.name)
+def test_the_gpu_compiler_says_that_fine_tuning_fits(home):
+    check(home)
 
 
 @pytest.mark.gpu
