@@ -14,7 +14,7 @@ from llama_jax.config import Config, LoraConfig, MeshConfig, ModelConfig
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.init_from import check_base, load_init, open_init
-from llama_jax.interchange.formats import special_ids
+from llama_jax.interchange.formats import special_ids, with_base
 from llama_jax.lora import Adapted
 from llama_jax.lora_config import NF4_BLOCK
 from llama_jax.mesh import AXES, make_mesh, mesh_shape
@@ -96,8 +96,8 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
         params = checkpoint_lib.load_params(folder, meta.config, shardings)
         params = _with_base(folder, meta, params, devices)
     files = meta.tokenizer_files
-    if meta.config.lora.rank:  # templates and special ids are the base's
-        files = {**open_init(meta.config).description.files, **files}
+    if meta.config.lora.rank:  # what was not learnt, such as special ids, is the base's
+        files = with_base(files, open_init(meta.config).description.files)
     return InferenceModel(folder, meta.config, params, tokenizer, devices, files)
 
 

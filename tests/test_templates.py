@@ -11,9 +11,8 @@ from llama_jax.data.chat_template import ChatTemplate, Refused, special_tokens
 from llama_jax.data.templates import BUILT_IN, built_in, open_choice, to_json
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
-from llama_jax.interchange.fast_tokenizer import fast_files
 from tests.chat_templates import LLAMA2, LLAMA3, MISTRAL, chat_tokenizer, marked, said
-from tests.helpers import llama3_tokenizer
+from tests.helpers import llama3_tokenizer, released_json
 
 PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
@@ -103,7 +102,7 @@ def llama3(corpus):
 @pytest.fixture(scope="module")
 def released(tokenizer):
     """The tokenizer.json of the SentencePiece model."""
-    return Tokenizer(fast_files(tokenizer)["tokenizer.json"])
+    return Tokenizer(released_json(tokenizer))
 
 
 @pytest.mark.parametrize(("name", "messages", "expected"), EXPECTED)

@@ -20,6 +20,12 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 MORE_TEMPLATES = "additional_chat_templates"  # a folder beside chat_template.jinja: NAME.jinja
+# Of a template and of a tokenizer: what programs look at before, or instead of, the others.
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_TOKENIZER = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt"),
+)
 LLAMA3_SPECIAL_TOKENS = 256  # that follow the ranks in a tokenizer.model of Llama 3
 
 
@@ -144,6 +150,39 @@ def is_tiktoken(content: bytes) -> bool:
     """Whether a tokenizer.model is Llama 3's (lines of base64 and rank), not SentencePiece."""
     words = content[:1000].split(b"\n")[0].split()
     return len(words) == 2 and words[1].isdigit()
+
+
+def tokenizer_config(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Contents of tokenizer_config.json; empty where it is not there, or no mapping.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+        values = json.loads(files.get("tokenizer_config.json", b"{}"))
+    except ValueError as error:
+        raise UserError(f"tokenizer_config.json is not valid JSON: {error}") from error
+    return values if isinstance(values, dict) else {}
+
+
+def with_base(files: Mapping[str, bytes], base: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Files of adapters, and those of their base that they bring none of.
+
+    A template that was learnt goes with the tokenizer that it was learnt with: where the adapters
+    have one, the base's templates are left out, and its tokenizer, of which another format may
+    put spaces elsewhere.
+
+    Raises:
+      UserError: tokenizer_config.json is damaged.
+    """
+    learnt = "chat_template.jinja" in files or tokenizer_config(files).get("chat_template")
+    replaced = (*_TEMPLATES, *_TOKENIZER) if learnt else ()
+    kept = {
+        name: content
+        for name, content in base.items()
+        if name not in replaced and not (learnt and name.startswith(f"{MORE_TEMPLATES}/"))
+    }
+    return {**kept, **files}
 
 
 def special_ids(files: Mapping[str, bytes]) -> tuple[int | None, int | list[int] | None]:
