@@ -11,9 +11,10 @@ from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax.config import Config, LoraConfig, MeshConfig, ModelConfig
+from llama_jax.convert import open_base
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
-from llama_jax.init_from import check_base, load_init, open_init
+from llama_jax.init_from import check_base, load_init
 from llama_jax.interchange.formats import special_ids, with_base
 from llama_jax.lora import Adapted
 from llama_jax.lora_config import NF4_BLOCK
@@ -90,14 +91,14 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
             f"the tokenizer of {folder} has {tokenizer.vocab_size} ids, "
             f"but model.vocab_size is {size}"
         )
+    files = meta.tokenizer_files
+    if meta.config.lora.rank:  # what was not learnt, such as special ids, is the base's
+        files = with_base(files, open_base(meta.config.init_from, folder).description.files)
     devices = parse_mesh(mesh) if mesh else decoding_mesh(meta.config.model, meta.config.lora)
     with jax.set_mesh(devices):
         shardings = param_shardings(abstract_state(meta.config).params, devices)
         params = checkpoint_lib.load_params(folder, meta.config, shardings)
         params = _with_base(folder, meta, params, devices)
-    files = meta.tokenizer_files
-    if meta.config.lora.rank:  # what was not learnt, such as special ids, is the base's
-        files = with_base(files, open_init(meta.config).description.files)
     return InferenceModel(folder, meta.config, params, tokenizer, devices, files)
 
 

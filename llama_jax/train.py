@@ -38,7 +38,7 @@ from llama_jax.guards import (
     locked,
     record_changes,
 )
-from llama_jax.init_from import first_state, with_base, with_tokenizer
+from llama_jax.init_from import check_init, first_state, with_base, with_tokenizer
 from llama_jax.mesh import make_mesh
 from llama_jax.processes import start_processes
 from llama_jax.profiler import Profiler
@@ -289,6 +289,7 @@ def train(config: Config, workdir: epath.PathLike, began: float | None = None) -
             check_workdir(config, workdir)
             goodput = Goodput(workdir / "goodput.json", began)
             with stop.at_once():
+                check_init(config, workdir)
                 data = open_data(config, workdir / "data")
         multihost_utils.sync_global_devices("work directory")
         if jax.process_index() > 0:

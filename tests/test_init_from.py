@@ -12,6 +12,7 @@ from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import train as train_lib
 from llama_jax.config import LoraConfig
 from llama_jax.convert import convert, open_source
+from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.fingerprint import fingerprint
 from llama_jax.inference import open_model
@@ -117,9 +118,25 @@ def test_the_tokenizer_comes_with_the_weights(config, bases, tokenizer):
     assert with_tokenizer(replace(nothing, data__path="shards")).data.tokenizer == ""
     with pytest.raises(UserError, match=r"without a tokenizer .* --config.data.tokenizer=FILE"):
         with_tokenizer(nothing)
+    step = f"ckpt:{bases / 'ckpt' / 'checkpoints' / '0'}"
+    begun = with_tokenizer(replace(config, init_from=step))
+    assert Tokenizer.load(begun.data.tokenizer).fingerprint == tokenizer.fingerprint
     given = replace(config, init_from=f"hf:{bases / 'hf'}", data__tokenizer="mine.model")
     assert with_tokenizer(given) == given
     assert with_tokenizer(config) == config
+
+
+@pytest.mark.parametrize("field", ["tokenizer", "path", "source"])
+def test_weights_that_are_not_there_are_missed_before_data_are_prepared(
+    config, tokenizer, shards, tmp_path, field
+):
+    tokenizer.save(tmp_path / "tokenizer.model")
+    given = {"tokenizer": str(tmp_path / "tokenizer.model"), "path": str(shards)}
+    changes = {f"data__{field}": given[field]} if field in given else {}
+    wrong = replace(config, init_from="hf:/no/where", **changes)
+    with pytest.raises(UserError, match="init_from=hf:/no/where: /no/where does not exist"):
+        train_lib.train(wrong, tmp_path / "run")
+    assert not (tmp_path / "run" / "data").exists()
 
 
 # A whole run of adapters.
@@ -170,6 +187,13 @@ def test_another_base_is_refused(finished, adapted, bases, tmp_path):
         source = open_source("ckpt", epath.Path(workdir), base=other)
         convert(source, "hf", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+    # One that is not there, with the flag that says where it is.
+    for open_it in (
+        open_model,
+        lambda folder, base: open_source("ckpt", epath.Path(folder), 0, base),
+    ):
+        with pytest.raises(UserError, match=r"/gone, the base of \S+/4, is not here; .*--base=hf:"):
+            open_it(workdir, base="hf:/gone")
     # The same weights elsewhere are the same base.
     open_model(workdir, base=f"hf:{bases / 'hf'}")
 

@@ -58,11 +58,17 @@ class Tokenizer:
     def load(cls, path: epath.PathLike) -> "Tokenizer":
         """Reads a `.model` file or a `tokenizer.json`, with the tokenizer_config.json beside it.
 
+        The folder of a saved step stands for its tokenizer.
+
         Raises:
           UserError: it cannot be read, or is none.
         """
         path, name = epath.Path(path), f"tokenizer {path}"
         try:
+            if (path / "tokenizer").exists():
+                from llama_jax.checkpoint import load_meta
+
+                return cls(load_meta(path).tokenizer_model, name)
             model_bytes = path.read_bytes()
             config = path.parent / "tokenizer_config.json"
             if path.suffix == ".json" and config.exists():
