@@ -128,10 +128,10 @@ def test_the_tokenizer_comes_with_the_weights(config, bases, tokenizer):
 
 @pytest.mark.parametrize("field", ["tokenizer", "path", "source"])
 def test_weights_that_are_not_there_are_missed_before_data_are_prepared(
-    config, tokenizer, shards, tmp_path, field
+    config, tokenizer, tmp_path, field
 ):
     tokenizer.save(tmp_path / "tokenizer.model")
-    given = {"tokenizer": str(tmp_path / "tokenizer.model"), "path": str(shards)}
+    given = {"tokenizer": str(tmp_path / "tokenizer.model"), "path": "/no/shards"}
     changes = {f"data__{field}": given[field]} if field in given else {}
     wrong = replace(config, init_from="hf:/no/where", **changes)
     with pytest.raises(UserError, match="init_from=hf:/no/where: /no/where does not exist"):
