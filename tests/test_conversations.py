@@ -21,10 +21,10 @@ from llama_jax.data.shards import TokenDataset, fingerprint, read_manifest, veri
 from llama_jax.data.show_rows import Screen
 from llama_jax.data.sources import list_parts
 from llama_jax.data.templates import built_in
-from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.errors import UserError
 from tests.chat_templates import chat_tokenizer, marked, said
-from tests.helpers import flip_bit, replace, text_config
+from tests.helpers import flip_bit, released_json, replace, text_config
 
 T = 512
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
@@ -455,6 +455,22 @@ def test_other_templates_and_shards_are_not_mixed_up(chat, tokenizer, tmp_path):
         open_data(config, epath.Path(tmp_path / "text"))
     with pytest.raises(UserError, match="made with another template"):
         prepare(replace(text, data__template="vicuna"), tmp_path / "text", log=quiet)
+
+
+def test_shards_of_another_tokenizer_are_refused(chat, tokenizer, corpus, tmp_path):
+    config, _, folder = chat
+    texts = [path.read_text() for path in sorted(corpus.iterdir())]
+    train_tokenizer([text[::-1] for text in texts], 300).save(tmp_path / "other.model")
+    (tmp_path / "tokenizer.json").write_bytes(released_json(tokenizer))
+
+    def opened(name):
+        return open_data(replace(config, data__tokenizer=str(name)), epath.Path(folder))
+
+    with pytest.raises(UserError, match=r"another tokenizer than \S+/other.model .*init_from"):
+        opened(tmp_path / "other.model")
+    # The other format of the same one is no other, nor is a file that is gone since.
+    for same in (tmp_path / "tokenizer.json", tmp_path / "gone.model", folder / "tokenizer.model"):
+        assert opened(same).tokenizer.fingerprint == tokenizer.fingerprint
 
 
 def test_damage_has_a_name(chat, tmp_path):

@@ -81,6 +81,14 @@ class Tokenizer:
         except OSError as error:
             raise UserError(f"cannot read tokenizer {path}: {error.strerror or error}") from error
 
+    def same_ids(self, other: "Tokenizer") -> bool:
+        """Whether ids are of the same pieces; both formats of a tokenizer may be."""
+        if self.fingerprint == other.fingerprint:
+            return True
+        ids = range(min(self.vocab_size, other.vocab_size))  # one may have more special tokens
+        ends = self.bos_id == other.bos_id and self.eos_id == other.eos_id
+        return ends and all(self.piece(token) == other.piece(token) for token in ids)
+
     def save(self, path: epath.PathLike) -> None:
         """Writes the file, of whichever format."""
         epath.Path(path).write_bytes(self.model_bytes)
