@@ -23,6 +23,7 @@ from llama_jax.data.sources import list_parts
 from llama_jax.data.templates import built_in
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.errors import UserError
+from llama_jax.interchange.formats import special_ids
 from tests.chat_templates import chat_tokenizer, marked, said
 from tests.helpers import flip_bit, released_json, replace, text_config
 
@@ -543,8 +544,12 @@ def test_llama3_from_end_to_end(llama3, tmp_path):
     llama3.save(tmp_path / "tokenizer.json")
     config = replace(config, data__tokenizer=str(tmp_path / "tokenizer.json"))
     prepare(config, tmp_path / "shards", log=quiet)
-    rows = open_data(config, epath.Path(tmp_path / "shards")).train.rows(0, range(1))
+    data = open_data(config, epath.Path(tmp_path / "shards"))
+    rows = data.train.rows(0, range(1))
     ids, counts = next(segments(rows))
+    # What a checkpoint keeps makes the model stop at the end of a turn.
+    ends = [llama3.piece(one) for one in special_ids(data.files)[1]]
+    assert ends == ["<|end_of_text|>", "<|eot_id|>"]
     head, tail = "<|start_header_id|>", "<|end_header_id|>"
     assert marked(llama3, ids, counts) == (
         f"<|begin_of_text|>{head}system{tail}\n\nBe brief.<|eot_id|>"

@@ -8,11 +8,12 @@ from etils import epath
 from llama_jax.chat import open_template, templates
 from llama_jax.convert import convert, open_source
 from llama_jax.data.chat_template import ChatTemplate
+from llama_jax.data.pipeline import TrainingData
 from llama_jax.data.templates import built_in, to_json
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.inference import open_model
 from llama_jax.interchange.ckpt import write_adapters
-from llama_jax.interchange.formats import Description, with_base
+from llama_jax.interchange.formats import Description, special_ids, with_base
 from llama_jax.interchange.merged import base_fingerprint
 from tests.chat_templates import chat_tokenizer, said
 from tests.helpers import TINY, random_adapters, random_params, released_json, replace
@@ -29,10 +30,8 @@ BASE_TEMPLATES = {
 def learnt_files(template):
     """What a run that learnt a template has beside its weights."""
     kind = "json" if template.tokenizer.model_bytes[:1] == b"{" else "model"
-    return {
-        f"tokenizer.{kind}": template.tokenizer.model_bytes,
-        "tokenizer_config.json": to_json(template),
-    }
+    data = TrainingData(None, None, template.tokenizer, "", to_json(template))
+    return {f"tokenizer.{kind}": template.tokenizer.model_bytes, **data.files}
 
 
 def adapters_over(base, workdir, config, files):
@@ -95,6 +94,26 @@ def test_an_exported_folder_has_only_the_learnt_template(runs, name, run):
     tokens = {"bos_token": template.tokens["bos_token"], "eos_token": template.tokens["eos_token"]}
     again = ChatTemplate(template.source, name, Tokenizer(files["tokenizer.json"]), tokens)
     assert again.example(TALK).ids.tolist() == template.example(TALK).ids.tolist()
+
+
+@pytest.mark.parametrize("name", ["vicuna", "llama3"])
+@pytest.mark.parametrize("run", ["full", "adapted"])
+def test_answers_end_where_the_template_ends_them(runs, name, run):
+    template, folder = runs[name]
+    tokenizer = template.tokenizer
+    ends = [tokenizer.eos_id]
+    if name == "llama3":
+        ends += tokenizer.encode("<|eot_id|>", special=True)
+    assert open_model(folder / run, "fsdp=1").eos_ids == tuple(ends)
+    exported = json.loads((folder / f"{run}_hf" / "generation_config.json").read_text())
+    assert exported == {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends}
+
+
+def test_a_tokenizer_json_alone_says_what_ends_a_text(corpus):
+    """As of a run that trained all weights of a LLaMA-3 on text."""
+    llama3 = Tokenizer(chat_tokenizer(corpus))
+    assert special_ids({"tokenizer.json": llama3.model_bytes}) == (llama3.bos_id, llama3.eos_id)
+    assert special_ids({"tokenizer.json": b"{}"}) == (None, None)
 
 
 @pytest.mark.parametrize("own", ["tokenizer_config.json", "chat_template.jinja"])

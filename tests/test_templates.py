@@ -8,7 +8,7 @@ import sentencepiece
 import tokenizers
 
 from llama_jax.data.chat_template import ChatTemplate, Refused, special_tokens
-from llama_jax.data.templates import BUILT_IN, built_in, open_choice, to_json
+from llama_jax.data.templates import BUILT_IN, built_in, end_ids, open_choice, to_json
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from tests.chat_templates import LLAMA2, LLAMA3, MISTRAL, chat_tokenizer, marked, said
@@ -304,6 +304,20 @@ def test_files_that_hold_no_template(tokenizer, tmp_path, file, content, message
         (tmp_path / file).write_text(content)
     with pytest.raises(UserError, match=message):
         open_choice(str(tmp_path / file), tokenizer, {})
+
+
+@pytest.mark.parametrize(
+    ("source", "ends"),
+    [
+        (LLAMA3, ["<|end_of_text|>", "<|eot_id|>"]),
+        ("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}", ["<|end_of_text|>"]),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", ["<|end_of_text|>"]),
+        ("{{ raise_exception('only with tools') }}", ["<|end_of_text|>"]),
+    ],
+)
+def test_what_ends_an_answer(llama3, source, ends):
+    found = end_ids(own(source, llama3))
+    assert [llama3.piece(token) for token in found] == ends
 
 
 # Against transformers.

@@ -13,7 +13,7 @@ from llama_jax.data.prepare import prepare
 from llama_jax.data.shards import MANIFEST, TOKENIZER, TokenDataset
 from llama_jax.data.sources import Reading, documents, named_sources
 from llama_jax.data.streaming import StreamingBatches
-from llama_jax.data.templates import BUILT_IN, open_choice
+from llama_jax.data.templates import BUILT_IN, end_ids, from_json, open_choice
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.errors import UserError
 
@@ -39,8 +39,15 @@ class TrainingData:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """What belongs beside the tokenizer in a checkpoint, by name: the chat template."""
-        return {"tokenizer_config.json": self.template} if self.template else {}
+        """What belongs beside the tokenizer in a checkpoint, by name: a chat template, its ends."""
+        if not self.template or self.tokenizer is None:
+            return {}
+        ends = end_ids(from_json(self.template, self.tokenizer))
+        ids = {"bos_token_id": self.tokenizer.bos_id, "eos_token_id": ends}
+        return {
+            "tokenizer_config.json": self.template,
+            "generation_config.json": json.dumps(ids).encode() + b"\n",
+        }
 
 
 def open_data(config: Config, default_folder: epath.Path) -> TrainingData:

@@ -1,5 +1,6 @@
 """What a source gives and a target takes: a description of the model, then array after array."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ import numpy as np
 
 from llama_jax.config import Config, ModelConfig
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.vocabularies import with_ends
 from llama_jax.errors import UserError
 from llama_jax.step import abstract_state
 
@@ -208,4 +210,10 @@ def special_ids(files: Mapping[str, bytes]) -> tuple[int | None, int | list[int]
     if model and not is_tiktoken(model):
         tokenizer = Tokenizer(model)
         return tokenizer.bos_id, tokenizer.eos_id
+    if "tokenizer.json" in files:
+        config = tokenizer_config(files)
+        with contextlib.suppress(UserError, ValueError):  # it does not say, or cannot be read here
+            content = with_ends(files["tokenizer.json"], config, "tokenizer.json")
+            tokenizer = Tokenizer(content)
+            return tokenizer.bos_id, tokenizer.eos_id
     return None, None
