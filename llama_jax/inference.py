@@ -36,6 +36,7 @@ class InferenceModel:
       tokenizer: of the run.
       mesh: set it with `jax.set_mesh` around all uses.
       files: that came with imported weights, by name: `generation_config.json`, chat templates.
+      base_context: see `checkpoint.Meta`.
     """
 
     folder: epath.Path
@@ -44,6 +45,7 @@ class InferenceModel:
     tokenizer: Tokenizer
     mesh: jax.sharding.Mesh
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    base_context: int = 0
 
     @functools.cached_property
     def eos_ids(self) -> tuple[int, ...]:
@@ -54,8 +56,8 @@ class InferenceModel:
 
     @property
     def context(self) -> int:
-        """Longest sequence the model was trained on, in tokens."""
-        return self.config.train.seq_len
+        """Longest sequence that the weights are for, in tokens."""
+        return max(self.config.train.seq_len, self.base_context)
 
 
 def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = "") -> InferenceModel:
@@ -99,7 +101,7 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
         shardings = param_shardings(abstract_state(meta.config).params, devices)
         params = checkpoint_lib.load_params(folder, meta.config, shardings)
         params = _with_base(folder, meta, params, devices)
-    return InferenceModel(folder, meta.config, params, tokenizer, devices, files)
+    return InferenceModel(folder, meta.config, params, tokenizer, devices, files, meta.base_context)
 
 
 def _with_base(

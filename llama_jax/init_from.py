@@ -52,6 +52,15 @@ def check_init(config: Config, workdir: epath.Path) -> None:
         open_init(config)
 
 
+def base_context(config: Config) -> int:
+    """Longest sequence, in tokens, that the weights of `config.init_from` are for; 0 without them.
+
+    Raises:
+      UserError: as `open_init`.
+    """
+    return open_init(config).description.config.train.seq_len if config.init_from else 0
+
+
 def load_init(config: Config, shardings: Any) -> Any:
     """Reads the weights onto a mesh, one array of one layer after another.
 

@@ -36,8 +36,8 @@ class Description:
     """All that a checkpoint holds beside its weights.
 
     Attributes:
-      config: the run, or for weights from elsewhere the defaults with their model and context
-        (`train.seq_len`).
+      config: the run, or for weights from elsewhere the defaults; with their model, and their
+        context as `train.seq_len`.
       dtype: of the stored weights: bfloat16, float16 or float32.
       files: contents of `TOKENIZER_FILES` that are there, and of `MORE_TEMPLATES`.
       card: Markdown about its training; empty if nothing is known.
