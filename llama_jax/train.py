@@ -353,7 +353,8 @@ def _report(config: Config, workdir: epath.Path, start: int, step: int, stop: St
     _log(f"loss plot    {workdir / 'plots' / 'loss.png'}")
     _log(f"TensorBoard  tensorboard --logdir={workdir / 'tensorboard'}")
     if step == config.train.steps:
-        _log(f"samples      python -m llama_jax.generate --checkpoint={workdir} --prompt=def")
+        asked = "--chat" if config.data.template else "--prompt=def"
+        _log(f"samples      python -m llama_jax.generate --checkpoint={workdir} {asked}")
 
 
 def _print_sample(config: Config, state: TrainState, data: TrainingData) -> None:
