@@ -12,6 +12,7 @@ from etils import epath
 
 from llama_jax.config import DataConfig
 from llama_jax.data import conversations, show
+from llama_jax.data.chat_template import ChatTemplate
 from llama_jax.data.conversations import examples, messages_of
 from llama_jax.data.loader import Batches, ValidationBatches, iterate
 from llama_jax.data.pipeline import open_data
@@ -177,6 +178,28 @@ def test_an_answer_before_the_first_question_is_left_out(tokenizer, tmp_path):
     assert found[0].ids.tolist() == found[1].ids.tolist()
     assert "S USER: Hi ASSISTANT: Hello." in tokenizer.decode(found[2].ids.tolist())
     assert reading.changed == {conversations.BEGINS_WITH_ANSWER: 2} and not reading.skipped
+
+
+def test_what_a_template_leaves_out_is_counted(tokenizer, tmp_path):
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    source = (
+        "{% for m in messages if m.role != 'system' %}"
+        "{{ (m.content | trim) + eos_token }}{% endfor %}"
+    )
+    template = ChatTemplate(source, "the template", tokenizer, tokens)
+    odd = turns(("human", " a</s>b\ufdd0\ufdd1 "), ("gpt", "c\ufdd2"))
+    found, reading = read([SHAREGPT, odd, ALPACA, MESSAGES], template, tmp_path)
+    assert len(found) == 4 and not reading.skipped
+    (what,) = reading.changed
+    assert what == "a message of the system that the template does not write so"
+    assert reading.changed[what] == 1 and reading.first[what].endswith("record 4")
+
+
+def test_a_template_that_writes_no_answer(tokenizer, tmp_path):
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}"
+    template = ChatTemplate(source, "the template", tokenizer, {})
+    found, reading = read([SHAREGPT, MESSAGES], template, tmp_path)
+    assert not found and reading.skipped == {"the template writes no answer": 2}
 
 
 def test_nothing_follows_the_last_answer(tokenizer, tmp_path):
