@@ -121,11 +121,12 @@ def open_adapters(kind: str, folder: epath.Path, base: str = "") -> tuple[Descri
       UserError: adapters or base cannot be read, or do not fit each other.
     """
     if kind == "ckpt":
-        meta = checkpoint_lib.load_meta(folder)
-        config = dataclasses.replace(meta.config, init_from=base or meta.config.init_from)
+        described = describe(folder, checkpoint_lib.load_meta(folder))
+        config = described.config
+        config = dataclasses.replace(config, init_from=base or config.init_from)
         origin = open_base(config.init_from, folder)
         check_model(origin, config)
-        described = dataclasses.replace(describe(folder, meta), config=config)
+        described = dataclasses.replace(described, config=config)
         return described, checkpoint_lib.load_adapters(folder, config), origin
     lora, name = peft.read_config(folder)
     place = base or f"hf:{name}"
