@@ -4,9 +4,7 @@ It comes as `chat_template.jinja`, others by name in `additional_chat_templates/
 `tokenizer_config.json`; `data/chat_template.py` renders it, `data/templates.py` has built-in ones.
 """
 
-import json
 from collections.abc import Mapping
-from typing import Any
 
 from etils import epath
 
@@ -16,7 +14,7 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.data.vocabularies import with_ends
 from llama_jax.errors import UserError
 from llama_jax.inference import InferenceModel
-from llama_jax.interchange.formats import MORE_TEMPLATES
+from llama_jax.interchange.formats import MORE_TEMPLATES, tokenizer_config
 
 
 def templates(files: Mapping[str, bytes]) -> dict[str, str]:
@@ -25,7 +23,7 @@ def templates(files: Mapping[str, bytes]) -> dict[str, str]:
     Raises:
       UserError: tokenizer_config.json is damaged.
     """
-    found = named_templates(_tokenizer_config(files).get("chat_template"))
+    found = named_templates(tokenizer_config(files).get("chat_template"))
     for file, content in files.items():
         folder, _, name = file.rpartition("/")
         if file == "chat_template.jinja":
@@ -47,7 +45,7 @@ def open_template(model: InferenceModel, choice: str = DEFAULT) -> ChatTemplate:
       UserError: there is no such template.
     """
     tokenizer = _tokenizer(model)
-    tokens = special_tokens(_tokenizer_config(model.files), tokenizer)
+    tokens = special_tokens(tokenizer_config(model.files), tokenizer)
     if choice.endswith(".jinja"):
         try:
             source, name = epath.Path(choice).read_text(), f"the chat template {choice}"
@@ -77,12 +75,4 @@ def _tokenizer(model: InferenceModel) -> Tokenizer:
     if content is None:
         return model.tokenizer
     name = f"the tokenizer.json of {model.folder}"
-    return Tokenizer(with_ends(content, _tokenizer_config(model.files), name), name)
-
-
-def _tokenizer_config(files: Mapping[str, bytes]) -> dict[str, Any]:
-    try:
-        values = json.loads(files.get("tokenizer_config.json", b"{}"))
-    except ValueError as error:
-        raise UserError(f"tokenizer_config.json is not valid JSON: {error}") from error
-    return values if isinstance(values, dict) else {}
+    return Tokenizer(with_ends(content, tokenizer_config(model.files), name), name)

@@ -54,6 +54,8 @@ class Meta:
       rewinds: that led to this step, in order: [step at which, checkpoint to which].
       base: fingerprints of the base that the adapters are for (`config.init_from` says where it
         is); empty where all weights are trained.
+      base_context: longest sequence, in tokens, that the weights which the run began with were
+        made for; 0: it began with random ones.
     """
 
     config: Config
@@ -67,6 +69,12 @@ class Meta:
     fingerprint: dict[str, int] = dataclasses.field(default_factory=dict)
     rewinds: list[list[int]] = dataclasses.field(default_factory=list)
     base: dict[str, int] = dataclasses.field(default_factory=dict)
+    base_context: int = 0
+
+    @property
+    def context(self) -> int:
+        """Longest sequence that the weights are for, in tokens; training on short ones keeps it."""
+        return max(self.config.train.seq_len, self.base_context)
 
 
 class DamagedCheckpoint(UserError):
@@ -85,6 +93,7 @@ def meta_items(meta: Meta) -> tuple[dict[str, Any], dict[str, Any]]:
         "fingerprint": meta.fingerprint,
         "rewinds": meta.rewinds,
         "base": meta.base,
+        "base_context": meta.base_context,
         "config": meta.config.to_json(),
         "versions": {"llama_jax": llama_jax.__version__, "jax": jax.__version__},
     }
@@ -216,6 +225,7 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
                 fingerprint=meta.get("fingerprint", {}),
                 rewinds=meta.get("rewinds", []),  # absent before them
                 base=meta.get("base", {}),  # absent before LoRA
+                base_context=meta.get("base_context", 0),
                 tokenizer_model=base64.b64decode(tokenizer["sentencepiece"]),
                 tokenizer_files={name: base64.b64decode(file) for name, file in files.items()},
             )

@@ -28,6 +28,7 @@ class Conversation:
 
     Attributes:
       messages: of the system, the user and the assistant, as they were said.
+      cut: why the last answer stopped before the model ended it; empty: it did end it.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Conversation:
         self._model, self._template, self._sampling = model, template, sampling
         self._special = special
         self._answers = 0
+        self.cut = ""
         self.restart(system)
 
     def restart(self, system: str) -> None:
@@ -90,9 +92,14 @@ class Conversation:
         sampling = dataclasses.replace(self._sampling, seed=seed)
         self._answers += 1
         parts: list[str] = []
+        tokens, self.cut = 0, ""
         try:
             for addition in additions(self._model, [ids], sampling, chunk=1):
                 parts.append(addition.text)
+                tokens += addition.tokens
+                if addition.ended and not addition.tokens:  # no token ended it
+                    full = tokens < sampling.max_tokens
+                    self.cut = "the context is full" if full else f"--max_tokens={tokens}"
                 yield addition.text
         finally:
             self.messages = [*kept, {"role": "assistant", "content": "".join(parts)}]
@@ -143,6 +150,8 @@ def _answer(conversation: Conversation, line: str) -> None:
         with contextlib.closing(conversation.answer(line, print)) as answer:
             for text in answer:
                 print(text, end="", flush=True)
+        if conversation.cut:
+            print(f" (cut: {conversation.cut})", end="")
     except UserError as error:  # the next message may do better
         print(f"error: {error}", file=sys.stderr, flush=True)
         return

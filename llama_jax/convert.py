@@ -93,6 +93,22 @@ def open_source(kind: str, folder: epath.Path, context: int = 0, base: str = "")
     return MergedSource(origin, adapters, described.config, meta.base, described)
 
 
+def open_base(place: str, adapters: epath.PathLike) -> Source:
+    """Opens the weights below adapters.
+
+    Args:
+      place: FORMAT:DIR of them.
+      adapters: what to call these in an error.
+
+    Raises:
+      UserError: there is nothing, or as `open_source`.
+    """
+    kind, folder = parse_place(place, "base")
+    if not folder.exists():
+        raise UserError(f"{folder}, the base of {adapters}, is not here; say where: --base=hf:DIR")
+    return open_source(kind, folder)
+
+
 def open_adapters(kind: str, folder: epath.Path, base: str = "") -> tuple[Description, Any, Source]:
     """Adapters in NumPy, what is known of them, and the source of the weights below them.
 
@@ -105,20 +121,16 @@ def open_adapters(kind: str, folder: epath.Path, base: str = "") -> tuple[Descri
       UserError: adapters or base cannot be read, or do not fit each other.
     """
     if kind == "ckpt":
-        meta = checkpoint_lib.load_meta(folder)
-        config = dataclasses.replace(meta.config, init_from=base or meta.config.init_from)
-        origin = open_source(*parse_place(config.init_from, "base"))
+        described = describe(folder, checkpoint_lib.load_meta(folder))
+        config = described.config
+        config = dataclasses.replace(config, init_from=base or config.init_from)
+        origin = open_base(config.init_from, folder)
         check_model(origin, config)
-        described = dataclasses.replace(describe(folder, meta), config=config)
+        described = dataclasses.replace(described, config=config)
         return described, checkpoint_lib.load_adapters(folder, config), origin
     lora, name = peft.read_config(folder)
     place = base or f"hf:{name}"
-    kind_of_base, folder_of_base = parse_place(place, "base")
-    if not folder_of_base.exists():
-        raise UserError(
-            f"{folder_of_base}, the base of {folder}, is not here; say where: --base=hf:DIR"
-        )
-    origin = open_source(kind_of_base, folder_of_base)
+    origin = open_base(place, folder)
     config = dataclasses.replace(origin.description.config, lora=lora, init_from=place)
     described = dataclasses.replace(origin.description, config=config)
     return described, peft.read(folder, config.model, lora), origin

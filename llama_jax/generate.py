@@ -35,6 +35,8 @@ from llama_jax.errors import UserError
 from llama_jax.inference import InferenceModel, open_model
 from llama_jax.prompts import Messages, read_messages, read_prompts
 
+# New tokens at most, where --max_tokens does not say: an answer is rarely longer.
+PROMPT_TOKENS, CHAT_TOKENS = 128, 512
 # Tokens of one program where nobody watches them come.
 UNWATCHED = 32
 
@@ -78,7 +80,7 @@ def show_in_order(
 def main() -> None:
     """The command; flags are defined below."""
     sampling = Sampling(
-        max_tokens=_MAX_TOKENS.value,
+        max_tokens=_MAX_TOKENS.value or (CHAT_TOKENS if _CHAT.value else PROMPT_TOKENS),
         temperature=_TEMPERATURE.value,
         top_k=_TOP_K.value,
         top_p=_TOP_P.value,
@@ -247,7 +249,12 @@ if __name__ == "__main__":
         "",
         "Devices along data, fsdp, tensor, such as fsdp=2,tensor=2; empty: by the model.",
     )
-    _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "New tokens at most.")
+    _MAX_TOKENS = flags.DEFINE_integer(
+        "max_tokens",
+        None,
+        f"New tokens at most; default: {PROMPT_TOKENS}, with --chat {CHAT_TOKENS}.",
+        lower_bound=1,
+    )
     _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token (greedy).")
     _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: from all.")
     _TOP_P = flags.DEFINE_float(

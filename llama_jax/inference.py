@@ -11,10 +11,11 @@ from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax.config import Config, LoraConfig, MeshConfig, ModelConfig
+from llama_jax.convert import open_base
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
-from llama_jax.init_from import check_base, load_init, open_init
-from llama_jax.interchange.formats import special_ids
+from llama_jax.init_from import check_base, load_init
+from llama_jax.interchange.formats import special_ids, with_base
 from llama_jax.lora import Adapted
 from llama_jax.lora_config import NF4_BLOCK
 from llama_jax.mesh import AXES, make_mesh, mesh_shape
@@ -35,6 +36,7 @@ class InferenceModel:
       tokenizer: of the run.
       mesh: set it with `jax.set_mesh` around all uses.
       files: that came with imported weights, by name: `generation_config.json`, chat templates.
+      base_context: see `checkpoint.Meta`.
     """
 
     folder: epath.Path
@@ -43,6 +45,7 @@ class InferenceModel:
     tokenizer: Tokenizer
     mesh: jax.sharding.Mesh
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    base_context: int = 0
 
     @functools.cached_property
     def eos_ids(self) -> tuple[int, ...]:
@@ -53,8 +56,8 @@ class InferenceModel:
 
     @property
     def context(self) -> int:
-        """Longest sequence the model was trained on, in tokens."""
-        return self.config.train.seq_len
+        """Longest sequence that the weights are for, in tokens."""
+        return max(self.config.train.seq_len, self.base_context)
 
 
 def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = "") -> InferenceModel:
@@ -90,15 +93,15 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
             f"the tokenizer of {folder} has {tokenizer.vocab_size} ids, "
             f"but model.vocab_size is {size}"
         )
+    files = meta.tokenizer_files
+    if meta.config.lora.rank:  # what was not learnt, such as special ids, is the base's
+        files = with_base(files, open_base(meta.config.init_from, folder).description.files)
     devices = parse_mesh(mesh) if mesh else decoding_mesh(meta.config.model, meta.config.lora)
     with jax.set_mesh(devices):
         shardings = param_shardings(abstract_state(meta.config).params, devices)
         params = checkpoint_lib.load_params(folder, meta.config, shardings)
         params = _with_base(folder, meta, params, devices)
-    files = meta.tokenizer_files
-    if meta.config.lora.rank:  # templates and special ids are the base's
-        files = {**open_init(meta.config).description.files, **files}
-    return InferenceModel(folder, meta.config, params, tokenizer, devices, files)
+    return InferenceModel(folder, meta.config, params, tokenizer, devices, files, meta.base_context)
 
 
 def _with_base(

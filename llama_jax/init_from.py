@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from llama_jax.checkpoint import CHECKPOINTS, load_meta
 from llama_jax.config import Config
 from llama_jax.convert import open_source, parse_place
 from llama_jax.errors import UserError
@@ -15,6 +16,7 @@ from llama_jax.frozen import freeze
 from llama_jax.interchange.formats import Source, is_tiktoken
 from llama_jax.interchange.loading import check_model, load
 from llama_jax.interchange.merged import refuse_other_base
+from llama_jax.retention import saved_steps
 from llama_jax.step import CompiledStep, TrainState, abstract_frozen, abstract_state
 
 
@@ -24,9 +26,39 @@ def open_init(config: Config) -> Source:
     Raises:
       UserError: it cannot be read, or holds another model.
     """
-    source = open_source(*parse_place(config.init_from, "config.init_from"))
+    source = open_source(*_place(config.init_from))
     check_model(source, config)
     return source
+
+
+def _place(init_from: str) -> tuple[str, epath.Path]:
+    """Format and folder of these weights, which must be there."""
+    kind, folder = parse_place(init_from, "config.init_from")
+    if not folder.exists():
+        raise UserError(f"init_from={init_from}: {folder} does not exist")
+    return kind, folder
+
+
+def check_init(config: Config, workdir: epath.Path) -> None:
+    """Checks the headers of the weights that a run will read, before it prepares its data.
+
+    A run of all weights reads them only once: later they may be gone.
+
+    Raises:
+      UserError: as `open_init`.
+    """
+    began = saved_steps(workdir / CHECKPOINTS)
+    if config.init_from and (config.lora.rank or not began):
+        open_init(config)
+
+
+def base_context(config: Config) -> int:
+    """Longest sequence, in tokens, that the weights of `config.init_from` are for; 0 without them.
+
+    Raises:
+      UserError: as `open_init`.
+    """
+    return open_init(config).description.config.train.seq_len if config.init_from else 0
 
 
 def load_init(config: Config, shardings: Any) -> Any:
@@ -104,13 +136,15 @@ def with_tokenizer(config: Config) -> Config:
     """The config, whose tokenizer is that of the weights if it names no other.
 
     Raises:
-      UserError: these have none, so that one would be trained, whose ids they do not know.
+      UserError: they are not there, or have none, so that one would be trained, whose ids they do
+        not know.
     """
     data = config.data
     if not config.init_from or data.tokenizer or data.source == "synthetic":
         return config
     tokenizer = tokenizer_file(config.init_from)
     if not tokenizer and not data.path:  # prepared shards have their own
+        _place(config.init_from)
         raise UserError(
             f"init_from={config.init_from} comes without a tokenizer that we read; name one by "
             "--config.data.tokenizer=FILE"
@@ -125,6 +159,8 @@ def tokenizer_file(init_from: str) -> str:
     """
     kind, _, folder = init_from.partition(":")
     places = [epath.Path(folder)]
+    if kind == "ckpt" and (places[0] / "params").exists():  # a step, as `Tokenizer.load` reads it
+        return folder if load_meta(folder).tokenizer_model else ""
     if kind == "meta":  # the first LLaMA and LLaMA-2 keep it beside the folders of the models
         places.append(places[0].parent)
     for place in places:

@@ -39,7 +39,7 @@ from llama_jax.guards import (
     locked,
     record_changes,
 )
-from llama_jax.init_from import first_state, with_base, with_tokenizer
+from llama_jax.init_from import base_context, check_init, first_state, with_base, with_tokenizer
 from llama_jax.mesh import make_mesh
 from llama_jax.processes import start_processes
 from llama_jax.profiler import Profiler
@@ -96,8 +96,11 @@ def evaluate(
 
 def initial_state(
     compiled: CompiledStep, saver: Checkpointer, data: TrainingData, config: Config
-) -> tuple[TrainState, list[list[int]]]:
-    """The newest good checkpoint of the work directory, or a fresh state; and its `Meta.rewinds`.
+) -> tuple[TrainState, list[list[int]], int]:
+    """The newest good checkpoint of the work directory, or a fresh state.
+
+    Returns:
+      It, with `rewinds` and `base_context` of its `Meta`.
 
     Raises:
       UserError: the checkpoint is unreadable, or of another run or other data.
@@ -107,7 +110,7 @@ def initial_state(
     if step is None:
         if isinstance(data.train, StreamingBatches):
             data.train.start_at(0, Position(), *process)
-        return first_state(compiled, config), []
+        return first_state(compiled, config), [], base_context(config)
     if not (saver.folder(step) / "optimizer").exists():
         raise UserError(
             f"checkpoint {saver.folder(step)} has weights but no optimiser state (it was converted "
@@ -133,7 +136,7 @@ def initial_state(
         saver.mark_damaged(step, str(error))
         return initial_state(compiled, saver, data, config)
     state = with_base(state, compiled, config, saved.base, saver.folder(step))
-    return state, saved.rewinds
+    return state, saved.rewinds, saved.base_context
 
 
 def _positions(data: TrainingData, step: int) -> list[list[int]]:
@@ -171,6 +174,7 @@ def run_loop(
     data: TrainingData,
     config: Config,
     instruments: Instruments,
+    context: int = 0,
 ) -> TrainState:
     """Steps until `train.steps` or a stop request. The order is a contract:
 
@@ -202,6 +206,7 @@ def run_loop(
             rewinds=watch.rewinds,
             tokenizer_files=data.files,
             base=base,
+            base_context=context,
         )
         i.watchdog.beat(f"saving step {step}")
         with goodput.phase("checkpoint"):
@@ -305,6 +310,7 @@ def run(
             check_workdir(config, workdir)
             goodput = Goodput(workdir / "goodput.json", began)
             with stop.at_once():
+                check_init(config, workdir)
                 data = open_data(config, workdir / "data")
         multihost_utils.sync_global_devices("work directory")
         if jax.process_index() > 0:
@@ -313,7 +319,7 @@ def run(
         watchdog = Watchdog(config.train.step_timeout)
         # Outermost, since a run that ends in an error waits for its save, too.
         with watchdog, Checkpointer(workdir, config) as saver:
-            state, rewinds = initial_state(compiled, saver, data, config)
+            state, rewinds, context = initial_state(compiled, saver, data, config)
             watch = SkipWatch(config, data, saver, rewinds)
             # Only now: a run that is refused leaves the other one's as it was.
             if jax.process_index() == 0:
@@ -329,7 +335,7 @@ def run(
                 profiler = Profiler(window, workdir / "tensorboard")
                 instruments = Instruments(saver, log, profiler, stop, goodput, watchdog, watch)
                 try:
-                    state = run_loop(compiled, state, data, config, instruments)
+                    state = run_loop(compiled, state, data, config, instruments, context)
                 finally:
                     profiler.close()
                     log.close()
@@ -363,7 +369,8 @@ def _report(config: Config, workdir: epath.Path, start: int, step: int, stop: St
     _log(f"loss plot    {workdir / 'plots' / 'loss.png'}")
     _log(f"TensorBoard  tensorboard --logdir={workdir / 'tensorboard'}")
     if step == config.train.steps:
-        _log(f"samples      python -m llama_jax.generate --checkpoint={workdir} --prompt=def")
+        asked = "--chat" if config.data.template else "--prompt=def"
+        _log(f"samples      python -m llama_jax.generate --checkpoint={workdir} {asked}")
 
 
 def _print_sample(config: Config, state: TrainState, data: TrainingData) -> None:

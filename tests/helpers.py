@@ -266,6 +266,20 @@ def llama3_tokenizer(corpus):
     return made.to_str().encode()
 
 
+def released_json(tokenizer):
+    """The tokenizer.json of a SentencePiece model, as it was released beside LLaMA's.
+
+    It puts a space before every text, also after a special token.
+    """
+    from llama_jax.interchange.fast_tokenizer import fast_files
+
+    described = json.loads(fast_files(tokenizer)["tokenizer.json"])
+    normalizers = [{"type": "Prepend", "prepend": "▁"}, described["normalizer"]]
+    described["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
+    described["pre_tokenizer"] = None
+    return json.dumps(described).encode()
+
+
 def made_state(config, params=None, step=0):
     """A state with these weights and fresh moments, on one device; nothing is compiled for it."""
     from llama_jax.optim import make_optimizer

@@ -12,6 +12,7 @@ from etils import epath
 
 from llama_jax.config import DataConfig
 from llama_jax.data import conversations, show
+from llama_jax.data.chat_template import ChatTemplate
 from llama_jax.data.conversations import examples, messages_of
 from llama_jax.data.loader import Batches, ValidationBatches, iterate
 from llama_jax.data.pipeline import open_data
@@ -21,10 +22,11 @@ from llama_jax.data.shards import TokenDataset, fingerprint, read_manifest, veri
 from llama_jax.data.show_rows import Screen
 from llama_jax.data.sources import list_parts
 from llama_jax.data.templates import built_in
-from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.errors import UserError
+from llama_jax.interchange.formats import special_ids
 from tests.chat_templates import chat_tokenizer, marked, said
-from tests.helpers import flip_bit, replace, text_config
+from tests.helpers import flip_bit, released_json, replace, text_config
 
 T = 512
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
@@ -176,6 +178,28 @@ def test_an_answer_before_the_first_question_is_left_out(tokenizer, tmp_path):
     assert found[0].ids.tolist() == found[1].ids.tolist()
     assert "S USER: Hi ASSISTANT: Hello." in tokenizer.decode(found[2].ids.tolist())
     assert reading.changed == {conversations.BEGINS_WITH_ANSWER: 2} and not reading.skipped
+
+
+def test_what_a_template_leaves_out_is_counted(tokenizer, tmp_path):
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    source = (
+        "{% for m in messages if m.role != 'system' %}"
+        "{{ (m.content | trim) + eos_token }}{% endfor %}"
+    )
+    template = ChatTemplate(source, "the template", tokenizer, tokens)
+    odd = turns(("human", " a</s>b\ufdd0\ufdd1 "), ("gpt", "c\ufdd2"))
+    found, reading = read([SHAREGPT, odd, ALPACA, MESSAGES], template, tmp_path)
+    assert len(found) == 4 and not reading.skipped
+    (what,) = reading.changed
+    assert what == "a message of the system that the template does not write so"
+    assert reading.changed[what] == 1 and reading.first[what].endswith("record 4")
+
+
+def test_a_template_that_writes_no_answer(tokenizer, tmp_path):
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}"
+    template = ChatTemplate(source, "the template", tokenizer, {})
+    found, reading = read([SHAREGPT, MESSAGES], template, tmp_path)
+    assert not found and reading.skipped == {"the template writes no answer": 2}
 
 
 def test_nothing_follows_the_last_answer(tokenizer, tmp_path):
@@ -457,6 +481,22 @@ def test_other_templates_and_shards_are_not_mixed_up(chat, tokenizer, tmp_path):
         prepare(replace(text, data__template="vicuna"), tmp_path / "text", log=quiet)
 
 
+def test_shards_of_another_tokenizer_are_refused(chat, tokenizer, corpus, tmp_path):
+    config, _, folder = chat
+    texts = [path.read_text() for path in sorted(corpus.iterdir())]
+    train_tokenizer([text[::-1] for text in texts], 300).save(tmp_path / "other.model")
+    (tmp_path / "tokenizer.json").write_bytes(released_json(tokenizer))
+
+    def opened(name):
+        return open_data(replace(config, data__tokenizer=str(name)), epath.Path(folder))
+
+    with pytest.raises(UserError, match=r"another tokenizer than \S+/other.model .*init_from"):
+        opened(tmp_path / "other.model")
+    # The other format of the same one is no other, nor is a file that is gone since.
+    for same in (tmp_path / "tokenizer.json", tmp_path / "gone.model", folder / "tokenizer.model"):
+        assert opened(same).tokenizer.fingerprint == tokenizer.fingerprint
+
+
 def test_damage_has_a_name(chat, tmp_path):
     folder = shutil.copytree(chat[2], tmp_path / "shards")
     mask = folder / "train-00000-000.mask"
@@ -527,8 +567,12 @@ def test_llama3_from_end_to_end(llama3, tmp_path):
     llama3.save(tmp_path / "tokenizer.json")
     config = replace(config, data__tokenizer=str(tmp_path / "tokenizer.json"))
     prepare(config, tmp_path / "shards", log=quiet)
-    rows = open_data(config, epath.Path(tmp_path / "shards")).train.rows(0, range(1))
+    data = open_data(config, epath.Path(tmp_path / "shards"))
+    rows = data.train.rows(0, range(1))
     ids, counts = next(segments(rows))
+    # What a checkpoint keeps makes the model stop at the end of a turn.
+    ends = [llama3.piece(one) for one in special_ids(data.files)[1]]
+    assert ends == ["<|end_of_text|>", "<|eot_id|>"]
     head, tail = "<|start_header_id|>", "<|end_header_id|>"
     assert marked(llama3, ids, counts) == (
         f"<|begin_of_text|>{head}system{tail}\n\nBe brief.<|eot_id|>"

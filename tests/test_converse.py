@@ -95,9 +95,21 @@ def test_what_is_typed(open_conversation, capsys):
     assert len(talk.messages) == 2 and talk.messages[0]["content"] == "/etc is a folder"
     converse(talk, ["/system be brief", "a", "/exit", "never"])
     assert talk.messages[:2] == said("a", system="be brief") and len(talk.messages) == 3
-    assert capsys.readouterr().out == talk.messages[2]["content"] + "\n"
+    assert capsys.readouterr().out == talk.messages[2]["content"] + " (cut: --max_tokens=6)\n"
     converse(talk, ["/new"])
     assert talk.messages == said(system="be brief")
+
+
+@pytest.mark.parametrize(
+    ("letters", "reason"), [(1, "--max_tokens=40"), (40, "the context is full")]
+)
+def test_why_an_answer_was_cut(open_conversation, letters, reason):
+    talk = open_conversation(Sampling(max_tokens=40, temperature=0.0))
+    "".join(talk.answer("x" * letters, pytest.fail))
+    assert talk.cut == reason
+    talk._model.__dict__["eos_ids"] = tuple(range(300))  # all of them end it
+    "".join(talk.answer("x", lambda line: None))
+    assert talk.cut == ""
 
 
 def test_a_broken_off_answer_is_remembered(open_conversation, capsys, monkeypatch):

@@ -1,5 +1,7 @@
 """From instructions to a model that chats: base, all weights, adapters on top."""
 
+import shutil
+
 import jax
 import pytest
 
@@ -10,7 +12,14 @@ from llama_jax.decode import Sampling
 from llama_jax.inference import open_model
 from llama_jax.train import train
 from tests.chat_templates import said
-from tests.helpers import random_params, records, replace, save_checkpoint
+from tests.helpers import (
+    one_line_error,
+    random_params,
+    records,
+    replace,
+    run_command,
+    save_checkpoint,
+)
 from tests.test_conversations import chat_config
 
 pytestmark = pytest.mark.slow  # three trainings
@@ -53,3 +62,19 @@ def test_a_finetuned_checkpoint_answers_by_the_template_that_it_learnt(finetuned
     with jax.set_mesh(model.mesh):
         talk = Conversation(model, template, sampling)
         assert "".join(talk.answer("say 7", pytest.fail)) == talk.messages[1]["content"]
+
+
+def test_the_command_chats_above_a_base_that_was_moved(finetuned, tmp_path):
+    flags = (f"--checkpoint={finetuned / 'adapted'}", "--chat", "--temperature=0")
+    talk = {"stdin": "say 7\nsay 8\n/exit\n"}
+    here = run_command("generate", *flags, "--max_tokens=6", **talk)
+    assert here.returncode == 0 and here.stderr == "", here.stderr
+    assert len(here.stdout.splitlines()) >= 2
+    moved = shutil.copytree(finetuned / "full", tmp_path / "moved")
+    there = run_command("generate", *flags, "--max_tokens=6", f"--base=ckpt:{moved}", **talk)
+    assert there.returncode == 0 and there.stdout == here.stdout, there.stderr
+    gone = run_command("generate", *flags, "--base=ckpt:/gone", **talk)
+    assert "is not here; say where: --base=hf:DIR" in one_line_error(gone)
+    # The base of all weights is another one than the base of the adapters.
+    other = run_command("generate", *flags, f"--base=ckpt:{finetuned / 'base'}", **talk)
+    assert "were trained on another base than" in one_line_error(other)

@@ -12,10 +12,11 @@ from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import train as train_lib
 from llama_jax.config import LoraConfig
 from llama_jax.convert import convert, open_source
+from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.fingerprint import fingerprint
 from llama_jax.inference import open_model
-from llama_jax.init_from import first_state, load_init, tokenizer_file, with_tokenizer
+from llama_jax.init_from import base_context, first_state, load_init, tokenizer_file, with_tokenizer
 from llama_jax.lora import Adapted
 from llama_jax.model import logits
 from llama_jax.step import jit_step
@@ -57,7 +58,8 @@ def params(config):
 def bases(config, params, tokenizer, tmp_path_factory):
     """The same weights as a checkpoint and as a folder of Hugging Face; and other ones."""
     folder = tmp_path_factory.mktemp("bases")
-    save_checkpoint(folder / "ckpt", config, params, tokenizer.model_bytes)
+    longer = replace(config, train__seq_len=64)
+    save_checkpoint(folder / "ckpt", longer, params, tokenizer.model_bytes)
     convert(open_source("ckpt", epath.Path(folder / "ckpt")), "hf", folder / "hf")
     (folder / "ckpt" / "tokenizer.model").write_bytes(tokenizer.model_bytes)
     other = {**params, "final_norm": params["final_norm"] + np.float32(1e-3)}
@@ -75,6 +77,7 @@ def equal(left, right):
 @pytest.mark.parametrize("kind", ["hf", "ckpt"])
 def test_full_fine_tuning_starts_from_these_weights_with_fresh_moments(config, params, bases, kind):
     config, mesh = replace(config, init_from=f"{kind}:{bases / kind}"), mesh_of((1, 2, 2, 2))
+    assert base_context(config) == 64 and base_context(replace(config, init_from="")) == 0
     with jax.set_mesh(mesh):
         compiled = jit_step(config, mesh)
         state = first_state(compiled, config)
@@ -119,9 +122,25 @@ def test_the_tokenizer_comes_with_the_weights(config, bases, tokenizer):
     assert with_tokenizer(replace(nothing, data__path="shards")).data.tokenizer == ""
     with pytest.raises(UserError, match=r"without a tokenizer .* --config.data.tokenizer=FILE"):
         with_tokenizer(nothing)
+    step = f"ckpt:{bases / 'ckpt' / 'checkpoints' / '0'}"
+    begun = with_tokenizer(replace(config, init_from=step))
+    assert Tokenizer.load(begun.data.tokenizer).fingerprint == tokenizer.fingerprint
     given = replace(config, init_from=f"hf:{bases / 'hf'}", data__tokenizer="mine.model")
     assert with_tokenizer(given) == given
     assert with_tokenizer(config) == config
+
+
+@pytest.mark.parametrize("field", ["tokenizer", "path", "source"])
+def test_weights_that_are_not_there_are_missed_before_data_are_prepared(
+    config, tokenizer, tmp_path, field
+):
+    tokenizer.save(tmp_path / "tokenizer.model")
+    given = {"tokenizer": str(tmp_path / "tokenizer.model"), "path": "/no/shards"}
+    changes = {f"data__{field}": given[field]} if field in given else {}
+    wrong = replace(config, init_from="hf:/no/where", **changes)
+    with pytest.raises(UserError, match="init_from=hf:/no/where: /no/where does not exist"):
+        train_lib.train(wrong, tmp_path / "run")
+    assert not (tmp_path / "run" / "data").exists()
 
 
 # A whole run of adapters.
@@ -148,6 +167,7 @@ def test_the_checkpoint_holds_adapters_and_names_the_base(finished, adapted, bas
     meta = checkpoint_lib.load_meta(folder)
     assert meta.base == fingerprint(state.frozen)
     assert meta.config.init_from == f"ckpt:{bases / 'ckpt'}"
+    assert meta.config.train.seq_len == 16 and meta.base_context == meta.context == 64
     assert not any(name.startswith("frozen") for name in meta.fingerprint)
     size = sum(file.stat().st_size for file in (workdir / "checkpoints/4").rglob("*"))
     assert size < 400_000 < sum(x.nbytes for x in jax.tree.leaves(state.frozen)) * 4
@@ -158,6 +178,8 @@ def test_resume_is_bit_exact(finished, adapted, tmp_path):
     workdir = shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "4")
     equal(train_lib.train(adapted, workdir), finished[1])
+    # What was read of the base at first is known later, too.
+    assert checkpoint_lib.load_meta(checkpoint_lib.find_step(workdir)).base_context == 64
 
 
 def test_another_base_is_refused(finished, adapted, bases, tmp_path):
@@ -172,6 +194,13 @@ def test_another_base_is_refused(finished, adapted, bases, tmp_path):
         source = open_source("ckpt", epath.Path(workdir), base=other)
         convert(source, "hf", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+    # One that is not there, with the flag that says where it is.
+    for open_it in (
+        open_model,
+        lambda folder, base: open_source("ckpt", epath.Path(folder), 0, base),
+    ):
+        with pytest.raises(UserError, match=r"/gone, the base of \S+/4, is not here; .*--base=hf:"):
+            open_it(workdir, base="hf:/gone")
     # The same weights elsewhere are the same base.
     open_model(workdir, base=f"hf:{bases / 'hf'}")
 
@@ -192,6 +221,7 @@ def test_converted_adapters_are_merged_into_their_base(finished, adapted, tmp_pa
     source = open_source("ckpt", epath.Path(workdir))
     described = convert(source, target, tmp_path / "merged", "float32" if target == "hf" else "")
     assert described.config.lora == LoraConfig() and described.config.init_from == ""
+    assert described.config.train.seq_len == 64  # the base's, not the shorter one of training
     tokens = np.arange(12)[None]
     merged = replace(described.config, init_from=f"{target}:{tmp_path / 'merged'}")
     mesh = mesh_of((1, 1, 1, 1))
@@ -199,7 +229,7 @@ def test_converted_adapters_are_merged_into_their_base(finished, adapted, tmp_pa
         params = load_init(merged, jit_step(merged, mesh).state_shardings.params)
         got = logits(merged.model, params, tokens)
         model = open_model(workdir, "tensor=1")
-    assert isinstance(model.params, Adapted)
+    assert isinstance(model.params, Adapted) and model.context == 64
     with jax.set_mesh(model.mesh):
         unmerged = logits(merged.model, model.params, tokens)
         none = jax.tree.map(np.zeros_like, jax.device_get(model.params.adapters))

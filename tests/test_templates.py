@@ -8,12 +8,11 @@ import sentencepiece
 import tokenizers
 
 from llama_jax.data.chat_template import ChatTemplate, Refused, special_tokens
-from llama_jax.data.templates import BUILT_IN, built_in, open_choice, to_json
+from llama_jax.data.templates import BUILT_IN, built_in, end_ids, open_choice, to_json
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
-from llama_jax.interchange.fast_tokenizer import fast_files
 from tests.chat_templates import LLAMA2, LLAMA3, MISTRAL, chat_tokenizer, marked, said
-from tests.helpers import llama3_tokenizer
+from tests.helpers import llama3_tokenizer, released_json
 
 PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
@@ -103,7 +102,7 @@ def llama3(corpus):
 @pytest.fixture(scope="module")
 def released(tokenizer):
     """The tokenizer.json of the SentencePiece model."""
-    return Tokenizer(fast_files(tokenizer)["tokenizer.json"])
+    return Tokenizer(released_json(tokenizer))
 
 
 @pytest.mark.parametrize(("name", "messages", "expected"), EXPECTED)
@@ -305,6 +304,20 @@ def test_files_that_hold_no_template(tokenizer, tmp_path, file, content, message
         (tmp_path / file).write_text(content)
     with pytest.raises(UserError, match=message):
         open_choice(str(tmp_path / file), tokenizer, {})
+
+
+@pytest.mark.parametrize(
+    ("source", "ends"),
+    [
+        (LLAMA3, ["<|end_of_text|>", "<|eot_id|>"]),
+        ("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}", ["<|end_of_text|>"]),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", ["<|end_of_text|>"]),
+        ("{{ raise_exception('only with tools') }}", ["<|end_of_text|>"]),
+    ],
+)
+def test_what_ends_an_answer(llama3, source, ends):
+    found = end_ids(own(source, llama3))
+    assert [llama3.piece(token) for token in found] == ends
 
 
 # Against transformers.

@@ -641,3 +641,13 @@ def test_the_seed_changes_weights_and_data(tmp_path, shards, corpus):
         with pytest.raises(Stop):
             train_lib.initial_state(compiled, saver, types.SimpleNamespace(train=None), c)
     assert seeds[0] != seeds[1]
+
+
+@pytest.mark.parametrize(("template", "flag"), [("", "--prompt=def"), ("vicuna", "--chat")])
+def test_what_to_try_next(capsys, template, flag):
+    data = dataclasses.replace(TINY.data, packing="best_fit", source="x.json", template=template)
+    config = replace(TINY, data=data)
+    ended = types.SimpleNamespace(name="")
+    train_lib._report(config, epath.Path("runs/x"), 20, 20, ended)
+    expected = f"python -m llama_jax.generate --checkpoint=runs/x {flag}\n"
+    assert capsys.readouterr().out.endswith(expected)

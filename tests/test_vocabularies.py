@@ -12,7 +12,8 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.data.vocabularies import MARK, SPACE
 from llama_jax.errors import UserError
 from llama_jax.inference import open_model
-from tests.helpers import TINY, llama3_tokenizer, random_params, replace
+from llama_jax.interchange.fast_tokenizer import fast_files
+from tests.helpers import TINY, llama3_tokenizer, random_params, released_json, replace
 from tests.test_convert import Memory, exported
 
 HARD = [
@@ -207,6 +208,17 @@ def test_imported_weights_write_with_their_tokenizer_json_and_give_it_back(corpu
     assert json.loads((tmp_path / "again" / "tokenizer.json").read_text()) == json.loads(model)
 
 
+@pytest.mark.parametrize("text", [*HARD, *MARKED, "  <s>  [INST] x</s>  y"])
+def test_the_exported_json_gives_the_ids_of_the_model(tokenizer, text):
+    """Spaces after special tokens, too, so that a template is right with both."""
+    exported = Tokenizer(fast_files(tokenizer)["tokenizer.json"])
+    for special in (False, True):
+        ids = tokenizer.encode(text, special=special)
+        assert exported.encode(text, special=special) == ids
+        assert exported.decode(ids) == tokenizer.decode(ids)
+    assert exported.gap == tokenizer.gap
+
+
 def with_trimming(tokenizer):
     """As LLaMA-3's was released: its post-processor cuts spaces off the places of tokens."""
     described = json.loads(tokenizer.model_bytes)
@@ -216,13 +228,16 @@ def with_trimming(tokenizer):
     return Tokenizer(json.dumps(described).encode())
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece", "released", "byte level", "trimming"])
+KINDS = ["sentencepiece", "released", "exported", "byte level", "trimming"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_token_knows_its_letters(kind, llama3, tokenizer):
     if kind == "sentencepiece":
         found = tokenizer
     elif kind == "released":
-        from llama_jax.interchange.fast_tokenizer import fast_files
-
+        found = Tokenizer(released_json(tokenizer))
+    elif kind == "exported":
         found = Tokenizer(fast_files(tokenizer)["tokenizer.json"])
     else:
         found = llama3 if kind == "byte level" else with_trimming(llama3)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.config import DataConfig
-from llama_jax.data.chat_template import ChatTemplate, Encoded, Refused
+from llama_jax.data.chat_template import BEGIN, END, ChatTemplate, Encoded, Refused
 from llama_jax.data.reading import Example, Part, Reading, too_long
 from llama_jax.data.sources import read_records
 from llama_jax.data.vocabularies import MARK
@@ -30,6 +30,7 @@ FOLLOWS = {
     **{"user": ("assistant",), "assistant": ("user",)},
 }
 EMPTY = {"assistant": "an empty answer", "user": "an empty question"}
+_DROPPED = str.maketrans("", "", MARK + BEGIN + END)  # letters that no template gets
 BEGINS_WITH_ANSWER = "an answer before the first question, which is left out"
 
 
@@ -114,8 +115,8 @@ def examples(
 ) -> Iterator[Example]:
     """Streams the conversations of a part as tokens; what cannot be used is counted in `reading`.
 
-    One longer than a sequence is cut there, and all end with their last token that counts: what
-    follows would train nothing.
+    So is what the template leaves out. One longer than a sequence is cut there, and all end with
+    their last token that counts: what follows would train nothing.
 
     Args:
       part: of JSON.
@@ -147,6 +148,8 @@ def examples(
             continue
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
+        if role := _not_written(messages, encoded.text):
+            reading.change(f"a message of the {role} that the template does not write so", where)
         if len(messages) < len(found):
             reading.change(BEGINS_WITH_ANSWER, where)
         if kept < last:
@@ -168,6 +171,16 @@ def _checked(messages: Messages, data: DataConfig) -> bytes:
     if len(key) > data.max_document_bytes:
         raise Unusable(too_long(data))
     return key
+
+
+def _not_written(messages: Messages, text: str) -> str:
+    """The role of the first message whose words are not in the text; empty: all are there."""
+    written = text.replace(MARK, "")
+    for message in messages:
+        words: str = message["instruction" if "instruction" in message else "content"]
+        if words.translate(_DROPPED).strip() not in written:
+            return message["role"]
+    return ""
 
 
 def _last(counts: np.ndarray) -> int:

@@ -10,10 +10,10 @@ from llama_jax.config import Config
 from llama_jax.data import loader
 from llama_jax.data.mixture import parse_shares
 from llama_jax.data.prepare import prepare
-from llama_jax.data.shards import MANIFEST, TokenDataset
+from llama_jax.data.shards import MANIFEST, TOKENIZER, TokenDataset
 from llama_jax.data.sources import Reading, documents, named_sources
 from llama_jax.data.streaming import StreamingBatches
-from llama_jax.data.templates import BUILT_IN, open_choice
+from llama_jax.data.templates import BUILT_IN, end_ids, from_json, open_choice
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.errors import UserError
 
@@ -39,8 +39,15 @@ class TrainingData:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """What belongs beside the tokenizer in a checkpoint, by name: the chat template."""
-        return {"tokenizer_config.json": self.template} if self.template else {}
+        """What belongs beside the tokenizer in a checkpoint, by name: a chat template, its ends."""
+        if not self.template or self.tokenizer is None:
+            return {}
+        ends = end_ids(from_json(self.template, self.tokenizer))
+        ids = {"bos_token_id": self.tokenizer.bos_id, "eos_token_id": ends}
+        return {
+            "tokenizer_config.json": self.template,
+            "generation_config.json": json.dumps(ids).encode() + b"\n",
+        }
 
 
 def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
@@ -92,6 +99,7 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
                 "prepare them together"
             )
         _check_template(data.template, dataset)
+    _check_tokenizer(data.tokenizer, first)
     held_out = {name: TokenDataset.open(folder / name, "validation") for name in names}
     validation = loader.ValidationBatches(held_out, train.seq_len, train.global_batch)
     return TrainingData(
@@ -101,6 +109,22 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
         _fingerprint(datasets),
         first.template(),
     )
+
+
+def _check_tokenizer(choice: str, dataset: TokenDataset) -> None:
+    """Compares the tokenizer that is asked for with that of shards; a file may be gone since.
+
+    Raises:
+      UserError: their ids are not of the same pieces.
+    """
+    if not choice or not epath.Path(choice).exists():
+        return
+    if not Tokenizer.load(choice).same_ids(dataset.tokenizer()):
+        raise UserError(
+            f"the shards in {dataset.folder} were made with another tokenizer than {choice} "
+            "(data.tokenizer, or that of the weights in init_from); prepare them again with this "
+            f"one, or name their own if it is meant: {dataset.folder / TOKENIZER}"
+        )
 
 
 def _check_template(choice: str, dataset: TokenDataset) -> None:

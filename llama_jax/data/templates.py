@@ -150,6 +150,26 @@ def open_choice(choice: str, tokenizer: Tokenizer, config: dict[str, Any]) -> Ch
     return template
 
 
+def from_json(content: bytes, tokenizer: Tokenizer) -> ChatTemplate:
+    """The template that `to_json` wrote."""
+    values = json.loads(content)
+    tokens = special_tokens(values, tokenizer)
+    return ChatTemplate(values["chat_template"], "the chat template", tokenizer, tokens)
+
+
+def end_ids(template: ChatTemplate) -> list[int]:
+    """Tokens that end an answer: the tokenizer's EOS, and another one that ends a turn."""
+    tokenizer = template.tokenizer
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        example = template.example(messages)
+    except UserError:  # it is for other conversations
+        return [tokenizer.eos_id]
+    last = example.ids[example.counts].tolist()[-1:]
+    special = [token for token in last if tokenizer.piece(token) in tokenizer.special_names]
+    return list(dict.fromkeys([tokenizer.eos_id, *special]))
+
+
 def to_json(template: ChatTemplate) -> bytes:
     """The template as a file that `open_choice` reads: in the form of a tokenizer_config.json."""
     values = {"chat_template": template.source, **template.tokens}

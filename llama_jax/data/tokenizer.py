@@ -58,11 +58,17 @@ class Tokenizer:
     def load(cls, path: epath.PathLike) -> "Tokenizer":
         """Reads a `.model` file or a `tokenizer.json`, with the tokenizer_config.json beside it.
 
+        The folder of a saved step stands for its tokenizer.
+
         Raises:
           UserError: it cannot be read, or is none.
         """
         path, name = epath.Path(path), f"tokenizer {path}"
         try:
+            if (path / "tokenizer").exists():
+                from llama_jax.checkpoint import load_meta
+
+                return cls(load_meta(path).tokenizer_model, name)
             model_bytes = path.read_bytes()
             config = path.parent / "tokenizer_config.json"
             if path.suffix == ".json" and config.exists():
@@ -74,6 +80,14 @@ class Tokenizer:
             ) from error
         except OSError as error:
             raise UserError(f"cannot read tokenizer {path}: {error.strerror or error}") from error
+
+    def same_ids(self, other: "Tokenizer") -> bool:
+        """Whether ids are of the same pieces; both formats of a tokenizer may be."""
+        if self.fingerprint == other.fingerprint:
+            return True
+        ids = range(min(self.vocab_size, other.vocab_size))  # one may have more special tokens
+        ends = self.bos_id == other.bos_id and self.eos_id == other.eos_id
+        return ends and all(self.piece(token) == other.piece(token) for token in ids)
 
     def save(self, path: epath.PathLike) -> None:
         """Writes the file, of whichever format."""

@@ -23,7 +23,7 @@ def write(meta: checkpoint_lib.Meta, step_folder: epath.Path) -> str:
         "heads, kv heads": f"{model.n_heads}, {model.n_kv_heads} of size {model.head_dim}",
         "ffn": f"{model.ffn_dim}",
         "vocabulary": f"{model.vocab_size:,}" + (", tied" if model.tied_embeddings else ""),
-        "context": f"{config.train.seq_len:,} tokens",
+        "context": f"{meta.context:,} tokens",
         "RoPE theta": f"{model.rope_theta:,.0f}",
     }
     if model.rope_scaling_factor != 1:

@@ -5,6 +5,7 @@ tensorstore reads and writes in parts. What is written here is a step without op
 `checkpoint.load_params` reads like any other.
 """
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -44,7 +45,9 @@ def describe(folder: epath.Path, meta: checkpoint_lib.Meta) -> Description:
     elif meta.tokenizer_model:
         files["tokenizer.model"] = meta.tokenizer_model
     formats.check_vocabulary(files, meta.config.model.vocab_size, str(folder))
-    return Description(meta.config, "float32", files, card.write(meta, folder), meta.step)
+    train = dataclasses.replace(meta.config.train, seq_len=meta.context)
+    config = dataclasses.replace(meta.config, train=train)
+    return Description(config, "float32", files, card.write(meta, folder), meta.step)
 
 
 class CkptSource:

@@ -1,7 +1,10 @@
 """A SentencePiece model as the `tokenizer.json` of Hugging Face's tokenizers library.
 
 transformers 5 would read tokenizer.model by itself, but by rules of its own (it adds no space to a
-text that begins with one). Here the rules are written down, and a test compares the ids.
+text that begins with one). Here the rules are written down, and a test compares the ids: as in
+`vocabularies.SentencePiece`, a text's own beginning gets a space, and what follows a special token
+gets none. (The files that were released beside LLaMA put one there, too.) So a chat template gives
+the same ids by either file.
 """
 
 import json
@@ -19,14 +22,12 @@ def fast_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     contents: dict[str, Any] = {
         "version": "1.0",
         "added_tokens": [_added(vocab[piece], piece) for piece in (unk, bos, eos)],
-        "normalizer": {
+        # Spaces are written first: Metaspace puts none before a text that begins with its own.
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": space},
+        "pre_tokenizer": {
             "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": space},
-                {"type": "Replace", "pattern": {"String": " "}, "content": space},
-            ],
+            "pretokenizers": [_metaspace(" ", "first"), _metaspace(space, "never")],
         },
-        "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [_special(bos), _sequence("A", 0)],
@@ -72,6 +73,11 @@ def _merges(pieces: list[str], vocab: dict[str, int]) -> list[list[str]]:
         for cut in range(1, len(piece))
         if piece[:cut] in vocab and piece[cut:] in vocab
     ]
+
+
+def _metaspace(letter: str, where: str) -> dict[str, Any]:
+    """Writes spaces as `letter`, and one before a text."""
+    return {"type": "Metaspace", "replacement": letter, "prepend_scheme": where, "split": False}
 
 
 def _added(number: int, piece: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a source gives and a target takes: a description of the model, then array after array."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ import numpy as np
 
 from llama_jax.config import Config, ModelConfig
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.vocabularies import with_ends
 from llama_jax.errors import UserError
 from llama_jax.step import abstract_state
 
@@ -20,6 +22,12 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 MORE_TEMPLATES = "additional_chat_templates"  # a folder beside chat_template.jinja: NAME.jinja
+# Of a template and of a tokenizer: what programs look at before, or instead of, the others.
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_TOKENIZER = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt"),
+)
 LLAMA3_SPECIAL_TOKENS = 256  # that follow the ranks in a tokenizer.model of Llama 3
 
 
@@ -35,8 +43,8 @@ class Description:
     """All that a checkpoint holds beside its weights.
 
     Attributes:
-      config: the run, or for weights from elsewhere the defaults with their model and context
-        (`train.seq_len`).
+      config: the run, or for weights from elsewhere the defaults; with their model, and their
+        context as `train.seq_len`.
       dtype: of the stored weights: bfloat16, float16 or float32.
       files: contents of `TOKENIZER_FILES` that are there, and of `MORE_TEMPLATES`.
       card: Markdown about its training; empty if nothing is known.
@@ -153,6 +161,39 @@ def is_tiktoken(content: bytes) -> bool:
     return len(words) == 2 and words[1].isdigit()
 
 
+def tokenizer_config(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Contents of tokenizer_config.json; empty where it is not there, or no mapping.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+        values = json.loads(files.get("tokenizer_config.json", b"{}"))
+    except ValueError as error:
+        raise UserError(f"tokenizer_config.json is not valid JSON: {error}") from error
+    return values if isinstance(values, dict) else {}
+
+
+def with_base(files: Mapping[str, bytes], base: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Files of adapters, and those of their base that they bring none of.
+
+    A template that was learnt goes with the tokenizer that it was learnt with: where the adapters
+    have one, the base's templates are left out, and its tokenizer, of which another format may
+    put spaces elsewhere.
+
+    Raises:
+      UserError: tokenizer_config.json is damaged.
+    """
+    learnt = "chat_template.jinja" in files or tokenizer_config(files).get("chat_template")
+    replaced = (*_TEMPLATES, *_TOKENIZER) if learnt else ()
+    kept = {
+        name: content
+        for name, content in base.items()
+        if name not in replaced and not (learnt and name.startswith(f"{MORE_TEMPLATES}/"))
+    }
+    return {**kept, **files}
+
+
 def special_ids(files: Mapping[str, bytes]) -> tuple[int | None, int | list[int] | None]:
     """Ids of BOS and EOS (or of several, such as those of turns and texts) where the files tell.
 
@@ -176,4 +217,10 @@ def special_ids(files: Mapping[str, bytes]) -> tuple[int | None, int | list[int]
     if model and not is_tiktoken(model):
         tokenizer = Tokenizer(model)
         return tokenizer.bos_id, tokenizer.eos_id
+    if "tokenizer.json" in files:
+        config = tokenizer_config(files)
+        with contextlib.suppress(UserError, ValueError):  # it does not say, or cannot be read here
+            content = with_ends(files["tokenizer.json"], config, "tokenizer.json")
+            tokenizer = Tokenizer(content)
+            return tokenizer.bos_id, tokenizer.eos_id
     return None, None

@@ -235,11 +235,19 @@ class HfTarget:
 
 
 def _with_tokenizer_config(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Tells transformers how to read a SentencePiece model that came without its other files."""
-    model = files.get("tokenizer.model", b"")
-    if not model or formats.is_tiktoken(model) or "tokenizer_config.json" in files:
+    """Tells transformers how to read a SentencePiece model that came without its other files.
+
+    Of a run that learnt a template, a tokenizer_config.json has that and names, but no class.
+    """
+    model, name = files.get("tokenizer.model", b""), "tokenizer_config.json"
+    if not model or formats.is_tiktoken(model) or "tokenizer.json" in files:
         return files
-    return {**files, **fast_tokenizer.fast_files(Tokenizer(model))}
+    given = formats.tokenizer_config(files)
+    if name in files and ("tokenizer_class" in given or "chat_template" not in given):
+        return files
+    made = fast_tokenizer.fast_files(Tokenizer(model))
+    config = json.dumps({**json.loads(made[name]), **given}, ensure_ascii=False, indent=2)
+    return {**files, **made, name: config.encode() + b"\n"}
 
 
 def load_hf(folder: epath.PathLike, config: Config, shardings: Any) -> Any:

@@ -17,7 +17,7 @@ from llama_jax.config import Config, LoraConfig
 from llama_jax.errors import UserError
 from llama_jax.fingerprint import array_fingerprint
 from llama_jax.frozen import freeze, thaw
-from llama_jax.interchange.formats import Description, Source, is_stacked, units
+from llama_jax.interchange.formats import Description, Source, is_stacked, units, with_base
 from llama_jax.lora import delta
 
 _fingerprint = functools.cache(lambda: jax.jit(array_fingerprint))
@@ -85,7 +85,7 @@ class MergedSource:
         self._found: dict[str, int] = {}
         self._seen: dict[str, set[int | None]] = {}
         plain = dataclasses.replace(config, lora=LoraConfig(), init_from="")
-        files = {**base.description.files, **description.files}
+        files = with_base(description.files, base.description.files)
         self.description = dataclasses.replace(
             description, config=plain, files=files, dtype=base.description.dtype
         )
