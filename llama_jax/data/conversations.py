@@ -2,8 +2,8 @@
 
 Four forms of records are known by their fields, each record for itself: Alpaca's (`instruction`,
 `input`, `output`), ShareGPT's, which Vicuna took (`conversations` of `from` and `value`),
-`messages` of `role` and `content`, and Guanaco's (`text` with the turns marked in it). What cannot be used is counted by reason, never repaired by
-guessing.
+`messages` of `role` and `content`, and Guanaco's (`text` with the turns marked in it). What cannot
+be used is counted by reason, never repaired by guessing.
 """
 
 import json
