@@ -1,7 +1,7 @@
 """Guanaco: QLoRA on LLaMA-7B (6,738,415,616 parameters), frozen in NF4, on one GPU.
 
   python -m llama_jax.train --config=configs/guanaco_7b_qlora.py --workdir=runs/guanaco_7b \\
-      --config.init_from=hf:llama-7b --config.data.source=openassistant.jsonl
+      --config.init_from=hf:llama-7b --config.data.source=openassistant_best_replies_train.jsonl
 
 Batch: 16 sequences x 512 tokens = 8,192 tokens a step, 1,875 steps.
 Recipe of arXiv:2305.14314 (appendix B): NF4 with double quantisation, adapters of rank 64 and alpha
@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.lora.alpha = 16.0
     config.lora.dropout = 0.1
     config.lora.base_dtype = "nf4"
-    config.data.source = "openassistant.jsonl"
+    config.data.source = "openassistant_best_replies_train.jsonl"
     config.data.template = "vicuna"
     config.data.packing = "best_fit"
     config.optim.peak_lr = 2e-4

@@ -19,11 +19,12 @@ from collections.abc import Iterator
 import jax
 
 from llama_jax import cli
+from llama_jax.chat import open_template
 from llama_jax.continuation import additions
+from llama_jax.data.chat_template import ChatTemplate
 from llama_jax.data.conversations import messages_of
-from llama_jax.data.templates import built_in
 from llama_jax.decode import Sampling
-from llama_jax.inference import open_model
+from llama_jax.inference import InferenceModel, open_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 ASKED = {
@@ -94,10 +95,8 @@ def split(train: int, test: int, seed: int) -> tuple[list[Question], list[Questi
     return questions(chosen[:n_train], seed), questions(chosen[n_train:], seed)
 
 
-def answers(checkpoint: str, asked: list[Question]) -> list[str]:
-    """What a checkpoint answers, greedily."""
-    model = open_model(checkpoint, "fsdp=1")
-    template = built_in("llama2", model.tokenizer)
+def answers(model: InferenceModel, template: ChatTemplate, asked: list[Question]) -> list[str]:
+    """What a model answers, greedily, to questions in a template."""
     # As training reads the records, without the answer.
     ids = [template.encode(messages_of(question.record())[:-1]) for question in asked]
     texts = [""] * len(asked)
@@ -148,7 +147,10 @@ def main() -> None:
     if status:
         sys.exit(status)
     print(f"\n{len(train)} questions to train on; {len(test)} held out, on other functions:\n")
-    print(table(test, answers(options.base, test), answers(options.workdir, test)))
+    after, before = (open_model(place, "fsdp=1") for place in (workdir, options.base))
+    template = open_template(after)  # what it was trained with, for both
+    given = (answers(model, template, test) for model in (before, after))
+    print(table(test, *given))
 
 
 if __name__ == "__main__":

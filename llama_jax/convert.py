@@ -7,9 +7,10 @@ layer is in memory at a time. The target is written beside its place, as TARGET.
 its name when it is complete; a target that exists is refused.
 
 A checkpoint of a run with adapters (config.lora) is merged with the base that it was trained on,
-and adapters of peft with theirs; between ckpt and peft they stay adapters.
+and adapters of peft with theirs; between ckpt and peft they stay adapters. To go to peft they need
+no base: one that --base names is compared with theirs.
 
-A checkpoint holds float32; hf and meta keep the source's dtype, unless --dtype says another.
+A checkpoint holds float32; hf, meta and peft keep the source's dtype, unless --dtype says another.
 
 Example:
   python -m llama_jax.convert --source=hf:Llama-3.2-1B --target=ckpt:runs/llama3_2_1b
@@ -34,12 +35,13 @@ from etils import epath
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import cli
 from llama_jax.errors import UserError
+from llama_jax.fingerprint import difference
 from llama_jax.interchange import formats, peft
 from llama_jax.interchange.ckpt import CkptSource, CkptTarget, describe, write_adapters
 from llama_jax.interchange.formats import Description, Source, Target
 from llama_jax.interchange.hf import DTYPES, HfSource, HfTarget
 from llama_jax.interchange.loading import check_model
-from llama_jax.interchange.merged import MergedSource, base_fingerprint
+from llama_jax.interchange.merged import MergedSource, base_fingerprint, refuse_other_base
 from llama_jax.interchange.meta import MetaSource, MetaTarget
 
 FORMATS = ("hf", "meta", "ckpt", "peft")
@@ -70,10 +72,13 @@ def open_source(kind: str, folder: epath.Path, context: int = 0, base: str = "")
       base: FORMAT:DIR of the weights below adapters; empty: where they were in training.
 
     Raises:
-      UserError: they are missing, damaged, or disagree with their config.
+      UserError: they are missing, damaged, or disagree with their config; they are no adapters,
+        but a base is given.
     """
     if not folder.exists():
         raise UserError(f"{folder} does not exist")
+    if base and kind in ("hf", "meta"):
+        raise no_adapters(folder)
     if kind == "meta":
         return MetaSource(folder, context)
     if kind == "hf":
@@ -88,6 +93,8 @@ def open_source(kind: str, folder: epath.Path, context: int = 0, base: str = "")
     step = checkpoint_lib.find_step(folder)
     meta = checkpoint_lib.load_meta(step)
     if not meta.config.lora.rank:
+        if base:
+            raise no_adapters(step)
         return CkptSource(folder)
     described, adapters, origin = open_adapters(kind, step, base)
     return MergedSource(origin, adapters, described.config, meta.base, described)
@@ -121,19 +128,39 @@ def open_adapters(kind: str, folder: epath.Path, base: str = "") -> tuple[Descri
       UserError: adapters or base cannot be read, or do not fit each other.
     """
     if kind == "ckpt":
-        described = describe(folder, checkpoint_lib.load_meta(folder))
-        config = described.config
-        config = dataclasses.replace(config, init_from=base or config.init_from)
-        origin = open_base(config.init_from, folder)
-        check_model(origin, config)
-        described = dataclasses.replace(described, config=config)
-        return described, checkpoint_lib.load_adapters(folder, config), origin
+        described, adapters = saved_adapters(folder, base)
+        origin = open_base(described.config.init_from, folder)
+        check_model(origin, described.config)
+        return described, adapters, origin
     lora, name = peft.read_config(folder)
     place = base or f"hf:{name}"
     origin = open_base(place, folder)
     config = dataclasses.replace(origin.description.config, lora=lora, init_from=place)
     described = dataclasses.replace(origin.description, config=config)
     return described, peft.read(folder, config.model, lora), origin
+
+
+def saved_adapters(step: epath.Path, base: str = "") -> tuple[Description, Any]:
+    """Adapters of a saved step in NumPy, and what is known of them; their base is not read.
+
+    Args:
+      step: its folder.
+      base: FORMAT:DIR that takes the place of where the base was in training.
+
+    Raises:
+      UserError: it has none.
+    """
+    meta = checkpoint_lib.load_meta(step)
+    if not meta.config.lora.rank:
+        raise UserError(f"{step} has no adapters: its run trained all weights")
+    config = dataclasses.replace(meta.config, init_from=base or meta.config.init_from)
+    described = dataclasses.replace(describe(step, meta), config=config)
+    return described, checkpoint_lib.load_adapters(step, config)
+
+
+def no_adapters(folder: epath.Path) -> UserError:
+    """The error of a base that is given for weights without adapters."""
+    return UserError(f"--base is of the weights below adapters, and {folder} has no adapters")
 
 
 @contextlib.contextmanager
@@ -153,22 +180,44 @@ def _whole(folder: epath.Path) -> Iterator[epath.Path]:
         raise
 
 
-def convert_adapters(
-    kind: str, source: epath.Path, target_kind: str, target: epath.PathLike, base: str = ""
+def export_adapters(
+    checkpoint: epath.Path, target: epath.PathLike, base: str = "", dtype: str = ""
 ) -> Description:
-    """Adapters between our checkpoints and PEFT's format, without their base.
+    """Adapters of a checkpoint in PEFT's format.
+
+    Args:
+      checkpoint: a work directory, or the folder of one step.
+      target: folder that must not exist.
+      base: FORMAT:DIR of their base, which is compared with the one that they were trained on;
+        empty: where it was in training, and it is not read.
+      dtype: of the numbers; empty: float32.
+
+    Raises:
+      UserError: there are no adapters, or for another base; the target exists.
+    """
+    step = checkpoint_lib.find_step(checkpoint)
+    if base:
+        described, adapters, origin = open_adapters("ckpt", step, base)
+        found = base_fingerprint(origin, described.config)
+        changed = difference(checkpoint_lib.load_meta(step).base, found)
+        refuse_other_base(changed, described.config, step)
+    else:
+        described, adapters = saved_adapters(step)
+    with _whole(epath.Path(target)) as partial:
+        peft.write(partial, described.config, adapters, dtype or "float32")
+    return described
+
+
+def import_adapters(folder: epath.Path, target: epath.PathLike, base: str = "") -> Description:
+    """Adapters of PEFT's format as a checkpoint.
 
     Raises:
       UserError: as `open_adapters`; the target exists.
     """
-    folder = checkpoint_lib.find_step(source) if kind == "ckpt" else source
-    described, adapters, origin = open_adapters(kind, folder, base)
-    config = described.config
+    described, adapters, origin = open_adapters("peft", folder, base)
     with _whole(epath.Path(target)) as partial:
-        if target_kind == "peft":
-            peft.write(partial, config, adapters)
-        else:
-            write_adapters(partial, described, adapters, base_fingerprint(origin, config))
+        prints = base_fingerprint(origin, described.config)
+        write_adapters(partial, described, adapters, prints)
     return described
 
 
@@ -222,15 +271,18 @@ def main() -> None:
     source_kind, source_folder = parse_place(_SOURCE.value, "source")
     target_kind, target_folder = parse_place(_TARGET.value, "target")
     if target_kind == "ckpt" and _DTYPE.value:
-        raise UserError("a checkpoint holds float32; --dtype is for hf and meta")
+        raise UserError("a checkpoint holds float32; --dtype is for hf, meta and peft")
     if _CONTEXT.value and source_kind != "meta":
         raise UserError("--context is for meta, whose params.json does not tell it")
     start = time.perf_counter()
     if target_kind == "peft" or (source_kind, target_kind) == ("peft", "ckpt"):
         if source_kind not in ("peft", "ckpt") or source_kind == target_kind:
             raise UserError(f"{source_kind} has no adapters for {target_kind}")
-        arguments = (source_kind, source_folder, target_kind, target_folder, _BASE.value)
-        lora = convert_adapters(*arguments).config.lora
+        if target_kind == "peft":
+            written = export_adapters(source_folder, target_folder, _BASE.value, _DTYPE.value or "")
+        else:
+            written = import_adapters(source_folder, target_folder, _BASE.value)
+        lora = written.config.lora
         print(f"wrote {target_folder}: adapters of rank {lora.rank} for {lora.targets}")
         return
     source = open_source(source_kind, source_folder, _CONTEXT.value, _BASE.value)
@@ -253,7 +305,7 @@ if __name__ == "__main__":
         "dtype",
         None,
         list(DTYPES),
-        "Of an hf or meta target's weights; default: the source's.",
+        "Of an hf, meta or peft target's weights; default: the source's.",
     )
     _CONTEXT = flags.DEFINE_integer(
         "context",

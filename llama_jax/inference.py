@@ -11,7 +11,7 @@ from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax.config import Config, LoraConfig, MeshConfig, ModelConfig
-from llama_jax.convert import open_base
+from llama_jax.convert import no_adapters, open_base
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.init_from import check_base, load_init
@@ -70,13 +70,15 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
 
     Raises:
       UserError: there is no checkpoint, none with a tokenizer, or it does not fit the mesh; its
-        adapters belong to another base.
+        adapters belong to another base, or it has none but a base is given.
     """
     if checkpoint is None:
         raise UserError("--checkpoint is missing; try --checkpoint=runs/tiny")
     folder = checkpoint_lib.find_step(checkpoint)
     meta = checkpoint_lib.load_meta(folder)
     if base:
+        if not meta.config.lora.rank:
+            raise no_adapters(folder)
         config = dataclasses.replace(meta.config, init_from=base)
         meta = dataclasses.replace(meta, config=config)
     if "tokenizer.model" in meta.tokenizer_files and not meta.tokenizer_model:

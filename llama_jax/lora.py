@@ -5,6 +5,7 @@ L r N H; the weight in effect is W + alpha / rank A B.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -90,6 +91,16 @@ def init_adapters(model: ModelConfig, lora: LoraConfig, key: jax.Array) -> dict[
     return {"layers": layers}
 
 
+def adapter_of(adapters: Any, path: Iterable[str]) -> Any:
+    """The adapter of the array at a path, such as layers, attn, wq; None if it has none."""
+    found = adapters
+    for key in path:
+        found = found.get(key)
+        if found is None:
+            return None
+    return found
+
+
 def delta(adapter: Any, lora: LoraConfig, stacked: bool = True) -> Any:
     """What an adapter adds to its matrix, in the matrix's shape; of NumPy or JAX arrays."""
     a, b = adapter["a"], adapter["b"]
@@ -104,11 +115,9 @@ def merge(base: Any, adapters: Any, lora: LoraConfig, sign: int = 1) -> Any:
     """The base with its adapters added to it: plain parameters, which need no adapters any more."""
 
     def add(path: tuple[Any, ...], w: jax.Array) -> jax.Array:
-        adapter = adapters
-        for key in path:
-            if key.key not in adapter:
-                return w
-            adapter = adapter[key.key]
+        adapter = adapter_of(adapters, (key.key for key in path))
+        if adapter is None:
+            return w
         return (w + sign * delta(adapter, lora)).astype(w.dtype)
 
     return jax.tree.map_with_path(add, base)

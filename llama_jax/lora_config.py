@@ -53,9 +53,16 @@ class LoraConfig:
         """Checks what depends on the rest of a config.
 
         Raises:
-          UserError: adapters have no base, or its matrices cannot be cut into blocks.
+          UserError: adapters have no base, or its matrices cannot be cut into blocks; fields are
+            set, but there are no adapters.
         """
         if not self.rank:
+            fields = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+            require(
+                not fields,
+                f"lora.{fields[0].name if fields else ''} is of adapters, and lora.rank is 0: "
+                "all weights would be trained; try --config.lora.rank=16",
+            )
             return
         require(
             bool(init_from),

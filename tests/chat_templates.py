@@ -40,6 +40,14 @@ LLAMA3 = """\
   {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
 """
+# As LLAMA3, as the first Llama-3-Instruct has it: no date, no system message of its own.
+LLAMA3_FIRST = """\
+{% for message in messages %}
+{% set head = '<|start_header_id|>' ~ message['role'] ~ '<|end_header_id|>' %}
+{% set turn = head ~ '\\n\\n' ~ (message['content'] | trim) ~ '<|eot_id|>' %}
+{{ bos_token + turn if loop.first else turn }}{% endfor %}
+{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}
+"""
 # BOS once; an answer ends with EOS; extra fields as JSON.
 MISTRAL = """\
 {{ bos_token }}{% for message in messages %}

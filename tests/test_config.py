@@ -234,6 +234,8 @@ INVALID = [
     ("init_from", "npz:there", "FORMAT one of hf, meta, ckpt, got 'npz:there'"),
     ("lora__rank", -1, "lora.rank must not be negative"),
     ("lora__rank", 4, "try --config.init_from=hf:DIR"),
+    ("lora__base_dtype", "nf4", "lora.base_dtype is of adapters, and lora.rank is 0: all weights"),
+    ("lora__targets", "wq", "lora.targets is of adapters"),
     ("lora__alpha", 0.0, "lora.alpha"),
     ("lora__dropout", 1.0, "lora.dropout"),
     ("lora__targets", "wq,w4", "lora.targets must be some of wq,wk,wv,wo,w1,w2,w3"),

@@ -79,7 +79,7 @@ def read(records, template, tmp_path, seq_len=T, **fields):
 # Records.
 
 
-def test_three_forms_of_records():
+def test_four_forms_of_records():
     assert messages_of(ALPACA) == [
         {"role": "user", "content": "Add.\n\n1 2", "instruction": "Add.", "input": "1 2"},
         {"role": "assistant", "content": "3"},
@@ -89,6 +89,10 @@ def test_three_forms_of_records():
         assert found[0] == {"role": "user", "content": "Add.", "instruction": "Add.", "input": ""}
     assert messages_of(SHAREGPT) == said("Hi", "Hello.")
     assert messages_of(MESSAGES) == said("Hi", "Hello.", system="Be brief.")
+    # As openassistant-guanaco writes it: turns on one line, headings of Markdown within.
+    text = "### Human: Hi, Assistant: ?### Assistant: ## Hello\n### Human ### Human: Bye"
+    found = messages_of({"text": text})
+    assert found == said("Hi, Assistant: ?", "## Hello\n### Human", "Bye")
 
 
 def test_each_record_has_a_form_of_its_own(tokenizer, tmp_path):

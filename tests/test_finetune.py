@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from llama_jax.chat import open_template
+from llama_jax.checkpoint import load_meta
 from llama_jax.converse import Conversation
 from llama_jax.data.templates import built_in
 from llama_jax.decode import Sampling
@@ -22,7 +23,7 @@ from tests.helpers import (
 )
 from tests.test_conversations import chat_config
 
-pytestmark = pytest.mark.slow  # three trainings
+pytestmark = pytest.mark.slow  # two trainings, and both again
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def finetuned(tokenizer, tmp_path_factory):
         train__steps=4,
         train__log_every=1,
         train__eval_every=4,
-        train__checkpoint_every=4,
+        train__checkpoint_every=2,
         optim__warmup_steps=0,
     )
     base = folder / "base"
@@ -48,6 +49,22 @@ def finetuned(tokenizer, tmp_path_factory):
     adapted = replace(full, init_from=f"ckpt:{folder / 'full'}", lora__rank=2)
     train(adapted, folder / "adapted")
     return folder
+
+
+@pytest.mark.parametrize("run", ["full", "adapted"])
+def test_resume_on_packed_conversations_is_bit_exact(finetuned, run, tmp_path):
+    """Weights and moments, by their fingerprints, and the losses of steps that are done again."""
+    workdir = shutil.copytree(finetuned / run, tmp_path / run)
+    expected = load_meta(workdir / "checkpoints" / "4")
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    (workdir / "metrics.jsonl").unlink()
+    train(expected.config, workdir)
+    found = load_meta(workdir / "checkpoints" / "4")
+    assert found.fingerprint == expected.fingerprint and len(found.fingerprint) > 12
+    assert found.base == expected.base and bool(found.base) == (run == "adapted")
+    again = [(r["step"], r["loss"]) for r in records(workdir) if "loss" in r]
+    first = [(r["step"], r["loss"]) for r in records(finetuned / run) if "loss" in r]
+    assert again == first[2:]
 
 
 @pytest.mark.parametrize("run", ["full", "adapted"])

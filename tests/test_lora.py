@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,17 @@ from llama_jax.ahead import compile_step
 from llama_jax.config import LoraConfig
 from llama_jax.fingerprint import fingerprint
 from llama_jax.lora import Adapted, adapter_count, init_adapters, merge, unmerge
-from llama_jax.model import init_params, logits
-from llama_jax.step import _dropout_key, _gradients, abstract_frozen, jit_step, model_weights
+from llama_jax.model import logits
+from llama_jax.step import (
+    _dropout_key,
+    _gradients,
+    abstract_frozen,
+    abstract_state,
+    jit_step,
+    model_weights,
+)
 from tests.helpers import (
+    MESHES,
     ROOT,
     TINY,
     frozen_base,
@@ -103,12 +112,15 @@ def test_logits_loss_and_gradients_are_those_of_peft(name, reference):
 
 def test_merged_is_unmerged():
     config = PEFT_CASES["all"]
-    params, adapters = random_params(config.model), random_adapters(config)
+    both = random_params(config.model), random_adapters(config)
+    # Of a size that makes logits of about 1.
+    params, adapters = jax.tree.map(lambda x: x * np.float32(0.7), both)
     tokens = random_batch(config, 0)["inputs"]
     merged = merge(params, adapters, config.lora)
     unmerged = logits(config.model, Adapted(params, adapters, config.lora), tokens)
-    got = logits(config.model, merged, tokens)
-    np.testing.assert_allclose(got, unmerged, rtol=0, atol=1e-5 * np.abs(unmerged).max())
+    got, plain = (logits(config.model, weights, tokens) for weights in (merged, params))
+    assert 0.5 < unmerged.std() < 2 and np.abs(plain - unmerged).max() > 1
+    np.testing.assert_allclose(got, unmerged, rtol=0, atol=1e-5)
     back = unmerge(merged, adapters, config.lora)
     for left, right in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(left, right, rtol=0, atol=1e-5)
@@ -137,24 +149,55 @@ def test_only_targets_have_adapters():
     assert {group: set(found) for group, found in layers.items()} == {"attn": {"wq"}, "mlp": {"w3"}}
 
 
-def run(config, mesh, steps=STEPS):
-    """Losses, the last state, and the validation loss."""
-    # Small weights, whose losses no rounding moves.
-    params = jax.device_get(init_params(config.model, jax.random.key(1)))
-    base = frozen_base(config, params)
-    with jax.set_mesh(mesh):
-        compiled = jit_step(config, mesh)
-        state = compiled.init(jax.random.key(0))
-        base = jax.device_put(base, compiled.state_shardings.frozen)
-        state = dataclasses.replace(state, frozen=base)
+def packed_batch(config, seed):
+    """A random batch of packed documents: three of other lengths in each row, and padding."""
+    batch, rng = random_batch(config, seed), np.random.default_rng(seed)
+    rows, length = batch["inputs"].shape
+    segments, positions = np.zeros((2, rows, length), np.int32)
+    for row in range(rows):
+        starts = [0, *np.sort(rng.choice(np.arange(1, length), 3, replace=False)), length]
+        for number, (start, stop) in enumerate(itertools.pairwise(starts)):
+            segments[row, start:stop] = (number + 1) % 4  # 0, padding, comes last
+            positions[row, start:stop] = np.arange(stop - start)
+    weights = batch["weights"] * (segments > 0)
+    return {**batch, "weights": weights, "segment_ids": segments, "positions": positions}
+
+
+@functools.cache
+def compiled_step(config, shape):
+    with jax.set_mesh(mesh_of(shape)):
+        return jit_step(config, mesh_of(shape))
+
+
+def small(weights):
+    """Weights whose losses no rounding moves."""
+    return jax.tree.map(lambda x: x * np.float32(0.3), weights)
+
+
+def run(config, shape=(1, 1, 1, 1), steps=STEPS):
+    """Losses of packed documents, and the last state."""
+    base = frozen_base(config, small(random_params(config.model)))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_state(config))
+    state = dataclasses.replace(zeros, params=small(random_adapters(config)), frozen=base)
+    with jax.set_mesh(mesh_of(shape)):
+        compiled = compiled_step(config, shape)
+        state = jax.device_put(state, compiled.state_shardings)
         losses = []
         for step in range(steps):
-            batch = jax.device_put(random_batch(config, step), compiled.batch_sharding)
+            batch = jax.device_put(packed_batch(config, step), compiled.batch_sharding)
             state, metrics = compiled.train(state, batch)
             losses.append(float(metrics["loss"]))
+        return np.array(losses), state
+
+
+def all_losses(config, shape=(1, 1, 1, 1)):
+    """As `run`, and at last a validation loss."""
+    losses, state = run(config, shape)
+    with jax.set_mesh(mesh_of(shape)):
+        compiled = compiled_step(config, shape)
+        batch = jax.device_put(packed_batch(config, 0), compiled.batch_sharding)
         total, weight = compiled.evaluate(model_weights(state, config), batch)
-        losses.append(float(total / weight))
-        return np.array(losses), state, compiled
+    return np.append(losses, total / weight)
 
 
 KINDS = {
@@ -162,27 +205,42 @@ KINDS = {
     "nf4": replace(SMALL, lora__base_dtype="nf4", model__remat="full"),
     "dropout": replace(SMALL, lora__dropout=0.3, train__grad_accum=2),
 }
+# Blocks of 64 inputs divide over every mesh.
+WIDE = replace(KINDS["nf4"], model__dim=512, model__ffn_dim=256)
 
 
 @functools.cache
-def unsharded(kind):
-    return run(KINDS[kind], mesh_of((1, 1, 1, 1)))[0]
+def unsharded(config):
+    return all_losses(config)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 2, 1, 4), (1, 2, 2, 2)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        shape if shape == (1, 2, 2, 2) else pytest.param(shape, marks=pytest.mark.slow)
+        for shape in MESHES[1:]
+    ],
+)
 def test_losses_are_the_same_on_every_mesh(kind, shape):
-    if kind == "nf4" and shape == (1, 2, 1, 4):
-        shape = (2, 2, 1, 2)  # w2's 128 inputs are two blocks of 64
-    config = KINDS[kind]
-    if kind == "nf4":
-        config = replace(config, model__dim=256, model__ffn_dim=256)
-        expected = run(config, mesh_of((1, 1, 1, 1)))[0]
-    else:
-        expected = unsharded(kind)
-    losses, _, _ = run(config, mesh_of(shape))
-    np.testing.assert_allclose(losses, expected, rtol=0, atol=2e-5)
-    assert losses[0] != losses[-1]
+    config = WIDE if kind == "nf4" else KINDS[kind]
+    losses = all_losses(config, shape)
+    np.testing.assert_allclose(losses, unsharded(config), rtol=0, atol=2e-5)
+    assert abs(losses[0] - losses[-1]) > 1e-2  # the same documents, before and after
+
+
+def test_documents_of_a_row_are_apart():
+    """What the runs above are given: without the ids of documents, other losses come out."""
+    config = SMALL
+    base, adapters = random_params(config.model), random_adapters(config)
+    batch = packed_batch(config, 0)
+    plain = {name: x for name, x in batch.items() if name != "segment_ids"}
+
+    @jax.jit
+    def loss(batch):
+        return _gradients(adapters, batch, config, base)[0][1]
+
+    assert abs(float(loss(batch)) - float(loss(plain))) > 1e-2
 
 
 def test_initial_adapters_are_the_same_bits_on_every_mesh():
@@ -197,8 +255,8 @@ def test_initial_adapters_are_the_same_bits_on_every_mesh():
 
 def test_only_adapters_are_trained_and_have_moments():
     config = KINDS["nf4"]
-    base = frozen_base(config, jax.device_get(init_params(config.model, jax.random.key(1))))
-    _, state, _ = run(config, mesh_of((1, 1, 1, 1)), steps=1)
+    base = frozen_base(config, small(random_params(config.model)))
+    _, state = run(config, steps=1)
     adapters = jax.tree.structure(state.params)
     adam = [part for part in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(part)]
     assert [jax.tree.structure(part.mu) for part in adam] == [adapters]
@@ -244,9 +302,9 @@ def test_rows_of_adapters_follow_from_their_matrix():
 
 def test_dropout_is_of_the_seed_the_step_and_the_microbatch():
     config = KINDS["dropout"]
-    first = run(config, mesh_of((1, 1, 1, 1)))[0]
-    assert (first == unsharded("dropout")).all()
-    assert (run(replace(config, train__seed=1), mesh_of((1, 1, 1, 1)))[0] != first).any()
+    first = run(config)[0]
+    assert (first == run(config)[0]).all()
+    assert run(replace(config, train__seed=1), steps=1)[0] != first[0]
     # The same batch at another step, or as another microbatch, has other masks.
     base, adapters = frozen_base(config, random_params(config.model)), random_adapters(config)
     half = {name: x[:16] for name, x in random_batch(config, 0).items()}

@@ -10,11 +10,19 @@ from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax.config import LoraConfig
-from llama_jax.convert import convert, convert_adapters, open_source
+from llama_jax.convert import convert, export_adapters, import_adapters, open_source
 from llama_jax.errors import UserError
+from llama_jax.inference import open_model
 from llama_jax.interchange import peft, safetensors
 from llama_jax.lora import merge
-from tests.helpers import ROOT, random_adapters, random_params, replace, save_checkpoint
+from tests.helpers import (
+    ROOT,
+    random_adapters,
+    random_params,
+    replace,
+    run_command,
+    save_checkpoint,
+)
 from tests.test_lora import PEFT_CASES
 
 GOLDEN = ROOT / "tests" / "goldens" / "peft"  # written by peft itself, see make_lora_goldens
@@ -77,13 +85,13 @@ def test_rslora_is_alpha_of_another_size(tmp_path):
 
 
 def test_adapters_go_round_and_keep_their_base(tmp_path, base):
-    convert_adapters("peft", epath.Path(GOLDEN), "ckpt", tmp_path / "run", base)
+    import_adapters(epath.Path(GOLDEN), tmp_path / "run", base)
     folder = checkpoint_lib.find_step(tmp_path / "run")
     meta = checkpoint_lib.load_meta(folder)
     assert meta.config.lora == LoraConfig(rank=2, alpha=3.0, targets="wq,wv,w2")
     assert meta.config.init_from == base and "layers/attn/wq" in meta.base
     equal(checkpoint_lib.load_adapters(folder, meta.config), random_adapters(CASE))
-    convert_adapters("ckpt", epath.Path(tmp_path / "run"), "peft", tmp_path / "again")
+    export_adapters(epath.Path(tmp_path / "run"), tmp_path / "again")
     lora, name = peft.read_config(epath.Path(tmp_path / "again"))
     assert lora == meta.config.lora and f"hf:{name}" == base
     equal(peft.read(epath.Path(tmp_path / "again"), CASE.model, lora), random_adapters(CASE))
@@ -91,11 +99,34 @@ def test_adapters_go_round_and_keep_their_base(tmp_path, base):
     other = {**random_params(CASE.model), "embed": np.ones((64, 32), np.float32)}
     plain = replace(CASE, lora=LoraConfig(), init_from="")
     save_checkpoint(tmp_path / "other", plain, other, b"")
-    with pytest.raises(UserError, match=r"another base than ckpt:\S+ is \(embed differ"):
-        source = open_source(
-            "ckpt", epath.Path(tmp_path / "run"), base=f"ckpt:{tmp_path / 'other'}"
-        )
+    place, message = f"ckpt:{tmp_path / 'other'}", r"another base than ckpt:\S+ is \(embed differ"
+    with pytest.raises(UserError, match=message):
+        source = open_source("ckpt", epath.Path(tmp_path / "run"), base=place)
         convert(source, "hf", tmp_path / "merged")
+    with pytest.raises(UserError, match=message):
+        export_adapters(epath.Path(tmp_path / "run"), tmp_path / "wrong", base=place)
+    assert not (tmp_path / "wrong").exists()
+    # The same bits elsewhere are named; without a word nothing is read of the base.
+    shutil.move(tmp_path / "hf", tmp_path / "moved")
+    export_adapters(epath.Path(tmp_path / "run"), tmp_path / "named", f"hf:{tmp_path / 'moved'}")
+    assert peft.read_config(epath.Path(tmp_path / "named"))[1] == str(tmp_path / "moved")
+    places = (f"--source=ckpt:{tmp_path / 'run'}", f"--target=peft:{tmp_path / 'half'}")
+    process = run_command("convert", *places, "--dtype=bfloat16")
+    assert process.returncode == 0, process.stderr
+    assert peft.read_config(epath.Path(tmp_path / "half")) == (lora, name)
+    entries = safetensors.read_header(epath.Path(tmp_path / "half" / peft.WEIGHTS))
+    assert {entry.dtype for entry in entries.values()} == {np.dtype("bfloat16")}
+
+
+def test_weights_without_adapters(tmp_path, base):
+    checkpoint = epath.Path(tmp_path / "base")
+    with pytest.raises(UserError, match=r"base/checkpoints/0 has no adapters: its run trained all"):
+        export_adapters(checkpoint, tmp_path / "adapters")
+    for kind, folder in (("ckpt", checkpoint), ("hf", epath.Path(tmp_path / "hf"))):
+        with pytest.raises(UserError, match=r"--base is of the weights below .* has no adapters"):
+            open_source(kind, folder, base=base)
+    with pytest.raises(UserError, match=r"--base is of the weights below .* has no adapters"):
+        open_model(checkpoint, base=base)
 
 
 def test_adapters_of_peft_are_merged_as_peft_does(tmp_path, base):
@@ -114,6 +145,8 @@ def test_adapters_of_peft_are_merged_as_peft_does(tmp_path, base):
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' is not sup"),
+        ({"kasa_config": {"r": 1}}, "kasa_config={'r': 1} is not supported"),
         ({"target_modules": ["c_attn"]}, r"target_modules=\['c_attn'\] must be some of q_proj"),
         ({"r": None}, "adapter_config.json is no config of LoRA"),
         ({"r": 4}, r"has shape \(2, 32\), the base makes it \(4, 32\)"),
@@ -128,5 +161,5 @@ def test_other_adapters_are_told(tmp_path, base, changes, message):
     (folder / "adapter_config.json").write_text(json.dumps({**values, **changes}))
     place = "" if "base_model_name_or_path" in changes else base
     with pytest.raises(UserError, match=message):
-        convert_adapters("peft", epath.Path(folder), "ckpt", tmp_path / "run", place)
+        import_adapters(epath.Path(folder), tmp_path / "run", place)
     assert not (tmp_path / "run").exists()

@@ -2,12 +2,21 @@
 
 import ast
 import collections
+import dataclasses
 import importlib.util
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
+import jax
 import pytest
 
-from tests.helpers import ROOT
+from llama_jax.data.tokenizer import train_tokenizer
+from llama_jax.model import init_params
+from tests.helpers import ROOT, TINY, replace, save_checkpoint
+from tests.test_config import load
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +49,41 @@ def test_signatures_have_plain_parameters_only(quiz, tmp_path):
         "def e(): pass\ndef f(a, b, c, d, e): pass\nclass G:\n    def g(self): pass\n"
     )
     assert sorted(quiz.signatures(tmp_path)) == [("a", ("x", "y")), ("g", ("self",))]
+
+
+@pytest.mark.slow
+def test_a_small_model_answers_more_than_before(tmp_path):
+    """The whole of it, smaller: a base of random weights, and a template of its own."""
+    base, workdir, template = (tmp_path / name for name in ("base", "quiz", "short.jinja"))
+    template.write_text(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ m.content + '\\n' }}"
+        "{% else %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endif %}"
+        "{% endfor %}"
+    )
+    config, _ = load("tiny_quiz")
+    model = dataclasses.replace(config.model, dim=64, n_layers=2, ffn_dim=128, vocab_size=400)
+    records = (ROOT / "examples" / "quiz.py").read_text().splitlines()
+    library = pathlib.Path(pathlib.__file__).read_text().splitlines()
+    tokenizer = train_tokenizer(records + library, 400)
+    params = jax.device_get(init_params(model, jax.random.key(0)))
+    plain = replace(TINY, model=model, train__seq_len=128)
+    save_checkpoint(base, plain, params, tokenizer.model_bytes)
+    tokenizer.save(base / "tokenizer.model")
+    flags = ["--config.model.dim=64", "--config.model.n_layers=2", "--config.model.ffn_dim=128"]
+    flags += ["--config.model.vocab_size=400", f"--config.data.template={template}"]
+    flags += ["--config.train.steps=400", "--config.optim.peak_lr=3e-3"]
+    flags += ["--config.train.seq_len=128", "--config.train.eval_every=400"]
+    command = [sys.executable, "examples/quiz.py", f"--base={base}", f"--workdir={workdir}"]
+    command += ["--train=320", "--test=40", *flags]
+    env = {**os.environ, "XLA_FLAGS": ""}
+    process = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
+    )
+    assert process.returncode == 0, process.stderr
+    rows = re.findall(r"^(\w+) +10 +(\d+) +(\d+)$", process.stdout, re.M)
+    assert [row[0] for row in rows] == ["method", "count", "first", "last"], process.stdout
+    before, after = (sum(int(row[column]) for row in rows) for column in (1, 2))
+    assert before == 0 and after >= 10, process.stdout
 
 
 def test_the_table_counts_what_is_right(quiz):

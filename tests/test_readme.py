@@ -11,6 +11,7 @@ from tests.helpers import ROOT
 from tests.test_config import load
 
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_notebook_runs_and_learns():
@@ -43,14 +44,21 @@ def test_the_table_of_configs(name):
     assert cells[7].startswith(f"{train.global_batch:,} x {train.seq_len:,}")
 
 
-def test_every_flag_and_file_that_is_named_exists():
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_flag_and_file_that_is_named_exists(path):
+    text = path.read_text()
     config = Config()
-    for group, field in re.findall(r"--config\.([a-z]+)\.([a-z_]+)=", README):
+    for group, field in re.findall(r"--config\.([a-z]+)\.([a-z_]+)=", text):
         assert hasattr(getattr(config, group), field), f"{group}.{field}"
-    for name in re.findall(r"--config=(\S+\.py)", README):
+    for group, field in re.findall(r"`(model|mesh|data|optim|train|lora)\.(?!py)([a-z_]+)", text):
+        assert hasattr(getattr(config, group), field), f"{group}.{field}"
+    for name in set(re.findall(r"--config=(\S+\.py)", text)) - {"configs/CONFIG.py"}:
         assert (ROOT / name).exists(), name
-    for name in re.findall(r"`((?:tests|llama_jax|benchmarks)/[\w/.]+)`", README):
+    folders = "tests|llama_jax|benchmarks|configs|docs|examples|launch|notebooks"
+    for name in re.findall(rf"[`(\s]((?:{folders})/[\w/.]*\w)", text):
         assert (ROOT / name).exists(), name
+    for name in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (path.parent / name).exists(), name
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
-    for name in re.findall(r"`make ([a-z]+)`", README):
+    for name in re.findall(r"(?:`|^)make ([a-z]+)", text, re.M):
         assert name in targets, name

@@ -11,7 +11,15 @@ from llama_jax.data.chat_template import ChatTemplate, Refused, special_tokens
 from llama_jax.data.templates import BUILT_IN, built_in, end_ids, open_choice, to_json
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
-from tests.chat_templates import LLAMA2, LLAMA3, MISTRAL, chat_tokenizer, marked, said
+from tests.chat_templates import (
+    LLAMA2,
+    LLAMA3,
+    LLAMA3_FIRST,
+    MISTRAL,
+    chat_tokenizer,
+    marked,
+    said,
+)
 from tests.helpers import llama3_tokenizer, released_json
 
 PREAMBLE = (
@@ -124,16 +132,25 @@ def reference(name, messages, encode, bos, eos):
 
     `encode` gives the ids of a text of its own, which begins with a space.
     """
-    pairs = [
-        (messages[at]["content"], messages[at + 1]["content"]) for at in range(0, len(messages), 2)
-    ]
+    system = None
+    if messages[0]["role"] == "system":
+        system, messages = messages[0]["content"], messages[1:]
+    pairs = list(zip(messages[::2], messages[1::2], strict=True))
     ids, counts = [], []
-    for number, (question, answer) in enumerate(pairs):
+    for number, (asked, given) in enumerate(pairs):
+        question, answer = asked["content"], given["content"]
         if name == "llama2":
+            if system is not None and number == 0:
+                question = f"<<SYS>>\n{system}\n<</SYS>>\n\n{question}"
             prompt, text = f"[INST] {question.strip()} [/INST]", f" {answer.strip()} "
         elif name == "vicuna":
-            prompt = f"{'' if number else VICUNA + ' '}USER: {question} ASSISTANT:"
+            preamble = VICUNA if system is None else system
+            prompt = f"{'' if number else preamble + ' '}USER: {question} ASSISTANT:"
             text = f" {answer}"
+        elif asked.get("input"):
+            question = f"{asked['instruction']}\n\n### Input:\n{asked['input']}"
+            prompt = f"{WITH_INPUT}\n\n### Instruction:\n{question}\n\n### Response:"
+            text = answer
         else:
             prompt = f"{PREAMBLE}\n\n### Instruction:\n{question}\n\n### Response:"
             text = answer
@@ -151,7 +168,8 @@ def reference(name, messages, encode, bos, eos):
 def test_ids_are_those_of_the_reference(name, kind, tokenizer, released):
     raw = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
     template = built_in(name, tokenizer if kind == "model" else released)
-    for messages in (ONE, TWO, ODD):
+    more = ALPACA_INPUT if name == "alpaca" else SYSTEM
+    for messages in (ONE, TWO, ODD, more):
         messages = messages[:2] if name == "alpaca" else messages
         found = template.example(messages)
         ids, counts = reference(name, messages, raw.encode, raw.bos_id(), raw.eos_id())
@@ -360,6 +378,38 @@ def test_the_masks_of_transformers(kind, tokenizer, released, llama3, tmp_path):
                 messages, chat_template=template.source, tokenize=False
             )
             assert found.text == text
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("name", "source"), [("llama2", LLAMA2), ("llama3", LLAMA3_FIRST)])
+def test_built_in_ones_are_those_of_the_released_models(name, source, released, llama3):
+    """Transformers renders a template that is not ours; what counts is what comes upon a prompt."""
+    import transformers
+
+    ours = llama3 if name == "llama3" else released
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(ours.model_bytes.decode()),
+        bos_token=ours.piece(ours.bos_id),
+        eos_token=ours.piece(ours.eos_id),
+    )
+
+    def encode(messages, prompt):
+        return theirs.apply_chat_template(
+            messages, chat_template=source, add_generation_prompt=prompt, return_dict=False
+        )
+
+    for messages in (ONE, TWO, SYSTEM, said("日 🦙", "🦙é日", "x", "1  2\n\n`x`  ")):
+        ids, counts = encode(messages, False), np.zeros(0, bool)
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = encode(messages[:number], True)
+                after = encode(messages[: number + 1], False)
+                assert ids[: len(before)] == before and ids[: len(after)] == after
+                counts = np.pad(counts, (0, len(before) - len(counts)))
+                counts = np.pad(counts, (0, len(after) - len(before)), constant_values=True)
+        found = built_in(name, ours).example(messages)
+        assert found.ids.tolist() == ids
+        assert found.counts.tolist() == counts.tolist()
 
 
 @pytest.mark.parity

@@ -1,12 +1,13 @@
 """Instruction data: records to conversations, and these to tokens of which the answers count.
 
-Three forms of records are known by their fields, each record for itself: Alpaca's (`instruction`,
-`input`, `output`), ShareGPT's, which Vicuna took (`conversations` of `from` and `value`), and
-`messages` of `role` and `content`. What cannot be used is counted by reason, never repaired by
-guessing.
+Four forms of records are known by their fields, each record for itself: Alpaca's (`instruction`,
+`input`, `output`), ShareGPT's, which Vicuna took (`conversations` of `from` and `value`),
+`messages` of `role` and `content`, and Guanaco's (`text` with the turns marked in it). What cannot
+be used is counted by reason, never repaired by guessing.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,8 @@ FOLLOWS = {
     **{"": ("system", "user"), "system": ("user",)},
     **{"user": ("assistant",), "assistant": ("user",)},
 }
+# What begins a turn of openassistant-guanaco.
+_GUANACO = re.compile(r"### (Human|Assistant):")
 EMPTY = {"assistant": "an empty answer", "user": "an empty question"}
 _DROPPED = str.maketrans("", "", MARK + BEGIN + END)  # letters that no template gets
 BEGINS_WITH_ANSWER = "an answer before the first question, which is left out"
@@ -56,6 +59,8 @@ def messages_of(record: Any) -> Messages:
         return _turns(record["conversations"], "conversations", "from", "value")
     if "messages" in record:
         return _turns(record["messages"], "messages", "role", "content")
+    if _GUANACO.match(str(record.get("text"))):
+        return _marked(record["text"])
     if "instruction" not in record:
         raise Unusable("no field instruction, conversations or messages")
     question, answer = _text(record, "instruction"), _text(record, "output")
@@ -77,6 +82,15 @@ def _turns(turns: Any, field: str, role: str, content: str) -> Messages:
             raise Unusable(f"an unknown {role}", repr(name[:40]))
         messages.append({"role": ROLES[name], "content": _text(turn, content)})
     return messages
+
+
+def _marked(text: str) -> Messages:
+    """Turns that are told apart by Guanaco's marks; white space around each is no part of it."""
+    _, *parts = _GUANACO.split(text)
+    return [
+        {"role": ROLES[name.lower()], "content": content.strip()}
+        for name, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
 
 
 def _text(record: dict[str, Any], field: str) -> str:

@@ -18,27 +18,27 @@ from llama_jax.errors import UserError
 from llama_jax.fingerprint import array_fingerprint
 from llama_jax.frozen import freeze, thaw
 from llama_jax.interchange.formats import Description, Source, is_stacked, units, with_base
-from llama_jax.lora import delta
+from llama_jax.lora import adapter_of, delta
 
 _fingerprint = functools.cache(lambda: jax.jit(array_fingerprint))
 
 
-def _prints(path: str, layer: int | None, frozen: Any) -> dict[str, int]:
-    """What one layer adds to the fingerprints of an array, by the names of its parts."""
-    found = {}
+def _add_prints(found: dict[str, int], path: str, layer: int | None, frozen: Any) -> list[str]:
+    """Adds one layer to the fingerprints of an array; returns the names of the array's parts."""
+    names = []
     for keys, x in jax.tree.leaves_with_path(frozen):
         part = jax.tree_util.keystr(keys, simple=True, separator="/")
-        found[f"{path}/{part}" if part else path] = int(_fingerprint()(x, layer))
-    return found
+        name = f"{path}/{part}" if part else path
+        found[name] = (found.get(name, 0) + int(_fingerprint()(x, layer))) % 2**32
+        names.append(name)
+    return names
 
 
 def base_fingerprint(base: Source, config: Config) -> dict[str, int]:
     """The fingerprint of a base in its frozen form, one array of one layer after another."""
     found: dict[str, int] = {}
     for path, layer in units(config.model):
-        frozen = freeze(path, base.read(path, layer), config.lora)
-        for name, value in _prints(path, layer, frozen).items():
-            found[name] = (found.get(name, 0) + value) % 2**32
+        _add_prints(found, path, layer, freeze(path, base.read(path, layer), config.lora))
     return found
 
 
@@ -100,10 +100,8 @@ class MergedSource:
         frozen = freeze(path, self._base.read(path, layer), lora)
         if self._wanted:
             self._compare(path, layer, frozen)
-        array, adapter = thaw(frozen), self._adapters
-        for key in path.split("/"):
-            adapter = adapter.get(key, {})
-        if not adapter:
+        array, adapter = thaw(frozen), adapter_of(self._adapters, path.split("/"))
+        if adapter is None:
             return array
         ours = jax.tree.map(lambda x: x[layer], adapter)
         return (array + delta(ours, lora, stacked=False)).astype(np.float32)
@@ -113,9 +111,7 @@ class MergedSource:
         if layer in seen:
             return
         seen.add(layer)
-        prints = _prints(path, layer, frozen)
-        for name, value in prints.items():
-            self._found[name] = (self._found.get(name, 0) + value) % 2**32
+        names = _add_prints(self._found, path, layer, frozen)
         if len(seen) == (self._config.model.n_layers if is_stacked(path) else 1):
-            changed = [n for n in prints if self._wanted.get(n) != self._found[n]]
+            changed = [n for n in names if self._wanted.get(n) != self._found[n]]
             refuse_other_base(changed, self._config, "this checkpoint")

@@ -35,6 +35,9 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
         ("target_parameters", "trainable_token_indices", "exclude_modules"), (None, [])
     ),
     **dict.fromkeys(("layer_replication", "alora_invocation_tokens"), (None, [])),
+    **dict.fromkeys(("kasa_config", "monteclora_config", "arrow_config"), (None,)),
+    # The others (pissa, olora, corda, loftq) change the base where PEFT loads them.
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
 }
 
 
