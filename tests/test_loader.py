@@ -1,4 +1,7 @@
+import errno
 import itertools
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -229,6 +232,39 @@ def test_a_damaged_shard_is_a_clear_error_through_tf_data(batches):
     found = iterate(Damaged(), range(BATCH), 0, 5)
     with pytest.raises(UserError, match=r"^train-00001.bin is damaged$"):
         for _ in range(3):
+            next(found)
+
+
+def test_a_shard_that_is_cut_while_it_is_read(shards, tmp_path):
+    """A file stays open; what it no longer holds must not become padding of weight 0."""
+    folder = shutil.copytree(shards, tmp_path / "shards")
+    batches = Batches({"": TokenDataset.open(folder, "train")}, T, BATCH, seed=0)
+    found = iterate(batches, range(BATCH), 0, 100)
+    next(found)
+    for path in folder.glob("train-*.bin"):
+        os.truncate(path, 101)  # half a token more than 50
+    with pytest.raises(UserError, match=r"train-00000-00\d.bin ends early: it is damaged"):
+        for _ in range(5):
+            next(found)
+
+
+@pytest.mark.parametrize("kind", ["bin", "pack"])
+def test_a_disk_that_gives_up_names_the_file(three, monkeypatch, kind):
+    """EIO from the system, in a thread of TensorFlow."""
+    pread, broken = os.pread, []
+
+    def fails(file, size, offset):
+        if broken and os.readlink(f"/proc/self/fd/{file}").endswith(kind):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(file, size, offset)
+
+    monkeypatch.setattr(os, "pread", fails)
+    found = iterate(Batches(three["best_fit"], T, BATCH, seed=0), range(BATCH), 0, 100)
+    next(found)
+    broken.append(True)
+    name = rf"best_fit/[abc]/train-\d{{5}}-\d{{3}}.{kind}"
+    with pytest.raises(UserError, match=rf"^cannot read .*{name}: Input/output error; when"):
+        for _ in range(5):
             next(found)
 
 

@@ -13,6 +13,7 @@ and the same for `validation`. The first number is the part of the source, the s
 shards. A document lies in one shard.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -238,7 +239,7 @@ class TokenDataset:
           UserError: a damaged shard.
         """
         for number, shard in enumerate(self._shards):
-            starts = _open_array(str(self.folder / f"{shard['name']}.idx"), INDEX_DTYPE.str)[:]
+            starts = self._read(f"{shard['name']}.idx", INDEX_DTYPE, 0, shard["documents"])
             bounds = [*starts.tolist(), shard["tokens"]]
             for start, stop in itertools.pairwise(bounds):
                 yield self._shard_tokens(number, start, stop)
@@ -251,36 +252,73 @@ class TokenDataset:
         """
         shard = int(self._sequence_starts.searchsorted(sequence, side="right")) - 1
         name, number = self._shards[shard]["name"], self._shards[shard]["sequences"]
-        pack = _open_array(str(self.folder / f"{name}.pack"), INDEX_DTYPE.str)
+        pack = functools.partial(self._read, f"{name}.pack", INDEX_DTYPE)
         local = sequence - int(self._sequence_starts[shard])
-        count = int(pack[number])
-        if len(pack) != number + 1 + 2 * count:
+        count = int(pack(number, number + 1)[0])
+        size = self._length(f"{name}.pack", INDEX_DTYPE)
+        first, last = (number + 1 + int(piece) for piece in pack(local, local + 2))
+        if size != number + 1 + 2 * count or not number < first <= last <= number + 1 + count:
             raise self._damaged(f"{name}.pack does not fit together")
-        first, last = (number + 1 + int(piece) for piece in pack[local : local + 2])
-        starts, inputs = pack[first:last].tolist(), pack[first + count : last + count].tolist()
+        starts = pack(first, last).tolist()
+        inputs = pack(first + count, last + count).tolist()
+        tokens = self._shards[shard]["tokens"]
+        pieces = list(zip(starts, inputs, strict=True))
+        if sum(inputs) > self.pack_len or any(
+            not 0 <= start < start + length < tokens for start, length in pieces
+        ):
+            raise self._damaged(f"{name}.pack does not fit together")
         return [
             (
                 self._shard_tokens(shard, start, start + length + 1),
                 self._shard_mask(shard, start + 1, start + length + 1),
             )
-            for start, length in zip(starts, inputs, strict=True)
+            for start, length in pieces
         ]
 
     def _shard_tokens(self, shard: int, start: int, stop: int) -> np.ndarray:
-        name = self._shards[shard]["name"]
-        tokens = _open_array(str(self.folder / f"{name}.bin"), token_dtype(self.vocab_size).str)[
-            start:stop
-        ]
+        """Tokens start..stop of a shard; shorter only at its end, as the manifest has it."""
+        name = f"{self._shards[shard]['name']}.bin"
+        stop = min(stop, self._shards[shard]["tokens"])
+        tokens = self._read(name, token_dtype(self.vocab_size), start, stop)
         if len(tokens) and int(tokens.max()) >= self.vocab_size:
-            raise self._damaged(f"{name}.bin holds ids beyond the vocabulary of {self.vocab_size}")
+            raise self._damaged(f"{name} holds ids beyond the vocabulary of {self.vocab_size}")
         return tokens
 
     def _shard_mask(self, shard: int, start: int, stop: int) -> np.ndarray:
         if "mask_sha256" not in self._shards[shard]:
             return np.ones(stop - start, np.uint8)
-        path = str(self.folder / f"{self._shards[shard]['name']}.mask")
-        found = _open_array(path, "|u1")[start // 8 : -(-stop // 8)]
+        name = f"{self._shards[shard]['name']}.mask"
+        found = self._read(name, np.dtype("|u1"), start // 8, -(-stop // 8))
         return np.unpackbits(found)[start % 8 :][: stop - start]
+
+    def _read(self, name: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
+        """Values start..stop of a file, all of them.
+
+        Raises:
+          UserError: the disk does not give them, or the file was cut since it was opened.
+        """
+        with self._named(name):
+            found = _open_array(str(self.folder / name), dtype.str)[start:stop]
+        if len(found) != stop - start:
+            raise self._damaged(f"{name} ends early")
+        return found
+
+    def _length(self, name: str, dtype: np.dtype) -> int:
+        with self._named(name):
+            return len(_open_array(str(self.folder / name), dtype.str))
+
+    @contextlib.contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """Gives the file's name to what goes wrong with it."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot read {self.folder / name}: {error.strerror or error}; when it can be read "
+                "again, the same command goes on"
+            ) from error
+        except ValueError as error:  # half a value
+            raise self._damaged(f"{name} ends early") from error
 
     def _damaged(self, what: str) -> UserError:
         return UserError(
