@@ -73,9 +73,19 @@ def read_texts(source: str, field: str, model: InferenceModel) -> dict[str, Iter
     """
     data = DataConfig(source=source, text_field=field)
     return {
-        name: (text_document(text, model.tokenizer) for text in documents(spec, data, Reading()))
+        name: (text_document(text, model.tokenizer) for text in _texts(spec, data))
         for name, spec in named_sources(source).items()
     }
+
+
+def _texts(source: str, data: DataConfig) -> Iterator[str]:
+    """Texts of a source; at the end it says what was skipped."""
+    reading = Reading()
+    try:
+        yield from documents(source, data, reading)
+    finally:  # also where no more of them are asked for
+        if reading.skipped:
+            print(reading, file=sys.stderr, flush=True)
 
 
 def read_shards(folder: str, split: str, model: InferenceModel) -> dict[str, Iterator[Document]]:
