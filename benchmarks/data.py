@@ -71,7 +71,7 @@ def write_fake_shards(folder: pathlib.Path, tokenizer: Tokenizer, count: int, to
             "validation": empty,
         },
     }
-    (folder / shards.MANIFEST).write_text(json.dumps(manifest))
+    (folder / shards.MANIFEST).write_bytes(shards.encode_manifest(manifest))
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:

@@ -79,12 +79,14 @@ def read_texts(source: str, field: str, model: InferenceModel) -> dict[str, Iter
 
 
 def _texts(source: str, data: DataConfig) -> Iterator[str]:
-    """Texts of a source; at the end it says what was skipped."""
-    reading = Reading()
+    """Texts of a source; at the end it says what was skipped of it."""
+    reading, some = Reading(), False
     try:
-        yield from documents(source, data, reading)
-    finally:  # also where no more of them are asked for
-        if reading.skipped:
+        for text in documents(source, data, reading):
+            some = True
+            yield text
+    finally:  # also where no more of them are asked for; without any, an error says so
+        if some and reading.skipped:
             print(reading, file=sys.stderr, flush=True)
 
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from llama_jax.data.shards import encode_manifest
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model import logits
 from tests.helpers import (
@@ -131,7 +132,7 @@ def test_bad_input(checkpoint, corpus, shards, tmp_path, flags, message):
         tokenizer = Tokenizer(llama3_tokenizer(corpus))
         manifest["tokenizer_sha256"] = tokenizer.fingerprint
         tokenizer.save(places["other"] / "tokenizer.model")
-        (places["other"] / "manifest.json").write_text(json.dumps(manifest))
+        (places["other"] / "manifest.json").write_bytes(encode_manifest(manifest))
     process = run_command("evaluate", *(flag.format(**places) for flag in flags))
     assert message in one_line_error(process)
 

@@ -402,8 +402,11 @@ def test_a_seed_of_one_source_does_not_order_another(three):
 
 
 def test_opening_ten_thousand_shards_is_quick(tmp_path, tokenizer):
-    """Only the manifest and one listing of the folder are read."""
+    """Only the manifest, one listing of the folder, and 8 KB of each file are read."""
+    import hashlib
     import json
+
+    zeros = hashlib.sha256(bytes(16)).hexdigest()
 
     shards = [
         {
@@ -412,6 +415,7 @@ def test_opening_ten_thousand_shards_is_quick(tmp_path, tokenizer):
             "documents": 1,
             "sha256": "0",
             "index_sha256": "0",
+            "ends_sha256": {"bin": zeros, "idx": zeros},
         }
         for number in range(10_000)
     ]

@@ -396,10 +396,13 @@ def test_a_damaged_pack_file(corpus, tmp_path):
     config = text_config(corpus, data__packing="best_fit", data__shard_tokens=10**9)
     prepare(config, tmp_path / "out", log=quiet)
     path = tmp_path / "out" / "train-00000-000.pack"
+    dataset = TokenDataset.open(tmp_path / "out", "train")
     path.write_bytes(path.read_bytes()[:-8])
     assert verify(tmp_path / "out") == ["train-00000-000.pack"]
     with pytest.raises(UserError, match="pack does not fit together: it is damaged"):
-        TokenDataset.open(tmp_path / "out", "train").pieces(0)
+        dataset.pieces(0)
+    with pytest.raises(UserError, match="pack is not the file that the manifest means"):
+        TokenDataset.open(tmp_path / "out", "train")
     path.unlink()
     with pytest.raises(UserError, match="pack is missing"):
         TokenDataset.open(tmp_path / "out", "train")
@@ -487,13 +490,14 @@ def test_reading_crosses_shard_borders(shards):
 def test_a_token_beyond_the_vocabulary_is_damage(shards, tmp_path):
     folder = shutil.copytree(shards, tmp_path / "shards")
     path = folder / "train-00000-000.bin"
+    dataset = TokenDataset.open(folder, "train")
     tokens = np.fromfile(path, "<u2")
     tokens[5] = 300
     tokens.tofile(path)
     with pytest.raises(
         UserError, match=r"train-00000-000.bin holds ids beyond the vocabulary of 300"
     ):
-        TokenDataset.open(folder, "train").tokens(0, 20)
+        dataset.tokens(0, 20)
 
 
 def test_the_fingerprint_is_of_the_tokens(shards, corpus, tmp_path):

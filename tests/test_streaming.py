@@ -87,7 +87,7 @@ def test_positions_of_the_last_steps_are_kept(config, tokenizer):
 
 
 def test_skips_are_counted_and_told(config, tokenizer, capsys):
-    """At the end of a pass and when asked; each pass anew, but said again only if there are more."""
+    """At the end of a pass and when asked; each pass counts anew, and tells only what is more."""
     source, batches = streams(config, tokenizer)
     assert source.skipped() == 0
     step = 0

@@ -1,7 +1,7 @@
 """Token shards on disk: the format, and a reader of ranges.
 
 A folder of shards holds
-  manifest.json          what is in it, with the checksum of every file
+  manifest.json          what is in it, with the checksum of every file, and one of its own
   tokenizer.model        the tokenizer that made it
   train-00000-000.bin    token ids, little-endian uint16 or uint32: BOS document EOS, one by one
   train-00000-000.idx    where each document begins, in tokens, little-endian int64
@@ -13,6 +13,7 @@ and the same for `validation`. The first number is the part of the source, the s
 shards. A document lies in one shard.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -30,16 +31,31 @@ from llama_jax.data.packing import INDEX_DTYPE
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: no checksum of the manifest, none of the ends of files
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 TEMPLATE = "chat_template.json"
 SPLITS = ("train", "validation")
+# What opening reads of each file's beginning and end: enough to tell one shard from another, and
+# little for 10,000 of them. Bytes between are read by `verify` only.
+END_BYTES = 4096
+_THREADS = 16
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest type on disk that holds every id."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def encode_manifest(manifest: dict[str, Any]) -> bytes:
+    """The manifest's file: its first key is the sha256 of the file, with nothing in that place."""
+    text = json.dumps({"sha256": "", **manifest} | {"sha256": ""}, indent=1) + "\n"
+    return text.replace('""', f'"{hashlib.sha256(text.encode()).hexdigest()}"', 1).encode()
+
+
+def _is_whole(data: bytes, manifest: dict[str, Any]) -> bool:
+    digest = str(manifest.get("sha256", ""))
+    return hashlib.sha256(data.replace(digest.encode(), b"", 1)).hexdigest() == digest
 
 
 def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
@@ -50,16 +66,18 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
     """
     path = epath.Path(folder) / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        data = path.read_bytes()
+        manifest = json.loads(data)
     except FileNotFoundError as error:
         raise UserError(f"no token shards in {folder}; make them with llama_jax.prepare") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     try:
-        if manifest["format_version"] != FORMAT_VERSION:
+        version = manifest["format_version"]
+        if version not in (1, FORMAT_VERSION):
             raise UserError(
-                f"{path} has format {manifest['format_version']}, this version reads "
-                f"{FORMAT_VERSION}; prepare the data again"
+                f"{path} has format {version}, this version reads {FORMAT_VERSION}; prepare the "
+                "data again"
             )
         manifest["tokenizer_sha256"], manifest["vocab_size"], manifest["settings"]
         for split in SPLITS:
@@ -71,6 +89,11 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
         raise UserError(
             f"{path} is damaged: {error!r} is missing; prepare the data again"
         ) from error
+    if version > 1 and not _is_whole(data, manifest):
+        raise UserError(
+            f"{path} is not as it was written: it is damaged, or was edited; restore it or prepare "
+            "the data again"
+        )
     return manifest
 
 
@@ -125,7 +148,22 @@ def verify(folder: epath.PathLike) -> list[str]:
                 expected[f"{shard['name']}.pack"] = shard["pack_sha256"]
             if "mask_sha256" in shard:
                 expected[f"{shard['name']}.mask"] = shard["mask_sha256"]
-    return [name for name, digest in expected.items() if _sha256(folder / name) != digest]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        found = list(pool.map(lambda name: _sha256(folder / name), expected))
+    return [name for name, digest in zip(expected, found, strict=True) if digest != expected[name]]
+
+
+def ends_sha256(path: epath.Path, size: int) -> str:
+    """Checksum of the first and the last `END_BYTES` of a file of so many bytes.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(END_BYTES))
+        file.seek(max(0, size - END_BYTES))
+        digest.update(file.read(END_BYTES))
+    return digest.hexdigest()
 
 
 def _sha256(path: epath.Path) -> str | None:
@@ -168,11 +206,11 @@ class TokenDataset:
 
     @classmethod
     def open(cls, folder: epath.PathLike, split: str) -> "TokenDataset":
-        """Opens a split after cheap checks: manifest, sizes of all files, tokenizer.
+        """Opens a split after cheap checks: manifest, tokenizer, sizes and ends of all files.
 
         Raises:
-          UserError: a file is missing, has another size, or the tokenizer is not the one that made
-            the shards.
+          UserError: a file is missing, has another size, begins or ends otherwise than it was
+            written, or the tokenizer is not the one that made the shards.
         """
         folder = epath.Path(folder)
         manifest = read_manifest(folder)
@@ -199,6 +237,7 @@ class TokenDataset:
                 _check_size(folder, sizes, f"{shard['name']}.pack", None)
             if "mask_sha256" in shard:
                 _check_size(folder, sizes, f"{shard['name']}.mask", -(-shard["tokens"] // 8))
+        _check_ends(folder, sizes, shards)
         token_starts = np.cumsum([0, *(shard["tokens"] for shard in shards)])
         sequence_starts = np.cumsum([0, *(shard.get("sequences", 0) for shard in shards)])
         return cls(
@@ -382,3 +421,26 @@ def _check_size(folder: epath.Path, sizes: dict[str, int], name: str, expected: 
             f"{folder / name} has {sizes[name]} bytes, the manifest says {expected}: it is "
             "truncated or replaced; restore it or prepare the data again"
         )
+
+
+def _check_ends(folder: epath.Path, sizes: dict[str, int], shards: list[dict[str, Any]]) -> None:
+    """Compares the ends of all files; shards of a version before have no checksums of theirs."""
+    expected = {
+        f"{shard['name']}.{kind}": digest
+        for shard in shards
+        for kind, digest in shard.get("ends_sha256", {}).items()
+    }
+
+    def found(name: str) -> str:
+        try:
+            return ends_sha256(folder / name, sizes[name])
+        except OSError as error:
+            raise UserError(f"cannot read {folder / name}: {error.strerror or error}") from error
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        for name, digest in zip(expected, pool.map(found, expected), strict=True):
+            if digest != expected[name]:
+                raise UserError(
+                    f"{folder / name} is not the file that the manifest means: it is damaged or "
+                    "replaced; restore it or prepare the data again"
+                )
