@@ -227,7 +227,7 @@ class TokenDataset:
             )
         dtype = token_dtype(manifest["vocab_size"])
         shards = manifest["splits"][split]["shards"]
-        sizes = _file_sizes(folder)
+        sizes = file_sizes(folder)
         for shard in shards:
             _check_size(folder, sizes, f"{shard['name']}.bin", shard["tokens"] * dtype.itemsize)
             _check_size(
@@ -405,7 +405,7 @@ class _FileArray:
 _open_array = functools.lru_cache(maxsize=256)(_FileArray)
 
 
-def _file_sizes(folder: epath.Path) -> dict[str, int]:
+def file_sizes(folder: epath.Path) -> dict[str, int]:
     """Bytes of each file of a folder, in one listing."""
     if "://" in str(folder):
         return {path.name: path.stat().length for path in folder.iterdir()}

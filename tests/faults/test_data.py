@@ -2,6 +2,7 @@
 
 import collections
 import errno
+import gzip
 import json
 import os
 import random
@@ -212,3 +213,53 @@ def test_every_file_cut_emptied_zeroed_or_deleted(packed, tmp_path, harm):
             assert path.name in str(error) or path.name == "manifest.json"
         path.write_bytes(good)
     assert missed == [] and unseen == []
+
+
+GOOD = "some words to learn from " * 20
+BAD_LINES = {
+    "invalid UTF-8": [b'{"text": "caf\xe9"}', rb'{"text": "half \ud800 pair"}', b"\0" * 8],
+    "empty": [b'{"text": ""}', b'{"text": " \\n "}'],
+    "longer than 1,000,000 bytes": [b'{"text": "' + b"x" * n + b'"}' for n in (5_000_000, 10**8)],
+    "broken JSON line": [
+        b'{"text": "x',
+        b'{"text": "x"} {}',
+        b'{"text": "x", "id": ' + b"1" * 5000 + b"}",
+        b'{"text": "x", "id": ' + b"[" * 99_999 + b"]" * 99_999 + b"}",
+    ],
+    "no text in field 'text'": [b"{}", b'{"text": null}', b'"x"'],
+}
+KEPT_LINES = [b'{"text": "a zero \\u0000 in it"}', b'{"text": "\xef\xbf\xbd and \xf0\x9f\xa6\x99"}']
+
+
+def test_bad_text_is_counted_by_kind_and_ends_nothing(tmp_path, tokenizer):
+    source = tmp_path / "text"
+    source.mkdir()
+    tokenizer.save(tmp_path / "t.model")
+    good = json.dumps({"text": GOOD}).encode()
+    lines = [line for bad in BAD_LINES.values() for line in bad]
+    with (source / "a.jsonl").open("wb") as file:
+        file.writelines(piece + b"\n" for line in [*lines, *KEPT_LINES] for piece in (good, line))
+    (source / "b.txt").write_bytes(b"caf\xe9")
+    (source / "c.txt").write_bytes(b"\0")
+    (source / "d.txt").write_bytes(b"")
+    (source / "e.txt.gz").write_bytes(gzip.compress(GOOD.encode())[:-9])
+    config = text_config(
+        source,
+        data__tokenizer=str(tmp_path / "t.model"),
+        data__validation_fraction=0.0,
+        data__max_document_bytes=1_000_000,
+        data__part_bytes=10_000_000,
+        data__workers=1,
+    )
+    report = prepare(config, tmp_path / "out", log=lambda line: None)[0]
+    expected = {reason: len(bad) for reason, bad in BAD_LINES.items()}
+    expected["invalid UTF-8"] += 1
+    expected["empty"] += 1
+    expected["damaged compressed file"] = 1
+    counts = {reason: count for reason, (count, _) in report.skipped.items()}
+    print(f"{counts} of {sum(counts.values()) + report.splits['train']['documents']} documents")
+    assert counts == expected
+    dataset = TokenDataset.open(tmp_path / "out", "train")
+    found = [tokenizer.decode(ids[1:-1].tolist()) for ids in dataset.documents()]
+    others = [json.loads(line)["text"] for line in KEPT_LINES]
+    assert sorted(found) == sorted([GOOD] * (len(lines) + 2) + others + ["\0"])
