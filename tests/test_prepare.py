@@ -1,3 +1,4 @@
+import concurrent.futures
 import json
 import os
 import shutil
@@ -423,6 +424,31 @@ def test_files_are_read_by_ranges(shards, monkeypatch, scheme):
     np.testing.assert_array_equal(array[5:50], expected[5:50])
     np.testing.assert_array_equal(array[len(expected) - 3 : len(expected) + 9], expected[-3:])
     assert array[7] == expected[7] and len(array[9:3]) == 0
+
+
+def test_threads_share_a_file_of_an_object_store(shards, monkeypatch):
+    """Batches are made by several threads; each must get what it asked for."""
+    from etils import epath
+
+    path = shards / "train-00000-000.bin"
+    expected, local = np.fromfile(path, "<u2"), epath.Path(path)
+    monkeypatch.setattr(shards_lib.epath, "Path", lambda name: local)
+    array = shards_lib._FileArray(f"memory://{path}", "<u2")
+    file = array._file
+
+    class Slow:
+        def seek(self, offset):
+            file.seek(offset)
+            time.sleep(0.01)  # another thread's turn
+
+        def read(self, size):
+            return file.read(size)
+
+    array._file = Slow()
+    starts = range(0, 200, 10)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda start: array[start : start + 10], starts))
+    np.testing.assert_array_equal(np.concatenate(found), expected[:200])
 
 
 def test_verify_names_what_changed(shards, tmp_path):

@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import json
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -383,6 +384,7 @@ class _FileArray:
     def __init__(self, path: str, dtype: str) -> None:
         self._dtype = np.dtype(dtype)
         self._local = "://" not in path
+        self._lock = threading.Lock()
         # Stays open as long as the cache below keeps it.
         self._file = open(path, "rb", 0) if self._local else epath.Path(path).open("rb")  # noqa: SIM115
         self._length = epath.Path(path).stat().length // self._dtype.itemsize
@@ -397,8 +399,9 @@ class _FileArray:
         offset, size = start * self._dtype.itemsize, max(0, stop - start) * self._dtype.itemsize
         if self._local:  # at an offset of its own: threads share the file
             return np.frombuffer(os.pread(self._file.fileno(), size, offset), self._dtype)
-        self._file.seek(offset)
-        return np.frombuffer(self._file.read(size), self._dtype)
+        with self._lock:  # here they share its position, too
+            self._file.seek(offset)
+            return np.frombuffer(self._file.read(size), self._dtype)
 
 
 # Fewer than the files that a process may usually have open; the least recently used is closed.
