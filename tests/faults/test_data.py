@@ -83,6 +83,7 @@ def test_a_shard_is_lost_in_the_middle_of_a_run(shards, undisturbed, tmp_path, m
     jax.tree.map(np.testing.assert_array_equal, state, undisturbed)
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_one_line(shards, tmp_path):
     folder = shutil.copytree(shards, tmp_path / "shards")
     workdir = tmp_path / "run"
