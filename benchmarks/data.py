@@ -1,13 +1,14 @@
-"""Measures the data path: loader, tokenising, start-up and memory; prints one JSON line for each.
+"""Measures the data path: loader, tokenising, start-up, verifying, memory; a JSON line for each.
 
 Rates are per CPU second of this process, which other jobs on the machine disturb little.
 
 Example:
   python benchmarks/data.py
-  python benchmarks/data.py --only=loader,startup
+  python benchmarks/data.py --only=loader,startup,verify
   python benchmarks/data.py --only=memory --megabytes=250
 """
 
+import hashlib
 import json
 import multiprocessing
 import pathlib
@@ -53,10 +54,25 @@ def write_fake_shards(folder: pathlib.Path, tokenizer: Tokenizer, count: int, to
     listed = []
     for number in range(count):
         name = f"train-{number:05d}-000"
-        rng.integers(3, VOCAB, tokens, dtype=np.uint16).tofile(folder / f"{name}.bin")
-        np.zeros(1, "<i8").tofile(folder / f"{name}.idx")
+        arrays = {
+            "bin": rng.integers(3, VOCAB, tokens, dtype=np.uint16),
+            "idx": np.zeros(1, "<i8"),
+        }
+        ends, digests = {}, {}
+        for kind, array in arrays.items():
+            path = epath.Path(folder) / f"{name}.{kind}"
+            array.tofile(path)
+            ends[kind] = shards.ends_sha256(path, array.nbytes)
+            digests[kind] = hashlib.sha256(array.tobytes()).hexdigest()
         listed.append(
-            {"name": name, "tokens": tokens, "documents": 1, "sha256": "", "index_sha256": ""}
+            {
+                "name": name,
+                "tokens": tokens,
+                "documents": 1,
+                "sha256": digests["bin"],
+                "index_sha256": digests["idx"],
+                "ends_sha256": ends,
+            }
         )
     tokenizer.save(folder / shards.TOKENIZER)
     empty: dict[str, object] = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
@@ -71,7 +87,7 @@ def write_fake_shards(folder: pathlib.Path, tokenizer: Tokenizer, count: int, to
             "validation": empty,
         },
     }
-    (folder / shards.MANIFEST).write_text(json.dumps(manifest))
+    (folder / shards.MANIFEST).write_bytes(shards.encode_manifest(manifest))
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
@@ -164,6 +180,21 @@ def measure_startup(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterato
     yield {"benchmark": "show", "shards": 10_000, "seconds": round(seconds, 3)}
 
 
+def measure_verify(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator[dict]:
+    """GB per second of `prepare --verify`, all threads together, from the page cache."""
+    write_fake_shards(root / "verify", tokenizer, 16, 50_000_000)
+    began, cpu = time.perf_counter(), time.process_time()
+    assert shards.verify(root / "verify") == []
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    gigabytes = sum(shards.file_sizes(epath.Path(root / "verify")).values()) / 1e9
+    yield {
+        "benchmark": "verify",
+        "gb": round(gigabytes, 2),
+        "gb_per_second": round(gigabytes / seconds, 2),
+        "gb_per_cpu_second": round(gigabytes / cpu, 2),
+    }
+
+
 def _peak_of(target: str, megabytes: int, root: str, queue: multiprocessing.Queue) -> None:
     folder = pathlib.Path(root)
     if target == "prepare":
@@ -209,6 +240,7 @@ MEASURES = {
     "loader": measure_loader,
     "tokenise": measure_tokenise,
     "startup": measure_startup,
+    "verify": measure_verify,
     "memory": measure_memory,
 }
 

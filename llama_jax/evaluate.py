@@ -73,9 +73,21 @@ def read_texts(source: str, field: str, model: InferenceModel) -> dict[str, Iter
     """
     data = DataConfig(source=source, text_field=field)
     return {
-        name: (text_document(text, model.tokenizer) for text in documents(spec, data, Reading()))
+        name: (text_document(text, model.tokenizer) for text in _texts(spec, data))
         for name, spec in named_sources(source).items()
     }
+
+
+def _texts(source: str, data: DataConfig) -> Iterator[str]:
+    """Texts of a source; at the end it says what was skipped of it."""
+    reading, some = Reading(), False
+    try:
+        for text in documents(source, data, reading):
+            some = True
+            yield text
+    finally:  # also where no more of them are asked for; without any, an error says so
+        if some and reading.skipped:
+            print(reading, file=sys.stderr, flush=True)
 
 
 def read_shards(folder: str, split: str, model: InferenceModel) -> dict[str, Iterator[Document]]:

@@ -11,6 +11,8 @@ Example:
   python -m llama_jax.prepare --verify=shards
 """
 
+import time
+
 from absl import flags
 
 from llama_jax import cli
@@ -23,10 +25,14 @@ def main() -> None:
     if _VERIFY.value:
         damaged = []
         for folder in shards.source_folders(_VERIFY.value).values():
+            began = time.monotonic()
             found = shards.verify(folder)
+            seconds = time.monotonic() - began
             damaged += [str(folder / name) for name in found]
             if not found:
-                print(f"{folder}: every file is as the manifest says")
+                gigabytes = sum(shards.file_sizes(folder).values()) / 1e9
+                speed = f"{gigabytes:,.3f} GB at {gigabytes / seconds:.2f} GB/s"
+                print(f"{folder}: every file is as the manifest says ({speed})")
         if damaged:
             raise UserError(f"damaged or missing: {', '.join(damaged)}")
         return

@@ -150,9 +150,12 @@ def _positions(data: TrainingData, step: int) -> list[list[int]]:
 
 
 def _epoch_metrics(data: TrainingData, step: int) -> dict[str, float]:
-    """Passes over each source, as metrics."""
+    """Passes over each source, as metrics; of a stream also what the present one has skipped."""
     epochs = data.train.epochs(step)
-    return {f"epochs/{name}" if name else "epochs": value for name, value in epochs.items()}
+    values = {f"epochs/{name}" if name else "epochs": value for name, value in epochs.items()}
+    if isinstance(data.train, StreamingBatches):
+        values["documents_skipped"] = data.train.skipped()
+    return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,6 +342,8 @@ def run(
                 finally:
                     profiler.close()
                     log.close()
+        if isinstance(data.train, StreamingBatches):
+            data.train.tell_skips()
         _report(config, workdir, start, int(state.step), stop)
         if start < int(state.step):
             _log(f"goodput      {goodput.report()}")

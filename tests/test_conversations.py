@@ -259,6 +259,7 @@ def test_a_truncated_answer_by_hand(tokenizer, tmp_path):
         (json.dumps([ALPACA, ALPACA]).encode()[:-9], "broken JSON", 1),
         (b"[" + json.dumps(ALPACA).encode() + b", \xff]", "broken JSON", 1),
         (b"[" * 100_000, "no JSON list", 0),
+        (json.dumps([ALPACA]).encode()[:-1] + b", " + b"1" * 5000 + b"]", "broken JSON", 1),
     ],
 )
 def test_a_damaged_file(content, reason, found, tokenizer, tmp_path):
@@ -272,6 +273,18 @@ def test_a_damaged_file(content, reason, found, tokenizer, tmp_path):
     assert len(records) == found
     expected = {f"{reason}; the rest of the file is left out": 1} if reason else {}
     assert reading.skipped == expected
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 9_000 + "]" * 9_000])
+def test_a_line_that_python_refuses_costs_itself(value, tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    line = json.dumps(ALPACA)
+    path.write_text(f'{line}\n{line[:-1]}, "id": {value}}}\n{line}\n')
+    config = DataConfig(source=str(path), template="x", packing="best_fit")
+    reading = Reading()
+    (part,) = list_parts(str(path), config)
+    assert len(list(examples(part, config, built_in("alpaca", tokenizer), T, reading))) == 2
+    assert reading.skipped == {"broken JSON line": 1}
 
 
 def test_a_damaged_letter_costs_its_record(tokenizer, tmp_path):

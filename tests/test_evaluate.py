@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from llama_jax.data.shards import encode_manifest
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model import logits
 from tests.helpers import (
@@ -51,6 +52,18 @@ def test_perplexity_of_files_on_a_mesh(checkpoint, tokenizer, tmp_path):
     assert results["bits_per_byte"] == pytest.approx(bits)
     mesh = json.loads(evaluate(*flags, "--mesh=data=2,tensor=2", devices=4))
     assert mesh["results"]["text"] == pytest.approx(results, rel=1e-5)
+
+
+def test_text_that_cannot_be_used_is_told(tmp_path, tokenizer, capsys):
+    from types import SimpleNamespace
+
+    from llama_jax import evaluate
+
+    (tmp_path / "x.jsonl").write_text('{"text": "good"}\n{broken\n')
+    model = SimpleNamespace(tokenizer=tokenizer)
+    found = evaluate.read_texts(f"{tmp_path}/x.jsonl", "text", model)
+    assert len(list(found[""])) == 1
+    assert capsys.readouterr().err.startswith("skipped  1 broken JSON line; the first: ")
 
 
 def test_several_sources_in_a_table(checkpoint, corpus):
@@ -119,7 +132,7 @@ def test_bad_input(checkpoint, corpus, shards, tmp_path, flags, message):
         tokenizer = Tokenizer(llama3_tokenizer(corpus))
         manifest["tokenizer_sha256"] = tokenizer.fingerprint
         tokenizer.save(places["other"] / "tokenizer.model")
-        (places["other"] / "manifest.json").write_text(json.dumps(manifest))
+        (places["other"] / "manifest.json").write_bytes(encode_manifest(manifest))
     process = run_command("evaluate", *(flag.format(**places) for flag in flags))
     assert message in one_line_error(process)
 

@@ -1,4 +1,7 @@
+import errno
 import itertools
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -232,6 +235,39 @@ def test_a_damaged_shard_is_a_clear_error_through_tf_data(batches):
             next(found)
 
 
+def test_a_shard_that_is_cut_while_it_is_read(shards, tmp_path):
+    """A file stays open; what it no longer holds must not become padding of weight 0."""
+    folder = shutil.copytree(shards, tmp_path / "shards")
+    batches = Batches({"": TokenDataset.open(folder, "train")}, T, BATCH, seed=0)
+    found = iterate(batches, range(BATCH), 0, 100)
+    next(found)
+    for path in folder.glob("train-*.bin"):
+        os.truncate(path, 101)  # half a token more than 50
+    with pytest.raises(UserError, match=r"train-00000-00\d.bin ends early: it is damaged"):
+        for _ in range(5):
+            next(found)
+
+
+@pytest.mark.parametrize("kind", ["bin", "pack"])
+def test_a_disk_that_gives_up_names_the_file(three, monkeypatch, kind):
+    """EIO from the system, in a thread of TensorFlow."""
+    pread, broken = os.pread, []
+
+    def fails(file, size, offset):
+        if broken and os.readlink(f"/proc/self/fd/{file}").endswith(kind):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(file, size, offset)
+
+    monkeypatch.setattr(os, "pread", fails)
+    found = iterate(Batches(three["best_fit"], T, BATCH, seed=0), range(BATCH), 0, 100)
+    next(found)
+    broken.append(True)
+    name = rf"best_fit/[abc]/train-\d{{5}}-\d{{3}}.{kind}"
+    with pytest.raises(UserError, match=rf"^cannot read .*{name}: Input/output error; when"):
+        for _ in range(5):
+            next(found)
+
+
 def test_too_few_tokens_to_train_on(dataset):
     import dataclasses
 
@@ -366,8 +402,11 @@ def test_a_seed_of_one_source_does_not_order_another(three):
 
 
 def test_opening_ten_thousand_shards_is_quick(tmp_path, tokenizer):
-    """Only the manifest and one listing of the folder are read."""
+    """Only the manifest, one listing of the folder, and 8 KB of each file are read."""
+    import hashlib
     import json
+
+    zeros = hashlib.sha256(bytes(16)).hexdigest()
 
     shards = [
         {
@@ -376,6 +415,7 @@ def test_opening_ten_thousand_shards_is_quick(tmp_path, tokenizer):
             "documents": 1,
             "sha256": "0",
             "index_sha256": "0",
+            "ends_sha256": {"bin": zeros, "idx": zeros},
         }
         for number in range(10_000)
     ]

@@ -1,7 +1,6 @@
 """What is promised of the order of the data, for any documents, lengths, seeds and hosts."""
 
 import itertools
-import json
 import time
 from fractions import Fraction
 
@@ -43,7 +42,7 @@ def dataset_of(folder, tokenizer, lengths, shard_tokens, pack_len=0):
         "splits": {"train": writer.finish(), "validation": nothing},
     }
     tokenizer.save(folder / "tokenizer.model")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_bytes(shards_lib.encode_manifest(manifest))
     return TokenDataset.open(folder, "train")
 
 

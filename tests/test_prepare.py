@@ -1,3 +1,4 @@
+import concurrent.futures
 import json
 import os
 import shutil
@@ -396,10 +397,13 @@ def test_a_damaged_pack_file(corpus, tmp_path):
     config = text_config(corpus, data__packing="best_fit", data__shard_tokens=10**9)
     prepare(config, tmp_path / "out", log=quiet)
     path = tmp_path / "out" / "train-00000-000.pack"
+    dataset = TokenDataset.open(tmp_path / "out", "train")
     path.write_bytes(path.read_bytes()[:-8])
     assert verify(tmp_path / "out") == ["train-00000-000.pack"]
     with pytest.raises(UserError, match="pack does not fit together: it is damaged"):
-        TokenDataset.open(tmp_path / "out", "train").pieces(0)
+        dataset.pieces(0)
+    with pytest.raises(UserError, match="pack is not the file that the manifest means"):
+        TokenDataset.open(tmp_path / "out", "train")
     path.unlink()
     with pytest.raises(UserError, match="pack is missing"):
         TokenDataset.open(tmp_path / "out", "train")
@@ -420,6 +424,31 @@ def test_files_are_read_by_ranges(shards, monkeypatch, scheme):
     np.testing.assert_array_equal(array[5:50], expected[5:50])
     np.testing.assert_array_equal(array[len(expected) - 3 : len(expected) + 9], expected[-3:])
     assert array[7] == expected[7] and len(array[9:3]) == 0
+
+
+def test_threads_share_a_file_of_an_object_store(shards, monkeypatch):
+    """Batches are made by several threads; each must get what it asked for."""
+    from etils import epath
+
+    path = shards / "train-00000-000.bin"
+    expected, local = np.fromfile(path, "<u2"), epath.Path(path)
+    monkeypatch.setattr(shards_lib.epath, "Path", lambda name: local)
+    array = shards_lib._FileArray(f"memory://{path}", "<u2")
+    file = array._file
+
+    class Slow:
+        def seek(self, offset):
+            file.seek(offset)
+            time.sleep(0.01)  # another thread's turn
+
+        def read(self, size):
+            return file.read(size)
+
+    array._file = Slow()
+    starts = range(0, 200, 10)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda start: array[start : start + 10], starts))
+    np.testing.assert_array_equal(np.concatenate(found), expected[:200])
 
 
 def test_verify_names_what_changed(shards, tmp_path):
@@ -487,13 +516,14 @@ def test_reading_crosses_shard_borders(shards):
 def test_a_token_beyond_the_vocabulary_is_damage(shards, tmp_path):
     folder = shutil.copytree(shards, tmp_path / "shards")
     path = folder / "train-00000-000.bin"
+    dataset = TokenDataset.open(folder, "train")
     tokens = np.fromfile(path, "<u2")
     tokens[5] = 300
     tokens.tofile(path)
     with pytest.raises(
         UserError, match=r"train-00000-000.bin holds ids beyond the vocabulary of 300"
     ):
-        TokenDataset.open(folder, "train").tokens(0, 20)
+        dataset.tokens(0, 20)
 
 
 def test_the_fingerprint_is_of_the_tokens(shards, corpus, tmp_path):

@@ -64,6 +64,8 @@ def test_json_lines(tmp_path, zipped):
         json.dumps([1, 2]),
         json.dumps({"text": "   "}),
         '{"text": "half \\ud800 pair"}',
+        '{"text": "a number that Python refuses", "id": %s}' % ("1" * 5000),
+        '{"text": "too deep", "id": %s}' % ("[" * 9_000 + "]" * 9_000),
         json.dumps({"text": "last"}),
     ]
     data = "\n".join(lines).encode() + b'\n{"text": "\xff"}'
@@ -72,7 +74,7 @@ def test_json_lines(tmp_path, zipped):
     texts, skipped = read(path)
     assert texts == ["first\nline", "zéro 🦙", "last"]
     assert skipped == {
-        "broken JSON line": 1,
+        "broken JSON line": 3,
         "no text in field 'text'": 3,
         "empty": 1,
         "invalid UTF-8": 2,
@@ -209,6 +211,26 @@ def test_parquet(parquet):
     assert skipped == {"empty": 1, "no text in field 'text'": 1}
     config = DataConfig(source=str(parquet), part_bytes=100)
     assert len(list_parts(str(parquet), config)) > 2
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+def test_parquet_with_text_that_is_no_utf8(tmp_path, kind):
+    """Parquet does not check it; one damaged value costs itself only."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    values = pyarrow.array([b"first", b"\xff\xfe", b"half \xed\xa0\x80 pair", None, b"last"])
+    offsets, text = values.buffers()[1:]
+    nulls = pyarrow.py_buffer(b"\x17")  # the fourth is none
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 5, [nulls, offsets, text])
+    if kind == "dictionary":
+        column = column.dictionary_encode()
+    elif kind != "string":
+        column = column.cast(getattr(pyarrow, kind)())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "x.parquet")
+    texts, skipped = read(tmp_path / "x.parquet")
+    assert texts == ["first", "last"]
+    assert skipped == {"invalid UTF-8": 2, "no text in field 'text'": 1}
 
 
 def test_parquet_without_the_column_or_damaged(parquet, tmp_path):

@@ -86,6 +86,34 @@ def test_positions_of_the_last_steps_are_kept(config, tokenizer):
     assert source.epochs(100) == {"": source.position(100).epoch}
 
 
+def test_skips_are_counted_and_told(config, tokenizer, capsys):
+    """At the end of a pass and when asked; each pass counts anew, and tells only what is more."""
+    source, batches = streams(config, tokenizer)
+    assert source.skipped() == 0
+    step = 0
+    while source.position(step).epoch == 0:
+        next(batches)
+        step += 1
+    said = capsys.readouterr().out
+    folder = config.source.removesuffix("/*.jsonl")
+    assert f"skipped  1 broken JSON line; the first: {folder}/a.jsonl at byte" in said
+    assert f"skipped  1 empty; the first: {folder}/a.jsonl at byte" in said
+    assert len(said.splitlines()) == 2
+    while source.position(step).epoch < 3:
+        next(batches)
+        step += 1
+        assert source.skipped() <= 2
+    source.tell_skips()
+    assert capsys.readouterr().out == ""
+    # Going on late in a pass, the whole pass counts; the second process says nothing.
+    for process, lines in ((0, 2), (1, 0)):
+        later, rest = streams(config, tokenizer, 7, Position(0, 30 + process), process, 2)
+        next(rest)
+        assert later.skipped() == 2
+        later.tell_skips()
+        assert len(capsys.readouterr().out.splitlines()) == lines
+
+
 def test_the_fingerprint_is_of_the_files(config, tokenizer, tmp_path):
     first = StreamingBatches(config, tokenizer, T).fingerprint()
     assert StreamingBatches(config, tokenizer, 32).fingerprint() == first
@@ -94,12 +122,13 @@ def test_the_fingerprint_is_of_the_files(config, tokenizer, tmp_path):
     assert StreamingBatches(other, tokenizer, T).fingerprint() != first
 
 
-def test_a_source_without_text(tokenizer, tmp_path):
+def test_a_source_without_text(tokenizer, tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text("{}\n{}\n")
     config = DataConfig(source=str(tmp_path / "x.jsonl"), streaming=True)
     _, batches = streams(config, tokenizer)
     with pytest.raises(UserError, match="has no text that process 0 of 1 could train on"):
         next(batches)
+    assert "skipped  2 no text in field 'text'" in capsys.readouterr().out
 
 
 def test_several_sources_need_shards(tokenizer, tmp_path):

@@ -368,11 +368,17 @@ def losses(workdir):
     return {line["step"]: line["loss"] for line in records(workdir) if "loss" in line}
 
 
-def test_streamed_data_goes_on_exactly(corpus, tmp_path, monkeypatch):
+def test_streamed_data_goes_on_exactly(corpus, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(corpus, tmp_path / "text")
+    (folder / "000-bad.txt").write_bytes(b"\xff")
     config = text_config(
-        corpus, data__streaming=True, train__steps=7, train__seq_len=32, train__global_batch=8
+        folder, data__streaming=True, train__steps=7, train__seq_len=32, train__global_batch=8
     )
     whole = jax.device_get(train(config, tmp_path / "whole"))
+    said = capsys.readouterr().out
+    # By the pass that trained the tokenizer, and at the end by that of the run.
+    assert said.count(f"skipped  1 invalid UTF-8; the first: {folder}/000-bad.txt\n") == 2
+    assert {line["documents_skipped"] for line in records(tmp_path / "whole")} == {1}
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         assert int(train(config, tmp_path / "parts").step) < 7

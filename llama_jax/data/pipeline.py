@@ -177,12 +177,17 @@ def _open_stream(config: Config, folder: epath.Path) -> TrainingData:
     path = epath.Path(data.tokenizer or folder / "tokenizer.model")
     if not path.exists() and not data.tokenizer:
         print(f"training a tokenizer of {size:,} ids on {data.source}", flush=True)
+        reading = Reading()
         texts = (
             text
             for source in named_sources(data.source).values()
-            for text in documents(source, data, Reading())
+            for text in documents(source, data, reading)
         )
-        tokenizer = train_tokenizer(texts, size)
+        try:
+            tokenizer = train_tokenizer(texts, size)
+        finally:  # where there is no text at all, this says why
+            if reading.skipped:
+                print(reading, flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
     tokenizer = Tokenizer.load(path)

@@ -206,7 +206,7 @@ def _prepare_source(
         if made_here and not any(output.parent.iterdir()):
             output.parent.rmdir()
         raise
-    write_atomically(partial / shards.MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    write_atomically(partial / shards.MANIFEST, shards.encode_manifest(manifest))
     for path in [partial / PLAN, *(partial / report_name(i) for i in range(len(parts)))]:
         path.unlink()
     if output.exists():

@@ -73,6 +73,13 @@ class Reading:
         self.changed[what] += 1
         self.first.setdefault(what, where)
 
+    def __str__(self) -> str:
+        """What was skipped, a line for each reason."""
+        return "\n".join(
+            f"skipped  {count:,} {reason}; the first: {self.first[reason]}"
+            for reason, count in sorted(self.skipped.items())
+        )
+
 
 def too_long(config: DataConfig) -> str:
     """Why a document of more than `max_document_bytes` is skipped."""

@@ -8,7 +8,7 @@ from etils import epath
 
 from llama_jax.data.packing import INDEX_DTYPE, pack_documents
 from llama_jax.data.reading import Example
-from llama_jax.data.shards import token_dtype
+from llama_jax.data.shards import ends_sha256, token_dtype
 
 
 class ShardWriter:
@@ -75,6 +75,11 @@ class ShardWriter:
                 "answer_tokens": int(counts.sum()),
                 "mask_sha256": self._write(f"{name}.mask", np.packbits(counts)),
             }
+        kinds = ["bin", "idx", *(kind for kind in ("pack", "mask") if f"{kind}_sha256" in shard)]
+        shard["ends_sha256"] = {}
+        for kind in kinds:
+            path = epath.Path(self._folder) / f"{name}.{kind}"
+            shard["ends_sha256"][kind] = ends_sha256(path, path.stat().length)
         self._shards.append(shard)
         self._file, self._digest = None, hashlib.sha256()
         self._offsets, self._counts, self._tokens = [], [], 0

@@ -1,7 +1,7 @@
 """Token shards on disk: the format, and a reader of ranges.
 
 A folder of shards holds
-  manifest.json          what is in it, with the checksum of every file
+  manifest.json          what is in it, with the checksum of every file, and one of its own
   tokenizer.model        the tokenizer that made it
   train-00000-000.bin    token ids, little-endian uint16 or uint32: BOS document EOS, one by one
   train-00000-000.idx    where each document begins, in tokens, little-endian int64
@@ -13,12 +13,15 @@ and the same for `validation`. The first number is the part of the source, the s
 shards. A document lies in one shard.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,16 +32,31 @@ from llama_jax.data.packing import INDEX_DTYPE
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: no checksum of the manifest, none of the ends of files
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 TEMPLATE = "chat_template.json"
 SPLITS = ("train", "validation")
+# What opening reads of each file's beginning and end: enough to tell one shard from another, and
+# little for 10,000 of them. Bytes between are read by `verify` only.
+END_BYTES = 4096
+_THREADS = 16
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest type on disk that holds every id."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def encode_manifest(manifest: dict[str, Any]) -> bytes:
+    """The manifest's file: its first key is the sha256 of the file, with nothing in that place."""
+    text = json.dumps({"sha256": "", **manifest} | {"sha256": ""}, indent=1) + "\n"
+    return text.replace('""', f'"{hashlib.sha256(text.encode()).hexdigest()}"', 1).encode()
+
+
+def _is_whole(data: bytes, manifest: dict[str, Any]) -> bool:
+    digest = str(manifest.get("sha256", ""))
+    return hashlib.sha256(data.replace(digest.encode(), b"", 1)).hexdigest() == digest
 
 
 def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
@@ -49,16 +67,18 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
     """
     path = epath.Path(folder) / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        data = path.read_bytes()
+        manifest = json.loads(data)
     except FileNotFoundError as error:
         raise UserError(f"no token shards in {folder}; make them with llama_jax.prepare") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     try:
-        if manifest["format_version"] != FORMAT_VERSION:
+        version = manifest["format_version"]
+        if version not in (1, FORMAT_VERSION):
             raise UserError(
-                f"{path} has format {manifest['format_version']}, this version reads "
-                f"{FORMAT_VERSION}; prepare the data again"
+                f"{path} has format {version}, this version reads {FORMAT_VERSION}; prepare the "
+                "data again"
             )
         manifest["tokenizer_sha256"], manifest["vocab_size"], manifest["settings"]
         for split in SPLITS:
@@ -70,6 +90,11 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
         raise UserError(
             f"{path} is damaged: {error!r} is missing; prepare the data again"
         ) from error
+    if version > 1 and not _is_whole(data, manifest):
+        raise UserError(
+            f"{path} is not as it was written: it is damaged, or was edited; restore it or prepare "
+            "the data again"
+        )
     return manifest
 
 
@@ -124,7 +149,22 @@ def verify(folder: epath.PathLike) -> list[str]:
                 expected[f"{shard['name']}.pack"] = shard["pack_sha256"]
             if "mask_sha256" in shard:
                 expected[f"{shard['name']}.mask"] = shard["mask_sha256"]
-    return [name for name, digest in expected.items() if _sha256(folder / name) != digest]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        found = list(pool.map(lambda name: _sha256(folder / name), expected))
+    return [name for name, digest in zip(expected, found, strict=True) if digest != expected[name]]
+
+
+def ends_sha256(path: epath.Path, size: int) -> str:
+    """Checksum of the first and the last `END_BYTES` of a file of so many bytes.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(END_BYTES))
+        file.seek(max(0, size - END_BYTES))
+        digest.update(file.read(END_BYTES))
+    return digest.hexdigest()
 
 
 def _sha256(path: epath.Path) -> str | None:
@@ -167,11 +207,11 @@ class TokenDataset:
 
     @classmethod
     def open(cls, folder: epath.PathLike, split: str) -> "TokenDataset":
-        """Opens a split after cheap checks: manifest, sizes of all files, tokenizer.
+        """Opens a split after cheap checks: manifest, tokenizer, sizes and ends of all files.
 
         Raises:
-          UserError: a file is missing, has another size, or the tokenizer is not the one that made
-            the shards.
+          UserError: a file is missing, has another size, begins or ends otherwise than it was
+            written, or the tokenizer is not the one that made the shards.
         """
         folder = epath.Path(folder)
         manifest = read_manifest(folder)
@@ -188,7 +228,7 @@ class TokenDataset:
             )
         dtype = token_dtype(manifest["vocab_size"])
         shards = manifest["splits"][split]["shards"]
-        sizes = _file_sizes(folder)
+        sizes = file_sizes(folder)
         for shard in shards:
             _check_size(folder, sizes, f"{shard['name']}.bin", shard["tokens"] * dtype.itemsize)
             _check_size(
@@ -198,6 +238,7 @@ class TokenDataset:
                 _check_size(folder, sizes, f"{shard['name']}.pack", None)
             if "mask_sha256" in shard:
                 _check_size(folder, sizes, f"{shard['name']}.mask", -(-shard["tokens"] // 8))
+        _check_ends(folder, sizes, shards)
         token_starts = np.cumsum([0, *(shard["tokens"] for shard in shards)])
         sequence_starts = np.cumsum([0, *(shard.get("sequences", 0) for shard in shards)])
         return cls(
@@ -238,7 +279,7 @@ class TokenDataset:
           UserError: a damaged shard.
         """
         for number, shard in enumerate(self._shards):
-            starts = _open_array(str(self.folder / f"{shard['name']}.idx"), INDEX_DTYPE.str)[:]
+            starts = self._read(f"{shard['name']}.idx", INDEX_DTYPE, 0, shard["documents"])
             bounds = [*starts.tolist(), shard["tokens"]]
             for start, stop in itertools.pairwise(bounds):
                 yield self._shard_tokens(number, start, stop)
@@ -251,36 +292,73 @@ class TokenDataset:
         """
         shard = int(self._sequence_starts.searchsorted(sequence, side="right")) - 1
         name, number = self._shards[shard]["name"], self._shards[shard]["sequences"]
-        pack = _open_array(str(self.folder / f"{name}.pack"), INDEX_DTYPE.str)
+        pack = functools.partial(self._read, f"{name}.pack", INDEX_DTYPE)
         local = sequence - int(self._sequence_starts[shard])
-        count = int(pack[number])
-        if len(pack) != number + 1 + 2 * count:
+        count = int(pack(number, number + 1)[0])
+        size = self._length(f"{name}.pack", INDEX_DTYPE)
+        first, last = (number + 1 + int(piece) for piece in pack(local, local + 2))
+        if size != number + 1 + 2 * count or not number < first <= last <= number + 1 + count:
             raise self._damaged(f"{name}.pack does not fit together")
-        first, last = (number + 1 + int(piece) for piece in pack[local : local + 2])
-        starts, inputs = pack[first:last].tolist(), pack[first + count : last + count].tolist()
+        starts = pack(first, last).tolist()
+        inputs = pack(first + count, last + count).tolist()
+        tokens = self._shards[shard]["tokens"]
+        pieces = list(zip(starts, inputs, strict=True))
+        if sum(inputs) > self.pack_len or any(
+            not 0 <= start < start + length < tokens for start, length in pieces
+        ):
+            raise self._damaged(f"{name}.pack does not fit together")
         return [
             (
                 self._shard_tokens(shard, start, start + length + 1),
                 self._shard_mask(shard, start + 1, start + length + 1),
             )
-            for start, length in zip(starts, inputs, strict=True)
+            for start, length in pieces
         ]
 
     def _shard_tokens(self, shard: int, start: int, stop: int) -> np.ndarray:
-        name = self._shards[shard]["name"]
-        tokens = _open_array(str(self.folder / f"{name}.bin"), token_dtype(self.vocab_size).str)[
-            start:stop
-        ]
+        """Tokens start..stop of a shard; shorter only at its end, as the manifest has it."""
+        name = f"{self._shards[shard]['name']}.bin"
+        stop = min(stop, self._shards[shard]["tokens"])
+        tokens = self._read(name, token_dtype(self.vocab_size), start, stop)
         if len(tokens) and int(tokens.max()) >= self.vocab_size:
-            raise self._damaged(f"{name}.bin holds ids beyond the vocabulary of {self.vocab_size}")
+            raise self._damaged(f"{name} holds ids beyond the vocabulary of {self.vocab_size}")
         return tokens
 
     def _shard_mask(self, shard: int, start: int, stop: int) -> np.ndarray:
         if "mask_sha256" not in self._shards[shard]:
             return np.ones(stop - start, np.uint8)
-        path = str(self.folder / f"{self._shards[shard]['name']}.mask")
-        found = _open_array(path, "|u1")[start // 8 : -(-stop // 8)]
+        name = f"{self._shards[shard]['name']}.mask"
+        found = self._read(name, np.dtype("|u1"), start // 8, -(-stop // 8))
         return np.unpackbits(found)[start % 8 :][: stop - start]
+
+    def _read(self, name: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
+        """Values start..stop of a file, all of them.
+
+        Raises:
+          UserError: the disk does not give them, or the file was cut since it was opened.
+        """
+        with self._named(name):
+            found = _open_array(str(self.folder / name), dtype.str)[start:stop]
+        if len(found) != stop - start:
+            raise self._damaged(f"{name} ends early")
+        return found
+
+    def _length(self, name: str, dtype: np.dtype) -> int:
+        with self._named(name):
+            return len(_open_array(str(self.folder / name), dtype.str))
+
+    @contextlib.contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """Gives the file's name to what goes wrong with it."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot read {self.folder / name}: {error.strerror or error}; when it can be read "
+                "again, the same command goes on"
+            ) from error
+        except ValueError as error:  # half a value
+            raise self._damaged(f"{name} ends early") from error
 
     def _damaged(self, what: str) -> UserError:
         return UserError(
@@ -306,6 +384,7 @@ class _FileArray:
     def __init__(self, path: str, dtype: str) -> None:
         self._dtype = np.dtype(dtype)
         self._local = "://" not in path
+        self._lock = threading.Lock()
         # Stays open as long as the cache below keeps it.
         self._file = open(path, "rb", 0) if self._local else epath.Path(path).open("rb")  # noqa: SIM115
         self._length = epath.Path(path).stat().length // self._dtype.itemsize
@@ -320,15 +399,16 @@ class _FileArray:
         offset, size = start * self._dtype.itemsize, max(0, stop - start) * self._dtype.itemsize
         if self._local:  # at an offset of its own: threads share the file
             return np.frombuffer(os.pread(self._file.fileno(), size, offset), self._dtype)
-        self._file.seek(offset)
-        return np.frombuffer(self._file.read(size), self._dtype)
+        with self._lock:  # here they share its position, too
+            self._file.seek(offset)
+            return np.frombuffer(self._file.read(size), self._dtype)
 
 
 # Fewer than the files that a process may usually have open; the least recently used is closed.
 _open_array = functools.lru_cache(maxsize=256)(_FileArray)
 
 
-def _file_sizes(folder: epath.Path) -> dict[str, int]:
+def file_sizes(folder: epath.Path) -> dict[str, int]:
     """Bytes of each file of a folder, in one listing."""
     if "://" in str(folder):
         return {path.name: path.stat().length for path in folder.iterdir()}
@@ -344,3 +424,26 @@ def _check_size(folder: epath.Path, sizes: dict[str, int], name: str, expected: 
             f"{folder / name} has {sizes[name]} bytes, the manifest says {expected}: it is "
             "truncated or replaced; restore it or prepare the data again"
         )
+
+
+def _check_ends(folder: epath.Path, sizes: dict[str, int], shards: list[dict[str, Any]]) -> None:
+    """Compares the ends of all files; shards of a version before have no checksums of theirs."""
+    expected = {
+        f"{shard['name']}.{kind}": digest
+        for shard in shards
+        for kind, digest in shard.get("ends_sha256", {}).items()
+    }
+
+    def found(name: str) -> str:
+        try:
+            return ends_sha256(folder / name, sizes[name])
+        except OSError as error:
+            raise UserError(f"cannot read {folder / name}: {error.strerror or error}") from error
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        for name, digest in zip(expected, pool.map(found, expected), strict=True):
+            if digest != expected[name]:
+                raise UserError(
+                    f"{folder / name} is not the file that the manifest means: it is damaged or "
+                    "replaced; restore it or prepare the data again"
+                )

@@ -304,7 +304,7 @@ def _json_record(line: bytes, where: str, reading: Reading) -> Iterator[tuple[An
         record: Any = json.loads(line)
     except UnicodeDecodeError:
         reading.skip("invalid UTF-8", where)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # the former also for a number of 5,000 digits
         reading.skip("broken JSON line", where)
     else:
         yield record, where

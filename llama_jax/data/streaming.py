@@ -6,6 +6,7 @@ h, h + H, .. and fills its own rows, so unlike with shards a batch depends on th
 processes, and only the same number can go on exactly.
 """
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Iterator
@@ -56,6 +57,8 @@ class StreamingBatches:
         self._parts = list_parts(next(iter(sources.values())), config)
         self._positions: dict[int, Position] = {}
         self._process, self._processes = 0, 1
+        self._reading = Reading()  # of the present pass
+        self._told: collections.Counter[str] = collections.Counter()
 
     def fingerprint(self) -> str:
         """Identity of files (names and sizes) and tokenizer."""
@@ -67,6 +70,19 @@ class StreamingBatches:
         """Complete passes over this process's documents."""
         position = self._positions.get(step)
         return {"": float(position.epoch)} if position else {}
+
+    def skipped(self) -> int:
+        """Documents that could not be used, of all that this pass has read so far.
+
+        Each process reads all of them; going on at a position reads what comes before again.
+        """
+        return self._reading.skipped.total()
+
+    def tell_skips(self) -> None:
+        """Prints what this pass has skipped, if that is more than was told; process 0 does."""
+        if self._process == 0 and self._reading.skipped - self._told:
+            print(self._reading, flush=True)
+            self._told = self._reading.skipped.copy()
 
     def start_at(self, step: int, position: Position, process: int, processes: int) -> None:
         """Goes on at a position that `position(step)` gave, as one of so many processes."""
@@ -123,11 +139,13 @@ class StreamingBatches:
                 token = position.token if number == position.document else 0
                 yield dataclasses.replace(position, document=number, token=token), ids
                 position = dataclasses.replace(position, document=number + 1, token=0)
+            self.tell_skips()
             if not found and first == 0:
                 raise UserError(
                     f"data.source={self._config.source} has no text that process "
                     f"{self._process} of {self._processes} could train on"
                 )
+            self._reading = Reading()
             position, first = Position(epoch=position.epoch + 1), 0
 
     def _encoded(self, first: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -149,7 +167,7 @@ class StreamingBatches:
 
     def _documents(self) -> Iterator[str]:
         for part in self._parts:
-            yield from read(part, self._config, Reading())
+            yield from read(part, self._config, self._reading)
 
     def state(self, step: int) -> list[Any]:
         """`position(step)` as numbers, for a checkpoint."""

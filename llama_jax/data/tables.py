@@ -51,7 +51,7 @@ def read_parquet(part: Part, config: DataConfig, reading: Reading) -> Iterator[s
         for group in range(part.start, part.stop):
             where = f"{path}, row group {group}"
             batches = file.iter_batches(256, row_groups=[group], columns=[config.text_field])
-            values = (value for batch in batches for value in batch.column(0).to_pylist())
+            values = (value for batch in batches for value in _values(batch.column(0)))
             try:
                 yield from texts(values, where, config, reading)
             except (pyarrow.ArrowException, OSError) as error:
@@ -59,6 +59,16 @@ def read_parquet(part: Part, config: DataConfig, reading: Reading) -> Iterator[s
                     raise
                 reading.skip("damaged Parquet row group", where)
     reading.position = part.size
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column; text as bytes, since one that is no UTF-8 would cost all of them."""
+    from pyarrow import large_binary, types
+
+    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        column = column.cast(large_binary())
+    return column.to_pylist()
 
 
 def _tfds_builder(name: str, config: DataConfig) -> Any:

@@ -123,8 +123,8 @@ def undisturbed(tmp_path_factory):
     return jax.device_get(train(CONFIG, tmp_path_factory.mktemp("twin") / "run"))
 
 
-def until(what):
-    deadline = time.monotonic() + 60
+def until(what, seconds=60):
+    deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline
         time.sleep(0.01)
