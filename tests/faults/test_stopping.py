@@ -269,3 +269,31 @@ def test_a_process_that_hangs_is_noticed(corpus, tmp_path):
     # Before the heartbeats that it misses are.
     assert "error: no sign of life in step" in errors and "for longer than 10 s" in errors
     assert "Thread 0x" in errors
+
+
+@pytest.mark.slow
+def test_an_evaluation_longer_than_the_time_for_a_step(corpus, tmp_path):
+    flags = ("--config.train.step_timeout=4", "--config.train.eval_every=2")
+    flags += ("--config.train.eval_batches=9", "--config.train.steps=4")
+    flags += ("--config.data.validation_fraction=0.9", "--config.train.global_batch=2")
+    began = time.monotonic()
+    (process,) = start_slow("evaluate", 1, corpus, tmp_path / "run", *flags)
+    status, out, errors = end(process, 200)
+    assert status == 0 and errors == ""
+    assert out.count("eval_loss") == 2 and time.monotonic() - began > 18
+
+
+@pytest.mark.slow
+def test_a_restore_that_hangs_is_noticed(corpus, tmp_path):
+    run = tmp_path / "run"
+    (first,) = start_train(corpus, run, *ENDLESS, *TINY_RUN, devices=1)
+    read_until(first, "step +2/")
+    first.send_signal(signal.SIGTERM)
+    saved = stopped_at(end(first)[1])
+    slow = "--config.train.step_timeout=1"  # ten times that: it may compile
+    (process,) = start_slow("restore", 3600, corpus, run, NO_EVAL, slow)
+    status, _, errors = end(process)
+    assert status == 1
+    assert "error: no sign of life in restoring" in errors
+    assert "in initial_state" in errors  # the stack
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [str(saved)]
