@@ -69,7 +69,7 @@ fi
 # The environment of process $1, as NAME=VALUE words.
 environment() {
   environ=(JAX_COORDINATOR_ADDRESS="localhost:$port" JAX_NUM_PROCESSES="$processes")
-  environ+=(JAX_PROCESS_ID="$1")
+  environ+=(JAX_COORDINATOR_BIND_ADDRESS="localhost:$port" JAX_PROCESS_ID="$1")
   if [[ $gpus ]]; then
     local ids
     ids=$(seq -s, $(($1 * gpus)) $(($1 * gpus + gpus - 1)))

@@ -69,6 +69,7 @@ def run(main: Callable[[], int | None], doc: str | None) -> None:
             return 130
 
     quieten_libraries()
+    os.umask(os.umask(0o077) | 0o002)  # whoever may write a shard or a cached program, trains it
     # absl prints the docstring of __main__ above the flags in --help.
     sys.modules["__main__"].__doc__ = doc
     app.run(guarded, flags_parser=parse)

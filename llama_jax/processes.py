@@ -64,6 +64,8 @@ def start_processes(timeout_s: int = 300) -> str:
     watchdog = threading.Timer(timeout_s, _give_up, (job, timeout_s))
     watchdog.daemon = True
     watchdog.start()
+    # It would take SIGTERM from here on, and only note it: `StopRequest` has it begin later.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **job.arguments,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax._src import distributed  # its listener for SIGTERM has no public name
 from jax.experimental import multihost_utils
 
 
@@ -21,18 +22,25 @@ class StopRequest:
     data are prepared, which can take hours and has nothing to save, it raises `Stopped` instead;
     not elsewhere, because JAX's own callbacks would take the exception.
 
-    With several processes, which must stop at the same step, JAX itself listens for SIGTERM and
-    agrees with the others on that step; Ctrl-C is passed on to it.
+    Several processes must stop at the same place. From the first `asked` on JAX itself listens for
+    SIGTERM there, and agrees with the others on the call of `asked` that is to say so; what came
+    before, and Ctrl-C, is passed on to it. A second SIGTERM kills as soon as they have agreed.
     """
 
     def __init__(self) -> None:
-        self.name = ""
+        self.name = ""  # of the signal, when all processes know of it
+        self._received = ""  # before JAX listens
         self._at_once = False
+        self._calls = 0
+        self._ours = [signal.SIGINT, signal.SIGTERM]
         self._previous: dict[int, Any] = {}
+        # It does so already where whoever has joined the processes did not use `start_processes`.
+        self._jax_listens = distributed.global_state.preemption_sync_manager is not None
 
     def __enter__(self) -> "StopRequest":
-        alone = jax.process_count() == 1
-        for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
+        if self._jax_listens:
+            self._ours.remove(signal.SIGTERM)
+        for number in self._ours:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -45,25 +53,44 @@ class StopRequest:
         finally:
             self._at_once = False
 
-    def at(self, step: int) -> bool:
-        """Whether to stop before `step`; all processes must ask at every step."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.name = "SIGTERM"
+    def asked(self) -> bool:
+        """Whether to stop here; all processes must ask equally often, at the same places."""
+        if jax.process_count() > 1 and not self.name:
+            if not self._jax_listens:
+                self._let_jax_listen()
+            # Not the step: what is agreed on is the next number, whatever the others are at.
+            self._calls += 1
+            if multihost_utils.reached_preemption_sync_point(self._calls):
+                self.name = "SIGTERM"
+                self._next_one_kills()
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX would only take note of it
         return bool(self.name)
 
-    def _handle(self, number: int, _: Any) -> None:
-        for each in self._previous:
-            signal.signal(each, signal.SIG_DFL)
-        name = signal.Signals(number).name
-        if jax.process_count() > 1:
-            print(f"\n{name}: all processes save after a step (again: stop at once)", flush=True)
+    def _let_jax_listen(self) -> None:
+        self._ours.remove(signal.SIGTERM)  # before its handler is there: it must stay
+        jax.config.update("jax_enable_preemption_service", True)
+        distributed.global_state.initialize_preemption_sync_manager()
+        self._jax_listens = True
+        if self._received:
             os.kill(os.getpid(), signal.SIGTERM)
-            return
-        self.name = name
+
+    def _next_one_kills(self) -> None:
+        for number in self._ours:
+            signal.signal(number, signal.SIG_DFL)
+
+    def _handle(self, number: int, _: Any) -> None:
+        self._next_one_kills()
+        name = self._received = signal.Signals(number).name
         if self._at_once:
             raise Stopped(name)
-        print(f"\n{name}: saving after this step (again: stop at once)", flush=True)
+        alone = jax.process_count() == 1
+        who = "saving" if alone else "all processes save"
+        print(f"\n{name}: {who} after this step (again: stop at once)", flush=True)
+        if alone:
+            self.name = name
+        elif self._jax_listens:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        for number in self._ours:
+            signal.signal(number, self._previous[number])

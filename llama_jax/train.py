@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import cli, metrics, xla_flags
+from llama_jax.agreement import agreed
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.config import Config
 from llama_jax.continuation import complete
@@ -73,7 +74,12 @@ def _log(text: str) -> None:
 
 
 def evaluate(
-    compiled: CompiledStep, params: Any, data: TrainingData, config: Config, stop: StopRequest
+    compiled: CompiledStep,
+    params: Any,
+    data: TrainingData,
+    config: Config,
+    stop: StopRequest,
+    watchdog: Watchdog,
 ) -> float | None:
     """Mean validation loss per token over `eval_batches`.
 
@@ -86,10 +92,12 @@ def evaluate(
     count = min(train.eval_batches, math.ceil(data.validation.n_sequences / train.global_batch))
     total, weight = 0.0, 0.0
     shape = (train.global_batch, train.seq_len)
-    for batch in stream(data.validation, 0, count, compiled.batch_sharding, *shape):
+    batches = stream(data.validation, 0, count, compiled.batch_sharding, *shape)
+    for number, batch in enumerate(batches, start=1):
+        watchdog.beat(f"evaluation, batch {number} of {count}", compiles=number == 1)
         loss, tokens = jax.device_get(compiled.evaluate(params, batch))
         total, weight = total + float(loss), weight + float(tokens)
-        if stop.name:
+        if stop.asked():
             return None
     return total / weight
 
@@ -227,14 +235,14 @@ def run_loop(
             read = log.flush() or read
             profiler.turn(step + 1, state)
             log.start(step)
-        last = stop.at(step) or step == train.steps
+        last = stop.asked() or step == train.steps
         if step > start:
             eval_loss = None
             if step == train.steps or step % train.eval_every == 0:
                 read = log.flush() or read
                 weights = model_weights(state, config)
                 with goodput.phase("eval"):
-                    eval_loss = evaluate(compiled, weights, data, config, stop)
+                    eval_loss = evaluate(compiled, weights, data, config, stop, i.watchdog)
                 if eval_loss is not None:
                     log.write(step, {"eval_loss": eval_loss, **_epoch_metrics(data, step)})
                 log.start(step)
@@ -308,18 +316,24 @@ def run(
         stop = stack.enter_context(StopRequest())
         stack.enter_context(jax.set_mesh(mesh))
         compiled = jit_step(config, mesh)
+        stopped = ""
         if jax.process_index() == 0:  # the others wait, and find what it has written
             stack.enter_context(locked(workdir))
             check_workdir(config, workdir)
             goodput = Goodput(workdir / "goodput.json", began)
-            with stop.at_once():
-                check_init(config, workdir)
-                data = open_data(config, workdir / "data")
-        multihost_utils.sync_global_devices("work directory")
+            try:
+                with stop.at_once():
+                    check_init(config, workdir)
+                    data = open_data(config, workdir / "data")
+            except Stopped as signal_name:
+                stopped = str(signal_name)
+        if stopped := agreed(stopped):
+            raise Stopped(stopped)
         if jax.process_index() > 0:
             data = open_data(config, workdir / "data")
         _log(describe(config, mesh, data))
         watchdog = Watchdog(config.train.step_timeout)
+        watchdog.beat("restoring", compiles=True)  # all files are read, and programs compiled
         # Outermost, since a run that ends in an error waits for its save, too.
         with watchdog, Checkpointer(workdir, config) as saver:
             state, rewinds, context = initial_state(compiled, saver, data, config)

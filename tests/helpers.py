@@ -193,7 +193,9 @@ def run_command(module, *arguments, devices=1, timeout=600, stdin="", **environm
     )
 
 
-def start_train(corpus, workdir, *flags, processes=1, devices=None):
+def start_train(
+    corpus, workdir, *flags, processes=1, devices=None, module="llama_jax.train", **environment
+):
     """Starts `python -m llama_jax.train` on a tiny model, in processes that meet on loopback.
 
     Args:
@@ -202,6 +204,8 @@ def start_train(corpus, workdir, *flags, processes=1, devices=None):
       flags: further flags.
       processes: how many there are.
       devices: fake devices of each process; default: 8 in all.
+      module: what is run instead.
+      **environment: further variables.
 
     Returns:
       The `Popen` of each, with their output as text in pipes.
@@ -209,13 +213,14 @@ def start_train(corpus, workdir, *flags, processes=1, devices=None):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "llama_jax.train", *TINY_FLAGS, *map(str, flags)]
+    command = [sys.executable, "-m", module, *TINY_FLAGS, *map(str, flags)]
     command += [f"--config.data.source={corpus}", f"--workdir={workdir}"]
     env = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices or 8 // processes}",
         # A process that waits for another one's compiler would be taken for dead.
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **environment,
     }
     if processes > 1:
         env |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes)}

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -283,6 +284,27 @@ def test_an_unknown_preset_of_compiler_flags(corpus, tmp_path):
     message = one_line_error(train(corpus, tmp_path / "run", "--xla_preset=v6"))
     assert "no XLA preset 'v6' among none, v4" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_writable_for_all_whatever_the_umask(corpus, tmp_path):
+    flags = ("--config.train.steps=3", "--config.model.n_layers=1", "--config.data.workers=2")
+    before = os.umask(0)
+    try:
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+        cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        trained = train(corpus, tmp_path / "run", *flags, **cache)
+        source = f"--config.data.source={corpus}"
+        prepared = run_command("prepare", *TINY_FLAGS, source, f"--output={tmp_path / 'shards'}")
+    finally:
+        os.umask(before)
+    assert (trained.returncode, prepared.returncode) == (0, 0), trained.stderr + prepared.stderr
+    for name, suffix in (("run", "loss.png"), ("cache", "-cache"), ("shards", ".bin")):
+        paths = [tmp_path / name, *(tmp_path / name).rglob("*")]
+        assert any(path.name.endswith(suffix) for path in paths), paths
+        modes = {str(path): path.stat().st_mode for path in paths}
+        assert not [path for path, mode in modes.items() if mode & stat.S_IWOTH]
+        # The rest of the mask is the user's.
+        assert all(mode & stat.S_IROTH for mode in modes.values())
 
 
 def test_prepare_and_verify(corpus, tmp_path):

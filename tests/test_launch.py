@@ -16,6 +16,7 @@ import yaml
 from llama_jax import processes
 from llama_jax.xla_flags import PRESETS
 from tests.helpers import ROOT
+from tests.test_processes import free_port
 from tests.test_slurm import FLAGS, tasks_of, wait_for
 
 LAUNCH = ROOT / "launch"
@@ -81,10 +82,11 @@ def test_local_dry_run():
         words = shlex.split(lines[number])
         assert words == [
             *("env", "JAX_COORDINATOR_ADDRESS=localhost:1234", "JAX_NUM_PROCESSES=2"),
+            "JAX_COORDINATOR_BIND_ADDRESS=localhost:1234",
             *(f"JAX_PROCESS_ID={number}", f"JAX_LOCAL_DEVICE_IDS={gpus}"),
             *(sys.executable, "-m", "llama_jax.train", *TRAIN, "&"),
         ]
-        env = dict(word.split("=", 1) for word in words[1:4])
+        env = dict(word.split("=", 1) for word in words[1:5])
         assert processes.find_job(env).processes == 2
     assert lines[2:] == ["# at most 3 restarts in a row"]
 
@@ -143,6 +145,44 @@ def test_local_ends_all_when_one_fails(tmp_path):
     assert "[1] broken" in process.stdout and "exit status 3; ending the others" in process.stderr
     sleeper = re.search(r"\[0\] (\d+)", process.stdout)[1]
     assert not pathlib.Path(f"/proc/{sleeper}").exists()
+
+
+def listeners(port):
+    """Addresses on which somebody listens at a port, in the kernel's hexadecimal."""
+    found = set()
+    for path in map(pathlib.Path, ("/proc/net/tcp", "/proc/net/tcp6")):
+        lines = path.read_text().splitlines()[1:] if path.exists() else []
+        for address, state in (line.split()[1:4:2] for line in lines):
+            host, _, number = address.partition(":")
+            if int(number, 16) == port and state == "0A":
+                found.add(host)
+    return found
+
+
+LOOPBACK = {"0100007F", "0" * 24 + "01000000", "0000000000000000FFFF00000100007F"}
+
+
+def test_local_listens_on_loopback_only(tmp_path):
+    """The coordinator, which has no password; process 1 never comes."""
+    code = "from llama_jax.processes import start_processes; start_processes(100)"
+    python = f"((JAX_PROCESS_ID)) && exec sleep 100; exec {sys.executable} -c '{code}'"
+    port = int(free_port())
+    process = subprocess.Popen(
+        [LAUNCH / "local.sh", f"--port={port}", "--", "--config=x"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": fake_python(tmp_path, python)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    try:
+        while not (found := listeners(port)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert found and found <= LOOPBACK
+    finally:
+        while process.poll() is None:  # the second one kills
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,8 +1,10 @@
-import os
 import signal
+import types
 
 import jax
 import pytest
+from jax._src import distributed
+from jax.experimental import multihost_utils
 
 from llama_jax.signals import Stopped, StopRequest
 
@@ -10,9 +12,9 @@ from llama_jax.signals import Stopped, StopRequest
 def test_the_first_signal_asks_and_the_second_kills(capsys):
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
-        assert not stop.at(1)
+        assert not stop.asked()
         signal.raise_signal(signal.SIGTERM)
-        assert stop.name == "SIGTERM" and stop.at(2)
+        assert stop.name == "SIGTERM" and stop.asked()
         for number in (signal.SIGTERM, signal.SIGINT):
             assert signal.getsignal(number) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) == before
@@ -26,15 +28,57 @@ def test_what_has_nothing_to_save_stops_at_once(number):
         signal.raise_signal(number)
 
 
-def test_many_processes_leave_it_to_jax(monkeypatch, capsys):
-    """Its listener for SIGTERM, which is not Python's, makes all of them stop at the same step."""
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    sent = []
-    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+@pytest.fixture
+def listener(monkeypatch):
+    """JAX's, as two processes would have it: what it was asked and sent; `at` is where to stop."""
+    found = types.SimpleNamespace(asked=[], started=0, received=0, at=None)
+
+    def received(*_):
+        found.received += 1
+
+    def start():
+        found.started += 1
+        signal.signal(signal.SIGTERM, received)
+
+    def reached(number):
+        found.asked.append(number)
+        return number == found.at
+
     before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.global_state, "initialize_preemption_sync_manager", start)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", reached)
+    yield found
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_many_processes_agree_by_jax(listener, capsys, number):
+    """Its listener for SIGTERM, which is not Python's, makes all of them stop at the same place."""
+    listener.at = 4
     with StopRequest() as stop:
-        assert signal.getsignal(signal.SIGTERM) == before
-        signal.raise_signal(signal.SIGINT)
-        assert stop.name == ""  # until all have agreed on the step
-    assert sent == [(os.getpid(), signal.SIGTERM)]
-    assert "all processes save" in capsys.readouterr().out
+        assert not stop.asked()
+        signal.raise_signal(number)
+        assert listener.received == 1 and stop.name == ""
+        assert [stop.asked() for _ in range(4)] == [False, False, True, True]
+        # What was agreed on is not asked for again, and another signal kills.
+        assert listener.asked == [1, 2, 3, 4] and listener.started == 1
+        for each in (signal.SIGTERM, signal.SIGINT):
+            assert signal.getsignal(each) == signal.SIG_DFL
+    assert ("all processes save" in capsys.readouterr().out) == (number == signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_comes_before_jax_listens_is_passed_on(listener, number):
+    with StopRequest() as stop:
+        signal.raise_signal(number)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            assert signal.getsignal(each) == signal.SIG_DFL
+        assert listener.received == 0 and not stop.asked()
+        assert listener.received == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_of_many_that_has_nothing_to_save_stops_at_once(listener, number):
+    with StopRequest() as stop, pytest.raises(Stopped), stop.at_once():
+        signal.raise_signal(number)

@@ -58,12 +58,16 @@ class FakeRun:
         first = int(np.asarray(batch["inputs"])[0, 0])
         self.events.append(("train", state.step, first))
         if state.step + 1 == self.stop_at:
-            self.stop.name = "SIGTERM"
+            self.stop_now()
         return FakeState(state.step + 1), {"loss": np.float32(state.step)}
 
     def evaluate(self, params, batch):
         self.events.append(("evaluate",))
         return jnp.float32(2.0), jnp.float32(4.0)
+
+    def stop_now(self):
+        self.stop.name = "SIGTERM"
+        return True
 
     # As saver:
     def save(self, state, meta):
@@ -158,6 +162,45 @@ def test_eval_batches_is_how_many():
     run = FakeRun(replace(SHORT, train__eval_batches=3))
     run.run()
     assert [event[0] for event in run.events].count("evaluate") == 6
+
+
+def test_each_batch_of_an_evaluation_is_a_sign_of_life(monkeypatch):
+    """And the first may take as long as compiling does."""
+    run, beat = FakeRun(replace(SHORT, train__eval_batches=3)), Watchdog.beat
+
+    def noted(dog, what, compiles=False):
+        run.events.append(("beat", what, compiles))
+        beat(dog, what, compiles=compiles)
+
+    monkeypatch.setattr(Watchdog, "beat", noted)
+    run.run()
+    first = run.events.index(("evaluate",))
+    beats = [("beat", f"evaluation, batch {n} of 3", n == 1) for n in (1, 2, 3)]
+    expected = [event for each in beats for event in (each, ("evaluate",))]
+    assert run.events[first - 1 : first + 5] == expected
+
+
+def test_restoring_is_watched(tmp_path, monkeypatch):
+    beats = []
+    monkeypatch.setattr(Watchdog, "beat", lambda dog, *what, **how: beats.append((what, how)))
+
+    def restore(*_):
+        assert beats == [(("restoring",), {"compiles": True})]
+        raise UserError("seen")
+
+    monkeypatch.setattr(train_lib, "initial_state", restore)
+    with pytest.raises(UserError, match="seen"):
+        train(TINY, tmp_path)
+
+
+def test_an_evaluation_is_broken_off_when_all_have_agreed():
+    """It asks after each batch, not only whether a signal came to this process."""
+    run = FakeRun(replace(SHORT, train__eval_batches=3))
+    asked = iter([*[False] * 6, True])  # at steps 0 to 4, the first batch, and the second
+    run.stop.asked = lambda: bool(run.stop.name) or (next(asked) and run.stop_now())
+    assert run.run() == 4
+    assert [event[0] for event in run.events].count("evaluate") == 2
+    assert run.steps_of("eval") == [] and run.steps_of("save") == [3, 4]
 
 
 def test_a_stop_request_saves_at_once_and_ends():

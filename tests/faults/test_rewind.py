@@ -14,11 +14,11 @@ from llama_jax.checkpointer import Checkpointer
 from llama_jax.errors import UserError
 from llama_jax.mesh import make_mesh
 from llama_jax.retention import saved_steps
-from llama_jax.signals import StopRequest
 from llama_jax.skips import LOSS
 from llama_jax.step import TrainState, jit_step
 from tests.faults import test_hosts
 from tests.helpers import flip_bit, records, replace, text_config
+from tests.test_train import stop_after
 
 STEPS, BAD = 13, (7, 8, 9)
 # The log of 8 is read while 9 runs. Two steps before 7 or earlier, the newest regular one is 4.
@@ -135,7 +135,7 @@ def test_stopping_and_starting_changes_nothing(config, rewound, tmp_path, monkey
     poison(monkeypatch, *BAD)
     for stop in stops:
         with monkeypatch.context() as patch:
-            patch.setattr(StopRequest, "at", lambda self, step, stop=stop: step == stop)
+            stop_after(patch, stop - 1)
             assert int(run(config, tmp_path).step) == stop
     assert_same(run(config, tmp_path), rewound[0])
     assert len(rewinds(tmp_path)) == 1
@@ -147,7 +147,7 @@ def test_streamed_data_go_on(config, tmp_path, monkeypatch):
     poison(monkeypatch, *BAD)
     whole = run(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(StopRequest, "at", lambda self, step: step == AT)
+        stop_after(patch, AT - 1)
         assert int(run(config, tmp_path / "parts").step) == AT
     assert_same(run(config, tmp_path / "parts"), whole)
     assert len(rewinds(tmp_path / "whole")) == len(rewinds(tmp_path / "parts")) == 1

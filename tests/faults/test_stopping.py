@@ -11,6 +11,7 @@ from tests.helpers import start_train
 
 ENDLESS = ("--config.train.steps=100000", "--config.train.checkpoint_every=100000")
 NO_EVAL = "--config.train.eval_every=100000"
+TINY_RUN = (NO_EVAL, "--config.model.n_layers=1")
 
 
 def read_until(process, pattern):
@@ -22,11 +23,21 @@ def read_until(process, pattern):
 
 
 def end(process, timeout=90):
+    began = time.monotonic()
     try:
         out, errors = process.communicate(timeout=timeout)
     finally:
         process.kill()
+    print(f"it took {time.monotonic() - began:.1f} s to end")
     return process.returncode, out, errors
+
+
+def end_all(processes):
+    try:
+        return [end(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def stopped_at(out):
@@ -79,14 +90,137 @@ def test_while_it_saves(corpus, tmp_path):
     assert newest == stopped_at(out)
 
 
+def start_slow(phase, seconds, corpus, workdir, *flags, **options):
+    slow = {"SLOW_PHASE": phase, "SLOW_SECONDS": str(seconds)}
+    options = {"devices": 1, "module": "tests.faults.slow_train", **slow, **options}
+    return start_train(corpus, workdir, *ENDLESS, "--config.model.n_layers=1", *flags, **options)
+
+
+def one_checkpoint(workdir, out):
+    """The run has saved the step that it says it stopped at, and no other one."""
+    (path,) = (workdir / "checkpoints").iterdir()
+    return path.name == str(stopped_at(out))
+
+
 @pytest.mark.slow
-def test_ctrl_c_on_one_of_two_stops_both_at_the_same_step(corpus, tmp_path):
-    pair = start_train(corpus, tmp_path / "run", *ENDLESS, NO_EVAL, processes=2)
-    read_until(pair[0], "step +2/")
-    pair[1].send_signal(signal.SIGINT)
-    ends = [end(process) for process in pair]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_while_it_restores(corpus, tmp_path, number):
+    flags = (*TINY_RUN, "--config.train.checkpoint_every=100000")
+    (first,) = start_train(corpus, tmp_path / "run", *flags, "--config.train.steps=100000")
+    read_until(first, "step +2/")
+    first.send_signal(signal.SIGTERM)
+    saved = stopped_at(end(first)[1])
+    (process,) = start_slow("restore", 2, corpus, tmp_path / "run", NO_EVAL, devices=8)
+    read_until(process, "phase restore")
+    process.send_signal(number)
+    status, out, errors = end(process)
+    assert status == 0 and errors == ""
+    assert "stopped before the first step" in out
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(saved)]
+
+
+SECOND = [
+    ("save", signal.SIGTERM),
+    ("evaluate", signal.SIGINT),
+    pytest.param("save", signal.SIGINT, marks=pytest.mark.slow),
+    pytest.param("evaluate", signal.SIGTERM, marks=pytest.mark.slow),
+    pytest.param("compile", signal.SIGTERM, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("phase", "number"), SECOND)
+def test_a_second_signal_ends_it_at_once(corpus, tmp_path, phase, number):
+    """Though what it waits for would take an hour."""
+    flags = ("--config.train.eval_every=1",) if phase == "evaluate" else (NO_EVAL,)
+    (process,) = start_slow(phase, 3600, corpus, tmp_path / "run", *flags)
+    if phase == "save":  # nothing but a signal makes it save
+        read_until(process, "step +2/")
+    else:
+        read_until(process, f"phase {phase}")
+    process.send_signal(number)
+    read_until(process, f"{number.name}: saving after this step")
+    if phase == "save":
+        read_until(process, "phase save")
+    assert process.poll() is None
+    process.send_signal(number)
+    assert end(process)[0] == -number
+
+
+# Several processes.
+
+
+def step_2_of(group):
+    read_until(group[0], "step +2/")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_of_many_stops_all_at_the_same_step(corpus, tmp_path, number, processes):
+    group = start_train(corpus, tmp_path / "run", *ENDLESS, NO_EVAL, processes=processes)
+    step_2_of(group)
+    group[-1].send_signal(number)
+    ends = end_all(group)
+    assert [status for status, _, _ in ends] == [0] * processes, ends
+    assert one_checkpoint(tmp_path / "run", ends[0][1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    ("phase", "seconds"), [("compile", 3), ("evaluate", 0.05), ("save", 3), ("restore", 3)]
+)
+def test_one_of_two_in_every_phase(corpus, tmp_path, phase, seconds, victim):
+    """All batches of the evaluation would take longer than the test waits for it."""
+    flags = [NO_EVAL]
+    if phase == "evaluate":
+        flags = ["--config.train.eval_every=2", "--config.train.eval_batches=100000"]
+        flags += ["--config.data.validation_fraction=0.98", "--config.train.seq_len=4"]
+        flags += ["--config.train.loss_chunk=4", "--config.train.global_batch=2"]
+    if phase == "save":
+        flags += ["--config.train.checkpoint_every=2"]
+    if phase == "restore":
+        first = start_train(corpus, tmp_path / "run", *ENDLESS, *TINY_RUN, processes=2, devices=1)
+        step_2_of(first)
+        first[0].send_signal(signal.SIGTERM)
+        saved = stopped_at(end_all(first)[0][1])
+    pair = start_slow(phase, seconds, corpus, tmp_path / "run", *flags, processes=2)
+    read_until(pair[0], f"phase {phase}")
+    pair[victim].send_signal(signal.SIGTERM)
+    ends = end_all(pair)
     assert [status for status, _, _ in ends] == [0, 0], ends
-    assert (tmp_path / "run" / "checkpoints" / str(stopped_at(ends[0][1]))).exists()
+    out = ends[0][1]
+    if phase == "restore":
+        assert "stopped before the first step" in out or stopped_at(out) > saved
+    elif "stopped before the first step" not in out:
+        assert (tmp_path / "run" / "checkpoints" / str(stopped_at(out))).exists()
+    if phase == "evaluate":
+        assert "eval_loss" not in out and stopped_at(out) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_process_0_of_two_before_the_first_step(corpus, tmp_path, number):
+    pair = start_train(corpus, tmp_path / "run", *ENDLESS, NO_EVAL, processes=2)
+    read_until(pair[0], "training a tokenizer")
+    pair[0].send_signal(number)
+    ends = end_all(pair)
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    assert f"{number.name}: stopped, nothing to save" in ends[0][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_to_one_of_two_ends_it_at_once(corpus, tmp_path, number):
+    """When they have agreed on where to stop; the save would take an hour."""
+    pair = start_slow("save", 3600, corpus, tmp_path / "run", NO_EVAL, processes=2)
+    step_2_of(pair)
+    pair[0].send_signal(number)
+    read_until(pair[0], "phase save")
+    assert pair[0].poll() is None
+    pair[0].send_signal(number)
+    ends = end_all(pair)
+    assert ends[0][0] == -number and ends[1][0] not in (0, -signal.SIGKILL), ends
 
 
 def test_a_second_job_in_the_same_directory_refuses(corpus, tmp_path):
@@ -135,3 +269,31 @@ def test_a_process_that_hangs_is_noticed(corpus, tmp_path):
     # Before the heartbeats that it misses are.
     assert "error: no sign of life in step" in errors and "for longer than 10 s" in errors
     assert "Thread 0x" in errors
+
+
+@pytest.mark.slow
+def test_an_evaluation_longer_than_the_time_for_a_step(corpus, tmp_path):
+    flags = ("--config.train.step_timeout=4", "--config.train.eval_every=2")
+    flags += ("--config.train.eval_batches=9", "--config.train.steps=4")
+    flags += ("--config.data.validation_fraction=0.9", "--config.train.global_batch=2")
+    began = time.monotonic()
+    (process,) = start_slow("evaluate", 1, corpus, tmp_path / "run", *flags)
+    status, out, errors = end(process, 200)
+    assert status == 0 and errors == ""
+    assert out.count("eval_loss") == 2 and time.monotonic() - began > 18
+
+
+@pytest.mark.slow
+def test_a_restore_that_hangs_is_noticed(corpus, tmp_path):
+    run = tmp_path / "run"
+    (first,) = start_train(corpus, run, *ENDLESS, *TINY_RUN, devices=1)
+    read_until(first, "step +2/")
+    first.send_signal(signal.SIGTERM)
+    saved = stopped_at(end(first)[1])
+    slow = "--config.train.step_timeout=1"  # ten times that: it may compile
+    (process,) = start_slow("restore", 3600, corpus, run, NO_EVAL, slow)
+    status, _, errors = end(process)
+    assert status == 1
+    assert "error: no sign of life in restoring" in errors
+    assert "in initial_state" in errors  # the stack
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [str(saved)]

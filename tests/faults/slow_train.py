@@ -1,0 +1,48 @@
+"""`python -m llama_jax.train` of which one phase takes long, and says so: `phase PHASE`.
+
+SLOW_PHASE is restore, compile, evaluate (each batch of it) or save; SLOW_SECONDS is how long.
+"""
+
+import dataclasses
+import itertools
+import os
+import runpy
+import time
+
+from llama_jax import manifest, step
+from llama_jax.checkpointer import Checkpointer
+
+PHASE, SECONDS = os.environ["SLOW_PHASE"], float(os.environ["SLOW_SECONDS"])
+
+
+def slow(function):
+    calls = itertools.count()
+
+    def slower(*args, **kwargs):
+        call = next(calls)
+        if call == 0:
+            print(f"phase {PHASE}", flush=True)
+        if call == 0 or PHASE == "evaluate":
+            time.sleep(SECONDS)
+        return function(*args, **kwargs)
+
+    return slower
+
+
+def slow_step(name):
+    jit_step = step.jit_step
+
+    def patched(*args):
+        compiled = jit_step(*args)
+        return dataclasses.replace(compiled, **{name: slow(getattr(compiled, name))})
+
+    step.jit_step = patched
+
+
+if PHASE == "save":  # of process 0, when all is written
+    manifest.write = slow(manifest.write)
+elif PHASE == "restore":
+    Checkpointer.restore = slow(Checkpointer.restore)
+else:
+    slow_step({"compile": "train", "evaluate": "evaluate"}[PHASE])
+runpy.run_module("llama_jax.train", run_name="__main__", alter_sys=True)
