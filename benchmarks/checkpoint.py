@@ -85,8 +85,16 @@ def main() -> None:
             saver.wait()
             return time.perf_counter() - start, time.process_time() - cpu
 
+        def save_alone(number: int) -> float:
+            """CPU seconds of a save, all that it does in the background among them."""
+            cpu = time.process_time()
+            saver.save(state, Meta(config, int(state.step) + number, "benchmark", b""))
+            saver.wait()
+            return time.process_time() - cpu
+
         turn(True, _WARMUP)  # compiles; and the first save is slower
         times = list(in_turns(turn, pairs))
+        alone = statistics.median(save_alone(number) for number in range(1, 6))
         prints = [seconds(lambda: fingerprint(state)) for _ in range(5)]
         newest = epath.Path(saver.folder(saver.latest_step() or 0))
         files = [path for path in pathlib.Path(newest).rglob("*") if path.is_file()]
@@ -117,6 +125,8 @@ def main() -> None:
                 "cpu_overhead_standard_error": statistics.stdev(cpu_ratios) / math.sqrt(pairs),
                 "cpu_overhead_of_pairs": [round(ratio, 5) for ratio in cpu_ratios],
                 "plain_turns_differ_by": statistics.median(noise),
+                "save_cpu_seconds": alone,
+                "save_cpu_share": alone / statistics.mean(without[1] for without, _ in times),
                 "save_blocks_seconds": statistics.median(blocked[1:]),
                 "save_blocks_share": statistics.median(blocked[1:]) / (every * base),
                 "fingerprint_seconds": statistics.median(prints),
