@@ -197,7 +197,7 @@ def test_an_evaluation_is_broken_off_when_all_have_agreed():
     """It asks after each batch, not only whether a signal came to this process."""
     run = FakeRun(replace(SHORT, train__eval_batches=3))
     asked = iter([*[False] * 6, True])  # at steps 0 to 4, the first batch, and the second
-    run.stop.asked = lambda: bool(run.stop.name) or next(asked) and run.stop_now()
+    run.stop.asked = lambda: bool(run.stop.name) or (next(asked) and run.stop_now())
     assert run.run() == 4
     assert [event[0] for event in run.events].count("evaluate") == 2
     assert run.steps_of("eval") == [] and run.steps_of("save") == [3, 4]
