@@ -16,6 +16,8 @@ from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimC
 from llama_jax.mesh import make_mesh
 
 ROOT = pathlib.Path(__file__).parent.parent
+# What is run once need not be compiled well: that takes half of the time.
+QUICK = "--xla_backend_optimization_level=0"
 SPECIAL = ("begin_of_text", "end_of_text", "eot_id", "finetune_right_pad_id")
 MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 1, 4), (2, 2, 1, 2), (1, 2, 2, 2))
 
@@ -217,7 +219,7 @@ def start_train(
     command += [f"--config.data.source={corpus}", f"--workdir={workdir}"]
     env = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices or 8 // processes}",
+        "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices or 8 // processes}",
         # A process that waits for another one's compiler would be taken for dead.
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **environment,

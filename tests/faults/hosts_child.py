@@ -1,30 +1,59 @@
-"""One process of test_hosts.py: goes on from the newest step, says its fingerprint, saves the next.
+"""One process of test_hosts.py: goes on from the newest step, says its fingerprint and the hashes
+of the batches that come next, saves the next step.
 
-Usage: python -m tests.faults.hosts_child WORKDIR, with the environment of `processes`.
+Usage: python -m tests.faults.hosts_child WORKDIR SHARDS, with the environment of `processes`.
 """
 
+import hashlib
 import json
 import sys
 
 import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 
 from llama_jax.checkpoint import Meta
 from llama_jax.checkpointer import Checkpointer
+from llama_jax.data.loader import stream
+from llama_jax.data.pipeline import open_data
 from llama_jax.fingerprint import fingerprint
 from llama_jax.mesh import make_mesh
 from llama_jax.processes import start_processes
 from llama_jax.step import jit_step
-from tests.helpers import TINY
+from tests.helpers import text_config
 
-start_processes(120)
-mesh = make_mesh(TINY.mesh, TINY.dcn)
-with jax.set_mesh(mesh), Checkpointer(sys.argv[1], TINY) as saver:
-    compiled = jit_step(TINY, mesh)
-    step = saver.newest_good_step()
-    if step is None:
-        step, state = 0, compiled.init(jax.random.key(0))
-    else:
-        state = saver.restore(step, compiled.state_shardings)
-    print("state", json.dumps([step, jax.process_count(), fingerprint(state)]), flush=True)
-    saver.save(state, Meta(TINY, step + 1, "made up", b""))
-    saver.wait()
+BATCHES = 3
+
+
+def sha(batch):
+    """Of all rows, whoever holds them."""
+    found = hashlib.sha256()
+    for name in sorted(batch):
+        rows = multihost_utils.process_allgather(batch[name], tiled=True)
+        found.update(np.ascontiguousarray(rows).tobytes())
+    return found.hexdigest()
+
+
+def main():
+    config = text_config("unused", data__path=sys.argv[2])
+    start_processes(120)
+    mesh = make_mesh(config.mesh, config.dcn)
+    with jax.set_mesh(mesh), Checkpointer(sys.argv[1], config) as saver:
+        compiled = jit_step(config, mesh)
+        step = saver.newest_good_step()
+        if step is None:
+            step, state = 0, compiled.init(jax.random.key(0))
+        else:
+            state = saver.restore(step, compiled.state_shardings)
+        print("state", json.dumps([step, jax.process_count(), fingerprint(state)]), flush=True)
+        shape = (config.train.global_batch, config.train.seq_len)
+        data = open_data(config, epath.Path("unused")).train
+        batches = stream(data, step, step + BATCHES, compiled.batch_sharding, *shape)
+        hashes = {number: sha(batch) for number, batch in enumerate(batches, start=step)}
+        print("batches", json.dumps(hashes), flush=True)
+        saver.save(state, Meta(config, step + 1, "made up", b""))
+        saver.wait()
+
+
+main()

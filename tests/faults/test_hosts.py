@@ -1,16 +1,19 @@
 """Row 12 of docs/reliability.md: another number of hosts, and what only one of them fails to do."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+from etils import epath
 
 from llama_jax import manifest
+from llama_jax.data.pipeline import open_data
 from tests.faults.failing_child import FAULTS
 from tests.faults.test_damage import files_of
-from tests.helpers import ROOT, flip_bit, records
+from tests.helpers import QUICK, ROOT, flip_bit, records, text_config
 from tests.test_processes import free_port
 
 DEVICES = 8
@@ -23,7 +26,7 @@ def run(workdir, processes, child="hosts_child", *arguments, timeout=300):
     for number in range(processes):
         env = {
             **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}",
+            "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={DEVICES // processes}",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         if processes > 1:
@@ -50,21 +53,62 @@ def run(workdir, processes, child="hosts_child", *arguments, timeout=300):
     return [out for out, _ in outputs]
 
 
+def said(output, name):
+    line = next(line for line in output.splitlines() if line.startswith(f"{name} "))
+    return json.loads(line.removeprefix(f"{name} "))
+
+
 def state_in(output):
-    line = next(line for line in output.splitlines() if line.startswith("state "))
-    return json.loads(line.removeprefix("state "))
+    return said(output, "state")
+
+
+@pytest.fixture(scope="module")
+def hashes(shards, corpus):
+    """sha256 of the first batches, as one host reads them."""
+    config = text_config(corpus, data__path=str(shards))
+    data, found = open_data(config, epath.Path("unused")).train, {}
+    for step in range(8):
+        batch = data.rows(step, range(config.train.global_batch))
+        text = b"".join(batch[name].tobytes() for name in sorted(batch))
+        found[str(step)] = hashlib.sha256(text).hexdigest()
+    return found
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        (2, 1),
+        pytest.param((1, 2), marks=pytest.mark.slow),
+        pytest.param((2, 1, 4, 2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_number_of_hosts_changes(shards, hashes, tmp_path, counts):
+    """State and batches are those of one host, to the last bit."""
+    states, compared = [], 0
+    for step, processes in enumerate(counts):
+        outputs = run(tmp_path, processes, "hosts_child", shards)
+        for output in outputs:
+            assert state_in(output)[:2] == [step, processes]
+            batches = said(output, "batches")
+            assert list(batches) == [str(step + n) for n in range(3)]
+            assert batches == {number: hashes[number] for number in batches}
+            compared += len(batches)
+            states.append(state_in(output)[2])
+    assert all(state == states[0] for state in states) and len(set(hashes.values())) == 8
+    print(f"{compared} of {compared} batches are equal by sha256")
 
 
 @pytest.mark.slow  # five starts of a process
-def test_hosts_2_to_1_to_2_and_damage_that_one_of_them_reads(tmp_path):
-    first, second = map(state_in, run(tmp_path, 2))
+def test_damage_that_one_of_two_reads(shards, tmp_path):
+    first, second = map(state_in, run(tmp_path, 2, "hosts_child", shards))
     assert first == second and first[:2] == [0, 2]
-    (alone,) = map(state_in, run(tmp_path, 1))
+    (alone,) = map(state_in, run(tmp_path, 1, "hosts_child", shards))
     assert alone == [1, 1, first[2]]
     # Process 1 reads every second file of the manifest.
     files = [path for path in files_of(tmp_path, 2) if path.name != manifest.NAME]
     flip_bit(files[1], 3)
-    outputs = run(tmp_path, 2)
+    outputs = run(tmp_path, 2, "hosts_child", shards)
     assert [state_in(output) for output in outputs] == [[1, 2, first[2]]] * 2
     name = files[1].relative_to(tmp_path / "checkpoints" / "2").as_posix()
     assert f"damaged checkpoint 2: {name} holds other bytes" in outputs[0]
