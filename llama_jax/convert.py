@@ -153,8 +153,9 @@ def saved_adapters(step: epath.Path, base: str = "") -> tuple[Description, Any]:
     meta = checkpoint_lib.load_meta(step)
     if not meta.config.lora.rank:
         raise UserError(f"{step} has no adapters: its run trained all weights")
-    config = dataclasses.replace(meta.config, init_from=base or meta.config.init_from)
-    described = dataclasses.replace(describe(step, meta), config=config)
+    described = describe(step, meta)
+    config = dataclasses.replace(described.config, init_from=base or meta.config.init_from)
+    described = dataclasses.replace(described, config=config)
     return described, checkpoint_lib.load_adapters(step, config)
 
 

@@ -338,7 +338,7 @@ def test_init_is_all_that_comes_before_the_loop(tmp_path, monkeypatch):
         return open_data(*arguments)
 
     monkeypatch.setattr(train_lib, "open_data", slow)
-    train(replace(TINY, train__steps=3), tmp_path, time.monotonic() - 100_000)
+    train_lib.run(replace(TINY, train__steps=3), tmp_path, time.monotonic() - 100_000)
     seconds = json.loads((tmp_path / "goodput.json").read_text())["seconds"]
     assert 110_000 < seconds["init"] < 111_000
     assert sum(seconds.values()) - seconds["init"] < 1_000
