@@ -374,7 +374,7 @@ runpy.run_module("llama_jax.train", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("how", ["full", "fills up"])
+@pytest.mark.parametrize("how", ["full", pytest.param("fills up", marks=pytest.mark.slow)])
 def test_a_full_disk_during_the_last_saves(corpus, tmp_path, how):
     """Training goes on after the first that fails; that the last one fails is an error."""
     flags = [*TINY_FLAGS, f"--config.data.source={corpus}", f"--workdir={tmp_path / 'run'}"]

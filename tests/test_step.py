@@ -141,7 +141,13 @@ def test_the_state_is_donated_and_sharded():
     assert after.params["embed"].sharding == compiled.state_shardings.params["embed"]
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *(pytest.param(shape, marks=pytest.mark.slow) for shape in [(8, 1, 1, 1), (1, 8, 1, 1)]),
+        *(pytest.param((2, 2, 1, 2), marks=pytest.mark.slow), (1, 2, 2, 2)),
+    ],
+)
 def test_bfloat16_on_a_mesh(shape):
     config = replace(TINY, model__compute_dtype="bfloat16")
     losses, _, _ = losses_and_state(config, mesh_of(shape))
