@@ -23,6 +23,7 @@ from llama_jax.agreement import Meeting, agreed
 from llama_jax.checkpoint import Meta, meta_items
 from llama_jax.config import Config
 from llama_jax.errors import UserError, first_line
+from llama_jax.files import is_object_store
 from llama_jax.fingerprint import fingerprint
 from llama_jax.restorer import Restorer
 from llama_jax.step import TrainState
@@ -116,7 +117,7 @@ class Checkpointer(Restorer):
 
     def _target(self, step: int) -> epath.Path:
         """Where `step` is written."""
-        remote = retention.is_object_store(self._directory)
+        remote = is_object_store(self._directory)
         return self.folder(step) if remote else self._directory / f"{step}{retention.SAVING}"
 
     def save(self, state: TrainState, meta: Meta) -> None:
@@ -142,7 +143,7 @@ class Checkpointer(Restorer):
             if jax.process_index() == 0:
                 self._directory.mkdir(parents=True, exist_ok=True)
                 self._probe()
-            if retention.is_object_store(self._directory):
+            if is_object_store(self._directory):
                 return ""
             shards = (s for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards)
             needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)

@@ -35,6 +35,7 @@ from etils import epath
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import cli
 from llama_jax.errors import UserError
+from llama_jax.files import is_object_store
 from llama_jax.fingerprint import difference
 from llama_jax.interchange import formats, peft
 from llama_jax.interchange.ckpt import CkptSource, CkptTarget, describe, write_adapters
@@ -256,7 +257,7 @@ def convert(source: Source, kind: str, folder: epath.PathLike, dtype: str = "") 
 
 
 def _check_space(folder: epath.Path, description: Description, itemsize: int) -> None:
-    if "://" in str(folder):
+    if is_object_store(folder):
         return
     needed = description.config.model.parameter_count() * itemsize
     free = shutil.disk_usage(folder).free

@@ -1,8 +1,24 @@
-"""Small files of a folder that others read, too."""
+"""Small files of a work directory, and where they lie."""
 
+import contextlib
+import json
 import os
+from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
+
+
+def is_object_store(path: epath.PathLike) -> bool:
+    """Whether a path is of a bucket (`gs://`): no locks there, no folder that could be renamed."""
+    return "://" in os.fspath(path)
+
+
+def read_records(jsonl: epath.Path) -> Iterator[dict[str, Any]]:
+    """Streams the records of a file with one in each line; a line that a kill cut off is none."""
+    for line in jsonl.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
 
 
 def write_atomically(path: epath.Path, data: bytes) -> None:

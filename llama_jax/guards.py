@@ -16,6 +16,7 @@ from llama_jax.checkpoint import Meta
 from llama_jax.config import Config, difference, from_json
 from llama_jax.data.pipeline import TrainingData
 from llama_jax.errors import UserError
+from llama_jax.files import is_object_store
 from llama_jax.lora import adapter_count
 
 # Fields that may change when a run is resumed: where and how often, not what is trained.
@@ -108,7 +109,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
     Raises:
       UserError: another process trains in it.
     """
-    if "://" in str(workdir):
+    if is_object_store(workdir):
         yield
         return
     workdir.mkdir(parents=True, exist_ok=True)

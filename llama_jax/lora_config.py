@@ -57,10 +57,11 @@ class LoraConfig:
             set, but there are no adapters.
         """
         if not self.rank:
-            fields = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+            names = (f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
+            name = next(names, "")
             require(
-                not fields,
-                f"lora.{fields[0].name if fields else ''} is of adapters, and lora.rank is 0: "
+                not name,
+                f"lora.{name} is of adapters, and lora.rank is 0: "
                 "all weights would be trained; try --config.lora.rank=16",
             )
             return

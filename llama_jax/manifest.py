@@ -14,6 +14,8 @@ from typing import Any
 
 from etils import epath
 
+from llama_jax.files import is_object_store
+
 NAME = "manifest.json"
 # A quick check reads the files up to this size, and of larger ones the size only.
 QUICK_BYTES = 16 * 2**20
@@ -59,7 +61,7 @@ def write(folder: epath.Path) -> None:
     with (folder / NAME).open("w") as file:
         file.write(_encode(entries))
         file.flush()
-        if "://" not in str(folder):
+        if not is_object_store(folder):
             os.fsync(file.fileno())
 
 

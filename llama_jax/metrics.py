@@ -13,6 +13,7 @@ from etils import epath
 
 from llama_jax.chips import find_chip
 from llama_jax.config import Config
+from llama_jax.files import read_records
 from llama_jax.lora import flops_by_part
 
 
@@ -246,10 +247,7 @@ def plot_loss(jsonl: epath.Path, output: epath.Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = []
-    for line in jsonl.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # a line that a kill cut off
-            records.append(json.loads(line))
+    records = list(read_records(jsonl))
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     for name, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
         # A resumed run repeats steps that were lost; the later record counts.

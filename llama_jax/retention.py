@@ -16,6 +16,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from llama_jax import manifest
 from llama_jax.config import TrainConfig
+from llama_jax.files import is_object_store
 
 SAVING = ".saving"
 _DELETING = ".deleting"
@@ -30,11 +31,6 @@ class SavedStep:
     step: int
     metrics: dict[str, float] | None
     time: datetime.datetime = datetime.datetime.min
-
-
-def is_object_store(directory: epath.Path) -> bool:
-    """Whether a folder is a bucket's: to rename it copies all that is in it, a file at a time."""
-    return "://" in str(directory)
 
 
 def saved_steps(directory: epath.Path) -> list[int]:

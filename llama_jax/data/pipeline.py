@@ -1,6 +1,7 @@
 """From a config to batches: prepares the shards where there are none, opens them, splits them."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 
@@ -37,7 +38,7 @@ class TrainingData:
     fingerprint: str
     template: bytes = b""
 
-    @property
+    @functools.cached_property
     def files(self) -> dict[str, bytes]:
         """What belongs beside the tokenizer in a checkpoint, by name: a chat template, its ends."""
         if not self.template or self.tokenizer is None:

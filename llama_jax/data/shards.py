@@ -23,7 +23,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -31,6 +31,7 @@ from etils import epath
 from llama_jax.data.packing import INDEX_DTYPE
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
+from llama_jax.files import is_object_store
 
 FORMAT_VERSION = 2  # 1: no checksum of the manifest, none of the ends of files
 MANIFEST = "manifest.json"
@@ -154,13 +155,18 @@ def verify(folder: epath.PathLike) -> list[str]:
     return [name for name, digest in zip(expected, found, strict=True) if digest != expected[name]]
 
 
-def ends_sha256(path: epath.Path, size: int) -> str:
+def _open(path: str) -> IO[bytes]:
+    """Unbuffered where it is local, for 10,000 files: epath's own `open` takes twice as long."""
+    return epath.Path(path).open("rb") if is_object_store(path) else open(path, "rb", 0)
+
+
+def ends_sha256(path: epath.PathLike, size: int) -> str:
     """Checksum of the first and the last `END_BYTES` of a file of so many bytes.
 
     Raises:
       OSError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with _open(os.fspath(path)) as file:
         digest = hashlib.sha256(file.read(END_BYTES))
         file.seek(max(0, size - END_BYTES))
         digest.update(file.read(END_BYTES))
@@ -383,10 +389,10 @@ class _FileArray:
 
     def __init__(self, path: str, dtype: str) -> None:
         self._dtype = np.dtype(dtype)
-        self._local = "://" not in path
+        self._local = not is_object_store(path)
         self._lock = threading.Lock()
         # Stays open as long as the cache below keeps it.
-        self._file = open(path, "rb", 0) if self._local else epath.Path(path).open("rb")  # noqa: SIM115
+        self._file = _open(path)
         self._length = epath.Path(path).stat().length // self._dtype.itemsize
 
     def __len__(self) -> int:
@@ -410,7 +416,7 @@ _open_array = functools.lru_cache(maxsize=256)(_FileArray)
 
 def file_sizes(folder: epath.Path) -> dict[str, int]:
     """Bytes of each file of a folder, in one listing."""
-    if "://" in str(folder):
+    if is_object_store(folder):
         return {path.name: path.stat().length for path in folder.iterdir()}
     with os.scandir(folder) as entries:
         return {entry.name: entry.stat().st_size for entry in entries}
@@ -434,16 +440,22 @@ def _check_ends(folder: epath.Path, sizes: dict[str, int], shards: list[dict[str
         for kind, digest in shard.get("ends_sha256", {}).items()
     }
 
-    def found(name: str) -> str:
-        try:
-            return ends_sha256(folder / name, sizes[name])
-        except OSError as error:
-            raise UserError(f"cannot read {folder / name}: {error.strerror or error}") from error
+    def first_other(names: list[str]) -> str:
+        for name in names:
+            try:
+                if ends_sha256(f"{folder}/{name}", sizes[name]) != expected[name]:
+                    return name
+            except OSError as error:
+                reason = error.strerror or error
+                raise UserError(f"cannot read {folder / name}: {reason}") from error
+        return ""
 
+    # Many files to a task: to hand over a single one takes longer than to read its ends.
+    names, each = list(expected), -(-len(expected) // _THREADS) or 1
+    parts = [names[start : start + each] for start in range(0, len(names), each)]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        for name, digest in zip(expected, pool.map(found, expected), strict=True):
-            if digest != expected[name]:
-                raise UserError(
-                    f"{folder / name} is not the file that the manifest means: it is damaged or "
-                    "replaced; restore it or prepare the data again"
-                )
+        for name in filter(None, pool.map(first_other, parts)):
+            raise UserError(
+                f"{folder / name} is not the file that the manifest means: it is damaged or "
+                "replaced; restore it or prepare the data again"
+            )

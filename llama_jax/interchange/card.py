@@ -1,12 +1,12 @@
 """The model card of an export: what was trained, on what, and how it ended."""
 
-import json
 import statistics
 from typing import Any
 
 from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
+from llama_jax.files import read_records
 from llama_jax.lora import flops_by_part
 
 
@@ -78,11 +78,7 @@ def _last_values(metrics: epath.Path, step: int) -> dict[str, Any]:
     chip_seconds = 0.0
     if not metrics.exists():
         return found
-    for line in metrics.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # the last line of a run that was killed
-            continue
+    for record in read_records(metrics):
         if record.get("step", step + 1) > step:
             continue
         found |= {n: record[n] for n in ("loss", "eval_loss") if record.get(n) is not None}

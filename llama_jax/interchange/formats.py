@@ -15,19 +15,14 @@ from llama_jax.data.vocabularies import with_ends
 from llama_jax.errors import UserError
 from llama_jax.step import abstract_state
 
+_GENERATION = "generation_config.json"
 # Files beside the weights that travel with them, whatever format lies between.
 TOKENIZER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
-    "generation_config.json",
+    _GENERATION,
 )
 MORE_TEMPLATES = "additional_chat_templates"  # a folder beside chat_template.jinja: NAME.jinja
-# Of a template and of a tokenizer: what programs look at before, or instead of, the others.
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
-_TOKENIZER = (
-    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt"),
-)
 LLAMA3_SPECIAL_TOKENS = 256  # that follow the ranks in a tokenizer.model of Llama 3
 
 
@@ -179,19 +174,14 @@ def with_base(files: Mapping[str, bytes], base: Mapping[str, bytes]) -> dict[str
 
     A template that was learnt goes with the tokenizer that it was learnt with: where the adapters
     have one, the base's templates are left out, and its tokenizer, of which another format may
-    put spaces elsewhere.
+    put spaces elsewhere: all but how it generates.
 
     Raises:
       UserError: tokenizer_config.json is damaged.
     """
     learnt = "chat_template.jinja" in files or tokenizer_config(files).get("chat_template")
-    replaced = (*_TEMPLATES, *_TOKENIZER) if learnt else ()
-    kept = {
-        name: content
-        for name, content in base.items()
-        if name not in replaced and not (learnt and name.startswith(f"{MORE_TEMPLATES}/"))
-    }
-    return {**kept, **files}
+    kept = base.keys() & {_GENERATION} if learnt else base.keys()
+    return {**{name: base[name] for name in kept}, **files}
 
 
 def special_ids(files: Mapping[str, bytes]) -> tuple[int | None, int | list[int] | None]:
@@ -219,7 +209,7 @@ def special_ids(files: Mapping[str, bytes]) -> tuple[int | None, int | list[int]
         return tokenizer.bos_id, tokenizer.eos_id
     if "tokenizer.json" in files:
         config = tokenizer_config(files)
-        with contextlib.suppress(UserError, ValueError):  # it does not say, or cannot be read here
+        with contextlib.suppress(ValueError):  # it does not say, or cannot be read here
             content = with_ends(files["tokenizer.json"], config, "tokenizer.json")
             tokenizer = Tokenizer(content)
             return tokenizer.bos_id, tokenizer.eos_id
