@@ -201,38 +201,37 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
       UserError: the folder is no saved step, or of a newer format.
     """
     folder = epath.Path(step_folder).absolute()
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        try:
-            meta = reader.restore(folder / "meta")
-            tokenizer = reader.restore(folder / "tokenizer")
-            version = meta["format_version"]
-            if version not in READABLE_VERSIONS:
-                raise UserError(
-                    f"{folder} has format {version}, this version reads "
-                    f"{', '.join(map(str, READABLE_VERSIONS))}"
-                )
-            files = tokenizer.get("files", {})
-            for name in files:  # it becomes a path again where it is exported
-                if not is_tokenizer_file(name):
-                    raise UserError(f"{folder} holds a file {name!r}, which is no tokenizer's")
-            return Meta(
-                config=from_json(meta["config"]),
-                step=meta["step"],
-                data_fingerprint=meta["data_fingerprint"],
-                positions=meta.get("positions", []),  # absent before streaming
-                device_kind=meta.get("device_kind", ""),
-                eval_loss=meta.get("eval_loss"),  # these two, before manifests
-                fingerprint=meta.get("fingerprint", {}),
-                rewinds=meta.get("rewinds", []),  # absent before them
-                base=meta.get("base", {}),  # absent before LoRA
-                base_context=meta.get("base_context", 0),
-                tokenizer_model=base64.b64decode(tokenizer["sentencepiece"]),
-                tokenizer_files={name: base64.b64decode(file) for name, file in files.items()},
+    try:
+        meta = manifest.described(folder)
+        tokenizer = manifest.described(folder, "tokenizer")
+        version = meta["format_version"]
+        if version not in READABLE_VERSIONS:
+            raise UserError(
+                f"{folder} has format {version}, this version reads "
+                f"{', '.join(map(str, READABLE_VERSIONS))}"
             )
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{folder} is not a readable checkpoint: {error}") from error
+        files = tokenizer.get("files", {})
+        for name in files:  # it becomes a path again where it is exported
+            if not is_tokenizer_file(name):
+                raise UserError(f"{folder} holds a file {name!r}, which is no tokenizer's")
+        return Meta(
+            config=from_json(meta["config"]),
+            step=meta["step"],
+            data_fingerprint=meta["data_fingerprint"],
+            positions=meta.get("positions", []),  # absent before streaming
+            device_kind=meta.get("device_kind", ""),
+            eval_loss=meta.get("eval_loss"),  # these two, before manifests
+            fingerprint=meta.get("fingerprint", {}),
+            rewinds=meta.get("rewinds", []),  # absent before them
+            base=meta.get("base", {}),  # absent before LoRA
+            base_context=meta.get("base_context", 0),
+            tokenizer_model=base64.b64decode(tokenizer["sentencepiece"]),
+            tokenizer_files={name: base64.b64decode(file) for name, file in files.items()},
+        )
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder} is not a readable checkpoint: {error}") from error
 
 
 def load_adapters(step_folder: epath.PathLike, config: Config) -> Any:

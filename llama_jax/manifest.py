@@ -75,13 +75,15 @@ def _read(folder: epath.Path) -> dict[str, dict[str, Any]] | None:
         return None
 
 
-def described(folder: epath.Path) -> dict[str, Any]:
-    """What a step says about itself (its item `meta`), read without orbax.
+def described(folder: epath.Path, item: str = "meta") -> dict[str, Any]:
+    """What a step says about itself, or another item in JSON, read without orbax.
+
+    Orbax lets all processes wait for each other there, and one alone may want to know.
 
     Raises:
       OSError, ValueError: it is not there, or no JSON.
     """
-    return json.loads((folder / "meta" / "metadata").read_text())
+    return json.loads((folder / item / "metadata").read_text())
 
 
 def is_unverified(folder: epath.Path) -> bool:
