@@ -34,6 +34,7 @@ setup(
         "etils[epath]>=1.13.0",
         "ml_dtypes>=0.5",  # these two come with jax and orbax; convert uses them itself
         "tensorstore>=0.1.78",
+        "jinja2>=3.1.6",  # chat templates; older sandboxes had holes
         "pyarrow>=20",
         "zstandard>=0.23",
         "tensorboardX>=2.6.4",
@@ -46,14 +47,11 @@ setup(
         "beam": ["apache-beam>=2.77"],
         "meta": ["torch>=2.4"],  # Meta's pickles
         "notebook": ["nbconvert>=7.16", "ipykernel>=6.29"],
-        # Tokenizers in Hugging Face's format, such as LLaMA-3's; chat templates (whose sandbox had
-        # holes in older versions).
-        "hf": ["tokenizers>=0.21", "jinja2>=3.1.6"],
+        "hf": ["tokenizers>=0.21"],  # tokenizers in Hugging Face's format, such as LLaMA-3's
         # Tasks of lm-evaluation-harness, whose tables have no headings with an older pytablewriter.
         "eval": ["lm_eval>=0.4.9,<0.5", "pytablewriter>=1", "tokenizers>=0.21"],
         "dev": [
             "tokenizers>=0.21",
-            "jinja2>=3.1.6",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",

@@ -1,10 +1,13 @@
 """What the README says is true of the code."""
 
+import ast
+import importlib.metadata
 import re
 import subprocess
 import sys
 
 import pytest
+from packaging.requirements import Requirement
 
 from llama_jax.config import Config
 from tests.helpers import ROOT
@@ -42,6 +45,29 @@ def test_the_table_of_configs(name):
         train.steps * train.tokens_per_step, rel=0.03
     )
     assert cells[7].startswith(f"{train.global_batch:,} x {train.seq_len:,}")
+
+
+# What is asked for where it is used, with an error that names the extra of setup.py.
+OPTIONAL = {"apache_beam", "lm_eval", "tokenizers", "torch", "tqdm"}
+
+
+def test_a_plain_install_has_all_that_is_imported():
+    needed = (Requirement(text) for text in importlib.metadata.requires("llama_jax"))
+    plain = {one.name.lower().replace("_", "-") for one in needed if "extra" not in str(one.marker)}
+    packages = importlib.metadata.packages_distributions()
+    found = set()
+    for folder in ("llama_jax", "configs", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    found.add(node.module.split(".")[0])
+    found -= {*sys.stdlib_module_names, *OPTIONAL, "llama_jax", "configs"}
+    assert len(found) > 10
+    for name in found:
+        names = {one.lower().replace("_", "-") for one in packages[name]}
+        assert names & plain, f"{name} comes from {names}, which setup.py does not ask for"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError, ext, nodes, sandbox
 
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
@@ -82,7 +83,6 @@ class ChatTemplate:
 
     def _render(self, messages: Messages, prompt: bool) -> str:
         """The text, with `BEGIN` and `END` around what stands in the tags."""
-        jinja2 = _jinja2()
         try:
             return self._compiled.render(
                 messages=messages,
@@ -92,7 +92,7 @@ class ChatTemplate:
                 **self.tokens,
             )
         # A template may do what Python may; but our own mistakes are not to be blamed on it.
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise Refused(f"{self.name} does not take these messages: {error}") from error
 
     def encode(self, messages: Messages, *, special: bool = False) -> list[int]:
@@ -171,10 +171,9 @@ class ChatTemplate:
 
     @functools.cached_property
     def _compiled(self) -> Any:
-        jinja2 = _jinja2()
         try:
             return _environment().from_string(self.source)
-        except jinja2.TemplateError as error:
+        except TemplateError as error:
             raise UserError(f"{self.name} is not a chat template: {error}") from error
 
     def check(self) -> None:
@@ -223,20 +222,9 @@ def _protected(value: Any, tokenizer: Tokenizer) -> Any:
     return value
 
 
-def _jinja2() -> Any:
-    try:
-        import jinja2
-    except ImportError as error:
-        raise UserError("chat templates need jinja2: pip install 'llama_jax[hf]'") from error
-    return jinja2
-
-
 @functools.cache
 def _environment() -> Any:
     """Jinja as chat templates expect it: their white space, functions and tags."""
-    _jinja2()
-    from jinja2 import ext, nodes, sandbox
-    from jinja2.exceptions import TemplateError
 
     class Generation(ext.Extension):
         """{% generation %}: what the model writes; shown between two marks."""
