@@ -76,7 +76,8 @@ render() {
   ((chips && total % chips == 0)) || fail "$topology is not whole hosts of $chips chips"
   local command='' word text
   # Exit status 75 after SIGTERM: an evicted pod has failed, and the set starts again.
-  for word in python -m llama_jax.train --stopped_status=75 "$@"; do
+  # A run that went to its end over a damaged checkpoint must not: its log tells.
+  for word in python -m llama_jax.train --stopped_status=75 --damaged_status=0 "$@"; do
     word=${word//\\/\\\\}
     # JSON's strings are YAML's.
     command+="                    - \"${word//\"/\\\"}\""$'\n'

@@ -15,8 +15,9 @@ Usage: launch/retry.sh [--restarts=N] [--backoff=SECONDS] [--dry-run] -- COMMAND
   --stop=COMMAND what makes the command save and end (default: SIGTERM to it)
   --dry-run      print the command only
 
-On SIGTERM or Ctrl-C the command is stopped, and nothing is restarted. Nor is it after exit status 75
-(--stopped_status=75 of llama_jax.train: stopped and saved). The exit status is that of the last run.
+On SIGTERM or Ctrl-C the command is stopped, and nothing is restarted. Nor is it after the exit
+statuses of llama_jax.train 75 (--stopped_status=75: stopped and saved) and 74 (--damaged_status:
+trained to the end, a damaged checkpoint was passed over). The exit status is that of the last run.
 
 Example: launch/retry.sh --restarts=3 -- python -m llama_jax.train --config=... --workdir=...
 TEXT
@@ -68,7 +69,7 @@ while :; do
     status=$?
   done
   child=
-  ((status && status != 75)) || exit "$status"
+  ((status && status != 74 && status != 75)) || exit "$status"
   [[ -z $stopped ]] || exit "$status"
   ((SECONDS - began < 600)) || failures=0
   if ((++failures > restarts)); then

@@ -423,6 +423,11 @@ def main() -> int:
         return _STOPPED_STATUS.value
     if int(state.step) < run_config.train.steps:
         return _STOPPED_STATUS.value
+    if damaged and _DAMAGED_STATUS.value:
+        _log(
+            f"exit status {_DAMAGED_STATUS.value}: trained to the end, but a damaged checkpoint was "
+            "passed over on the way, see above; --damaged_status"
+        )
     return _DAMAGED_STATUS.value if damaged else 0
 
 
@@ -450,8 +455,9 @@ if __name__ == "__main__":
     )
     _DAMAGED_STATUS = flags.DEFINE_integer(
         "damaged_status",
-        0,
-        "Exit status after training to the end, where a damaged checkpoint was passed over.",
+        74,
+        "Exit status after training to the end, where a damaged checkpoint was passed over; not 0, "
+        "so that somebody looks at the disk. launch/retry.sh does not restart after 74.",
         lower_bound=0,
         upper_bound=255,
     )

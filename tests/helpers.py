@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -232,6 +233,17 @@ def start_train(
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, cwd=ROOT, env=mine, **pipes))
     return started
+
+
+def without_gloo(output):
+    """The lines that are not of Gloo, which carries the messages between CPUs.
+
+    Its threads print piece by piece, at once: its lines come torn and mixed.
+    """
+    sentence = "[Gloo] Rank | is connected to | peer ranks. Expected number of connected peer "
+    for piece in (sentence + "ranks is : ").split("|"):
+        output = output.replace(piece.strip(), "")
+    return [line for line in output.splitlines() if line.strip(" 0123456789")]
 
 
 def one_line_error(process):

@@ -231,7 +231,9 @@ def test_retry_waits_longer_each_time():
 
 
 def test_retry_does_not_restart_what_was_stopped(tmp_path):
-    assert run("retry.sh", "--", "bash", "-c", "exit 75", check=False).returncode == 75
+    for status in (74, 75):
+        process = run("retry.sh", "--", "bash", "-c", f"exit {status}", check=False)
+        assert process.returncode == status and "restart" not in process.stderr
     # The command that stops it, and not the signal, reaches the child.
     marker = tmp_path / "stop"
     child = f"trap 'exit 9' TERM; while [[ ! -e {marker} ]]; do sleep 0.1; done; exit 7"
@@ -358,7 +360,8 @@ def test_gke_jobset():
     (container,) = pod["containers"]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert container["command"] == [
-        *("python", "-m", "llama_jax.train", "--stopped_status=75", *TRAIN, prompt)
+        *("python", "-m", "llama_jax.train", "--stopped_status=75", "--damaged_status=0"),
+        *(*TRAIN, prompt),
     ]
 
 
