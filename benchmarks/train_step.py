@@ -1,24 +1,32 @@
 """Measures the train step alone, on synthetic batches, and prints one line of JSON.
 
 Runs on any backend and needs no TensorFlow. Without a config it measures the shape that
-benchmarks/README.md compares peers on: 10.5M parameters, T 256, batch 8, float32.
+benchmarks/README.md compares peers on: 10.5M parameters, T 256, batch 8, float32. Weights are
+random, those below adapters too; rows of a packed config hold four documents of equal length.
 
 Example:
   python benchmarks/train_step.py
-  python benchmarks/train_step.py --config=configs/7b.py --config.train.global_batch=8 --steps=20
+  python benchmarks/train_step.py --config=configs/7b.py --config.model.n_layers=8 \\
+      --config.train.global_batch=8 --xla_preset=hopper --kernels=12
 """
 
+import collections
+import hashlib
 import json
+import pathlib
 import resource
 import statistics
 import sys
+import tempfile
 import time
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from llama_jax import cli
+from llama_jax import cli, xla_flags
 from llama_jax.config import (
     Config,
     DataConfig,
@@ -27,10 +35,11 @@ from llama_jax.config import (
     OptimConfig,
     TrainConfig,
 )
+from llama_jax.lora import flops_by_part
 from llama_jax.mesh import make_mesh
 from llama_jax.metrics import peak_flops
 from llama_jax.sharding import check_batch
-from llama_jax.step import jit_step
+from llama_jax.step import CompiledStep, TrainState, abstract_batch, abstract_frozen, jit_step
 
 PEER_SHAPE = Config(
     model=ModelConfig(
@@ -58,23 +67,75 @@ def peak_memory(device: jax.Device) -> int:
     return kilobytes * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure(config: Config, warmup: int, steps: int) -> dict[str, object]:
-    """Compiles, warms up, and times each step until its loss is on the host."""
-    mesh = make_mesh(config.mesh, config.dcn)
+def random_batch(config: Config) -> dict[str, np.ndarray]:
+    """Of the shapes and dtypes that the loader would make; all tokens count."""
     train = config.train
-    check_batch(train.global_batch, train.seq_len, train.grad_accum, mesh)
     rng = np.random.default_rng(train.seed)
     shape = (train.global_batch, train.seq_len + 1)
     tokens = rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
-    host = {
+    place = np.broadcast_to(np.arange(train.seq_len, dtype=np.int32), tokens[:, 1:].shape)
+    length = -(-train.seq_len // 4)
+    made = {
         "inputs": tokens[:, :-1],
         "targets": tokens[:, 1:],
-        "weights": np.ones((train.global_batch, train.seq_len), np.float32),
+        "weights": np.ones(place.shape, np.float32),
+        "segment_ids": place // length + 1,
+        "positions": place % length,
     }
+    return {name: made[name] for name in abstract_batch(config)}
+
+
+def random_state(compiled: CompiledStep, config: Config) -> TrainState:
+    """As at the start of a run; below adapters lie weights that are not worth reading."""
+    state = compiled.init(jax.random.key(config.train.seed))
+    frozen = abstract_frozen(config)
+    if frozen is None:
+        return state
+
+    def leaf(key: jax.Array, x: Any) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return jax.random.normal(key, x.shape, x.dtype) * 0.02
+        return jax.random.randint(key, x.shape, 0, 127, jnp.int32).astype(x.dtype)
+
+    def make(key: jax.Array) -> Any:
+        leaves, tree = jax.tree.flatten(frozen)
+        keys = jax.random.split(key, len(leaves))
+        return jax.tree.unflatten(tree, [leaf(*pair) for pair in zip(keys, leaves, strict=True)])
+
+    shardings = compiled.state_shardings.frozen
+    return state.replace(frozen=jax.jit(make, out_shardings=shardings)(jax.random.key(1)))
+
+
+def kernel_seconds(folder: str, steps: int) -> dict[str, float]:
+    """Seconds a step of each kind of kernel on the first device, by a trace; the longest first."""
+    (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+    total: collections.Counter[str] = collections.Counter()
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        if not plane.name.startswith("/device:") or not plane.name.endswith(":0"):
+            continue
+        for line in plane.lines:
+            if line.name.startswith(("Stream", "XLA Ops")):
+                for event in line.events:
+                    total[event.name.rstrip("0123456789._")] += event.duration_ns / 1e9 / steps
+    return {name: round(seconds, 6) for name, seconds in total.most_common()}
+
+
+def measure(config: Config, warmup: int, steps: int, kernels: int = 0) -> dict[str, object]:
+    """Compiles, warms up, and times each step until its loss is on the host.
+
+    Args:
+      config: what to train.
+      warmup: steps before, not counted.
+      steps: that are timed.
+      kernels: so many of the longest kernels are listed, by a trace of three further steps.
+    """
+    mesh = make_mesh(config.mesh, config.dcn)
+    train = config.train
+    check_batch(train.global_batch, train.seq_len, train.grad_accum, mesh)
     with jax.set_mesh(mesh):
         compiled = jit_step(config, mesh)
-        state = compiled.init(jax.random.key(train.seed))
-        batch = jax.device_put(host, compiled.batch_sharding)
+        state = random_state(compiled, config)
+        batch = jax.device_put(random_batch(config), compiled.batch_sharding)
         began = time.perf_counter()
         step = compiled.train.lower(state, batch).compile()
         compile_seconds = time.perf_counter() - began
@@ -88,11 +149,20 @@ def measure(config: Config, warmup: int, steps: int) -> dict[str, object]:
             losses.append(float(metrics["loss"]))
             seconds.append(time.perf_counter() - began)
         cpu_seconds = time.process_time() - cpu_began
+        longest: dict[str, float] = {}
+        if kernels:
+            with tempfile.TemporaryDirectory() as folder:
+                with jax.profiler.trace(folder):
+                    for _ in range(3):
+                        state, metrics = step(state, batch)
+                    jax.block_until_ready(state)
+                longest = dict(list(kernel_seconds(folder, 3).items())[:kernels])
     timed = sorted(seconds[warmup:])
     median = statistics.median(timed)
     device = mesh.devices.flat[0]
     peak = peak_flops(device)
-    flops = config.model.flops_per_token(train.seq_len) * train.tokens_per_step
+    each_token = sum(flops_by_part(config.model, config.lora, train.seq_len).values())
+    flops = each_token * train.tokens_per_step
     return {
         "device": device.device_kind,
         "devices": mesh.size,
@@ -110,18 +180,23 @@ def measure(config: Config, warmup: int, steps: int) -> dict[str, object]:
         "peak_flops": peak,
         "first_loss": round(losses[0], 4),
         "last_loss": round(losses[-1], 4),
+        "losses_sha256": hashlib.sha256(np.asarray(losses).tobytes()).hexdigest()[:16],
         "jax": jax.__version__,
+        **({"kernel_seconds": longest} if kernels else {}),
     }
 
 
 def main() -> None:
     """The command."""
     config = PEER_SHAPE if _CONFIG.value is None else cli.load_config(_CONFIG)
-    print(json.dumps(measure(config, _WARMUP.value, _STEPS.value)))
+    xla_flags.use_preset(_XLA_PRESET.value)
+    print(json.dumps(measure(config, _WARMUP.value, _STEPS.value, _KERNELS.value)))
 
 
 if __name__ == "__main__":
     _CONFIG = cli.config_flag()
     _STEPS = flags.DEFINE_integer("steps", 30, "Timed steps.", lower_bound=1)
     _WARMUP = flags.DEFINE_integer("warmup", 10, "Steps before, not counted.", lower_bound=0)
+    _XLA_PRESET = flags.DEFINE_string("xla_preset", "none", "Compiler flags, as of train.")
+    _KERNELS = flags.DEFINE_integer("kernels", 0, "List so many of the longest kernels.")
     cli.run(main, __doc__)

@@ -17,8 +17,8 @@ Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/13b.py --topology=h100:32x8 --xla_preset=hopper \\
       --config.model.remat=save:q,k,v,attn_context,mlp_gate,mlp_up \\
       --config.train.grad_accum=2
-    49.9 of 71.2 GiB a chip; predicted 2.03 s a step, 8,054 tokens/s/chip,
-    MFU 63.6% (6N), 6 days, 34,491 chip hours.
+    53.6 of 71.2 GiB a chip; predicted 2.28 s a step, 7,196 tokens/s/chip,
+    MFU 56.8% (6N), 6 days, 38,600 chip hours.
 """
 
 import ml_collections

@@ -17,8 +17,8 @@ Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/33b.py --topology=h100:128x8 \\
       --xla_preset=hopper --config.model.remat=save:q,k,v,attn_context,mlp_gate,mlp_up \\
       --config.mesh.data=4
-    38.1 of 71.2 GiB a chip; predicted 1.45 s a step, 2,834 tokens/s/chip,
-    MFU 55.9% (6N), 6 days, 137,235 chip hours.
+    38.9 of 71.2 GiB a chip; predicted 1.59 s a step, 2,572 tokens/s/chip,
+    MFU 50.8% (6N), 6 days, 151,216 chip hours.
 """
 
 import ml_collections

@@ -17,8 +17,8 @@ Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/7b.py --topology=h100:16x8 --xla_preset=hopper \\
       --config.model.remat=save:q,k,v,attn_context,mlp_gate,mlp_up \\
       --config.train.grad_accum=2
-    68.3 of 71.2 GiB a chip; predicted 2.18 s a step, 15,043 tokens/s/chip,
-    MFU 61.5% (6N), 6 days, 18,466 chip hours.
+    67.2 of 71.2 GiB a chip; predicted 2.44 s a step, 13,446 tokens/s/chip,
+    MFU 55.0% (6N), 7 days, 20,658 chip hours.
 """
 
 import ml_collections

@@ -11,8 +11,8 @@ look at what `prepare` says of your data and at the epochs in the log. It needs 
 less; `lora` in docs/lora.md needs one.
 Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/alpaca_7b.py --topology=h100:1x8
-    15.2 of 71.2 GiB a chip; predicted 0.22 s a step, 11,695 tokens/s/chip,
-    MFU 47.8% (6N), 0.07 hours, 0.59 chip hours.
+    15.2 of 71.2 GiB a chip; predicted 0.24 s a step, 10,646 tokens/s/chip,
+    MFU 43.5% (6N), 0.08 hours, 0.65 chip hours.
   python -m llama_jax.plan --config=configs/alpaca_7b.py --topology=a100-80g:1x8
     14.8 of 71.3 GiB a chip; predicted 0.66 s a step, 3,892 tokens/s/chip,
     MFU 50.4% (6N), 0.22 hours, 1.78 chip hours.

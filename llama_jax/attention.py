@@ -18,6 +18,7 @@ from llama_jax.blocked_attention import SegmentIds, blocked, dense
 from llama_jax.errors import UserError
 from llama_jax.sharding import activation_spec
 from llama_jax.triton_attention import TRITON_BLOCK, TRITON_HEAD_DIMS, triton
+from llama_jax.xla_flags import deterministic
 
 SPLASH_LANES = 128  # the splash kernel works on multiples of so many tokens
 CUDNN_MAX_HEAD_DIM = 128
@@ -127,6 +128,11 @@ def _obstacle(backend: str, platform: str, q_BTNH: jax.Array) -> str:
             )
         if context > 1:
             return "cuDNN attention does not divide the sequence over mesh.context; use xla"
+        if deterministic():
+            return (
+                "cuDNN adds gradients in no fixed order, and XLA fails with it where XLA_FLAGS ask "
+                "for one (openxla/xla#46500); use triton or xla"
+            )
         return ""
     if backend == "triton":
         smallest, largest = TRITON_HEAD_DIMS

@@ -63,13 +63,13 @@ class Chip:
       cores_per_chip: TensorCores by which Google Cloud counts a slice's name; 1: it counts chips.
       torus: dimensions of the ICI network; 0 for GPUs.
       devices_per_chip: JAX devices that one chip is; all figures here are of one device.
-      matmul_efficiency: of the peak that large matrix products reach; for GPUs as measured by
-        Bekman, ML Engineering (github.com/stas00/ml-engineering, "Maximum Achievable Matmul
-        FLOPS"; the H200 has the H100's unit), for TPUs 1, as the compiler's cycles have it in.
+      matmul_efficiency: of the peak that large matrix products reach; on Hopper those of our own
+        step, measured on an H200 (benchmarks/README.md), which has the H100's unit; for other GPUs
+        as measured by Bekman, ML Engineering (github.com/stas00/ml-engineering, "Maximum Achievable
+        Matmul FLOPS"; it gives Hopper 0.803), for TPUs 1, as the compiler's cycles have it in.
       attention_efficiency: of the peak that attention kernels reach, forward and backward
-        together at heads of 128: FlashAttention-2 (arXiv:2307.08691, figures 4 to 6) on A100,
-        FlashAttention-3 (arXiv:2407.08608, figures 5 to 7) on Hopper, causal at T 2048; elsewhere
-        an assumption.
+        together at heads of 128 and T 2048, causal: on Hopper cuDNN's, measured in the same step;
+        on A100 FlashAttention-2's (arXiv:2307.08691, figures 4 to 6); elsewhere an assumption.
       target: of GPUs, what the compiler asks.
     """
 
@@ -129,8 +129,8 @@ CHIPS = (
     Chip("tpu7x", "TPU7x", 1153.5e12, 94.75 * GIB, 3690 * GB, 300 * GB, 12.5 * GB, None, 2, 3, 2),
     _gpu("a100-80g", "A100", 312e12, 2039 * GB, 300 * GB, 25 * GB, (0.869, 0.55), _A100),
     # The SXM module; PCIe and NVL cards have other peaks.
-    _gpu("h100", "H100 80GB HBM3", 989e12, 3350 * GB, 450 * GB, 50 * GB, (0.803, 0.45), _H100),
-    _gpu("h200", "H200", 989e12, 4800 * GB, 450 * GB, 50 * GB, (0.803, 0.45), _H200),
+    _gpu("h100", "H100 80GB HBM3", 989e12, 3350 * GB, 450 * GB, 50 * GB, (0.71, 0.385), _H100),
+    _gpu("h200", "H200", 989e12, 4800 * GB, 450 * GB, 50 * GB, (0.71, 0.385), _H200),
     # Over PCIe 4; the data sheet's peak of the 4090 is with float32 sums.
     _gpu("rtx4090", "RTX 4090", 165.2e12, 1008 * GB, 32 * GB, 12.5 * GB, (0.8, 0.5), _RTX4090),
     _gpu("l40s", "L40S", 362e12, 864 * GB, 32 * GB, 12.5 * GB, (0.8, 0.5), _L40S),

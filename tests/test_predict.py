@@ -45,7 +45,7 @@ def test_a_collective_beside_compute_costs_nothing():
     beside = predict(module(START, DONE), H100, nodes)
     work = 10 * 2 * 2048 * 8192 * 8192
     assert beside.flops == work and beside.compute == work / 989e12
-    assert beside.step == pytest.approx(work / (0.803 * 989e12))
+    assert beside.step == pytest.approx(work / (0.71 * 989e12))
     sent = 7 / 8 * 128 * 8192 * 2 / 450e9 + 7 * 1.9e-6
     assert beside.network == pytest.approx(10 * sent)
     assert beside.exposed == pytest.approx(0, abs=1e-9) and beside.cycles is None
