@@ -425,8 +425,8 @@ def main() -> int:
         return _STOPPED_STATUS.value
     if damaged and _DAMAGED_STATUS.value:
         _log(
-            f"exit status {_DAMAGED_STATUS.value}: trained to the end, but a damaged checkpoint was "
-            "passed over on the way, see above; --damaged_status"
+            f"exit status {_DAMAGED_STATUS.value}: trained to the end, but a damaged checkpoint "
+            "was passed over on the way, see above; --damaged_status"
         )
     return _DAMAGED_STATUS.value if damaged else 0
 
