@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from llama_jax.errors import UserError
-from llama_jax.xla_flags import PRESETS, use_preset
+from llama_jax.xla_flags import PRESETS, deterministic, use_preset
 from tests.helpers import ROOT
 
 GPU = [name for name, preset in PRESETS.items() if preset.variable == "XLA_FLAGS"]
@@ -50,6 +50,14 @@ def test_no_preset_changes_nothing():
     env = {}
     use_preset("none", env)
     assert env == {}
+
+
+@pytest.mark.parametrize("name", ["deterministic_ops", "exclude_nondeterministic_ops"])
+def test_who_asks_for_the_same_bits(name):
+    for value, asked in (("", True), ("=true", True), ("=1", True), ("=false", False), ("x", False)):
+        flags = f"--xla_dump_to=x --xla_gpu_{name}{value} --xla_y=1"
+        assert deterministic({"XLA_FLAGS": flags}) is asked
+    assert not deterministic({})
 
 
 def test_unknown_preset():
