@@ -54,7 +54,13 @@ def test_no_preset_changes_nothing():
 
 @pytest.mark.parametrize("name", ["deterministic_ops", "exclude_nondeterministic_ops"])
 def test_who_asks_for_the_same_bits(name):
-    for value, asked in (("", True), ("=true", True), ("=1", True), ("=false", False), ("x", False)):
+    for value, asked in (
+        ("", True),
+        ("=true", True),
+        ("=1", True),
+        ("=false", False),
+        ("x", False),
+    ):
         flags = f"--xla_dump_to=x --xla_gpu_{name}{value} --xla_y=1"
         assert deterministic({"XLA_FLAGS": flags}) is asked
     assert not deterministic({})
