@@ -35,7 +35,7 @@ from llama_jax.config import (
     OptimConfig,
     TrainConfig,
 )
-from llama_jax.lora import flops_by_part
+from llama_jax.lora import flops_per_token
 from llama_jax.mesh import make_mesh
 from llama_jax.metrics import peak_flops
 from llama_jax.sharding import check_batch
@@ -161,8 +161,7 @@ def measure(config: Config, warmup: int, steps: int, kernels: int = 0) -> dict[s
     median = statistics.median(timed)
     device = mesh.devices.flat[0]
     peak = peak_flops(device)
-    each_token = sum(flops_by_part(config.model, config.lora, train.seq_len).values())
-    flops = each_token * train.tokens_per_step
+    flops = flops_per_token(config.model, config.lora, train.seq_len) * train.tokens_per_step
     return {
         "device": device.device_kind,
         "devices": mesh.size,
@@ -198,5 +197,7 @@ if __name__ == "__main__":
     _STEPS = flags.DEFINE_integer("steps", 30, "Timed steps.", lower_bound=1)
     _WARMUP = flags.DEFINE_integer("warmup", 10, "Steps before, not counted.", lower_bound=0)
     _XLA_PRESET = flags.DEFINE_string("xla_preset", "none", "Compiler flags, as of train.")
-    _KERNELS = flags.DEFINE_integer("kernels", 0, "List so many of the longest kernels.")
+    _KERNELS = flags.DEFINE_integer(
+        "kernels", 0, "List so many of an accelerator's longest kernels.", lower_bound=0
+    )
     cli.run(main, __doc__)

@@ -130,8 +130,8 @@ def _obstacle(backend: str, platform: str, q_BTNH: jax.Array) -> str:
             return "cuDNN attention does not divide the sequence over mesh.context; use xla"
         if deterministic():
             return (
-                "cuDNN adds gradients in no fixed order, and XLA fails with it where XLA_FLAGS ask "
-                "for one (openxla/xla#46500); use triton or xla"
+                "XLA fails with cuDNN attention where XLA_FLAGS ask for the same bits in every run "
+                "(openxla/xla#46500); use triton or xla"
             )
         return ""
     if backend == "triton":

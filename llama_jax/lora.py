@@ -72,6 +72,11 @@ def flops_by_part(model: ModelConfig, lora: LoraConfig, seq_len: int) -> dict[st
     return {**frozen, scores: parts[scores], "adapters": 6.0 * adapter_count(model, lora)}
 
 
+def flops_per_token(model: ModelConfig, lora: LoraConfig, seq_len: int) -> float:
+    """FLOPs of one training token: the sum of `flops_by_part`."""
+    return sum(flops_by_part(model, lora, seq_len).values())
+
+
 def init_adapters(model: ModelConfig, lora: LoraConfig, key: jax.Array) -> dict[str, Any]:
     """Adapters before the first step, float32: A as PEFT draws it, B zero, so that nothing changes.
 

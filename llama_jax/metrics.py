@@ -14,7 +14,7 @@ from etils import epath
 from llama_jax.chips import find_chip
 from llama_jax.config import Config
 from llama_jax.files import read_records
-from llama_jax.lora import flops_by_part
+from llama_jax.lora import flops_per_token
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -65,8 +65,7 @@ class Speed:
         mfu = None
         if self.peak is not None:
             config = self.config
-            parts = flops_by_part(config.model, config.lora, config.train.seq_len)
-            flops = sum(parts.values())
+            flops = flops_per_token(config.model, config.lora, config.train.seq_len)
             mfu = rate * flops / (self.peak * self.devices)
         return {"tokens_per_second": rate, "mfu": mfu, "chip_seconds": chip_seconds}
 

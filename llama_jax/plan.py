@@ -27,7 +27,7 @@ from llama_jax.chips import GIB
 from llama_jax.config import Config
 from llama_jax.errors import UserError
 from llama_jax.hlo import parse, summarize
-from llama_jax.lora import flops_by_part
+from llama_jax.lora import flops_per_token
 from llama_jax.predict import Prediction, predict
 from llama_jax.topology import Topology, node_of, parse_topology, topology_devices
 
@@ -84,7 +84,7 @@ def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, An
     nodes = [node_of(device) for device in compiled.mesh.devices.flat]
     prediction = predict(parse(compiled.text), chip, nodes)
     tokens = train.tokens_per_step / topology.devices
-    each_token = sum(flops_by_part(model, config.lora, train.seq_len).values())
+    each_token = flops_per_token(model, config.lora, train.seq_len)
     if prediction.flops < each_token * tokens * 0.95:
         found = prediction.flops / tokens / each_token
         result["warnings"].append(f"only {found:.0%} of the FLOPs are found in the program")

@@ -423,12 +423,13 @@ def main() -> int:
         return _STOPPED_STATUS.value
     if int(state.step) < run_config.train.steps:
         return _STOPPED_STATUS.value
-    if damaged and _DAMAGED_STATUS.value:
+    status = _DAMAGED_STATUS.value if damaged else 0
+    if status:
         _log(
-            f"exit status {_DAMAGED_STATUS.value}: trained to the end, but a damaged checkpoint "
-            "was passed over on the way, see above; --damaged_status"
+            f"exit status {status}: trained to the end, but a damaged checkpoint was passed over "
+            "on the way, see above; --damaged_status"
         )
-    return _DAMAGED_STATUS.value if damaged else 0
+    return status
 
 
 if __name__ == "__main__":

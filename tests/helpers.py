@@ -239,9 +239,12 @@ def without_gloo(output):
 
     Its threads print piece by piece, at once: its lines come torn and mixed.
     """
-    sentence = "[Gloo] Rank | is connected to | peer ranks. Expected number of connected peer "
-    for piece in (sentence + "ranks is : ").split("|"):
-        output = output.replace(piece.strip(), "")
+    for piece in (
+        "[Gloo] Rank",
+        "is connected to",
+        "peer ranks. Expected number of connected peer ranks is :",
+    ):
+        output = output.replace(piece, "")
     return [line for line in output.splitlines() if line.strip(" 0123456789")]
 
 

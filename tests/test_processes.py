@@ -289,6 +289,14 @@ def test_two_processes_meet_and_all_devices_are_used(kind):
         assert without_gloo(output) == [f"{kind} {number} 2 4 all"], errors
 
 
+def test_torn_lines_of_gloo_are_told_from_ours():
+    rest = "peer ranks. Expected number of connected peer ranks is : 7"
+    torn = f"[Gloo] Rank [Gloo] Rank 12 is connected to  is connected to 77 {rest}\n {rest}\n"
+    assert without_gloo(f"{torn}\nstep 2/8\n[Gloo] Rank 3 is connected to 7 {rest}\n") == [
+        "step 2/8"
+    ]
+
+
 def test_processes_that_do_not_meet_say_so_in_one_line():
     here = f"localhost:{free_port()}"
     env = {"JAX_COORDINATOR_ADDRESS": here, "JAX_NUM_PROCESSES": "2"}

@@ -24,13 +24,13 @@ def run(code, **environment):
 
 def test_the_users_own_settings_win():
     env = {
-        "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=true --xla_dump_to=x",
+        "XLA_FLAGS": "--xla_gpu_enable_while_loop_double_buffering=false --xla_dump_to=x",
         "CUDA_DEVICE_MAX_CONNECTIONS": "8",
     }
     use_preset("hopper", env)
     flags = env["XLA_FLAGS"].split()
-    assert flags[-2:] == ["--xla_gpu_enable_triton_gemm=true", "--xla_dump_to=x"]
-    assert "--xla_gpu_enable_triton_gemm=false" not in flags
+    assert flags[-2:] == ["--xla_gpu_enable_while_loop_double_buffering=false", "--xla_dump_to=x"]
+    assert "--xla_gpu_enable_while_loop_double_buffering=true" not in flags
     assert "--xla_gpu_enable_latency_hiding_scheduler=true" in flags
     assert env["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
     assert env["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.9"
