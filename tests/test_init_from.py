@@ -1,6 +1,7 @@
 """Runs that begin with weights of others: all of them trained, or adapters above them."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -169,8 +170,14 @@ def test_the_checkpoint_holds_adapters_and_names_the_base(finished, adapted, bas
     assert meta.config.init_from == f"ckpt:{bases / 'ckpt'}"
     assert meta.config.train.seq_len == 16 and meta.base_context == meta.context == 64
     assert not any(name.startswith("frozen") for name in meta.fingerprint)
-    size = sum(file.stat().st_size for file in (workdir / "checkpoints/4").rglob("*"))
-    assert size < 400_000 < sum(x.nbytes for x in jax.tree.leaves(state.frozen)) * 4
+    # Nothing else is there: neither another item nor another array.
+    items = {path.name for path in folder.iterdir() if path.is_dir()}
+    assert items == {"params", "optimizer", "skips", "meta", "tokenizer"}
+    for item, tree in (("params", state.params), ("optimizer", (state.step, state.opt_state))):
+        described = json.loads((folder / item / "_METADATA").read_text())["tree_metadata"]
+        types = [entry["value_metadata"]["value_type"] for entry in described.values()]
+        assert types.count("jax.Array") == len(jax.tree.leaves(tree))
+        assert set(types) <= {"jax.Array", "None"}
 
 
 def test_resume_is_bit_exact(finished, adapted, tmp_path):

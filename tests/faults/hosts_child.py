@@ -1,7 +1,9 @@
 """One process of test_hosts.py: goes on from the newest step, says its fingerprint and the hashes
-of the batches that come next, saves the next step.
+of the batches that come next, trains on them if it is told to, saves the step that is reached.
 
-Usage: python -m tests.faults.hosts_child WORKDIR SHARDS, with the environment of `processes`.
+Usage: python -m tests.faults.hosts_child WORKDIR SHARDS [train]
+
+with the environment of `processes`.
 """
 
 import hashlib
@@ -50,9 +52,14 @@ def main():
         shape = (config.train.global_batch, config.train.seq_len)
         data = open_data(config, epath.Path("unused")).train
         batches = stream(data, step, step + BATCHES, compiled.batch_sharding, *shape)
-        hashes = {number: sha(batch) for number, batch in enumerate(batches, start=step)}
+        hashes, reached = {}, step + 1
+        for number, batch in enumerate(batches, start=step):
+            hashes[number] = sha(batch)
+            if "train" in sys.argv:
+                state, _ = compiled.train(state, batch)
+                reached = number + 1
         print("batches", json.dumps(hashes), flush=True)
-        saver.save(state, Meta(config, step + 1, "made up", b""))
+        saver.save(state, Meta(config, reached, "made up", b""))
         saver.wait()
 
 

@@ -161,6 +161,7 @@ def test_training_goes_on(kind, workdir, undisturbed, monkeypatch, capsys):
     jax.tree.map(np.testing.assert_array_equal, state, undisturbed)
     said = capsys.readouterr().out
     warnings = re.findall("warning: saving .*", said)
+    print(*warnings, sep="\n")
     for step, line in zip((6, 8), warnings, strict=True):
         assert f"saving step {step} to {workdir}/checkpoints failed: " in line
         assert any(reason in line for reason in fault.reason.split("|")), line
@@ -284,8 +285,10 @@ def test_a_place_that_is_read_only_is_told_before_the_first_step(workdir, monkey
     fault = ReadOnly(workdir)
     fault.begin()
     monkeypatch.setattr(train_lib, "run_loop", lambda *_: pytest.fail("it started"))
+    began = time.monotonic()
     with pytest.raises(
         UserError, match=f"cannot be saved to {workdir}/checkpoints: .*{fault.reason}"
-    ):
+    ) as caught:
         train(CONFIG, workdir)
+    print(f"told after {time.monotonic() - began:.2f} s: {caught.value}")
     fault.end()

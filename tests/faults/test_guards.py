@@ -133,8 +133,9 @@ def test_what_may_change_is_told(name, tmp_path):
 def test_all_differences_are_named_at_once():
     config = replace(TINY, train__seq_len=32, train__global_batch=16)
     message = "train.seq_len is 16, now 32; train.global_batch is 32, now 16"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         check_checkpoint(Meta(TINY, 5, "tokens", b""), "run/5", config, data_of())
+    print(caught.value)
 
 
 # Whole runs.
@@ -189,8 +190,10 @@ def test_another_tokenizer_of_the_same_size_is_refused(run, config, corpus, tmp_
     )
     prepare(told, tmp_path / "shards", log=lambda line: None)
     assert open_data(told, epath.Path("unused")).tokenizer is not None
-    with pytest.raises(UserError, match=r"another run \(tokenizer's sha256 is \w{16}, now \w{16}"):
+    message = r"another run \(tokenizer's sha256 is \w{16}, now \w{16}"
+    with pytest.raises(UserError, match=message) as caught:
         train_lib.train(told, workdir)
+    print(caught.value)
     kept = (run / "tokenizer.model").read_bytes()
     assert (workdir / "tokenizer.model").read_bytes() == kept
 

@@ -6,14 +6,18 @@ import os
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 from etils import epath
 
 from llama_jax import manifest
+from llama_jax.checkpointer import Checkpointer
 from llama_jax.data.pipeline import open_data
+from llama_jax.step import jit_step
 from tests.faults.failing_child import FAULTS
 from tests.faults.test_damage import files_of
-from tests.helpers import QUICK, ROOT, flip_bit, records, text_config
+from tests.helpers import QUICK, ROOT, flip_bit, mesh_of, records, text_config
 from tests.test_processes import free_port
 
 DEVICES = 8
@@ -97,6 +101,31 @@ def test_the_number_of_hosts_changes(shards, hashes, tmp_path, counts):
             states.append(state_in(output)[2])
     assert all(state == states[0] for state in states) and len(set(hashes.values())) == 8
     print(f"{compared} of {compared} batches are equal by sha256")
+
+
+@pytest.mark.slow  # seven starts of a process
+def test_weights_after_training_on_another_number_of_hosts(shards, tmp_path):
+    """9 steps on 2, 1 and 2 hosts, the same devices in all: those of a run on one."""
+    weights = {}
+    for counts in ((2, 1, 2), (1, 1, 1)):
+        workdir = tmp_path / str(counts)
+        for processes in counts:
+            run(workdir, processes, "hosts_child", shards, "train")
+        config = text_config("unused", data__path=str(shards))
+        mesh = mesh_of((1, 1, 1, 1))
+        with jax.set_mesh(mesh), Checkpointer(workdir, config) as saver:
+            assert saver.newest_good_step() == 9
+            state = saver.restore(9, jit_step(config, mesh).state_shardings)
+        weights[counts] = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)])
+    changed, one = weights.values()
+    apart = np.abs(changed - one)
+    ulps = np.sort(apart / np.spacing(np.maximum(np.abs(changed), np.abs(one))))
+    print(
+        f"{np.mean(apart == 0):.0%} of {one.size} weights are equal; the median differs by "
+        f"{ulps[one.size // 2]:.0f} ulp, the most by {apart.max():.2g} (of {np.abs(one).max():.2g})"
+    )
+    # Messages between hosts sum gradients in another order than one process does.
+    assert np.abs(one).max() > 0.5 and apart.max() < 1e-5
 
 
 @pytest.mark.slow  # five starts of a process

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -98,16 +99,22 @@ def test_why_it_was_skipped_is_kept():
 
 
 def bad_from(monkeypatch, first, last):
-    """The weights of the batches of these steps (from 1) are not numbers."""
-    stream = train_lib.stream
+    """The weights of the batches of these steps (from 1) are not numbers.
+
+    Returns:
+      A dict that gets the time at which each of them was handed out.
+    """
+    stream, handed = train_lib.stream, {}
 
     def poisoning(source, start, stop, *rest):
         for step, batch in enumerate(stream(source, start, stop, *rest), start=start + 1):
             if stop == 12 and first <= step <= last:
+                handed[step] = time.monotonic()
                 batch = {**batch, "weights": batch["weights"] * jnp.nan}
             yield batch
 
     monkeypatch.setattr(train_lib, "stream", poisoning)
+    return handed
 
 
 @pytest.fixture
@@ -155,10 +162,11 @@ def test_bad_batches_in_a_row_stop_the_run(
     config = replace(
         run_config, train__log_every=log_every, train__checkpoint_every=checkpoint_every
     )
-    bad_from(monkeypatch, 6, 12)
+    handed = bad_from(monkeypatch, 6, 12)
     with pytest.raises(UserError) as caught:
         train_lib.train(config, tmp_path)
     message = str(caught.value)
+    print(f"told {time.monotonic() - handed[8]:.2f} s after the third batch: {message}")
     assert message.startswith(
         f"steps 6 to {stopped} made no update: the loss is not finite; gradients are not finite "
         f"in embed, attn, mlp, norms, lm_head. Batch of step {stopped}: sequences "
