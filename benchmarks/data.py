@@ -25,8 +25,9 @@ from etils import epath
 
 from llama_jax import cli
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from llama_jax.data import loader, prepare, shards, show, show_plot
+from llama_jax.data import loader, prepare, shard_folder, show, show_plot
 from llama_jax.data.mixture import parse_shares
+from llama_jax.data.shards import TokenDataset
 from llama_jax.data.show_rows import Screen
 from llama_jax.data.sources import Reading, documents
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -62,7 +63,7 @@ def write_fake_shards(folder: pathlib.Path, tokenizer: Tokenizer, count: int, to
         for kind, array in arrays.items():
             path = epath.Path(folder) / f"{name}.{kind}"
             array.tofile(path)
-            ends[kind] = shards.ends_sha256(path, array.nbytes)
+            ends[kind] = shard_folder.ends_sha256(path, array.nbytes)
             digests[kind] = hashlib.sha256(array.tobytes()).hexdigest()
         listed.append(
             {
@@ -74,10 +75,10 @@ def write_fake_shards(folder: pathlib.Path, tokenizer: Tokenizer, count: int, to
                 "ends_sha256": ends,
             }
         )
-    tokenizer.save(folder / shards.TOKENIZER)
+    tokenizer.save(folder / shard_folder.TOKENIZER)
     empty: dict[str, object] = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
     manifest = {
-        "format_version": shards.FORMAT_VERSION,
+        "format_version": shard_folder.FORMAT_VERSION,
         "settings": {},
         "vocab_size": VOCAB,
         "tokenizer_sha256": tokenizer.fingerprint,
@@ -87,7 +88,7 @@ def write_fake_shards(folder: pathlib.Path, tokenizer: Tokenizer, count: int, to
             "validation": empty,
         },
     }
-    (folder / shards.MANIFEST).write_bytes(shards.encode_manifest(manifest))
+    (folder / shard_folder.MANIFEST).write_bytes(shard_folder.encode_manifest(manifest))
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
@@ -100,7 +101,7 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 def measure_loader(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator[dict]:
     """Tokens per CPU second, from one source and from LLaMA's mixture, bare and through tf.data."""
     write_fake_shards(root / "one", tokenizer, 4, 25_000_000)
-    one = shards.TokenDataset.open(root / "one", "train")
+    one = TokenDataset.open(root / "one", "train")
     shares = parse_shares("llama")
     cases = {
         "one source": loader.Batches({"": one}, SEQ_LEN, BATCH, 0),
@@ -167,7 +168,7 @@ def measure_startup(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterato
     """Seconds from a manifest of 10,000 shards to the first batch, and to a look at them."""
     write_fake_shards(root / "many", tokenizer, 10_000, 2048)
     began = time.perf_counter()
-    dataset = shards.TokenDataset.open(root / "many", "train")
+    dataset = TokenDataset.open(root / "many", "train")
     loader.Batches({"": dataset}, SEQ_LEN, BATCH, 0).rows(0, range(BATCH))
     seconds = time.perf_counter() - began
     yield {"benchmark": "startup", "shards": 10_000, "seconds": round(seconds, 3)}
@@ -184,9 +185,9 @@ def measure_verify(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator
     """GB per second of `prepare --verify`, all threads together, from the page cache."""
     write_fake_shards(root / "verify", tokenizer, 16, 50_000_000)
     began, cpu = time.perf_counter(), time.process_time()
-    assert shards.verify(root / "verify") == []
+    assert shard_folder.verify(root / "verify") == []
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    gigabytes = sum(shards.file_sizes(epath.Path(root / "verify")).values()) / 1e9
+    gigabytes = sum(shard_folder.file_sizes(epath.Path(root / "verify")).values()) / 1e9
     yield {
         "benchmark": "verify",
         "gb": round(gigabytes, 2),
@@ -205,7 +206,7 @@ def _peak_of(target: str, megabytes: int, root: str, queue: multiprocessing.Queu
         )
         prepare.prepare(config, folder / f"prepared{megabytes}", log=lambda line: None)
     else:
-        dataset = shards.TokenDataset.open(folder / f"prepared{megabytes}", "train")
+        dataset = TokenDataset.open(folder / f"prepared{megabytes}", "train")
         batches = loader.Batches({"": dataset}, SEQ_LEN, BATCH, 0)
         for step in range(batches.n_sequences // BATCH):
             batches.rows(step, range(BATCH))

@@ -23,7 +23,8 @@ from absl import flags
 from llama_jax import cli
 from llama_jax.config import DataConfig
 from llama_jax.data.reading import Reading
-from llama_jax.data.shards import SPLITS, TokenDataset, source_folders
+from llama_jax.data.shard_folder import SPLITS, source_folders
+from llama_jax.data.shards import TokenDataset
 from llama_jax.data.sources import documents, named_sources
 from llama_jax.errors import UserError
 from llama_jax.inference import InferenceModel, open_model

@@ -35,8 +35,8 @@ class InferenceModel:
         these and their base, not merged (`lora.Adapted`).
       tokenizer: of the run.
       mesh: set it with `jax.set_mesh` around all uses.
+      context: longest sequence that the weights are for, in tokens.
       files: that came with imported weights, by name: `generation_config.json`, chat templates.
-      base_context: see `checkpoint.Meta`.
     """
 
     folder: epath.Path
@@ -44,8 +44,8 @@ class InferenceModel:
     params: Any
     tokenizer: Tokenizer
     mesh: jax.sharding.Mesh
+    context: int
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
-    base_context: int = 0
 
     @functools.cached_property
     def eos_ids(self) -> tuple[int, ...]:
@@ -53,11 +53,6 @@ class InferenceModel:
         found = special_ids(self.files)[1]
         found = self.tokenizer.eos_id if found is None else found
         return (found,) if isinstance(found, int) else tuple(found)
-
-    @property
-    def context(self) -> int:
-        """Longest sequence that the weights are for, in tokens."""
-        return max(self.config.train.seq_len, self.base_context)
 
 
 def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = "") -> InferenceModel:
@@ -103,7 +98,7 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
         shardings = param_shardings(abstract_state(meta.config).params, devices)
         params = checkpoint_lib.load_params(folder, meta.config, shardings)
         params = _with_base(folder, meta, params, devices)
-    return InferenceModel(folder, meta.config, params, tokenizer, devices, files, meta.base_context)
+    return InferenceModel(folder, meta.config, params, tokenizer, devices, meta.context, files)
 
 
 def _with_base(

@@ -16,7 +16,7 @@ import time
 from absl import flags
 
 from llama_jax import cli
-from llama_jax.data import prepare, shards
+from llama_jax.data import prepare, shard_folder
 from llama_jax.errors import UserError
 
 
@@ -24,13 +24,13 @@ def main() -> None:
     """The command; flags are defined below."""
     if _VERIFY.value:
         damaged = []
-        for folder in shards.source_folders(_VERIFY.value).values():
+        for folder in shard_folder.source_folders(_VERIFY.value).values():
             began = time.monotonic()
-            found = shards.verify(folder)
+            found = shard_folder.verify(folder)
             seconds = time.monotonic() - began
             damaged += [str(folder / name) for name in found]
             if not found:
-                gigabytes = sum(shards.file_sizes(folder).values()) / 1e9
+                gigabytes = sum(shard_folder.file_sizes(folder).values()) / 1e9
                 speed = f"{gigabytes:,.3f} GB at {gigabytes / seconds:.2f} GB/s"
                 print(f"{folder}: every file is as the manifest says ({speed})")
         if damaged:

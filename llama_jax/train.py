@@ -6,24 +6,19 @@ Example:
 
 import contextlib
 import dataclasses
-import math
 import os
 import time
-from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from etils import epath
-from jax.experimental import multihost_utils
 
-from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import cli, metrics, xla_flags
 from llama_jax.agreement import agreed
+from llama_jax.checkpoint import CHECKPOINTS, DamagedCheckpoint, Meta, load_meta
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.config import Config
 from llama_jax.continuation import complete
-from llama_jax.data.loader import stream
 from llama_jax.data.pipeline import TrainingData, open_data
 from llama_jax.data.streaming import Position, StreamingBatches
 from llama_jax.decode import Sampling
@@ -41,6 +36,7 @@ from llama_jax.guards import (
     record_changes,
 )
 from llama_jax.init_from import base_context, check_init, first_state, with_base, with_tokenizer
+from llama_jax.loop import Instruments, run_loop
 from llama_jax.mesh import make_mesh
 from llama_jax.processes import start_processes
 from llama_jax.profiler import Profiler
@@ -73,42 +69,26 @@ def _log(text: str) -> None:
         print(text, flush=True)
 
 
-def evaluate(
-    compiled: CompiledStep,
-    params: Any,
-    data: TrainingData,
-    config: Config,
-    stop: StopRequest,
-    watchdog: Watchdog,
-) -> float | None:
-    """Mean validation loss per token over `eval_batches`.
-
-    None without held-out documents, and where the run is asked to stop meanwhile: saving comes
-    first then.
-    """
-    if data.validation is None:
-        return None
-    train = config.train
-    count = min(train.eval_batches, math.ceil(data.validation.n_sequences / train.global_batch))
-    total, weight = 0.0, 0.0
-    shape = (train.global_batch, train.seq_len)
-    batches = stream(data.validation, 0, count, compiled.batch_sharding, *shape)
-    for number, batch in enumerate(batches, start=1):
-        watchdog.beat(f"evaluation, batch {number} of {count}", compiles=number == 1)
-        loss, tokens = jax.device_get(compiled.evaluate(params, batch))
-        total, weight = total + float(loss), weight + float(tokens)
-        if stop.asked():
-            return None
-    return total / weight
+def _meta(config: Config, data: TrainingData, base: dict[str, int], context: int) -> Meta:
+    """What a fresh state would say about itself."""
+    return Meta(
+        config,
+        step=0,
+        data_fingerprint=data.fingerprint,
+        tokenizer_model=data.tokenizer.model_bytes if data.tokenizer else b"",
+        tokenizer_files=data.files,
+        base=base,
+        base_context=context,
+    )
 
 
 def initial_state(
     compiled: CompiledStep, saver: Checkpointer, data: TrainingData, config: Config
-) -> tuple[TrainState, list[list[int]], int]:
+) -> tuple[TrainState, Meta]:
     """The newest good checkpoint of the work directory, or a fresh state.
 
     Returns:
-      It, with `rewinds` and `base_context` of its `Meta`.
+      It, and what a checkpoint of it would say about itself.
 
     Raises:
       UserError: the checkpoint is unreadable, or of another run or other data.
@@ -118,14 +98,16 @@ def initial_state(
     if step is None:
         if isinstance(data.train, StreamingBatches):
             data.train.start_at(0, Position(), *process)
-        return first_state(compiled, config), [], base_context(config)
+        state = first_state(compiled, config)
+        base = fingerprint(state.frozen) if config.lora.rank else {}
+        return state, _meta(config, data, base, base_context(config))
     if not (saver.folder(step) / "optimizer").exists():
         raise UserError(
             f"checkpoint {saver.folder(step)} has weights but no optimiser state (it was converted "
             "from elsewhere), and training cannot go on from it; begin another run with it by "
             f"--config.init_from=ckpt:{saver.folder(step).parent.parent}"
         )
-    saved = checkpoint_lib.load_meta(saver.folder(step))
+    saved = load_meta(saver.folder(step))
     changes = check_checkpoint(saved, saver.folder(step), config, data)
     if isinstance(data.train, StreamingBatches):
         if len(saved.positions) != process[1]:
@@ -140,144 +122,12 @@ def initial_state(
         _log(f"        {changed}")
     try:
         state = saver.restore(step, compiled.state_shardings.replace(frozen=None))
-    except checkpoint_lib.DamagedCheckpoint as error:
+    except DamagedCheckpoint as error:
         saver.mark_damaged(step, str(error))
         return initial_state(compiled, saver, data, config)
     state = with_base(state, compiled, config, saved.base, saver.folder(step))
-    return state, saved.rewinds, saved.base_context
-
-
-def _positions(data: TrainingData, step: int) -> list[list[int]]:
-    """Where each process stands in streamed data; nothing for shards, where the step says it."""
-    if not isinstance(data.train, StreamingBatches):
-        return []
-    mine = data.train.state(step)
-    if jax.process_count() == 1:
-        return [mine]
-    return multihost_utils.process_allgather(np.asarray(mine)).tolist()
-
-
-def _epoch_metrics(data: TrainingData, step: int) -> dict[str, float]:
-    """Passes over each source, as metrics; of a stream also what the present one has skipped."""
-    epochs = data.train.epochs(step)
-    values = {f"epochs/{name}" if name else "epochs": value for name, value in epochs.items()}
-    if isinstance(data.train, StreamingBatches):
-        values["documents_skipped"] = data.train.skipped()
-    return values
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruments:
-    """What the loop talks to, besides the device and the data."""
-
-    saver: Checkpointer
-    log: metrics.Metrics
-    profiler: Profiler
-    stop: StopRequest
-    goodput: Goodput
-    watchdog: Watchdog
-    watch: SkipWatch
-
-
-def run_loop(
-    compiled: CompiledStep,
-    state: TrainState,
-    data: TrainingData,
-    config: Config,
-    instruments: Instruments,
-    context: int = 0,
-) -> TrainState:
-    """Steps until `train.steps` or a stop request. The order is a contract:
-
-    eval -> save -> next batch -> step -> log the previous step. Saving comes before the batches
-    move, so that state and data position always agree; logging reads a step whose successor is
-    already running, so that the device never waits for the host. Nothing else in the loop waits for
-    the device, and no array is moved behind its back: an implicit transfer is an error. A profile
-    starts and stops before all of that, off the clock; a rewind comes last, and is saved at once.
-    """
-    train = config.train
-    i = instruments
-    saver, log, profiler, stop, goodput = i.saver, i.log, i.profiler, i.stop, i.goodput
-    watch = i.watch
-    start = int(state.step)
-    shape = (train.global_batch, train.seq_len)
-    batches = stream(data.train, start, train.steps, compiled.batch_sharding, *shape)
-    tokenizer_model = data.tokenizer.model_bytes if data.tokenizer else b""
-    base = fingerprint(state.frozen) if config.lora.rank else {}
-
-    def save(step: int, eval_loss: float | None) -> None:
-        watch.before_save(state)
-        meta = checkpoint_lib.Meta(
-            config,
-            step,
-            data.fingerprint,
-            tokenizer_model,
-            _positions(data, step),
-            eval_loss=eval_loss,
-            rewinds=watch.rewinds,
-            tokenizer_files=data.files,
-            base=base,
-            base_context=context,
-        )
-        i.watchdog.beat(f"saving step {step}")
-        with goodput.phase("checkpoint"):
-            saver.save(dataclasses.replace(state, frozen=None), meta)
-        goodput.save()
-
-    goodput.enter("step")
-    goodput.save()  # what a run that is killed before its first save has lost counts, too
-    log.start(start)
-    read, rewound = watch.at_start(state), False
-    for step in range(start, train.steps + 1):
-        # What the first step does is waited for in the second.
-        i.watchdog.beat(f"step {step + 1}", compiles=step <= start + 1)
-        if profiler.turns(step + 1):
-            read = log.flush() or read
-            profiler.turn(step + 1, state)
-            log.start(step)
-        last = stop.asked() or step == train.steps
-        if step > start:
-            eval_loss = None
-            if step == train.steps or step % train.eval_every == 0:
-                read = log.flush() or read
-                weights = model_weights(state, config)
-                with goodput.phase("eval"):
-                    eval_loss = evaluate(compiled, weights, data, config, stop, i.watchdog)
-                if eval_loss is not None:
-                    log.write(step, {"eval_loss": eval_loss, **_epoch_metrics(data, step)})
-                log.start(step)
-                last = last or bool(stop.name)
-            if last or rewound or step % train.checkpoint_every == 0:
-                save(step, eval_loss)
-        if last:
-            break
-        with profiler.step(step + 1):
-            with goodput.phase("data"):
-                batch = next(batches)
-            # The first call compiles, and returns when the step is under way.
-            first = goodput.phase("compile") if step == start else contextlib.nullcontext()
-            with jax.transfer_guard("disallow"), first:
-                state, step_metrics = compiled.train(state, batch)
-        if (step + 1) % train.log_every == 0:
-            extra = {**_epoch_metrics(data, step + 1), "goodput": goodput.fraction()}
-            read = log.push(step + 1, {**step_metrics, **extra}) or read
-        else:
-            read = log.push(step + 1, None) or read
-        # Of each step that was logged, as soon as the next one runs: nothing else decides.
-        in_row, read = watch.stuck(read), None
-        if in_row:
-            log.flush()
-            i.watchdog.beat("going back to a checkpoint", compiles=True)
-            with goodput.phase("checkpoint"):
-                state = watch.rewind(state, in_row)
-            log.start(step + 1)
-        rewound = in_row > 0
-    log.flush()
-    i.watchdog.beat("the last save")
-    with goodput.phase("checkpoint"):
-        saver.wait()
-    goodput.save(at_end=True)
-    return state
+    meta = _meta(config, data, saved.base, saved.base_context)
+    return state, dataclasses.replace(meta, step=step, rewinds=saved.rewinds)
 
 
 def train(config: Config, workdir: epath.PathLike) -> TrainState:
@@ -336,8 +186,8 @@ def run(
         watchdog.beat("restoring", compiles=True)  # all files are read, and programs compiled
         # Outermost, since a run that ends in an error waits for its save, too.
         with watchdog, Checkpointer(workdir, config) as saver:
-            state, rewinds, context = initial_state(compiled, saver, data, config)
-            watch = SkipWatch(config, data, saver, rewinds)
+            state, meta = initial_state(compiled, saver, data, config)
+            watch = SkipWatch(config, data, saver, meta.rewinds)
             # Only now: a run that is refused leaves the other one's as it was.
             if jax.process_index() == 0:
                 write_atomically(workdir / "config.json", config.to_json().encode())
@@ -352,7 +202,7 @@ def run(
                 profiler = Profiler(window, workdir / "tensorboard")
                 instruments = Instruments(saver, log, profiler, stop, goodput, watchdog, watch)
                 try:
-                    state = run_loop(compiled, state, data, config, instruments, context)
+                    state = run_loop(compiled, state, data, config, instruments, meta)
                 finally:
                     profiler.close()
                     log.close()
@@ -384,7 +234,7 @@ def _report(config: Config, workdir: epath.Path, start: int, step: int, stop: St
         _log(f"finished already: {workdir} is at step {step} of {config.train.steps}")
     else:
         _log(f"finished at step {step}")
-    _log(f"checkpoints  {workdir / checkpoint_lib.CHECKPOINTS}")
+    _log(f"checkpoints  {workdir / CHECKPOINTS}")
     _log(f"loss plot    {workdir / 'plots' / 'loss.png'}")
     _log(f"TensorBoard  tensorboard --logdir={workdir / 'tensorboard'}")
     if step == config.train.steps:

@@ -51,7 +51,7 @@ def template_of(source, tokenizer):
 def model_of(tokenizer, files, one_device=None):
     config = replace(TINY, model__vocab_size=tokenizer.vocab_size, train__seq_len=256)
     return InferenceModel(
-        "runs/x", config, random_params(config.model), tokenizer, one_device, files
+        "runs/x", config, random_params(config.model), tokenizer, one_device, 256, files
     )
 
 

@@ -18,7 +18,8 @@ from llama_jax.data.loader import Batches, ValidationBatches, iterate
 from llama_jax.data.pipeline import open_data
 from llama_jax.data.prepare import prepare
 from llama_jax.data.reading import Reading
-from llama_jax.data.shards import TokenDataset, fingerprint, read_manifest, verify
+from llama_jax.data.shard_folder import fingerprint, read_manifest, verify
+from llama_jax.data.shards import TokenDataset
 from llama_jax.data.show_rows import Screen
 from llama_jax.data.sources import list_parts
 from llama_jax.data.templates import built_in

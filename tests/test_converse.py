@@ -25,7 +25,7 @@ CONFIG = replace(TINY, model__vocab_size=300, train__seq_len=64)
 
 @pytest.fixture
 def open_conversation(tokenizer, one_device):
-    model = InferenceModel(None, CONFIG, random_params(CONFIG.model), tokenizer, one_device)
+    model = InferenceModel(None, CONFIG, random_params(CONFIG.model), tokenizer, one_device, 64)
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
     template = ChatTemplate(TEMPLATE, "the template", tokenizer, tokens)
     with jax.set_mesh(one_device):

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.data.shards import encode_manifest
+from llama_jax.data.shard_folder import encode_manifest
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model import logits
 from tests.helpers import (

@@ -15,7 +15,7 @@ GREEDY = Sampling(max_tokens=10, temperature=0.0)
 
 def model_of(tokenizer, one_device):
     config = replace(TINY, model__vocab_size=tokenizer.vocab_size, train__seq_len=64)
-    return InferenceModel(None, config, random_params(config.model), tokenizer, one_device)
+    return InferenceModel(None, config, random_params(config.model), tokenizer, one_device, 64)
 
 
 def test_texts_go_in_and_come_out(tokenizer):

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import metrics
-from llama_jax import train as train_lib
+from llama_jax import loop, metrics
 from llama_jax.step import TrainState
 from llama_jax.train import train
 from tests.helpers import replace, text_config
@@ -119,7 +118,7 @@ def compiled_before_each_batch(
     config, workdir, names, monkeypatch, change=lambda step, batch: batch
 ):
     """Trains; what was compiled between the batches: [before the first, .., after the last]."""
-    stream = train_lib.stream
+    stream = loop.stream
     marks = []
 
     def marking(source, start, stop, *rest):
@@ -129,7 +128,7 @@ def compiled_before_each_batch(
                 batch = change(step, batch)
             yield batch
 
-    monkeypatch.setattr(train_lib, "stream", marking)
+    monkeypatch.setattr(loop, "stream", marking)
     train(config, workdir)
     ends = [0, *marks, len(names)]
     return [names[a:b] for a, b in itertools.pairwise(ends)]

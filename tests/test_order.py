@@ -13,6 +13,7 @@ from llama_jax.data import loader
 from llama_jax.data import shards as shards_lib
 from llama_jax.data.loader import Batches, SyntheticBatches, iterate, stream
 from llama_jax.data.reading import Example
+from llama_jax.data.shard_folder import FORMAT_VERSION, encode_manifest
 from llama_jax.data.shard_writer import ShardWriter
 from llama_jax.data.shards import TokenDataset
 from llama_jax.sharding import batch_sharding
@@ -34,7 +35,7 @@ def dataset_of(folder, tokenizer, lengths, shard_tokens, pack_len=0):
         writer.add(Example(np.arange(start, stop, dtype=np.int32), 1, b""))
     nothing = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
     manifest = {
-        "format_version": shards_lib.FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "settings": {"pack_len": pack_len},
         "vocab_size": 65_536,
         "tokenizer_sha256": tokenizer.fingerprint,
@@ -42,7 +43,7 @@ def dataset_of(folder, tokenizer, lengths, shard_tokens, pack_len=0):
         "splits": {"train": writer.finish(), "validation": nothing},
     }
     tokenizer.save(folder / "tokenizer.model")
-    (folder / "manifest.json").write_bytes(shards_lib.encode_manifest(manifest))
+    (folder / "manifest.json").write_bytes(encode_manifest(manifest))
     return TokenDataset.open(folder, "train")
 
 

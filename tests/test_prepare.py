@@ -17,7 +17,8 @@ from llama_jax.data import report as report_lib
 from llama_jax.data import shards as shards_lib
 from llama_jax.data.packing import pack_documents
 from llama_jax.data.prepare import prepare
-from llama_jax.data.shards import TokenDataset, read_manifest, verify
+from llama_jax.data.shard_folder import read_manifest, token_dtype, verify
+from llama_jax.data.shards import TokenDataset
 from llama_jax.errors import UserError
 from tests.helpers import ROOT, replace, text_config
 
@@ -88,8 +89,8 @@ def test_a_given_tokenizer_is_used(corpus, shards, tokenizer, tmp_path):
 
 
 def test_large_vocabularies_take_four_bytes():
-    assert shards_lib.token_dtype(65_536) == np.dtype("<u2")
-    assert shards_lib.token_dtype(65_537) == np.dtype("<u4")
+    assert token_dtype(65_536) == np.dtype("<u2")
+    assert token_dtype(65_537) == np.dtype("<u4")
 
 
 def test_what_is_prepared_already_is_kept(corpus, shards, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from llama_jax.config import default, from_config_dict
 from llama_jax.data import show, show_plot
 from llama_jax.data.prepare import prepare
-from llama_jax.data.shards import read_manifest
+from llama_jax.data.shard_folder import read_manifest
 from llama_jax.data.show_rows import Screen, legend, pieces, show_row, visible
 from llama_jax.errors import UserError
 from tests.helpers import one_line_error, replace, run_command, text_config

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from etils import epath
 
+from llama_jax import loop
 from llama_jax import train as train_lib
-from llama_jax.checkpoint import find_step
+from llama_jax.checkpoint import Meta, find_step
 from llama_jax.data.loader import SyntheticBatches
 from llama_jax.data.pipeline import TrainingData, open_data
 from llama_jax.data.shards import TokenDataset
@@ -26,7 +27,7 @@ from llama_jax.profiler import Profiler
 from llama_jax.sharding import batch_sharding
 from llama_jax.signals import StopRequest
 from llama_jax.skip_watch import SkipWatch
-from llama_jax.train import Instruments, run_loop, train
+from llama_jax.train import train
 from llama_jax.watchdog import Watchdog
 from tests.helpers import TINY, field_names, mesh_of, records, replace, text_config, with_adapters
 
@@ -99,14 +100,15 @@ class FakeRun:
     def run(self, state=FakeState(0)):
         profiler = Profiler(self.config.train.profile_window, epath.Path("none"))
         watch = (Goodput(None), Watchdog(0), SkipWatch(self.config, self.data, self, []))
-        instruments = Instruments(self, self, profiler, self.stop, *watch)
-        state = run_loop(self.compiled, state, self.data, self.config, instruments)
+        instruments = loop.Instruments(self, self, profiler, self.stop, *watch)
+        state = loop.run_loop(self.compiled, state, self.data, self.config, instruments, META)
         return state.step
 
     def steps_of(self, kind):
         return [event[1] for event in self.events if event[0] == kind]
 
 
+META = Meta(TINY, 0, "made up", b"")
 SHORT = replace(
     TINY,
     train__steps=6,
@@ -281,7 +283,7 @@ def test_stopped_and_resumed_equals_one_go(finished, config, tmp_path, monkeypat
     whole_dir, whole = finished
     shutil.copytree(whole_dir / "data", tmp_path / "run" / "data")
     counted = {"steps": 0}
-    stream = train_lib.stream
+    stream = loop.stream
 
     def stop_after_three(source, start, stop, *rest):
         for batch in stream(source, start, stop, *rest):
@@ -291,11 +293,11 @@ def test_stopped_and_resumed_equals_one_go(finished, config, tmp_path, monkeypat
                     signal.raise_signal(signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(train_lib, "stream", stop_after_three)
+    monkeypatch.setattr(loop, "stream", stop_after_three)
     first = train(config, tmp_path / "run")
     assert int(first.step) == 3
     assert find_step(tmp_path / "run").name == "3"
-    monkeypatch.setattr(train_lib, "stream", stream)
+    monkeypatch.setattr(loop, "stream", stream)
     other = replace(
         config,
         **dict(
@@ -396,7 +398,7 @@ def test_synthetic_data_trains_too(tmp_path, capsys):
 
 def stop_after(monkeypatch, steps):
     """Sends SIGTERM once so many batches were taken."""
-    stream = train_lib.stream
+    stream = loop.stream
 
     def stopping(source, start, *rest):
         for step, batch in enumerate(stream(source, start, *rest), start=start):
@@ -404,7 +406,7 @@ def stop_after(monkeypatch, steps):
                 signal.raise_signal(signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(train_lib, "stream", stopping)
+    monkeypatch.setattr(loop, "stream", stopping)
 
 
 def losses(workdir):
@@ -435,10 +437,10 @@ def test_streamed_data_needs_as_many_processes(corpus, tmp_path, monkeypatch):
     train(config, tmp_path / "run")
     data = open_data(config, epath.Path(tmp_path / "run" / "data"))
     saver = train_lib.Checkpointer(tmp_path / "run", config)
-    meta = train_lib.checkpoint_lib.load_meta(saver.folder(3))
+    meta = train_lib.load_meta(saver.folder(3))
     assert len(meta.positions) == 1
     two = dataclasses.replace(meta, positions=meta.positions * 2)
-    monkeypatch.setattr(train_lib.checkpoint_lib, "load_meta", lambda folder: two)
+    monkeypatch.setattr(train_lib, "load_meta", lambda folder: two)
     with pytest.raises(UserError, match=r"positions of 2 process\(es\), and there are 1"):
         train_lib.initial_state(None, saver, data, config)
     saver.close()

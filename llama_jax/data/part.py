@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from etils import epath
 
 from llama_jax.config import DataConfig
-from llama_jax.data import conversations, shards, templates
+from llama_jax.data import conversations, shard_folder, templates
 from llama_jax.data.reading import Example, Part, Reading
 from llama_jax.data.shard_writer import ShardWriter
 from llama_jax.data.sources import read
@@ -50,17 +50,17 @@ def write_part(
       OSError: the disk is full, or not writable.
     """
     path = epath.Path(folder)
-    tokenizer = Tokenizer.load(path / shards.TOKENIZER)
+    tokenizer = Tokenizer.load(path / shard_folder.TOKENIZER)
     writers = {
         split: ShardWriter(
             path, f"{split}-{index:05d}", tokenizer.vocab_size, data.shard_tokens, pack_len
         )
-        for split in shards.SPLITS
+        for split in shard_folder.SPLITS
     }
     reading = Reading()
     position = 0
     if data.template:
-        template = templates.open_choice(str(path / shards.TEMPLATE), tokenizer, {})
+        template = templates.open_choice(str(path / shard_folder.TEMPLATE), tokenizer, {})
         template = dataclasses.replace(template, name=f"the chat template {data.template}")
         stream = conversations.examples(part, data, template, pack_len, reading)
     else:

@@ -11,7 +11,8 @@ from llama_jax.config import Config
 from llama_jax.data import loader
 from llama_jax.data.mixture import parse_shares
 from llama_jax.data.prepare import prepare
-from llama_jax.data.shards import MANIFEST, TOKENIZER, TokenDataset
+from llama_jax.data.shard_folder import MANIFEST, TOKENIZER
+from llama_jax.data.shards import TokenDataset
 from llama_jax.data.sources import Reading, documents, named_sources
 from llama_jax.data.streaming import StreamingBatches
 from llama_jax.data.templates import BUILT_IN, end_ids, from_json, open_choice

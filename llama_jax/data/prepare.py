@@ -20,7 +20,7 @@ from typing import Any
 from etils import epath
 
 from llama_jax.config import Config, DataConfig
-from llama_jax.data import beam, shards, templates
+from llama_jax.data import beam, shard_folder, templates
 from llama_jax.data.mixture import parse_shares
 from llama_jax.data.part import report_name, write_part
 from llama_jax.data.reading import Part, Reading
@@ -65,7 +65,7 @@ def prepare(
     parts = {
         name: list_parts(source, config.data)
         for name, source in sources.items()
-        if not (output / name / shards.MANIFEST).exists()
+        if not (output / name / shard_folder.MANIFEST).exists()
     }
     tokenizer = functools.cache(lambda: _tokenizer(config, sources, output, log))
     reports = []
@@ -165,8 +165,8 @@ def _prepare_source(
     beam_options: str | None,
     log: Log,
 ) -> Report:
-    if (output / shards.MANIFEST).exists():
-        manifest = shards.read_manifest(output)
+    if (output / shard_folder.MANIFEST).exists():
+        manifest = shard_folder.read_manifest(output)
         old = manifest["settings"]
         changed = [name for name in {**old, **settings} if old.get(name) != settings.get(name)]
         if changed:
@@ -182,11 +182,11 @@ def _prepare_source(
     partial = output.parent / f"{output.name}.partial"
     _open_partial(partial, settings, parts, config, log)
     try:
-        if not (partial / shards.TOKENIZER).exists():
+        if not (partial / shard_folder.TOKENIZER).exists():
             model = tokenizer().model_bytes
-            write_atomically(partial / shards.TOKENIZER, model)
+            write_atomically(partial / shard_folder.TOKENIZER, model)
         if template:
-            write_atomically(partial / shards.TEMPLATE, template)
+            write_atomically(partial / shard_folder.TEMPLATE, template)
         _write_parts(config.data, settings["pack_len"], parts, partial, beam_options)
         manifest = _merge(settings, parts, partial)
         if not manifest["splits"]["train"]["documents"]:
@@ -206,7 +206,7 @@ def _prepare_source(
         if made_here and not any(output.parent.iterdir()):
             output.parent.rmdir()
         raise
-    write_atomically(partial / shards.MANIFEST, shards.encode_manifest(manifest))
+    write_atomically(partial / shard_folder.MANIFEST, shard_folder.encode_manifest(manifest))
     for path in [partial / PLAN, *(partial / report_name(i) for i in range(len(parts)))]:
         path.unlink()
     if output.exists():
@@ -252,8 +252,8 @@ def _tokenizer(config: Config, sources: dict[str, str], output: epath.Path, log:
         return tokenizer
     for name in filter(None, sources):
         for folder in (output / name, output / f"{name}.partial"):
-            if (folder / shards.TOKENIZER).exists():
-                return Tokenizer.load(folder / shards.TOKENIZER)
+            if (folder / shard_folder.TOKENIZER).exists():
+                return Tokenizer.load(folder / shard_folder.TOKENIZER)
     log(f"training a tokenizer of {size:,} ids on {config.data.source}")
     shares = dict.fromkeys(sources, 1 / len(sources))
     if config.data.mixture:
@@ -337,16 +337,16 @@ def _merge(settings: dict[str, Any], parts: list[Part], folder: epath.Path) -> d
         for reason, (count, first) in report.get(kind, {}).items():
             counts.setdefault(reason, [0, first])[0] += count
     splits: dict[str, dict[str, Any]] = {}
-    for split in shards.SPLITS:
+    for split in shard_folder.SPLITS:
         found = [report["splits"][split] for report in reports]
         splits[split] = {
             name: sum(one.get(name, 0) for one in found)
             for name in ("documents", "tokens", "answer_tokens", "text_bytes")
         }
         splits[split]["shards"] = [shard for one in found for shard in one["shards"]]
-    tokenizer = Tokenizer.load(folder / shards.TOKENIZER)
+    tokenizer = Tokenizer.load(folder / shard_folder.TOKENIZER)
     return {
-        "format_version": shards.FORMAT_VERSION,
+        "format_version": shard_folder.FORMAT_VERSION,
         "settings": settings,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_sha256": tokenizer.fingerprint,

@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from llama_jax.data.shards import SPLITS
+from llama_jax.data.shard_folder import SPLITS
 
 
 @dataclasses.dataclass(frozen=True)

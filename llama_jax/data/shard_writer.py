@@ -8,7 +8,7 @@ from etils import epath
 
 from llama_jax.data.packing import INDEX_DTYPE, pack_documents
 from llama_jax.data.reading import Example
-from llama_jax.data.shards import ends_sha256, token_dtype
+from llama_jax.data.shard_folder import ends_sha256, token_dtype
 
 
 class ShardWriter:

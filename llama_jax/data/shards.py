@@ -1,187 +1,30 @@
-"""Token shards on disk: the format, and a reader of ranges.
+"""Token shards: a reader of ranges, documents and packed sequences (format: `shard_folder`)."""
 
-A folder of shards holds
-  manifest.json          what is in it, with the checksum of every file, and one of its own
-  tokenizer.model        the tokenizer that made it
-  train-00000-000.bin    token ids, little-endian uint16 or uint32: BOS document EOS, one by one
-  train-00000-000.idx    where each document begins, in tokens, little-endian int64
-  train-00000-000.pack   with data.packing=best_fit: which pieces make a sequence (`pack_documents`)
-  train-00000-000.mask   with data.template: of each token a bit (the highest of a byte first), 1 if
-                         it is a target that counts
-  chat_template.json     with data.template: the template, in the form of tokenizer_config.json
-and the same for `validation`. The first number is the part of the source, the second counts its
-shards. A document lies in one shard.
-"""
-
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import os
 import threading
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from llama_jax.data.packing import INDEX_DTYPE
+from llama_jax.data.shard_folder import (
+    TEMPLATE,
+    TOKENIZER,
+    check_files,
+    fingerprint,
+    open_file,
+    read_manifest,
+    token_dtype,
+)
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.files import is_object_store
-
-FORMAT_VERSION = 2  # 1: no checksum of the manifest, none of the ends of files
-MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
-TEMPLATE = "chat_template.json"
-SPLITS = ("train", "validation")
-# What opening reads of each file's beginning and end: enough to tell one shard from another, and
-# little for 10,000 of them. Bytes between are read by `verify` only.
-END_BYTES = 4096
-_THREADS = 16
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type on disk that holds every id."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-def encode_manifest(manifest: dict[str, Any]) -> bytes:
-    """The manifest's file: its first key is the sha256 of the file, with nothing in that place."""
-    text = json.dumps({"sha256": "", **manifest} | {"sha256": ""}, indent=1) + "\n"
-    return text.replace('""', f'"{hashlib.sha256(text.encode()).hexdigest()}"', 1).encode()
-
-
-def _is_whole(data: bytes, manifest: dict[str, Any]) -> bool:
-    digest = str(manifest.get("sha256", ""))
-    return hashlib.sha256(data.replace(digest.encode(), b"", 1)).hexdigest() == digest
-
-
-def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
-    """The manifest of a folder of shards, checked for form.
-
-    Raises:
-      UserError: there is none, or it is damaged, of another version, or names files elsewhere.
-    """
-    path = epath.Path(folder) / MANIFEST
-    try:
-        data = path.read_bytes()
-        manifest = json.loads(data)
-    except FileNotFoundError as error:
-        raise UserError(f"no token shards in {folder}; make them with llama_jax.prepare") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    try:
-        version = manifest["format_version"]
-        if version not in (1, FORMAT_VERSION):
-            raise UserError(
-                f"{path} has format {version}, this version reads {FORMAT_VERSION}; prepare the "
-                "data again"
-            )
-        manifest["tokenizer_sha256"], manifest["vocab_size"], manifest["settings"]
-        for split in SPLITS:
-            for shard in manifest["splits"][split]["shards"]:
-                shard["tokens"], shard["documents"], shard["sha256"], shard["index_sha256"]
-                if epath.Path(shard["name"]).name != shard["name"]:
-                    raise UserError(f"{path} names a shard outside its folder: {shard['name']!r}")
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged: {error!r} is missing; prepare the data again"
-        ) from error
-    if version > 1 and not _is_whole(data, manifest):
-        raise UserError(
-            f"{path} is not as it was written: it is damaged, or was edited; restore it or prepare "
-            "the data again"
-        )
-    return manifest
-
-
-def source_folders(folder: epath.PathLike) -> dict[str, epath.Path]:
-    """The sources that are prepared in a folder: itself, called '', or folders below it, by name.
-
-    Raises:
-      UserError: there is none.
-    """
-    folder = epath.Path(folder)
-    if (folder / MANIFEST).exists():
-        return {"": folder}
-    found = {}
-    if folder.is_dir():
-        for path in sorted(folder.iterdir(), key=str):
-            if not path.name.endswith(".partial") and (path / MANIFEST).exists():
-                found[path.name] = path
-    if not found:
-        raise UserError(f"no token shards in {folder}; make them with llama_jax.prepare")
-    return found
-
-
-def fingerprint(manifest: dict[str, Any]) -> str:
-    """Identity of the tokens: sha256 over the checksums of all shards, tokenizer and template."""
-    parts = [manifest["tokenizer_sha256"]]
-    if template := manifest.get("template_sha256"):
-        parts.append(template)
-    for split in SPLITS:
-        for shard in manifest["splits"][split]["shards"]:
-            parts += [shard["sha256"], shard.get("pack_sha256", "")]
-            if "mask_sha256" in shard:
-                parts.append(shard["mask_sha256"])
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def verify(folder: epath.PathLike) -> list[str]:
-    """Names of files whose contents are not what the manifest says; reads everything.
-
-    Raises:
-      UserError: there is no manifest to compare with.
-    """
-    folder = epath.Path(folder)
-    manifest = read_manifest(folder)
-    expected = {TOKENIZER: manifest["tokenizer_sha256"]}
-    if "template_sha256" in manifest:
-        expected[TEMPLATE] = manifest["template_sha256"]
-    for split in SPLITS:
-        for shard in manifest["splits"][split]["shards"]:
-            expected[f"{shard['name']}.bin"] = shard["sha256"]
-            expected[f"{shard['name']}.idx"] = shard["index_sha256"]
-            if "pack_sha256" in shard:
-                expected[f"{shard['name']}.pack"] = shard["pack_sha256"]
-            if "mask_sha256" in shard:
-                expected[f"{shard['name']}.mask"] = shard["mask_sha256"]
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(lambda name: _sha256(folder / name), expected))
-    return [name for name, digest in zip(expected, found, strict=True) if digest != expected[name]]
-
-
-def _open(path: str) -> IO[bytes]:
-    """Unbuffered where it is local, for 10,000 files: epath's own `open` takes twice as long."""
-    return epath.Path(path).open("rb") if is_object_store(path) else open(path, "rb", 0)
-
-
-def ends_sha256(path: epath.PathLike, size: int) -> str:
-    """Checksum of the first and the last `END_BYTES` of a file of so many bytes.
-
-    Raises:
-      OSError: it cannot be read.
-    """
-    with _open(os.fspath(path)) as file:
-        digest = hashlib.sha256(file.read(END_BYTES))
-        file.seek(max(0, size - END_BYTES))
-        digest.update(file.read(END_BYTES))
-    return digest.hexdigest()
-
-
-def _sha256(path: epath.Path) -> str | None:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
-    except OSError:
-        return None
-    return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,36 +64,14 @@ class TokenDataset:
         """
         folder = epath.Path(folder)
         manifest = read_manifest(folder)
-        if _sha256(folder / TOKENIZER) != manifest["tokenizer_sha256"]:
-            raise UserError(
-                f"{folder / TOKENIZER} is not the tokenizer that made these shards; put back the "
-                f"one with sha256 {manifest['tokenizer_sha256']}, or prepare the data again"
-            )
-        template = manifest.get("template_sha256", "")
-        if template and _sha256(folder / TEMPLATE) != template:
-            raise UserError(
-                f"{folder / TEMPLATE} is missing, or not the template that made these shards; put "
-                "it back, or prepare the data again"
-            )
-        dtype = token_dtype(manifest["vocab_size"])
+        check_files(folder, manifest, split)
         shards = manifest["splits"][split]["shards"]
-        sizes = file_sizes(folder)
-        for shard in shards:
-            _check_size(folder, sizes, f"{shard['name']}.bin", shard["tokens"] * dtype.itemsize)
-            _check_size(
-                folder, sizes, f"{shard['name']}.idx", shard["documents"] * INDEX_DTYPE.itemsize
-            )
-            if "sequences" in shard:
-                _check_size(folder, sizes, f"{shard['name']}.pack", None)
-            if "mask_sha256" in shard:
-                _check_size(folder, sizes, f"{shard['name']}.mask", -(-shard["tokens"] // 8))
-        _check_ends(folder, sizes, shards)
         token_starts = np.cumsum([0, *(shard["tokens"] for shard in shards)])
         sequence_starts = np.cumsum([0, *(shard.get("sequences", 0) for shard in shards)])
         return cls(
             folder=folder,
             tokenizer_sha256=manifest["tokenizer_sha256"],
-            template_sha256=template,
+            template_sha256=manifest.get("template_sha256", ""),
             vocab_size=manifest["vocab_size"],
             n_tokens=int(token_starts[-1]),
             pack_len=manifest["settings"].get("pack_len", 0),
@@ -392,7 +213,7 @@ class _FileArray:
         self._local = not is_object_store(path)
         self._lock = threading.Lock()
         # Stays open as long as the cache below keeps it.
-        self._file = _open(path)
+        self._file = open_file(path)
         self._length = epath.Path(path).stat().length // self._dtype.itemsize
 
     def __len__(self) -> int:
@@ -412,50 +233,3 @@ class _FileArray:
 
 # Fewer than the files that a process may usually have open; the least recently used is closed.
 _open_array = functools.lru_cache(maxsize=256)(_FileArray)
-
-
-def file_sizes(folder: epath.Path) -> dict[str, int]:
-    """Bytes of each file of a folder, in one listing."""
-    if is_object_store(folder):
-        return {path.name: path.stat().length for path in folder.iterdir()}
-    with os.scandir(folder) as entries:
-        return {entry.name: entry.stat().st_size for entry in entries}
-
-
-def _check_size(folder: epath.Path, sizes: dict[str, int], name: str, expected: int | None) -> None:
-    if name not in sizes:
-        raise UserError(f"{folder / name} is missing; the manifest lists it")
-    if expected is not None and sizes[name] != expected:
-        raise UserError(
-            f"{folder / name} has {sizes[name]} bytes, the manifest says {expected}: it is "
-            "truncated or replaced; restore it or prepare the data again"
-        )
-
-
-def _check_ends(folder: epath.Path, sizes: dict[str, int], shards: list[dict[str, Any]]) -> None:
-    """Compares the ends of all files; shards of a version before have no checksums of theirs."""
-    expected = {
-        f"{shard['name']}.{kind}": digest
-        for shard in shards
-        for kind, digest in shard.get("ends_sha256", {}).items()
-    }
-
-    def first_other(names: list[str]) -> str:
-        for name in names:
-            try:
-                if ends_sha256(f"{folder}/{name}", sizes[name]) != expected[name]:
-                    return name
-            except OSError as error:
-                reason = error.strerror or error
-                raise UserError(f"cannot read {folder / name}: {reason}") from error
-        return ""
-
-    # Many files to a task: to hand over a single one takes longer than to read its ends.
-    names, each = list(expected), -(-len(expected) // _THREADS) or 1
-    parts = [names[start : start + each] for start in range(0, len(names), each)]
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        for name in filter(None, pool.map(first_other, parts)):
-            raise UserError(
-                f"{folder / name} is not the file that the manifest means: it is damaged or "
-                "replaced; restore it or prepare the data again"
-            )

@@ -12,8 +12,9 @@ import numpy as np
 from etils import epath
 
 from llama_jax.config import Config, DataConfig, ModelConfig, TrainConfig, from_json
-from llama_jax.data import shards
+from llama_jax.data import shard_folder
 from llama_jax.data.loader import Batches
+from llama_jax.data.packing import INDEX_DTYPE
 from llama_jax.data.pipeline import open_data
 from llama_jax.data.show_rows import Screen, counts_of_inputs, legend, show_row
 from llama_jax.data.tokenizer import Tokenizer
@@ -74,8 +75,8 @@ def open_look(folder: epath.PathLike, config: Config | None = None) -> Look:
             if getattr(saved.data, field) in (True, "synthetic"):
                 raise UserError(f"the data of {folder} {does}: there are no token shards to show")
         where = epath.Path(saved.data.path or folder / "data")
-    folders = shards.source_folders(where)
-    manifests = {name: shards.read_manifest(path) for name, path in folders.items()}
+    folders = shard_folder.source_folders(where)
+    manifests = {name: shard_folder.read_manifest(path) for name, path in folders.items()}
     of_a_run = config is not None
     config = _reading(config or _made_up(folders, manifests), where, list(folders))
     data = open_data(config, where)
@@ -97,7 +98,7 @@ def _made_up(folders: dict[str, epath.Path], manifests: dict[str, dict[str, Any]
     """A config for shards of which nothing else is known."""
     name, manifest = next(iter(manifests.items()))
     pack_len = manifest["settings"].get("pack_len", 0)
-    template = str(folders[name] / shards.TEMPLATE) if "template_sha256" in manifest else ""
+    template = str(folders[name] / shard_folder.TEMPLATE) if "template_sha256" in manifest else ""
     return Config(
         model=ModelConfig(vocab_size=manifest["vocab_size"]),
         data=DataConfig(packing="best_fit" if pack_len else "concat", template=template),
@@ -240,7 +241,7 @@ def document_lengths(folder: epath.Path, manifest: dict[str, Any]) -> np.ndarray
         shard = listed[number]
         path = folder / f"{shard['name']}.idx"
         try:
-            starts = np.frombuffer(path.read_bytes(), shards.INDEX_DTYPE)
+            starts = np.frombuffer(path.read_bytes(), INDEX_DTYPE)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path}: {error}") from error
         lengths = np.diff(starts, append=shard["tokens"])

@@ -5,7 +5,7 @@ import time
 import jax
 import numpy as np
 
-from llama_jax import train as train_lib
+from llama_jax import loop
 from llama_jax.train import train
 from tests.faults.test_disk import CONFIG, until
 from tests.helpers import records, replace
@@ -15,7 +15,7 @@ YEARS_S = 20 * 365 * 86_400
 
 def trained(workdir, monkeypatch, jump):
     """The batches, losses and last state of a run, with a jump before each batch."""
-    stream, folder = train_lib.stream, workdir / "checkpoints"
+    stream, folder = loop.stream, workdir / "checkpoints"
     batches = []
 
     def noted(source, start, *rest):
@@ -27,7 +27,7 @@ def trained(workdir, monkeypatch, jump):
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_lib, "stream", noted)
+        patch.setattr(loop, "stream", noted)
         config = replace(CONFIG, train__save_timeout=120, train__step_timeout=120)
         state = jax.device_get(train(config, workdir))
     losses = [(line["step"], line["loss"]) for line in records(workdir) if "loss" in line]

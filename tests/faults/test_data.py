@@ -12,18 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax import train as train_lib
+from llama_jax import loop
 from llama_jax.config import DataConfig
 from llama_jax.data.prepare import prepare
 from llama_jax.data.reading import Example
+from llama_jax.data.shard_folder import FORMAT_VERSION, SPLITS, encode_manifest, verify
 from llama_jax.data.shard_writer import ShardWriter
-from llama_jax.data.shards import (
-    FORMAT_VERSION,
-    SPLITS,
-    TokenDataset,
-    encode_manifest,
-    verify,
-)
+from llama_jax.data.shards import TokenDataset
 from llama_jax.errors import UserError
 from llama_jax.train import train
 from tests.faults.test_damage import cut, delete, empty, zero
@@ -61,7 +56,7 @@ def undisturbed(shards, tmp_path_factory):
 def test_a_shard_is_lost_in_the_middle_of_a_run(shards, undisturbed, tmp_path, monkeypatch, fault):
     """The file is named; when it is mended the same command ends where an undisturbed one does."""
     folder = shutil.copytree(shards, tmp_path / "shards")
-    stream = train_lib.stream
+    stream = loop.stream
 
     def disturbed(source, start, *rest):
         for number, batch in enumerate(stream(source, start, *rest), start + 1):
@@ -74,7 +69,7 @@ def test_a_shard_is_lost_in_the_middle_of_a_run(shards, undisturbed, tmp_path, m
 
     message = "ends early" if fault == "cut" else "Input/output error; when it can be read again"
     with monkeypatch.context() as patch:
-        patch.setattr(train_lib, "stream", disturbed)
+        patch.setattr(loop, "stream", disturbed)
         with pytest.raises(UserError, match=rf"train-00000-00\d.bin.*{message}"):
             train(config_on(folder), tmp_path / "run")
     for path in shards.iterdir():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from llama_jax import checkpointer as checkpointer_lib
-from llama_jax import manifest
+from llama_jax import loop, manifest
 from llama_jax import train as train_lib
 from llama_jax.checkpoint import Meta, verify
 from llama_jax.checkpointer import Checkpointer
@@ -136,7 +136,7 @@ def nothing_is_saving(folder):
 
 def during(monkeypatch, workdir, first, begin, last, end):
     """Runs `begin` and `end` as these batches are taken, between the saves in the background."""
-    stream, folder = train_lib.stream, workdir / "checkpoints"
+    stream, folder = loop.stream, workdir / "checkpoints"
 
     def disturbed(source, start, *rest):
         for step, batch in enumerate(stream(source, start, *rest), start=start + 1):
@@ -148,7 +148,7 @@ def during(monkeypatch, workdir, first, begin, last, end):
                 end()
             yield batch
 
-    monkeypatch.setattr(train_lib, "stream", disturbed)
+    monkeypatch.setattr(loop, "stream", disturbed)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own

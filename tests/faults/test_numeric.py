@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax import loop
 from llama_jax import train as train_lib
 from llama_jax.checkpoint import find_step
 from llama_jax.errors import UserError
@@ -104,7 +105,7 @@ def bad_from(monkeypatch, first, last):
     Returns:
       A dict that gets the time at which each of them was handed out.
     """
-    stream, handed = train_lib.stream, {}
+    stream, handed = loop.stream, {}
 
     def poisoning(source, start, stop, *rest):
         for step, batch in enumerate(stream(source, start, stop, *rest), start=start + 1):
@@ -113,7 +114,7 @@ def bad_from(monkeypatch, first, last):
                 batch = {**batch, "weights": batch["weights"] * jnp.nan}
             yield batch
 
-    monkeypatch.setattr(train_lib, "stream", poisoning)
+    monkeypatch.setattr(loop, "stream", poisoning)
     return handed
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from llama_jax import loop
 from llama_jax import train as train_lib
 from llama_jax.checkpoint import load_meta
 from llama_jax.checkpointer import Checkpointer
@@ -46,7 +47,7 @@ def config(corpus, shards):
 
 def poison(monkeypatch, *bad, before=lambda step: None):
     """The weights of the batches of these steps (from 1) are not numbers."""
-    stream = train_lib.stream
+    stream = loop.stream
 
     def poisoning(source, start, stop, *rest):
         for step, batch in enumerate(stream(source, start, stop, *rest), start=start + 1):
@@ -56,7 +57,7 @@ def poison(monkeypatch, *bad, before=lambda step: None):
                     batch = {**batch, "weights": batch["weights"] * jnp.nan}
             yield batch
 
-    monkeypatch.setattr(train_lib, "stream", poisoning)
+    monkeypatch.setattr(loop, "stream", poisoning)
 
 
 def run(config, workdir):
@@ -97,9 +98,7 @@ def test_it_goes_on_from_the_old_weights_with_the_new_batches(config, rewound, t
                 skips = dataclasses.replace(twin.skips, **placed)
                 at = jax.device_put(np.int32(AT), place)
                 twin = TrainState(at, twin.params, twin.opt_state, skips)
-            batch = next(
-                train_lib.stream(data.train, step, step + 1, compiled.batch_sharding, *shape)
-            )
+            batch = next(loop.stream(data.train, step, step + 1, compiled.batch_sharding, *shape))
             twin, _ = compiled.train(twin, batch)
     assert int(state.step) == STEPS
     assert_same(state, jax.device_get(twin))
@@ -236,7 +235,7 @@ def test_a_damaged_checkpoint_is_passed_over(config, tmp_path, monkeypatch, caps
 
         def unlike(saver, step, shardings):
             if step == 4:
-                raise train_lib.checkpoint_lib.DamagedCheckpoint("not what was saved")
+                raise train_lib.DamagedCheckpoint("not what was saved")
             return restore(saver, step, shardings)
 
         monkeypatch.setattr(Checkpointer, "restore", unlike)
