@@ -132,8 +132,10 @@ def with_base(
     return dataclasses.replace(state, frozen=base)
 
 
-def with_tokenizer(config: Config) -> Config:
+def with_tokenizer(config: Config, workdir: epath.Path) -> Config:
     """The config, whose tokenizer is that of the weights if it names no other.
+
+    A run of all weights goes on where they are gone: with the tokenizer that its folder has kept.
 
     Raises:
       UserError: they are not there, or have none, so that one would be trained, whose ids they do
@@ -143,6 +145,9 @@ def with_tokenizer(config: Config) -> Config:
     if not config.init_from or data.tokenizer or data.source == "synthetic":
         return config
     tokenizer = tokenizer_file(config.init_from)
+    kept = workdir / "tokenizer.model"  # as train writes it
+    if not tokenizer and not data.path and kept.exists():
+        tokenizer = str(kept)
     if not tokenizer and not data.path:  # prepared shards have their own
         _place(config.init_from)
         raise UserError(

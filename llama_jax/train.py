@@ -156,7 +156,8 @@ def run(
       UserError: the config does not fit the devices, the data, or what is in `workdir`.
       Stopped: SIGTERM or Ctrl-C came when there was nothing to save.
     """
-    workdir, config = epath.Path(workdir), with_tokenizer(config)
+    workdir = epath.Path(workdir)
+    config = with_tokenizer(config, workdir)
     began = time.monotonic() if began is None else began
     goodput = Goodput(None, began)
     mesh = make_mesh(config.mesh, config.dcn)

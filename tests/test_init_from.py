@@ -114,21 +114,33 @@ def test_weights_of_another_model_are_refused(config, bases):
         load_init(other, None)
 
 
-def test_the_tokenizer_comes_with_the_weights(config, bases, tokenizer):
+def test_the_tokenizer_comes_with_the_weights(config, bases, tokenizer, tmp_path):
+    folder = epath.Path(tmp_path)
     for kind in ("hf", "ckpt"):
-        begun = with_tokenizer(replace(config, init_from=f"{kind}:{bases / kind}"))
+        begun = with_tokenizer(replace(config, init_from=f"{kind}:{bases / kind}"), folder)
         assert begun.data.tokenizer == tokenizer_file(f"{kind}:{bases / kind}")
         assert epath.Path(begun.data.tokenizer).exists()
     nothing = replace(config, init_from=f"hf:{bases}")
-    assert with_tokenizer(replace(nothing, data__path="shards")).data.tokenizer == ""
+    assert with_tokenizer(replace(nothing, data__path="shards"), folder).data.tokenizer == ""
     with pytest.raises(UserError, match=r"without a tokenizer .* --config.data.tokenizer=FILE"):
-        with_tokenizer(nothing)
+        with_tokenizer(nothing, folder)
     step = f"ckpt:{bases / 'ckpt' / 'checkpoints' / '0'}"
-    begun = with_tokenizer(replace(config, init_from=step))
+    begun = with_tokenizer(replace(config, init_from=step), folder)
     assert Tokenizer.load(begun.data.tokenizer).fingerprint == tokenizer.fingerprint
     given = replace(config, init_from=f"hf:{bases / 'hf'}", data__tokenizer="mine.model")
-    assert with_tokenizer(given) == given
-    assert with_tokenizer(config) == config
+    assert with_tokenizer(given, folder) == given
+    assert with_tokenizer(config, folder) == config
+
+
+def test_a_run_goes_on_with_its_own_tokenizer_where_the_weights_are_gone(
+    config, tokenizer, tmp_path
+):
+    gone = replace(config, init_from="hf:/gone")
+    with pytest.raises(UserError, match="init_from=hf:/gone: /gone does not exist"):
+        with_tokenizer(gone, epath.Path(tmp_path))
+    tokenizer.save(tmp_path / "tokenizer.model")
+    kept = with_tokenizer(gone, epath.Path(tmp_path)).data.tokenizer
+    assert Tokenizer.load(kept).fingerprint == tokenizer.fingerprint
 
 
 @pytest.mark.parametrize("field", ["tokenizer", "path", "source"])
