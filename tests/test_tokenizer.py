@@ -107,6 +107,15 @@ def test_too_large_a_vocabulary_is_an_error():
         train_tokenizer(["abc abd"], 5000)
 
 
+def test_what_to_do_where_the_text_has_more_letters_than_ids():
+    letters = "".join(map(chr, range(0x4E00, 0x4E40)))
+    with pytest.raises(UserError) as caught:
+        train_tokenizer([letters] * 9, 300)
+    message = str(caught.value)
+    assert "smaller than required_chars" in message and "--character" not in message
+    assert message.endswith("; raise model.vocab_size, or name a tokenizer by data.tokenizer")
+
+
 def test_a_file_that_is_no_tokenizer(tmp_path):
     with pytest.raises(UserError, match=r"cannot read tokenizer .*missing.model"):
         Tokenizer.load(tmp_path / "missing.model")

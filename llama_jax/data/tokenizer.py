@@ -259,7 +259,10 @@ def train_tokenizer(
     except RuntimeError as error:
         # "INTERNAL: file(line) [condition] what is wrong"
         reason = str(error).strip().splitlines()[-1].rsplit("] ", 1)[-1]
+        # Its advice names flags that are not ours.
+        reason, small, _ = reason.partition(". Increase vocab_size")
+        mend = "; raise model.vocab_size, or name a tokenizer by data.tokenizer" if small else ""
         raise UserError(
-            f"cannot train a tokenizer of {vocab_size} ids on {len(pieces):,} lines: {reason}"
+            f"cannot train a tokenizer of {vocab_size} ids on {len(pieces):,} lines: {reason}{mend}"
         ) from error
     return Tokenizer(model.getvalue())
