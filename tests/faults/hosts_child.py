@@ -1,9 +1,8 @@
 """One process of test_hosts.py: goes on from the newest step, says its fingerprint and the hashes
 of the batches that come next, trains on them if it is told to, saves the step that is reached.
 
-Usage: python -m tests.faults.hosts_child WORKDIR SHARDS [train]
-
-with the environment of `processes`.
+Usage: python -m tests.faults.hosts_child WORKDIR SHARDS [train], with the environment of
+`processes`.
 """
 
 import hashlib
