@@ -8,6 +8,7 @@ import random
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -232,6 +233,19 @@ def start_train(
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, cwd=ROOT, env=mine, **pipes))
     return started
+
+
+def outputs_of(processes, timeout):
+    """What each process says until it ends, (stdout, stderr); whatever happens, none is left.
+
+    All are read at once: one with a full pipe stands still, and those that wait for it with it.
+    """
+    with ThreadPoolExecutor(len(processes)) as pool:
+        try:
+            return list(pool.map(lambda process: process.communicate(timeout=timeout), processes))
+        finally:
+            for process in processes:
+                process.kill()
 
 
 def without_gloo(output):

@@ -17,6 +17,7 @@ from tests.helpers import (
     TINY_FLAGS,
     flip_bit,
     one_line_error,
+    outputs_of,
     records,
     run_command,
     start_train,
@@ -247,7 +248,7 @@ def losses_of(workdir):
 def test_two_processes_train_as_one(corpus, tmp_path):
     flags = ("--config.train.steps=8", "--config.train.checkpoint_every=100")
     pair = start_train(corpus, tmp_path / "two", *flags, processes=2)
-    outputs = [process.communicate(timeout=300) for process in pair]
+    outputs = outputs_of(pair, 300)
     assert [process.returncode for process in pair] == [0, 0], outputs
     assert "start   2 processes, found by environment\n" in outputs[0][0]
     assert "on 8 cpu device(s), 2 process(es)" in outputs[0][0]
@@ -270,7 +271,7 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(corpus, tmp_path):
         assert time.monotonic() < deadline and all(p.poll() is None for p in pair)
         time.sleep(0.2)
     pair[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=200) for process in pair]
+    outputs = outputs_of(pair, 200)
     assert [process.returncode for process in pair] == [0, 0], outputs
     stopped = re.search(r"stopped at step (\d+), saved", outputs[0][0])[1]
     assert (tmp_path / "run" / "checkpoints" / stopped).exists()

@@ -24,6 +24,7 @@ from llama_jax.step import jit_step
 from tests.helpers import (
     frozen_base,
     mesh_of,
+    outputs_of,
     random_params,
     records,
     replace,
@@ -278,11 +279,7 @@ def test_two_processes_train_above_nf4_as_one(corpus, tokenizer, tmp_path):
         flags = [f"--config.{name}={value}" for name, value in fields.items()]
         flags.append(f"--config.init_from={kind}:{tmp_path / kind}")
         started = start_train(corpus, workdir, *flags, processes=processes)
-        try:
-            outputs = [process.communicate(timeout=300) for process in started]
-        finally:
-            for process in started:
-                process.kill()
+        outputs = outputs_of(started, 300)
         assert [process.returncode for process in started] == [0] * processes, outputs
         lines = (line for line in records(workdir) if "event" not in line)
         found = {one["step"]: one.get("loss", one.get("eval_loss")) for one in lines}

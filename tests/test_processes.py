@@ -10,7 +10,7 @@ import pytest
 
 from llama_jax import processes
 from llama_jax.errors import UserError
-from tests.helpers import ROOT, without_gloo
+from tests.helpers import ROOT, outputs_of, without_gloo
 
 PLAIN = {
     "JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234",
@@ -284,8 +284,7 @@ def test_two_processes_meet_and_all_devices_are_used(kind):
         "environment": "JAX_PROCESS_ID",
     }[kind]
     pair = [launch(120, {**shared, index: str(number)}) for number in range(2)]
-    for number, process in enumerate(pair):
-        output, errors = process.communicate(timeout=200)
+    for number, (output, errors) in enumerate(outputs_of(pair, 200)):
         assert without_gloo(output) == [f"{kind} {number} 2 4 all"], errors
 
 
@@ -306,8 +305,8 @@ def test_processes_that_do_not_meet_say_so_in_one_line():
         there["JAX_COORDINATOR_ADDRESS"]: launch(1, {**there, "JAX_PROCESS_ID": "1"}),
         "the first of the nodes node[01-04]": launch(1, SLURM),
     }
-    for place, process in started.items():
-        output, errors = process.communicate(timeout=60)
+    outputs = outputs_of(list(started.values()), 60)
+    for (place, process), (output, errors) in zip(started.items(), outputs, strict=True):
         assert process.returncode == 1 and output == "", errors
         assert errors.startswith("error: the ") and len(errors.splitlines()) == 1, errors
         assert place in errors and "within 1 s" in errors

@@ -26,7 +26,7 @@ from llama_jax.checkpoint import CHECKPOINTS, find_step, load_meta
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.retention import saved_steps
 from llama_jax.step import jit_step
-from tests.helpers import mesh_of, records, start_train, write_corpus
+from tests.helpers import mesh_of, outputs_of, records, start_train, write_corpus
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)  # kills are what cannot be prepared for
 
@@ -53,7 +53,7 @@ def run_to_end(corpus, workdir, flags, processes, devices):
     """Returns the seconds that it took."""
     began = time.monotonic()
     running = start_train(corpus, workdir, *flags, processes=processes, devices=devices)
-    outputs = [process.communicate(timeout=1200) for process in running]
+    outputs = outputs_of(running, 1200)
     if any(process.returncode for process in running):
         raise AssertionError(outputs)
     return time.monotonic() - began
@@ -84,7 +84,7 @@ def disturb(corpus, workdir, flags, processes, devices, rng, steps):
     finished = all(process.poll() == 0 for process in running)
     if not finished:
         victim.send_signal(number)
-    outputs = [process.communicate(timeout=240) for process in running]
+    outputs = outputs_of(running, 240)
     statuses = [process.returncode for process in running]
     # Before our handler is there, SIGTERM just ends a process.
     if number == signal.SIGTERM and processes == 1 and set(statuses) - {0, -number}:

@@ -17,7 +17,7 @@ from llama_jax.data.pipeline import open_data
 from llama_jax.step import jit_step
 from tests.faults.failing_child import FAULTS
 from tests.faults.test_damage import files_of
-from tests.helpers import QUICK, ROOT, flip_bit, mesh_of, records, text_config
+from tests.helpers import QUICK, ROOT, flip_bit, mesh_of, outputs_of, records, text_config
 from tests.test_processes import free_port
 
 DEVICES = 8
@@ -48,11 +48,7 @@ def run(workdir, processes, child="hosts_child", *arguments, timeout=300):
             text=True,
         )
         children.append(started)
-    try:
-        outputs = [each.communicate(timeout=timeout) for each in children]
-    finally:
-        for each in children:
-            each.kill()
+    outputs = outputs_of(children, timeout)
     assert [each.returncode for each in children] == [0] * processes, outputs
     return [out for out, _ in outputs]
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.helpers import start_train
+from tests.helpers import outputs_of, start_train
 
 ENDLESS = ("--config.train.steps=100000", "--config.train.checkpoint_every=100000")
 NO_EVAL = "--config.train.eval_every=100000"
@@ -22,22 +22,17 @@ def read_until(process, pattern):
     raise AssertionError(f"ended without {pattern}: {process.stderr.read()}")
 
 
-def end(process, timeout=90):
+def end_all(processes, timeout=90):
     began = time.monotonic()
-    try:
-        out, errors = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
+    outputs = outputs_of(processes, timeout)
     print(f"it took {time.monotonic() - began:.1f} s to end")
-    return process.returncode, out, errors
+    return [
+        (process.returncode, *output) for process, output in zip(processes, outputs, strict=True)
+    ]
 
 
-def end_all(processes):
-    try:
-        return [end(process) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+def end(process, timeout=90):
+    return end_all([process], timeout)[0]
 
 
 def stopped_at(out):
