@@ -134,8 +134,9 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
     chip = topology.chip
     options: dict[str, Any]
     # Read when a compiler is loaded: with less, it would not tell when it works around shardings.
-    os.environ |= {"TPU_MIN_LOG_LEVEL": "1", "TPU_STDERR_LOG_LEVEL": "1"}
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "1"
+    variables = dict.fromkeys(
+        ("TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL", "TF_CPP_MIN_LOG_LEVEL"), "1"
+    )
     if chip.torus:
         options = {"platform": "tpu", "topology_name": topology.slice_name}
         if chip.name == "v4":
@@ -143,10 +144,13 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
         if topology.slices > 1:
             options["num_slices"] = topology.slices
         # The compiler alone, without asking a cloud where it runs.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "")
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        alone = {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "TPU_ACCELERATOR_TYPE": "",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+        }
+        variables |= {name: os.environ.get(name, value) for name, value in alone.items()}
     else:
         options = {
             "platform": "cuda",
@@ -154,7 +158,7 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
             "target_config": target_config(chip),
         }
     try:
-        with captured():
+        with _environment(variables), captured():
             described = topologies.get_topology_desc(**options)
     except Exception as error:  # JAX and the plugins raise what they like
         reason = first_line(error)
@@ -163,6 +167,21 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
         hint = f"; pip install '.[{extra}]' brings its compiler" if missing else ""
         raise UserError(f"no topology {topology}: {reason}{hint}") from error
     return list(described.devices)
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Sets variables for as long: `processes` would take those of TPUs for a host of theirs."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def target_config(chip: Chip) -> str:

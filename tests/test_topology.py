@@ -1,3 +1,4 @@
+import contextlib
 import importlib.util
 import os
 import re
@@ -108,6 +109,17 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch, name, extra):
 def test_without_the_compiler_of_gpus():
     with pytest.raises(UserError, match=re.escape("pip install '.[cuda13]'")):
         topology_devices(parse_topology("h100:8"))
+
+
+@pytest.mark.parametrize("name", ["v5p-8", "h100:8"])
+def test_the_environment_stays_as_it_was(name, monkeypatch):
+    """Else what this process starts later would take itself for a TPU host."""
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
+    before = dict(os.environ)
+    with contextlib.suppress(UserError):  # where the compiler is missing
+        topology_devices(parse_topology(name))
+    assert dict(os.environ) == before
 
 
 def test_what_a_library_writes_is_kept():
