@@ -49,10 +49,10 @@ format: .venv/.installed-dev  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 
 slow: .venv/.installed-dev  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal -q $(PYTEST_ARGS)
+	TEST_XLA_FLAGS= $(BIN)/python -m pytest -m slow -n 2 --dist worksteal -q $(PYTEST_ARGS)
 
 parity: .venv/.installed-parity  ## live comparison with transformers on torch
-	$(BIN)/python -m pytest -m parity -q $(PYTEST_ARGS)
+	TEST_XLA_FLAGS= $(BIN)/python -m pytest -m parity -q $(PYTEST_ARGS)
 
 # Beam wants older versions of some libraries than constraints.txt has: an environment of its own.
 .venv-beam/.installed: setup.py

@@ -6,7 +6,6 @@ import signal
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 # One cache for this run: its workers and the commands that it starts share compiled programs.
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -20,6 +19,10 @@ import jax
 import pytest
 
 from tests import helpers
+
+# `make parity` and `make slow` compile as a run does; JAX reads it with the first use of a device.
+QUICK = os.environ.get("TEST_XLA_FLAGS", helpers.QUICK)
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
 
 
 @pytest.fixture(scope="session")

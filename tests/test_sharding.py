@@ -17,7 +17,7 @@ from llama_jax.mesh import AXES
 from llama_jax.optim import make_optimizer
 from llama_jax.sharding import PARAM_SPECS, activation_spec, constrain, param_specs, state_shardings
 from llama_jax.step import abstract_state, train_step
-from tests.helpers import ROOT, TINY, mesh_of, random_batch, replace
+from tests.helpers import QUICK, ROOT, TINY, mesh_of, random_batch, replace
 from tests.test_config import load
 
 
@@ -204,7 +204,7 @@ def rematerialized(shapes, unpinned=False, packed=False, **changes):
             "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings, which the tests elsewhere don't show
             "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is not compiled warns of nothing
             # The partitioner is the same; what follows it is not needed here.
-            "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_backend_optimization_level=0",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {QUICK}",
         },
         capture_output=True,
         text=True,
