@@ -19,7 +19,7 @@ class Watchdog:
     def __init__(self, timeout_s: float) -> None:
         """Watches nothing until the first `beat`; `timeout_s` of 0 never does."""
         self._timeout_s = timeout_s
-        self._what, self._left_s = "", 0.0
+        self._sign = ("", 0.0)  # of life: what is done, and how long it may take
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -28,19 +28,23 @@ class Watchdog:
 
     def beat(self, what: str, *, compiles: bool = False) -> None:
         """Says that the process lives, and what it does next: compiling has ten times as long."""
-        self._what, self._left_s = what, self._timeout_s * (10 if compiles else 1)
+        self._sign = (what, self._timeout_s * (10 if compiles else 1))
         if self._timeout_s and not self._thread.is_alive():
             self._thread.start()
 
     def _watch(self) -> None:
+        # The time left is this thread's alone: counted down in both, a beat could be lost.
+        seen, left_s = None, 0.0
         while not self._ended.wait(TICK_S):
-            self._left_s -= TICK_S
-            if self._left_s <= 0:
-                self._give_up()
+            sign = self._sign
+            left_s = left_s - TICK_S if sign is seen else sign[1]
+            seen = sign
+            if left_s <= 0:
+                self._give_up(sign[0])
 
-    def _give_up(self) -> None:
+    def _give_up(self, what: str) -> None:
         print(
-            f"error: no sign of life in {self._what} for longer than {self._timeout_s:g} s (where "
+            f"error: no sign of life in {what} for longer than {self._timeout_s:g} s (where "
             "it compiles, ten times that); another process of the job may have died or hang. The "
             "stacks of this process follow. The same command goes on from the last checkpoint; if "
             "it is only slow, with a larger train.step_timeout",

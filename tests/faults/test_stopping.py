@@ -25,7 +25,7 @@ def read_until(process, pattern):
 def end_all(processes, timeout=90):
     began = time.monotonic()
     outputs = outputs_of(processes, timeout)
-    print(f"it took {time.monotonic() - began:.1f} s to end")
+    print(f"it took {time.monotonic() - began:.1f} s to end", *(errors for _, errors in outputs))
     return [
         (process.returncode, *output) for process, output in zip(processes, outputs, strict=True)
     ]
