@@ -100,8 +100,9 @@ def run_loop(
     eval -> save -> next batch -> step -> log the previous step. Saving comes before the batches
     move, so that state and data position always agree; logging reads a step whose successor is
     already running, so that the device never waits for the host. Nothing else in the loop waits for
-    the device, and no array is moved behind its back: an implicit transfer is an error. A profile
-    starts and stops before all of that, off the clock; a rewind comes last, and is saved at once.
+    the device but the first step, which compiles on every process; and no array is moved behind its
+    back: an implicit transfer is an error. A profile starts and stops before all of that, off the
+    clock; a rewind comes last, and is saved at once.
     """
     train = config.train
     i = instruments
@@ -127,8 +128,7 @@ def run_loop(
     log.start(start)
     read, rewound = watch.at_start(state), False
     for step in range(start, train.steps + 1):
-        # What the first step does is waited for in the second.
-        i.watchdog.beat(f"step {step + 1}", compiles=step <= start + 1)
+        i.watchdog.beat(f"step {step + 1}", compiles=step == start)
         if profiler.turns(step + 1):
             read = log.flush() or read
             profiler.turn(step + 1, state)
@@ -152,10 +152,11 @@ def run_loop(
         with profiler.step(step + 1):
             with goodput.phase("data"):
                 batch = next(batches)
-            # The first call compiles, and returns when the step is under way.
             first = goodput.phase("compile") if step == start else contextlib.nullcontext()
             with jax.transfer_guard("disallow"), first:
                 state, step_metrics = compiled.train(state, batch)
+                if step == start:  # the other processes compile, too, and may take longer
+                    jax.block_until_ready(step_metrics)
         if (step + 1) % train.log_every == 0:
             extra = {**_epoch_metrics(data, step + 1), "goodput": goodput.fraction()}
             read = log.push(step + 1, {**step_metrics, **extra}) or read
