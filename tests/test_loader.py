@@ -235,6 +235,21 @@ def test_a_damaged_shard_is_a_clear_error_through_tf_data(batches):
             next(found)
 
 
+def test_no_tuner_is_left_to_sleep_at_the_end(batches, monkeypatch):
+    """It made some ends of an evaluation of 14 s last for 9 s: too rare to be waited for here."""
+    import tensorflow as tf
+
+    tuned, numpy_iterator = [], tf.data.Dataset.as_numpy_iterator
+
+    def as_numpy_iterator(dataset):
+        tuned.append(dataset.options().autotune.enabled)
+        return numpy_iterator(dataset)
+
+    monkeypatch.setattr(tf.data.Dataset, "as_numpy_iterator", as_numpy_iterator)
+    assert len(list(iterate(batches, range(BATCH), 0, 3))) == 3
+    assert tuned == [False]
+
+
 def test_a_shard_that_is_cut_while_it_is_read(shards, tmp_path):
     """A file stays open; what it no longer holds must not become padding of weight 0."""
     folder = shutil.copytree(shards, tmp_path / "shards")

@@ -339,8 +339,12 @@ def iterate(
     dataset = tf.data.Dataset.range(start, stop).map(
         load, num_parallel_calls=PREFETCH, deterministic=True
     )
+    # With all sizes given there is nothing to tune; and at the end of an iterator its tuner can
+    # miss the signal to stop, and sleeps on: up to as long as the iterator has lived, or 60 s.
+    options = tf.data.Options()
+    options.autotune.enabled = False
     try:
-        yield from dataset.prefetch(PREFETCH).as_numpy_iterator()
+        yield from dataset.prefetch(PREFETCH).with_options(options).as_numpy_iterator()
     except tf.errors.OpError:
         if failures:
             raise failures[0] from None

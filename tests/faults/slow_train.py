@@ -1,6 +1,7 @@
 """`python -m llama_jax.train` of which one phase takes long, and says so: `phase PHASE`.
 
-SLOW_PHASE is restore, compile, evaluate (each batch of it) or save; SLOW_SECONDS is how long.
+SLOW_PHASE is restore, compile, evaluate (each batch of it) or save; SLOW_SECONDS is how long;
+SLOW_PROCESS is the process that it takes long, default: each.
 """
 
 import dataclasses
@@ -13,6 +14,8 @@ from llama_jax import manifest, step
 from llama_jax.checkpointer import Checkpointer
 
 PHASE, SECONDS = os.environ["SLOW_PHASE"], float(os.environ["SLOW_SECONDS"])
+if os.environ.get("SLOW_PROCESS", "") not in ("", os.environ.get("JAX_PROCESS_ID", "")):
+    SECONDS = 0.0
 
 
 def slow(function):

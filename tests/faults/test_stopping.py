@@ -268,6 +268,15 @@ def test_a_process_that_hangs_is_noticed(tmp_path, victim):
 
 
 @pytest.mark.slow
+def test_a_process_that_compiles_longer_than_the_other(corpus, tmp_path):
+    """The other one waits for it, and nobody hangs."""
+    flags = (NO_EVAL, "--config.train.step_timeout=5", "--config.train.steps=4")
+    slow = {"processes": 2, "SLOW_PROCESS": "1"}
+    ends = end_all(start_slow("compile", 12, corpus, tmp_path / "run", *flags, **slow))
+    assert [status for status, _, _ in ends] == [0, 0], ends
+
+
+@pytest.mark.slow
 def test_an_evaluation_longer_than_the_time_for_a_step(corpus, tmp_path):
     flags = ("--config.train.step_timeout=10", "--config.train.eval_every=3")
     flags += ("--config.train.eval_batches=9", "--config.train.steps=3")
@@ -275,7 +284,7 @@ def test_an_evaluation_longer_than_the_time_for_a_step(corpus, tmp_path):
     began = time.monotonic()
     (process,) = start_slow("evaluate", 1.5, corpus, tmp_path / "run", *flags)
     status, out, errors = end(process, 200)
-    assert status == 0 and errors == ""
+    assert (status, errors) == (0, "")
     assert out.count("eval_loss") == 1 and time.monotonic() - began > 13
 
 
