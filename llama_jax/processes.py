@@ -22,6 +22,8 @@ from llama_jax.errors import UserError
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # Seconds without a sign of life after which a process is taken for dead, and all others end.
 HEARTBEAT_S = 25
+# Seconds in which all of them have to be started.
+MEETING_S = 300
 # What Slurm sets for a task that `srun` started; a batch script alone has no SLURM_STEP_NODELIST.
 _SLURM_TASK = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 
@@ -45,7 +47,7 @@ class Job:
     arguments: dict[str, Any]
 
 
-def start_processes(timeout_s: int = 300) -> str:
+def start_processes(timeout_s: int = MEETING_S) -> str:
     """Joins the other processes of the job, where the environment names any.
 
     Args:

@@ -24,6 +24,7 @@ from etils import epath
 
 from llama_jax.checkpoint import CHECKPOINTS, find_step, load_meta
 from llama_jax.checkpointer import Checkpointer
+from llama_jax.processes import MEETING_S
 from llama_jax.retention import saved_steps
 from llama_jax.step import jit_step
 from tests.helpers import mesh_of, outputs_of, records, start_train, write_corpus
@@ -84,7 +85,8 @@ def disturb(corpus, workdir, flags, processes, devices, rng, steps):
     finished = all(process.poll() == 0 for process in running)
     if not finished:
         victim.send_signal(number)
-    outputs = outputs_of(running, 240)
+    # One that is killed before they have met is waited for.
+    outputs = outputs_of(running, MEETING_S + 60)
     statuses = [process.returncode for process in running]
     # Before our handler is there, SIGTERM just ends a process.
     if number == signal.SIGTERM and processes == 1 and set(statuses) - {0, -number}:
