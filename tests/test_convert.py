@@ -539,6 +539,7 @@ def test_places(text):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_7b_takes_less_than_4_gb(tmp_path):
     """In and out again.
 

@@ -10,6 +10,7 @@ from tests.helpers import run_command
 
 
 @pytest.mark.slow
+@pytest.mark.long  # the whole training: ten minutes
 def test_the_tiny_config_learns_python(tmp_path):
     flags = ("--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}")
     process = run_command("train", *flags, timeout=1500)

@@ -45,7 +45,7 @@ def kill_inside_a_save(workdir, choose):
     return max([done, *later])
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_killed_inside_a_save(tmp_path, kills):
     """What was saved is there, bit by bit; what was half saved is gone, and counts for nothing."""
     choose, directory = random.Random(kills), tmp_path / "checkpoints"

@@ -12,6 +12,7 @@ def test_killed_and_resumed_bit_for_bit(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_many_kills(corpus, tmp_path, processes):
     sent, equal = soak(corpus, tmp_path, kills=4, processes=processes, seed=1)
