@@ -255,7 +255,7 @@ def test_slurm_dry_run():
     output = run("slurm.sbatch", *options, *TRAIN, SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="8").stdout
     assert shlex.split(output) == [
         *("launch/retry.sh", "--restarts=2", "--backoff=10", "--stop=scancel --signal=TERM 7"),
-        *("--", "srun", "--kill-on-bad-exit=1", "--label", "--cpus-per-task=8"),
+        *("--", "srun", "--kill-on-bad-exit=0", "--wait=60", "--label", "--cpus-per-task=8"),
         *(sys.executable, "-m", "llama_jax.train", "--stopped_status=75", *TRAIN),
     ]
     process = run("slurm.sbatch", "--", *TRAIN, check=False)

@@ -30,7 +30,7 @@ def slurm(tmp_path_factory):
     if shutil.which("slurmctld") is None:
         pytest.fail("Slurm is not installed; `make slurm` does that")
     folder = tmp_path_factory.mktemp("slurm")
-    env = {**os.environ, "PYTHON": sys.executable, "SLURM_CONF": str(folder / "slurm.conf")}
+    env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
 
     def run(*command):
@@ -47,11 +47,12 @@ def slurm(tmp_path_factory):
         subprocess.run([CLUSTER, "stop", str(folder)], env=env, check=True, timeout=60)
 
 
-def submit(slurm, tmp_path, steps, *flags, restarts=10):
+def submit(slurm, tmp_path, steps, *flags, restarts=10, python=sys.executable):
     """Queues a run; returns the job and its log."""
     log = tmp_path / "job.log"
     flags = [*FLAGS, f"--workdir={tmp_path / 'run'}", f"--config.train.steps={steps}", *flags]
     sbatch = ("sbatch", "--parsable", "--ntasks-per-node=2", f"--output={log}")
+    sbatch += (f"--export=ALL,PYTHON={python}",)
     script = ("launch/slurm.sbatch", f"--restarts={restarts}", "--backoff=1", "--")
     return slurm(*sbatch, *script, *flags), log
 
@@ -80,6 +81,21 @@ def wait_for_state(slurm, job, state, also="", seconds=120):
         time.sleep(0.5)
 
 
+def python_that_ends_late(folder):
+    """An interpreter that takes 5 s to end in task 0, as on a busy machine."""
+    script = folder / "python"
+    script.write_text(f"""#!/usr/bin/env bash
+trap : TERM  # the interpreter gets it too, and saves
+{sys.executable} "$@"
+status=$?
+trap - TERM
+[[ $SLURM_PROCID != 0 ]] || sleep 5
+exit $status
+""")
+    script.chmod(0o700)
+    return script
+
+
 def tasks_of(workdir):
     """The training processes, by their command lines."""
     found = []
@@ -105,7 +121,7 @@ def test_two_tasks_train_to_the_end(slurm, tmp_path):
 
 
 def test_a_job_survives_a_killed_task_and_its_time_limit(slurm, tmp_path):
-    job, log = submit(slurm, tmp_path, 1_000_000)
+    job, log = submit(slurm, tmp_path, 1_000_000, python=python_that_ends_late(tmp_path))
     wait_for(r"step +40/", log)
     tasks = tasks_of(tmp_path / "run")
     assert len(tasks) == 2
