@@ -3,6 +3,7 @@
 Samples are sequences of one length, so shares of samples are shares of tokens.
 """
 
+import math
 from collections.abc import Mapping
 from fractions import Fraction
 
@@ -68,9 +69,7 @@ def _counts(shares: list[Fraction]) -> list[int]:
 
     Every source gets at least one, so that none is silently left out.
     """
-    period = int(np.lcm.reduce([share.denominator for share in shares], dtype=object))
-    if period > MAX_PERIOD:
-        period = MAX_PERIOD
+    period = min(MAX_PERIOD, math.lcm(*(share.denominator for share in shares)))
     exact = [share * period for share in shares]
     counts = [max(1, int(value)) for value in exact]
     by_remainder = sorted(range(len(shares)), key=lambda i: (int(exact[i]) - exact[i], i))
