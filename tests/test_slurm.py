@@ -51,8 +51,8 @@ def submit(slurm, tmp_path, steps, *flags, restarts=10, python=sys.executable):
     """Queues a run; returns the job and its log."""
     log = tmp_path / "job.log"
     flags = [*FLAGS, f"--workdir={tmp_path / 'run'}", f"--config.train.steps={steps}", *flags]
-    sbatch = ("sbatch", "--parsable", "--ntasks-per-node=2", f"--output={log}")
-    sbatch += (f"--export=ALL,PYTHON={python}",)
+    export = f"--export=ALL,PYTHON={python}"
+    sbatch = ("sbatch", "--parsable", "--ntasks-per-node=2", export, f"--output={log}")
     script = ("launch/slurm.sbatch", f"--restarts={restarts}", "--backoff=1", "--")
     return slurm(*sbatch, *script, *flags), log
 
