@@ -134,9 +134,10 @@ def test_a_job_survives_a_killed_task_and_its_time_limit(slurm, tmp_path):
     slurm("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
     (stopped,) = wait_for(r"stopped at step (\d+), saved", log)
     wait_for(f"saved; queueing job {job} again", log)
-    # Slurm would wait for two minutes, counted from when the job has wholly left its node.
+    # Slurm would wait for two minutes, counted from when the job has wholly left its node. Within
+    # the same second a node takes the new start for the old one ("already killed, do not launch").
     wait_for_state(slurm, job, "PENDING", "Reason=BeginTime")
-    slurm("scontrol", "update", f"jobid={job}", "StartTime=now")
+    slurm("scontrol", "update", f"jobid={job}", "StartTime=now+3")
     assert wait_for(r"resume  from step (\d+)", log, 2)[1] == stopped
 
     slurm("scancel", job)  # ends it for good, saved
