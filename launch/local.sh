@@ -127,8 +127,12 @@ while ((${#left[@]})); do
       running+=("$pid")
       continue
     fi
-    wait "$pid"
-    code=$?
+    seen=-1
+    while ((seen != signals)); do # a signal ends `wait` early, with a status of its own
+      seen=$signals
+      wait "$pid"
+      code=$?
+    done
     if ((code && !status)); then
       status=$code
       echo "local: process $pid ended with exit status $code; ending the others" >&3

@@ -45,9 +45,9 @@ if [[ $dry_run ]]; then
   exit 0
 fi
 
-stopped='' child='' pausing=''
+stopped='' interrupted='' child='' pausing=''
 stop() {
-  stopped=1
+  stopped=1 interrupted=1
   if [[ $stop_command && ! $pausing ]]; then
     $stop_command
   elif [[ $child ]]; then
@@ -61,10 +61,11 @@ while :; do
   began=$SECONDS
   "$@" &
   child=$!
-  wait "$child"
-  status=$?
-  # A signal ends `wait` before the child has ended.
-  while kill -0 "$child" 2>/dev/null; do
+  # A signal ends `wait` early, with a status of its own. Asked once more, it gives that of the
+  # child, even if the child has ended since.
+  interrupted=1
+  while [[ $interrupted ]]; do
+    interrupted=
     wait "$child"
     status=$?
   done
