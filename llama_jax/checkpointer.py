@@ -142,6 +142,7 @@ class Checkpointer(Restorer):
         try:
             if jax.process_index() == 0:
                 self._directory.mkdir(parents=True, exist_ok=True)
+                self._clean()
                 self._probe()
             if is_object_store(self._directory):
                 return ""
@@ -203,7 +204,7 @@ class Checkpointer(Restorer):
             if not self._meeting.failed:  # the others do not know yet
                 with contextlib.suppress(*SAVE_ERRORS):
                     self._meeting.wait(first_line(error))
-            self._clean(step)
+            self._clean()
             self._warn(step, first_line(error))
             return
         finally:
@@ -211,11 +212,13 @@ class Checkpointer(Restorer):
         if jax.process_index() == 0:
             self._retain()
 
-    def _clean(self, step: int) -> None:
-        """Frees what a failed save holds of a disk that may be full."""
+    def _clean(self) -> None:
+        """Frees what failed saves hold of a disk that may be full."""
         if jax.process_index() == 0:
-            with contextlib.suppress(OSError):  # it is tried again at the next start
-                retention.clean(self._directory, step)
+            # Tensorstore may write a while after orbax has given up, and keep a folder from being
+            # removed; the next save and the next start try again.
+            with contextlib.suppress(OSError):
+                retention.clean(self._directory)
 
     def _retain(self) -> None:
         try:

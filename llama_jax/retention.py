@@ -130,14 +130,9 @@ def set_aside(folder: epath.Path) -> epath.Path:
     return folder.rename(target)
 
 
-def clean(directory: epath.Path, step: int | None = None) -> list[str]:
-    """Removes what unfinished saves and deletions left (of one step, or all); returns the names."""
-    found = [
-        entry
-        for entry in directory.iterdir()
-        if _UNFINISHED.fullmatch(entry.name)
-        and (step is None or entry.name.split(".")[0] == str(step))
-    ]
+def clean(directory: epath.Path) -> list[str]:
+    """Removes what unfinished saves and deletions left; returns the names."""
+    found = [entry for entry in directory.iterdir() if _UNFINISHED.fullmatch(entry.name)]
     for entry in found:
         entry.rmtree(missing_ok=True)
     return sorted(entry.name for entry in found)

@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 import threading
-import time
 
 import pytest
 from etils import epath
@@ -133,6 +132,26 @@ def test_a_save_that_fails_in_the_background(state, run, monkeypatch, capsys):
     assert names(run) == ["16", "8"]
 
 
+def test_what_a_failed_save_could_not_free_is_freed_by_the_next(state, run, monkeypatch):
+    """Somebody writes into its folder while it is removed."""
+    saver, rmtree = Checkpointer(run, CONFIG), type(epath.Path(run)).rmtree
+
+    def busy(path, missing_ok=False):
+        if path.name == "12.saving":
+            raise OSError(39, "Directory not empty")
+        rmtree(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "write", lambda folder: (_ for _ in ()).throw(FULL))
+        patch.setattr(type(epath.Path(run)), "rmtree", busy)
+        save(saver, state, 12)
+        saver._join()
+    assert names(run) == ["12.saving", "4", "8"]
+    save(saver, state, 16)
+    saver.close()
+    assert names(run) == ["16", "8"]
+
+
 def test_the_last_save_must_not_fail(state, run, monkeypatch):
     saver = Checkpointer(run, CONFIG)
     monkeypatch.setattr(manifest, "write", lambda folder: (_ for _ in ()).throw(FULL))
@@ -162,11 +181,11 @@ def test_a_bug_is_not_taken_for_a_full_disk(state, run, monkeypatch):
 
 
 def test_an_error_elsewhere_does_not_lose_the_save_before_it(state, run, monkeypatch):
-    write, gate = manifest.write, threading.Event()
-    monkeypatch.setattr(manifest, "write", lambda folder: (gate.wait(60), write(folder)))
+    write, join, gate = manifest.write, Checkpointer._join, threading.Event()
+    monkeypatch.setattr(manifest, "write", lambda folder: (gate.wait(), write(folder)))
     with pytest.raises(KeyError), Checkpointer(run, CONFIG) as saver:
         save(saver, state, 12)
-        threading.Timer(0.2, gate.set).start()
+        monkeypatch.setattr(Checkpointer, "_join", lambda saver: (gate.set(), join(saver))[1])
         raise KeyError
     assert names(run) == ["12", "8"]
 
@@ -174,20 +193,25 @@ def test_an_error_elsewhere_does_not_lose_the_save_before_it(state, run, monkeyp
 @pytest.mark.parametrize("limit", [0, 1])
 def test_a_slow_save_is_told(state, run, monkeypatch, capsys, limit):
     """While it goes on, and by whoever waits for it; it is no failure."""
-    write, gate = manifest.write, threading.Event()
-    monkeypatch.setattr(manifest, "write", lambda folder: (gate.wait(60), write(folder)))
+    write, say, gate = manifest.write, Checkpointer._say, threading.Event()
+    slow = f"warning: saving step 12 to {run}/checkpoints takes longer than 1 s "
+    awaited = {"waiting for the save of step 12, begun ", slow if limit else "waiting"}
+    said = []
+
+    def noted(saver, text):
+        say(saver, text)
+        said.append(text)
+        if all(any(text.startswith(start) for text in said) for start in awaited):
+            gate.set()
+
+    monkeypatch.setattr(manifest, "write", lambda folder: (gate.wait(), write(folder)))
     monkeypatch.setattr(checkpointer_lib, "QUIET_S", 0.1)
+    monkeypatch.setattr(Checkpointer, "_say", noted)
     saver = Checkpointer(run, replace(CONFIG, train__save_timeout=limit))
-    save(saver, state, 12)
-    told, said = f"warning: saving step 12 to {run}/checkpoints takes longer than 1 s ", ""
-    deadline = time.monotonic() + (30 if limit else 1.5)
-    while told not in said and time.monotonic() < deadline:
-        time.sleep(0.1)
-        said += capsys.readouterr().out
-    assert (told in said) == bool(limit)
-    threading.Timer(0.5, gate.set).start()
-    save(saver, state, 16)
-    assert "waiting for the save of step 12, begun " in capsys.readouterr().out
+    save(saver, state, 12, 16)
+    out = capsys.readouterr().out
+    assert "waiting for the save of step 12, begun " in out
+    assert (slow in out) == bool(limit)
     monkeypatch.setattr(checkpointer_lib, "QUIET_S", 60)
     saver.close()
     assert capsys.readouterr().out == ""

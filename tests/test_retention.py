@@ -118,8 +118,7 @@ def test_only_what_is_unfinished_is_cleaned(directory):
     ]
     for name in (*unfinished, "8.damaged", "9.mine", "notes"):
         (directory / name / "params").mkdir(parents=True)
-    assert retention.clean(directory, 5) == unfinished[:2]
-    assert retention.clean(directory) == unfinished[2:]
+    assert retention.clean(directory) == unfinished
     left = sorted(path.name for path in directory.iterdir())
     assert left == ["10", "8.damaged", "9.mine", "notes"]
 
