@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,7 +86,7 @@ class StopRequest:
             raise Stopped(name)
         alone = jax.process_count() == 1
         who = "saving" if alone else "all processes save"
-        print(f"\n{name}: {who} after this step (again: stop at once)", flush=True)
+        _print(f"\n{name}: {who} after this step (again: stop at once)")
         if alone:
             self.name = name
         elif self._jax_listens:
@@ -94,3 +95,11 @@ class StopRequest:
     def __exit__(self, *_: Any) -> None:
         for number in self._ours:
             signal.signal(number, self._previous[number])
+
+
+def _print(text: str) -> None:
+    """Prints a line from a signal handler, which may have interrupted another print."""
+    try:
+        print(text, flush=True)
+    except RuntimeError:  # the buffer of stdout is being written to, and takes nothing else
+        os.write(sys.stdout.fileno(), f"{text}\n".encode())

@@ -1,4 +1,7 @@
+import io
+import os
 import signal
+import sys
 import types
 
 import jax
@@ -26,6 +29,27 @@ def test_what_has_nothing_to_save_stops_at_once(number):
     name = signal.Signals(number).name
     with StopRequest() as stop, pytest.raises(Stopped, match=name), stop.at_once():
         signal.raise_signal(number)
+
+
+def test_a_signal_in_the_middle_of_a_printed_line(monkeypatch):
+    """Python lets nobody print in between; the signal must not be lost by that."""
+    read, write = os.pipe()
+
+    class Terminal(io.FileIO):
+        def write(self, data):
+            if b"step 1" in bytes(data):
+                signal.raise_signal(signal.SIGTERM)
+            return super().write(data)
+
+    with StopRequest() as stop, open(read) as lines, Terminal(write, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(terminal)))
+        print("step 1", flush=True)
+        print("step 2", flush=True)
+        assert stop.name == "SIGTERM"
+        monkeypatch.undo()
+        os.set_blocking(read, False)
+        said = ["", "SIGTERM: saving after this step (again: stop at once)", "step 1", "step 2"]
+        assert lines.read().splitlines() == said
 
 
 @pytest.fixture
