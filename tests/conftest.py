@@ -1,5 +1,6 @@
 """Tests run on 8 fake CPU devices; what is dear to make is made once per worker."""
 
+import hashlib
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 # One cache for this run: its workers and the commands that it starts share compiled programs.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llama_jax_xla_")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # Shells start what they put in the background deaf to Ctrl-C, and so all that this starts in turn.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -20,9 +21,9 @@ import pytest
 
 from tests import helpers
 
-# `make parity` and `make slow` compile as a run does; JAX reads it with the first use of a device.
-QUICK = os.environ.get("TEST_XLA_FLAGS", helpers.QUICK)
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
+# JAX reads it with the first use of a device.
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {helpers.XLA_FLAGS}"
+QUARTERS = 4
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +57,41 @@ def one_device():
     from llama_jax.mesh import make_mesh
 
     return make_mesh(MeshConfig(), devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def shared_steps():
+    """Runs in this process take their compiled step from those before, where it is the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama_jax.train.jit_step", helpers.shared_step)
+        yield
+
+
+def pytest_addoption(parser):
+    """Defines `--quarter`."""
+    parser.addoption(
+        "--quarter",
+        type=int,
+        choices=range(1, QUARTERS + 1),
+        help="run the tests of one quarter only; which one a test belongs to is a hash of its name",
+    )
+
+
+def quarter_of(name):
+    """The quarter, from 1, that a test of this name (`tests/test_x.py::test_y[z]`) belongs to."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % QUARTERS + 1
+
+
+@pytest.hookimpl(trylast=True)  # of the tests that the marks leave
+def pytest_collection_modifyitems(config, items):
+    """Leaves the tests of the quarter that is asked for, and begins with the longest."""
+    quarter = config.getoption("quarter")
+    if quarter is not None:
+        others = [item for item in items if quarter_of(item.nodeid) != quarter]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if quarter_of(item.nodeid) == quarter]
+    # Begun last, they would keep one worker busy long after the other one.
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def pytest_unconfigure(config):

@@ -5,20 +5,30 @@ import json
 import os
 import pathlib
 import random
+import re
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
+import pytest
 
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from llama_jax.mesh import make_mesh
+from llama_jax.step import jit_step
+from tests.forks import Fork
 
 ROOT = pathlib.Path(__file__).parent.parent
-# What is run once need not be compiled well: that takes half of the time.
-QUICK = "--xla_backend_optimization_level=0"
+# What is run once need not be compiled well: so it takes a tenth of the time (CPU, a tiny step).
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if jax.__version_info__ < (0, 11):  # later ones have no others
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
+# `make parity` and `make slow` compile as a run does.
+XLA_FLAGS = os.environ.get("TEST_XLA_FLAGS", QUICK)
 SPECIAL = ("begin_of_text", "end_of_text", "eot_id", "finetune_right_pad_id")
 MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 1, 4), (2, 2, 1, 2), (1, 2, 2, 2))
 
@@ -95,10 +105,35 @@ def text_config(corpus, **changes):
     return replace(config, **changes)
 
 
+def meshes(*default):
+    """Parameters for a test: all of `MESHES` but one device; which are not the default are slow."""
+    slow = [pytest.param(shape, marks=pytest.mark.slow) for shape in MESHES[1:]]
+    return [shape if shape in default else slow[n] for n, shape in enumerate(MESHES[1:])]
+
+
 def mesh_of(shape):
     """A mesh of fake devices: (data, fsdp, context, tensor)."""
     n_devices = int(np.prod(shape))
     return make_mesh(MeshConfig(*shape), devices=jax.devices()[:n_devices])
+
+
+# Fields of `train` that the loop reads, and the compiled step does not.
+LOOP_FIELDS = (
+    *("log_every", "eval_every", "eval_batches", "sample_prompt", "profile_steps", "step_timeout"),
+    *("checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "save_timeout"),
+    *("max_failed_saves", "max_skipped", "max_rewinds", "rewind_steps"),
+)
+_steps = {}
+
+
+def shared_step(config, mesh):
+    """`jit_step`, once for all runs of this process whose steps are the same program."""
+    defaults = {name: getattr(TrainConfig(), name) for name in LOOP_FIELDS}
+    train = dataclasses.replace(config.train, **defaults)
+    key = config.model, config.optim, config.lora, train, mesh
+    if key not in _steps:
+        _steps[key] = jit_step(config, mesh)
+    return _steps[key]
 
 
 def random_batch(config, seed, masked=True):
@@ -183,41 +218,63 @@ def write_corpus(folder, files=40):
     return folder
 
 
-def run_command(module, *arguments, devices=1, timeout=600, stdin="", **environment):
-    """Runs `python -m llama_jax.MODULE`; returns the completed process with its text output."""
+def run_command(module, *arguments, **options):
+    """Runs `python -m llama_jax.MODULE`, as `run_module`."""
+    return run_module(f"llama_jax.{module}", *arguments, **options)
+
+
+def run_module(module, *arguments, devices=1, timeout=600, stdin="", fresh=False, **environment):
+    """Runs `python -m MODULE`, as a fork or, if it is to be `fresh`, in an interpreter of its own.
+
+    Returns:
+      The completed process, with its output as text.
+    """
     env = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}",
         **environment,
     }
-    command = [sys.executable, "-m", f"llama_jax.{module}", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=ROOT, env=env, input=stdin, capture_output=True, text=True, timeout=timeout
-    )
+    if fresh:
+        command = [sys.executable, "-m", module, *map(str, arguments)]
+        pipes = {"input": stdin, "capture_output": True, "text": True}
+        return subprocess.run(command, cwd=ROOT, env=env, timeout=timeout, **pipes)
+    with tempfile.TemporaryFile("w+") as file:
+        file.write(stdin)
+        file.seek(0)
+        process = Fork(module, arguments, env, file)
+    with process:
+        out, errors = process.communicate(timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
-def start_train(
-    corpus, workdir, *flags, processes=1, devices=None, module="llama_jax.train", **environment
-):
-    """Starts `python -m llama_jax.train` on a tiny model, in processes that meet on loopback.
+def start_train(corpus, workdir, *flags, module="llama_jax.train", **options):
+    """Starts `python -m llama_jax.train`, or another module, on a tiny model, as `start`."""
+    place = (f"--config.data.source={corpus}", f"--workdir={workdir}")
+    return start(module, *TINY_FLAGS, *flags, *place, **options)
+
+
+def free_port():
+    """A port of this machine that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return str(probe.getsockname()[1])
+
+
+def start(module, *arguments, processes=1, devices=None, fresh=False, **environment):
+    """Starts `python -m MODULE` in processes that meet on loopback.
 
     Args:
-      corpus: text to train on.
-      workdir: of the run.
-      flags: further flags.
+      module: what is run.
+      *arguments: of the command.
       processes: how many there are.
       devices: fake devices of each process; default: 8 in all.
-      module: what is run instead.
+      fresh: whether each is to have an interpreter of its own; else it is a fork.
       **environment: further variables.
 
     Returns:
-      The `Popen` of each, with their output as text in pipes.
+      The `Fork` or `Popen` of each, with their output as text in pipes.
     """
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", module, *TINY_FLAGS, *map(str, flags)]
-    command += [f"--config.data.source={corpus}", f"--workdir={workdir}"]
+    port = free_port()
     env = {
         **os.environ,
         "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices or 8 // processes}",
@@ -230,12 +287,24 @@ def start_train(
     started = []
     for number in range(processes):
         mine = {**env, "JAX_PROCESS_ID": str(number)} if processes > 1 else env
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, cwd=ROOT, env=mine, **pipes))
+        if fresh:
+            command = [sys.executable, "-m", module, *map(str, arguments)]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            started.append(subprocess.Popen(command, cwd=ROOT, env=mine, **pipes))
+        else:
+            started.append(Fork(module, arguments, mine))
     return started
 
 
-def outputs_of(processes, timeout):
+def read_until(process, pattern):
+    """Reads the output up to the first line that matches, and returns it."""
+    for line in process.stdout:
+        if re.match(pattern, line):
+            return line
+    raise AssertionError(f"ended without {pattern}: {process.stderr.read()}")
+
+
+def outputs_of(processes, timeout=600):
     """What each process says until it ends, (stdout, stderr); whatever happens, none is left.
 
     All are read at once: one with a full pipe stands still, and those that wait for it with it.
@@ -335,6 +404,14 @@ def save_checkpoint(folder, config, params, tokenizer_model):
     with Checkpointer(folder, config) as checkpointer:
         checkpointer.save(made_state(config, params), Meta(config, 0, "made up", tokenizer_model))
     return folder
+
+
+def until(what):
+    """Waits until `what()` is true; ten minutes are a hang."""
+    deadline = time.monotonic() + 600
+    while not what():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
 
 
 def records(workdir):

@@ -16,8 +16,7 @@ from llama_jax.checkpointer import Checkpointer
 from llama_jax.errors import UserError
 from llama_jax.fingerprint import fingerprint
 from llama_jax.skips import no_skips
-from llama_jax.step import jit_step
-from tests.helpers import TINY, mesh_of, random_batch, replace
+from tests.helpers import TINY, mesh_of, random_batch, replace, shared_step
 
 CONFIG = replace(TINY, train__keep_checkpoints=2)
 META = Meta(CONFIG, 0, "data-1", b"\x00tokenizer\xff")
@@ -27,7 +26,7 @@ META = Meta(CONFIG, 0, "data-1", b"\x00tokenizer\xff")
 def compiled():
     mesh = mesh_of((1, 2, 1, 2))
     with jax.set_mesh(mesh):
-        return mesh, jit_step(CONFIG, mesh)
+        return mesh, shared_step(CONFIG, mesh)
 
 
 def trained(compiled, steps):
@@ -81,7 +80,7 @@ def test_onto_another_mesh(saved, shape):
     workdir, state = saved
     mesh = mesh_of(shape)
     with jax.set_mesh(mesh):
-        step = jit_step(CONFIG, mesh)
+        step = shared_step(CONFIG, mesh)
         saver = Checkpointer(workdir, CONFIG)
         restored = saver.restore(3, step.state_shardings)
         saver.close()
@@ -101,7 +100,7 @@ def test_only_the_weights(saved):
     workdir, state = saved
     mesh = mesh_of((1, 1, 1, 4))
     with jax.set_mesh(mesh):
-        shardings = jit_step(CONFIG, mesh).state_shardings.params
+        shardings = shared_step(CONFIG, mesh).state_shardings.params
         params = load_params(find_step(workdir), CONFIG, shardings)
     assert_same_bits(params, state.params)
 
@@ -147,7 +146,7 @@ def test_arrays_of_another_config_are_refused(saved, tmp_path, field, value, mes
     with jax.set_mesh(mesh):
         saver = Checkpointer(workdir, other)
         with pytest.raises(UserError, match=message):
-            saver.restore(3, jit_step(other, mesh).state_shardings)
+            saver.restore(3, shared_step(other, mesh).state_shardings)
         saver.close()
 
 

@@ -18,7 +18,7 @@ from llama_jax.interchange import formats, hf_config, safetensors
 from llama_jax.interchange.hf import HfSource, HfTarget, load_hf
 from llama_jax.sharding import param_shardings
 from llama_jax.step import abstract_state
-from tests.helpers import TINY, mesh_of, random_params, replace
+from tests.helpers import TINY, mesh_of, random_params, replace, shared_step
 
 GROUPED = replace(TINY, model__n_kv_heads=2)
 
@@ -126,12 +126,11 @@ def test_a_trained_checkpoint_goes_out(tmp_path, capfd):
     """What orbax wrote from a mesh, with its card."""
     from llama_jax.checkpoint import Meta
     from llama_jax.checkpointer import Checkpointer
-    from llama_jax.step import jit_step
 
     config = replace(GROUPED, data__mixture="web=0.7,books=0.3")
     mesh = mesh_of((1, 2, 1, 2))
     with jax.set_mesh(mesh):
-        state = jit_step(config, mesh).init(jax.random.key(0))
+        state = shared_step(config, mesh).init(jax.random.key(0))
         with Checkpointer(tmp_path / "run", config) as saver:
             saver.save(state, Meta(config, 5, "data-1", b""))
     records = [
@@ -170,13 +169,12 @@ def test_a_trained_checkpoint_is_stored_layer_by_layer(tmp_path, monkeypatch, sh
     from llama_jax import checkpointer
     from llama_jax.checkpoint import Meta, find_step, load_params
     from llama_jax.checkpointer import Checkpointer
-    from llama_jax.step import jit_step
 
     matrix = TINY.model.dim * TINY.model.ffn_dim * 4
     monkeypatch.setattr(checkpointer, "LAYER_BYTES", matrix // mesh_of(shape).size)
     mesh = mesh_of(shape)
     with jax.set_mesh(mesh):
-        step = jit_step(TINY, mesh)
+        step = shared_step(TINY, mesh)
         state = step.init(jax.random.key(0))
         with Checkpointer(tmp_path / "run", TINY) as saver:
             saver.save(state, Meta(TINY, 5, "data-1", b""))
@@ -195,11 +193,10 @@ def test_what_is_written_is_what_orbax_writes(tmp_path):
     """The description of the tree, but for where it was and how it is cut."""
     from llama_jax.checkpoint import Meta
     from llama_jax.checkpointer import Checkpointer
-    from llama_jax.step import jit_step
 
     mesh = mesh_of((1, 1, 1, 1))
     with jax.set_mesh(mesh):
-        state = jit_step(GROUPED, mesh).init(jax.random.key(0))
+        state = shared_step(GROUPED, mesh).init(jax.random.key(0))
         with Checkpointer(tmp_path / "orbax", GROUPED) as saver:
             saver.save(state, Meta(GROUPED, 0, "data-1", b""))
     convert(Memory(GROUPED, jax.device_get(state.params)), "ckpt", tmp_path / "ours")

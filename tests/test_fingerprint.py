@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from llama_jax.fingerprint import array_fingerprint, difference, fingerprint
-from llama_jax.step import jit_step
-from tests.helpers import TINY, mesh_of
+from tests.helpers import TINY, mesh_of, shared_step
 
 
 def of(array):
@@ -17,7 +16,7 @@ def state():
     """Weights and moments, all of them random."""
     mesh = mesh_of((1, 1, 1, 1))
     with jax.set_mesh(mesh):
-        fresh = jax.device_get(jit_step(TINY, mesh).init(jax.random.key(0)))
+        fresh = jax.device_get(shared_step(TINY, mesh).init(jax.random.key(0)))
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: rng.standard_normal(x.shape).astype(x.dtype) if x.dtype == np.float32 else x,
@@ -30,7 +29,7 @@ def test_the_same_on_every_mesh(state):
     for shape in ((1, 1, 1, 1), (8, 1, 1, 1), (2, 2, 1, 2)):
         mesh = mesh_of(shape)
         with jax.set_mesh(mesh):
-            shardings = jit_step(TINY, mesh).state_shardings
+            shardings = shared_step(TINY, mesh).state_shardings
         prints.append(fingerprint(jax.device_put(state, shardings)))
     assert all(found == prints[0] for found in prints[1:])
     assert {"step", "params/embed", "params/layers/attn/wq"} <= set(prints[0])

@@ -20,7 +20,6 @@ from llama_jax.inference import open_model
 from llama_jax.init_from import base_context, first_state, load_init, tokenizer_file, with_tokenizer
 from llama_jax.lora import Adapted
 from llama_jax.model import logits
-from llama_jax.step import jit_step
 from tests.helpers import (
     frozen_base,
     mesh_of,
@@ -29,9 +28,12 @@ from tests.helpers import (
     records,
     replace,
     save_checkpoint,
+    shared_step,
     start_train,
     text_config,
 )
+
+pytestmark = pytest.mark.usefixtures("shared_steps")
 
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.2, targets="wq,wo,w2")
 
@@ -81,7 +83,7 @@ def test_full_fine_tuning_starts_from_these_weights_with_fresh_moments(config, p
     config, mesh = replace(config, init_from=f"{kind}:{bases / kind}"), mesh_of((1, 2, 2, 2))
     assert base_context(config) == 64 and base_context(replace(config, init_from="")) == 0
     with jax.set_mesh(mesh):
-        compiled = jit_step(config, mesh)
+        compiled = shared_step(config, mesh)
         state = first_state(compiled, config)
         equal(state.params, params)
         assert state.frozen is None and int(state.step) == 0
@@ -99,7 +101,7 @@ def test_a_base_is_the_same_bits_from_everywhere_on_every_mesh(config, params, b
     for kind, shape in [("hf", (1, 1, 1, 1)), ("hf", (2, 1, 2, 1)), ("ckpt", (2, 1, 1, 2))]:
         mesh = mesh_of(shape)
         with jax.set_mesh(mesh):
-            places = jit_step(config, mesh).state_shardings.frozen
+            places = shared_step(config, mesh).state_shardings.frozen
             base = load_init(replace(config, init_from=f"{kind}:{bases / kind}"), places)
             equal(base, expected)
             prints.append(fingerprint(base))
@@ -246,7 +248,7 @@ def test_converted_adapters_are_merged_into_their_base(finished, adapted, tmp_pa
     merged = replace(described.config, init_from=f"{target}:{tmp_path / 'merged'}")
     mesh = mesh_of((1, 1, 1, 1))
     with jax.set_mesh(mesh):
-        params = load_init(merged, jit_step(merged, mesh).state_shardings.params)
+        params = load_init(merged, shared_step(merged, mesh).state_shardings.params)
         got = logits(merged.model, params, tokens)
         model = open_model(workdir, "tensor=1")
     assert isinstance(model.params, Adapted) and model.context == 64

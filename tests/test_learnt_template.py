@@ -19,6 +19,8 @@ from tests.chat_templates import chat_tokenizer, said
 from tests.helpers import TINY, random_adapters, random_params, released_json, replace
 from tests.test_convert import Memory, exported
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 TALK = said("abc def?", "Yes. 42", " more ", " no\n")
 NAMES = ("alpaca", "vicuna", "llama2", "llama3")
 BASE_TEMPLATES = {

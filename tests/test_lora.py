@@ -19,7 +19,6 @@ from llama_jax.step import (
     _gradients,
     abstract_frozen,
     abstract_state,
-    jit_step,
     model_weights,
 )
 from tests.helpers import (
@@ -32,6 +31,7 @@ from tests.helpers import (
     random_batch,
     random_params,
     replace,
+    shared_step,
 )
 
 STEPS = 4
@@ -166,7 +166,7 @@ def packed_batch(config, seed):
 @functools.cache
 def compiled_step(config, shape):
     with jax.set_mesh(mesh_of(shape)):
-        return jit_step(config, mesh_of(shape))
+        return shared_step(config, mesh_of(shape))
 
 
 def small(weights):
@@ -214,12 +214,14 @@ def unsharded(config):
     return all_losses(config)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "shape",
+    ("kind", "shape"),
     [
-        shape if shape == (1, 2, 2, 2) else pytest.param(shape, marks=pytest.mark.slow)
-        for shape in MESHES[1:]
+        # The default suite leaves float32 out: NF4 has the same adapters above another base.
+        (kind, shape)
+        if shape == (1, 2, 2, 2) and kind != "float32"
+        else pytest.param(kind, shape, marks=pytest.mark.slow)
+        for kind, shape in itertools.product(KINDS, MESHES[1:])
     ],
 )
 def test_losses_are_the_same_on_every_mesh(kind, shape):
@@ -248,7 +250,7 @@ def test_initial_adapters_are_the_same_bits_on_every_mesh():
     for shape in [(1, 1, 1, 1), (1, 2, 2, 2)]:
         mesh = mesh_of(shape)
         with jax.set_mesh(mesh):
-            compiled = jit_step(SMALL, mesh)
+            compiled = shared_step(SMALL, mesh)
             found.append(fingerprint(compiled.init(jax.random.key(0)).params))
     assert found[0] == found[1]
 
@@ -287,14 +289,14 @@ def _is_adam(part):
 
 def test_rows_of_adapters_follow_from_their_matrix():
     mesh = mesh_of((1, 2, 1, 4))
-    shardings = jit_step(KINDS["float32"], mesh).state_shardings
+    shardings = shared_step(KINDS["float32"], mesh).state_shardings
     shard, P = ("fsdp", "context"), jax.P
     specs = jax.tree.map(lambda x: x.spec, shardings.params["layers"])
     assert specs["attn"]["wq"] == {"a": P(None, shard, None), "b": P(None, None, "tensor", None)}
     assert specs["attn"]["wo"] == {"a": P(None, "tensor", None, None), "b": P(None, None, shard)}
     assert specs["mlp"]["w2"] == {"a": P(None, "tensor", None), "b": P(None, None, shard)}
     wide = replace(KINDS["nf4"], model__dim=256, model__ffn_dim=256)
-    frozen = jit_step(wide, mesh).state_shardings.frozen["layers"]
+    frozen = shared_step(wide, mesh).state_shardings.frozen["layers"]
     assert frozen["attn"]["wo"].codes.spec == P(None, "tensor", shard)
     assert frozen["mlp"]["w1"].scales.spec == P(None, shard, "tensor")
     assert frozen["mlp"]["w1"].groups.spec == P()

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,14 +16,19 @@ from llama_jax.model import (
     rope_tables,
 )
 from llama_jax.model_config import REMAT_NAMES
-from tests.helpers import MESHES, TINY, mesh_of, random_batch, random_params, replace
+from tests.helpers import TINY, mesh_of, meshes, random_batch, random_params, replace, shared_step
 
 CONFIG = replace(TINY, model__n_kv_heads=2).model
 TOKENS = np.random.default_rng(0).integers(0, 64, (3, 16), dtype=np.int32)
 
 
+@functools.cache
+def initial(config):
+    return jax.jit(lambda key: init_params(config, key))(jax.random.key(0))
+
+
 def test_parameter_tree():
-    params = init_params(CONFIG, jax.random.key(0))
+    params = initial(CONFIG)
     shapes = {
         "/".join(key.key for key in path): leaf.shape
         for path, leaf in jax.tree.leaves_with_path(params)
@@ -46,7 +53,7 @@ def test_parameter_tree():
 
 def test_initial_weights_have_their_size():
     config = replace(TINY, model__dim=128, model__ffn_dim=256, model__vocab_size=512).model
-    params = init_params(config, jax.random.key(0))
+    params = initial(config)
     assert float(params["embed"].std()) == pytest.approx(0.02, rel=0.05)
     assert float(params["layers"]["mlp"]["w1"].std()) == pytest.approx(0.02, rel=0.05)
     # Two layers: 1 / sqrt(2 * 2).
@@ -61,23 +68,24 @@ def test_initial_weights_have_their_size():
     assert not np.array_equal(first, second)
 
 
-@pytest.mark.parametrize("shape", MESHES[1:])
+@functools.cache
+def initial_on(shape):
+    mesh = mesh_of(shape)
+    with jax.set_mesh(mesh):
+        return jax.device_get(shared_step(TINY, mesh).init(jax.random.key(3)))
+
+
+@pytest.mark.parametrize("shape", meshes((2, 2, 1, 2), (1, 2, 2, 2)))
 def test_initial_weights_are_the_same_bits_on_every_mesh(shape):
-    from llama_jax.step import jit_step
-
-    def initial(mesh):
-        with jax.set_mesh(mesh):
-            return jax.device_get(jit_step(TINY, mesh).init(jax.random.key(3)))
-
-    whole, spread = initial(mesh_of((1, 1, 1, 1))), initial(mesh_of(shape))
+    whole, spread = initial_on((1, 1, 1, 1)), initial_on(shape)
     jax.tree.map(np.testing.assert_array_equal, whole, spread)
 
 
 @pytest.mark.parametrize("backend", ["splash", "cudnn"])
 def test_initial_weights_need_no_kernel(backend):
     config = replace(TINY, model__attention=backend).model
-    params = init_params(config, jax.random.key(0))
-    expected = init_params(TINY.model, jax.random.key(0))
+    params = initial(config)
+    expected = initial(TINY.model)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
@@ -165,7 +173,7 @@ def test_tied_embeddings_are_the_transposed_table():
 
 def test_bfloat16_is_near_float32():
     half = replace(TINY, model__compute_dtype="bfloat16").model
-    params = init_params(TINY.model, jax.random.key(0))
+    params = initial(TINY.model)
     hidden, head, _ = forward(half, params, TOKENS)
     assert hidden.dtype == head.dtype == jnp.bfloat16
     exact, exact_head, _ = forward(TINY.model, params, TOKENS)

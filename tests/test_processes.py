@@ -1,7 +1,6 @@
 """How a process finds the others of its job, and which GPUs it takes, in made-up environments."""
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ import pytest
 
 from llama_jax import processes
 from llama_jax.errors import UserError
-from tests.helpers import ROOT, outputs_of, without_gloo
+from tests.helpers import ROOT, free_port, outputs_of, without_gloo
 
 PLAIN = {
     "JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234",
@@ -252,12 +251,6 @@ def launch(timeout_s, env):
     )
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return str(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize("kind", ["Slurm", "Open MPI", "environment"])
 def test_two_processes_meet_and_all_devices_are_used(kind):
     port = free_port()
@@ -284,7 +277,7 @@ def test_two_processes_meet_and_all_devices_are_used(kind):
         "environment": "JAX_PROCESS_ID",
     }[kind]
     pair = [launch(120, {**shared, index: str(number)}) for number in range(2)]
-    for number, (output, errors) in enumerate(outputs_of(pair, 200)):
+    for number, (output, errors) in enumerate(outputs_of(pair)):
         assert without_gloo(output) == [f"{kind} {number} 2 4 all"], errors
 
 
@@ -305,7 +298,7 @@ def test_processes_that_do_not_meet_say_so_in_one_line():
         there["JAX_COORDINATOR_ADDRESS"]: launch(1, {**there, "JAX_PROCESS_ID": "1"}),
         "the first of the nodes node[01-04]": launch(1, SLURM),
     }
-    outputs = outputs_of(list(started.values()), 60)
+    outputs = outputs_of(list(started.values()))
     for (place, process), (output, errors) in zip(started.items(), outputs, strict=True):
         assert process.returncode == 1 and output == "", errors
         assert errors.startswith("error: the ") and len(errors.splitlines()) == 1, errors

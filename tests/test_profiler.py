@@ -11,6 +11,8 @@ from llama_jax.profiler import Profiler
 from llama_jax.train import train
 from tests.helpers import TINY, replace
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 
 def traced(workdir):
     """Numbers of the steps in each trace of a work directory."""

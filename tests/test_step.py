@@ -1,19 +1,19 @@
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.step import jit_step
-from tests.helpers import MESHES, TINY, mesh_of, random_batch, replace
+from tests.helpers import MESHES, TINY, mesh_of, meshes, random_batch, replace, shared_step
 
 STEPS = 5
 
 
 def losses_and_state(config, mesh, steps=STEPS):
     with jax.set_mesh(mesh):
-        compiled = jit_step(config, mesh)
+        compiled = shared_step(config, mesh)
         state = compiled.init(jax.random.key(0))
         losses = []
         for step in range(steps):
@@ -28,8 +28,21 @@ def unsharded():
     return losses_and_state(TINY, mesh_of((1, 1, 1, 1)))
 
 
-@pytest.mark.parametrize("grad_accum", [1, 2, 4])
-@pytest.mark.parametrize("shape", MESHES)
+# Each axis, alone or with others, with and without microbatches.
+PLACEMENTS = [
+    *[((1, 1, 1, 1), 4), ((8, 1, 1, 1), 2), ((2, 2, 1, 2), 1), ((1, 2, 2, 2), 1)],
+    *[((1, 2, 2, 2), 2)],
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "grad_accum"),
+    [
+        case if case in PLACEMENTS else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(MESHES, [1, 2, 4])
+        if case != ((1, 1, 1, 1), 1)
+    ],
+)
 def test_sharding_and_accumulation_are_only_placement(shape, grad_accum):
     config = replace(TINY, train__grad_accum=grad_accum)
     losses, state, _ = losses_and_state(config, mesh_of(shape))
@@ -52,7 +65,7 @@ def test_microbatches_with_unequal_masks_weigh_by_tokens():
     def first_step(grad_accum):
         mesh = mesh_of((1, 1, 1, 1))
         with jax.set_mesh(mesh):
-            compiled = jit_step(replace(TINY, train__grad_accum=grad_accum), mesh)
+            compiled = shared_step(replace(TINY, train__grad_accum=grad_accum), mesh)
             state = compiled.init(jax.random.key(0))
             _, metrics = compiled.train(state, batch)
             return jax.device_get(metrics)
@@ -81,7 +94,7 @@ def test_it_learns():
     config = replace(TINY, train__steps=30)
     mesh = mesh_of((1, 1, 1, 1))
     with jax.set_mesh(mesh):
-        compiled = jit_step(config, mesh)
+        compiled = shared_step(config, mesh)
         state = compiled.init(jax.random.key(0))
         batch = random_batch(config, 0, masked=False)
         losses = []
@@ -95,10 +108,10 @@ def test_it_learns():
 def test_z_loss_is_in_the_objective_only():
     mesh = mesh_of((1, 1, 1, 1))
     with jax.set_mesh(mesh):
-        compiled = jit_step(replace(TINY, train__z_loss=0.1), mesh)
+        compiled = shared_step(replace(TINY, train__z_loss=0.1), mesh)
         batch = random_batch(TINY, 0)
         _, metrics = compiled.train(compiled.init(jax.random.key(0)), batch)
-        _, plain = jit_step(TINY, mesh).train(compiled.init(jax.random.key(0)), batch)
+        _, plain = shared_step(TINY, mesh).train(compiled.init(jax.random.key(0)), batch)
     assert float(metrics["loss"]) == float(plain["loss"])
     # At the start log Z is about log V, on every token.
     extra = float(metrics["objective"] - metrics["loss"])
@@ -110,7 +123,7 @@ def test_a_batch_without_weights_changes_nothing_to_nan():
     batch = random_batch(TINY, 0)
     batch["weights"][:] = 0
     with jax.set_mesh(mesh):
-        compiled = jit_step(TINY, mesh)
+        compiled = shared_step(TINY, mesh)
         state, metrics = compiled.train(compiled.init(jax.random.key(0)), batch)
     assert float(metrics["loss"]) == 0
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
@@ -121,7 +134,7 @@ def test_evaluation_gives_sums(shape):
     mesh = mesh_of(shape)
     batch = random_batch(TINY, 1)
     with jax.set_mesh(mesh):
-        compiled = jit_step(TINY, mesh)
+        compiled = shared_step(TINY, mesh)
         state = compiled.init(jax.random.key(0))
         total, weight = compiled.evaluate(state.params, batch)
         _, metrics = compiled.train(state, batch)
@@ -132,7 +145,7 @@ def test_evaluation_gives_sums(shape):
 def test_the_state_is_donated_and_sharded():
     mesh = mesh_of((1, 8, 1, 1))
     with jax.set_mesh(mesh):
-        compiled = jit_step(TINY, mesh)
+        compiled = shared_step(TINY, mesh)
         state = compiled.init(jax.random.key(0))
         assert len(state.params["embed"].sharding.device_set) == 8
         assert state.params["embed"].addressable_shards[0].data.shape == (64, 4)
@@ -141,13 +154,7 @@ def test_the_state_is_donated_and_sharded():
     assert after.params["embed"].sharding == compiled.state_shardings.params["embed"]
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        *(pytest.param(shape, marks=pytest.mark.slow) for shape in [(8, 1, 1, 1), (1, 8, 1, 1)]),
-        *(pytest.param((2, 2, 1, 2), marks=pytest.mark.slow), (1, 2, 2, 2)),
-    ],
-)
+@pytest.mark.parametrize("shape", meshes((1, 2, 2, 2)))
 def test_bfloat16_on_a_mesh(shape):
     config = replace(TINY, model__compute_dtype="bfloat16")
     losses, _, _ = losses_and_state(config, mesh_of(shape))

@@ -29,7 +29,18 @@ from llama_jax.signals import StopRequest
 from llama_jax.skip_watch import SkipWatch
 from llama_jax.train import train
 from llama_jax.watchdog import Watchdog
-from tests.helpers import TINY, field_names, mesh_of, records, replace, text_config, with_adapters
+from tests.helpers import (
+    LOOP_FIELDS,
+    TINY,
+    field_names,
+    mesh_of,
+    records,
+    replace,
+    text_config,
+    with_adapters,
+)
+
+pytestmark = pytest.mark.usefixtures("shared_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -623,6 +634,11 @@ OTHER_FIELDS = {
     **dict.fromkeys(("train.max_rewinds", "train.rewind_steps"), "faults.test_rewind"),
     "train.profile_steps": "test_profiler::test_a_run_traces_its_window",
 }
+
+
+def test_steps_are_shared_by_configs_that_differ_in_no_field_of_the_step():
+    loop_fields = {name for name in OTHER_FIELDS if name.startswith("train.")} - {"train.seed"}
+    assert {f"train.{name}" for name in LOOP_FIELDS} == loop_fields
 
 
 def test_every_field_is_covered():

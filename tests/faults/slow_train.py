@@ -1,7 +1,7 @@
 """`python -m llama_jax.train` of which one phase takes long, and says so: `phase PHASE`.
 
-SLOW_PHASE is restore, compile, evaluate (each batch of it) or save; SLOW_SECONDS is how long;
-SLOW_PROCESS is the process that it takes long, default: each.
+SLOW_PHASE is data, restore, compile, evaluate (each batch of it) or save; SLOW_SECONDS is how long,
+or until there is a file SLOW_UNTIL; SLOW_PROCESS is the process that it takes long, default: each.
 """
 
 import dataclasses
@@ -12,8 +12,10 @@ import time
 
 from llama_jax import manifest, step
 from llama_jax.checkpointer import Checkpointer
+from llama_jax.data import pipeline
 
 PHASE, SECONDS = os.environ["SLOW_PHASE"], float(os.environ["SLOW_SECONDS"])
+UNTIL = os.environ["SLOW_UNTIL"]
 if os.environ.get("SLOW_PROCESS", "") not in ("", os.environ.get("JAX_PROCESS_ID", "")):
     SECONDS = 0.0
 
@@ -28,7 +30,7 @@ def slow(function):
         if call == 0 or PHASE == "evaluate":
             # In slices: a signal just before `sleep` begins would be handled when it ends.
             deadline = time.monotonic() + SECONDS
-            while time.monotonic() < deadline:
+            while time.monotonic() < deadline and not os.path.exists(UNTIL):
                 time.sleep(min(SECONDS, 0.1))
         return function(*args, **kwargs)
 
@@ -47,6 +49,8 @@ def slow_step(name):
 
 if PHASE == "save":  # of process 0, when all is written
     manifest.write = slow(manifest.write)
+elif PHASE == "data":
+    pipeline.open_data = slow(pipeline.open_data)
 elif PHASE == "restore":
     Checkpointer.restore = slow(Checkpointer.restore)
 else:

@@ -50,25 +50,24 @@ def losses(workdir):
     return {line["step"]: line["loss"] for line in records(workdir) if "loss" in line}
 
 
-def run_to_end(corpus, workdir, flags, processes, devices):
+def run_to_end(corpus, workdir, flags, options):
     """Returns the seconds that it took."""
     began = time.monotonic()
-    running = start_train(corpus, workdir, *flags, processes=processes, devices=devices)
+    running = start_train(corpus, workdir, *flags, **options)
     outputs = outputs_of(running, 1200)
     if any(process.returncode for process in running):
         raise AssertionError(outputs)
     return time.monotonic() - began
 
 
-def disturb(corpus, workdir, flags, processes, devices, rng, steps):
+def disturb(corpus, workdir, flags, options, rng, steps):
     """Sends one process of the run a signal, while it starts or at some step.
 
     Returns:
       The signal's name, or "" where the run was finished before; the exit statuses; and the seconds
       from the start to the first step, in a list that is empty where no step was reached.
     """
-    options, began = {"processes": processes, "devices": devices}, time.monotonic()
-    first_step = []
+    began, first_step = time.monotonic(), []
     running = start_train(corpus, workdir, *flags, **options)
     victim, number = rng.choice(running), rng.choice(SIGNALS)
     at_step = rng.randrange(1, steps)
@@ -89,7 +88,7 @@ def disturb(corpus, workdir, flags, processes, devices, rng, steps):
     outputs = outputs_of(running, MEETING_S + 60)
     statuses = [process.returncode for process in running]
     # Before our handler is there, SIGTERM just ends a process.
-    if number == signal.SIGTERM and processes == 1 and set(statuses) - {0, -number}:
+    if number == signal.SIGTERM and len(running) == 1 and set(statuses) - {0, -number}:
         raise AssertionError(outputs)
     return "" if finished else number.name, statuses, first_step
 
@@ -100,7 +99,17 @@ def newest(workdir):
 
 
 def soak(
-    corpus, folder, *, kills, minutes=0.0, processes=1, devices=None, steps=60, seed=0, log=print
+    corpus,
+    folder,
+    *,
+    kills,
+    minutes=0.0,
+    processes=1,
+    devices=None,
+    steps=60,
+    seed=0,
+    fresh=True,
+    log=print,
 ):
     """Runs a twin undisturbed, and others that are disturbed again and again to their ends.
 
@@ -109,8 +118,8 @@ def soak(
     """
     flags = [f"--config.train.steps={steps}", "--config.train.eval_every=1000"]
     flags += ["--config.train.checkpoint_every=5", "--config.train.log_every=1"]
-    twin, options = folder / "twin", (flags, processes, devices)
-    seconds = run_to_end(corpus, twin, *options)
+    twin, options = folder / "twin", {"processes": processes, "devices": devices, "fresh": fresh}
+    seconds = run_to_end(corpus, twin, flags, options)
     log(f"undisturbed: {steps} steps in {seconds:.1f} s", flush=True)
     expected = digest(twin), losses(twin)
     rng, sent, end = random.Random(seed), collections.Counter(), time.monotonic() + minutes * 60
@@ -118,12 +127,12 @@ def soak(
     while sent.total() < kills or time.monotonic() < end:
         disturbed.append(folder / f"disturbed{len(disturbed) + 1}")
         while newest(disturbed[-1]) < steps and (sent.total() < kills or time.monotonic() < end):
-            name, statuses, first_step = disturb(corpus, disturbed[-1], *options, rng, steps)
+            name, statuses, first_step = disturb(corpus, disturbed[-1], flags, options, rng, steps)
             sent.update([name] if name else [])
             first_steps += first_step
             what, step = name or "finished before it", newest(disturbed[-1])
             log(f"{sent.total()}: {what}, exit {statuses}, newest step {step}", flush=True)
-        run_to_end(corpus, disturbed[-1], *options)
+        run_to_end(corpus, disturbed[-1], flags, options)
         equal &= (digest(disturbed[-1]), losses(disturbed[-1])) == expected
     log(summary(disturbed, sent, first_steps, steps), flush=True)
     log(f"losses and states are {'equal to the last bit' if equal else 'DIFFERENT'}", flush=True)

@@ -4,11 +4,14 @@ import time
 
 import jax
 import numpy as np
+import pytest
 
 from llama_jax import loop
 from llama_jax.train import train
-from tests.faults.test_disk import CONFIG, until
-from tests.helpers import records, replace
+from tests.faults.test_disk import CONFIG
+from tests.helpers import records, replace, until
+
+pytestmark = pytest.mark.usefixtures("shared_steps")
 
 YEARS_S = 20 * 365 * 86_400
 

@@ -12,8 +12,15 @@ from llama_jax.checkpoint import Meta
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.errors import UserError
 from llama_jax.fingerprint import fingerprint
-from llama_jax.step import jit_step
-from tests.helpers import TINY, flip_bit, made_state, mesh_of, random_batch, random_params
+from tests.helpers import (
+    TINY,
+    flip_bit,
+    made_state,
+    mesh_of,
+    random_batch,
+    random_params,
+    shared_step,
+)
 
 MESHES = {
     "8 devices": (2, 2, 1, 2),
@@ -30,14 +37,14 @@ def state_of(step):
 def shardings(name):
     mesh = mesh_of(MESHES[name])
     with jax.set_mesh(mesh):
-        return jit_step(TINY, mesh).state_shardings
+        return shared_step(TINY, mesh).state_shardings
 
 
 def loss_of(state, name):
     """Of one batch, by the program of the mesh."""
     mesh = mesh_of(MESHES[name])
     with jax.set_mesh(mesh):
-        compiled = jit_step(TINY, mesh)
+        compiled = shared_step(TINY, mesh)
         batch = jax.device_put(random_batch(TINY, 0), compiled.batch_sharding)
         loss_sum, weight_sum = jax.device_get(compiled.evaluate(state.params, batch))
         return loss_sum / weight_sum

@@ -22,8 +22,9 @@ from llama_jax.data.shards import TokenDataset
 from llama_jax.errors import UserError
 from llama_jax.train import train
 from tests.faults.test_damage import cut, delete, empty, zero
-from tests.faults.test_disk import until
-from tests.helpers import flip_bit, one_line_error, start_train, text_config
+from tests.helpers import flip_bit, one_line_error, start_train, text_config, until
+
+pytestmark = pytest.mark.usefixtures("shared_steps")
 
 # Saves at 2, 4, ..; the fault begins when batch 6 was handed out.
 STEPS, FAULT = 12, 6
@@ -85,10 +86,10 @@ def test_the_command_ends_with_one_line(shards, tmp_path):
     flags = (f"--config.data.path={folder}", "--config.train.steps=100000")
     process = start_train("stdlib", workdir, *flags, devices=1)[0]
     log = workdir / "metrics.jsonl"
-    until(lambda: log.exists() and log.stat().st_size, 300)
+    until(lambda: log.exists() and log.stat().st_size)
     for path in folder.glob("train-*.bin"):
         cut(path)
-    process.stdout, process.stderr = process.communicate(timeout=60)
+    process.stdout, process.stderr = process.communicate(timeout=600)
     assert "train-00000-00" in (line := one_line_error(process)) and "ends early" in line
 
 

@@ -6,7 +6,6 @@ import re
 import resource
 import subprocess
 import sys
-import threading
 import time
 
 import jax
@@ -20,7 +19,9 @@ from llama_jax.checkpoint import Meta, verify
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.errors import UserError
 from llama_jax.train import train
-from tests.helpers import ROOT, TINY, made_state, random_params, records, replace
+from tests.helpers import ROOT, TINY, made_state, random_params, records, replace, until
+
+pytestmark = pytest.mark.usefixtures("shared_steps")
 
 # Saves at 2, 4, .. 12; the fault begins in step 6 and ends in step 9.
 CONFIG = replace(TINY, train__steps=12, train__checkpoint_every=2, train__eval_every=100)
@@ -123,20 +124,14 @@ def undisturbed(tmp_path_factory):
     return jax.device_get(train(CONFIG, tmp_path_factory.mktemp("twin") / "run"))
 
 
-def until(what, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def nothing_is_saving(folder):
-    return not folder.is_dir() or not list(folder.glob("*.saving*"))
-
-
 def during(monkeypatch, workdir, first, begin, last, end):
     """Runs `begin` and `end` as these batches are taken, between the saves in the background."""
     stream, folder = loop.stream, workdir / "checkpoints"
+    warn, failed = Checkpointer._warn, set()
+
+    def warned(saver, step, reason):
+        warn(saver, step, reason)
+        failed.add(step)
 
     def disturbed(source, start, *rest):
         for step, batch in enumerate(stream(source, start, *rest), start=start + 1):
@@ -144,11 +139,12 @@ def during(monkeypatch, workdir, first, begin, last, end):
                 until((folder / str((step - 1) // 2 * 2)).exists)
                 begin()
             if step == last:
-                until(lambda: nothing_is_saving(folder))
+                until(lambda: (last - 1) // 2 * 2 in failed)
                 end()
             yield batch
 
     monkeypatch.setattr(loop, "stream", disturbed)
+    monkeypatch.setattr(Checkpointer, "_warn", warned)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own
@@ -201,23 +197,23 @@ def events(workdir):
 
 
 def test_a_disk_that_stalls(workdir, undisturbed, monkeypatch, capsys):
-    """The save of step 6 outlasts step 7 by 2 s: training goes on, and the next save waits."""
-    write, began = manifest.write, []
+    """The save of step 6 outlasts step 7 and its limit: training goes on, the next save waits."""
+    write, say, said = manifest.write, Checkpointer._say, []
 
     def stalls(folder):
         if folder.name.startswith("6."):
-            began.append(threading.current_thread())
-            until(lambda: (7, None) in events(workdir))
-            time.sleep(2)
+            until(lambda: {(7, None), (6, "save_slow")} <= set(events(workdir)))
+            until(lambda: any(text.startswith("waiting for the save of step 6") for text in said))
         write(folder)
 
     monkeypatch.setattr(manifest, "write", stalls)
+    monkeypatch.setattr(Checkpointer, "_say", lambda s, text: (said.append(text), say(s, text)))
     monkeypatch.setattr(checkpointer_lib, "QUIET_S", 0.2)
     state = jax.device_get(train(replace(CONFIG, train__save_timeout=1), workdir))
     jax.tree.map(np.testing.assert_array_equal, state, undisturbed)
-    said = capsys.readouterr().out
-    assert f"warning: saving step 6 to {workdir}/checkpoints takes longer than 1 s" in said
-    assert "waiting for the save of step 6, begun " in said and len(began) == 1
+    out = capsys.readouterr().out
+    assert f"warning: saving step 6 to {workdir}/checkpoints takes longer than 1 s" in out
+    assert "waiting for the save of step 6, begun " in out
     lines = events(workdir)
     assert lines.count((6, "save_slow")) == 1
     assert lines.index((6, "save_slow")) < lines.index((9, None))

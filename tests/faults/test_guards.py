@@ -21,6 +21,8 @@ from llama_jax.step import abstract_state
 from tests.helpers import TINY, field_names, replace, text_config, with_adapters
 from tests.test_train import STEP_FIELDS
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 # Fields of the step that only say how it is computed, or what to do about a fault.
 FREE = {
     "model__remat": "full",

@@ -14,8 +14,9 @@ from llama_jax import train as train_lib
 from llama_jax.checkpoint import find_step
 from llama_jax.errors import UserError
 from llama_jax.skips import explain
-from llama_jax.step import jit_step
-from tests.helpers import TINY, mesh_of, random_batch, records, replace, text_config
+from tests.helpers import TINY, mesh_of, random_batch, records, replace, shared_step, text_config
+
+pytestmark = pytest.mark.usefixtures("shared_steps")
 
 SMALL = replace(TINY, model__n_layers=1, train__global_batch=16, train__steps=8)
 BAD = 3  # of the steps from 0
@@ -38,7 +39,7 @@ def programs(name):
     config, shape = CASES[name]
     mesh = mesh_of(shape)
     with jax.set_mesh(mesh):
-        return config, mesh, jit_step(config, mesh)
+        return config, mesh, shared_step(config, mesh)
 
 
 def run(name, batches, keep=()):
@@ -224,8 +225,8 @@ def test_a_spike_is_passed_over_where_that_is_asked_for(kind):
         bad = {**usual, "weights": weights}
     with jax.set_mesh(mesh):
         compiled, plain = (
-            jit_step(config, mesh),
-            jit_step(replace(config, train__spike_factor=0.0), mesh),
+            shared_step(config, mesh),
+            shared_step(replace(config, train__spike_factor=0.0), mesh),
         )
         state = compiled.init(jax.random.key(0))
         for _ in range(250):  # until what is usual no longer changes

@@ -17,7 +17,7 @@ FLAGS = (
 
 def run(workdir, devices):
     """Losses and gradient norms of each step as hexadecimal, and the sha256 of the last state."""
-    done = run_command("train", f"--workdir={workdir}", *FLAGS, devices=devices)
+    done = run_command("train", f"--workdir={workdir}", *FLAGS, devices=devices, fresh=True)
     assert done.returncode == 0, done.stderr
     lines = records(workdir)
     steps = [(line["loss"].hex(), line["grad_norm"].hex()) for line in lines if "loss" in line]

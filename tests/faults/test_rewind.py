@@ -16,10 +16,12 @@ from llama_jax.errors import UserError
 from llama_jax.mesh import make_mesh
 from llama_jax.retention import saved_steps
 from llama_jax.skips import LOSS
-from llama_jax.step import TrainState, jit_step
+from llama_jax.step import TrainState
 from tests.faults import test_hosts
-from tests.helpers import flip_bit, records, replace, text_config
+from tests.helpers import flip_bit, records, replace, shared_step, text_config
 from tests.test_train import stop_after
+
+pytestmark = pytest.mark.usefixtures("shared_steps")
 
 STEPS, BAD = 13, (7, 8, 9)
 # The log of 8 is read while 9 runs. Two steps before 7 or earlier, the newest regular one is 4.
@@ -87,7 +89,7 @@ def test_it_goes_on_from_the_old_weights_with_the_new_batches(config, rewound, t
     mesh = make_mesh(config.mesh)
     data = train_lib.open_data(config, epath.Path(tmp_path))
     with jax.set_mesh(mesh):
-        compiled = jit_step(config, mesh)
+        compiled = shared_step(config, mesh)
         twin = compiled.init(jax.random.key(config.train.seed))
         shape = (config.train.global_batch, config.train.seq_len)
         for step in (*range(TO), *range(AT, STEPS)):

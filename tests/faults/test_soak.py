@@ -7,7 +7,7 @@ from tests.faults.soak import soak
 
 def test_killed_and_resumed_bit_for_bit(tmp_path):
     """Two SIGKILLs, after about 10 and 20 steps."""
-    sent, equal = soak("synthetic", tmp_path, kills=2, devices=1, steps=40, seed=778)
+    sent, equal = soak("synthetic", tmp_path, kills=2, devices=1, steps=40, seed=778, fresh=False)
     assert sent.total() >= 2 and equal
 
 

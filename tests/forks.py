@@ -1,0 +1,218 @@
+"""Commands as forks of one process that has made all imports, which take 2 to 6 s of a start.
+
+A fork is a process like any other: it has its own id, environment, pipes and exit status, may be
+killed, and may meet others on loopback. Only the imports are made before it instead of by it. What
+tests the imports themselves, or sets limits before them, starts an interpreter of its own.
+
+Run as a module this is the server: it imports, then waits for requests on the socket whose number
+it is given, one JSON object in each packet, and ends when the other side does.
+"""
+
+import contextlib
+import functools
+import gc
+import importlib
+import io
+import json
+import os
+import pathlib
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+ROOT = pathlib.Path(__file__).parent.parent
+# The commands and what they import when they need it.
+PRELOADED = (
+    *(f"llama_jax.{name}" for name in ("train", "prepare", "generate", "evaluate", "convert")),
+    *("llama_jax.data.__main__", "llama_jax.data.show_plot"),
+    *("tensorflow", "tensorboardX", "matplotlib.pyplot", "tokenizers", "pyarrow.parquet"),
+    "tests.helpers",
+)
+PACKET = 1 << 17  # bytes; an environment has a few thousand
+
+
+class Fork:
+    """A running command, with the part of `subprocess.Popen` that tests use.
+
+    Attributes:
+      pid: of the process.
+      stdout: text file that reads what it prints.
+      stderr: the same of its errors.
+      returncode: exit status, or minus the signal that ended it; None as long as it runs.
+    """
+
+    def __init__(self, module, arguments, env, stdin=None):
+        """Starts `python -m MODULE ARGUMENTS` in the root of the repository.
+
+        Args:
+          module: name of what is run.
+          arguments: strings.
+          env: all of its environment.
+          stdin: open file; None: nothing is there to read.
+        """
+        self.args, self.returncode = [module, *map(str, arguments)], None
+        (self.stdout, out), (self.stderr, err) = _pipe(), _pipe()
+        with contextlib.ExitStack() as stack:
+            stdin = stdin or stack.enter_context(open(os.devnull))
+            files = [stdin, stack.enter_context(out), stack.enter_context(err)]
+            umask = os.umask(0)
+            os.umask(umask)
+            request = {"argv": self.args, "env": env, "umask": umask}
+            self.pid = _server().ask(request, [file.fileno() for file in files])
+
+    def poll(self):
+        """The exit status, or None."""
+        if self.returncode is None:
+            self.returncode = _server().ask({"poll": self.pid})
+        return self.returncode
+
+    def wait(self, timeout=None):
+        """Waits for the end; raises `subprocess.TimeoutExpired` if it takes longer."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.01)
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        """Reads both pipes to their ends; what was read before is not in it."""
+        texts, began = {}, time.monotonic()
+
+        def read(name):
+            texts[name] = getattr(self, name).read()
+
+        names = ("stdout", "stderr")
+        readers = [threading.Thread(target=read, args=(name,), daemon=True) for name in names]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join(timeout and max(0.0, began + timeout - time.monotonic()))
+            if reader.is_alive():
+                raise subprocess.TimeoutExpired(self.args, timeout)
+        self.wait(timeout and max(1.0, began + timeout - time.monotonic()))
+        return texts["stdout"], texts["stderr"]
+
+    def send_signal(self, number):
+        """Sends a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        """Sends SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+        self.wait()
+        self.stdout.close()
+        self.stderr.close()
+
+
+def _pipe():
+    """A text file to read what is written to the other one."""
+    read, write = os.pipe()
+    return open(read, errors="replace"), open(write, "wb")
+
+
+class _Server:
+    """The other end of the socket: one for each process that runs tests."""
+
+    def __init__(self):
+        self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._lock = threading.Lock()
+        with other:
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.forks", str(other.fileno())],
+                cwd=ROOT,
+                pass_fds=[other.fileno()],
+            )
+
+    def ask(self, request, files=()):
+        with self._lock:
+            socket.send_fds(self._socket, [json.dumps(request).encode()], list(files))
+            return json.loads(self._socket.recv(PACKET))
+
+
+_server = functools.cache(_Server)
+
+
+def _serve(requests):
+    """Answers requests; returns, in a fork, what this is to run."""
+    running = set()
+    while True:
+        packet, files, _, _ = socket.recv_fds(requests, PACKET, 3)
+        if not packet:  # the tests have ended, or were killed
+            for pid in running:
+                os.kill(pid, signal.SIGKILL)
+            os._exit(0)
+        request = json.loads(packet)
+        if "poll" in request:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+            running.discard(pid)
+        else:
+            answer = os.fork()
+            if answer == 0:
+                requests.close()
+                for number, file in enumerate(files):
+                    os.dup2(file, number)
+                    os.close(file)
+                return request
+            running.add(answer)
+            for file in files:
+                os.close(file)
+        requests.send(json.dumps(answer).encode())
+
+
+def _set_environment(env):
+    """Also where JAX has read it already."""
+    import jax
+
+    changed = {name: value for name, value in env.items() if os.environ.get(name) != value}
+    os.environ.clear()
+    os.environ.update(env)
+    for name, value in changed.items():
+        option = name.lower()
+        if name.startswith("JAX_") and option in jax.config.values:
+            jax.config.update(option, type(jax.config.values[option] or "")(value))
+
+
+def _set_streams(encoding):
+    """New ones: a stream remembers what kind of file it was made on."""
+    sys.stdin = sys.__stdin__ = io.TextIOWrapper(io.BufferedReader(io.FileIO(0)), encoding)
+    sys.stdout = sys.__stdout__ = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w")), encoding)
+    errors = io.BufferedWriter(io.FileIO(2, "w"))
+    sys.stderr = sys.__stderr__ = io.TextIOWrapper(errors, encoding, "backslashreplace")
+    sys.stderr.reconfigure(line_buffering=True)
+
+
+def main():
+    """The server, and in each fork the command."""
+    from llama_jax.cli import quieten_libraries
+
+    requests = socket.socket(fileno=int(sys.argv[1]))
+    quieten_libraries()
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.freeze()  # else the collection at the end of each fork copies all of this memory
+    request = _serve(requests)
+    _set_environment(request["env"])
+    os.umask(request["umask"])
+    _set_streams(request["env"].get("PYTHONIOENCODING"))
+    sys.argv = request["argv"]
+    # A command that another one imports is run once more, as `python -m` does.
+    warnings.filterwarnings("ignore", "'llama_jax.*' found in sys.modules", RuntimeWarning)
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
