@@ -71,7 +71,7 @@ CONF
   export SLURM_CONF=$folder/slurm.conf
   slurmctld
   slurmd
-  for _ in $(seq 100); do
+  for _ in $(seq 1000); do
     [[ $(sinfo --noheader --format=%T 2>/dev/null) == idle ]] && break
     sleep 0.3
   done
@@ -86,7 +86,7 @@ stop() {
   # Jobs first: without slurmd, their daemons would stay.
   scancel --user=root 2>/dev/null || true
   scancel --user=root --signal=KILL --full 2>/dev/null || true
-  for _ in $(seq 60); do
+  for _ in $(seq 600); do
     [[ $(squeue --noheader 2>/dev/null) ]] || break
     sleep 0.5
   done
@@ -94,7 +94,7 @@ stop() {
     [[ -f $folder/$name.pid ]] || continue
     pid=$(cat "$folder/$name.pid")
     kill "$pid" 2>/dev/null || true
-    for _ in $(seq 50); do
+    for _ in $(seq 500); do
       kill -0 "$pid" 2>/dev/null || break
       sleep 0.2
     done

@@ -27,7 +27,7 @@ class Coordinator:
 
     def __init__(self):
         self.values = {}
-        self.barriers = collections.defaultdict(lambda: threading.Barrier(2, timeout=10))
+        self.barriers = collections.defaultdict(lambda: threading.Barrier(2, timeout=600))
         self.lock = threading.Lock()
 
     def key_value_set(self, key, value):

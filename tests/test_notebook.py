@@ -42,7 +42,7 @@ def executed():
         input=json.dumps(["".join(cell["source"]) for cell in CELLS]),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3600,
     )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)

@@ -17,7 +17,7 @@ from llama_jax.data.shard_folder import FORMAT_VERSION, encode_manifest
 from llama_jax.data.shard_writer import ShardWriter
 from llama_jax.data.shards import TokenDataset
 from llama_jax.sharding import batch_sharding
-from tests.helpers import mesh_of
+from tests.helpers import mesh_of, until
 
 # Fixtures are made once and never changed.
 FEW = settings(
@@ -173,10 +173,8 @@ def test_batches_are_made_ahead_of_their_use(three):
 
     found = iterate(Counted(), range(6), 0, 100)
     next(found)
-    deadline = time.monotonic() + 20
-    while max(made) < loader.PREFETCH and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert loader.PREFETCH <= max(made) < 10  # ahead, but not without end
+    until(lambda: max(made) >= loader.PREFETCH)
+    assert max(made) < 10  # ahead, but not without end
 
 
 def test_the_next_batch_goes_to_the_device_before_this_one_is_used():

@@ -214,7 +214,7 @@ def rematerialized(shapes, unpinned=False, packed=False, **changes):
         },
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3600,
     )
     assert process.returncode == 0, process.stderr
     parts = process.stderr.split("mesh (")[1:]

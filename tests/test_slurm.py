@@ -35,7 +35,7 @@ def slurm(tmp_path_factory):
 
     def run(*command):
         process = subprocess.run(
-            list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+            list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
         )
         assert process.returncode == 0, (command, process.stdout, process.stderr)
         return process.stdout.strip()
@@ -44,7 +44,7 @@ def slurm(tmp_path_factory):
         run(CLUSTER, "start", folder)
         yield run
     finally:
-        subprocess.run([CLUSTER, "stop", str(folder)], env=env, check=True, timeout=60)
+        subprocess.run([CLUSTER, "stop", str(folder)], env=env, check=True, timeout=600)
 
 
 def submit(slurm, tmp_path, steps, *flags, restarts=10, python=sys.executable):
@@ -57,7 +57,7 @@ def submit(slurm, tmp_path, steps, *flags, restarts=10, python=sys.executable):
     return slurm(*sbatch, *script, *flags), log
 
 
-def wait_for(pattern, log, count=1, seconds=180):
+def wait_for(pattern, log, count=1, seconds=900):
     """The matches of a pattern in the log, once there are `count`."""
     deadline = time.monotonic() + seconds
     while True:
@@ -69,7 +69,7 @@ def wait_for(pattern, log, count=1, seconds=180):
         time.sleep(0.5)
 
 
-def wait_for_state(slurm, job, state, also="", seconds=120):
+def wait_for_state(slurm, job, state, also="", seconds=900):
     """Until Slurm says so, and that the job has left its node."""
     deadline = time.monotonic() + seconds
     while True:
@@ -148,7 +148,7 @@ def test_a_job_survives_a_killed_task_and_its_time_limit(slurm, tmp_path):
 
 def test_what_cannot_be_trained_is_not_tried_for_ever(slurm, tmp_path):
     job, log = submit(slurm, tmp_path, 60, "--config.mesh.fsdp=7", restarts=1)
-    wait_for_state(slurm, job, "FAILED", seconds=120)
+    wait_for_state(slurm, job, "FAILED", seconds=900)
     text = log.read_text()
     assert "does not cover 2 devices" in text
     assert "retry: exit status 1; giving up after 1 restart(s)" in text

@@ -1,5 +1,8 @@
 import subprocess
 import sys
+import threading
+
+import pytest
 
 from llama_jax.watchdog import Watchdog
 from tests.helpers import ROOT
@@ -8,14 +11,14 @@ from tests.helpers import ROOT
 def run(code):
     code = f"import os, signal, time\nfrom llama_jax.watchdog import Watchdog\n{code}"
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
 
 
 def test_a_hang_ends_with_a_message_and_stacks():
     process = run("""
 def stuck():
-    time.sleep(50)
+    time.sleep(3600)
 with Watchdog(1) as dog:
     dog.beat("step 7")
     stuck()
@@ -26,34 +29,103 @@ with Watchdog(1) as dog:
     assert "in stuck" in process.stderr  # the stack
 
 
-def test_beats_keep_it_alive_and_its_end_calls_it_off():
-    process = run("""
-with Watchdog(1.5) as dog:
-    for step in range(10):
-        dog.beat(f"step {step}")
-        time.sleep(0.3)
-    dog.beat("step 10", compiles=True)
-    time.sleep(4)
-time.sleep(3)
-print("alive")
-""")
-    assert (process.returncode, process.stdout, process.stderr) == (0, "alive\n", "")
+class Ticks:
+    """Stands in for the event that the thread waits on: a tick passes when the test says so."""
+
+    def __init__(self):
+        self.allowed, self.begun = threading.Semaphore(0), threading.Semaphore(0)
+        self.ended = False
+
+    def wait(self, seconds):
+        self.begun.release()
+        self.allowed.acquire()
+        return self.ended
+
+    def set(self):
+        self.ended = True
+        self.allowed.release()
+
+    def pass_by(self, n):
+        """Returns when the thread has done what it does after the last of `n` ticks."""
+        for _ in range(n):
+            self.allowed.release()
+            self.begun.acquire()
+
+
+@pytest.fixture
+def given_up(monkeypatch):
+    """What the watchdogs of a test have given up on."""
+    found = []
+    monkeypatch.setattr(Watchdog, "_give_up", lambda dog, what: found.append(what))
+    return found
+
+
+def started(timeout_s):
+    """A watchdog after its first beat, whose thread waits for the first tick."""
+    dog = Watchdog(timeout_s)
+    dog._ended = ticks = Ticks()
+    dog.beat("step 0")
+    ticks.begun.acquire()
+    return dog, ticks
+
+
+def test_beats_keep_it_alive(given_up):
+    dog, ticks = started(2)
+    with dog:
+        for step in range(10):
+            dog.beat(f"step {step}")
+            ticks.pass_by(4)  # one to see the beat, and three half seconds
+        assert given_up == []
+        ticks.pass_by(1)
+        assert given_up == ["step 9"]
+
+
+def test_what_compiles_has_ten_times_as_long(given_up):
+    dog, ticks = started(2)
+    with dog:
+        dog.beat("step 1", compiles=True)
+        ticks.pass_by(40)
+        assert given_up == []
+        ticks.pass_by(1)
+        assert given_up == ["step 1"]
+
+
+def test_its_end_calls_it_off(given_up):
+    dog, _ = started(2)
+    with dog:
+        pass
+    dog._thread.join()
+    assert given_up == []
 
 
 def test_a_stopped_process_did_not_hang():
+    """It is stopped for thirty ticks, of which it counts none."""
     process = run("""
-if (child := os.fork()) == 0:
-    time.sleep(0.3)
-    os.kill(os.getppid(), signal.SIGSTOP)
-    time.sleep(4)
-    os.kill(os.getppid(), signal.SIGCONT)
-    os._exit(0)
-with Watchdog(2) as dog:
+from llama_jax import watchdog
+watchdog.TICK_S, ticks = 0.1, 0
+with Watchdog(3600) as dog:
+    wait = dog._ended.wait
+    def counted(seconds):
+        global ticks
+        ticks += 1
+        return wait(seconds)
+    dog._ended.wait = counted
     dog.beat("step 1")
-    os.waitpid(child, 0)
-print("alive")
+    if os.fork() == 0:
+        stopped = lambda: open(f"/proc/{os.getppid()}/stat").read().split()[2] == "T"
+        while not stopped():
+            time.sleep(0.01)
+        time.sleep(3)
+        os.kill(os.getppid(), signal.SIGCONT)
+        os._exit(0)
+    while not ticks:
+        time.sleep(0.01)
+    before = ticks
+    os.kill(os.getpid(), signal.SIGSTOP)
+    print(ticks - before)
 """)
-    assert (process.returncode, process.stdout, process.stderr) == (0, "alive\n", "")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert int(process.stdout) < 15
 
 
 def test_none_at_all():
