@@ -48,8 +48,12 @@ format: .venv/.installed-dev  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-slow: .venv/.installed-dev  ## the tests that take minutes
-	TEST_XLA_FLAGS= $(BIN)/python -m pytest -m slow -n 2 --dist worksteal -q $(PYTEST_ARGS)
+# As root, where Debian's packages can be had, the tests on a real Slurm are among them.
+SLOW := $(shell [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo slow or slurm || echo slow)
+
+slow: .venv/.installed-dev  ## the tests that take minutes; a quarter of them: PYTEST_ARGS=--quarter=1
+	@[ "$(SLOW)" = slow ] || tests/slurm_cluster.sh install
+	TEST_XLA_FLAGS= $(BIN)/python -m pytest -m "$(SLOW)" -n 2 --dist worksteal -q $(PYTEST_ARGS)
 
 parity: .venv/.installed-parity  ## live comparison with transformers on torch
 	TEST_XLA_FLAGS= $(BIN)/python -m pytest -m parity -q $(PYTEST_ARGS)

@@ -10,10 +10,10 @@ from tests.helpers import run_command
 
 
 @pytest.mark.slow
-@pytest.mark.long  # the whole training: ten minutes
+@pytest.mark.long
 def test_the_tiny_config_learns_python(tmp_path):
     flags = ("--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}")
-    process = run_command("train", *flags, timeout=1500)
+    process = run_command("train", *flags, timeout=3600, fresh=True)
     assert process.returncode == 0, process.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
