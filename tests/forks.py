@@ -1,4 +1,4 @@
-"""Commands as forks of one process that has made all imports, which take 2 to 6 s of a start.
+"""Commands as forks of one process that has made all imports, which take most of a start.
 
 A fork is a process like any other: it has its own id, environment, pipes and exit status, may be
 killed, and may meet others on loopback. Only the imports are made before it instead of by it. What

@@ -23,7 +23,7 @@ from llama_jax.step import jit_step
 from tests.forks import Fork
 
 ROOT = pathlib.Path(__file__).parent.parent
-# What is run once need not be compiled well: so it takes a tenth of the time (CPU, a tiny step).
+# What is run once need not be compiled well: tests/README.md has what that saves.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if jax.__version_info__ < (0, 11):  # later ones have no others
     QUICK += " --xla_cpu_use_fusion_emitters=false"
