@@ -25,7 +25,7 @@ from tests.forks import Fork
 ROOT = pathlib.Path(__file__).parent.parent
 # What is run once need not be compiled well: tests/README.md has what that saves.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-if jax.__version_info__ < (0, 11):  # later ones have no others
+if jax.__version_info__ < (0, 11):  # XLA has dropped the flag since
     QUICK += " --xla_cpu_use_fusion_emitters=false"
 # `make parity` and `make slow` compile as a run does.
 XLA_FLAGS = os.environ.get("TEST_XLA_FLAGS", QUICK)
@@ -106,9 +106,11 @@ def text_config(corpus, **changes):
 
 
 def meshes(*default):
-    """Parameters for a test: all of `MESHES` but one device; which are not the default are slow."""
-    slow = [pytest.param(shape, marks=pytest.mark.slow) for shape in MESHES[1:]]
-    return [shape if shape in default else slow[n] for n, shape in enumerate(MESHES[1:])]
+    """Parameters of a test: all of `MESHES` with several devices; only `default` is not slow."""
+    return [
+        shape if shape in default else pytest.param(shape, marks=pytest.mark.slow)
+        for shape in MESHES[1:]
+    ]
 
 
 def mesh_of(shape):
