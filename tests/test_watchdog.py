@@ -99,33 +99,24 @@ def test_its_end_calls_it_off(given_up):
 
 
 def test_a_stopped_process_did_not_hang():
-    """It is stopped for thirty ticks, of which it counts none."""
+    """It is stopped for longer than it may be silent, and counts none of that."""
     process = run("""
 from llama_jax import watchdog
-watchdog.TICK_S, ticks = 0.1, 0
-with Watchdog(3600) as dog:
-    wait = dog._ended.wait
-    def counted(seconds):
-        global ticks
-        ticks += 1
-        return wait(seconds)
-    dog._ended.wait = counted
-    dog.beat("step 1")
-    if os.fork() == 0:
-        stopped = lambda: open(f"/proc/{os.getppid()}/stat").read().split()[2] == "T"
-        while not stopped():
-            time.sleep(0.01)
-        time.sleep(3)
-        os.kill(os.getppid(), signal.SIGCONT)
-        os._exit(0)
-    while not ticks:
+watchdog.TICK_S = 0.1
+if os.fork() == 0:
+    while open(f"/proc/{os.getppid()}/stat").read().split()[2] != "T":
         time.sleep(0.01)
-    before = ticks
+    time.sleep(4)
+    os.kill(os.getppid(), signal.SIGCONT)
+    os._exit(0)
+with Watchdog(3) as dog:
+    dog.beat("step 1")
+    time.sleep(0.5)  # it has been seen
     os.kill(os.getpid(), signal.SIGSTOP)
-    print(ticks - before)
+    time.sleep(0.5)  # what it takes for the stop is seen now
+print("alive")
 """)
-    assert (process.returncode, process.stderr) == (0, "")
-    assert int(process.stdout) < 15
+    assert (process.returncode, process.stdout, process.stderr) == (0, "alive\n", "")
 
 
 def test_none_at_all():
