@@ -15,17 +15,17 @@ NO_EVAL = "--config.train.eval_every=100000"
 TINY_RUN = (NO_EVAL, "--config.model.n_layers=1")
 
 
-def end_all(processes, timeout=600):
+def end_all(processes):
     began = time.monotonic()
-    outputs = outputs_of(processes, timeout)
+    outputs = outputs_of(processes)
     print(f"it took {time.monotonic() - began:.1f} s to end", *(errors for _, errors in outputs))
     return [
         (process.returncode, *output) for process, output in zip(processes, outputs, strict=True)
     ]
 
 
-def end(process, timeout=600):
-    return end_all([process], timeout)[0]
+def end(process):
+    return end_all([process])[0]
 
 
 def stopped_at(out):
