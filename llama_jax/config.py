@@ -12,7 +12,8 @@ from typing import Any, cast
 
 import ml_collections
 
-from llama_jax.errors import UserError, require, require_positive
+from llama_jax.errors import require, require_positive, typed
+from llama_jax.files import parse_json
 from llama_jax.lora_config import LoraConfig
 from llama_jax.model_config import COMPUTE_DTYPES, ModelConfig
 
@@ -256,11 +257,7 @@ def from_json(text: str) -> Config:
     Raises:
       UserError: the text is not such a config.
     """
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"the config is not valid JSON: {error}") from error
-    require(isinstance(values, dict), "the config is not a mapping of groups")
+    values = parse_json(text, "the config")
     defaults = dataclasses.asdict(Config())
     for name, group in defaults.items():
         given = values.setdefault(name, {} if isinstance(group, dict) else group)
@@ -275,23 +272,15 @@ def _from_dict(values: dict[str, Any]) -> Config:
     built: dict[str, Any] = {}
     for name, group in groups.items():
         if not dataclasses.is_dataclass(group):
-            built[name] = _typed(name, values[name], group)
+            built[name] = typed(name, values[name], group)
             continue
         types = {field.name: field.type for field in dataclasses.fields(group)}
         given = values[name]
         require(isinstance(given, dict), f"config group {name} is not a mapping, but {given!r}")
         _require_same_names(f"fields of config group {name}", set(given), set(types))
-        fields = {n: _typed(f"{name}.{n}", given[n], types[n]) for n in types}
+        fields = {n: typed(f"{name}.{n}", given[n], types[n]) for n in types}
         built[name] = cast(Any, group)(**fields)
     return Config(**built)
-
-
-def _typed(name: str, value: Any, wanted: Any) -> Any:
-    """The value, if it has the type of its field; an int may stand for a float."""
-    if wanted is float and type(value) is int:
-        return float(value)
-    require(type(value) is wanted, f"{name} must be of type {wanted.__name__}, got {value!r}")
-    return value
 
 
 def _require_same_names(what: str, given: set[str], known: set[str]) -> None:

@@ -1,5 +1,9 @@
 """The one exception that means "the user can mend this", and how it is raised."""
 
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -29,3 +33,47 @@ def require_positive(group: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value > 0, f"{group}.{name} must be positive, got {value}")
+
+
+def require_types(group: str, config: Any) -> None:
+    """Requires that each field of a config group has its annotated type."""
+    for field in dataclasses.fields(config):
+        typed(f"{group}.{field.name}", getattr(config, field.name), field.type)
+
+
+def typed(name: str, value: Any, wanted: Any) -> Any:
+    """The value, if it has the type of its field; an int may stand for a float.
+
+    Raises:
+      UserError: it has another type, or is infinite or not a number.
+    """
+    if wanted is float and type(value) is int and abs(value) < 2**63:
+        return float(value)
+    require(type(value) is wanted, f"{name} must be of type {wanted.__name__}, got {value!r}")
+    require(wanted is not float or math.isfinite(value), f"{name} must be finite, got {value!r}")
+    return value
+
+
+@contextlib.contextmanager
+def boundary(name: str) -> Iterator[None]:
+    """Raises `UserError` where the code inside fails on malformed content.
+
+    A parser of files that others wrote runs inside one. The parser still checks what it can name;
+    this catches the rest: a missing key, a wrong type, a number out of range, nesting that is too
+    deep.
+
+    Args:
+      name: the file, for the message.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"{name} does not have {error.args[0]!r}") from error
+    except RecursionError as error:
+        raise UserError(f"{name} is nested too deeply to be read") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{name} is malformed: {first_line(error)}") from error
+    except MemoryError as error:
+        raise UserError(f"{name} needs more memory than there is") from error

@@ -8,10 +8,53 @@ from typing import Any
 
 from etils import epath
 
+from llama_jax.errors import UserError, boundary, first_line
+
 
 def is_object_store(path: epath.PathLike) -> bool:
     """Whether a path is of a bucket (`gs://`): no locks there, no folder that could be renamed."""
     return "://" in os.fspath(path)
+
+
+def parse_json(content: bytes | str, name: str) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Args:
+      content: bytes in UTF-8, UTF-16 or UTF-32, or text.
+      name: the file, for errors.
+
+    Raises:
+      UserError: it is not JSON, not an object, or nested too deeply.
+    """
+    with boundary(name):
+        try:
+            values = json.loads(content)
+        except ValueError as error:  # bytes that are no text, and numbers that are too long, too
+            raise UserError(f"{name} is not valid JSON: {first_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{name} is not a JSON object, but {type(values).__name__}")
+    return values
+
+
+def read_bytes(path: epath.Path) -> bytes:
+    """The contents of a file.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      UserError: it cannot be read, or as `parse_json`.
+    """
+    return parse_json(read_bytes(path), str(path))
 
 
 def read_records(jsonl: epath.Path) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from llama_jax.errors import require
+from llama_jax.errors import require, require_types
 from llama_jax.model_config import ModelConfig
 
 # The matrices of a layer, by the module that has them.
@@ -26,6 +26,7 @@ class LoraConfig:
     base_dtype: str = "bfloat16"  # of the frozen matrices: float32 | bfloat16 | nf4
 
     def __post_init__(self) -> None:
+        require_types("lora", self)
         require(self.rank >= 0, f"lora.rank must not be negative, got {self.rank}")
         require(self.alpha > 0, f"lora.alpha must be positive, got {self.alpha}")
         require(0 <= self.dropout < 1, f"lora.dropout must be in [0, 1), got {self.dropout}")

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from llama_jax.errors import require, require_positive
+from llama_jax.errors import require, require_positive, require_types
 
 REMAT_POLICIES = ("none", "full", "dots")
 # Tensors inside a block that `remat = "save:..."` may keep; model.py gives them these names.
@@ -37,6 +37,13 @@ class ModelConfig:
     scan_unroll: int = 1  # layers per iteration of the scan; more compile longer, may run faster
 
     def __post_init__(self) -> None:
+        require_types("model", self)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)  # sizes and ids are int32 on the devices
+            require(
+                field.type is not int or abs(value) < 2**31,
+                f"model.{field.name} must be less than 2**31, got {value}",
+            )
         require_positive(
             "model", self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim"
         )

@@ -213,7 +213,7 @@ def test_config_dict_gives_the_config_back_and_is_locked():
     ("text", "message"),
     [
         ("{", "not valid JSON"),
-        ("[]", "not a mapping"),
+        ("[]", "not a JSON object"),
         ('{"init_from": 3}', "init_from must be of type str"),
         ('{"model": 3}', "config group model is not a mapping"),
         (TINY.to_json().replace('"peak_lr"', '"peek_lr"'), "optim: peek_lr"),
@@ -222,6 +222,10 @@ def test_config_dict_gives_the_config_back_and_is_locked():
         (TINY.to_json().replace('"dim": 32', '"dim": "32"'), "model.dim"),
         (TINY.to_json().replace('"dim": 32', '"dim": 32.5'), "model.dim"),
         (TINY.to_json().replace('"steps": 20', '"steps": true'), "train.steps"),
+        (
+            re.sub(r'"peak_lr": [^,]*', '"peak_lr": Infinity', TINY.to_json()),
+            "optim.peak_lr must be",
+        ),
     ],
 )
 def test_json_that_is_no_config(text, message):
