@@ -1,22 +1,21 @@
 """Chat templates: from the messages of a conversation to the text that a model was tuned on.
 
-A template is Jinja. It is rendered as `apply_chat_template` of transformers renders it, in Jinja's
-sandbox: it is the code of others. For training it also says which tokens the model is to write:
+A template is Jinja. It is rendered as `apply_chat_template` of transformers renders it, but within
+limits (see `renderer`): it is the code of others. For training it also says which tokens the model
+is to write:
 those that it has between `{% generation %}` and `{% endgeneration %}`, or, where it has no such
 tags, what an answer adds to the prompt for it.
 """
 
 import dataclasses
-import datetime
-import functools
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError, ext, nodes, sandbox
 
+from llama_jax.data import renderer
+from llama_jax.data.jinja_process import BEGIN, END
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.prompts import Messages
@@ -24,16 +23,10 @@ from llama_jax.prompts import Messages
 DEFAULT = "default"
 # The names under which a template finds the special tokens.
 _TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-# Around what the model writes, in a text that is rendered; Unicode reserves both for such uses.
-BEGIN, END = "\ufdd1", "\ufdd2"
 _MARKS = re.compile(f"[{BEGIN}{END}]")
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Spans = list[tuple[int, int]]  # of letters: first, after the last
-
-
-class Refused(UserError):
-    """A template does not take these messages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,23 +70,21 @@ class ChatTemplate:
           prompt: go on to where the model's next message begins.
 
         Raises:
-          UserError: it is not Jinja, or does not take such messages.
+          Refused: the template does not take such messages.
+          UserError: it is not Jinja, or takes more time or memory than `renderer` allows.
         """
         return _MARKS.sub("", self._render(messages, prompt))
 
     def _render(self, messages: Messages, prompt: bool) -> str:
         """The text, with `BEGIN` and `END` around what stands in the tags."""
-        try:
-            return self._compiled.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=prompt,
-                **self.tokens,
-            )
-        # A template may do what Python may; but our own mistakes are not to be blamed on it.
-        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise Refused(f"{self.name} does not take these messages: {error}") from error
+        variables = {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": prompt,
+            **self.tokens,
+        }
+        return renderer.shared().render(self.source, self.name, variables)
 
     def encode(self, messages: Messages, *, special: bool = False) -> list[int]:
         """Token ids of a conversation; BOS is there if the template writes it.
@@ -169,16 +160,9 @@ class ChatTemplate:
             answers.append((len(before), len(kept) if ends else len(after)))
         return text, answers
 
-    @functools.cached_property
-    def _compiled(self) -> Any:
-        try:
-            return _environment().from_string(self.source)
-        except TemplateError as error:
-            raise UserError(f"{self.name} is not a chat template: {error}") from error
-
     def check(self) -> None:
         """Raises `UserError` if it is not Jinja, before there are messages to find it out."""
-        assert self._compiled is not None
+        renderer.shared().check(self.source, self.name)
 
 
 def named_templates(given: Any) -> dict[str, str]:
@@ -220,33 +204,3 @@ def _protected(value: Any, tokenizer: Tokenizer) -> Any:
     if isinstance(value, dict):
         return {key: _protected(one, tokenizer) for key, one in value.items()}
     return value
-
-
-@functools.cache
-def _environment() -> Any:
-    """Jinja as chat templates expect it: their white space, functions and tags."""
-
-    class Generation(ext.Extension):
-        """{% generation %}: what the model writes; shown between two marks."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (BEGIN, END))
-            return [one.set_lineno(line) for one in (begin, nodes.Scope(body), end)]
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    found = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-    )
-    found.filters["tojson"] = to_json  # Jinja's own writes <, > and & as \u003c and so on
-    found.globals["raise_exception"] = refuse
-    found.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return found

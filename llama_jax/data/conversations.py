@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from llama_jax.config import DataConfig
-from llama_jax.data.chat_template import BEGIN, END, ChatTemplate, Encoded, Refused
+from llama_jax.data.chat_template import BEGIN, END, ChatTemplate, Encoded
 from llama_jax.data.reading import Example, Part, Reading, too_long
+from llama_jax.data.renderer import Refused
 from llama_jax.data.sources import read_records
 from llama_jax.data.vocabularies import MARK
 from llama_jax.errors import UserError, first_line

@@ -1,0 +1,121 @@
+"""Renders chat templates within limits of time and memory, in a process of its own."""
+
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any
+
+from llama_jax.data import jinja_process
+from llama_jax.errors import UserError, first_line
+
+SECONDS = 10  # of processor time, for one conversation
+MEMORY = 2**30  # bytes
+
+
+class Refused(UserError):
+    """A template does not take these messages."""
+
+
+class Renderer:
+    """A process that renders templates one after another; it is started when it is needed."""
+
+    def __init__(self, seconds: int = SECONDS, memory: int = MEMORY) -> None:
+        """Starts nothing yet.
+
+        Args:
+          seconds: of processor time that one conversation may take.
+          memory: bytes that the process may have.
+        """
+        self._seconds, self._memory = seconds, memory
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def render(self, source: str, name: str, variables: dict[str, Any]) -> str:
+        """The text that a template makes.
+
+        Args:
+          source: Jinja.
+          name: what to call it in an error.
+          variables: what it finds, of types that JSON has.
+
+        Raises:
+          Refused: the template fails on these variables.
+          UserError: it is not Jinja, or takes more time or memory than the limits.
+        """
+        return self._ask({"source": source, "variables": variables}, name)
+
+    def check(self, source: str, name: str) -> None:
+        """Raises `UserError` if a template is not Jinja."""
+        self._ask({"source": source}, name)
+
+    def _ask(self, request: dict[str, Any], name: str) -> str:
+        try:
+            message = jinja_process.encode_message(request)
+        except (RecursionError, TypeError, ValueError) as error:
+            raise Refused(f"{name} takes messages of JSON: {first_line(error)}") from error
+        with self._lock:
+            kind, text = self._exchange(message, name)
+        if kind == "text":
+            return text
+        if kind == "memory":
+            raise UserError(f"{name} takes more than {self._memory / 2**20:,.0f} MiB of memory")
+        if kind == "long":
+            raise UserError(f"{name} writes more than {jinja_process.LONGEST_TEXT:,} characters")
+        reason = text.strip().split("\n")[0]
+        if kind == "not Jinja":
+            raise UserError(f"{name} is not a chat template: {reason}")
+        raise Refused(f"{name} does not take these messages: {reason}")
+
+    def _exchange(self, message: bytes, name: str) -> list[str]:
+        process = self._running()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(message)
+            process.stdin.flush()
+            return jinja_process.read_message(process.stdout)
+        except (EOFError, OSError) as error:
+            status = self._ended(process)
+            if status == -signal.SIGXCPU:
+                limit = f"more than {self._seconds} s of processor time"
+                raise UserError(f"{name} takes {limit}") from error
+            raise UserError(f"{name} ends the process that renders it (status {status})") from error
+        except (
+            BaseException
+        ):  # an interrupt: the answer would be taken for that of the next request
+            process.kill()
+            self._ended(process)
+            raise
+
+    def _running(self) -> "subprocess.Popen[bytes]":
+        if self._process is None or self._process.poll() is not None:
+            # -P: the modules beside the file do not hide those of the standard library.
+            command = [sys.executable, "-P", jinja_process.__file__]
+            self._process = subprocess.Popen(
+                [*command, str(self._seconds), str(self._memory)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        return self._process
+
+    def _ended(self, process: "subprocess.Popen[bytes]") -> int:
+        """Exit status of a process that has ended, or is about to."""
+        self._process = None
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):  # what was not sent
+                pipe.close()  # type: ignore[union-attr]
+        return process.wait()
+
+
+@functools.cache
+def _of_process(pid: int) -> Renderer:
+    return Renderer()
+
+
+def shared() -> Renderer:
+    """The renderer of this process; a fork gets one of its own."""
+    return _of_process(os.getpid())

@@ -1,0 +1,165 @@
+"""Templates of strangers: whatever they compute, the outcome is a text or one line."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from llama_jax.data import jinja_process, renderer
+from llama_jax.data.renderer import Refused, Renderer
+from llama_jax.errors import UserError
+from tests.helpers import until
+
+MESSAGES = [{"role": "user", "content": "a"}]
+GOOD = "{% for message in messages %}{{ message.content }}{% endfor %}"
+DOUBLING = (
+    "{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s {} ns.s %}"
+    "{% endfor %}{{ ns.s }}"
+)
+GREEDY = {
+    "a long text": "{{ 'a' * n * n }}",
+    "a constant, folded by the compiler": "{{ 'a' * 10000000000 }}",
+    "a list": "{{ ([0] * n * n)|length }}",
+    "doubling by +": DOUBLING.replace("{}", "+"),
+    "doubling by ~": DOUBLING.replace("{}", "~"),
+    "a list that grows": "{% set ns = namespace(s=[0]) %}{% for i in range(99) %}"
+    "{% set ns.s = ns.s + ns.s %}{% endfor %}",
+    "a width": "{{ '%10000000000d' % 1 }}",
+    "a width of format": "{{ '{:10000000000}'.format(1) }}",
+    "padding": "{{ 'a'.ljust(n * n) }}",
+    "a filter": "{{ 'a'|center(n * n) }}",
+    "a replacement": "{{ ('a' * n).replace('', 'a' * n) }}",
+    "the text itself": "{% set s = 'a' * n * 100 %}{% for i in range(99) %}{{ s }}{% endfor %}",
+    "batches": "{{ [1]|batch(n * n, 0)|list|length }}",
+}
+SLOW = {
+    "loops": "{% for a in range(n) %}{% for b in range(n) %}{% endfor %}{% endfor %}",
+    "a power": "{{ n ** (n ** 2) > 1 }}",
+    "a constant power": "{{ 9 ** (9 ** 9) > 1 }}",
+}
+WRONG = {
+    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "nested brackets": "{{ " + "[" * 5000 + "]" * 5000 + " }}",
+    "nested blocks": "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
+    "an attribute of nothing": "{{ messages.none.none }}",
+    "an attribute that raises": "{{ [1]|map('upper')|first }}{{ 1|dictsort }}",
+    "a wrong type": "{{ messages + 1 }}",
+    "a division": "{{ 1 / 0 }}",
+    "an index": "{{ messages[7].content }}",
+    "an internal": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "an import": "{% import 'os' as os %}{{ os }}",
+    "an exception of its own": "{{ raise_exception('no\nway') }}",
+    "a format of its own": "{{ strftime_now(1) }}",
+    "no Jinja": "{% for %}",
+    "an unknown filter": "{{ 1|unknown }}",
+    "half a surrogate": "{{ '\\ud800'.encode() }}",
+}
+
+
+@pytest.fixture(scope="module")
+def limited():
+    return Renderer(seconds=1, memory=2**28)
+
+
+def outcome(limited, source):
+    variables = {"messages": MESSAGES, "n": 99_999}
+    with pytest.raises(UserError) as caught:
+        limited.render(source, "the template of a stranger", variables)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("the template of a stra")
+    assert limited.render(GOOD, "it", variables) == "a"  # and it goes on
+    return caught.value
+
+
+@pytest.mark.parametrize("kind", GREEDY)
+def test_memory_has_a_limit(limited, kind):
+    error = outcome(limited, GREEDY[kind])
+    # The library may refuse what is far too large before it asks for the memory.
+    refused = isinstance(error, Refused) and "too" in str(error)
+    assert refused or "MiB of memory" in str(error) or "characters" in str(error), error
+
+
+@pytest.mark.parametrize("kind", SLOW)
+def test_time_has_a_limit(limited, kind):
+    assert "takes more than 1 s of processor time" in str(outcome(limited, SLOW[kind]))
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_a_template_raises_is_one_line(limited, kind):
+    assert "status" not in str(outcome(limited, WRONG[kind]))
+
+
+def test_a_template_that_is_only_compiled_has_the_same_limits(limited):
+    with pytest.raises(UserError, match="processor time"):
+        limited.check(SLOW["a constant power"], "it")
+
+
+def test_messages_that_are_no_json_are_refused(limited):
+    with pytest.raises(Refused, match="it takes messages of JSON: .*not JSON serializable"):
+        limited.render(GOOD, "it", {"messages": [{"content": b"bytes"}]})
+    assert limited.render(GOOD, "it", {"messages": MESSAGES}) == "a"
+
+
+def test_letters_of_all_kinds_come_back(limited):
+    text = "é 日本 \U0001f600 \ud800 \0 \r\n"
+    messages = [{"role": "user", "content": text}]
+    assert limited.render(GOOD, "it", {"messages": messages}) == text
+
+
+def test_a_process_that_was_killed_is_named_and_replaced(limited, monkeypatch):
+    assert limited.render(GOOD, "it", {"messages": MESSAGES}) == "a"
+    read = jinja_process.read_message
+
+    def killed(stream):
+        limited._process.kill()
+        return read(stream)
+
+    monkeypatch.setattr(jinja_process, "read_message", killed)
+    limited._process.send_signal(signal.SIGSTOP)  # so that it cannot answer before
+    with pytest.raises(UserError, match=r"ends the process that renders it \(status -9\)"):
+        limited.render(GOOD, "it", {"messages": MESSAGES})
+    monkeypatch.undo()
+    assert limited.render(GOOD, "it", {"messages": MESSAGES}) == "a"
+
+
+def test_an_interrupt_leaves_no_answer_behind(limited, monkeypatch):
+    def interrupted(stream):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(jinja_process, "read_message", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            limited.render("the first", "it", {})
+    assert limited.render("the second", "it", {}) == "the second"
+
+
+def test_a_fork_has_a_renderer_of_its_own():
+    mine = renderer.shared()
+    assert renderer.shared() is mine
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(writing, b"own" if renderer.shared() is not mine else b"the parent's")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reading, 99) == b"own"
+
+
+def test_the_process_ends_with_its_parent():
+    program = (
+        "from llama_jax.data.renderer import shared\n"
+        "shared().check('a', 'it'); print(shared()._process.pid, flush=True)\n"
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert ran.returncode == -signal.SIGKILL
+
+    def ended():
+        try:
+            os.kill(int(ran.stdout), 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    until(ended)
