@@ -132,6 +132,11 @@ class ModelConfig:
         )
 
     @property
+    def rope_is_stretched(self) -> bool:
+        """Whether RoPE differs from the plain one; a factor of 1 switches llama3 and linear off."""
+        return self.rope_scaling_factor != 1 or self.rope_scaling in ("dynamic", "yarn")
+
+    @property
     def rope_amplitude(self) -> float:
         """Factor of cos and sin; only yarn has one, which sharpens attention by its square."""
         if self.rope_scaling != "yarn":

@@ -340,7 +340,10 @@ def test_an_old_config_json_has_defaults():
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "RoPE of type 'longrope'"),
         ({"rope_theta": 5.0}, "rope_theta and rope_parameters disagree"),
-        ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads=4 is not a multiple of num_key_value_heads=3",
+        ),
         ({"num_hidden_layers": 3}, "lacks model.layers.2.self_attn.k_proj.weight and 8 more"),
         ({"num_hidden_layers": 1}, "holds model.layers.1.self_attn.k_proj.weight and 8 more"),
         ({"intermediate_size": 50}, r"shape (48, 32), config.json makes it (50, 32)"),

@@ -38,6 +38,13 @@ def scaled(factor, **changes):
     return {"rope_parameters": {**rope, "original_max_position_embeddings": 64, **changes}}
 
 
+def stretched(kind, factor=4.0, context=CONTEXT, theta=1e4, **changes):
+    """A model whose RoPE is stretched, by default to the context of the tests."""
+    rope = {"rope_type": kind, "rope_theta": theta, "factor": factor, **changes}
+    return {"rope_parameters": rope, "max_position_embeddings": context}
+
+
+ORIGINAL = {"original_max_position_embeddings": 128}
 THREE_HEADS = {"num_attention_heads": 3, "num_key_value_heads": 1}
 MODELS = {
     "llama": {"num_key_value_heads": 4, "rms_norm_eps": 1e-6},
@@ -47,6 +54,22 @@ MODELS = {
     "llama3.2": {**scaled(32.0), "tie_word_embeddings": True},
     "mistral": {"sliding_window": 16},
     "mistral without window": {"sliding_window": None, "head_dim": 16},
+    "linear": stretched("linear", theta=1e5),
+    "dynamic": stretched("dynamic", context=128),
+    "dynamic within": stretched("dynamic", 2.0),  # the original context is not left
+    "dynamic by length": stretched("dynamic", 1.0, context=100),
+    "yarn": stretched("yarn", **ORIGINAL),
+    "yarn with scales": stretched("yarn", mscale=0.8, mscale_all_dim=0.3, **ORIGINAL),
+    "yarn with all": stretched(
+        *("yarn", 3.5, 100),  # the original context is nowhere
+        beta_fast=20,
+        beta_slow=2.5,
+        attention_factor=1.4,
+        truncate=False,
+    ),
+    "mistral linear": {**stretched("linear", 2.0), "sliding_window": 16},
+    "mistral dynamic": {**stretched("dynamic", 2.0, context=128), "sliding_window": 200},
+    "mistral yarn": {**stretched("yarn", **ORIGINAL), "sliding_window": None, "head_dim": 16},
     "odd heads": {**THREE_HEADS, "hidden_size": 36, "head_dim": 10},
     "odd kv heads": {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36},
 }
@@ -487,7 +510,7 @@ DAMAGE = {
     "heads": (params_of(n_kv_heads=4), "attention.wk.weight has shape (16, 32), params.json makes"),
     "vocabulary": (params_of(vocab_size=65), "vocab_size=65, but the embedding has 64 rows"),
     "eps": (params_of(norm_eps="small"), "params.json: "),
-    "moe": (params_of(moe={"num_experts": 8}), "moe is not supported"),
+    "moe": (params_of(moe={"num_experts": 8}), "moe={'num_experts': 8} is not supported"),
 }
 
 

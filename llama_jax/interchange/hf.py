@@ -85,6 +85,7 @@ class HfSource:
         self._entries = _entries(self._folder)
         self._shapes = formats.shapes(config.model)
         self._check(config.model)
+        dtype = self._dtype(config.model)
         files = {
             name: (self._folder / name).read_bytes()
             for name in formats.TOKENIZER_FILES
@@ -95,7 +96,6 @@ class HfSource:
         formats.check_vocabulary(files, config.model.vocab_size, str(folder))
         self._keep_special_ids(parse_json(content, str(path)), files)
         formats.special_ids(files)  # which says what is wrong
-        dtype = self._dtype(config.model)
         self.description = Description(formats.computed_in(config, dtype), dtype, files)
 
     def _keep_special_ids(self, values: dict[str, Any], files: dict[str, bytes]) -> None:
@@ -106,8 +106,12 @@ class HfSource:
 
     def _dtype(self, model: ModelConfig) -> str:
         """The dtype of the matrices, which are all but a few bytes; of several kinds, float32."""
-        units = (unit for unit in stored_shapes(model) if not formats.is_norm(unit[0]))
-        dtypes = {str(self._entries[name_of(*unit)].dtype) for unit in units}
+        matrices = [path for path in self._shapes if not formats.is_norm(path)]
+        layers = {
+            path: range(model.n_layers if formats.is_stacked(path) else 1) for path in matrices
+        }
+        names = [name_of(path, layer) for path in matrices for layer in layers[path]]
+        dtypes = {str(self._entries[name].dtype) for name in names}
         return dtypes.pop() if len(dtypes) == 1 else "float32"
 
     def _check(self, model: ModelConfig) -> None:

@@ -153,7 +153,7 @@ def _yarn(fields: Fields, rope: Fields, context: int) -> dict[str, Any]:
 def parameters(model: ModelConfig) -> dict[str, Any]:
     """What `rope_scaling` has in version 4, and `rope_parameters` beside theta in 5."""
     kind, factor = model.rope_scaling, model.rope_scaling_factor
-    if kind in ("llama3", "linear") and factor == 1:
+    if not model.rope_is_stretched:
         return {"rope_type": "default"}
     found: dict[str, Any] = {"rope_type": kind, "factor": factor}
     if kind in ("linear", "dynamic"):
