@@ -50,7 +50,8 @@ class Fields:
                 raise UserError(f"{self.file} does not have {missing!r}")
             return default
         value = self.values[field]
-        if type(value) is not kind and not (kind is float and type(value) is int):
+        whole = kind is float and type(value) is int and abs(value) < 2**63
+        if type(value) is not kind and not whole:
             wanted = kind.__name__
             raise UserError(f"{self.name(field)} must be of type {wanted}, got {short(value)}")
         return typed(self.name(field), value, kind)

@@ -118,7 +118,14 @@ _HARMLESS = {
     *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
     *("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit"),
     *("assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "speculation_type"),
-    *("compile_config", "disable_compile", "continuous_batching_config", "low_memory"),
+    *(
+        "return_legacy_cache",
+        "transformers.js_config",
+        "compile_config",
+        "disable_compile",
+        "continuous_batching_config",
+        "low_memory",
+    ),
     *("penalty_alpha", "dola_layers", "prefill_chunk_size", "generation_config"),
 }
 # What our model does not have; each with the values that mean "without".
@@ -171,10 +178,9 @@ def parse(content: bytes | str, name: str) -> Config:
             and fields.get("tie_word_embeddings", bool),
         }
         with their_names(name, _NAMES):
-            model = ModelConfig(**values, **rope)
-            config = Config(model=model)
-            train = dataclasses.replace(config.train, seq_len=_context(fields, model, context))
-        return dataclasses.replace(config, train=train)
+            config = Config(model=ModelConfig(**values, **rope))
+        context = _context(fields, config.model, context)
+        return dataclasses.replace(config, train=dataclasses.replace(config.train, seq_len=context))
 
 
 def _kind(fields: Fields) -> str:
@@ -218,7 +224,9 @@ def _window(fields: Fields, kind: str) -> int:
     if fields.given("layer_types"):
         types = fields.get("layer_types", list)
         layers = fields.size("num_hidden_layers")
-        if len(types) != layers or not all(item == types[0] and item in says for item in types):
+        if len(types) != layers or not all(
+            item == types[0] and item in list(says) for item in types
+        ):
             raise UserError(
                 f"{fields.name('layer_types')}={short(types)} is not supported: it must name the "
                 f"same attention {layers} times, {' or '.join(says)}"

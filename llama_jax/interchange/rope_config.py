@@ -116,10 +116,9 @@ def _kind(rope: Fields) -> str:
 
 def _original(fields: Fields, rope: Fields, context: int) -> int:
     """The context before it was stretched; where neither place tells, it was not."""
-    groups = [group for group in (fields, rope) if group.given(_ORIGINAL)]
-    sizes = [group.size(_ORIGINAL) for group in groups]
+    sizes = [group.size(_ORIGINAL) for group in (fields, rope) if group.given(_ORIGINAL)]
     if len(set(sizes)) > 1:
-        raise UserError(f"{fields.name(_ORIGINAL)} and {rope.name(_ORIGINAL)} disagree")
+        raise UserError(f"{rope.name(_ORIGINAL)} and {_ORIGINAL} disagree")
     return sizes[0] if sizes else context
 
 
