@@ -237,7 +237,6 @@ HARMLESS = {
     [
         ("llama2", HARMLESS),
         ("mistral", {"layer_types": [SLIDING] * 3}),
-        ("mistral without window", {"layer_types": [FULL] * 3}),
         ("mistral", {"use_sliding_window": True, "hidden_act": "swish"}),
     ],
 )

@@ -240,6 +240,8 @@ def test_rope_of_released_models():
     assert (config.model.rope_scaling_factor, config.model.rope_original_context) == (32, 4096)
     implied = {"factor": None, "original_max_position_embeddings": 4096}
     assert config == parse({**rope(type="yarn", **implied), "max_position_embeddings": 131072})
+    config = parse({**rope(type="yarn", factor=4.0), "max_position_embeddings": 4096})
+    assert (config.model.rope_original_context, config.train.seq_len) == (4096, 16384)
     config = parse({**rope(type="dynamic", factor=2.0), "max_position_embeddings": 4096})
     assert (config.model.rope_original_context, config.train.seq_len) == (4096, 8192)
 

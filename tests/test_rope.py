@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
-from llama_jax import decode
+from llama_jax import checkpoint, decode
 from llama_jax.errors import UserError
+from llama_jax.interchange import card
 from llama_jax.model import forward, logits
 from llama_jax.rope import document_lengths, rope_frequencies, rope_tables
 from llama_jax.scoring import Scorer, Span
@@ -119,6 +121,13 @@ def test_a_prompt_in_pieces_is_one_prompt(monkeypatch):
     found = decode.generate(config, params, prompts, sampling, context=96, eos_id=999)
     for prompt, new in zip(prompts, found, strict=True):
         assert new == [int(logits(config, params, np.array([prompt]))[0, -1].argmax())]
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+def test_the_card_tells_the_kind(tmp_path, kind):
+    config = replace(TINY, model__rope_scaling=kind, model__rope_scaling_factor=4.0)
+    text = card.write(checkpoint.Meta(config, 0, "", b""), epath.Path(tmp_path))
+    assert f"| RoPE scaling | 4 ({kind}) |" in text
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,6 @@ def parse(content: bytes | str, name: str) -> Config:
         context = fields.size("max_position_embeddings", _CONTEXT[kind])
         heads, dim = fields.size("num_attention_heads"), fields.size("hidden_size")
         head_dim = fields.size("head_dim") if fields.given("head_dim") else 0
-        rope = rope_config.read(fields, context)
         values: dict[str, Any] = {
             "vocab_size": fields.size("vocab_size"),
             "dim": dim,
@@ -176,9 +175,10 @@ def parse(content: bytes | str, name: str) -> Config:
             "sliding_window": _window(fields, kind),
             "tied_embeddings": fields.given("tie_word_embeddings")
             and fields.get("tie_word_embeddings", bool),
+            **rope_config.read(fields, context),
         }
         with their_names(name, _NAMES):
-            config = Config(model=ModelConfig(**values, **rope))
+            config = Config(model=ModelConfig(**values))
         context = _context(fields, config.model, context)
         return dataclasses.replace(config, train=dataclasses.replace(config.train, seq_len=context))
 
@@ -248,7 +248,10 @@ def _context(fields: Fields, model: ModelConfig, context: int) -> int:
     """The longest sequence that the weights are for."""
     if fields.given("max_sequence_length"):  # of Vicuna and LongChat
         return max(context, fields.size("max_sequence_length"))
-    return model.stretched_context if model.rope_scaling == "dynamic" else context
+    # Of these, max_position_embeddings may be the original context.
+    kinds = ("dynamic", "yarn")
+    original = model.rope_scaling in kinds and model.rope_original_context == context
+    return model.stretched_context if original else context
 
 
 def write(config: Config, dtype: str, special: tuple[int | None, Any]) -> str:

@@ -86,8 +86,9 @@ def model_of(params: Fields, vocab_size: int, ffn_dim: int, tied: bool) -> Model
         "tied_embeddings": tied,
         "rope_theta": params.positive("rope_theta", 10_000.0),
     }
+    values |= _rope(params, tied)
     with their_names(params.file, {"explicit_head_dim": "head_dim"}):
-        return ModelConfig(**values, **_rope(params, tied))
+        return ModelConfig(**values)
 
 
 def _rope(params: Fields, tied: bool) -> dict[str, Any]:
