@@ -109,6 +109,11 @@ class ModelConfig:
             self.rope_scaling_factor >= 1,
             f"model.rope_scaling_factor must be 1 (off) or more, got {self.rope_scaling_factor}",
         )
+        require(
+            self.rope_original_context * self.rope_scaling_factor < 2**31,
+            f"model.rope_scaling_factor={self.rope_scaling_factor} stretches "
+            f"model.rope_original_context={self.rope_original_context} beyond 2**31 tokens",
+        )
         for low, high in (
             ("rope_low_freq_factor", "rope_high_freq_factor"),
             ("rope_beta_slow", "rope_beta_fast"),

@@ -135,6 +135,7 @@ def test_the_card_tells_the_kind(tmp_path, kind):
     [
         ({"rope_scaling": "ntk"}, r"model.rope_scaling must be one of .*'yarn'\), got 'ntk'"),
         ({"rope_scaling": "linear", "rope_scaling_factor": 0.5}, "factor must be 1 .off. or more"),
+        ({"rope_scaling_factor": 1e300}, r"factor=1e\+300 stretches .* beyond 2\*\*31 tokens"),
         ({"rope_beta_fast": 1.0}, "rope_beta_slow must be positive and less than rope_beta_fast"),
         ({"rope_attention_factor": -1.0}, "rope_attention_factor must not be negative"),
         ({"rope_scaling": "yarn", "rope_theta": 1.0}, "rope_theta must be greater than 1 for yarn"),
