@@ -114,13 +114,15 @@ def test_scores_do_not_depend_on_the_padding():
 
 def test_a_prompt_in_pieces_is_one_prompt(monkeypatch):
     """Beyond the original context all pieces of a prompt have the theta of the whole."""
-    config, params = DYNAMIC, random_params(DYNAMIC)
-    prompts = [TOKENS[0, :41].tolist(), TOKENS[1, :30].tolist()]
-    sampling = decode.Sampling(max_tokens=1, temperature=0.0)
+    params, lengths = random_params(DYNAMIC), [41, 30]
     monkeypatch.setattr(decode, "PREFILL", 16)
-    found = decode.generate(config, params, prompts, sampling, context=96, eos_id=999)
-    for prompt, new in zip(prompts, found, strict=True):
-        assert new == [int(logits(config, params, np.array([prompt]))[0, -1].argmax())]
+    padded = np.zeros((2, 64), np.int32)
+    for row, length in enumerate(lengths):
+        padded[row, 64 - length :] = TOKENS[row, :length]
+    state = decode._prefill(DYNAMIC, 64, params, padded, np.array(lengths))
+    for row, length in enumerate(lengths):
+        expected = logits(DYNAMIC, params, TOKENS[row : row + 1, :length])[0, -1]
+        np.testing.assert_allclose(state.logits_BV[row], expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
