@@ -126,9 +126,17 @@ def cache_slots(config: ModelConfig, width: int, max_tokens: int) -> int:
 
 
 def _extend(
-    config: ModelConfig, params: Any, cache: KVCache, *arrays: jax.Array
+    config: ModelConfig,
+    params: Any,
+    cache: KVCache,
+    *arrays: jax.Array,
+    lengths_B: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    """Takes tokens_BT, positions_BT, segment_ids_BT into the cache; logits after the last."""
+    """Takes tokens_BT, positions_BT, segment_ids_BT into the cache; logits after the last.
+
+    Where RoPE goes by the length of the sequence, this is `lengths_B`, or ends with these tokens;
+    the keys in the cache stay as they are, as in transformers.
+    """
     tokens_BT, positions_BT, segment_ids_BT = arrays
     if config.sliding_window:
         full = cache.index + tokens_BT.shape[1] > cache.segment_ids.shape[1]
@@ -141,6 +149,7 @@ def _extend(
         positions_BT=positions_BT,
         segment_ids_BT=segment_ids_BT,
         cache=cache,
+        lengths_B=lengths_B,
     )
     assert new_cache is not None
     last_BD = hidden_BTD[:, -1]
@@ -181,7 +190,7 @@ def _prefill(
     ).constrained()
 
     def body(state: Decoding, piece: tuple[jax.Array, ...]) -> tuple[Decoding, None]:
-        logits_BV, cache = _extend(config, params, state.cache, *piece)
+        logits_BV, cache = _extend(config, params, state.cache, *piece, lengths_B=lengths_B)
         return dataclasses.replace(state, cache=cache, logits_BV=logits_BV).constrained(), None
 
     size = min(width, PREFILL)  # both are powers of two

@@ -15,6 +15,7 @@ from llama_jax.convert import no_adapters, open_base
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.init_from import check_base, load_init
+from llama_jax.interchange.ckpt import IMPORTED
 from llama_jax.interchange.formats import special_ids, with_base
 from llama_jax.lora import Adapted
 from llama_jax.lora_config import NF4_BLOCK
@@ -82,7 +83,15 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
             "the tokenizer.json of the same model beside the weights, and convert them again"
         )
     if not meta.tokenizer_model:
-        raise UserError(f"{folder} was trained on synthetic data and has no tokenizer to read text")
+        reason = (
+            "its weights were imported without a tokenizer; put tokenizer.model or tokenizer.json "
+            "beside them, and convert them again"
+            if meta.data_fingerprint == IMPORTED
+            else "it was trained on synthetic data"
+            if meta.config.data.source == "synthetic"
+            else "its run had none"
+        )
+        raise UserError(f"{folder} has no tokenizer to read text: {reason}")
     tokenizer = Tokenizer(meta.tokenizer_model, f"the tokenizer of {folder}")
     size = meta.config.model.vocab_size
     if tokenizer.vocab_size > size:  # beyond the embedding, JAX would take its last row

@@ -22,6 +22,7 @@ from llama_jax.attention import attention
 from llama_jax.config import LoraConfig, ModelConfig
 from llama_jax.linear import project_named, weight
 from llama_jax.lora import Adapted
+from llama_jax.rope import rope, rope_frequencies, rope_tables  # noqa: F401 (for callers)
 from llama_jax.sharding import constrain, reshard
 
 # Standard deviation of the initial weights, as in GPT-2 (the LLaMA paper gives none); projections
@@ -77,41 +78,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * inverse * scale).astype(x.dtype)
-
-
-def rope_frequencies(config: ModelConfig) -> jax.Array:
-    """Radians per token of each rotated pair, H/2, float32 (arXiv:2104.09864).
-
-    With `rope_scaling_factor`, those of Llama 3.1: long wavelengths are stretched by the factor,
-    short ones stay, and between the two the frequencies are interpolated.
-    """
-    c = config
-    exponent_h = jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim
-    frequency_h = c.rope_theta**-exponent_h
-    if c.rope_scaling_factor == 1:
-        return frequency_h
-    turns_h = c.rope_original_context / (2 * jnp.pi / frequency_h)  # over the original context
-    low, high = c.rope_low_freq_factor, c.rope_high_freq_factor
-    keep_h = jnp.clip((turns_h - low) / (high - low), 0, 1)
-    return (1 - keep_h) * frequency_h / c.rope_scaling_factor + keep_h * frequency_h
-
-
-def rope_tables(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, ...]:
-    """cos and sin of the rotary angles (arXiv:2104.09864), both B T 1 H/2, float32."""
-    # float32, because bfloat16 rounds position 257 to 256.
-    frequency_h = rope_frequencies(config)
-    angle_BT1h = positions_BT[..., None, None].astype(jnp.float32) * frequency_h
-    return jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
-
-
-def rope(x_BTNH: jax.Array, cos_BT1h: jax.Array, sin_BT1h: jax.Array) -> jax.Array:
-    """Rotates pairs (i, i + H/2), the layout of Hugging Face; Meta's rotates (2i, 2i + 1)."""
-    # The barrier keeps XLA:TPU from writing the product before in float32, and from rotating
-    # gradients anew inside each product after.
-    x_BTNH = jax.lax.optimization_barrier(x_BTNH)
-    first, second = (half.astype(jnp.float32) for half in jnp.split(x_BTNH, 2, axis=-1))
-    rotated = (first * cos_BT1h - second * sin_BT1h, second * cos_BT1h + first * sin_BT1h)
-    return jnp.concatenate([half.astype(x_BTNH.dtype) for half in rotated], axis=-1)
 
 
 @jax.custom_vjp
@@ -274,6 +240,7 @@ class Llama(nn.Module):
         positions_BT: jax.Array | None = None,
         segment_ids_BT: jax.Array | None = None,
         cache: KVCache | None = None,
+        lengths_B: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, KVCache | None]:
         """Runs all layers.
 
@@ -284,6 +251,7 @@ class Llama(nn.Module):
           segment_ids_BT: id of each token's document; tokens see only their own. Required with a
             cache, where 0 marks padding.
           cache: what earlier calls returned, or `init_cache`.
+          lengths_B: as of `rope_tables`.
 
         Returns:
           hidden_BTD (after the final norm) and head_DV, both in the compute dtype, and the new
@@ -300,7 +268,7 @@ class Llama(nn.Module):
         start = 0 if cache is None else cache.index
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]) + start, tokens_BT.shape)
-        rope_BT1h = rope_tables(positions_BT, c)
+        rope_BT1h = rope_tables(positions_BT, c, lengths_B)
 
         cache_segments: tuple[Any, ...] = ()
         if cache is not None:
@@ -349,6 +317,7 @@ def forward(
     positions_BT: jax.Array | None = None,
     segment_ids_BT: jax.Array | None = None,
     cache: KVCache | None = None,
+    lengths_B: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, KVCache | None]:
     """`Llama.__call__` as a pure function of its parameters: hidden_BTD, head_DV, cache.
@@ -365,6 +334,7 @@ def forward(
         positions_BT=positions_BT,
         segment_ids_BT=segment_ids_BT,
         cache=cache,
+        lengths_B=lengths_B,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
     return out

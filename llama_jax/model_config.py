@@ -1,6 +1,7 @@
 """The shape of a LLaMA: its sizes, how many parameters and FLOPs they make, how it computes."""
 
 import dataclasses
+import math
 
 from llama_jax.errors import require, require_positive, require_types
 
@@ -9,6 +10,7 @@ REMAT_POLICIES = ("none", "full", "dots")
 REMAT_NAMES = ("block_in", "q", "k", "v", "attn_context", "attn_out", "mlp_gate", "mlp_up")
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "triton", "splash")
 COMPUTE_DTYPES = ("bfloat16", "float32")
+ROPE_SCALINGS = ("llama3", "linear", "dynamic", "yarn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +25,20 @@ class ModelConfig:
     ffn_dim: int = 11_008
     explicit_head_dim: int = 0  # size of one head; 0: dim // n_heads
     rope_theta: float = 10_000.0
-    rope_scaling_factor: float = 1.0  # of long wavelengths, as in Llama 3.1's code; 1: off
-    rope_low_freq_factor: float = 1.0  # wavelengths over context / this are stretched by the factor
-    rope_high_freq_factor: float = 4.0  # wavelengths under context / this stay
-    rope_original_context: int = 8_192  # tokens; the context before it was stretched
+    # How RoPE is stretched to long contexts, see rope.py: llama3 | linear | dynamic | yarn.
+    rope_scaling: str = "llama3"
+    rope_scaling_factor: float = 1.0  # 1: RoPE is not stretched (but by dynamic)
+    rope_original_context: int = 8_192  # tokens before that; of llama3, dynamic and yarn
+    # llama3: wavelengths over the original context / low are stretched by the factor, those under
+    # the original context / high stay.
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    # yarn: pairs that turn less than `slow` times over the original context are stretched by the
+    # factor, those that turn more than `fast` times stay.
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
+    rope_truncate: bool = True  # yarn: its bounds are rounded to whole pairs
+    rope_attention_factor: float = 0.0  # yarn: of cos and sin; 0: 0.1 ln(factor) + 1
     norm_eps: float = 1e-6
     sliding_window: int = 0  # attention sees so many tokens back (arXiv:2310.06825); 0: all
     tied_embeddings: bool = False
@@ -47,8 +59,7 @@ class ModelConfig:
         require_positive(
             "model", self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim"
         )
-        rope = ("rope_theta", "rope_original_context")
-        require_positive("model", self, *rope, "norm_eps", "scan_unroll")
+        require_positive("model", self, "norm_eps", "scan_unroll")
         require(
             bool(self.explicit_head_dim) or self.dim % self.n_heads == 0,
             f"model.dim={self.dim} is not a multiple of model.n_heads={self.n_heads}",
@@ -59,12 +70,7 @@ class ModelConfig:
         )
         for name in ("sliding_window", "explicit_head_dim"):
             require(getattr(self, name) >= 0, f"model.{name} must not be negative")
-        require(self.rope_scaling_factor >= 1, "model.rope_scaling_factor must be 1 (off) or more")
-        require(
-            0 < self.rope_low_freq_factor < self.rope_high_freq_factor,
-            "model.rope_low_freq_factor must be positive and less than rope_high_freq_factor, got "
-            f"{self.rope_low_freq_factor} and {self.rope_high_freq_factor}",
-        )
+        self._check_rope()
         require(self.head_dim % 2 == 0, f"RoPE needs an even head size, got {self.head_dim}")
         require(
             self.compute_dtype in COMPUTE_DTYPES,
@@ -92,6 +98,60 @@ class ModelConfig:
                     f"model.remat names an unknown tensor {name!r}; there are "
                     f"{', '.join(REMAT_NAMES)}",
                 )
+
+    def _check_rope(self) -> None:
+        require_positive("model", self, "rope_theta", "rope_original_context")
+        require(
+            self.rope_scaling in ROPE_SCALINGS,
+            f"model.rope_scaling must be one of {ROPE_SCALINGS}, got {self.rope_scaling!r}",
+        )
+        require(
+            self.rope_scaling_factor >= 1,
+            f"model.rope_scaling_factor must be 1 (off) or more, got {self.rope_scaling_factor}",
+        )
+        require(
+            self.rope_original_context * self.rope_scaling_factor < 2**31,
+            f"model.rope_scaling_factor={self.rope_scaling_factor} stretches "
+            f"model.rope_original_context={self.rope_original_context} beyond 2**31 tokens",
+        )
+        for low, high in (
+            ("rope_low_freq_factor", "rope_high_freq_factor"),
+            ("rope_beta_slow", "rope_beta_fast"),
+        ):
+            require(
+                0 < getattr(self, low) < getattr(self, high),
+                f"model.{low} must be positive and less than {high}, got "
+                f"{getattr(self, low)} and {getattr(self, high)}",
+            )
+        require(
+            self.rope_attention_factor >= 0,
+            f"model.rope_attention_factor must not be negative, got {self.rope_attention_factor}",
+        )
+        require(
+            self.rope_scaling != "yarn" or self.rope_theta > 1,
+            f"model.rope_theta must be greater than 1 for yarn, got {self.rope_theta}",
+        )
+        require(
+            self.rope_scaling != "dynamic" or self.head_dim > 2,
+            "dynamic RoPE needs heads of more than 2 numbers",
+        )
+
+    @property
+    def rope_is_stretched(self) -> bool:
+        """Whether RoPE differs from the plain one; a factor of 1 switches llama3 and linear off."""
+        return self.rope_scaling_factor != 1 or self.rope_scaling in ("dynamic", "yarn")
+
+    @property
+    def rope_amplitude(self) -> float:
+        """Factor of cos and sin; only yarn has one, which sharpens attention by its square."""
+        if self.rope_scaling != "yarn":
+            return 1.0
+        return self.rope_attention_factor or 0.1 * math.log(self.rope_scaling_factor) + 1.0
+
+    @property
+    def stretched_context(self) -> int:
+        """Tokens that RoPE is stretched to: the original context times the factor."""
+        return int(self.rope_original_context * self.rope_scaling_factor)
 
     @property
     def head_dim(self) -> int:

@@ -20,13 +20,17 @@ CHUNK = 128  # positions whose logits exist at once
 
 @functools.partial(jax.jit, static_argnums=0)
 def token_logprobs(
-    config: ModelConfig, params: Any, inputs_BT: jax.Array, targets_BT: jax.Array
+    config: ModelConfig,
+    params: Any,
+    inputs_BT: jax.Array,
+    targets_BT: jax.Array,
+    lengths_B: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """log p(target | inputs up to there), float32, and whether it is the likeliest; both B T.
 
-    Padding belongs on the right, where nothing before it sees it.
+    Padding belongs on the right, where nothing before it sees it; `lengths_B` are without it.
     """
-    hidden_BTD, head_DV, _ = forward(config, params, inputs_BT)
+    hidden_BTD, head_DV, _ = forward(config, params, inputs_BT, lengths_B=lengths_B)
     head_DV = constrain(head_DV, "embed", "vocab")  # gathered once, not once per chunk
 
     def score(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -118,8 +122,8 @@ class Scorer:
             progress(len(batch))
 
         for batch in batches:
-            inputs_BT, targets_BT = self._pad([spans[index].tokens for index in batch], size)
-            arrays = token_logprobs(self.config, self.params, inputs_BT, targets_BT)
+            padded = self._pad([spans[index].tokens for index in batch], size)
+            arrays = token_logprobs(self.config, self.params, *padded)
             waiting.append((batch, arrays))
             if len(waiting) > 1:  # the next batch runs while this one is taken apart
                 take()
@@ -127,15 +131,19 @@ class Scorer:
             take()
         return [found[index] for index in range(len(spans))]
 
-    def _pad(self, rows: list[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets, B T."""
+    def _pad(
+        self, rows: list[Sequence[int]], size: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Inputs and targets, B T, and the lengths of the inputs, B."""
         width = round_up(max(map(len, rows)) - 1)
         mesh = jax.sharding.get_abstract_mesh()
         tensor = 1 if mesh.empty else mesh.shape["tensor"]
         width = -(-width // tensor) * tensor  # which divides the residual stream
         inputs_BT = np.zeros((size, width), np.int32)
         targets_BT = np.zeros((size, width), np.int32)
+        lengths_B = np.zeros((size,), np.int32)
         for row, tokens in enumerate(rows):
+            lengths_B[row] = len(tokens) - 1
             inputs_BT[row, : len(tokens) - 1] = tokens[:-1]
             targets_BT[row, : len(tokens) - 1] = tokens[1:]
-        return inputs_BT, targets_BT
+        return inputs_BT, targets_BT, lengths_B

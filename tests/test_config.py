@@ -198,8 +198,13 @@ def test_json_gives_the_config_back():
 
 def test_json_of_an_older_version_has_defaults_for_newer_fields():
     values = json.loads(TINY.to_json())
+    for field in ("scaling", "beta_fast", "beta_slow", "truncate", "attention_factor"):
+        del values["model"][f"rope_{field}"]
     del values["data"]["packing"], values["dcn"], values["lora"], values["init_from"]
     assert from_json(json.dumps(values)) == TINY
+    values["model"]["rope_scaling_factor"] = 8.0  # which was Llama 3.1's kind, the only one
+    model = from_json(json.dumps(values)).model
+    assert (model.rope_scaling, model.rope_is_stretched) == ("llama3", True)
 
 
 def test_config_dict_gives_the_config_back_and_is_locked():
@@ -262,6 +267,10 @@ INVALID = [
     ("model__rope_low_freq_factor", 0.0, "rope_low_freq_factor"),
     ("model__rope_low_freq_factor", 4.0, "less than rope_high_freq_factor"),
     ("model__rope_original_context", 0, "rope_original_context"),
+    ("model__rope_scaling", "ntk", "rope_scaling must be one of"),
+    ("model__rope_beta_slow", 0.0, "rope_beta_slow"),
+    ("model__rope_beta_fast", 1.0, "less than rope_beta_fast"),
+    ("model__rope_attention_factor", -1.0, "rope_attention_factor"),
     ("mesh__data", 0, "data"),
     ("mesh__data", -1, "one mesh axis"),
     ("data__source", "", "data.source"),

@@ -1,5 +1,6 @@
 """Weights in and out, against transformers and torch: `make parity`."""
 
+import dataclasses
 import json
 import warnings
 
@@ -38,6 +39,13 @@ def scaled(factor, **changes):
     return {"rope_parameters": {**rope, "original_max_position_embeddings": 64, **changes}}
 
 
+def stretched(kind, factor=4.0, context=CONTEXT, theta=1e4, **changes):
+    """A model whose RoPE is stretched, by default to the context of the tests."""
+    rope = {"rope_type": kind, "rope_theta": theta, "factor": factor, **changes}
+    return {"rope_parameters": rope, "max_position_embeddings": context}
+
+
+ORIGINAL = {"original_max_position_embeddings": 128}
 THREE_HEADS = {"num_attention_heads": 3, "num_key_value_heads": 1}
 MODELS = {
     "llama": {"num_key_value_heads": 4, "rms_norm_eps": 1e-6},
@@ -47,6 +55,22 @@ MODELS = {
     "llama3.2": {**scaled(32.0), "tie_word_embeddings": True},
     "mistral": {"sliding_window": 16},
     "mistral without window": {"sliding_window": None, "head_dim": 16},
+    "linear": stretched("linear", theta=1e5),
+    "dynamic": stretched("dynamic", context=128),
+    "dynamic within": stretched("dynamic", 2.0),  # the original context is not left
+    "dynamic by length": stretched("dynamic", 1.0, context=100),
+    "yarn": stretched("yarn", **ORIGINAL),
+    "yarn with scales": stretched("yarn", mscale=0.8, mscale_all_dim=0.3, **ORIGINAL),
+    "yarn with all": stretched(
+        *("yarn", 3.5, 100),  # the original context is nowhere
+        beta_fast=20,
+        beta_slow=2.5,
+        attention_factor=1.4,
+        truncate=False,
+    ),
+    "mistral linear": {**stretched("linear", 2.0), "sliding_window": 16},
+    "mistral dynamic": {**stretched("dynamic", 2.0, context=128), "sliding_window": 200},
+    "mistral yarn": {**stretched("yarn", **ORIGINAL), "sliding_window": None, "head_dim": 16},
     "odd heads": {**THREE_HEADS, "hidden_size": 36, "head_dim": 10},
     "odd kv heads": {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36},
 }
@@ -168,6 +192,108 @@ def test_greedy_generation(name, tmp_path):
     for got, want in zip(ours(ends), theirs, strict=True):
         assert got == want[: len(got)] and (len(got) == 64 or got[-1] in ends)
         assert not any(want[len(got) :])
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_greedy_generation_beyond_the_original_context(tmp_path, monkeypatch, window):
+    """Dynamic RoPE with a cache: each key keeps the theta of the step that computed it."""
+    from llama_jax import decode
+    from tests import hf_reference
+
+    monkeypatch.setattr(decode, "PREFILL", 16)  # of longer prompts, several pieces
+    name = "mistral dynamic" if window else "dynamic"
+    monkeypatch.setitem(SIZES, "max_position_embeddings", 40)
+    dynamic = stretched("dynamic", context=40)
+    monkeypatch.setitem(MODELS, name, {**dynamic, "sliding_window": window} if window else dynamic)
+    make(name, tmp_path / "theirs")
+    config, params = our_params(HfSource(tmp_path / "theirs"))
+    short, long = list(range(1, 20)), np.random.default_rng(2).integers(1, 96, 75).tolist()
+    sampling = decode.Sampling(max_tokens=64, temperature=0.0)
+    found = decode.generate(config, params, [short, long], sampling, context=160, eos_id=10_000)
+    for prompt, ours in zip((short, long), found, strict=True):
+        # Theirs takes the longest row for all of a batch, and remembers it.
+        model = make(name, tmp_path / "again")
+        assert [ours] == hf_reference.greedy(model, [prompt])
+        plain = dataclasses.replace(config, rope_original_context=10_000)
+        assert [ours] != decode.generate(
+            plain, params, [prompt], sampling, context=160, eos_id=10_000
+        )
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+HARMLESS = {
+    **{"pretraining_tp": 2, "attention_dropout": 0.3, "initializer_range": 0.5, "use_cache": False},
+    **{"layer_types": [FULL] * 3, "unsloth_version": "2025.1", "is_decoder": True, "prefix": "x"},
+    **{"hidden_act": "swish", "attention_multiplier": None, "use_sliding_window": False},
+    **{"repetition_penalty": 1.5, "temperature": 0.1, "num_beams": 4, "pad_token_id": 3},
+    **{"chunk_size_feed_forward": 1, "torchscript": True, "max_sequence_length": 4096},
+    **{"torch_dtype": "float32", "return_dict": True, "id2label": {"0": "a"}, "bos_token_id": 7},
+    **{"tie_last_hidden_states": False, "max_window_layers": 1, "sliding_window": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama2", HARMLESS),
+        ("mistral", {"layer_types": [SLIDING] * 3}),
+        ("mistral", {"use_sliding_window": True, "hidden_act": "swish"}),
+    ],
+)
+def test_fields_that_change_no_logits(name, changes, tmp_path):
+    import transformers
+
+    expected = expected_logits(make(name, tmp_path), tokens := tokens_of(96))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    np.testing.assert_allclose(expected_logits(again, tokens), expected, rtol=0, atol=5e-5)
+    np.testing.assert_allclose(our_logits(HfSource(tmp_path), tokens), expected, atol=5e-5)
+
+
+def test_every_field_that_transformers_writes_is_known(tmp_path):
+    import transformers
+
+    make("llama2", tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    whole = transformers.LlamaConfig(**values).to_dict()
+    generation = transformers.GenerationConfig(do_sample=True, top_k=5, max_length=99).to_dict()
+    path.write_text(json.dumps({**generation, **whole, "dtype": "float32"}))
+    assert HfSource(tmp_path).description.config.model.dim == 32
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 1e5},
+        {"rope_scaling": {"rope_type": "dynamic", "type": "dynamic", "factor": 2}},
+        {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": None, **ORIGINAL}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 0, "mscale": 2.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 1.0, "attention_factor": 1.5}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}, **ORIGINAL},
+        {"rope_scaling": {"type": "default"}, "rope_theta": 2e4, "partial_rotary_factor": 1.0},
+    ],
+)
+@pytest.mark.parametrize("name", ["llama2", "mistral"])
+def test_rope_as_version_4_writes_it(name, old, tmp_path):
+    import transformers
+
+    make(name, tmp_path)
+    path = tmp_path / "config.json"
+    values = {**json.loads(path.read_text()), "max_position_embeddings": 256, **old}
+    del values["rope_parameters"]
+    path.write_text(json.dumps(values))
+    tokens = tokens_of(96)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    source = HfSource(tmp_path)
+    expected = expected_logits(theirs, tokens)
+    np.testing.assert_allclose(our_logits(source, tokens), expected, rtol=0, atol=5e-5)
+    convert(source, "hf", tmp_path / "ours")
+    np.testing.assert_array_equal(
+        expected_logits(load_quietly(tmp_path / "ours"), tokens), expected
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -410,6 +536,31 @@ def test_meta_to_ours_and_back_is_the_same_file(tmp_path):
         assert again[name].dtype == torch.bfloat16 and torch.equal(tensor, again[name]), name
 
 
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ({"norm": "float32"}, "bfloat16"),
+        ({"norm": "bfloat16", "": "float16"}, "float16"),
+        ({"norm": "bfloat16", "": "float32"}, "float32"),
+        ({"wq": "float32"}, "float32"),
+        ({"w1": "float16"}, "float32"),
+    ],
+)
+def test_the_dtype_is_that_of_the_matrices(tmp_path, kinds, expected):
+    import torch
+
+    kinds = {"": "bfloat16", **kinds}
+    state = {}
+    for name, tensor in meta_state().items():
+        named = [kind for part, kind in kinds.items() if part and part in name]
+        state[name] = tensor.to(getattr(torch, named[0] if named else kinds[""]))
+    source = MetaSource(save_meta(tmp_path / "meta", state, 2))
+    assert source.description.dtype == expected
+    convert(source, "meta", tmp_path / "again")
+    again = torch.load(tmp_path / "again" / "consolidated.00.pth", weights_only=True)
+    assert {tensor.dtype for tensor in again.values()} == {getattr(torch, expected)}
+
+
 def test_what_params_json_leaves_open(tmp_path):
     state = meta_state()
     plain = MetaSource(save_meta(tmp_path / "1", state)).description.config
@@ -487,7 +638,7 @@ DAMAGE = {
     "heads": (params_of(n_kv_heads=4), "attention.wk.weight has shape (16, 32), params.json makes"),
     "vocabulary": (params_of(vocab_size=65), "vocab_size=65, but the embedding has 64 rows"),
     "eps": (params_of(norm_eps="small"), "params.json: "),
-    "moe": (params_of(moe={"num_experts": 8}), "moe is not supported"),
+    "moe": (params_of(moe={"num_experts": 8}), "moe={'num_experts': 8} is not supported"),
 }
 
 

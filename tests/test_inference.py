@@ -2,6 +2,7 @@ import jax
 import numpy as np
 import pytest
 
+from llama_jax.convert import convert, open_source
 from llama_jax.errors import UserError
 from llama_jax.inference import cast_matrices, decoding_mesh, open_model, parse_mesh
 from llama_jax.model import logits
@@ -51,6 +52,18 @@ def test_cast_weights_give_the_same_logits():
     assert cast["layers"]["mlp_norm"].dtype == cast["final_norm"].dtype == "float32"
     tokens = np.arange(12)[None]
     np.testing.assert_array_equal(logits(config, cast, tokens), logits(config, params, tokens))
+
+
+def test_why_there_is_no_tokenizer(tmp_path):
+    params = random_params(TINY.model)
+    save_checkpoint(tmp_path / "run", TINY, params, b"")
+    with pytest.raises(UserError, match=r"has no tokenizer.*it was trained on synthetic data"):
+        open_model(tmp_path / "run")
+    convert(open_source("ckpt", tmp_path / "run"), "hf", tmp_path / "hf")
+    convert(open_source("hf", tmp_path / "hf"), "ckpt", tmp_path / "imported")
+    with pytest.raises(UserError, match="imported without a tokenizer; put tokenizer.model") as one:
+        open_model(tmp_path / "imported")
+    assert "synthetic" not in str(one.value) and "\n" not in str(one.value)
 
 
 def test_a_checkpoint_opens_with_its_weights_where_they_belong(tokenizer, tmp_path):

@@ -11,11 +11,9 @@ from llama_jax.model import (
     init_params,
     logits,
     rms_norm,
-    rope,
-    rope_frequencies,
-    rope_tables,
 )
 from llama_jax.model_config import REMAT_NAMES
+from llama_jax.rope import rope, rope_frequencies, rope_tables
 from tests.helpers import TINY, mesh_of, meshes, random_batch, random_params, replace, shared_step
 
 CONFIG = replace(TINY, model__n_kv_heads=2).model

@@ -553,6 +553,7 @@ def test_check_memory_tells_how_many_devices_it_takes():
 # Every field is live: each one is named here with the test that shows it.
 
 SCALING = "model__rope_scaling_factor"
+YARN = ("beta_fast", "beta_slow", "truncate", "attention_factor")
 STEP_FIELDS = {
     "model__vocab_size": 96,
     "model__dim": 64,
@@ -566,6 +567,11 @@ STEP_FIELDS = {
     "model__rope_low_freq_factor": 2.0,
     "model__rope_high_freq_factor": 8.0,
     "model__rope_original_context": 64,
+    "model__rope_scaling": "linear",
+    "model__rope_beta_fast": 4.0,
+    "model__rope_beta_slow": 0.1,
+    "model__rope_truncate": False,
+    "model__rope_attention_factor": 0.5,
     "model__norm_eps": 1e-5,
     "model__sliding_window": 8,
     "model__tied_embeddings": True,
@@ -667,7 +673,8 @@ def base_program():
 def test_the_field_changes_the_step(base_program, field):
     if field.startswith("model__rope_") and field not in ("model__rope_theta", SCALING):
         # What says how frequencies are scaled, where they are.
-        scaled = replace(TINY, **{SCALING: 8.0})
+        kind = "yarn" if field.removeprefix("model__rope_") in YARN else "llama3"
+        scaled = replace(TINY, **{SCALING: 8.0}, model__rope_scaling=kind)
         assert program(replace(scaled, **{field: STEP_FIELDS[field]})) != program(scaled)
         return
     if field.startswith("lora__"):

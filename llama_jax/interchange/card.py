@@ -26,8 +26,8 @@ def write(meta: checkpoint_lib.Meta, step_folder: epath.Path) -> str:
         "context": f"{meta.context:,} tokens",
         "RoPE theta": f"{model.rope_theta:,.0f}",
     }
-    if model.rope_scaling_factor != 1:
-        rows["RoPE scaling"] = f"{model.rope_scaling_factor:g} (llama3)"
+    if model.rope_is_stretched:
+        rows["RoPE scaling"] = f"{model.rope_scaling_factor:g} ({model.rope_scaling})"
     if model.sliding_window:
         rows["sliding window"] = f"{model.sliding_window:,} tokens"
     lines = [

@@ -40,7 +40,7 @@ class Description:
     Attributes:
       config: the run, or for weights from elsewhere the defaults; with their model, and their
         context as `train.seq_len`.
-      dtype: of the stored weights: bfloat16, float16 or float32.
+      dtype: of the stored matrices: bfloat16, float16 or float32; targets cast norms to it.
       files: contents of `TOKENIZER_FILES` that are there, and of `MORE_TEMPLATES`.
       card: Markdown about its training; empty if nothing is known.
       step: optimiser steps taken here.
@@ -86,6 +86,11 @@ def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree.leaves_with_path(params)
     found = {"/".join(key.key for key in keys): tuple(leaf.shape) for keys, leaf in leaves}
     return {p: shape[1:] if is_stacked(p) else shape for p, shape in found.items()}
+
+
+def is_norm(path: str) -> bool:
+    """Whether the array is the scale of a norm, which does not count for the dtype of a model."""
+    return path.endswith("norm")
 
 
 def is_stacked(path: str) -> bool:

@@ -1,7 +1,7 @@
 """Hugging Face's folders: safetensors, `config.json`, and the tokenizer's files.
 
 A linear layer there is (out, in), ours (in, out) with heads as axes of their own: every matrix but
-the embedding is transposed. RoPE rotates the same pairs in both (see `model.rope`).
+the embedding is transposed. RoPE rotates the same pairs in both (see `rope.rope`).
 """
 
 import json
@@ -16,6 +16,7 @@ from etils import epath
 from llama_jax.config import Config, ModelConfig
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
+from llama_jax.files import parse_json, read_bytes
 from llama_jax.interchange import fast_tokenizer, formats, hf_config, safetensors
 from llama_jax.interchange.formats import Description
 from llama_jax.interchange.loading import load
@@ -79,10 +80,12 @@ class HfSource:
         path = self._folder / "config.json"
         if not path.exists():
             raise UserError(f"{folder} is no Hugging Face model: it has no config.json")
-        config = hf_config.parse(path.read_text(), str(path))
+        content = read_bytes(path)
+        config = hf_config.parse(content, str(path))
         self._entries = _entries(self._folder)
         self._shapes = formats.shapes(config.model)
         self._check(config.model)
+        dtype = self._dtype(config.model)
         files = {
             name: (self._folder / name).read_bytes()
             for name in formats.TOKENIZER_FILES
@@ -91,10 +94,8 @@ class HfSource:
         for file in (self._folder / formats.MORE_TEMPLATES).glob("*.jinja"):
             files[f"{formats.MORE_TEMPLATES}/{file.name}"] = file.read_bytes()
         formats.check_vocabulary(files, config.model.vocab_size, str(folder))
-        self._keep_special_ids(json.loads(path.read_text()), files)
+        self._keep_special_ids(parse_json(content, str(path)), files)
         formats.special_ids(files)  # which says what is wrong
-        dtypes = {str(entry.dtype) for entry in self._entries.values()}
-        dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
         self.description = Description(formats.computed_in(config, dtype), dtype, files)
 
     def _keep_special_ids(self, values: dict[str, Any], files: dict[str, bytes]) -> None:
@@ -103,7 +104,22 @@ class HfSource:
             ids = {name: values.get(name) for name in ("bos_token_id", "eos_token_id")}
             files["generation_config.json"] = json.dumps(ids, indent=2).encode() + b"\n"
 
+    def _dtype(self, model: ModelConfig) -> str:
+        """The dtype of the matrices, which are all but a few bytes; of several kinds, float32."""
+        matrices = [path for path in self._shapes if not formats.is_norm(path)]
+        layers = {
+            path: range(model.n_layers if formats.is_stacked(path) else 1) for path in matrices
+        }
+        names = [name_of(path, layer) for path in matrices for layer in layers[path]]
+        dtypes = {str(self._entries[name].dtype) for name in names}
+        return dtypes.pop() if len(dtypes) == 1 else "float32"
+
     def _check(self, model: ModelConfig) -> None:
+        if model.n_layers > len(self._entries):  # before as many names are made
+            raise UserError(
+                f"{self._folder} has {len(self._entries)} tensors, too few for the "
+                f"{model.n_layers} layers of config.json"
+            )
         wanted = {name_of(*unit): shape for unit, shape in stored_shapes(model).items()}
         missing = [name for name in wanted if name not in self._entries]
         if missing:

@@ -11,7 +11,6 @@ hand: should its pieces hold parts of heads instead, they are joined like all ot
 """
 
 import dataclasses
-import json
 import math
 import pickle
 from collections.abc import Mapping
@@ -22,8 +21,10 @@ import numpy as np
 from etils import epath
 
 from llama_jax.config import Config, ModelConfig
-from llama_jax.errors import UserError, first_line
+from llama_jax.errors import UserError, boundary, first_line
 from llama_jax.interchange import formats
+from llama_jax.interchange import meta_params as params_lib
+from llama_jax.interchange.fields import Fields
 from llama_jax.interchange.formats import Description
 from llama_jax.interchange.hf import DTYPES, groups
 
@@ -93,18 +94,18 @@ class MetaSource:
         if not path.exists():
             raise UserError(f"{folder} is no model of Meta's: it has no params.json")
         self._pieces = self._open_pieces()
-        params = _read_params(path)
-        self._model = self._model_of(params, path)
+        with boundary(str(path)):
+            params = params_lib.read(path)
+            self._model = self._model_of(params)
+            given = params.size("max_seq_len") if params.given("max_seq_len") else 0
         self._shapes = formats.shapes(self._model)
         self._check()
-        context = context or params.get("max_seq_len") or habitual_context(self._model)
+        context = context or given or params_lib.habitual_context(self._model)
         config = Config(model=self._model)
         config = dataclasses.replace(
             config, train=dataclasses.replace(config.train, seq_len=context)
         )
-        dtype = str(_to_numpy(self._pieces[0][NAMES["final_norm"]]).dtype)
-        if dtype not in DTYPES:
-            raise UserError(f"{folder}: weights have dtype {dtype}; known: {', '.join(DTYPES)}")
+        dtype = self._dtype()
         files: dict[str, bytes] = {}
         # The first LLaMA and LLaMA-2 keep the tokenizer beside the folders of the models.
         for place in (self._folder, self._folder.parent):
@@ -139,49 +140,39 @@ class MetaSource:
                 raise UserError(f"{file} has not the same tensors as {files[0].name}")
         return pieces
 
-    def _model_of(self, params: dict[str, Any], path: epath.Path) -> ModelConfig:
+    def _model_of(self, params: Fields) -> ModelConfig:
         """Our config: `params.json`, and what only the tensors tell."""
         first, count = self._pieces[0], len(self._pieces)
-        missing = [NAMES[p].format(0) for p in ("embed", "layers/mlp/w1", "final_norm")]
-        missing = [name for name in missing if name not in first]
-        if missing:
-            raise UserError(f"{self._folder} lacks {missing[0]}")
+        for path, axes in (("embed", 2), ("layers/mlp/w1", 2), ("final_norm", 1)):
+            name = NAMES[path].format(0)
+            if name not in first:
+                raise UserError(f"{self._folder} lacks {name}")
+            if first[name].ndim != axes:
+                shape = tuple(first[name].shape)
+                raise UserError(f"{self._folder}: {name} has shape {shape}, not {axes} axes")
         embed = first[NAMES["embed"]].shape
         # Llama 3 divides the embedding by ids, its predecessors by columns.
-        vocab = embed[0] * (count if embed[1] == params.get("dim") else 1)
-        if params.get("vocab_size", -1) not in (-1, vocab):
-            raise UserError(
-                f"{path}: vocab_size={params['vocab_size']}, but the embedding has {vocab} rows"
-            )
-        try:
-            scaling: dict[str, Any] = {}
-            if params.get("use_scaled_rope"):
-                # 3.2 (whose small models are tied) stretches by 32; its params.json may not tell.
-                factor = params.get("rope_scaling_factor") or (32 if self._is_tied() else 8)
-                scaling = {"rope_scaling_factor": float(factor)}
-                for name in ("rope_low_freq_factor", "rope_high_freq_factor"):
-                    if params.get(name) is not None:
-                        scaling[name] = float(params[name])
-                if params.get("rope_original_context") is not None:
-                    scaling["rope_original_context"] = params["rope_original_context"]
-            return ModelConfig(
-                vocab_size=vocab,
-                dim=params["dim"],
-                n_layers=params["n_layers"],
-                n_heads=params["n_heads"],
-                n_kv_heads=params.get("n_kv_heads") or params["n_heads"],
-                ffn_dim=first[NAMES["layers/mlp/w1"].format(0)].shape[0] * count,
-                explicit_head_dim=params.get("head_dim") or 0,
-                rope_theta=float(params.get("rope_theta", 10_000.0)),
-                norm_eps=float(params["norm_eps"]),
-                sliding_window=params.get("sliding_window") or 0,
-                tied_embeddings=self._is_tied(),
-                **scaling,
-            )
-        except KeyError as error:
-            raise UserError(f"{path} does not tell {error.args[0]}") from error
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: {error}") from error
+        vocab = embed[0] * (count if embed[1] == params.size("dim") else 1)
+        ffn_dim = first[NAMES["layers/mlp/w1"].format(0)].shape[0] * count
+        return params_lib.model_of(params, vocab, ffn_dim, self._is_tied())
+
+    def _dtype(self) -> str:
+        """The dtype of the matrices; of several kinds, float32."""
+        torch = _torch()
+        kinds = {getattr(torch, name): name for name in DTYPES}
+        found = set()
+        for path, layer in formats.units(self._model):
+            for piece in self._pieces:
+                name = NAMES[path].format(layer)
+                dtype = piece[name].dtype
+                if dtype not in kinds:
+                    raise UserError(
+                        f"{self._folder}: {name} has dtype {str(dtype).removeprefix('torch.')}; "
+                        f"known: {', '.join(DTYPES)}"
+                    )
+                if not formats.is_norm(path):
+                    found.add(kinds[dtype])
+        return found.pop() if len(found) == 1 else "float32"
 
     def _is_tied(self) -> bool:
         """Whether the output matrix is the embedding, of which Llama 3.2 ships both."""
@@ -192,6 +183,11 @@ class MetaSource:
         )
 
     def _check(self) -> None:
+        if self._model.n_layers > len(self._pieces[0]):  # before as many names are made
+            raise UserError(
+                f"{self._folder} has {len(self._pieces[0])} tensors, too few for the "
+                f"{self._model.n_layers} layers of params.json"
+            )
         names = {NAMES[path].format(layer): path for path, layer in formats.units(self._model)}
         found = self._pieces[0]
         for name in names:
@@ -272,7 +268,7 @@ class MetaTarget:
         self._torch_dtype = getattr(torch, dtype)
         config = description.config
         self._model = config.model
-        (folder / "params.json").write_text(_write_params(config))
+        (folder / "params.json").write_text(params_lib.write(config))
         if "tokenizer.model" in description.files:
             (folder / "tokenizer.model").write_bytes(description.files["tokenizer.model"])
         if description.card:
@@ -306,49 +302,3 @@ class MetaTarget:
         torch.save(state, str(self._folder / "consolidated.00.pth"))
         del flat, state
         self._spool.unlink()
-
-
-def _read_params(path: epath.Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a mapping")
-    for field in ("moe", "quantization_args", "vision_chunk_size"):
-        if values.get(field) not in (None, -1):
-            raise UserError(f"{path}: {field} is not supported")
-    return values
-
-
-def _write_params(config: Config) -> str:
-    """Meta's own names where it has some; what it has no name for follows ours."""
-    model = config.model
-    values: dict[str, Any] = {
-        "dim": model.dim,
-        "n_layers": model.n_layers,
-        "n_heads": model.n_heads,
-        "n_kv_heads": model.n_kv_heads,
-        "vocab_size": model.vocab_size,
-        # Meta's code computes ffn_dim as the multiple of this above 2/3 x 4 dim x the multiplier.
-        "multiple_of": model.ffn_dim,
-        "norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "max_seq_len": config.train.seq_len,
-    }
-    if model.explicit_head_dim:
-        values["head_dim"] = model.explicit_head_dim
-    if model.sliding_window:
-        values["sliding_window"] = model.sliding_window
-    if model.rope_scaling_factor != 1:
-        values["use_scaled_rope"] = True
-        for name in ("scaling_factor", "low_freq_factor", "high_freq_factor", "original_context"):
-            values[f"rope_{name}"] = getattr(model, f"rope_{name}")
-    return json.dumps(values, indent=2) + "\n"
-
-
-def habitual_context(model: ModelConfig) -> int:
-    """The context of the model with such RoPE; LLaMA-2's 4096 cannot be told from 2048."""
-    if model.rope_scaling_factor != 1:
-        return 131_072
-    return {500_000.0: 8192, 1_000_000.0: 16_384}.get(model.rope_theta, 2048)
