@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from llama_jax.errors import UserError, first_line
+from llama_jax.files import refuse_pointer
 
 DTYPES: Mapping[str, Any] = {
     "F32": np.dtype(np.float32),
@@ -58,12 +59,6 @@ def shown(name: str) -> str:
     return name if name.isprintable() and len(name) < 200 else f"{name[:200]!r}"
 
 
-def refuse_lfs_pointer(head: bytes, file: epath.Path) -> None:
-    """Raises `UserError` if a file that begins with `head` only names a file kept elsewhere."""
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{file} is a Git LFS pointer, not the file itself; run git lfs pull")
-
-
 def read_header(file: epath.Path) -> dict[str, Entry]:
     """Name -> tensor, for all tensors of a file.
 
@@ -80,7 +75,7 @@ def read_header(file: epath.Path) -> dict[str, Entry]:
         with file.open("rb") as stream:
             head = stream.read(64)
             length = int.from_bytes(head[:8], "little")
-            refuse_lfs_pointer(head, file)
+            refuse_pointer(head, str(file))
             if size < 8 or not 2 <= length <= _LONGEST_HEADER:
                 raise UserError(f"{file} is not a safetensors file")
             if 8 + length > size:
@@ -106,6 +101,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+def _size(digits: str) -> int:
+    if digits.startswith("-"):
+        raise ValueError(f"{digits:.30} is no size")
+    return int(digits)
+
+
 def _no_constant(name: str) -> float:
     raise ValueError(f"JSON has no {name}")
 
@@ -115,7 +116,9 @@ def _parse_header(content: bytes, file: epath.Path) -> dict[str, Any]:
         text = content.decode()
         if not text.startswith("{"):
             raise ValueError("it does not begin with {")
-        header = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        header = json.loads(
+            text, object_pairs_hook=_unique, parse_int=_size, parse_constant=_no_constant
+        )
         json.dumps(header, ensure_ascii=False).encode()  # halves of a character are no text
     except (ValueError, RecursionError) as error:
         raise UserError(
