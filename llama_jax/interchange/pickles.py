@@ -16,7 +16,7 @@ from etils import epath
 
 from llama_jax.errors import UserError, first_line
 from llama_jax.files import is_object_store, refuse_pointer
-from llama_jax.interchange.safetensors import DTYPES
+from llama_jax.interchange.safetensors import DTYPES, shown
 
 _OLDEST = (2, 6)  # before it, weights_only could be made to run code (CVE-2025-32434)
 _ZIP = b"PK\x03\x04"
@@ -94,10 +94,10 @@ def _reason(error: Exception) -> str:
     """Why a file was not loaded, without torch's advice to load it with its code."""
     code = re.search(r"GLOBAL (\S+)", str(error))
     if code:
-        return f"it asks for {code[1]}, which is more than tensors and could run code"
-    if "weights only" in str(error).lower():
-        return "it is no pickle of tensors"
-    return first_line(error)
+        return f"it asks for {shown(code[1])}, which is more than tensors and could run code"
+    if isinstance(error, OSError | RuntimeError) and not isinstance(error, RecursionError):
+        return shown(first_line(error))
+    return "it is no pickle of tensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +126,6 @@ def read_tensors(file: epath.Path) -> dict[str, Entry]:
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in map(str, DTYPES.values()):
             known = ", ".join(map(str, DTYPES.values()))
-            raise UserError(f"{file}: {name} has dtype {dtype}; not {known}")
+            raise UserError(f"{file}: {shown(name)} has dtype {dtype}; not {known}")
         found[name] = Entry(file, np.dtype(dtype), tuple(tensor.shape), tensor)
     return found
