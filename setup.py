@@ -45,7 +45,8 @@ setup(
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "beam": ["apache-beam>=2.77"],
-        "meta": ["torch>=2.4"],  # Meta's pickles
+        # Pickles: Meta's, and .bin of Hugging Face; weights_only is not safe before 2.6.
+        "meta": ["torch>=2.6"],
         "notebook": ["nbconvert>=7.16", "ipykernel>=6.29"],
         "hf": ["tokenizers>=0.21"],  # tokenizers in Hugging Face's format, such as LLaMA-3's
         # Tasks of lm-evaluation-harness, whose tables have no headings with an older pytablewriter.

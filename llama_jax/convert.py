@@ -1,10 +1,11 @@
 """Converts weights between Hugging Face's format, Meta's, and our checkpoints.
 
-FORMAT is hf (safetensors, config.json, tokenizer), meta (consolidated.*.pth, params.json; needs
-`pip install '.[meta]'`), ckpt (a work directory, or the folder of one step) or peft (adapters: of
-adapter_model.safetensors, adapter_config.json). One array of one
-layer is in memory at a time. The target is written beside its place, as TARGET.partial, and gets
-its name when it is complete; a target that exists is refused.
+FORMAT is hf (safetensors, config.json, tokenizer), meta (consolidated.*.pth, params.json), ckpt (a
+work directory, or the folder of one step) or peft (adapters: adapter_model.safetensors,
+adapter_config.json). Pickles of torch (meta, pytorch_model.bin, adapter_model.bin) need
+`pip install '.[meta]'`; hf and peft are written as safetensors. One array of one layer is in memory
+at a time. The target is written beside its place, as TARGET.partial, and gets its name when it is
+complete; a target that exists is refused.
 
 A checkpoint of a run with adapters (config.lora) is merged with the base that it was trained on,
 and adapters of peft with theirs; between ckpt and peft they stay adapters. To go to peft they need

@@ -15,6 +15,7 @@ from llama_jax.errors import UserError
 from llama_jax.inference import open_model
 from llama_jax.interchange import peft, safetensors
 from llama_jax.lora import merge
+from tests import mutations
 from tests.helpers import (
     ROOT,
     random_adapters,
@@ -75,6 +76,151 @@ def test_peft_loads_what_we_write(tmp_path):
     tokens = torch.arange(12)[None]
     expected = peft_reference.build(CASE, params, adapters)(input_ids=tokens).logits
     assert torch.equal(loaded(input_ids=tokens).logits, expected)
+
+
+FULL = [f"model.layers.{i}.mlp.{name}" for i in range(2) for name in ("up_proj", "gate_proj")]
+FORMS = {  # what PEFT is told
+    "list": {"target_modules": ["q_proj", "down_proj"]},
+    "one": {"target_modules": ["k_proj"]},
+    "parents": {"target_modules": ["self_attn.q_proj", "mlp.down_proj"]},
+    "full names": {"target_modules": FULL},
+    "expression": {"target_modules": r".*\.self_attn\.(q|k|v|o)_proj"},
+    "all-linear": {"target_modules": "all-linear"},
+    "excluded": {"target_modules": "all-linear", "exclude_modules": ["v_proj", "mlp.up_proj"]},
+    "silent": {},
+    "rank": {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 4}},
+    "ranks": {"target_modules": ["q_proj", "o_proj"], "rank_pattern": {r".*_proj": 3}},
+    "alpha": {"target_modules": ["up_proj"], "alpha_pattern": {"mlp.up_proj": 9}},
+    "rslora": {"target_modules": ["v_proj"], "use_rslora": True, "rank_pattern": {"v_proj": 4}},
+    "layers": {"target_modules": ["v_proj"], "layers_to_transform": [1, 0]},
+    "fan": {"target_modules": ["v_proj"], "fan_in_fan_out": True},
+    "empty lists": {"target_modules": ["v_proj"], "modules_to_save": [], "layers_to_transform": []},
+}
+
+
+def saved_by_peft(folder, form):
+    """A random adapter of PEFT, saved; and the tokens' logits where PEFT has merged it."""
+    import peft as library
+    import torch
+
+    from tests import hf_reference
+
+    base = hf_reference.build(CASE.model, random_params(CASE.model))
+    config = library.LoraConfig(r=2, lora_alpha=3, task_type="CAUSAL_LM", **form)
+    model = library.get_peft_model(base, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        plain = hf_reference.build(CASE.model, random_params(CASE.model))(input_ids=tokens).logits
+        logits = model.merge_and_unload()(input_ids=tokens).logits.numpy()
+    assert np.abs(plain.numpy() - logits).max() > 0.05
+    return tokens.numpy(), logits
+
+
+def merged_logits(folder, base, tokens):
+    from tests.test_convert_parity import our_logits
+
+    return our_logits(open_source("peft", epath.Path(folder), base=base), tokens)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_peft_are_merged_as_peft_does(tmp_path, base, form):
+    tokens, expected = saved_by_peft(tmp_path / "peft", FORMS[form])
+    np.testing.assert_allclose(
+        merged_logits(tmp_path / "peft", base, tokens), expected, rtol=0, atol=2e-5
+    )
+    # The same as people write it: PEFT saves a list where it was told all-linear, and no flags
+    # that it has reset.
+    config = tmp_path / "peft" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **FORMS[form]}))
+    np.testing.assert_allclose(
+        merged_logits(tmp_path / "peft", base, tokens), expected, rtol=0, atol=2e-5
+    )
+
+
+def as_pickle(change):
+    """Puts adapter_model.bin in the place of adapter_model.safetensors."""
+
+    def write(folder):
+        import safetensors.torch
+        import torch
+
+        tensors = safetensors.torch.load_file(folder / peft.WEIGHTS)
+        (folder / peft.WEIGHTS).unlink()
+        torch.save(*change(tensors, folder / peft.PICKLE))
+
+    return write
+
+
+def with_adapter_name(folder):
+    import safetensors.torch
+
+    tensors = safetensors.torch.load_file(folder / peft.WEIGHTS)
+    named = {name.replace(".weight", ".default.weight"): x for name, x in tensors.items()}
+    safetensors.torch.save_file(named, folder / peft.WEIGHTS)
+
+
+STORED = {
+    "pickle": as_pickle(lambda tensors, file: (tensors, file)),
+    "transposed": as_pickle(lambda t, f: ({n: x.T.contiguous().T for n, x in t.items()}, f)),
+    "float16": as_pickle(lambda tensors, file: ({n: x.half() for n, x in tensors.items()}, file)),
+    "bfloat16": as_pickle(lambda t, file: ({n: x.bfloat16() for n, x in t.items()}, file)),
+    "adapter's name": with_adapter_name,
+}
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", STORED)
+def test_files_of_adapters_are_read_as_peft_does(tmp_path, base, kind):
+    import peft as library
+    import torch
+
+    from tests import hf_reference
+
+    tokens, _ = saved_by_peft(tmp_path / "peft", FORMS["expression"])
+    STORED[kind](tmp_path / "peft")
+    theirs = library.PeftModel.from_pretrained(
+        hf_reference.build(CASE.model, random_params(CASE.model)), tmp_path / "peft"
+    )
+    with torch.no_grad():
+        expected = theirs.merge_and_unload()(input_ids=torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(
+        merged_logits(tmp_path / "peft", base, tokens), expected, rtol=0, atol=2e-5
+    )
+
+
+def test_changes_of_the_config_end_in_one_line(tmp_path):
+    """400 changes of adapter_config.json: adapters as they are, or one line."""
+    folder, read = shutil.copytree(GOLDEN, tmp_path / "adapters"), 0
+    path = folder / "adapter_config.json"
+    for content in mutations.of_json_file(path.read_bytes(), 400):
+        path.write_bytes(content)
+        try:
+            lora, _ = peft.read_config(epath.Path(folder))
+            peft.read(epath.Path(folder), CASE.model, lora)
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1, content
+            continue
+        read += 1
+        assert (lora.rank, set(lora.names)) == (2, {"wq", "wv", "w2"}), content
+    assert 50 < read < 300
+
+
+def test_adapters_of_some_layers(tmp_path, base):
+    folder = shutil.copytree(GOLDEN, tmp_path / "adapters")
+    values = json.loads((folder / "adapter_config.json").read_text())
+    for changes in ({"layers_to_transform": [0]}, {"exclude_modules": r".*\.1\..*q_proj"}):
+        (folder / "adapter_config.json").write_text(json.dumps({**values, **changes}))
+        with pytest.raises(UserError, match="adapters of some layers only are not supported"):
+            import_adapters(epath.Path(folder), tmp_path / "run", base)
 
 
 def test_rslora_is_alpha_of_another_size(tmp_path):
@@ -148,7 +294,15 @@ def test_adapters_of_peft_are_merged_as_peft_does(tmp_path, base):
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' is not sup"),
         ({"kasa_config": {"r": 1}}, "kasa_config={'r': 1} is not supported"),
         ({"target_modules": ["c_attn"]}, r"target_modules=\['c_attn'\] must be some of q_proj"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "must be some of .*it names lm_head, too"),
+        ({"target_modules": r".*embed_tokens"}, "must be some of .*it names model.embed_tokens"),
         ({"r": None}, "adapter_config.json is no config of LoRA"),
+        ({"r": 0}, "r must be positive, got 0"),
+        ({"lora_alpha": 0}, "lora.alpha must be positive, got 0"),
+        ({"rank_pattern": {"q_proj": 4}}, r"several ranks or alphas \(rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 4}}, r"several ranks or alphas \(rank_pattern"),
+        ({"lora_bias": True}, "lora_bias=True is not supported"),
+        ({"bias": "lora_only"}, "bias='lora_only' is not supported"),
         ({"r": 4}, r"has shape \(2, 32\), the base makes it \(4, 32\)"),
         ({"target_modules": ["q_proj"]}, r"has base_model\S+ against adapter_config.json"),
         ({"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"]}, r"lacks base_model"),

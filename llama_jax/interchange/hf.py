@@ -1,4 +1,4 @@
-"""Hugging Face's folders: safetensors, `config.json`, and the tokenizer's files.
+"""Hugging Face's folders: weights, `config.json`, and the tokenizer's files.
 
 A linear layer there is (out, in), ours (in, out) with heads as axes of their own: every matrix but
 the embedding is transposed. RoPE rotates the same pairs in both (see `rope.rope`).
@@ -17,9 +17,10 @@ from llama_jax.config import Config, ModelConfig
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.files import parse_json, read_bytes
-from llama_jax.interchange import fast_tokenizer, formats, hf_config, safetensors
+from llama_jax.interchange import fast_tokenizer, formats, hf_config, safetensors, weight_files
 from llama_jax.interchange.formats import Description
 from llama_jax.interchange.loading import load
+from llama_jax.interchange.weight_files import some
 from llama_jax.step import abstract_state
 
 NAMES: Mapping[str, str] = {
@@ -68,7 +69,7 @@ def name_of(path: str, layer: int | None) -> str:
 
 
 class HfSource:
-    """A folder of safetensors; opening it checks names, shapes and sizes of all tensors."""
+    """A folder of weights; opening it checks names, shapes and sizes of all tensors."""
 
     def __init__(self, folder: epath.PathLike) -> None:
         """Reads the headers.
@@ -82,7 +83,8 @@ class HfSource:
             raise UserError(f"{folder} is no Hugging Face model: it has no config.json")
         content = read_bytes(path)
         config = hf_config.parse(content, str(path))
-        self._entries = _entries(self._folder)
+        values = parse_json(content, str(path))
+        self._entries = weight_files.open_weights(self._folder, values.get("transformers_weights"))
         self._shapes = formats.shapes(config.model)
         self._check(config.model)
         dtype = self._dtype(config.model)
@@ -94,7 +96,7 @@ class HfSource:
         for file in (self._folder / formats.MORE_TEMPLATES).glob("*.jinja"):
             files[f"{formats.MORE_TEMPLATES}/{file.name}"] = file.read_bytes()
         formats.check_vocabulary(files, config.model.vocab_size, str(folder))
-        self._keep_special_ids(parse_json(content, str(path)), files)
+        self._keep_special_ids(values, files)
         formats.special_ids(files)  # which says what is wrong
         self.description = Description(formats.computed_in(config, dtype), dtype, files)
 
@@ -123,16 +125,16 @@ class HfSource:
         wanted = {name_of(*unit): shape for unit, shape in stored_shapes(model).items()}
         missing = [name for name in wanted if name not in self._entries]
         if missing:
-            raise UserError(f"{self._folder} lacks {_some(missing)}, which config.json asks for")
-        extra = [name for name in self._entries if name not in wanted and not self._ignored(name)]
-        if extra:
-            raise UserError(f"{self._folder} holds {_some(extra)}, unknown to config.json")
+            raise UserError(f"{self._folder} lacks {some(missing)}, which config.json asks for")
         for name, shape in wanted.items():
             found = self._entries[name].shape
             if found != shape:
                 raise UserError(
                     f"{self._folder}: {name} has shape {found}, config.json makes it {shape}"
                 )
+        extra = [name for name in self._entries if name not in wanted and not self._ignored(name)]
+        if extra:
+            raise UserError(f"{self._folder} holds {some(extra)}, unknown to config.json")
 
     def _ignored(self, name: str) -> bool:
         """Frequencies that old versions saved; the second copy of a tied matrix, if it is one."""
@@ -143,14 +145,11 @@ class HfSource:
         head, embed = self._entries[name], self._entries[NAMES["embed"]]
         if head.shape != embed.shape or head.dtype != embed.dtype:
             return False
-        for start in range(0, head.shape[0], 4096):
-            rows = slice(start, start + 4096)
-            left, right = (safetensors.read_rows(entry, rows) for entry in (head, embed))
-            if not np.array_equal(left.view(np.uint8), right.view(np.uint8)):
-                raise UserError(
-                    f"{self._folder}: {name} is not the embedding, "
-                    "but config.json says tie_word_embeddings"
-                )
+        if not weight_files.same_numbers(head, embed):
+            raise UserError(
+                f"{self._folder}: {name} is not the embedding, "
+                "but config.json says tie_word_embeddings"
+            )
         return True
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
@@ -162,50 +161,16 @@ class HfSource:
         entry, shape = self._entries[name_of(path, layer)], self._shapes[path]
         pair = groups(path, shape)
         if pair is None:
-            return safetensors.read_rows(entry, part[0])[(slice(None), *part[1:])]
+            return entry.rows(part[0])[(slice(None), *part[1:])]
         # The rows of the file are our last axes. If they are heads, whole ones are read.
         head_rows = len(shape) == 3 and not path.endswith("/wo")
         unit = shape[-1] if head_rows else 1
         start, stop, _ = part[1 if head_rows else -1].indices(pair[1] // unit)
-        rows = safetensors.read_rows(entry, slice(start * unit, stop * unit))
+        rows = entry.rows(slice(start * unit, stop * unit))
         if head_rows:
             array = rows.T.reshape(shape[0], stop - start, shape[2])
             return array[part[0], :, part[2]]
         return rows.T.reshape(*shape[:-1], stop - start)[(*part[:-1], slice(None))]
-
-
-def _entries(folder: epath.Path) -> dict[str, safetensors.Entry]:
-    """Every tensor of a folder, by its name."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index.exists():
-        if single.exists():
-            return safetensors.read_header(single)
-        if any(folder.glob("*.safetensors")):
-            raise UserError(f"{folder} has several safetensors files, but no {index.name}")
-        raise UserError(f"{folder} has no model.safetensors (pickles, .bin, are not read)")
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is damaged: it has no weight_map") from error
-    outside = [name for name in files if epath.Path(name).name != name]
-    if outside:
-        raise UserError(f"{index} names files outside its folder: {_some(outside)}")
-    missing = [name for name in files if not (folder / name).exists()]
-    if missing:
-        raise UserError(f"{folder} lacks {_some(missing)}, which {index.name} names")
-    found: dict[str, safetensors.Entry] = {}
-    for name in files:
-        found |= safetensors.read_header(folder / name)
-    absent = [name for name in weight_map if name not in found]
-    if absent:
-        raise UserError(f"{folder} lacks {_some(absent)}, which {index.name} names")
-    return found
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return names[0] + more
 
 
 class HfTarget:
@@ -273,7 +238,7 @@ def load_hf(folder: epath.PathLike, config: Config, shardings: Any) -> Any:
     layer.
 
     Args:
-      folder: with safetensors and config.json.
+      folder: with weights and config.json.
       config: what the caller expects; `HfSource(folder).description.config` fits.
       shardings: a tree like the parameters.
 

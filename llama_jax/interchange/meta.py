@@ -12,21 +12,20 @@ hand: should its pieces hold parts of heads instead, they are joined like all ot
 
 import dataclasses
 import math
-import pickle
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from etils import epath
 
 from llama_jax.config import Config, ModelConfig
-from llama_jax.errors import UserError, boundary, first_line
-from llama_jax.interchange import formats
+from llama_jax.errors import UserError, boundary
+from llama_jax.interchange import formats, pickles
 from llama_jax.interchange import meta_params as params_lib
 from llama_jax.interchange.fields import Fields
 from llama_jax.interchange.formats import Description
 from llama_jax.interchange.hf import DTYPES, groups
+from llama_jax.interchange.pickles import import_torch, to_numpy
 
 NAMES: Mapping[str, str] = {
     "embed": "tok_embeddings.weight",
@@ -42,7 +41,6 @@ NAMES: Mapping[str, str] = {
     "final_norm": "norm.weight",
     "lm_head": "output.weight",
 }
-_UNPICKLING = (pickle.UnpicklingError, EOFError, KeyError)  # of what is cut off, or no weights
 # Divided along their inputs, the second axis of the file; the other matrices along the first.
 _ROW_PARALLEL = ("layers/attn/wo", "layers/mlp/w2")
 _KV_HEADS = ("layers/attn/wk", "layers/attn/wv")
@@ -58,22 +56,6 @@ def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """The inverse of `half_split`."""
     heads = rows.reshape(-1, 2, head_dim // 2, rows.shape[-1])
     return heads.swapaxes(1, 2).reshape(rows.shape)
-
-
-def _torch() -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError("Meta's pickles need torch: pip install '.[meta]'") from error
-    return torch
-
-
-def _to_numpy(tensor: Any) -> np.ndarray:
-    """A torch tensor as NumPy, which shares its memory; torch knows no NumPy bfloat16."""
-    torch = _torch()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
 
 
 class MetaSource:
@@ -115,7 +97,6 @@ class MetaSource:
         self.description = Description(formats.computed_in(config, dtype), dtype, files)
 
     def _open_pieces(self) -> list[dict[str, Any]]:
-        torch = _torch()
         files = sorted(self._folder.glob("consolidated.*.pth"))
         numbers = [file.name.split(".")[1] for file in files]
         if not files:
@@ -123,18 +104,7 @@ class MetaSource:
         if numbers != [f"{number:02d}" for number in range(len(files))]:
             found = ", ".join(numbers)
             raise UserError(f"{self._folder}: pieces are missing, there are only {found}")
-        pieces = []
-        for file in files:
-            try:
-                piece = torch.load(str(file), map_location="cpu", weights_only=True, mmap=True)
-            except (OSError, RuntimeError, ValueError, *_UNPICKLING) as error:
-                reason = first_line(error)
-                raise UserError(f"{file} is not a file of weights, or damaged: {reason}") from error
-            if not isinstance(piece, dict) or not piece:
-                raise UserError(f"{file} is not a file of weights: it holds no named tensors")
-            if not all(isinstance(tensor, torch.Tensor) for tensor in piece.values()):
-                raise UserError(f"{file} is not a file of weights: it holds other things, too")
-            pieces.append(piece)
+        pieces = [pickles.load(file) for file in files]
         for file, piece in zip(files, pieces, strict=True):
             if set(piece) != set(pieces[0]):
                 raise UserError(f"{file} has not the same tensors as {files[0].name}")
@@ -158,7 +128,7 @@ class MetaSource:
 
     def _dtype(self) -> str:
         """The dtype of the matrices; of several kinds, float32."""
-        torch = _torch()
+        torch = import_torch()
         kinds = {getattr(torch, name): name for name in DTYPES}
         found = set()
         for path, layer in formats.units(self._model):
@@ -176,7 +146,7 @@ class MetaSource:
 
     def _is_tied(self) -> bool:
         """Whether the output matrix is the embedding, of which Llama 3.2 ships both."""
-        torch, head = _torch(), NAMES["lm_head"]
+        torch, head = import_torch(), NAMES["lm_head"]
         return all(
             head not in piece or torch.equal(piece[head], piece[NAMES["embed"]])
             for piece in self._pieces
@@ -235,7 +205,7 @@ class MetaSource:
         """The array `path` of our tree, for a stacked one that of `layer`."""
         name = NAMES[path].format(layer)
         axis = self._axis(path, tuple(self._pieces[0][name].shape))
-        parts = [_to_numpy(piece[name]) for piece in self._pieces]
+        parts = [to_numpy(piece[name]) for piece in self._pieces]
         copies = self._copies(path, len(parts[0]))
         for number, part in enumerate(parts):
             first = number - number % copies
@@ -263,7 +233,7 @@ class MetaTarget:
 
     def __init__(self, folder: epath.Path, description: Description, dtype: str) -> None:
         """Writes all but the weights."""
-        torch = _torch()
+        torch = import_torch()
         self._folder, self._dtype = folder, DTYPES[dtype]
         self._torch_dtype = getattr(torch, dtype)
         config = description.config
@@ -291,7 +261,7 @@ class MetaTarget:
 
     def close(self) -> None:
         """Pickles what was written, and removes the temporary file."""
-        torch = _torch()
+        torch = import_torch()
         size = self._stream.tell() // np.dtype(self._dtype).itemsize
         self._stream.close()
         flat = torch.from_file(str(self._spool), shared=True, size=size, dtype=self._torch_dtype)

@@ -1,39 +1,40 @@
-"""Adapters in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`.
+"""Adapters in PEFT's format: `adapter_model.safetensors` (or `.bin`) and `adapter_config.json`.
 
 Its names are those of Hugging Face's modules, its matrices (out, in) as everywhere there: A is
 (rank, in), B (out, rank).
 """
 
+import contextlib
 import json
 import math
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from llama_jax.config import Config, LoraConfig
-from llama_jax.errors import UserError
-from llama_jax.interchange import formats, hf, safetensors
+from llama_jax.errors import UserError, boundary, require, typed
+from llama_jax.files import read_json
+from llama_jax.interchange import formats, hf, pickles, safetensors
+from llama_jax.interchange.peft_targets import module_of, short_name, targets_of
+from llama_jax.interchange.safetensors import shown
+from llama_jax.interchange.weight_files import Stored
 from llama_jax.lora import matrix_shapes
 from llama_jax.lora_config import MATRICES
 from llama_jax.model_config import ModelConfig
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # What would make other adapters of the same arrays, and its values that do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": (None, "none"),
-    "fan_in_fan_out": (None, False),
     "use_dora": (None, False),
     "modules_to_save": (None, []),
-    "layers_to_transform": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
     "lora_bias": (None, False),
     **dict.fromkeys(("use_qalora", "use_bdlora"), (None, False)),
-    **dict.fromkeys(
-        ("target_parameters", "trainable_token_indices", "exclude_modules"), (None, [])
-    ),
+    **dict.fromkeys(("target_parameters", "trainable_token_indices"), (None, [])),
     **dict.fromkeys(("layer_replication", "alora_invocation_tokens"), (None, [])),
     **dict.fromkeys(("kasa_config", "monteclora_config", "arrow_config"), (None,)),
     # The others (pissa, olora, corda, loftq) change the base where PEFT loads them.
@@ -41,18 +42,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _path(name: str) -> str:
-    return f"layers/{MATRICES[name]}/{name}"
-
-
-def _module(name: str) -> str:
-    """Hugging Face's name of a matrix within its layer, such as `q_proj`."""
-    return hf.NAMES[_path(name)].split(".")[-2]
-
-
 def _tensor(name: str, layer: int, side: str) -> str:
-    module = hf.name_of(_path(name), layer).removesuffix(".weight")
-    return f"base_model.model.{module}.lora_{side}.weight"
+    return f"base_model.model.{module_of(name, layer)}.lora_{side}.weight"
 
 
 def _tensors(model: ModelConfig, lora: LoraConfig) -> dict[str, tuple[str, int, str]]:
@@ -90,7 +81,7 @@ def write(folder: epath.Path, config: Config, adapters: Any, dtype: str = "float
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": [_module(name) for name in lora.names],
+        "target_modules": [short_name(name) for name in lora.names],
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -102,49 +93,94 @@ def write(folder: epath.Path, config: Config, adapters: Any, dtype: str = "float
 def read_config(folder: epath.Path) -> tuple[LoraConfig, str]:
     """What adapters these are, and the name or folder of their base (empty if it is not told).
 
+    Ours are alike in all layers, so the first layer tells; `read` checks the others.
+
     Raises:
       UserError: there is no such file, or it describes what `LoraConfig` cannot.
     """
-    path = folder / CONFIG
+    values = _values(folder)
+    base = values.get("base_model_name_or_path") or ""
+    with _named(folder):
+        return _lora(values, 1), typed("base_model_name_or_path", base, str)
+
+
+@contextlib.contextmanager
+def _named(folder: epath.Path) -> Iterator[None]:
+    """Errors inside begin with the config's place."""
     try:
-        values = json.loads(path.read_text())
-        rank, alpha = int(values["r"]), float(values["lora_alpha"])
-        modules = values["target_modules"]
-        dropout = float(values.get("lora_dropout") or 0.0)
-        wrong = [name for name, plain in _PLAIN.items() if values.get(name) not in plain]
-    except OSError as error:
-        raise UserError(f"{folder} holds no adapters of PEFT: it has no {CONFIG}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no config of LoRA: {error!r}") from error
+        with boundary("it"):
+            yield
+    except UserError as error:
+        raise UserError(
+            f"{folder / CONFIG} is no config of LoRA that is supported: {error}"
+        ) from error
+
+
+def _values(folder: epath.Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.exists():
+        raise UserError(f"{folder} holds no adapters of PEFT: it has no {CONFIG}")
+    values = read_json(path)
+    wrong = [name for name, plain in _PLAIN.items() if values.get(name) not in plain]
     if wrong:
-        raise UserError(f"{path}: {wrong[0]}={values.get(wrong[0])!r} is not supported")
-    ours = {_module(name): name for name in MATRICES}
-    if not isinstance(modules, list) or not set(modules) <= set(ours):
-        raise UserError(f"{path}: target_modules={modules!r} must be some of {', '.join(ours)}")
+        raise UserError(f"{path}: {wrong[0]}={values.get(wrong[0])!r:.200} is not supported")
+    return values
+
+
+def _lora(values: dict[str, Any], n_layers: int) -> LoraConfig:
+    """The adapters of a model with `n_layers`, which are alike in all of them."""
+    targets = targets_of(values, n_layers)
+    if len(set(targets.values())) > 1:
+        raise UserError("several ranks or alphas (rank_pattern, alpha_pattern) are not supported")
+    target = next(iter(targets.values()))
+    names = [name for name in MATRICES if (name, 0) in targets]
+    if len(targets) != len(names) * n_layers:
+        raise UserError(
+            f"adapters of some layers only are not supported, and the base has {n_layers} "
+            "(target_modules, layers_to_transform, exclude_modules)"
+        )
+    alpha = target.alpha
     if values.get("use_rslora"):  # which divides by the root of the rank
-        alpha *= math.sqrt(rank)
-    targets = ",".join(name for module, name in ours.items() if module in modules)
-    lora = LoraConfig(rank=rank, alpha=alpha, dropout=dropout, targets=targets)
-    return lora, values.get("base_model_name_or_path") or ""
+        alpha *= math.sqrt(max(target.rank, 0))
+    dropout = typed("lora_dropout", values.get("lora_dropout") or 0.0, float)
+    require(target.rank > 0, f"r must be positive, got {target.rank}")
+    return LoraConfig(rank=target.rank, alpha=alpha, dropout=dropout, targets=",".join(names))
+
+
+def _entries(folder: epath.Path) -> tuple[epath.Path, dict[str, Stored]]:
+    """The file with the adapters, safetensors before a pickle as in PEFT, and its tensors."""
+    for name, read_file in ((WEIGHTS, safetensors.read_header), (PICKLE, pickles.read_tensors)):
+        file = folder / name
+        if file.exists():
+            found: dict[str, Stored] = {}
+            for key, entry in read_file(file).items():
+                # The name of the adapter, which old versions and hand-made files have.
+                plain = re.sub(r"(\.lora_[AB])\.default\.weight$", r"\1.weight", key)
+                if plain in found:
+                    raise UserError(f"{file} has {plain} with and without the adapter's name")
+                found[plain] = entry
+            return file, found
+    raise UserError(f"{folder} holds no adapters of PEFT: it has no {WEIGHTS}, and no {PICKLE}")
 
 
 def read(folder: epath.Path, model: ModelConfig, lora: LoraConfig) -> Any:
     """The adapters for a model, in NumPy and float32, as `lora.init_adapters` makes them.
 
     Raises:
-      UserError: a tensor is missing, extra, or of another shape than the model makes it.
+      UserError: the config means other adapters in the model's other layers than in its first; a
+        tensor is missing, extra, or of another shape than the model makes it.
     """
-    file = folder / WEIGHTS
-    if not file.exists():
-        raise UserError(f"{folder} holds no adapters of PEFT: it has no {WEIGHTS}")
-    entries = safetensors.read_header(file)
+    values = _values(folder)
+    with _named(folder):
+        _lora(values, model.n_layers)
+    file, entries = _entries(folder)
     tensors = _tensors(model, lora)
     for text, names in (
         ("lacks", set(tensors) - set(entries)),
         ("has", set(entries) - set(tensors)),
     ):
         if names:
-            raise UserError(f"{file} {text} {min(names)}, against {CONFIG} and the base")
+            raise UserError(f"{file} {text} {shown(min(names))}, against {CONFIG} and the base")
     layers: dict[str, Any] = {}
     for stored, (name, layer, side) in tensors.items():
         shape = _stored_shape(model, lora, name, side)
@@ -156,5 +192,5 @@ def read(folder: epath.Path, model: ModelConfig, lora: LoraConfig) -> Any:
         ours = (*inputs, lora.rank) if side == "A" else (lora.rank, *outputs)
         pair = layers.setdefault(MATRICES[name], {}).setdefault(name, {})
         stack = pair.setdefault(side.lower(), np.empty((model.n_layers, *ours), np.float32))
-        stack[layer] = safetensors.read_rows(entries[stored]).T.reshape(ours)
+        stack[layer] = entries[stored].rows().T.reshape(ours)
     return {"layers": layers}

@@ -5,6 +5,7 @@ place), and the arrays. The library of that name maps whole files into memory or
 at once; here ranges of rows are read, and tensors are written in any order.
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -15,7 +16,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, first_line
+from llama_jax.files import refuse_pointer
 
 DTYPES: Mapping[str, Any] = {
     "F32": np.dtype(np.float32),
@@ -42,60 +44,152 @@ class Entry:
     shape: tuple[int, ...]
     offset: int
 
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, rows: slice = slice(None)) -> np.ndarray:
+        """The tensor, or a range of its rows; only these are read."""
+        return read_rows(self, rows)
+
+
+def shown(name: str) -> str:
+    """A name of a foreign file, as it can stand in an error of one line."""
+    return name if name.isprintable() and len(name) < 200 else f"{name[:200]!r}"
+
 
 def read_header(file: epath.Path) -> dict[str, Entry]:
     """Name -> tensor, for all tensors of a file.
 
+    Whatever the library refuses is refused. So are three things that it lets pass: a name that is
+    given twice (which the format forbids: the library takes the last), a space before the header,
+    and fields of a tensor that the format does not have, as they may change its numbers.
+
     Raises:
-      UserError: the file is truncated, no safetensors file, or has another dtype.
+      UserError: the file cannot be read, is truncated, no safetensors file, breaks a rule of the
+        format, or has another dtype.
     """
-    size = file.stat().length
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or not 2 <= length <= _LONGEST_HEADER:
-            raise UserError(f"{file} is not a safetensors file")
-        if 8 + length > size:
-            raise UserError(f"{file} is truncated: its header alone has {length:,} bytes")
-        content = stream.read(length)
     try:
-        header = json.loads(content)
-        header.pop("__metadata__", None)
-        found, end = {}, 0
-        for name, value in header.items():
-            if value["dtype"] not in DTYPES:
-                raise UserError(
-                    f"{file}: {name} has dtype {value['dtype']}; not {', '.join(DTYPES)}"
-                )
-            dtype, shape = DTYPES[value["dtype"]], tuple(map(int, value["shape"]))
-            start, stop = value["data_offsets"]
-            if stop - start != math.prod(shape) * dtype.itemsize or start < 0:
-                raise UserError(f"{file}: {name} has not the bytes of its shape {shape}")
-            found[name] = Entry(file, dtype, shape, 8 + length + start)
-            end = max(end, 8 + length + stop)
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is not a safetensors file: its header is damaged") from error
+        size = file.stat().length
+        with file.open("rb") as stream:
+            head = stream.read(64)
+            length = int.from_bytes(head[:8], "little")
+            refuse_pointer(head, str(file))
+            if size < 8 or not 2 <= length <= _LONGEST_HEADER:
+                raise UserError(f"{file} is not a safetensors file")
+            if 8 + length > size:
+                raise UserError(f"{file} is truncated: its header alone has {length:,} bytes")
+            stream.seek(8)
+            content = stream.read(length)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+    header = _parse_header(content, file)
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not _is_texts(metadata):
+        raise UserError(f"{file} is damaged: its __metadata__ is not texts by name")
+    found = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
+    _check_layout(file, found, 8 + length, size)
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        raise ValueError(f"it has {shown(counts.most_common(1)[0][0])} twice")
+    return values
+
+
+def _size(digits: str) -> int:
+    if digits.startswith("-"):
+        raise ValueError(f"{digits:.30} is no size")
+    return int(digits)
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"JSON has no {name}")
+
+
+def _parse_header(content: bytes, file: epath.Path) -> dict[str, Any]:
+    try:
+        text = content.decode()
+        if not text.startswith("{"):
+            raise ValueError("it does not begin with {")
+        header = json.loads(
+            text, object_pairs_hook=_unique, parse_int=_size, parse_constant=_no_constant
+        )
+        json.dumps(header, ensure_ascii=False).encode()  # halves of a character are no text
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file} is not a safetensors file: its header is damaged ({first_line(error)})"
+        ) from error
+    return header
+
+
+def _is_texts(values: Any) -> bool:
+    return isinstance(values, dict) and all(isinstance(text, str) for text in values.values())
+
+
+def _entry(file: epath.Path, name: str, value: Any, begin: int) -> Entry:
+    """A tensor of the header; `begin`: where the arrays begin in the file."""
+    fields = ("dtype", "shape", "data_offsets")
+    if not isinstance(value, dict) or set(value) != set(fields):
+        raise UserError(f"{file} is damaged: {shown(name)} has not just {', '.join(fields)}")
+    code, shape, offsets = (value[field] for field in fields)
+    if not isinstance(code, str) or code not in DTYPES:
+        raise UserError(
+            f"{file}: {shown(name)} has dtype {shown(str(code))}; not {', '.join(DTYPES)}"
+        )
+    if not (_is_sizes(shape) and _is_sizes(offsets) and len(offsets) == 2):
+        raise UserError(f"{file} is damaged: shape or data_offsets of {shown(name)} are no sizes")
+    dtype, (start, stop) = DTYPES[code], offsets
+    # The product without zeros must be a size, too: NumPy makes no array otherwise.
+    largest = math.prod(size or 1 for size in shape) * dtype.itemsize
+    if stop - start != math.prod(shape) * dtype.itemsize or largest >= 2**63:
+        raise UserError(f"{file}: {shown(name)} has not the bytes of its shape {tuple(shape)}")
+    return Entry(file, dtype, tuple(shape), begin + start)
+
+
+def _is_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value < 2**63 for value in values
+    )
+
+
+def _check_layout(file: epath.Path, found: dict[str, Entry], begin: int, size: int) -> None:
+    """Tensors must follow one another, from the end of the header to the end of the file."""
+    end = begin
+    for name, entry in sorted(found.items(), key=lambda item: (item[1].offset, item[1].size)):
+        if entry.offset != end:
+            what = "overlaps another tensor" if entry.offset < end else "has a gap before it"
+            raise UserError(f"{file} is damaged: {shown(name)} {what}")
+        end = entry.offset + entry.size
     if end > size:
         raise UserError(f"{file} is truncated: it has {size:,} bytes, and should have {end:,}")
-    return found
+    if end < size:
+        raise UserError(f"{file} is damaged: it has {size:,} bytes, and should have {end:,}")
 
 
 def read_rows(entry: Entry, rows: slice = slice(None)) -> np.ndarray:
     """A tensor, or a range of its rows."""
-    start, stop, _ = rows.indices(entry.shape[0])
-    row_size = math.prod(entry.shape[1:])
-    with entry.file.open("rb") as stream:
-        stream.seek(entry.offset + start * row_size * entry.dtype.itemsize)
-        out = np.empty((stop - start, *entry.shape[1:]), entry.dtype)
-        view: Any = out.reshape(-1).view(np.uint8).data
-        while len(view):
-            chunk = stream.read(min(len(view), 2**26))
-            if not chunk:
-                raise UserError(f"{entry.file} ended while it was read")
-            view[: len(chunk)] = chunk
-            view = view[len(chunk) :]
-    return out
+    shape = entry.shape or (1,)
+    start, stop, _ = rows.indices(shape[0])
+    row_size = math.prod(shape[1:])
+    out = np.empty((stop - start, *shape[1:]), entry.dtype)
+    view: Any = out.reshape(-1).view(np.uint8).data
+    try:
+        with entry.file.open("rb") as stream:
+            stream.seek(entry.offset + start * row_size * entry.dtype.itemsize)
+            while len(view):
+                chunk = stream.read(min(len(view), 2**26))
+                if not chunk:
+                    raise UserError(f"{entry.file} ended while it was read")
+                view[: len(chunk)] = chunk
+                view = view[len(chunk) :]
+    except OSError as error:
+        raise UserError(f"cannot read {entry.file}: {error.strerror or error}") from error
+    return out if entry.shape else out[0]
 
 
 class Writer:
