@@ -11,7 +11,7 @@ from etils import epath
 from llama_jax.data.chat_template import DEFAULT, ChatTemplate, named_templates, special_tokens
 from llama_jax.data.templates import BUILT_IN, built_in
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.data.vocabularies import with_ends
+from llama_jax.data.tokenizer_json import with_ends
 from llama_jax.errors import UserError
 from llama_jax.inference import InferenceModel
 from llama_jax.interchange.formats import MORE_TEMPLATES, tokenizer_config

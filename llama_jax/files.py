@@ -16,6 +16,19 @@ def is_object_store(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def refuse_pointer(content: bytes, name: str) -> None:
+    """Raises `UserError` where a file is only the pointer that Git LFS leaves in its place.
+
+    Args:
+      content: of the file, or its beginning.
+      name: the file.
+    """
+    if content.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{name} is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`"
+        )
+
+
 def parse_json(content: bytes | str, name: str) -> dict[str, Any]:
     """The JSON object that a file holds.
 
@@ -26,6 +39,8 @@ def parse_json(content: bytes | str, name: str) -> dict[str, Any]:
     Raises:
       UserError: it is not JSON, not an object, or nested too deeply.
     """
+    beginning = content[:100]
+    refuse_pointer(beginning if isinstance(beginning, bytes) else beginning.encode(errors="replace"), name)
     with boundary(name):
         try:
             values = json.loads(content)

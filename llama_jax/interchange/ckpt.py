@@ -17,7 +17,7 @@ from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import manifest
-from llama_jax.data.vocabularies import with_ends, without_ends
+from llama_jax.data.tokenizer_json import with_ends, without_ends
 from llama_jax.errors import UserError, first_line
 from llama_jax.interchange import card, formats
 from llama_jax.interchange.formats import Description, is_stacked

@@ -11,7 +11,7 @@ import numpy as np
 
 from llama_jax.config import Config, ModelConfig
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.data.vocabularies import with_ends
+from llama_jax.data.tokenizer_json import with_ends
 from llama_jax.errors import UserError
 from llama_jax.step import abstract_state
 
