@@ -29,6 +29,12 @@ def refuse_pointer(content: bytes, name: str) -> None:
         )
 
 
+def refuse_pointer_file(path: epath.Path) -> None:
+    """As `refuse_pointer`, of a file too large to be read for it."""
+    with path.open("rb") as stream:
+        refuse_pointer(stream.read(100), str(path))
+
+
 def parse_json(content: bytes | str, name: str) -> dict[str, Any]:
     """The JSON object that a file holds.
 
@@ -40,7 +46,9 @@ def parse_json(content: bytes | str, name: str) -> dict[str, Any]:
       UserError: it is not JSON, not an object, or nested too deeply.
     """
     beginning = content[:100]
-    refuse_pointer(beginning if isinstance(beginning, bytes) else beginning.encode(errors="replace"), name)
+    refuse_pointer(
+        beginning if isinstance(beginning, bytes) else beginning.encode(errors="replace"), name
+    )
     with boundary(name):
         try:
             values = json.loads(content)

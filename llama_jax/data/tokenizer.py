@@ -36,6 +36,7 @@ class Tokenizer:
       bos_id: begins a text.
       eos_id: ends it.
       prefix: what `encode_text` puts before a text: BOS, or nothing.
+      is_json: it is a tokenizer.json.
     """
 
     def __init__(
@@ -55,7 +56,8 @@ class Tokenizer:
         """
         refuse_pointer(model_bytes, name)
         self._vocabulary: Vocabulary
-        if model_bytes.lstrip()[:1] == b"{":
+        self.is_json = model_bytes.lstrip()[:1] == b"{"
+        if self.is_json:
             self._vocabulary = TokenizerJson(model_bytes, name)
         elif tiktoken_ranks.is_tiktoken(model_bytes):
             made = tiktoken_ranks.tokenizer_json(model_bytes, name)

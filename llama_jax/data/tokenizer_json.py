@@ -131,7 +131,9 @@ class TokenizerJson:
     @functools.cached_property
     def marker_names(self) -> list[str]:
         """See `Vocabulary`."""
-        return [one.content for one in self._added.values() if one.special or is_marker(one.content)]
+        return [
+            one.content for one in self._added.values() if one.special or is_marker(one.content)
+        ]
 
     def normalizes_to_marker(self, text: str) -> bool:
         """See `Vocabulary`."""

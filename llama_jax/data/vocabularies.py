@@ -103,7 +103,7 @@ class SentencePiece:
         self.eos_id = self._processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise UserError(f"{name} has no BOS or no EOS token")
-        self.prefix = (self.bos_id,)  # as in LLaMA's own code
+        self.prefix: tuple[int, ...] = (self.bos_id,)  # as in LLaMA's own code
         self.adds_space = "".join(self._processor.encode_as_pieces("a")).startswith(SPACE)
 
     def encode(self, text: str, special: bool) -> list[int]:

@@ -16,6 +16,7 @@ from etils import epath
 from llama_jax.config import Config, ModelConfig
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
+from llama_jax.files import refuse_pointer_file
 from llama_jax.interchange import fast_tokenizer, formats, hf_config, safetensors
 from llama_jax.interchange.formats import Description
 from llama_jax.interchange.loading import load
@@ -79,28 +80,24 @@ class HfSource:
         path = self._folder / "config.json"
         if not path.exists():
             raise UserError(f"{folder} is no Hugging Face model: it has no config.json")
+        refuse_pointer_file(path)
         config = hf_config.parse(path.read_text(), str(path))
         self._entries = _entries(self._folder)
         self._shapes = formats.shapes(config.model)
         self._check(config.model)
-        files = {
-            name: (self._folder / name).read_bytes()
-            for name in formats.TOKENIZER_FILES
-            if (self._folder / name).exists()
-        }
-        for file in (self._folder / formats.MORE_TEMPLATES).glob("*.jinja"):
-            files[f"{formats.MORE_TEMPLATES}/{file.name}"] = file.read_bytes()
+        files = formats.read_files(self._folder)
         formats.check_vocabulary(files, config.model.vocab_size, str(folder))
         self._keep_special_ids(json.loads(path.read_text()), files)
-        formats.special_ids(files)  # which says what is wrong
+        formats.special_ids(files, config.model.vocab_size)  # which says what is wrong
         dtypes = {str(entry.dtype) for entry in self._entries.values()}
         dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
         self.description = Description(formats.computed_in(config, dtype), dtype, files)
 
     def _keep_special_ids(self, values: dict[str, Any], files: dict[str, bytes]) -> None:
         """BOS and EOS in config.json alone would be lost: our checkpoint has no place for them."""
-        if "generation_config.json" not in files and values.get("eos_token_id") is not None:
-            ids = {name: values.get(name) for name in ("bos_token_id", "eos_token_id")}
+        bos, eos = formats.token_ids(values, f"{self._folder}/config.json", values["vocab_size"])
+        if "generation_config.json" not in files and eos is not None:
+            ids = {"bos_token_id": bos, "eos_token_id": eos}
             files["generation_config.json"] = json.dumps(ids, indent=2).encode() + b"\n"
 
     def _check(self, model: ModelConfig) -> None:
@@ -167,6 +164,7 @@ def _entries(folder: epath.Path) -> dict[str, safetensors.Entry]:
         if any(folder.glob("*.safetensors")):
             raise UserError(f"{folder} has several safetensors files, but no {index.name}")
         raise UserError(f"{folder} has no model.safetensors (pickles, .bin, are not read)")
+    refuse_pointer_file(index)
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         files = sorted(set(weight_map.values()))
@@ -211,7 +209,8 @@ class HfTarget:
         special = formats.special_ids(description.files)
         text = hf_config.write(description.config, dtype, special)
         (folder / "config.json").write_text(text)
-        for name, content in _with_tokenizer_config(description.files).items():
+        files = formats.for_transformers(description.files)
+        for name, content in _with_tokenizer_config(files).items():
             (folder / name).parent.mkdir(exist_ok=True)  # of further chat templates
             (folder / name).write_bytes(content)
         ids = {"bos_token_id": special[0], "eos_token_id": special[1]}

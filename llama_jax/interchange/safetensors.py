@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from llama_jax.errors import UserError
+from llama_jax.files import refuse_pointer_file
 
 DTYPES: Mapping[str, Any] = {
     "F32": np.dtype(np.float32),
@@ -53,6 +54,7 @@ def read_header(file: epath.Path) -> dict[str, Entry]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or not 2 <= length <= _LONGEST_HEADER:
+            refuse_pointer_file(file)
             raise UserError(f"{file} is not a safetensors file")
         if 8 + length > size:
             raise UserError(f"{file} is truncated: its header alone has {length:,} bytes")
