@@ -193,7 +193,7 @@ class Tokenizer:
             if (body := text.lstrip()).startswith(tails):
                 text = text[: len(text) - len(body)] + MARK + body
             if MARK not in text and self._vocabulary.normalizes_to_marker(text):
-                text = text[:1] + MARK + text[1:]
+                text = MARK.join(text)
             return text
 
         return protect if names else lambda text: text

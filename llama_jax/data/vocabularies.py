@@ -81,7 +81,7 @@ def is_marker(name: str) -> bool:
     return re.search(r"[^\w\s]|_", name.replace(SPACE, " ")) is not None
 
 
-def any_of(names: Sequence[str]) -> re.Pattern[str]:
+def _any_of(names: Sequence[str]) -> re.Pattern[str]:
     """Finds names, the longest first; in a group, so that `split` keeps them."""
     longest = sorted(filter(None, names), key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest)) or '(?!)'})")
@@ -115,22 +115,45 @@ class SentencePiece:
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         at = 0
-        guarded = MARK in text and bool(self._user_defined)
-        names = self._marker_pattern if guarded else self._control_pattern
-        for number, part in enumerate(names.split(text)):
-            if number % 2 and part not in self._user_defined:
+        for number, part in enumerate(self._control_pattern.split(text)):
+            if number % 2:
                 ids.append(self._processor.piece_to_id(part))
                 spans.append((at, at + len(part)))
             elif part:  # as in transformers, only a text's own beginning gets a space
-                plain = guarded and not number % 2  # names that are left are marked: text
-                processor = self._variant(spaced=not ids, plain=plain)
-                found = processor.encode(part.replace(MARK, ""), return_type="offset_mapping")
                 places = [at + index for index, letter in enumerate(part) if letter != MARK]
                 places.append(at + len(part))
-                ids += found["ids"]
-                spans += [(places[start], places[stop]) for start, stop in found["offsets"]]
+                for token, start, stop in self._encode_part(part, spaced=not ids):
+                    ids.append(token)
+                    spans.append((places[start], places[stop]))
             at += len(part)
         return ids, spans
+
+    def _encode_part(self, part: str, *, spaced: bool) -> list[tuple[int, int, int]]:
+        """Tokens of a text without control tokens, and which of its letters but marks they are.
+
+        SentencePiece finds user-defined pieces in any text, and reads what stands between them by
+        itself. One that a mark stands in is read once more, as text.
+        """
+        letters = part.replace(MARK, "")
+        found = self._variant(spaced=spaced).encode(letters, return_type="offset_mapping")
+        tokens = [
+            (token, *span) for token, span in zip(found["ids"], found["offsets"], strict=True)
+        ]
+        if letters == part or not self._user_defined:
+            return tokens
+        before = [index for index, letter in enumerate(part) if letter != MARK]
+        read: list[tuple[int, int, int]] = []
+        for token, start, stop in tokens:
+            whole = part[before[start] : before[stop - 1] + 1] if stop > start else ""
+            if MARK in whole and self.piece(token) in self._user_defined:
+                again = self._variant(spaced=False, plain=True).encode(
+                    letters[start:stop], return_type="offset_mapping"
+                )
+                offsets = [(start + first, start + last) for first, last in again["offsets"]]
+                read += [(one, *span) for one, span in zip(again["ids"], offsets, strict=True)]
+            else:
+                read.append((token, start, stop))
+        return read
 
     @functools.cached_property
     def special_names(self) -> list[str]:
@@ -159,18 +182,16 @@ class SentencePiece:
 
     @functools.cached_property
     def _control_pattern(self) -> re.Pattern[str]:
-        return any_of(self.special_names)
-
-    @functools.cached_property
-    def _marker_pattern(self) -> re.Pattern[str]:
-        return any_of(self.marker_names)
+        return _any_of(self.special_names)
 
     def _model_proto(self) -> Any:
         from sentencepiece import sentencepiece_model_pb2
 
         return vars(sentencepiece_model_pb2)["ModelProto"].FromString(self._model_bytes)
 
-    def _variant(self, *, spaced: bool, plain: bool) -> sentencepiece.SentencePieceProcessor:
+    def _variant(
+        self, *, spaced: bool, plain: bool = False
+    ) -> sentencepiece.SentencePieceProcessor:
         """The model; not `spaced`: without a space before a text; `plain`: names are text."""
         if (spaced, plain) == (True, False):
             return self._processor
