@@ -14,7 +14,7 @@ import json
 import re
 from typing import Any
 
-from llama_jax.data.tokenizer_json import byte_of_letter
+from llama_jax.data.vocabularies import byte_of_letter
 from llama_jax.errors import UserError
 
 _WORDS = (

@@ -4,12 +4,12 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from llama_jax.data.vocabularies import MARK, SPACE, is_marker
+from llama_jax.data.vocabularies import MARK, SPACE, byte_of_letter, is_marker
 from llama_jax.errors import UserError, boundary, first_line
 from llama_jax.files import parse_json
 
@@ -137,35 +137,47 @@ class TokenizerJson:
 
     def normalizes_to_marker(self, text: str) -> bool:
         """See `Vocabulary`."""
-        if self._tokenizer.normalizer is None or not self._normalized_markers:
+        markers = set(self.marker_names)
+        names = [one.content for one in self._added.values() if one.normalized]
+        if self._tokenizer.normalizer is None or markers.isdisjoint(names):
             return False
         normal = self._tokenizer.normalizer.normalize_str(text)
-        return any(name in normal for name in self._normalized_markers)
+        return any(name in normal for name in markers.intersection(names))
 
     @functools.cached_property
-    def _normalized_markers(self) -> list[str]:
-        markers = set(self.marker_names)
-        return [
-            one.content for one in self._added.values() if one.normalized and one.content in markers
-        ]
+    def _normalized_markers(self) -> dict[str, int]:
+        """Ids of those that are looked for when a text is normalized, and marks are out."""
+        return {
+            one.content: token
+            for token, one in self._added.items()
+            if one.normalized and not one.special and is_marker(one.content)
+        }
 
     @functools.cached_property
     def _parsing(self) -> Any:
         """The same tokenizer, that takes the names of special tokens for these."""
         return _whole(json.dumps({**json.loads(self._json), **_NOTHING_ADDED}))
 
-    @functools.cached_property
-    def _parsing_marked(self) -> Any:
-        """As `_parsing`, but marks are taken out where no added token was found."""
-        described = json.loads(self._json) | _NOTHING_ADDED
+    def _dropping_marks(self, described: dict[str, Any], left_out: Container[str] = ()) -> Any:
+        """As `_parsing`, but marks are taken out where no token was found; without some tokens."""
         drop = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}
         rest = [described["normalizer"]] if described.get("normalizer") else []
         described["normalizer"] = {"type": "Sequence", "normalizers": [drop, *rest]}
-        markers = set(self.marker_names)
+        tokens = described.get("added_tokens") or []
+        described["added_tokens"] = [one for one in tokens if one["content"] not in left_out]
         for token in described["added_tokens"]:
-            if token["content"] in markers:  # else looked for once more when the marks are out
+            if token["special"]:  # else looked for once more when the marks are out
                 token["normalized"] = False
         return _whole(json.dumps(described))
+
+    @functools.cached_property
+    def _parsing_marked(self) -> Any:
+        return self._dropping_marks(json.loads(self._json) | _NOTHING_ADDED)
+
+    @functools.cached_property
+    def _plain_marked(self) -> Any:
+        described = _without_space(json.loads(self._json)) | _NOTHING_ADDED
+        return self._dropping_marks(described, self._normalized_markers)
 
     def encode(self, text: str, special: bool) -> list[int]:
         """See `Vocabulary`."""
@@ -175,9 +187,22 @@ class TokenizerJson:
 
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """See `Vocabulary`."""
-        tokenizer = self._parsing_marked if MARK in text else self._parsing
-        found = tokenizer.encode(text, add_special_tokens=False)
-        return found.ids, found.offsets
+        if MARK not in text:
+            found = self._parsing.encode(text, add_special_tokens=False)
+            return found.ids, found.offsets
+        found = self._parsing_marked.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        markers = set(self._normalized_markers.values())
+        for token, (start, stop) in zip(found.ids, found.offsets, strict=True):
+            if token in markers and MARK in text[start:stop]:  # a name, to be read as text
+                again = self._plain_marked.encode(text[start:stop], add_special_tokens=False)
+                ids += again.ids
+                spans += [(start + first, start + last) for first, last in again.offsets]
+            else:
+                ids.append(token)
+                spans.append((start, stop))
+        return ids, spans
 
     def encode_documents(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         """See `Vocabulary`; more than one thread is as many as the library likes."""
@@ -211,16 +236,27 @@ class TokenizerJson:
         return piece.replace(SPACE, " ").encode()
 
 
-@functools.cache
-def byte_of_letter() -> dict[str, int]:
-    """The letters that byte-level BPE writes for bytes: visible Latin-1 for itself, else U+0100 on.
+def _without_space(described: Any) -> Any:
+    """A tokenizer.json, or a part of it, that puts no space before a text."""
+    if isinstance(described, list):
+        return [_without_space(one) for one in described if not _prepends(one)]
+    if not isinstance(described, dict):
+        return described
+    if _prepends(described):
+        return None
+    made = {
+        key: value if key in ("model", "added_tokens") else _without_space(value)
+        for key, value in described.items()
+    }
+    if made.get("type") == "Metaspace":
+        made["prepend_scheme"] = "never"
+    if made.get("type") == "ByteLevel":
+        made["add_prefix_space"] = False
+    return made
 
-    As in GPT-2 (https://github.com/openai/gpt-2, `encoder.py`).
-    """
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in visible]
-    letters = {chr(byte): byte for byte in visible}
-    return letters | {chr(0x100 + number): byte for number, byte in enumerate(others)}
+
+def _prepends(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "Prepend"
 
 
 def _decoders(described: Any) -> list[dict[str, Any]]:

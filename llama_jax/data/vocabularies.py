@@ -87,6 +87,18 @@ def _any_of(names: Sequence[str]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, longest)) or '(?!)'})")
 
 
+@functools.cache
+def byte_of_letter() -> dict[str, int]:
+    """The letters that byte-level BPE writes for bytes: visible Latin-1 for itself, else U+0100 on.
+
+    As in GPT-2 (https://github.com/openai/gpt-2, `encoder.py`).
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in visible]
+    letters = {chr(byte): byte for byte in visible}
+    return letters | {chr(0x100 + number): byte for number, byte in enumerate(others)}
+
+
 class SentencePiece:
     """A SentencePiece model: LLaMA, LLaMA-2, Mistral, Code Llama, and what `prepare` trains."""
 
