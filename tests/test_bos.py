@@ -15,7 +15,6 @@ from llama_jax.perplexity import text_document
 from tests.helpers import (
     TINY,
     llama3_tokenizer,
-    one_line_error,
     random_params,
     replace,
     run_command,
@@ -148,18 +147,26 @@ def test_the_commands(corpus, tmp_path):
     assert process.returncode == 0, process.stderr
     result = json.loads(process.stdout)["results"]["text"]
     assert result["tokens"] == len(model.tokenizer.encode(TEXT)) - 1
+    prompts = [f"--prompt={text}" for text in (f"{BOS}{TEXT}", TEXT, "")]
     flags = (f"--checkpoint={tmp_path}/run", "--max_tokens=3", "--json", "--temperature=0")
-    written = run_command("generate", *flags, "--special", f"--prompt={BOS}{TEXT}")
-    plain = run_command("generate", *flags, f"--prompt={TEXT}")
-    empty = run_command("generate", *flags)
-    for one in (written, plain, empty):
-        assert one.returncode == 0, one.stderr
-        assert json.loads(one.stdout)["tokens"] == 3
-    (tmp_path / "b.txt").write_text("a")  # a single token, and none before it
-    process = run_command(
-        "evaluate", f"--checkpoint={tmp_path}/run", f"--text={tmp_path}/b.txt", "--json"
-    )
-    assert "there is no text to evaluate" in one_line_error(process)
+    process = run_command("generate", *flags, "--special", *prompts)
+    assert process.returncode == 0, process.stderr
+    assert [json.loads(line)["tokens"] for line in process.stdout.splitlines()] == [3, 3, 3]
+
+
+def test_a_single_token_with_none_before_it_is_not_scored(corpus, tmp_path):
+    files = {"tokenizer.json": byte_level(corpus, "empty")[0]}
+    model = opened(tmp_path, files, Tokenizer(files["tokenizer.json"]).vocab_size)
+    for text in ("a", ""):
+        (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+        with pytest.raises(UserError, match="there is no text to evaluate"):
+            evaluate(
+                model,
+                read_texts(f"{tmp_path}/a.jsonl", "text", model),
+                stride=8,
+                batch_size=1,
+                limit=None,
+            )
 
 
 # Against transformers.
