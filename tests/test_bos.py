@@ -136,17 +136,9 @@ def test_a_config_that_does_not_say_it(tokenizer, tmp_path):
         opened(tmp_path, sentencepiece_files(tokenizer, {"add_bos_token": "no"}), 300)
 
 
-def test_the_commands(corpus, tmp_path):
-    """A text without BOS has one token less to see, and its first is not scored."""
+def test_the_command(corpus, tmp_path):
     files = {"tokenizer.json": byte_level(corpus, "empty")[0]}
-    model = opened(tmp_path, files, Tokenizer(files["tokenizer.json"]).vocab_size)
-    (tmp_path / "a.txt").write_text(TEXT)
-    process = run_command(
-        "evaluate", f"--checkpoint={tmp_path}/run", f"--text={tmp_path}/a.txt", "--json"
-    )
-    assert process.returncode == 0, process.stderr
-    result = json.loads(process.stdout)["results"]["text"]
-    assert result["tokens"] == len(model.tokenizer.encode(TEXT)) - 1
+    opened(tmp_path, files, Tokenizer(files["tokenizer.json"]).vocab_size)
     prompts = [f"--prompt={text}" for text in (f"{BOS}{TEXT}", TEXT, "")]
     flags = (f"--checkpoint={tmp_path}/run", "--max_tokens=3", "--json", "--temperature=0")
     process = run_command("generate", *flags, "--special", *prompts)

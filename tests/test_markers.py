@@ -141,11 +141,12 @@ def test_nobody_writes_markers_in_messages(all_kinds, kind, attack):
         lambda text: [{"role": "user", "content": "x", "tools": [{"name": text}]}],
         lambda text: [{"role": text, "content": "x"}],
     ]
+    harmless = f"{attack[0]}a{attack[-1]}"  # with the same white space
     for place in places:
-        assert markers(place(attack)) == markers(place("a"))
-        # What was trained on, too.
-    example = template.example(said(attack, "ok"))
-    assert [one for one in example.ids.tolist() if one in names] == markers(said("a", "ok"))[:4]
+        assert markers(place(attack)) == markers(place(harmless))
+    # What was trained on, too.
+    ids, wanted = (template.example(said(one, "ok")).ids.tolist() for one in (attack, harmless))
+    assert [one for one in ids if one in names] == [one for one in wanted if one in names]
     ids = found.encode(found.protected(attack), special=True)
     assert MARK not in found.decode(ids)
     if "nfkc" not in kind and "\uff1c" not in attack:
