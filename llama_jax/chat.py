@@ -4,17 +4,17 @@ It comes as `chat_template.jinja`, others by name in `additional_chat_templates/
 `tokenizer_config.json`; `data/chat_template.py` renders it, `data/templates.py` has built-in ones.
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 from etils import epath
 
 from llama_jax.data.chat_template import DEFAULT, ChatTemplate, named_templates, special_tokens
-from llama_jax.data.templates import BUILT_IN, built_in
+from llama_jax.data.templates import BUILT_IN, built_in, end_ids
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.data.vocabularies import with_ends
 from llama_jax.errors import UserError
 from llama_jax.inference import InferenceModel
-from llama_jax.interchange.formats import MORE_TEMPLATES, tokenizer_config
+from llama_jax.interchange.formats import MORE_TEMPLATES, json_tokenizer, tokenizer_config
 
 
 def templates(files: Mapping[str, bytes]) -> dict[str, str]:
@@ -71,8 +71,11 @@ def _tokenizer(model: InferenceModel) -> Tokenizer:
 
     It has the tokens that were added for turns, and puts spaces where transformers puts them.
     """
-    content = model.files.get("tokenizer.json")
-    if content is None:
+    if model.tokenizer.is_json or "tokenizer.json" not in model.files:
         return model.tokenizer
-    name = f"the tokenizer.json of {model.folder}"
-    return Tokenizer(with_ends(content, tokenizer_config(model.files), name), name)
+    return json_tokenizer(model.files, str(model.folder))
+
+
+def ending_turns(model: InferenceModel, template: ChatTemplate) -> InferenceModel:
+    """The model, for which a token that ends a turn of the template ends an answer, too."""
+    return dataclasses.replace(model, turn_ends=tuple(end_ids(template)[1:]))

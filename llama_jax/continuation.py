@@ -27,7 +27,7 @@ def complete(
     Raises:
       UserError: as `decode.stream`.
     """
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     new = generate(config, params, ids, sampling, context=context, eos_id=tokenizer.eos_id)
     special = (tokenizer.bos_id, tokenizer.eos_id)
     return [

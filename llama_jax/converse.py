@@ -9,7 +9,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 
-from llama_jax.chat import ChatTemplate
+from llama_jax.chat import ChatTemplate, ending_turns
 from llama_jax.continuation import additions
 from llama_jax.decode import Sampling
 from llama_jax.errors import UserError
@@ -41,7 +41,11 @@ class Conversation:
         special: bool = False,
     ) -> None:
         """Begins one; arguments as `ChatTemplate.encode` and `continuation.additions`."""
-        self._model, self._template, self._sampling = model, template, sampling
+        self._model, self._template, self._sampling = (
+            ending_turns(model, template),
+            template,
+            sampling,
+        )
         self._special = special
         self._answers = 0
         self.cut = ""

@@ -29,12 +29,6 @@ def refuse_pointer(content: bytes, name: str) -> None:
         )
 
 
-def refuse_pointer_file(path: epath.Path) -> None:
-    """As `refuse_pointer`, of a file too large to be read for it."""
-    with path.open("rb") as stream:
-        refuse_pointer(stream.read(100), str(path))
-
-
 def parse_json(content: bytes | str, name: str) -> dict[str, Any]:
     """The JSON object that a file holds.
 

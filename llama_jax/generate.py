@@ -90,8 +90,10 @@ def main() -> None:
         raise UserError(f"--batch_size must be at least 1, got {_BATCH_SIZE.value}")
     asked = _read()
     model = open_model(_CHECKPOINT.value, _MESH.value, _BASE.value)
-    if _CHAT.value:
+    if _CHAT.value or _MESSAGES.value or _CHAT_TEMPLATE.value:
         template = chat.open_template(model, _CHAT_TEMPLATE.value or chat.DEFAULT)
+        model = chat.ending_turns(model, template)
+    if _CHAT.value:
         conversation = Conversation(
             model, template, sampling, system=_SYSTEM.value, special=_SPECIAL.value
         )
@@ -99,11 +101,10 @@ def main() -> None:
             converse(conversation)
         return
     if _MESSAGES.value or _CHAT_TEMPLATE.value:
-        template = chat.open_template(model, _CHAT_TEMPLATE.value or chat.DEFAULT)
         ids = [template.encode(one.messages(), special=_SPECIAL.value) for one in asked]
     else:
-        encode, bos = model.tokenizer.encode, model.tokenizer.bos_id
-        ids = [[bos, *encode(one.prompt, special=_SPECIAL.value)] for one in asked]
+        encode = model.tokenizer.encode_prompt
+        ids = [encode(one.prompt, special=_SPECIAL.value) for one in asked]
     check_prompts(ids, model.context)  # before the first is continued
     watch = Stopwatch()
     with jax.set_mesh(model.mesh):

@@ -35,8 +35,8 @@ BATCHES_AT_ONCE = 256
 class HarnessModel(TemplateLM):
     """Answers the three kinds of requests; call the harness inside `jax.set_mesh(model.mesh)`.
 
-    Text is tokenized as the harness's `hf` model does for a LLaMA: BOS, then the text. Names of
-    special tokens in it stay text.
+    Text is tokenized as the harness's `hf` model does: after BOS, if the tokenizer adds it. Names
+    of special tokens in it stay text.
     """
 
     def __init__(self, model: InferenceModel, batch_size: int, quiet: bool = False) -> None:
@@ -71,9 +71,10 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids; with BOS unless told not to."""
-        ids = self._model.tokenizer.encode(string)
-        return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
+        """Token ids; with BOS, if the tokenizer adds it, unless told not to."""
+        if add_special_tokens is False:
+            return self._model.tokenizer.encode(string)
+        return self._model.encode(string)
 
     def _score(self, spans: Sequence[Span], what: str) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = []
@@ -120,7 +121,7 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continues contexts until one of the request's texts, or EOS, comes."""
-        ids = [self.tok_encode(request.args[0]) for request in requests]
+        ids = [self._model.tokenizer.encode_prompt(request.args[0]) for request in requests]
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)

@@ -16,7 +16,7 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.init_from import check_base, load_init
 from llama_jax.interchange.ckpt import IMPORTED
-from llama_jax.interchange.formats import special_ids, with_base
+from llama_jax.interchange.formats import adds_bos, special_ids, with_base
 from llama_jax.lora import Adapted
 from llama_jax.lora_config import NF4_BLOCK
 from llama_jax.mesh import AXES, make_mesh, mesh_shape
@@ -38,6 +38,7 @@ class InferenceModel:
       mesh: set it with `jax.set_mesh` around all uses.
       context: longest sequence that the weights are for, in tokens.
       files: that came with imported weights, by name: `generation_config.json`, chat templates.
+      turn_ends: further tokens that end an answer: of a chat template.
     """
 
     folder: epath.Path
@@ -47,13 +48,19 @@ class InferenceModel:
     mesh: jax.sharding.Mesh
     context: int
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    turn_ends: tuple[int, ...] = ()
 
     @functools.cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: those of `generation_config.json`, or the tokenizer's EOS."""
-        found = special_ids(self.files)[1]
+        """Tokens that end an answer: `generation_config.json`'s, or EOS; and those of turns."""
+        found = special_ids(self.files, self.config.model.vocab_size)[1]
         found = self.tokenizer.eos_id if found is None else found
-        return (found,) if isinstance(found, int) else tuple(found)
+        ends = [found] if isinstance(found, int) else found
+        return tuple(dict.fromkeys([*ends, *self.turn_ends]))
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of a text as the model is to read it: `Tokenizer.encode_text`."""
+        return self.tokenizer.encode_text(text, special=special)
 
 
 def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = "") -> InferenceModel:
@@ -77,12 +84,9 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
             raise no_adapters(folder)
         config = dataclasses.replace(meta.config, init_from=base)
         meta = dataclasses.replace(meta, config=config)
-    if "tokenizer.model" in meta.tokenizer_files and not meta.tokenizer_model:
-        raise UserError(
-            f"the tokenizer.model of {folder} is in Llama 3's own format, which is not read; put "
-            "the tokenizer.json of the same model beside the weights, and convert them again"
-        )
-    if not meta.tokenizer_model:
+    # Old checkpoints have Llama 3's own format only there.
+    model_bytes = meta.tokenizer_model or meta.tokenizer_files.get("tokenizer.model", b"")
+    if not model_bytes:
         reason = (
             "its weights were imported without a tokenizer; put tokenizer.model or tokenizer.json "
             "beside them, and convert them again"
@@ -92,7 +96,7 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
             else "its run had none"
         )
         raise UserError(f"{folder} has no tokenizer to read text: {reason}")
-    tokenizer = Tokenizer(meta.tokenizer_model, f"the tokenizer of {folder}")
+    tokenizer = Tokenizer(model_bytes, f"the tokenizer of {folder}")
     size = meta.config.model.vocab_size
     if tokenizer.vocab_size > size:  # beyond the embedding, JAX would take its last row
         raise UserError(
@@ -102,6 +106,9 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
     files = meta.tokenizer_files
     if meta.config.lora.rank:  # what was not learnt, such as special ids, is the base's
         files = with_base(files, open_base(meta.config.init_from, folder).description.files)
+    begins = adds_bos(files, tokenizer, str(folder))
+    if begins is not None:
+        tokenizer = Tokenizer(model_bytes, f"the tokenizer of {folder}", adds_bos=begins)
     devices = parse_mesh(mesh) if mesh else decoding_mesh(meta.config.model, meta.config.lora)
     with jax.set_mesh(devices):
         shardings = param_shardings(abstract_state(meta.config).params, devices)

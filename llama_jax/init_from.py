@@ -11,9 +11,10 @@ from llama_jax.checkpoint import CHECKPOINTS, load_meta
 from llama_jax.config import Config
 from llama_jax.convert import open_source, parse_place
 from llama_jax.errors import UserError
+from llama_jax.files import read_bytes
 from llama_jax.fingerprint import difference, fingerprint
 from llama_jax.frozen import freeze
-from llama_jax.interchange.formats import Source, is_tiktoken
+from llama_jax.interchange.formats import ORIGINAL, Source, is_tiktoken
 from llama_jax.interchange.loading import check_model, load
 from llama_jax.interchange.merged import refuse_other_base
 from llama_jax.retention import saved_steps
@@ -160,7 +161,8 @@ def with_tokenizer(config: Config, workdir: epath.Path) -> Config:
 def tokenizer_file(init_from: str) -> str:
     """Where the tokenizer of these weights is, for `data.tokenizer`; empty if they have none.
 
-    SentencePiece is preferred, as `convert` does; Llama 3's own format is not read.
+    SentencePiece is preferred, as `convert` does; Llama 3's own format says less than a
+    tokenizer.json.
     """
     kind, _, folder = init_from.partition(":")
     places = [epath.Path(folder)]
@@ -169,8 +171,11 @@ def tokenizer_file(init_from: str) -> str:
     if kind == "meta":  # the first LLaMA and LLaMA-2 keep it beside the folders of the models
         places.append(places[0].parent)
     for place in places:
-        for name in ("tokenizer.model", "tokenizer.json"):
-            file = place / name
-            if file.exists() and not (name.endswith("model") and is_tiktoken(file.read_bytes())):
-                return str(file)
+        model, described = place / "tokenizer.model", place / "tokenizer.json"
+        if model.exists() and not (described.exists() and is_tiktoken(read_bytes(model))):
+            return str(model)
+        if described.exists():
+            return str(described)
+        if kind == "hf" and (place / ORIGINAL).exists():
+            return str(place / ORIGINAL)
     return ""

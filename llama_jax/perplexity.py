@@ -17,7 +17,7 @@ BATCHES_AT_ONCE = 32
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """Tokens from BOS on, without EOS, and the text that they are."""
+    """Tokens, the first of which is not scored, without EOS, and the text that they are."""
 
     tokens: Sequence[int]
     text: str
@@ -28,9 +28,9 @@ class Totals:
     """Sums over documents, from which all perplexities follow.
 
     Attributes:
-      nll: -log p of all tokens but BOS, in nats.
+      nll: -log p of all tokens but the first of each document, in nats.
       documents: that were scored.
-      tokens: without BOS.
+      tokens: that were scored: BOS is not, nor is the first token where there is no BOS.
       words: separated by white space.
       bytes: of UTF-8.
     """
@@ -86,8 +86,8 @@ def windows(tokens: Sequence[int], context: int, stride: int) -> Iterator[Span]:
 
 
 def text_document(text: str, tokenizer: Tokenizer) -> Document:
-    """A text that begins with BOS, and does not end with EOS."""
-    return Document([tokenizer.bos_id, *tokenizer.encode(text)], text)
+    """A text that begins with BOS if the tokenizer adds it, and does not end with EOS."""
+    return Document(tokenizer.encode_text(text), text)
 
 
 def shard_document(tokens: np.ndarray, tokenizer: Tokenizer) -> Document:
@@ -125,7 +125,7 @@ def perplexity(
 
     for document in documents:
         count = len(document.tokens) - 1
-        if not count:
+        if count < 1:
             continue
         words, size = len(document.text.split()), len(document.text.encode())
         totals += Totals(0.0, 1, count, words, size)

@@ -13,8 +13,8 @@ from llama_jax.data.vocabularies import MARK, SPACE
 from llama_jax.errors import UserError
 from llama_jax.inference import open_model
 from llama_jax.interchange.fast_tokenizer import fast_files
-from tests.helpers import TINY, llama3_tokenizer, random_params, released_json, replace
-from tests.test_convert import Memory, exported
+from tests.helpers import TINY, llama3_tokenizer, released_json, replace
+from tests.test_convert import exported
 
 HARD = [
     "",
@@ -117,6 +117,140 @@ def test_a_tokenizer_json_is_kept_as_it_is(llama3, tmp_path):
     assert Tokenizer.load(tmp_path / "tokenizer.json").model_bytes == llama3.model_bytes
 
 
+def described(corpus, pieces=(), added=(), bos=None):
+    """A byte-level tokenizer.json with further pieces, and added tokens (name, special)."""
+    values = json.loads(llama3_tokenizer(corpus))
+    vocab = values["model"]["vocab"]
+    for piece in pieces:
+        vocab[piece] = len(vocab)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    values["added_tokens"] = [
+        {"id": len(vocab) + number, "content": name, **flags, "special": special}
+        for number, (name, special) in enumerate(added)
+    ]
+    values["post_processor"] = None
+    return values
+
+
+def ends_of(values, config=None, more=None, folder=None):
+    """Names of BOS and EOS, as they are found."""
+    for name, content in (("tokenizer_config", config), ("special_tokens_map", more)):
+        if content is not None:
+            (folder / f"{name}.json").write_text(json.dumps(content))
+    if folder is None:
+        found = Tokenizer(json.dumps(values).encode())
+    else:
+        (folder / "tokenizer.json").write_text(json.dumps(values))
+        found = Tokenizer(Tokenizer.load(folder / "tokenizer.json").model_bytes)
+    names = {found.piece(found.bos_id), found.piece(found.eos_id)}
+    assert names <= set(found.special_names)  # so that they are parsed, protected and left out
+    assert found.decode([found.bos_id, *found.encode("abc"), found.eos_id]) == "abc"
+    return found.piece(found.bos_id), found.piece(found.eos_id)
+
+
+def test_ends_are_added_tokens_before_ordinary_pieces(corpus):
+    """As Qwen's vocabulary, which has a piece `<s>`."""
+    qwen = [("<|endoftext|>", True), ("<|im_start|>", True), ("<|im_end|>", True)]
+    pieces = ("<s>", "</s>", "<bos>", "<eos>")
+    assert ends_of(described(corpus, pieces, qwen)) == ("<|endoftext|>",) * 2
+    gemma = [("<bos>", True), ("<eos>", True)]
+    assert ends_of(described(corpus, ("<s>", "</s>"), gemma)) == ("<bos>", "<eos>")
+    # Special ones before others that were added, whatever the order of names.
+    mixed = [("<s>", False), ("<bos>", True), ("<eos>", True), ("</s>", False)]
+    assert ends_of(described(corpus, (), mixed)) == ("<bos>", "<eos>")
+    plain = [("<s>", False), ("</s>", False)]
+    assert ends_of(described(corpus, (), plain)) == ("<s>", "</s>")
+    values = described(corpus, ("</s>",), [("<s>", True)])
+    with pytest.raises(UserError, match=r"\('</s>' is an ordinary piece, .*tokenizer_config.json"):
+        Tokenizer(json.dumps(values).encode())
+
+
+NAMED = [
+    # tokenizer_config.json, special_tokens_map.json, and what they say.
+    ({"bos_token": "<s>", "eos_token": "</s>"}, None, ("<s>", "</s>")),  # though ordinary pieces
+    ({"bos_token": None, "eos_token": "<|im_end|>"}, None, ("<|endoftext|>", "<|im_end|>")),
+    (
+        {"eos_token": {"__type": "AddedToken", "content": "<|im_end|>"}},
+        None,
+        ("<|endoftext|>", "<|im_end|>"),
+    ),
+    ({}, {"bos_token": "<s>", "eos_token": {"content": "</s>"}}, ("<s>", "</s>")),
+    ({"eos_token": "</s>"}, {"eos_token": "<|im_end|>"}, ("<|endoftext|>", "<|im_end|>")),
+    (
+        {"eos_token": "</s>", "added_tokens_decoder": {}},
+        {"eos_token": "<|im_end|>"},
+        ("<|endoftext|>", "</s>"),
+    ),
+    ({"tokenizer_class": "x"}, None, ("<|endoftext|>", "<|endoftext|>")),
+]
+
+
+@pytest.mark.parametrize(("config", "more", "expected"), NAMED)
+def test_ends_are_those_that_the_config_names(corpus, tmp_path, config, more, expected):
+    values = described(corpus, ("<s>", "</s>"), [("<|endoftext|>", True), ("<|im_end|>", False)])
+    assert ends_of(values, config, more, tmp_path) == expected
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("config", "more", "expected"), NAMED[:-1])
+def test_transformers_finds_the_same_ends(corpus, tmp_path, config, more, expected):
+    import transformers
+
+    values = described(corpus, ("<s>", "</s>"), [("<|endoftext|>", True), ("<|im_end|>", False)])
+    ends_of(values, config, more, tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    ours = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert theirs.eos_token_id == ours.eos_id
+    assert theirs.bos_token_id in (ours.bos_id, None)  # documents need one
+
+
+def test_documents_of_a_tokenizer_without_bos_begin_with_eos(corpus, tmp_path):
+    values = described(corpus, (), [("<|stop|>", True)])
+    config = {"bos_token": None, "eos_token": "<|stop|>"}
+    assert ends_of(values, config, None, tmp_path) == ("<|stop|>", "<|stop|>")
+
+
+def test_tokens_that_only_the_config_lists(corpus, tmp_path):
+    values = described(corpus, (), [("<s>", True), ("</s>", True), ("[A]", False)])
+    size = len(values["model"]["vocab"]) + 3
+    new = {"content": "<|im_end|>", "special": True, "normalized": False}
+    marked = {"content": "[A]", "special": True, "normalized": False}
+    config = {"added_tokens_decoder": {str(size): new, str(size - 1): marked}}
+    assert ends_of(values, {**config, "eos_token": "<|im_end|>"}, None, tmp_path) == (
+        "<s>",
+        "<|im_end|>",
+    )
+    found = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert found.eos_id == size and found.vocab_size == size + 1
+    assert {"<|im_end|>", "[A]"} <= set(found.special_names)
+    config["added_tokens_decoder"][str(size + 7)] = {**new, "content": "<|far|>"}
+    with pytest.raises(UserError, match="has another id for '<|far|>' than tokenizer_config.json"):
+        ends_of(values, config, None, tmp_path)
+
+
+BAD_CONFIGS = [
+    ({"eos_token": "<none>"}, "has no token '<none>', which tokenizer_config.json names"),
+    ({"eos_token": 3}, "eos_token=3 is no token"),
+    ({"bos_token": ["<s>"]}, "bos_token=.* is no token"),
+    ({"bos_token": {"content": {}}}, "is no token"),
+    ({"added_tokens_decoder": [1]}, "malformed"),
+    ({"added_tokens_decoder": {"x": {"content": "a"}}}, "malformed"),
+    ({"added_tokens_decoder": {"1": {}}}, "does not have 'content'"),
+    ({"added_tokens_decoder": {"1": "a"}}, "malformed"),
+    ({"added_tokens_decoder": {"9999": {"content": 5}}}, "tokenizer.json"),
+    ([], "JSON"),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), BAD_CONFIGS)
+def test_configs_that_are_wrong(llama3, tmp_path, config, message):
+    (tmp_path / "tokenizer.json").write_bytes(llama3.model_bytes)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message) as caught:
+        Tokenizer.load(tmp_path / "tokenizer.json")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("content", ["{", "{}", '{"version": "1.0"}'])
 def test_json_that_is_no_tokenizer(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
@@ -184,13 +318,6 @@ def test_the_ids_of_transformers_sentencepiece(tokenizer, tmp_path, text):
             assert tokenizer.encode(text, special=special) == made.encode(
                 text, add_special_tokens=False, split_special_tokens=not special
             )
-
-
-def test_a_tokenizer_in_the_format_of_llama_3_is_told(tmp_path):
-    source = Memory(TINY, random_params(TINY.model), files={"tokenizer.model": b"IQ== 0\n"})
-    convert(source, "ckpt", tmp_path / "run")
-    with pytest.raises(UserError, match="in Llama 3's own format, which is not read; put the"):
-        open_model(tmp_path / "run")
 
 
 def test_imported_weights_write_with_their_tokenizer_json_and_give_it_back(corpus, tmp_path):

@@ -156,7 +156,7 @@ class ChatTemplate:
                 )
             # White space after the end of a turn separates turns, and is no part of the answer.
             kept = after.rstrip()
-            ends = kept.endswith(tuple(self.tokenizer.special_names))
+            ends = kept.endswith(tuple(self.tokenizer.marker_names))
             answers.append((len(before), len(kept) if ends else len(after)))
         return text, answers
 
@@ -195,12 +195,13 @@ def special_tokens(config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str,
     return found
 
 
-def _protected(value: Any, tokenizer: Tokenizer) -> Any:
-    """Messages whose texts hold no name of a special token, however the template joins them."""
+def _protected(value: Any, tokenizer: Tokenizer, answer: bool = False) -> Any:
+    """Messages whose texts hold no name of a marker, however the template joins them."""
     if isinstance(value, str):
-        return tokenizer.protected(_MARKS.sub("", value))
+        return tokenizer.protected(_MARKS.sub("", value), answer=answer)
     if isinstance(value, list):
-        return [_protected(one, tokenizer) for one in value]
+        return [_protected(one, tokenizer, answer) for one in value]
     if isinstance(value, dict):
-        return {key: _protected(one, tokenizer) for key, one in value.items()}
+        answer = answer or value.get("role") == "assistant"
+        return {key: _protected(one, tokenizer, answer) for key, one in value.items()}
     return value

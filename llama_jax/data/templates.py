@@ -158,16 +158,24 @@ def from_json(content: bytes, tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def end_ids(template: ChatTemplate) -> list[int]:
-    """Tokens that end an answer: the tokenizer's EOS, and another one that ends a turn."""
+    """Tokens that end an answer: the tokenizer's EOS, and another one that ends a turn.
+
+    That is the last token of an answer but for white space, if it is an added one that may be a
+    marker, whether or not it is special.
+    """
     tokenizer = template.tokenizer
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         example = template.example(messages)
     except UserError:  # it is for other conversations
         return [tokenizer.eos_id]
-    last = example.ids[example.counts].tolist()[-1:]
-    special = [token for token in last if tokenizer.piece(token) in tokenizer.special_names]
-    return list(dict.fromkeys([tokenizer.eos_id, *special]))
+    written = example.ids[example.counts].tolist()
+    names = set(tokenizer.marker_names)
+    while written and tokenizer.piece(written[-1]) not in names:
+        if tokenizer.texts(written[-1:])[0].strip():
+            return [tokenizer.eos_id]
+        written.pop()
+    return list(dict.fromkeys([tokenizer.eos_id, *written[-1:]]))
 
 
 def to_json(template: ChatTemplate) -> bytes:

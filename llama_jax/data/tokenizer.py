@@ -4,16 +4,19 @@ import codecs
 import functools
 import hashlib
 import io
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
 from etils import epath
 
-from llama_jax.data.vocabularies import MARK, SentencePiece, TokenizerJson, Vocabulary, with_ends
+from llama_jax.data import tiktoken_ranks
+from llama_jax.data.tokenizer_json import TokenizerJson, with_ends
+from llama_jax.data.vocabularies import MARK, SentencePiece, Vocabulary
 from llama_jax.errors import UserError
+from llama_jax.files import parse_json, refuse_pointer
 
 # SentencePiece skips longer "sentences" and reads its sample into memory; both limits are generous
 # for a recipe that learns frequent pieces, and keep training on any corpus within minutes.
@@ -32,27 +35,43 @@ class Tokenizer:
       vocab_size: all ids are below it.
       bos_id: begins a text.
       eos_id: ends it.
+      prefix: what `encode_text` puts before a text: BOS, or nothing.
+      is_json: it is a tokenizer.json.
     """
 
-    def __init__(self, model_bytes: bytes, name: str = "the tokenizer") -> None:
+    def __init__(
+        self, model_bytes: bytes, name: str = "the tokenizer", *, adds_bos: bool | None = None
+    ) -> None:
         """Wraps a serialized tokenizer.
 
         Args:
-          model_bytes: contents of a SentencePiece `.model` file, or of a `tokenizer.json`.
+          model_bytes: contents of a SentencePiece `.model` file, of a `tokenizer.json`, or of Llama
+            3's `tokenizer.model`.
           name: what to call it in an error.
+          adds_bos: whether a text begins with BOS; None: as the file says. A `tokenizer.json` says
+            so by its post-processor, the others always add it.
 
         Raises:
-          UserError: the bytes are neither, or one without BOS and EOS.
+          UserError: the bytes are none of these, or one without BOS and EOS.
         """
-        is_json = model_bytes.lstrip()[:1] == b"{"
-        self._vocabulary: Vocabulary = (TokenizerJson if is_json else SentencePiece)(
-            model_bytes, name
-        )
+        refuse_pointer(model_bytes, name)
+        self._vocabulary: Vocabulary
+        self.is_json = model_bytes.lstrip()[:1] == b"{"
+        if self.is_json:
+            self._vocabulary = TokenizerJson(model_bytes, name)
+        elif tiktoken_ranks.is_tiktoken(model_bytes):
+            made = tiktoken_ranks.tokenizer_json(model_bytes, name)
+            self._vocabulary = TokenizerJson(made, name)
+        else:
+            self._vocabulary = SentencePiece(model_bytes, name)
         self.model_bytes = model_bytes
         self.fingerprint = hashlib.sha256(model_bytes).hexdigest()
         self.vocab_size = self._vocabulary.size
         self.bos_id = self._vocabulary.bos_id
         self.eos_id = self._vocabulary.eos_id
+        self.prefix = self._vocabulary.prefix
+        if adds_bos is not None:
+            self.prefix = (self.bos_id,) if adds_bos else ()
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "Tokenizer":
@@ -70,16 +89,12 @@ class Tokenizer:
 
                 return cls(load_meta(path).tokenizer_model, name)
             model_bytes = path.read_bytes()
-            config = path.parent / "tokenizer_config.json"
-            if path.suffix == ".json" and config.exists():
-                model_bytes = with_ends(model_bytes, json.loads(config.read_text()), name)
-            return cls(model_bytes, name)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{name}, or its tokenizer_config.json, is not JSON: {error}"
-            ) from error
+            config, more = (
+                _beside(path, file) for file in ("tokenizer_config.json", "special_tokens_map.json")
+            )
         except OSError as error:
             raise UserError(f"cannot read tokenizer {path}: {error.strerror or error}") from error
+        return cls(with_config(model_bytes, merged_config(config, more), name), name)
 
     def same_ids(self, other: "Tokenizer") -> bool:
         """Whether ids are of the same pieces; both formats of a tokenizer may be."""
@@ -104,6 +119,24 @@ class Tokenizer:
         """
         return self._vocabulary.encode(text, special)
 
+    def encode_text(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of a text of its own, as the model is to read it: with BOS, or without.
+
+        What says so is the tokenizer, as in transformers; EOS is never added, which would end the
+        text before it goes on. Documents to train on begin with BOS and end with EOS anyway.
+
+        Args:
+          text: any text.
+          special: as `encode`; a BOS that the text begins with is not put there again.
+        """
+        ids = self.encode(text, special=special)
+        written = special and ids[:1] == [self.bos_id]
+        return ids if written else [*self.prefix, *ids]
+
+    def encode_prompt(self, text: str, *, special: bool = False) -> list[int]:
+        """As `encode_text`, but never without tokens: BOS alone, if need be."""
+        return self.encode_text(text, special=special) or [self.bos_id]
+
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """As `encode` with `special`, and of each token the letters (start, stop) it stands for.
 
@@ -121,17 +154,32 @@ class Tokenizer:
         after = self.encode(self.piece(self.bos_id) + "a", special=True)
         return "" if after[1:] == self.encode("a") else " "
 
-    def protected(self, text: str) -> str:
+    def protected(self, text: str, *, answer: bool = False) -> str:
         """The text, marked so that no part of it is parsed within a text encoded as `special`.
 
         It stays one text with what stands beside it, so that the ids of a text without names of
-        special tokens are those without marks. A U+FDD0 of its own is lost.
+        `marker_names` are those without marks. A U+FDD0 of its own is lost.
+
+        Args:
+          text: of others.
+          answer: it is what the model said: pairs of tags that are not special, such as `<think>`
+            and `</think>`, are left, since they are part of answers.
         """
-        return self._protector(text)
+        return (self._protect_answer if answer else self._protect)(text)
 
     @functools.cached_property
-    def _protector(self) -> Callable[[str], str]:
-        names = [name for name in self.special_names if len(name) > 1]
+    def _protect(self) -> Callable[[str], str]:
+        return self._protector(self.marker_names)
+
+    @functools.cached_property
+    def _protect_answer(self) -> Callable[[str], str]:
+        special, names = set(self.special_names), set(self.marker_names)
+        tags = {name for name in names - special if re.fullmatch(r"</?[\w-]+>", name)}
+        pairs = {tag for tag in tags if {f"<{tag.strip('</>')}>", f"</{tag.strip('</>')}>"} <= tags}
+        return self._protector([name for name in self.marker_names if name not in pairs])
+
+    def _protector(self, found: Sequence[str]) -> Callable[[str], str]:
+        names = [name for name in found if len(name) > 1]
         starts = re.compile("(?=" + "|".join(map(re.escape, names)) + ")(.)", re.DOTALL)
         # Names that begin or end in the text beside it.
         heads = tuple({name[:cut] for name in names for cut in range(1, len(name))})
@@ -144,6 +192,8 @@ class Tokenizer:
                 text = body + MARK + text[len(body) :]
             if (body := text.lstrip()).startswith(tails):
                 text = text[: len(text) - len(body)] + MARK + body
+            if MARK not in text and self._vocabulary.normalizes_to_marker(text):
+                text = MARK.join(text)
             return text
 
         return protect if names else lambda text: text
@@ -152,6 +202,11 @@ class Tokenizer:
     def special_names(self) -> list[str]:
         """How special tokens are written, such as `</s>`."""
         return self._vocabulary.special_names
+
+    @property
+    def marker_names(self) -> list[str]:
+        """Those, and names of other added tokens that may mark turns: no words, no white space."""
+        return self._vocabulary.marker_names
 
     def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """Token ids of several documents, int32, each from BOS to EOS, in so many threads."""
@@ -179,6 +234,42 @@ class Tokenizer:
         if found:
             found[-1] += stream.end()
         return found
+
+
+def _beside(path: epath.Path, name: str) -> dict[str, Any]:
+    """The contents of a file in the same folder; empty where it is not there."""
+    file = path.parent / name
+    if not file.exists():
+        return {}
+    try:
+        return parse_json(file.read_bytes(), name)
+    except UserError as error:
+        raise UserError(f"tokenizer {path}, or its {name}, is not JSON: {error}") from error
+
+
+def merged_config(config: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json with special_tokens_map.json, which old ones have beside them.
+
+    As in transformers, one that lists its added tokens needs none.
+    """
+    return {**config} if "added_tokens_decoder" in config else {**config, **more}
+
+
+def with_config(model_bytes: bytes, config: Mapping[str, Any], name: str) -> bytes:
+    """A tokenizer's file that says itself which tokens its config calls BOS and EOS.
+
+    SentencePiece models say it anyway; Llama 3's file becomes a tokenizer.json where it is others.
+
+    Raises:
+      UserError: as `with_ends`.
+    """
+    if model_bytes.lstrip()[:1] == b"{":
+        return with_ends(model_bytes, config, name)
+    if not tiktoken_ranks.is_tiktoken(model_bytes):
+        return model_bytes
+    made = tiktoken_ranks.tokenizer_json(model_bytes, name)
+    changed = with_ends(made, config, name)
+    return model_bytes if changed == made else changed
 
 
 class TextStream:

@@ -17,7 +17,8 @@ from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import manifest
-from llama_jax.data.vocabularies import with_ends, without_ends
+from llama_jax.data.tokenizer import with_config
+from llama_jax.data.tokenizer_json import without_ends
 from llama_jax.errors import UserError, first_line
 from llama_jax.interchange import card, formats
 from llama_jax.interchange.formats import Description, is_stacked
@@ -106,14 +107,15 @@ def _write_description(
 ) -> epath.Path:
     """Starts a work directory with one step, whose folder is returned."""
     files = dict(description.files)
-    model = files.get("tokenizer.model", b"")
-    sentencepiece = b"" if formats.is_tiktoken(model) else files.pop("tokenizer.model", b"")
     config = description.config
     (workdir / "config.json").write_text(config.to_json())
-    tokenizer = sentencepiece
-    if not sentencepiece and "tokenizer.json" in files:
-        ends = json.loads(files.get("tokenizer_config.json", b"{}"))
-        tokenizer = with_ends(files["tokenizer.json"], ends, "tokenizer.json")
+    # Llama 3's own format says less than a tokenizer.json.
+    in_json = formats.is_tiktoken(files.get("tokenizer.model", b"")) and "tokenizer.json" in files
+    tokenizer = b"" if in_json else files.pop("tokenizer.model", b"")
+    name = "tokenizer.model"
+    if not tokenizer and "tokenizer.json" in files:
+        tokenizer, name = files["tokenizer.json"], "tokenizer.json"
+    tokenizer = with_config(tokenizer, formats.special_names(files), name)
     if tokenizer:
         (workdir / "tokenizer.model").write_bytes(tokenizer)
     meta = checkpoint_lib.Meta(config, 0, IMPORTED, tokenizer, tokenizer_files=files, base=base)

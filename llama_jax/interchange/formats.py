@@ -2,17 +2,19 @@
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+from etils import epath
 
 from llama_jax.config import Config, ModelConfig
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.data.vocabularies import with_ends
-from llama_jax.errors import UserError
+from llama_jax.data import tiktoken_ranks
+from llama_jax.data.tiktoken_ranks import is_tiktoken
+from llama_jax.data.tokenizer import Tokenizer, merged_config, with_config
+from llama_jax.errors import UserError, boundary
+from llama_jax.files import parse_json, read_bytes, refuse_pointer
 from llama_jax.step import abstract_state
 
 _GENERATION = "generation_config.json"
@@ -22,8 +24,11 @@ TOKENIZER_FILES = (
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
     _GENERATION,
 )
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 MORE_TEMPLATES = "additional_chat_templates"  # a folder beside chat_template.jinja: NAME.jinja
-LLAMA3_SPECIAL_TOKENS = 256  # that follow the ranks in a tokenizer.model of Llama 3
+# Where Meta's repositories at Hugging Face have Llama 3's own file: as tokenizer.model beside the
+# weights, other programs would take it for SentencePiece.
+ORIGINAL = "original/tokenizer.model"
 
 
 def is_tokenizer_file(name: str) -> bool:
@@ -31,6 +36,47 @@ def is_tokenizer_file(name: str) -> bool:
     folder, _, file = name.rpartition("/")
     template = folder == MORE_TEMPLATES and file.endswith(".jinja") and "\\" not in file
     return name in TOKENIZER_FILES or template
+
+
+def read_files(folder: epath.Path) -> dict[str, bytes]:
+    """Contents of `TOKENIZER_FILES` in a folder, and of `MORE_TEMPLATES`.
+
+    Raises:
+      UserError: one cannot be read.
+    """
+    files = {
+        name: read_bytes(folder / name) for name in TOKENIZER_FILES if (folder / name).exists()
+    }
+    if "tokenizer.model" not in files and (folder / ORIGINAL).exists():
+        content = read_bytes(folder / ORIGINAL)
+        if is_tiktoken(content):
+            files["tokenizer.model"] = content
+    for file in sorted((folder / MORE_TEMPLATES).glob("*.jinja")):
+        files[f"{MORE_TEMPLATES}/{file.name}"] = read_bytes(file)
+    for name, content in files.items():
+        refuse_pointer(content, f"{folder}/{name}")
+    return files
+
+
+def for_transformers(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files as transformers reads them: with a tokenizer.json in place of Llama 3's own format.
+
+    Raises:
+      UserError: that is damaged.
+    """
+    model = files.get("tokenizer.model", b"")
+    if not is_tiktoken(model):
+        return dict(files)
+    found = {name: content for name, content in files.items() if name != "tokenizer.model"}
+    made = {
+        "tokenizer.json": tiktoken_ranks.tokenizer_json(model, "tokenizer.model"),
+        "tokenizer_config.json": tiktoken_ranks.config_json(),
+    }
+    if "tokenizer.json" in files:  # which may have names of its own
+        del made["tokenizer.json"]
+        if "tokenizer_config.json" not in files:
+            made["tokenizer_config.json"] = tiktoken_ranks.config_json()
+    return {**made, **found, ORIGINAL: model}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,37 +187,75 @@ def check_vocabulary(files: dict[str, bytes], vocab_size: int, name: str) -> Non
 
 
 def _vocabulary(content: bytes, name: str) -> int:
-    if name.endswith(".json"):
-        try:
-            tokenizer = json.loads(content)
+    if not name.endswith(".json"):
+        return Tokenizer(content, name).vocab_size
+    try:
+        tokenizer = parse_json(content, name)
+        with boundary(name):
             vocab = tokenizer["model"]["vocab"]
             # A dict of id by piece (BPE), or a list of pieces (Unigram).
             largest = max(vocab.values()) if isinstance(vocab, dict) else len(vocab) - 1
-            return 1 + max([largest, *(token["id"] for token in tokenizer["added_tokens"])])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{name} is not a tokenizer of the tokenizers library") from error
-    if is_tiktoken(content):
-        return len(content.splitlines()) + LLAMA3_SPECIAL_TOKENS
-    return Tokenizer(content, name).vocab_size
-
-
-def is_tiktoken(content: bytes) -> bool:
-    """Whether a tokenizer.model is Llama 3's (lines of base64 and rank), not SentencePiece."""
-    words = content[:1000].split(b"\n")[0].split()
-    return len(words) == 2 and words[1].isdigit()
+            added = [token["id"] for token in tokenizer.get("added_tokens") or ()]
+            return 1 + max([largest, *added])
+    except UserError as error:
+        raise UserError(f"{name} is not a tokenizer of the tokenizers library") from error
 
 
 def tokenizer_config(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """Contents of tokenizer_config.json; empty where it is not there, or no mapping.
+    """Contents of tokenizer_config.json; empty where it is not there.
 
     Raises:
       UserError: it is damaged.
     """
-    try:
-        values = json.loads(files.get("tokenizer_config.json", b"{}"))
-    except ValueError as error:
-        raise UserError(f"tokenizer_config.json is not valid JSON: {error}") from error
-    return values if isinstance(values, dict) else {}
+    return _contents(files, "tokenizer_config.json")
+
+
+def _contents(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    return parse_json(files[name], name) if name in files else {}
+
+
+def special_names(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """tokenizer_config.json, with the special_tokens_map.json that old ones have beside them.
+
+    Raises:
+      UserError: one of them is damaged.
+    """
+    return merged_config(tokenizer_config(files), _contents(files, "special_tokens_map.json"))
+
+
+def adds_bos(files: Mapping[str, bytes], tokenizer: Tokenizer, name: str) -> bool | None:
+    """Whether texts begin with BOS, where other files say so than the tokenizer itself; else None.
+
+    As in transformers, a tokenizer.json says it by its post-processor, whatever add_bos_token is;
+    of other formats, add_bos_token in tokenizer_config.json does.
+
+    Args:
+      files: of the checkpoint.
+      tokenizer: that texts are encoded with.
+      name: of the checkpoint, for errors.
+
+    Raises:
+      UserError: a file is damaged.
+    """
+    if tokenizer.is_json:
+        return None
+    if "tokenizer.json" in files:
+        with contextlib.suppress(UserError):  # only the other one may be readable here
+            return bool(json_tokenizer(files, name).prefix)
+    added = tokenizer_config(files).get("add_bos_token")
+    if added is not None and type(added) is not bool:
+        raise UserError(f"{name}: add_bos_token={added!r} in tokenizer_config.json is not a bool")
+    return added
+
+
+def json_tokenizer(files: Mapping[str, bytes], name: str) -> Tokenizer:
+    """The tokenizer.json among files, with the names that its config gives to BOS and EOS.
+
+    Raises:
+      UserError: it is damaged, or has neither BOS nor EOS.
+    """
+    name = f"the tokenizer.json of {name}"
+    return Tokenizer(with_config(files["tokenizer.json"], special_names(files), name), name)
 
 
 def with_base(files: Mapping[str, bytes], base: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -189,33 +273,64 @@ def with_base(files: Mapping[str, bytes], base: Mapping[str, bytes]) -> dict[str
     return {**{name: base[name] for name in kept}, **files}
 
 
-def special_ids(files: Mapping[str, bytes]) -> tuple[int | None, int | list[int] | None]:
+def special_ids(
+    files: Mapping[str, bytes], vocab_size: int | None = None
+) -> tuple[int | None, int | list[int] | None]:
     """Ids of BOS and EOS (or of several, such as those of turns and texts) where the files tell.
+
+    Args:
+      files: by name.
+      vocab_size: rows of the model, which ids must be below; None: not known.
 
     Raises:
       UserError: generation_config.json is damaged.
     """
-    if "generation_config.json" in files:
-        try:
-            values = json.loads(files["generation_config.json"])
-            eos = values.get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise UserError("generation_config.json is not valid JSON, or no mapping") from error
-        many = eos if isinstance(eos, list) else [eos]
-        if not many or not all(type(token) is int for token in many if eos is not None):
-            raise UserError(
-                f"generation_config.json: eos_token_id={eos!r} is no token id, nor several"
-            )
-        if eos is not None:
-            return values.get("bos_token_id"), eos
-    model = files.get("tokenizer.model", b"")
+    bos, eos = token_ids(_contents(files, _GENERATION), _GENERATION, vocab_size)
+    if eos is not None:
+        return bos, eos
+    model, config = files.get("tokenizer.model", b""), special_names(files)
+    tokenizer = None
     if model and not is_tiktoken(model):
         tokenizer = Tokenizer(model)
-        return tokenizer.bos_id, tokenizer.eos_id
-    if "tokenizer.json" in files:
-        config = tokenizer_config(files)
+    elif "tokenizer.json" in files:
         with contextlib.suppress(ValueError):  # it does not say, or cannot be read here
-            content = with_ends(files["tokenizer.json"], config, "tokenizer.json")
-            tokenizer = Tokenizer(content)
-            return tokenizer.bos_id, tokenizer.eos_id
-    return None, None
+            tokenizer = json_tokenizer(files, "the files")
+    elif model:
+        tokenizer = Tokenizer(with_config(model, config, "tokenizer.model"))
+    return (None, None) if tokenizer is None else (tokenizer.bos_id, tokenizer.eos_id)
+
+
+def token_ids(
+    values: Mapping[str, Any], name: str, vocab_size: int | None = None
+) -> tuple[int | None, int | list[int] | None]:
+    """`bos_token_id` and `eos_token_id` of a file; None where it has none, which some write as -1.
+
+    Args:
+      values: what the file holds.
+      name: of the file, for errors.
+      vocab_size: as `special_ids`.
+
+    Raises:
+      UserError: one is no id, or beyond the rows of the model.
+    """
+
+    def checked(key: str, value: Any) -> int | None:
+        if value is None or (type(value) is int and value == -1):
+            return None
+        if type(value) is not int or value < 0:
+            given = values[key]
+            many = ", nor several" if key == "eos_token_id" else ""
+            raise UserError(f"{name}: {key}={given!r} is no token id{many}")
+        if vocab_size is not None and value >= vocab_size:
+            raise UserError(
+                f"{name}: {key} has {value}, but the model's vocabulary is {vocab_size:,}"
+            )
+        return value
+
+    bos, eos = values.get("bos_token_id"), values.get("eos_token_id")
+    if not isinstance(eos, list):
+        return checked("bos_token_id", bos), checked("eos_token_id", eos)
+    if not eos or None in eos:
+        raise UserError(f"{name}: eos_token_id={eos!r} is no token id, nor several")
+    found = [checked("eos_token_id", one) for one in eos]
+    return checked("bos_token_id", bos), [one for one in found if one is not None] or None

@@ -88,22 +88,17 @@ class HfSource:
         self._shapes = formats.shapes(config.model)
         self._check(config.model)
         dtype = self._dtype(config.model)
-        files = {
-            name: (self._folder / name).read_bytes()
-            for name in formats.TOKENIZER_FILES
-            if (self._folder / name).exists()
-        }
-        for file in (self._folder / formats.MORE_TEMPLATES).glob("*.jinja"):
-            files[f"{formats.MORE_TEMPLATES}/{file.name}"] = file.read_bytes()
+        files = formats.read_files(self._folder)
         formats.check_vocabulary(files, config.model.vocab_size, str(folder))
         self._keep_special_ids(values, files)
-        formats.special_ids(files)  # which says what is wrong
+        formats.special_ids(files, config.model.vocab_size)  # which says what is wrong
         self.description = Description(formats.computed_in(config, dtype), dtype, files)
 
     def _keep_special_ids(self, values: dict[str, Any], files: dict[str, bytes]) -> None:
         """BOS and EOS in config.json alone would be lost: our checkpoint has no place for them."""
-        if "generation_config.json" not in files and values.get("eos_token_id") is not None:
-            ids = {name: values.get(name) for name in ("bos_token_id", "eos_token_id")}
+        bos, eos = formats.token_ids(values, f"{self._folder}/config.json", values["vocab_size"])
+        if "generation_config.json" not in files and eos is not None:
+            ids = {"bos_token_id": bos, "eos_token_id": eos}
             files["generation_config.json"] = json.dumps(ids, indent=2).encode() + b"\n"
 
     def _dtype(self, model: ModelConfig) -> str:
@@ -192,7 +187,8 @@ class HfTarget:
         special = formats.special_ids(description.files)
         text = hf_config.write(description.config, dtype, special)
         (folder / "config.json").write_text(text)
-        for name, content in _with_tokenizer_config(description.files).items():
+        files = formats.for_transformers(description.files)
+        for name, content in _with_tokenizer_config(files).items():
             (folder / name).parent.mkdir(exist_ok=True)  # of further chat templates
             (folder / name).write_bytes(content)
         ids = {"bos_token_id": special[0], "eos_token_id": special[1]}

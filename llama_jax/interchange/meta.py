@@ -19,7 +19,9 @@ import numpy as np
 from etils import epath
 
 from llama_jax.config import Config, ModelConfig
+from llama_jax.data import tiktoken_ranks
 from llama_jax.errors import UserError, boundary
+from llama_jax.files import read_bytes
 from llama_jax.interchange import formats, pickles
 from llama_jax.interchange import meta_params as params_lib
 from llama_jax.interchange.fields import Fields
@@ -65,7 +67,7 @@ class MetaSource:
         """Maps the pieces into memory.
 
         Args:
-          folder: with params.json and consolidated.*.pth, tokenizer.model there or one above.
+          folder: with params.json and consolidated.*.pth; the tokenizer is there, or one above.
           context: tokens, which params.json does not tell; 0: by the family's habit.
 
         Raises:
@@ -88,13 +90,24 @@ class MetaSource:
             config, train=dataclasses.replace(config.train, seq_len=context)
         )
         dtype = self._dtype()
-        files: dict[str, bytes] = {}
-        # The first LLaMA and LLaMA-2 keep the tokenizer beside the folders of the models.
-        for place in (self._folder, self._folder.parent):
-            if not files and (place / "tokenizer.model").exists():
-                files["tokenizer.model"] = (place / "tokenizer.model").read_bytes()
+        files = self._read_files(bool(params.values.get("use_scaled_rope")))
         formats.check_vocabulary(files, self._model.vocab_size, str(folder))
         self.description = Description(formats.computed_in(config, dtype), dtype, files)
+
+    def _read_files(self, scaled: bool) -> dict[str, bytes]:
+        """The tokenizer's files; `scaled`: RoPE is, as from Llama 3.1 on."""
+        files = formats.read_files(self._folder)
+        # The first LLaMA and LLaMA-2 keep the tokenizer beside the folders of the models.
+        for name in formats.TOKENIZERS:
+            path = self._folder.parent / name
+            if not files.keys() & formats.TOKENIZERS and path.exists():
+                files[name] = read_bytes(path)
+        model = files.get("tokenizer.model", b"")
+        if formats.is_tiktoken(model) and not scaled and "tokenizer.json" not in files:
+            name = f"{self._folder}/tokenizer.model"
+            made = tiktoken_ranks.tokenizer_json(model, name, tiktoken_ranks.LLAMA3)
+            files["tokenizer.json"] = made
+        return files
 
     def _open_pieces(self) -> list[dict[str, Any]]:
         files = sorted(self._folder.glob("consolidated.*.pth"))
@@ -239,8 +252,9 @@ class MetaTarget:
         config = description.config
         self._model = config.model
         (folder / "params.json").write_text(params_lib.write(config))
-        if "tokenizer.model" in description.files:
-            (folder / "tokenizer.model").write_bytes(description.files["tokenizer.model"])
+        for name, content in description.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)  # of further chat templates
+            (folder / name).write_bytes(content)
         if description.card:
             (folder / "README.md").write_text(description.card)
         self._spool = folder / "weights.tmp"
