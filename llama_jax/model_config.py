@@ -15,6 +15,8 @@ COMPUTE_DTYPES = ("bfloat16", "float32")
 class ModelConfig:
     """A LLaMA (Touvron et al., 2023, arXiv:2302.13971). The defaults are those of the 7B model."""
 
+    # Rows of embedding and output head. More than the tokenizer has ids are padding, so that the
+    # vocabulary divides over mesh.tensor: they are never targets and never drawn.
     vocab_size: int = 32_000
     dim: int = 4096
     n_layers: int = 32
