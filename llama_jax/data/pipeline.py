@@ -32,6 +32,7 @@ class TrainingData:
       fingerprint: changes whenever the tokens do.
       template: the chat template of instruction data, in the form of a tokenizer_config.json; empty
         for plain text.
+      answers: that were prepared of instruction data, and how many of them end in no end token.
     """
 
     train: loader.BatchSource | StreamingBatches
@@ -39,6 +40,7 @@ class TrainingData:
     tokenizer: Tokenizer | None
     fingerprint: str
     template: bytes = b""
+    answers: tuple[int, int] = (0, 0)
 
     @functools.cached_property
     def files(self) -> dict[str, bytes]:
@@ -108,6 +110,10 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
         first.tokenizer(),
         _fingerprint(datasets),
         first.template(),
+        (
+            sum(dataset.answers for dataset in datasets.values()),
+            sum(dataset.unended for dataset in datasets.values()),
+        ),
     )
 
 

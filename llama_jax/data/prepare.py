@@ -339,10 +339,10 @@ def _merge(settings: dict[str, Any], parts: list[Part], folder: epath.Path) -> d
     splits: dict[str, dict[str, Any]] = {}
     for split in shard_folder.SPLITS:
         found = [report["splits"][split] for report in reports]
-        splits[split] = {
-            name: sum(one.get(name, 0) for one in found)
-            for name in ("documents", "tokens", "answer_tokens", "text_bytes")
-        }
+        names = ["documents", "tokens", "answer_tokens", "text_bytes"]
+        if "template" in settings:
+            names += ["answers", "unended_answers"]
+        splits[split] = {name: sum(one.get(name, 0) for one in found) for name in names}
         splits[split]["shards"] = [shard for one in found for shard in one["shards"]]
     tokenizer = Tokenizer.load(folder / shard_folder.TOKENIZER)
     return {

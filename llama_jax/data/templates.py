@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from llama_jax.data.answers import answers_of, last_tokens
 from llama_jax.data.chat_template import (
     DEFAULT,
     ChatTemplate,
@@ -165,7 +166,7 @@ def end_ids(template: ChatTemplate) -> list[int]:
         example = template.example(messages)
     except UserError:  # it is for other conversations
         return [tokenizer.eos_id]
-    last = example.ids[example.counts].tolist()[-1:]
+    last = [token for found in answers_of(example)[-1:] for token in last_tokens(example, *found)]
     special = [token for token in last if tokenizer.piece(token) in tokenizer.special_names]
     return list(dict.fromkeys([tokenizer.eos_id, *special]))
 
