@@ -518,7 +518,9 @@ def test_a_mixture_of_shards_prepared_elsewhere(corpus, tmp_path):
 
 def test_shards_of_another_vocabulary(shards, corpus, tmp_path):
     config = text_config(corpus, data__path=str(shards), model__vocab_size=299)
-    message = "vocabulary of 300, but model.vocab_size is 299; raise model.vocab_size to 300 or more"
+    message = (
+        "vocabulary of 300, but model.vocab_size is 299; raise model.vocab_size to 300 or more"
+    )
     with pytest.raises(UserError, match=message):
         open_data(config, epath.Path(tmp_path))
 

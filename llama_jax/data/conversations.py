@@ -132,8 +132,9 @@ def examples(
 ) -> Iterator[Example]:
     """Streams the conversations of a part as tokens; what cannot be used is counted in `reading`.
 
-    So is what the template leaves out; answers without an end are counted in the examples. One longer than a sequence is cut there, and all end with
-    their last token that counts: what follows would train nothing.
+    So is what the template leaves out. One longer than a sequence is cut there, and all end with
+    their last token that counts: what follows would train nothing. Each example says how many of
+    its answers end in no end token.
 
     Args:
       part: of JSON.
