@@ -10,6 +10,7 @@ from etils import epath
 from llama_jax.checkpoint import CHECKPOINTS, load_meta
 from llama_jax.config import Config
 from llama_jax.convert import open_source, parse_place
+from llama_jax.data.tokenizer_files import choose_in
 from llama_jax.errors import UserError
 from llama_jax.fingerprint import difference, fingerprint
 from llama_jax.frozen import freeze
@@ -160,12 +161,21 @@ def with_tokenizer(config: Config, workdir: epath.Path) -> Config:
 def tokenizer_file(init_from: str) -> str:
     """Where the tokenizer of these weights is, for `data.tokenizer`; empty if they have none.
 
-    SentencePiece is preferred, as `convert` does; Llama 3's own format is not read.
+    Of several the one that fits the model is taken, as by `convert`; a folder stands for one that
+    is made of several files (see `Tokenizer.load`). Llama 3's own format is not read.
+
+    Raises:
+      UserError: each has more ids than the model has rows, or one cannot be read.
     """
     kind, _, folder = init_from.partition(":")
     places = [epath.Path(folder)]
     if kind == "ckpt" and (places[0] / "params").exists():  # a step, as `Tokenizer.load` reads it
         return folder if load_meta(folder).tokenizer_model else ""
+    if kind == "hf":
+        chosen = choose_in(places[0])
+        if chosen is None or is_tiktoken(chosen.content):
+            return ""
+        return str(places[0] / chosen.file) if chosen.plain else folder
     if kind == "meta":  # the first LLaMA and LLaMA-2 keep it beside the folders of the models
         places.append(places[0].parent)
     for place in places:

@@ -131,7 +131,8 @@ def _template(data: DataConfig) -> bytes:
             "data.template needs the tokenizer of the model in data.tokenizer: its tokenizer.model "
             "or tokenizer.json"
         )
-    beside = epath.Path(data.tokenizer).parent / "tokenizer_config.json"
+    place = epath.Path(data.tokenizer)
+    beside = (place if place.is_dir() else place.parent) / "tokenizer_config.json"
     try:
         config = json.loads(beside.read_text()) if beside.exists() else {}
     except (OSError, ValueError) as error:

@@ -58,7 +58,8 @@ class Tokenizer:
     def load(cls, path: epath.PathLike) -> "Tokenizer":
         """Reads a `.model` file or a `tokenizer.json`, with the tokenizer_config.json beside it.
 
-        The folder of a saved step stands for its tokenizer.
+        The folder of a saved step stands for its tokenizer, one of Hugging Face for the tokenizer
+        that fits its model (`tokenizer_files`).
 
         Raises:
           UserError: it cannot be read, or is none.
@@ -69,6 +70,15 @@ class Tokenizer:
                 from llama_jax.checkpoint import load_meta
 
                 return cls(load_meta(path).tokenizer_model, name)
+            if path.is_dir():
+                from llama_jax.data import tokenizer_files
+
+                chosen = tokenizer_files.choose_in(path)
+                if chosen is None:
+                    raise UserError(f"{path} has no tokenizer.model and no tokenizer.json")
+                if chosen.plain:
+                    return cls.load(path / chosen.file)
+                return cls(chosen.content, name)
             model_bytes = path.read_bytes()
             config = path.parent / "tokenizer_config.json"
             if path.suffix == ".json" and config.exists():

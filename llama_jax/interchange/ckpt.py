@@ -8,6 +8,7 @@ tensorstore reads and writes in parts. What is written here is a step without op
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import manifest
+from llama_jax.data import tokenizer_files
 from llama_jax.data.vocabularies import with_ends, without_ends
 from llama_jax.errors import UserError, first_line
 from llama_jax.interchange import card, formats
@@ -42,8 +44,8 @@ def describe(folder: epath.Path, meta: checkpoint_lib.Meta) -> Description:
     files = dict(meta.tokenizer_files)
     if meta.tokenizer_model.lstrip()[:1] == b"{":
         files.setdefault("tokenizer.json", without_ends(meta.tokenizer_model))
-    elif meta.tokenizer_model:
-        files["tokenizer.model"] = meta.tokenizer_model
+    elif meta.tokenizer_model:  # unless it was made of that and of tokens in other files
+        files.setdefault("tokenizer.model", meta.tokenizer_model)
     formats.check_vocabulary(files, meta.config.model.vocab_size, str(folder))
     train = dataclasses.replace(meta.config.train, seq_len=meta.context)
     config = dataclasses.replace(meta.config, train=train)
@@ -101,19 +103,26 @@ class CkptSource:
             raise UserError(f"{where} cannot be read: {first_line(error)}") from error
 
 
+def _tokenizer_of(files: Mapping[str, bytes], rows: int) -> bytes:
+    """The tokenizer that a checkpoint uses, of those that came with its weights; empty: none."""
+    chosen = tokenizer_files.fitting(files, rows, "the source")
+    if chosen is None or formats.is_tiktoken(chosen.content):
+        return b""
+    if chosen.file == tokenizer_files.MODEL:
+        return chosen.content
+    return with_ends(chosen.content, formats.tokenizer_config(files), chosen.file)
+
+
 def _write_description(
     workdir: epath.Path, description: Description, base: dict[str, int]
 ) -> epath.Path:
     """Starts a work directory with one step, whose folder is returned."""
     files = dict(description.files)
-    model = files.get("tokenizer.model", b"")
-    sentencepiece = b"" if formats.is_tiktoken(model) else files.pop("tokenizer.model", b"")
     config = description.config
     (workdir / "config.json").write_text(config.to_json())
-    tokenizer = sentencepiece
-    if not sentencepiece and "tokenizer.json" in files:
-        ends = json.loads(files.get("tokenizer_config.json", b"{}"))
-        tokenizer = with_ends(files["tokenizer.json"], ends, "tokenizer.json")
+    tokenizer = _tokenizer_of(files, config.model.vocab_size)
+    if files.get("tokenizer.model") == tokenizer:
+        del files["tokenizer.model"]
     if tokenizer:
         (workdir / "tokenizer.model").write_bytes(tokenizer)
     meta = checkpoint_lib.Meta(config, 0, IMPORTED, tokenizer, tokenizer_files=files, base=base)

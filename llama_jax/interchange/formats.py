@@ -10,7 +10,9 @@ import jax
 import numpy as np
 
 from llama_jax.config import Config, ModelConfig
+from llama_jax.data import tokenizer_files
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_files import is_tiktoken as is_tiktoken
 from llama_jax.data.vocabularies import with_ends
 from llama_jax.errors import UserError
 from llama_jax.step import abstract_state
@@ -23,7 +25,6 @@ TOKENIZER_FILES = (
     _GENERATION,
 )
 MORE_TEMPLATES = "additional_chat_templates"  # a folder beside chat_template.jinja: NAME.jinja
-LLAMA3_SPECIAL_TOKENS = 256  # that follow the ranks in a tokenizer.model of Llama 3
 
 
 def is_tokenizer_file(name: str) -> bool:
@@ -119,41 +120,13 @@ def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
     return out
 
 
-def check_vocabulary(files: dict[str, bytes], vocab_size: int, name: str) -> None:
-    """A tokenizer may have fewer ids than the model has rows (padding), but not more.
+def check_vocabulary(files: Mapping[str, bytes], vocab_size: int, name: str) -> None:
+    """Checks that the model has a row for each id of a tokenizer: it may have more (padding).
 
     Raises:
-      UserError: it has more, or cannot be read.
+      UserError: every tokenizer has more ids than that, or one cannot be read.
     """
-    for file in ("tokenizer.model", "tokenizer.json"):
-        if file not in files:
-            continue
-        size = _vocabulary(files[file], f"{name}/{file}")
-        if size > vocab_size:
-            raise UserError(
-                f"{name}/{file} has {size:,} ids, but the model's vocabulary is {vocab_size:,}"
-            )
-
-
-def _vocabulary(content: bytes, name: str) -> int:
-    if name.endswith(".json"):
-        try:
-            tokenizer = json.loads(content)
-            vocab = tokenizer["model"]["vocab"]
-            # A dict of id by piece (BPE), or a list of pieces (Unigram).
-            largest = max(vocab.values()) if isinstance(vocab, dict) else len(vocab) - 1
-            return 1 + max([largest, *(token["id"] for token in tokenizer["added_tokens"])])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{name} is not a tokenizer of the tokenizers library") from error
-    if is_tiktoken(content):
-        return len(content.splitlines()) + LLAMA3_SPECIAL_TOKENS
-    return Tokenizer(content, name).vocab_size
-
-
-def is_tiktoken(content: bytes) -> bool:
-    """Whether a tokenizer.model is Llama 3's (lines of base64 and rank), not SentencePiece."""
-    words = content[:1000].split(b"\n")[0].split()
-    return len(words) == 2 and words[1].isdigit()
+    tokenizer_files.choose(files, vocab_size, name)
 
 
 def tokenizer_config(files: Mapping[str, bytes]) -> dict[str, Any]:
