@@ -17,6 +17,7 @@ from llama_jax.frozen import freeze
 from llama_jax.interchange.formats import Source, is_tiktoken
 from llama_jax.interchange.loading import check_model, load
 from llama_jax.interchange.merged import refuse_other_base
+from llama_jax.interchange.padded import with_rows
 from llama_jax.retention import saved_steps
 from llama_jax.step import CompiledStep, TrainState, abstract_frozen, abstract_state
 
@@ -24,10 +25,12 @@ from llama_jax.step import CompiledStep, TrainState, abstract_frozen, abstract_s
 def open_init(config: Config) -> Source:
     """The source that `config.init_from` names, if it is the model of the config.
 
+    It may have fewer rows than `model.vocab_size`; they are added (`interchange.padded`).
+
     Raises:
       UserError: it cannot be read, or holds another model.
     """
-    source = open_source(*_place(config.init_from))
+    source = with_rows(open_source(*_place(config.init_from)), config.model.vocab_size)
     check_model(source, config)
     return source
 

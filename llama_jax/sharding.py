@@ -190,8 +190,8 @@ def _pad(rows: int, parts: int) -> str:
     """What to do about a vocabulary that does not divide: a size that does, in blocks of 64."""
     block = math.lcm(64, parts)
     return (
-        f"; model.vocab_size={-(-rows // block) * block} (the tokenizer's ids, and rows that pad "
-        "them) does"
+        f"; model.vocab_size={-(-rows // block) * block} does (rows beyond the tokenizer's ids are "
+        "padding), or use a mesh with another tensor"
     )
 
 

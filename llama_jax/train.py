@@ -252,7 +252,11 @@ def _print_sample(config: Config, state: TrainState, data: TrainingData) -> None
     sampling = Sampling(max_tokens=length, temperature=0.5, seed=config.train.seed)
     context = config.train.seq_len
     weights = model_weights(state, config)
-    text = complete(config.model, weights, data.tokenizer, [prompt], sampling, context=context)
+    try:
+        text = complete(config.model, weights, data.tokenizer, [prompt], sampling, context=context)
+    except UserError as error:  # the run has finished all the same
+        _log(f"no sample after {prompt!r}: {error}")
+        return
     _log(f"\nwhat it writes after {prompt!r}:\n{text[0]}")
 
 

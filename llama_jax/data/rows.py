@@ -3,7 +3,8 @@
 A model may have more rows than ids: padding, so that the vocabulary divides over a mesh or into
 blocks of 64 or 128, or a PAD row that no tokenizer writes. The rows beyond the ids are never
 targets, and sampling never draws them (`decode.stream`); the loss and every score are those of a
-softmax over all rows, as in transformers.
+softmax over all rows, as in transformers. Weights of fewer rows than `model.vocab_size` get them
+when a run begins (`interchange.padded`).
 """
 
 from llama_jax.config import Config
@@ -31,9 +32,5 @@ def check_ids(ids: int, config: Config, what: str) -> None:
         return
     mend = f"raise model.vocab_size to {ids} or more, or name another tokenizer by data.tokenizer"
     if config.init_from:
-        mend = (
-            f"the weights of init_from={config.init_from} lack rows for the last {ids - rows}: "
-            f"add rows to them (in transformers: model.resize_token_embeddings({ids})), or name "
-            "their own tokenizer by data.tokenizer"
-        )
+        mend += f"; init_from={config.init_from} has no rows of its own for the last {ids - rows}"
     raise UserError(f"{what}, but model.vocab_size is {rows}; {mend}")
