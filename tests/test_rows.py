@@ -54,7 +54,8 @@ def config(corpus, tokenizer, tmp_path_factory):
         corpus,
         data__tokenizer=str(path),
         model__vocab_size=ROWS,
-        mesh__fsdp=4,
+        mesh__fsdp=2,
+        mesh__context=2,
         mesh__tensor=2,
         train__steps=4,
         train__eval_every=4,
@@ -160,7 +161,8 @@ def test_a_run_from_scratch(config, run):
     assert model.tokenizer.vocab_size == IDS and model.params["embed"].shape[0] == ROWS
 
 
-def test_the_sample_after_training_has_no_padding(config, run, monkeypatch):
+def test_the_sample_after_training_has_no_padding(config, run, monkeypatch, capsys):
+    """What is not drawn, `test_decode` shows. A mesh for training writes none, and costs no run."""
     seen = []
 
     def spy(*args, **options):
@@ -169,8 +171,9 @@ def test_the_sample_after_training_has_no_padding(config, run, monkeypatch):
 
     monkeypatch.setattr("llama_jax.continuation.generate", spy)
     sampled = replace(config, train__sample_prompt="def")
-    state = train_lib.train(sampled, run)  # finished already: writes the sample only
-    assert int(state.step) == 4 and seen == [IDS]
+    assert int(train_lib.train(sampled, run).step) == 4  # finished already
+    assert seen == [IDS]
+    assert "no sample after 'def': the mesh has context=2" in capsys.readouterr().out
 
 
 def test_resuming_with_other_words_for_the_same_tokenizer(config, run, tmp_path):
@@ -227,7 +230,7 @@ def test_fine_tuning_and_back(config, base, rows, rank, tmp_path):
         init_from=f"hf:{folder}",
         data__tokenizer="",
         model__vocab_size=rows,
-        lora=LoraConfig(rank=rank, base_dtype="float32"),
+        lora=LoraConfig(rank=rank, base_dtype="float32") if rank else LoraConfig(),
     )
     train_lib.train(tuned, tmp_path / "run")
     meta = load_meta(tmp_path / "run" / "checkpoints" / "4")
