@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tokenizers
 from etils import epath
 
 from llama_jax import train as train_lib
@@ -60,7 +61,7 @@ def byte_level(corpus):
 def with_names(model_bytes, *names, special=True):
     """A tokenizer.json with more tokens."""
     described = json.loads(model_bytes)
-    first = max(token["id"] for token in described["added_tokens"]) + 1
+    first = tokenizers.Tokenizer.from_str(model_bytes.decode()).get_vocab_size()
     for number, name in enumerate(names, first):
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         token = {"id": number, "content": name, "special": special, **flags}
