@@ -21,6 +21,7 @@ from tests.chat_templates import said
 from tests.helpers import TINY, random_params, released_json, replace, save_checkpoint, text_config
 from tests.test_answers import CHATML, with_names
 from tests.test_conversations import quiet
+from tests.test_templates import own
 
 NAMES = ("<|im_start|>", "<|im_end|>")
 ADDED = json.dumps({"<s>": 1, "</s>": 2, NAMES[1]: 301, NAMES[0]: 300}).encode()
@@ -151,7 +152,8 @@ def folders(tokenizer, two_more, tmp_path_factory):
         for name, content in {"tokenizer.model": tokenizer.model_bytes, **files}.items():
             (folder / way / name).write_bytes(content)
         if way != "config":
-            template = {"chat_template": CHATML, "tokenizer_class": "LlamaTokenizer"}
+            kind = "PreTrainedTokenizerFast" if way == "json" else "LlamaTokenizer"
+            template = {"chat_template": CHATML, "tokenizer_class": kind}
             (folder / way / "tokenizer_config.json").write_text(json.dumps(template))
     return folder
 
@@ -191,3 +193,20 @@ def test_the_ids_are_those_of_the_tokenizers_library(folders, two_more):
 def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match="has no tokenizer.model and no tokenizer.json"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("way", ["json", "added", "config"])
+def test_the_ids_are_those_of_transformers(way, folders):
+    """Of plain text and of a chat, by what transformers makes of the same folder."""
+    import transformers
+
+    theirs = transformers.AutoTokenizer.from_pretrained(folders / way)
+    ours = Tokenizer.load(tokenizer_file(f"hf:{folders / way}"))
+    assert len(theirs) == ours.vocab_size == 302
+    for text in ("abc  def", "ghi\n\nfed", "jab é"):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+    chat = said("abc def", "ghi", "jab")
+    expected = theirs.apply_chat_template(chat, chat_template=CHATML, add_generation_prompt=True)
+    template = own(CHATML, ours)
+    assert template.encode(chat) == expected["input_ids"]
