@@ -24,10 +24,13 @@ from llama_jax.errors import UserError
 from llama_jax.inference import open_model
 from llama_jax.init_from import load_init, open_init
 from llama_jax.interchange.hf import HfSource
+from llama_jax.interchange.loading import load
 from llama_jax.model import logits
-from llama_jax.sharding import param_specs
+from llama_jax.scoring import token_logprobs
+from llama_jax.sharding import param_shardings, param_specs
 from llama_jax.step import abstract_state
 from tests.helpers import (
+    TINY,
     mesh_of,
     meshes,
     random_params,
@@ -267,3 +270,36 @@ def test_added_rows_are_the_mean(config, base, shape):
         np.testing.assert_allclose(array[304:], mean, rtol=1e-5, atol=1e-7)
     with pytest.raises(UserError, match="model.vocab_size is 304 there, 303 in the config"):
         open_init(replace(more, model__vocab_size=303))
+
+
+# Against transformers.
+
+
+@pytest.mark.parity
+def test_an_export_has_the_logits_and_the_loss_of_transformers(run, base, tmp_path):
+    """Of a run with padding, and of a model of transformers whose rows were padded by itself."""
+    import torch
+    import transformers
+
+    convert(open_source("ckpt", epath.Path(run)), "hf", tmp_path / "ours")
+    padded = transformers.AutoModelForCausalLM.from_pretrained(base[0])
+    padded.resize_token_embeddings(305, pad_to_multiple_of=64)
+    assert padded.config.vocab_size == ROWS
+    padded.save_pretrained(tmp_path / "theirs")
+    tokens = np.random.default_rng(0).integers(3, IDS, (2, 17), dtype=np.int32)
+    for folder in (tmp_path / "ours", tmp_path / "theirs"):
+        source = HfSource(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder).float()
+        ids = torch.from_numpy(tokens).long()
+        with torch.no_grad():
+            theirs = model(ids, labels=ids)
+        config = source.description.config.model
+        target = abstract_state(replace(TINY, model=config)).params
+        with jax.set_mesh(mesh := mesh_of((1, 2, 1, 2))):
+            params = load(
+                source, target, param_shardings(target, mesh), lambda _, x: x.astype("f4")
+            )
+            ours = np.asarray(logits(config, params, tokens[:, :-1]))
+            scored, _ = token_logprobs(config, params, tokens[:, :-1], tokens[:, 1:])
+        np.testing.assert_allclose(ours, theirs.logits.numpy()[:, :-1], rtol=0, atol=5e-5)
+        np.testing.assert_allclose(-np.asarray(scored).mean(), float(theirs.loss), rtol=1e-5)

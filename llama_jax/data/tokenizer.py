@@ -272,6 +272,8 @@ def train_tokenizer(
         # Its advice names flags that are not ours.
         reason, small, _ = reason.partition(". Increase vocab_size")
         mend = "; raise model.vocab_size, or name a tokenizer by data.tokenizer" if small else ""
+        if "too high" in reason:
+            mend = " That is data.tokenizer_size: further rows of model.vocab_size are padding"
         raise UserError(
             f"cannot train a tokenizer of {vocab_size} ids on {len(pieces):,} lines: {reason}{mend}"
         ) from error
