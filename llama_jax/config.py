@@ -57,7 +57,10 @@ class DataConfig:
 
     source: str = "stdlib"
     path: str = ""  # folder of prepared shards; empty: WORKDIR/data
-    tokenizer: str = ""  # SentencePiece .model or tokenizer.json; empty: train one on the source
+    # SentencePiece .model, tokenizer.json, or a folder of Hugging Face; empty: train one on the
+    # source. It may have fewer ids than model.vocab_size, never more.
+    tokenizer: str = ""
+    tokenizer_size: int = 0  # ids of a tokenizer that is trained; 0: model.vocab_size
     text_field: str = "text"  # of a JSON line, a Parquet table or a TFDS example
     # Instruction data instead of text, written as alpaca, vicuna, llama2 or llama3 have it, or as a
     # FILE.jinja or tokenizer_config.json says; the loss is that of the answers.
@@ -78,7 +81,8 @@ class DataConfig:
         require(bool(self.source), "data.source is empty; try stdlib or a path")
         require(bool(self.text_field), "data.text_field is empty")
         require_positive("data", self, "shard_tokens", "max_document_bytes", "part_bytes")
-        require(self.workers >= 0, "data.workers must not be negative")
+        for name in ("workers", "tokenizer_size"):
+            require(getattr(self, name) >= 0, f"data.{name} must not be negative")
         require(
             self.packing in PACKINGS,
             f"data.packing must be one of {PACKINGS}, got {self.packing!r}",
@@ -226,6 +230,11 @@ class Config:
             f"got {self.init_from!r}",
         )
         self.lora.check(self.model, self.init_from)
+        require(
+            self.data.tokenizer_size <= self.model.vocab_size,
+            f"data.tokenizer_size={self.data.tokenizer_size} is more than model.vocab_size="
+            f"{self.model.vocab_size}: each id needs a row of the model",
+        )
         require(
             self.optim.warmup_steps < self.train.steps,
             f"optim.warmup_steps={self.optim.warmup_steps} must be less than "

@@ -28,7 +28,15 @@ def complete(
       UserError: as `decode.stream`.
     """
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    new = generate(config, params, ids, sampling, context=context, eos_id=tokenizer.eos_id)
+    new = generate(
+        config,
+        params,
+        ids,
+        sampling,
+        context=context,
+        eos_id=tokenizer.eos_id,
+        n_ids=tokenizer.vocab_size,
+    )
     special = (tokenizer.bos_id, tokenizer.eos_id)
     return [
         tokenizer.decode([token for token in (*prompt, *answer) if token not in special])
@@ -77,6 +85,7 @@ def additions(
         sampling,
         context=model.context,
         eos_id=model.eos_ids,
+        n_ids=tokenizer.vocab_size,
         chunk=chunk,
     )
     number = 0

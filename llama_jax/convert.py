@@ -45,6 +45,7 @@ from llama_jax.interchange.hf import DTYPES, HfSource, HfTarget
 from llama_jax.interchange.loading import check_model
 from llama_jax.interchange.merged import MergedSource, base_fingerprint, refuse_other_base
 from llama_jax.interchange.meta import MetaSource, MetaTarget
+from llama_jax.interchange.padded import with_rows
 
 FORMATS = ("hf", "meta", "ckpt", "peft")
 
@@ -132,6 +133,7 @@ def open_adapters(kind: str, folder: epath.Path, base: str = "") -> tuple[Descri
     if kind == "ckpt":
         described, adapters = saved_adapters(folder, base)
         origin = open_base(described.config.init_from, folder)
+        origin = with_rows(origin, described.config.model.vocab_size)
         check_model(origin, described.config)
         return described, adapters, origin
     lora, name = peft.read_config(folder)

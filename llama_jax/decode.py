@@ -72,9 +72,11 @@ def filter_logits(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> j
 
 
 def _draw(
-    logits_BV: jax.Array, key: jax.Array, knobs: tuple[jax.Array, jax.Array, jax.Array]
+    logits_BV: jax.Array, key: jax.Array, knobs: tuple[jax.Array, ...], n_ids: jax.Array
 ) -> jax.Array:
+    """Draws a token for each row; rows of the model from `n_ids` on have no chance."""
     temperature, top_k, top_p = knobs
+    logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < n_ids, logits_BV, -jnp.inf)
     scaled_BV = logits_BV / jnp.where(temperature > 0, temperature, 1.0)
     drawn_B = jax.random.categorical(key, filter_logits(scaled_BV, top_k, top_p))
     return jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
@@ -207,7 +209,8 @@ def _decode(
     eos_ids: jax.Array,
     limit: jax.Array,
     key: jax.Array,
-    knobs: tuple[jax.Array, jax.Array, jax.Array],
+    knobs: tuple[jax.Array, ...],
+    n_ids: jax.Array,
 ) -> tuple[jax.Array, Decoding]:
     """Draws up to `count` tokens for each row, until all rows have ended or `limit` steps are done.
 
@@ -223,7 +226,7 @@ def _decode(
     def body(carry: tuple[Decoding, jax.Array]) -> tuple[Decoding, jax.Array]:
         state, out_BT = carry
         # The key of a draw is that of its step, however the steps are cut into programs.
-        token_B = _draw(state.logits_BV, jax.random.fold_in(key, state.step), knobs)
+        token_B = _draw(state.logits_BV, jax.random.fold_in(key, state.step), knobs, n_ids)
         arrays = (token_B[:, None], state.position_B[:, None], jnp.ones((batch, 1), jnp.int32))
         logits_BV, cache = _extend(config, params, state.cache, *arrays)
         new = Decoding(
@@ -289,6 +292,7 @@ def stream(
     *,
     context: int,
     eos_id: int | Sequence[int],
+    n_ids: int | None = None,
     chunk: int = 1,
     rows: int = 1,
 ) -> Iterator[list[list[int]]]:
@@ -301,6 +305,8 @@ def stream(
       sampling: how to draw; tokens do not depend on `chunk`.
       context: longest sequence the model was trained on, in tokens; generation stops there.
       eos_id: a row ends after this token, or after any of these.
+      n_ids: ids of the tokenizer. The model may have more rows, which pad its vocabulary and are
+        never drawn; None: every row has an id.
       chunk: tokens drawn by one program; more cost fewer dispatches.
       rows: of the program, at least; what is more than the prompts is padding.
 
@@ -328,6 +334,7 @@ def stream(
             jnp.int32(sampling.top_k),
             jnp.float32(sampling.top_p),
         ),
+        jnp.int32(config.vocab_size if n_ids is None else n_ids),
     )
     slots = cache_slots(config, width, round_up(sampling.max_tokens))
     state = _prefill(config, slots, params, tokens_BT, lengths_B)
@@ -354,6 +361,7 @@ def generate(
     *,
     context: int,
     eos_id: int | Sequence[int],
+    n_ids: int | None = None,
 ) -> list[list[int]]:
     """All new tokens of each row, from one program; the rest as `stream`."""
     parts = stream(
@@ -363,6 +371,7 @@ def generate(
         sampling,
         context=context,
         eos_id=eos_id,
+        n_ids=n_ids,
         chunk=round_up(sampling.max_tokens),
     )
     return [list(itertools.chain(*row)) for row in zip(*parts, strict=True)]

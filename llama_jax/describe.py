@@ -28,6 +28,25 @@ def describe(config: Config, mesh: jax.sharding.Mesh, data: TrainingData) -> str
     )
 
 
+def remarks(config: Config, data: TrainingData) -> list[str]:
+    """Lines on what a user should know of the data before the run: padding, answers without end."""
+    rows, ids = config.model.vocab_size, data.tokenizer.vocab_size if data.tokenizer else 0
+    found = []
+    if 0 < ids < rows:
+        found.append(
+            f"vocab   {ids:,} ids, {rows:,} rows: {rows - ids:,} are padding, and never drawn"
+        )
+    answers, unended = data.answers
+    if unended:
+        found.append(
+            f"warning {unended:,} of {answers:,} answers end in no end token, so the model does "
+            f"not learn to stop there: the chat template {config.data.template} trains no token "
+            "that ends them; let it write eos_token, or another special token of the tokenizer, "
+            "at the end of the answer (inside {% generation %}), and prepare the data again"
+        )
+    return found
+
+
 def _describe_start(config: Config) -> list[str]:
     """What is trained, where that is not random weights."""
     lora = config.lora

@@ -23,7 +23,8 @@ from llama_jax.lora import adapter_count
 RESUMABLE = (
     *("mesh.", "dcn.", "model.attention", "model.remat", "model.scan_unroll", "data.path"),
     *("data.tfds_data_dir", "data.workers", "data.part_bytes", "data.shard_tokens"),
-    *("data.accept_other_data", "data.tokenizer"),  # where it is; what it is, the checkpoint knows
+    # Where the tokenizer is and how it was made; what it is, the checkpoint knows.
+    *("data.accept_other_data", "data.tokenizer", "data.tokenizer_size"),
     *("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every"),
     *("train.keep_checkpoints", "train.sample_prompt", "train.profile_steps"),
     *("train.step_timeout", "train.save_timeout"),

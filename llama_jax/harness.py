@@ -163,6 +163,7 @@ class HarnessModel(TemplateLM):
             sampling,
             context=self.max_length,
             eos_id=self._model.eos_ids,
+            n_ids=self._model.tokenizer.vocab_size,
             chunk=CHUNK,
             rows=self.batch_size,
         )

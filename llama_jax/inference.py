@@ -100,8 +100,8 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
     size = meta.config.model.vocab_size
     if tokenizer.vocab_size > size:  # beyond the embedding, JAX would take its last row
         raise UserError(
-            f"the tokenizer of {folder} has {tokenizer.vocab_size} ids, "
-            f"but model.vocab_size is {size}"
+            f"the tokenizer of {folder} has {tokenizer.vocab_size} ids, but model.vocab_size is "
+            f"{size}: convert the weights again with a tokenizer of {size} ids at most"
         )
     files = meta.tokenizer_files
     if meta.config.lora.rank:  # what was not learnt, such as special ids, is the base's

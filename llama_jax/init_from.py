@@ -10,6 +10,7 @@ from etils import epath
 from llama_jax.checkpoint import CHECKPOINTS, load_meta
 from llama_jax.config import Config
 from llama_jax.convert import open_source, parse_place
+from llama_jax.data.tokenizer_files import choose_in
 from llama_jax.errors import UserError
 from llama_jax.files import read_bytes
 from llama_jax.fingerprint import difference, fingerprint
@@ -17,6 +18,7 @@ from llama_jax.frozen import freeze
 from llama_jax.interchange.formats import ORIGINAL, Source, is_tiktoken
 from llama_jax.interchange.loading import check_model, load
 from llama_jax.interchange.merged import refuse_other_base
+from llama_jax.interchange.padded import with_rows
 from llama_jax.retention import saved_steps
 from llama_jax.step import CompiledStep, TrainState, abstract_frozen, abstract_state
 
@@ -24,10 +26,12 @@ from llama_jax.step import CompiledStep, TrainState, abstract_frozen, abstract_s
 def open_init(config: Config) -> Source:
     """The source that `config.init_from` names, if it is the model of the config.
 
+    It may have fewer rows than `model.vocab_size`; they are added (`interchange.padded`).
+
     Raises:
       UserError: it cannot be read, or holds another model.
     """
-    source = open_source(*_place(config.init_from))
+    source = with_rows(open_source(*_place(config.init_from)), config.model.vocab_size)
     check_model(source, config)
     return source
 
@@ -161,13 +165,22 @@ def with_tokenizer(config: Config, workdir: epath.Path) -> Config:
 def tokenizer_file(init_from: str) -> str:
     """Where the tokenizer of these weights is, for `data.tokenizer`; empty if they have none.
 
-    SentencePiece is preferred, as `convert` does; Llama 3's own format says less than a
+    Of several the one that fits the model is taken, as by `convert`; a folder stands for one that
+    is made of several files (see `Tokenizer.load`). Llama 3's own format says less than a
     tokenizer.json.
+
+    Raises:
+      UserError: each has more ids than the model has rows, or one cannot be read.
     """
     kind, _, folder = init_from.partition(":")
     places = [epath.Path(folder)]
     if kind == "ckpt" and (places[0] / "params").exists():  # a step, as `Tokenizer.load` reads it
         return folder if load_meta(folder).tokenizer_model else ""
+    if kind == "hf":
+        chosen, original = choose_in(places[0]), places[0] / ORIGINAL
+        if chosen is None:
+            return str(original) if original.exists() else ""
+        return str(places[0] / chosen.file) if chosen.plain else folder
     if kind == "meta":  # the first LLaMA and LLaMA-2 keep it beside the folders of the models
         places.append(places[0].parent)
     for place in places:
@@ -176,6 +189,4 @@ def tokenizer_file(init_from: str) -> str:
             return str(model)
         if described.exists():
             return str(described)
-        if kind == "hf" and (place / ORIGINAL).exists():
-            return str(place / ORIGINAL)
     return ""

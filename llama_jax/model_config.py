@@ -17,6 +17,8 @@ ROPE_SCALINGS = ("llama3", "linear", "dynamic", "yarn")
 class ModelConfig:
     """A LLaMA (Touvron et al., 2023, arXiv:2302.13971). The defaults are those of the 7B model."""
 
+    # Rows of embedding and output head. More than the tokenizer has ids are padding, so that the
+    # vocabulary divides over mesh.tensor: they are never targets and never drawn.
     vocab_size: int = 32_000
     dim: int = 4096
     n_layers: int = 32

@@ -179,10 +179,20 @@ def _check_divides(
                 raise UserError(f"{path}: the mesh {dict(mesh.shape)} has no axis {axis!r}")
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if size % parts:
+            vocabulary = path in ("embed", "lm_head") and axes == ("tensor",)
             raise UserError(
                 f"{path} of shape {shape}: a dimension of {size} does not divide over "
-                f"{' x '.join(axes)} = {parts} devices"
+                f"{' x '.join(axes)} = {parts} devices" + (_pad(size, parts) if vocabulary else "")
             )
+
+
+def _pad(rows: int, parts: int) -> str:
+    """What to do about a vocabulary that does not divide: a size that does, in blocks of 64."""
+    block = math.lcm(64, parts)
+    return (
+        f"; model.vocab_size={-(-rows // block) * block} does (rows beyond the tokenizer's ids are "
+        "padding), or use a mesh with another tensor"
+    )
 
 
 def param_shardings(params: Any, mesh: Mesh) -> Any:

@@ -22,7 +22,7 @@ from llama_jax.continuation import complete
 from llama_jax.data.pipeline import TrainingData, open_data
 from llama_jax.data.streaming import Position, StreamingBatches
 from llama_jax.decode import Sampling
-from llama_jax.describe import describe
+from llama_jax.describe import describe, remarks
 from llama_jax.errors import UserError
 from llama_jax.files import write_atomically
 from llama_jax.fingerprint import fingerprint
@@ -182,7 +182,7 @@ def run(
             raise Stopped(stopped)
         if jax.process_index() > 0:
             data = open_data(config, workdir / "data")
-        _log(describe(config, mesh, data))
+        _log("\n".join([describe(config, mesh, data), *remarks(config, data)]))
         watchdog = Watchdog(config.train.step_timeout)
         watchdog.beat("restoring", compiles=True)  # all files are read, and programs compiled
         # Outermost, since a run that ends in an error waits for its save, too.
@@ -252,7 +252,11 @@ def _print_sample(config: Config, state: TrainState, data: TrainingData) -> None
     sampling = Sampling(max_tokens=length, temperature=0.5, seed=config.train.seed)
     context = config.train.seq_len
     weights = model_weights(state, config)
-    text = complete(config.model, weights, data.tokenizer, [prompt], sampling, context=context)
+    try:
+        text = complete(config.model, weights, data.tokenizer, [prompt], sampling, context=context)
+    except UserError as error:  # the run has finished all the same
+        _log(f"no sample after {prompt!r}: {error}")
+        return
     _log(f"\nwhat it writes after {prompt!r}:\n{text[0]}")
 
 

@@ -58,7 +58,8 @@ def test_a_program_stops_at_any_of_several_end_tokens(expected):
     tokens, lengths = np.zeros((1, 16), np.int32), np.array([7], np.int32)
     tokens[0, -7:] = PROMPTS[1]
     state = decode._prefill(CONFIG, 32, PARAMS, tokens, lengths)
-    fixed = (jnp.int32(10), jax.random.key(0), (jnp.float32(0), jnp.int32(0), jnp.float32(1)))
+    knobs = (jnp.float32(0), jnp.int32(0), jnp.float32(1))
+    fixed = (jnp.int32(10), jax.random.key(0), knobs, jnp.int32(CONFIG.vocab_size))
     _, state = decode._decode(CONFIG, 10, PARAMS, state, jnp.array([NEVER, eos]), *fixed)
     assert state.step == expected[1].index(eos) + 1
 
@@ -260,3 +261,38 @@ def test_greedy_equals_transformers(changes):
     expected = hf_reference.greedy(theirs, PROMPTS)
     sampling = Sampling(max_tokens=64, temperature=0.0)
     assert generate(config, params, PROMPTS, sampling, context=256, eos_id=NEVER) == expected
+
+
+IDS = 40  # of a tokenizer; the other 24 rows of the model are padding
+
+
+def with_loud_padding():
+    """A model whose padding is by far likelier than all tokens; its first 40 rows are `PARAMS`."""
+    params = {**PARAMS, "lm_head": PARAMS["lm_head"].copy()}
+    params["embed"] = PARAMS["embed"].copy()
+    params["embed"][:, 0] = 50.0  # a direction that every hidden state has
+    params["lm_head"][:, IDS:] = 0.0
+    params["lm_head"][0, IDS:] = 1000.0
+    return params
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 1, 2)])
+def test_rows_without_an_id_are_never_drawn(shape):
+    mesh, prompts = mesh_of(shape), [[1, 5]] * 64
+    options = {"context": 64, "eos_id": NEVER}
+    params = with_loud_padding()
+    likely = np.argsort(-logits(CONFIG, params, np.array(prompts[:1]))[0, -1, :IDS])
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, param_shardings(params, mesh))
+        for knobs, first in [
+            ({"temperature": 0.0}, likely[:1]),
+            ({"temperature": 1e4}, likely),
+            ({"temperature": 1e4, "top_k": 3}, likely[:3]),  # of the tokens, not of all rows
+            ({"temperature": 1e4, "top_p": 2.5 / IDS}, likely[:3]),
+        ]:
+            sampling = Sampling(max_tokens=10, **{"top_p": 1.0, **knobs})
+            every = generate(CONFIG, params, prompts, sampling, **options)
+            assert max(token for row in every for token in row) >= IDS
+            known = generate(CONFIG, params, prompts, sampling, n_ids=IDS, **options)
+            assert max(token for row in known for token in row) < IDS
+            assert {row[0] for row in known} <= set(first.tolist())

@@ -362,8 +362,8 @@ def test_the_command(sources, tmp_path):
         (("--show={shards}", "--step=-1"), "-1 is not an integer in the range"),
         (("--show={shards}", "--plot=/proc/x.png"), "cannot write /proc/x.png"),
         (
-            ("--show={shards}", "--config=configs/tiny.py"),
-            "have a vocabulary of 300, but model.vocab_size is 4096",
+            ("--show={shards}", "--config=configs/tiny.py", "--config.model.vocab_size=64"),
+            "have a vocabulary of 300, but model.vocab_size is 64",
         ),
     ],
 )

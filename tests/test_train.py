@@ -517,8 +517,11 @@ def test_a_mixture_of_shards_prepared_elsewhere(corpus, tmp_path):
 
 
 def test_shards_of_another_vocabulary(shards, corpus, tmp_path):
-    config = text_config(corpus, data__path=str(shards), model__vocab_size=304)
-    with pytest.raises(UserError, match="vocabulary of 300, but model.vocab_size is 304"):
+    config = text_config(corpus, data__path=str(shards), model__vocab_size=299)
+    message = (
+        "vocabulary of 300, but model.vocab_size is 299; raise model.vocab_size to 300 or more"
+    )
+    with pytest.raises(UserError, match=message):
         open_data(config, epath.Path(tmp_path))
 
 
@@ -611,6 +614,7 @@ OTHER_FIELDS = {
     "data.source": "test_sources",
     "data.path": "test_shards_of_another_vocabulary",
     "data.tokenizer": "test_prepare::test_a_given_tokenizer_is_used",
+    "data.tokenizer_size": "test_rows::test_a_trained_tokenizer_may_have_fewer_ids",
     "data.template": "test_conversations::test_shards_hold_the_masks",
     "data.text_field": "test_sources::test_another_text_field",
     "data.tfds_split": "test_sources::test_tfds",

@@ -6,6 +6,7 @@ Four forms of records are known by their fields, each record for itself: Alpaca'
 be used is counted by reason, never repaired by guessing.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -14,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from llama_jax.config import DataConfig
+from llama_jax.data.answers import count_answers
 from llama_jax.data.chat_template import BEGIN, END, ChatTemplate, Encoded
 from llama_jax.data.reading import Example, Part, Reading, too_long
 from llama_jax.data.renderer import Refused
 from llama_jax.data.sources import read_records
+from llama_jax.data.templates import end_ids
 from llama_jax.data.vocabularies import MARK
 from llama_jax.errors import UserError, first_line
 from llama_jax.prompts import Messages
@@ -131,7 +134,8 @@ def examples(
     """Streams the conversations of a part as tokens; what cannot be used is counted in `reading`.
 
     So is what the template leaves out. One longer than a sequence is cut there, and all end with
-    their last token that counts: what follows would train nothing.
+    their last token that counts: what follows would train nothing. Each example says how many of
+    its answers end in no end token.
 
     Args:
       part: of JSON.
@@ -143,6 +147,7 @@ def examples(
     Raises:
       UserError: a file cannot be opened, or the template does not say what an answer is.
     """
+    ends = frozenset(end_ids(template))
     for record, where in read_records(part, data, reading):
         try:
             found = messages_of(record)
@@ -169,7 +174,9 @@ def examples(
             reading.change(BEGINS_WITH_ANSWER, where)
         if kept < last:
             reading.change(f"longer than train.seq_len={seq_len}, and cut there", where)
-        yield _example(encoded, kept + 1, key)
+        answers, unended = count_answers(encoded, seq_len + 1, ends)
+        example = _example(encoded, kept + 1, key)
+        yield dataclasses.replace(example, answers=answers, unended=unended)
 
 
 def _checked(messages: Messages, data: DataConfig) -> bytes:

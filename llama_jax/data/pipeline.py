@@ -11,6 +11,7 @@ from llama_jax.config import Config
 from llama_jax.data import loader
 from llama_jax.data.mixture import parse_shares
 from llama_jax.data.prepare import prepare
+from llama_jax.data.rows import check_ids, trained_size
 from llama_jax.data.shard_folder import MANIFEST, TOKENIZER
 from llama_jax.data.shards import TokenDataset
 from llama_jax.data.sources import Reading, documents, named_sources
@@ -31,6 +32,7 @@ class TrainingData:
       fingerprint: changes whenever the tokens do.
       template: the chat template of instruction data, in the form of a tokenizer_config.json; empty
         for plain text.
+      answers: that were prepared of instruction data, and how many of them end in no end token.
     """
 
     train: loader.BatchSource | StreamingBatches
@@ -38,6 +40,7 @@ class TrainingData:
     tokenizer: Tokenizer | None
     fingerprint: str
     template: bytes = b""
+    answers: tuple[int, int] = (0, 0)
 
     @functools.cached_property
     def files(self) -> dict[str, bytes]:
@@ -85,11 +88,8 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
                 f"the shards in {dataset.folder} were made with data.packing={how}, but it is "
                 f"{data.packing} now; use --config.data.packing={how}, or prepare other shards"
             )
-        if dataset.vocab_size != vocab_size:
-            raise UserError(
-                f"the shards in {dataset.folder} have a vocabulary of {dataset.vocab_size}, "
-                f"but model.vocab_size is {vocab_size}"
-            )
+        ids = dataset.vocab_size
+        check_ids(ids, config, f"the shards in {dataset.folder} have a vocabulary of {ids}")
         if dataset.tokenizer_sha256 != first.tokenizer_sha256:
             raise UserError(
                 f"{first.folder} and {dataset.folder} were made with different tokenizers; "
@@ -110,6 +110,10 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
         first.tokenizer(),
         _fingerprint(datasets),
         first.template(),
+        (
+            sum(dataset.answers for dataset in datasets.values()),
+            sum(dataset.unended for dataset in datasets.values()),
+        ),
     )
 
 
@@ -175,7 +179,7 @@ def _fingerprint(datasets: dict[str, TokenDataset]) -> str:
 
 def _open_stream(config: Config, folder: epath.Path) -> TrainingData:
     """A stream of the source, with a tokenizer that is trained once and then kept in `folder`."""
-    data, size = config.data, config.model.vocab_size
+    data, size = config.data, trained_size(config)
     path = epath.Path(data.tokenizer or folder / "tokenizer.model")
     if not path.exists() and not data.tokenizer:
         print(f"training a tokenizer of {size:,} ids on {data.source}", flush=True)
@@ -193,9 +197,7 @@ def _open_stream(config: Config, folder: epath.Path) -> TrainingData:
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
     tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size != size:
-        raise UserError(
-            f"tokenizer {path} has {tokenizer.vocab_size} ids, but model.vocab_size is {size}"
-        )
+    ids = tokenizer.vocab_size
+    check_ids(ids, config, f"tokenizer {path} has {ids} ids")
     stream = StreamingBatches(data, tokenizer, config.train.seq_len)
     return TrainingData(stream, None, tokenizer, stream.fingerprint())

@@ -25,6 +25,7 @@ from llama_jax.data.mixture import parse_shares
 from llama_jax.data.part import report_name, write_part
 from llama_jax.data.reading import Part, Reading
 from llama_jax.data.report import Progress, Report, report_of
+from llama_jax.data.rows import check_ids, trained_size
 from llama_jax.data.sources import documents, list_parts, named_sources
 from llama_jax.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_tokenizer
 from llama_jax.errors import UserError
@@ -44,7 +45,8 @@ def prepare(
     is finished of a run that was killed is kept in `NAME.partial`, and the same call goes on there.
 
     Args:
-      config: `data` says what to read; `model.vocab_size` sizes a new tokenizer.
+      config: `data` says what to read, `data.tokenizer_size` or else `model.vocab_size` how many
+        ids a new tokenizer gets.
       output: the folder to make.
       beam_options: run on Apache Beam with these pipeline options, such as
         `--runner=DataflowRunner --project=P`; None: on this machine.
@@ -129,7 +131,8 @@ def _template(data: DataConfig) -> bytes:
             "data.template needs the tokenizer of the model in data.tokenizer: its tokenizer.model "
             "or tokenizer.json"
         )
-    beside = epath.Path(data.tokenizer).parent / "tokenizer_config.json"
+    place = epath.Path(data.tokenizer)
+    beside = (place if place.is_dir() else place.parent) / "tokenizer_config.json"
     try:
         config = json.loads(beside.read_text()) if beside.exists() else {}
     except (OSError, ValueError) as error:
@@ -142,6 +145,7 @@ def _settings(config: Config, source: str, template: bytes) -> dict[str, Any]:
     """What the shards depend on; another value would give other shards."""
     data = config.data
     instructions = {"template": hashlib.sha256(template).hexdigest()} if template else {}
+    given = Tokenizer.load(data.tokenizer) if data.tokenizer else None
     return {
         **instructions,
         "source": source,
@@ -149,9 +153,9 @@ def _settings(config: Config, source: str, template: bytes) -> dict[str, Any]:
         "tfds_split": data.tfds_split,
         "validation_fraction": data.validation_fraction,
         "max_document_bytes": data.max_document_bytes,
-        "vocab_size": config.model.vocab_size,
+        "vocab_size": given.vocab_size if given else trained_size(config),
         "pack_len": config.train.seq_len if data.packing == "best_fit" else 0,
-        "tokenizer": Tokenizer.load(data.tokenizer).fingerprint if data.tokenizer else "trained",
+        "tokenizer": given.fingerprint if given else "trained",
     }
 
 
@@ -241,14 +245,11 @@ def _done(partial: epath.Path, parts: list[Part]) -> list[bool]:
 
 def _tokenizer(config: Config, sources: dict[str, str], output: epath.Path, log: Log) -> Tokenizer:
     """The given tokenizer, that of a source prepared before, or a new one from all sources."""
-    size = config.model.vocab_size
+    size = trained_size(config)
     if config.data.tokenizer:
         tokenizer = Tokenizer.load(config.data.tokenizer)
-        if tokenizer.vocab_size != size:
-            raise UserError(
-                f"tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} ids, "
-                f"but model.vocab_size is {size}"
-            )
+        ids = tokenizer.vocab_size
+        check_ids(ids, config, f"tokenizer {config.data.tokenizer} has {ids} ids")
         return tokenizer
     for name in filter(None, sources):
         for folder in (output / name, output / f"{name}.partial"):
@@ -339,10 +340,10 @@ def _merge(settings: dict[str, Any], parts: list[Part], folder: epath.Path) -> d
     splits: dict[str, dict[str, Any]] = {}
     for split in shard_folder.SPLITS:
         found = [report["splits"][split] for report in reports]
-        splits[split] = {
-            name: sum(one.get(name, 0) for one in found)
-            for name in ("documents", "tokens", "answer_tokens", "text_bytes")
-        }
+        names = ["documents", "tokens", "answer_tokens", "text_bytes"]
+        if "template" in settings:
+            names += ["answers", "unended_answers"]
+        splits[split] = {name: sum(one.get(name, 0) for one in found) for name in names}
         splits[split]["shards"] = [shard for one in found for shard in one["shards"]]
     tokenizer = Tokenizer.load(folder / shard_folder.TOKENIZER)
     return {

@@ -39,12 +39,16 @@ class Example:
       text_bytes: length of their text in UTF-8.
       key: decides whether it is held out; copies have the same.
       counts: of each token, whether it counts in the loss as a target; None: each does.
+      answers: of a conversation, how many it has that are not cut.
+      unended: how many of them end in no end token.
     """
 
     ids: np.ndarray
     text_bytes: int
     key: bytes
     counts: np.ndarray | None = None
+    answers: int = 0
+    unended: int = 0
 
 
 class Reading:

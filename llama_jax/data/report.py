@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from llama_jax.data import answers as answers_lib
 from llama_jax.data.shard_folder import SPLITS
 
 
@@ -17,7 +18,7 @@ class Report:
     Attributes:
       folder: where its shards are.
       splits: per split: documents, tokens, text_bytes, sequences where documents are packed, and
-        answer_tokens where only these count.
+        answer_tokens where only these count, with the numbers of answers and of unended_answers.
       skipped: documents that could not be used: reason -> (how many, where the first was).
       changed: documents of which not all is used, in the same way.
       pack_len: sequence length that documents were packed for; 0 if they were not.
@@ -49,6 +50,8 @@ class Report:
                 share = 1 - used / slots if slots else 0.0
                 line += f"{split['sequences']:>13,}{share:>9.2%}"
             lines.append(line)
+        if any("answers" in split for split in self.splits.values()):
+            lines.append(answers_lib.sentence(*answers_lib.totals(self.splits)))
         for kind, noted in (("skipped", self.skipped), ("changed", self.changed)):
             for reason, (count, first) in sorted(noted.items()):
                 lines.append(f"{kind:<12}{count:>14,}  {reason}; the first: {first}")
@@ -63,7 +66,8 @@ def report_of(folder: epath.Path, manifest: dict[str, Any]) -> Report:
         splits[name] = {key: split[key] for key in ("documents", "tokens", "text_bytes")}
         splits[name]["sequences"] = sum(shard.get("sequences", 0) for shard in split["shards"])
         if "template_sha256" in manifest:
-            splits[name]["answer_tokens"] = split["answer_tokens"]
+            kinds = ("answer_tokens", "answers", "unended_answers")  # before: not all
+            splits[name] |= {kind: split[kind] for kind in kinds if kind in split}
     pack_len = manifest["settings"].get("pack_len", 0)
     return Report(folder, splits, manifest["skipped"], manifest.get("changed", {}), pack_len)
 

@@ -36,6 +36,7 @@ class ShardWriter:
         self._tokens = 0
         self._shards: list[dict[str, Any]] = []
         self._text_bytes = 0
+        self._answers = self._unended = 0
 
     def add(self, example: Example) -> None:
         """Appends a document; of one split, all say which tokens count, or none does."""
@@ -48,6 +49,8 @@ class ShardWriter:
         self._digest.update(data)
         self._tokens += len(ids)
         self._text_bytes += example.text_bytes
+        self._answers += example.answers
+        self._unended += example.unended
         if example.counts is not None:
             self._counts.append(example.counts)
         if self._tokens >= self._shard_tokens:
@@ -98,5 +101,7 @@ class ShardWriter:
             "tokens": sum(shard["tokens"] for shard in self._shards),
             "answer_tokens": sum(shard.get("answer_tokens", 0) for shard in self._shards),
             "text_bytes": self._text_bytes,
+            "answers": self._answers,
+            "unended_answers": self._unended,
             "shards": self._shards,
         }

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from llama_jax.data.answers import totals
 from llama_jax.data.packing import INDEX_DTYPE
 from llama_jax.data.shard_folder import (
     TEMPLATE,
@@ -40,11 +41,15 @@ class TokenDataset:
       fingerprint: identity of the folder's tokens.
       tokenizer_sha256: of the tokenizer that made them.
       template_sha256: of the template that made them; empty: they are plain text.
+      answers: in all splits of the folder, as far as its manifest says.
+      unended: of these, how many end in no end token.
     """
 
     folder: epath.Path
     tokenizer_sha256: str
     template_sha256: str
+    answers: int
+    unended: int
     vocab_size: int
     n_tokens: int
     pack_len: int
@@ -68,10 +73,13 @@ class TokenDataset:
         shards = manifest["splits"][split]["shards"]
         token_starts = np.cumsum([0, *(shard["tokens"] for shard in shards)])
         sequence_starts = np.cumsum([0, *(shard.get("sequences", 0) for shard in shards)])
+        answers, unended = totals(manifest["splits"])
         return cls(
             folder=folder,
             tokenizer_sha256=manifest["tokenizer_sha256"],
             template_sha256=manifest.get("template_sha256", ""),
+            answers=answers,
+            unended=unended,
             vocab_size=manifest["vocab_size"],
             n_tokens=int(token_starts[-1]),
             pack_len=manifest["settings"].get("pack_len", 0),

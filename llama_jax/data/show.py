@@ -13,6 +13,7 @@ from etils import epath
 
 from llama_jax.config import Config, DataConfig, ModelConfig, TrainConfig, from_json
 from llama_jax.data import shard_folder
+from llama_jax.data.answers import sentence, totals
 from llama_jax.data.loader import Batches
 from llama_jax.data.packing import INDEX_DTYPE
 from llama_jax.data.pipeline import open_data
@@ -140,6 +141,10 @@ def summary(look: Look, step: int, screen: Screen) -> str:
         for kind in ("skipped", "changed")
         for reason, (count, first) in sorted(manifest.get(kind, {}).items())
     ]
+    for name, manifest in look.manifests.items():
+        answers, unended = totals(manifest["splits"])
+        if answers:
+            skipped.append(f"{name or 'the source'}: {sentence(answers, unended)}")
     return "\n".join(
         [
             *head,

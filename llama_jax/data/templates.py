@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from llama_jax.data.answers import answers_of, last_tokens
 from llama_jax.data.chat_template import (
     DEFAULT,
     ChatTemplate,
@@ -158,24 +159,19 @@ def from_json(content: bytes, tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def end_ids(template: ChatTemplate) -> list[int]:
-    """Tokens that end an answer: the tokenizer's EOS, and another one that ends a turn.
-
-    That is the last token of an answer but for white space, if it is an added one that may be a
-    marker, whether or not it is special.
-    """
+    """Tokens that end an answer: the tokenizer's EOS, and markers that end a turn."""
     tokenizer = template.tokenizer
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    try:
-        example = template.example(messages)
-    except UserError:  # it is for other conversations
-        return [tokenizer.eos_id]
-    written = example.ids[example.counts].tolist()
-    names = set(tokenizer.marker_names)
-    while written and tokenizer.piece(written[-1]) not in names:
-        if tokenizer.texts(written[-1:])[0].strip():
-            return [tokenizer.eos_id]
-        written.pop()
-    return list(dict.fromkeys([tokenizer.eos_id, *written[-1:]]))
+    markers, found = set(tokenizer.marker_names), [tokenizer.eos_id]
+    system = {"role": "system", "content": "s"}
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for messages in (turn, [*turn, *turn], [system, *turn]):
+        try:
+            example = template.example(messages)
+        except UserError:  # it is for other conversations
+            continue
+        last = (one for answer in answers_of(example) for one in last_tokens(example, *answer))
+        found += [one for one in last if tokenizer.piece(one) in markers]
+    return list(dict.fromkeys(found))
 
 
 def to_json(template: ChatTemplate) -> bytes:

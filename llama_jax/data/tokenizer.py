@@ -77,7 +77,8 @@ class Tokenizer:
     def load(cls, path: epath.PathLike) -> "Tokenizer":
         """Reads a `.model` file or a `tokenizer.json`, with the tokenizer_config.json beside it.
 
-        The folder of a saved step stands for its tokenizer.
+        The folder of a saved step stands for its tokenizer, one of Hugging Face for the tokenizer
+        that fits its model (`tokenizer_files`).
 
         Raises:
           UserError: it cannot be read, or is none.
@@ -88,6 +89,15 @@ class Tokenizer:
                 from llama_jax.checkpoint import load_meta
 
                 return cls(load_meta(path).tokenizer_model, name)
+            if path.is_dir():
+                from llama_jax.data import tokenizer_files
+
+                chosen = tokenizer_files.choose_in(path)
+                if chosen is None:
+                    raise UserError(f"{path} has no tokenizer.model and no tokenizer.json")
+                if chosen.plain:
+                    return cls.load(path / chosen.file)
+                return cls(chosen.content, name)
             model_bytes = path.read_bytes()
             config, more = (
                 _beside(path, file) for file in ("tokenizer_config.json", "special_tokens_map.json")
@@ -353,6 +363,8 @@ def train_tokenizer(
         # Its advice names flags that are not ours.
         reason, small, _ = reason.partition(". Increase vocab_size")
         mend = "; raise model.vocab_size, or name a tokenizer by data.tokenizer" if small else ""
+        if "too high" in reason:
+            mend = " That is data.tokenizer_size: further rows of model.vocab_size are padding"
         raise UserError(
             f"cannot train a tokenizer of {vocab_size} ids on {len(pieces):,} lines: {reason}{mend}"
         ) from error

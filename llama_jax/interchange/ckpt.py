@@ -8,6 +8,7 @@ tensorstore reads and writes in parts. What is written here is a step without op
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import manifest
+from llama_jax.data import tokenizer_files
 from llama_jax.data.tokenizer import with_config
 from llama_jax.data.tokenizer_json import without_ends
 from llama_jax.errors import UserError, first_line
@@ -43,8 +45,8 @@ def describe(folder: epath.Path, meta: checkpoint_lib.Meta) -> Description:
     files = dict(meta.tokenizer_files)
     if meta.tokenizer_model.lstrip()[:1] == b"{":
         files.setdefault("tokenizer.json", without_ends(meta.tokenizer_model))
-    elif meta.tokenizer_model:
-        files["tokenizer.model"] = meta.tokenizer_model
+    elif meta.tokenizer_model:  # unless it was made of that and of tokens in other files
+        files.setdefault("tokenizer.model", meta.tokenizer_model)
     formats.check_vocabulary(files, meta.config.model.vocab_size, str(folder))
     train = dataclasses.replace(meta.config.train, seq_len=meta.context)
     config = dataclasses.replace(meta.config, train=train)
@@ -102,6 +104,14 @@ class CkptSource:
             raise UserError(f"{where} cannot be read: {first_line(error)}") from error
 
 
+def _tokenizer_of(files: Mapping[str, bytes], rows: int) -> bytes:
+    """The tokenizer that a checkpoint uses, of those that came with its weights; empty: none."""
+    chosen = tokenizer_files.fitting(files, rows, "the source")
+    if chosen is None:
+        return b""
+    return with_config(chosen.content, formats.special_names(files), chosen.file)
+
+
 def _write_description(
     workdir: epath.Path, description: Description, base: dict[str, int]
 ) -> epath.Path:
@@ -109,13 +119,9 @@ def _write_description(
     files = dict(description.files)
     config = description.config
     (workdir / "config.json").write_text(config.to_json())
-    # Llama 3's own format says less than a tokenizer.json.
-    in_json = formats.is_tiktoken(files.get("tokenizer.model", b"")) and "tokenizer.json" in files
-    tokenizer = b"" if in_json else files.pop("tokenizer.model", b"")
-    name = "tokenizer.model"
-    if not tokenizer and "tokenizer.json" in files:
-        tokenizer, name = files["tokenizer.json"], "tokenizer.json"
-    tokenizer = with_config(tokenizer, formats.special_names(files), name)
+    tokenizer = _tokenizer_of(files, config.model.vocab_size)
+    if files.get("tokenizer.model") == tokenizer:
+        del files["tokenizer.model"]
     if tokenizer:
         (workdir / "tokenizer.model").write_bytes(tokenizer)
     meta = checkpoint_lib.Meta(config, 0, IMPORTED, tokenizer, tokenizer_files=files, base=base)

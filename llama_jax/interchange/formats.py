@@ -10,10 +10,10 @@ import numpy as np
 from etils import epath
 
 from llama_jax.config import Config, ModelConfig
-from llama_jax.data import tiktoken_ranks
+from llama_jax.data import tiktoken_ranks, tokenizer_files
 from llama_jax.data.tiktoken_ranks import is_tiktoken
 from llama_jax.data.tokenizer import Tokenizer, merged_config, with_config
-from llama_jax.errors import UserError, boundary
+from llama_jax.errors import UserError
 from llama_jax.files import parse_json, read_bytes, refuse_pointer
 from llama_jax.step import abstract_state
 
@@ -170,35 +170,13 @@ def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
     return out
 
 
-def check_vocabulary(files: dict[str, bytes], vocab_size: int, name: str) -> None:
-    """A tokenizer may have fewer ids than the model has rows (padding), but not more.
+def check_vocabulary(files: Mapping[str, bytes], vocab_size: int, name: str) -> None:
+    """Checks that the model has a row for each id of a tokenizer: it may have more (padding).
 
     Raises:
-      UserError: it has more, or cannot be read.
+      UserError: every tokenizer has more ids than that, or one cannot be read.
     """
-    for file in ("tokenizer.model", "tokenizer.json"):
-        if file not in files:
-            continue
-        size = _vocabulary(files[file], f"{name}/{file}")
-        if size > vocab_size:
-            raise UserError(
-                f"{name}/{file} has {size:,} ids, but the model's vocabulary is {vocab_size:,}"
-            )
-
-
-def _vocabulary(content: bytes, name: str) -> int:
-    if not name.endswith(".json"):
-        return Tokenizer(content, name).vocab_size
-    try:
-        tokenizer = parse_json(content, name)
-        with boundary(name):
-            vocab = tokenizer["model"]["vocab"]
-            # A dict of id by piece (BPE), or a list of pieces (Unigram).
-            largest = max(vocab.values()) if isinstance(vocab, dict) else len(vocab) - 1
-            added = [token["id"] for token in tokenizer.get("added_tokens") or ()]
-            return 1 + max([largest, *added])
-    except UserError as error:
-        raise UserError(f"{name} is not a tokenizer of the tokenizers library") from error
+    tokenizer_files.choose(files, vocab_size, name)
 
 
 def tokenizer_config(files: Mapping[str, bytes]) -> dict[str, Any]:
