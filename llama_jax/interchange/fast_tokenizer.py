@@ -244,7 +244,7 @@ def _escaped(text: str) -> str:
 
 
 def _check(tokenizer: Tokenizer, contents: bytes, config: dict[str, Any], model: Any) -> None:
-    """Raises `UserError` where the file gives other ids, or another text, than SentencePiece does."""
+    """Raises `UserError` where the file gives other ids or texts than SentencePiece does."""
     try:
         import tokenizers
     except ImportError as error:

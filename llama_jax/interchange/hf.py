@@ -254,7 +254,7 @@ def _with_tokenizer_config(files: dict[str, bytes]) -> tuple[dict[str, bytes], s
     given = formats.tokenizer_config(files)
     if not model or formats.is_tiktoken(model) or "tokenizer.json" in files:
         return files, ""
-    if "tokenizer_class" in given:  # it came so, and whoever named the class knows the model
+    if name in files and ("tokenizer_class" in given or "chat_template" not in given):
         return files, ""
     tokenizer, reason = Tokenizer(model), ""
     try:
