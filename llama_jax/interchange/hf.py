@@ -169,7 +169,11 @@ class HfSource:
 
 
 class HfTarget:
-    """A new folder that transformers loads."""
+    """A new folder that transformers loads.
+
+    Attributes:
+      notes: lines to print about what could not be written.
+    """
 
     def __init__(
         self,
@@ -187,8 +191,11 @@ class HfTarget:
         special = formats.special_ids(description.files)
         text = hf_config.write(description.config, dtype, special)
         (folder / "config.json").write_text(text)
-        files = formats.for_transformers(description.files)
-        for name, content in _with_tokenizer_config(files).items():
+        files, reason = _with_tokenizer_config(formats.for_transformers(description.files))
+        self.notes = (
+            [f"no tokenizer.json is written, only tokenizer.model: {reason}"] if reason else []
+        )
+        for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)  # of further chat templates
             (folder / name).write_bytes(content)
         ids = {"bos_token_id": special[0], "eos_token_id": special[1]}
@@ -211,20 +218,27 @@ class HfTarget:
         self._writer.close()
 
 
-def _with_tokenizer_config(files: dict[str, bytes]) -> dict[str, bytes]:
+def _with_tokenizer_config(files: dict[str, bytes]) -> tuple[dict[str, bytes], str]:
     """Tells transformers how to read a SentencePiece model that came without its other files.
 
     Of a run that learnt a template, a tokenizer_config.json has that and names, but no class.
+
+    Returns:
+      The files, and why no tokenizer.json was added; empty if one was, or none was needed.
     """
     model, name = files.get("tokenizer.model", b""), "tokenizer_config.json"
-    if not model or formats.is_tiktoken(model) or "tokenizer.json" in files:
-        return files
     given = formats.tokenizer_config(files)
+    if not model or formats.is_tiktoken(model) or "tokenizer.json" in files:
+        return files, ""
     if name in files and ("tokenizer_class" in given or "chat_template" not in given):
-        return files
-    made = fast_tokenizer.fast_files(Tokenizer(model))
+        return files, ""
+    tokenizer, reason = Tokenizer(model), ""
+    try:
+        made = fast_tokenizer.fast_files(tokenizer)
+    except UserError as error:
+        made, reason = fast_tokenizer.slow_files(tokenizer), str(error)
     config = json.dumps({**json.loads(made[name]), **given}, ensure_ascii=False, indent=2)
-    return {**files, **made, name: config.encode() + b"\n"}
+    return {**files, **made, name: config.encode() + b"\n"}, reason
 
 
 def load_hf(folder: epath.PathLike, config: Config, shardings: Any) -> Any:
