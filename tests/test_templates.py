@@ -330,6 +330,18 @@ def test_files_that_hold_no_template(tokenizer, tmp_path, file, content, message
         (LLAMA3, ["<|end_of_text|>", "<|eot_id|>"]),
         ("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}", ["<|end_of_text|>"]),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", ["<|end_of_text|>"]),
+        # Where another token ends all answers but the last, both do; with a system message alone.
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+            "{{ eos_token if loop.last else '<|eot_id|>' }}{% endgeneration %}"
+            "{% else %}{{ m.content }}{% endif %}{% endfor %}",
+            ["<|end_of_text|>", "<|eot_id|>"],
+        ),
+        (
+            "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+            "{% for m in messages %}{{ m.content + '<|eot_id|>' }}{% endfor %}",
+            ["<|end_of_text|>", "<|eot_id|>"],
+        ),
         ("{{ raise_exception('only with tools') }}", ["<|end_of_text|>"]),
     ],
 )

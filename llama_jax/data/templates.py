@@ -159,16 +159,22 @@ def from_json(content: bytes, tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def end_ids(template: ChatTemplate) -> list[int]:
-    """Tokens that end an answer: the tokenizer's EOS, and another one that ends a turn."""
+    """Tokens that end an answer: the tokenizer's EOS, and special ones that end a turn."""
     tokenizer = template.tokenizer
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    try:
-        example = template.example(messages)
-    except UserError:  # it is for other conversations
-        return [tokenizer.eos_id]
-    last = [token for found in answers_of(example)[-1:] for token in last_tokens(example, *found)]
-    special = [token for token in last if tokenizer.piece(token) in tokenizer.special_names]
-    return list(dict.fromkeys([tokenizer.eos_id, *special]))
+    found = [tokenizer.eos_id]
+    system = {"role": "system", "content": "Be brief."}
+    turn = [
+        {"role": "user", "content": "A question?"},
+        {"role": "assistant", "content": "An answer."},
+    ]
+    for messages in (turn, [*turn, *turn], [system, *turn]):
+        try:
+            example = template.example(messages)
+        except UserError:  # it is for other conversations
+            continue
+        last = (one for answer in answers_of(example) for one in last_tokens(example, *answer))
+        found += [one for one in last if tokenizer.piece(one) in tokenizer.special_names]
+    return list(dict.fromkeys(found))
 
 
 def to_json(template: ChatTemplate) -> bytes:
