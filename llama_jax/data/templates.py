@@ -162,8 +162,11 @@ def end_ids(template: ChatTemplate) -> list[int]:
     """Tokens that end an answer: the tokenizer's EOS, and markers that end a turn."""
     tokenizer = template.tokenizer
     markers, found = set(tokenizer.marker_names), [tokenizer.eos_id]
-    system = {"role": "system", "content": "s"}
-    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    system = {"role": "system", "content": "Be brief."}
+    turn = [
+        {"role": "user", "content": "A question?"},
+        {"role": "assistant", "content": "An answer."},
+    ]
     for messages in (turn, [*turn, *turn], [system, *turn]):
         try:
             example = template.example(messages)

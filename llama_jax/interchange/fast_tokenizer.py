@@ -22,7 +22,8 @@ from typing import Any
 
 from llama_jax.data.hard_texts import HARD_TEXTS
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.data.vocabularies import SPACE, with_ends
+from llama_jax.data.tokenizer_json import with_ends
+from llama_jax.data.vocabularies import SPACE
 from llama_jax.errors import UserError, first_line
 from llama_jax.interchange import bpe_rules
 
