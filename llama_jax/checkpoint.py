@@ -232,7 +232,7 @@ def find_step(checkpoint: epath.PathLike, *, pass_over: bool = True) -> epath.Pa
                 f"{folder / str(step)} is damaged: {reason}; bring it back from a copy, or name "
                 "the folder of an older step"
             )
-        _warn(f"{folder / str(step)} is damaged: {reason}")
+        print(f"warning: {folder / str(step)} is damaged: {reason}", file=sys.stderr)
     if steps:
         raise UserError(f"no good checkpoint is left in {folder}")
     raise UserError(f"no complete checkpoint in {folder} yet")
@@ -240,11 +240,11 @@ def find_step(checkpoint: epath.PathLike, *, pass_over: bool = True) -> epath.Pa
 
 def _warn_if_unverified(folder: epath.Path) -> None:
     if manifest.is_unverified(folder):
-        _warn(f"{folder} is unverified: it was saved by a version without a manifest")
+        _warn_once(f"{folder} is unverified: it was saved by a version without a manifest")
 
 
 @functools.cache  # a command may look for its step several times
-def _warn(text: str) -> None:
+def _warn_once(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
