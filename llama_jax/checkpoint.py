@@ -12,8 +12,9 @@ Example:
 
 import base64
 import dataclasses
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from etils import epath
 import llama_jax
 from llama_jax import cli, manifest
 from llama_jax.config import Config, from_json
-from llama_jax.errors import UserError, first_line
+from llama_jax.errors import UserError, boundary, first_line, require, typed
 from llama_jax.fingerprint import difference, fingerprint
 from llama_jax.interchange.formats import is_tokenizer_file
 from llama_jax.retention import saved_steps
@@ -50,7 +51,8 @@ class Meta:
         for the way back (see `interchange`).
       device_kind: of the chips that saved it, such as `NVIDIA H200`; empty for imported weights.
       eval_loss: validation loss at this step, in nats per token; None where it was not evaluated.
-      fingerprint: of each array of the state, by path (see `fingerprint`); empty if imported.
+      fingerprint: of each array of the state, by path (see `fingerprint`); of imported weights
+        there are only those of `params`, and none if a version before imported them.
       rewinds: that led to this step, in order: [step at which, checkpoint to which].
       base: fingerprints of the base that the adapters are for (`config.init_from` says where it
         is); empty where all weights are trained.
@@ -103,10 +105,13 @@ def meta_items(meta: Meta) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def save_meta(folder: epath.Path, meta: Meta) -> None:
-    """Writes what a step says about itself, into a folder whose arrays come from elsewhere."""
+    """Writes what a step says about itself, into a folder whose arrays come from elsewhere.
+
+    Its manifest is yet to be written.
+    """
     for name, item in zip(("meta", "tokenizer"), meta_items(meta), strict=True):
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
-            writer.save((folder / name).absolute(), item)
+            writer.save((folder / name).absolute(), item, force=True)
 
 
 def restore_items(folder: epath.Path, items: dict[str, Any], build: Callable[..., Any]) -> Any:
@@ -134,21 +139,49 @@ def restore_items(folder: epath.Path, items: dict[str, Any], build: Callable[...
                 reason = first_line(error.__cause__ or error)
                 raise DamagedCheckpoint(f"{folder / name} cannot be read: {reason}") from error
     tree = build(found)
-    prints = _saved_fingerprint(folder)
-    changed = difference(prints, fingerprint(tree)) if prints else []
+    prints = saved_fingerprint(folder, items)
+    if prints:
+        refuse_changed(folder, difference(prints, fingerprint(tree)))
+    return tree
+
+
+def saved_fingerprint(folder: epath.Path, items: Collection[str]) -> dict[str, int]:
+    """Fingerprints that were saved with a step, to compare what is read with.
+
+    Weights that a version before imported have none: their files are hashed here.
+
+    Args:
+      folder: of the step.
+      items: that are read.
+
+    Raises:
+      DamagedCheckpoint: there are no fingerprints, and the files are not as they were written.
+    """
+    try:
+        prints = manifest.described(folder).get("fingerprint", {})
+    except UserError as error:
+        raise DamagedCheckpoint(str(error)) from error
+    if not prints:
+        _refuse(folder, manifest.damage(folder, items=items))
+    return prints
+
+
+def refuse_changed(folder: epath.Path, changed: list[str]) -> None:
+    """Raises `DamagedCheckpoint` if arrays are not those that a step's fingerprints are of.
+
+    Args:
+      folder: of the step.
+      changed: names of these arrays.
+    """
     if changed:
         raise DamagedCheckpoint(
             f"{folder} does not give back what was saved: {', '.join(changed)} (fingerprint)"
         )
-    return tree
 
 
-def _saved_fingerprint(folder: epath.Path) -> dict[str, int]:
-    """Fingerprints that were saved with a step; empty for what has none."""
-    try:
-        return manifest.described(folder).get("fingerprint", {})
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"{folder}/meta cannot be read: {error}") from error
+def _refuse(folder: epath.Path, reason: str) -> None:
+    if reason:
+        raise DamagedCheckpoint(f"{folder} is damaged: {reason}")
 
 
 def _check_same_arrays(folder: epath.Path, saved: Any, target: Any) -> None:
@@ -169,29 +202,50 @@ def _steps_folder(path: epath.Path) -> epath.Path:
     return path if path.name == CHECKPOINTS else path / CHECKPOINTS
 
 
-def find_step(checkpoint: epath.PathLike) -> epath.Path:
+def find_step(checkpoint: epath.PathLike, *, pass_over: bool = True) -> epath.Path:
     """The step folder that a user means: the newest of a work directory, or the folder itself.
 
     Of a work directory, steps with files that are missing or cut are passed over, with a warning.
+
+    Args:
+      checkpoint: the work directory, or the folder of a step.
+      pass_over: False: a damaged step is an error, as where an older one would be published.
 
     Raises:
       UserError: there is none.
     """
     path = epath.Path(checkpoint)
     if (path / "params").exists():
+        _warn_if_unverified(path)
         return path
     folder = _steps_folder(path)
-    if not folder.exists():
+    if not folder.is_dir():
         raise UserError(f"no checkpoint in {path}: it is neither a work directory nor a saved step")
     steps = saved_steps(folder)
     for step in reversed(steps):
         reason = manifest.damage(folder / str(step), quick=True)
         if not reason:
+            _warn_if_unverified(folder / str(step))
             return folder / str(step)
+        if not pass_over:
+            raise DamagedCheckpoint(
+                f"{folder / str(step)} is damaged: {reason}; bring it back from a copy, or name "
+                "the folder of an older step"
+            )
         print(f"warning: {folder / str(step)} is damaged: {reason}", file=sys.stderr)
     if steps:
         raise UserError(f"no good checkpoint is left in {folder}")
     raise UserError(f"no complete checkpoint in {folder} yet")
+
+
+def _warn_if_unverified(folder: epath.Path) -> None:
+    if manifest.is_unverified(folder):
+        _warn_once(f"{folder} is unverified: it was saved by a version without a manifest")
+
+
+@functools.cache  # a command may look for its step several times
+def _warn_once(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def load_meta(step_folder: epath.PathLike) -> Meta:
@@ -199,39 +253,64 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
 
     Raises:
       UserError: the folder is no saved step, or of a newer format.
+      DamagedCheckpoint: what it says is not what was written.
     """
     folder = epath.Path(step_folder).absolute()
-    try:
-        meta = manifest.described(folder)
-        tokenizer = manifest.described(folder, "tokenizer")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a readable checkpoint: there is no such folder")
+    _refuse(folder, manifest.damage(folder, items=manifest.DESCRIPTION))
+    meta = manifest.described(folder)
+    tokenizer = manifest.described(folder, "tokenizer")
+    with boundary(f"{folder}/meta"):
         version = meta["format_version"]
         if version not in READABLE_VERSIONS:
             raise UserError(
                 f"{folder} has format {version}, this version reads "
                 f"{', '.join(map(str, READABLE_VERSIONS))}"
             )
+        found = {
+            name: typed(name, meta.get(name, kind()), kind) for name, kind in _LATER_FIELDS.items()
+        }
+        loss = meta.get("eval_loss")  # absent before manifests
+        for name in ("fingerprint", "base"):
+            require(_are_counts(found[name].values()), f"{name} must be of numbers")
+        for name, length in (("positions", 3), ("rewinds", 2)):
+            good = all(len(entry) == length and _are_counts(entry) for entry in found[name])
+            require(good, f"{name} must be lists of {length} numbers")
+        described = Meta(
+            config=from_json(typed("config", meta["config"], str)),
+            step=typed("step", meta["step"], int),
+            data_fingerprint=typed("data_fingerprint", meta["data_fingerprint"], str),
+            tokenizer_model=b"",
+            eval_loss=None if loss is None else float(loss),
+            **found,
+        )
+        require(_are_counts([described.step, described.base_context]), "step is out of range")
+    with boundary(f"{folder}/tokenizer"):
         files = tokenizer.get("files", {})
         for name in files:  # it becomes a path again where it is exported
             if not is_tokenizer_file(name):
                 raise UserError(f"{folder} holds a file {name!r}, which is no tokenizer's")
-        return Meta(
-            config=from_json(meta["config"]),
-            step=meta["step"],
-            data_fingerprint=meta["data_fingerprint"],
-            positions=meta.get("positions", []),  # absent before streaming
-            device_kind=meta.get("device_kind", ""),
-            eval_loss=meta.get("eval_loss"),  # these two, before manifests
-            fingerprint=meta.get("fingerprint", {}),
-            rewinds=meta.get("rewinds", []),  # absent before them
-            base=meta.get("base", {}),  # absent before LoRA
-            base_context=meta.get("base_context", 0),
+        return dataclasses.replace(
+            described,
             tokenizer_model=base64.b64decode(tokenizer["sentencepiece"]),
             tokenizer_files={name: base64.b64decode(file) for name, file in files.items()},
         )
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{folder} is not a readable checkpoint: {error}") from error
+
+
+# Fields of `Meta` that steps of older versions lack: they are empty there.
+_LATER_FIELDS: dict[str, Callable[[], Any]] = {
+    "positions": list,  # since streaming
+    "device_kind": str,  # since manifests
+    "fingerprint": dict,
+    "rewinds": list,
+    "base": dict,  # since LoRA
+    "base_context": int,
+}
+
+
+def _are_counts(values: Iterable[Any]) -> bool:
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def load_adapters(step_folder: epath.PathLike, config: Config) -> Any:

@@ -260,7 +260,7 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
     return _from_dict(config.to_dict())
 
 
-def from_json(text: str) -> Config:
+def from_json(text: bytes | str) -> Config:
     """Reads what `Config.to_json` wrote; what an older version had no field for has its default.
 
     Raises:

@@ -93,12 +93,12 @@ def open_source(kind: str, folder: epath.Path, context: int = 0, base: str = "")
         whole = dataclasses.replace(config.lora, base_dtype="float32")
         config = dataclasses.replace(config, lora=whole)
         return MergedSource(origin, adapters, config, {}, described)
-    step = checkpoint_lib.find_step(folder)
+    step = checkpoint_lib.find_step(folder, pass_over=False)
     meta = checkpoint_lib.load_meta(step)
     if not meta.config.lora.rank:
         if base:
             raise no_adapters(step)
-        return CkptSource(folder)
+        return CkptSource(step)
     described, adapters, origin = open_adapters(kind, step, base)
     return MergedSource(origin, adapters, described.config, meta.base, described)
 
@@ -200,7 +200,7 @@ def export_adapters(
     Raises:
       UserError: there are no adapters, or for another base; the target exists.
     """
-    step = checkpoint_lib.find_step(checkpoint)
+    step = checkpoint_lib.find_step(checkpoint, pass_over=False)
     if base:
         described, adapters, origin = open_adapters("ckpt", step, base)
         found = base_fingerprint(origin, described.config)

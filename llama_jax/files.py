@@ -75,10 +75,27 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def read_records(jsonl: epath.Path) -> Iterator[dict[str, Any]]:
-    """Streams the records of a file with one in each line; a line that a kill cut off is none."""
-    for line in jsonl.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
+    """Streams the records of a file with one in each line; what is no JSON object is left out.
+
+    A kill may cut a line off.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    for line in read_bytes(jsonl).splitlines():
+        record = None
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+        if isinstance(record, dict):
+            yield record
+
+
+def number(record: dict[str, Any], name: str) -> float | None:
+    """The number that a record has under a name; None if it has none that is finite."""
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if abs(value) < 2**63 else None
 
 
 def write_atomically(path: epath.Path, data: bytes) -> None:

@@ -7,12 +7,13 @@ change of a single element changes it for sure, and any other change but for a c
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -72,6 +73,61 @@ def fingerprint(tree: Any) -> dict[str, int]:
     return dict(zip(names, map(int, values), strict=True))
 
 
-def difference(saved: dict[str, int], found: dict[str, int]) -> list[str]:
+class LayerPrints:
+    """Fingerprints of arrays that come one layer at a time, in any order.
+
+    Attributes:
+      found: of the arrays so far, by path, as `fingerprint` gives them.
+    """
+
+    def __init__(self, n_layers: int) -> None:
+        self._n_layers = n_layers
+        self.found: dict[str, int] = {}
+        self._seen: dict[str, set[int | None]] = {}
+
+    def add(self, path: str, layer: int | None, array: Any) -> dict[str, int]:
+        """Adds an array, or one layer of it; again, it changes nothing.
+
+        Args:
+          path: of the array in our tree.
+          layer: of a stacked array; else None.
+          array: its numbers, or a tree of parts, such as `NF4`.
+
+        Returns:
+          The fingerprints of the array and its parts when its last layer has come, else nothing.
+        """
+        seen = self._seen.setdefault(path, set())
+        if layer in seen:
+            return {}
+        seen.add(layer)
+        names = []
+        for keys, x in jax.tree.leaves_with_path(array):
+            part = jax.tree_util.keystr(keys, simple=True, separator="/")
+            name = f"{path}/{part}" if part else path
+            # On this process's own device: others need not come here, whatever mesh is set.
+            with jax.set_mesh(_own_mesh()):
+                value = int(_layer_program()(x, layer))
+            self.found[name] = (self.found.get(name, 0) + value) % 2**32
+            names.append(name)
+        whole = layer is None or len(seen) == self._n_layers
+        return {name: self.found[name] for name in names} if whole else {}
+
+
+@functools.cache
+def _layer_program() -> Any:
+    return jax.jit(array_fingerprint)
+
+
+@functools.cache
+def _own_mesh() -> Mesh:
+    """One device of this process: the CPU, if JAX has been left it."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        device = jax.local_devices()[0]
+    return Mesh(np.array([device]), ("own",), axis_types=(AxisType.Auto,))
+
+
+def difference(saved: Mapping[str, int], found: dict[str, int]) -> list[str]:
     """Names of the arrays of `found` whose fingerprint is not the saved one, or was not saved."""
     return [name for name, value in found.items() if saved.get(name) != value]

@@ -16,7 +16,7 @@ from llama_jax.checkpoint import Meta
 from llama_jax.config import Config, difference, from_json
 from llama_jax.data.pipeline import TrainingData
 from llama_jax.errors import UserError
-from llama_jax.files import is_object_store
+from llama_jax.files import is_object_store, read_bytes
 from llama_jax.lora import adapter_count
 
 # Fields that may change when a run is resumed: where and how often, not what is trained.
@@ -90,7 +90,7 @@ def check_workdir(config: Config, workdir: epath.Path) -> None:
     path = workdir / "config.json"
     if path.exists():
         try:
-            saved = from_json(path.read_text())
+            saved = from_json(read_bytes(path))
         except UserError as error:
             raise UserError(f"{path}: {error}; use another --workdir") from error
         changed = _refused(difference(saved, config), config)

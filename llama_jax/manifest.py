@@ -9,15 +9,17 @@ import concurrent.futures
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from etils import epath
 
-from llama_jax.files import is_object_store
+from llama_jax.errors import UserError
+from llama_jax.files import is_object_store, parse_json, read_json
 
 NAME = "manifest.json"
-# A quick check reads the files up to this size, and of larger ones the size only.
+DESCRIPTION = ("meta", "tokenizer")  # folders of what a step says about itself, in JSON
+# A quick check reads the description and files up to this size; of larger ones the size only.
 QUICK_BYTES = 16 * 2**20
 _THREADS = 16
 
@@ -68,11 +70,21 @@ def write(folder: epath.Path) -> None:
 def _read(folder: epath.Path) -> dict[str, dict[str, Any]] | None:
     """The files that should be there; None if the manifest is not as it was written."""
     try:
-        text = (folder / NAME).read_bytes().decode()
-        files = json.loads(text)["files"]
-        return files if text == _encode(files) else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+        data = (folder / NAME).read_bytes()
+        files = parse_json(data, NAME).get("files")
+    except (OSError, UserError):
         return None
+    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
+        return None
+    return files if data == _encode(files).encode() else None
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and type(entry.get("bytes")) is int
+        and isinstance(entry.get("sha256"), str)
+    )
 
 
 def described(folder: epath.Path, item: str = "meta") -> dict[str, Any]:
@@ -81,9 +93,9 @@ def described(folder: epath.Path, item: str = "meta") -> dict[str, Any]:
     Orbax lets all processes wait for each other there, and one alone may want to know.
 
     Raises:
-      OSError, ValueError: it is not there, or no JSON.
+      UserError: it is not there, or no JSON object.
     """
-    return json.loads((folder / item / "metadata").read_text())
+    return read_json(folder / item / "metadata")
 
 
 def is_unverified(folder: epath.Path) -> bool:
@@ -92,22 +104,33 @@ def is_unverified(folder: epath.Path) -> bool:
         return False
     try:  # what came with manifests, a step says about itself
         return "fingerprint" not in described(folder)
-    except (OSError, ValueError):
+    except UserError:
         return False
 
 
-def damage(folder: epath.Path, part: tuple[int, int] = (0, 1), quick: bool = False) -> str:
+def damage(
+    folder: epath.Path,
+    part: tuple[int, int] = (0, 1),
+    quick: bool = False,
+    items: Collection[str] = (),
+) -> str:
     """The first thing that is not as it was saved, with its file's name; empty if all is well.
 
     Args:
       folder: a saved step; one without a manifest has nothing to compare with, see `is_unverified`.
       part: (index, count) of the process: it reads every count-th file.
       quick: of large files compare the size only.
+      items: folders within the step, such as `meta`; only their files are looked at. Empty: all.
     """
-    return next(iter(_damages(folder, part, quick)), "")
+    try:
+        return next(iter(_damages(folder, part, quick, items)), "")
+    except OSError as error:
+        return f"its files cannot be listed: {error.strerror or error}"
 
 
-def _damages(folder: epath.Path, part: tuple[int, int], quick: bool) -> Iterator[str]:
+def _damages(
+    folder: epath.Path, part: tuple[int, int], quick: bool, items: Collection[str]
+) -> Iterator[str]:
     if not (folder / NAME).exists():
         if not is_unverified(folder):
             yield f"{NAME} is missing"
@@ -116,6 +139,10 @@ def _damages(folder: epath.Path, part: tuple[int, int], quick: bool) -> Iterator
     if expected is None:
         yield f"{NAME} is not as it was written"
         return
+    if items:
+        expected = {n: entry for n, entry in expected.items() if n.partition("/")[0] in items}
+        listed = {name.partition("/")[0] for name in expected}
+        yield from (f"{item} is missing" for item in items if item not in listed)
     found = _files(folder)
     missing = [name for name in expected if name not in found]
     if missing:
@@ -127,7 +154,7 @@ def _damages(folder: epath.Path, part: tuple[int, int], quick: bool) -> Iterator
             yield f"{name} has {size} bytes, {expected[name]['bytes']} were written"
     mine = list(expected)[part[0] :: part[1]]
     if quick:
-        mine = [name for name in mine if sizes[name] <= QUICK_BYTES]
+        mine = [n for n in mine if sizes[n] <= QUICK_BYTES or n.partition("/")[0] in DESCRIPTION]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         digests = [pool.submit(_sha256, found[name]) for name in mine]
         for name, digest in zip(mine, digests, strict=True):

@@ -13,7 +13,7 @@ from etils import epath
 
 from llama_jax.chips import find_chip
 from llama_jax.config import Config
-from llama_jax.files import read_records
+from llama_jax.files import number, read_records
 from llama_jax.lora import flops_per_token
 
 
@@ -250,7 +250,8 @@ def plot_loss(jsonl: epath.Path, output: epath.Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     for name, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
         # A resumed run repeats steps that were lost; the later record counts.
-        points = {r["step"]: r[name] for r in records if r.get(name) is not None}
+        pairs = ((number(record, "step"), number(record, name)) for record in records)
+        points = {step: loss for step, loss in pairs if None not in (step, loss)}
         if points:
             axes.plot(*zip(*sorted(points.items()), strict=True), style, label=label, markersize=4)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="LLaMA training")

@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, boundary
 
 Messages = list[dict[str, Any]]  # of a conversation: {"role": "user", "content": TEXT}
 
@@ -67,7 +67,8 @@ def _lines(path: epath.Path, flag: str) -> Iterator[tuple[int, str]]:
 
 
 def _json(path: epath.Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}: not JSON: {error}") from error
+    with boundary(f"{path}, line {number}"):
+        try:
+            return json.loads(line)
+        except ValueError as error:  # numbers that are too long, too
+            raise UserError(f"{path}, line {number}: not JSON: {error}") from error

@@ -158,7 +158,7 @@ def test_a_missing_item_is_a_clear_error(saved, compiled, tmp_path):
         saver.restore(3, compiled[1].state_shardings)
     saver.close()
     shutil.rmtree(workdir / "checkpoints" / "3" / "meta")
-    with pytest.raises(UserError, match="is not a readable checkpoint"):
+    with pytest.raises(UserError, match=r"3 is damaged: meta/\w+\S* is missing"):
         load_meta(workdir / "checkpoints" / "3")
 
 
@@ -198,6 +198,7 @@ def test_weights_alone_are_not_trained_on(saved, compiled, tmp_path):
 def test_files_of_another_tokenizer_are_kept(tmp_path):
     meta = dataclasses.replace(META, tokenizer_files={"tokenizer.json": b"{\xff}"})
     checkpoint_lib.save_meta(tmp_path, meta)
+    manifest.write(epath.Path(tmp_path))
     assert load_meta(tmp_path) == meta
 
 
@@ -207,5 +208,6 @@ def test_files_of_another_tokenizer_are_kept(tmp_path):
 def test_no_file_of_a_checkpoint_leaves_its_folder(tmp_path, name):
     """They are written out where it is exported: a foreign one must not choose where."""
     checkpoint_lib.save_meta(tmp_path, dataclasses.replace(META, tokenizer_files={name: b"x"}))
+    manifest.write(epath.Path(tmp_path))
     with pytest.raises(UserError, match="holds a file .*, which is no tokenizer's"):
         load_meta(tmp_path)

@@ -8,7 +8,8 @@ from typing import Any
 from etils import epath
 
 from llama_jax.data import answers as answers_lib
-from llama_jax.data.shard_folder import SPLITS
+from llama_jax.data.shard_folder import MANIFEST, SPLITS
+from llama_jax.errors import boundary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,16 @@ class Report:
 
 
 def report_of(folder: epath.Path, manifest: dict[str, Any]) -> Report:
-    """The report that a manifest holds."""
+    """The report that a manifest holds.
+
+    Raises:
+      UserError: it holds none.
+    """
+    with boundary(f"{folder}/{MANIFEST}"):
+        return _report_of(folder, manifest)
+
+
+def _report_of(folder: epath.Path, manifest: dict[str, Any]) -> Report:
     splits = {}
     for name in SPLITS:
         split = manifest["splits"][name]

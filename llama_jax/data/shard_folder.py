@@ -17,14 +17,15 @@ import concurrent.futures
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from typing import IO, Any
 
 import numpy as np
 from etils import epath
 
 from llama_jax.data.packing import INDEX_DTYPE
-from llama_jax.errors import UserError
-from llama_jax.files import is_object_store
+from llama_jax.errors import UserError, boundary, require, typed
+from llama_jax.files import is_object_store, parse_json, read_bytes
 
 FORMAT_VERSION = 2  # 1: no checksum of the manifest, none of the ends of files
 MANIFEST = "manifest.json"
@@ -60,36 +61,84 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
       UserError: there is none, or it is damaged, of another version, or names files elsewhere.
     """
     path = epath.Path(folder) / MANIFEST
-    try:
-        data = path.read_bytes()
-        manifest = json.loads(data)
-    except FileNotFoundError as error:
-        raise UserError(f"no token shards in {folder}; make them with llama_jax.prepare") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    try:
-        version = manifest["format_version"]
-        if version not in (1, FORMAT_VERSION):
-            raise UserError(
-                f"{path} has format {version}, this version reads {FORMAT_VERSION}; prepare the "
-                "data again"
-            )
-        manifest["tokenizer_sha256"], manifest["vocab_size"], manifest["settings"]
-        for split in SPLITS:
-            for shard in manifest["splits"][split]["shards"]:
-                shard["tokens"], shard["documents"], shard["sha256"], shard["index_sha256"]
-                if epath.Path(shard["name"]).name != shard["name"]:
-                    raise UserError(f"{path} names a shard outside its folder: {shard['name']!r}")
-    except (KeyError, TypeError) as error:
+    if not path.exists():
+        raise UserError(f"no token shards in {folder}; make them with llama_jax.prepare")
+    data = read_bytes(path)
+    manifest = parse_json(data, f"cannot read {path}: it")
+    version = manifest.get("format_version")
+    if version is not None and version not in (1, FORMAT_VERSION):
         raise UserError(
-            f"{path} is damaged: {error!r} is missing; prepare the data again"
-        ) from error
-    if version > 1 and not _is_whole(data, manifest):
+            f"{path} has format {version!r}, this version reads {FORMAT_VERSION}; prepare the "
+            "data again"
+        )
+    if version == FORMAT_VERSION and not _is_whole(data, manifest):
         raise UserError(
             f"{path} is not as it was written: it is damaged, or was edited; restore it or prepare "
             "the data again"
         )
+    try:
+        with boundary("it"):
+            _check_form(manifest)
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}; prepare the data again") from error
     return manifest
+
+
+def _check_form(manifest: dict[str, Any]) -> None:
+    """Checks that a manifest has what its readers take from it.
+
+    Raises:
+      UserError, KeyError, TypeError, AttributeError: it has not.
+    """
+    _count(manifest, "format_version")
+    _text(manifest, "tokenizer_sha256")
+    require(0 < _count(manifest, "vocab_size") < 2**31, "vocab_size is out of range")
+    settings = typed("settings", manifest["settings"], dict)
+    _optional(_count, settings, "pack_len")
+    _optional(_text, manifest, "template_sha256")
+    for kind in ("skipped", "changed"):
+        for count, first in manifest.get(kind, {}).values():
+            require(type(count) is int and isinstance(first, str), f"{kind} does not count")
+    for name in SPLITS:
+        split = manifest["splits"][name]
+        for key in split.keys() - {"shards"}:
+            _count(split, key)
+        for shard in typed("shards", split["shards"], list):
+            _check_shard(shard)
+
+
+def _check_shard(shard: dict[str, Any]) -> None:
+    name = _text(shard, "name")
+    # Names end up in messages of one line, too.
+    if not name or epath.Path(name).name != name or not name.isprintable():
+        raise UserError(f"it names a shard outside its folder: {name!r}")
+    for key in ("tokens", "documents"):
+        _count(shard, key)
+    _optional(_count, shard, "sequences")
+    for key in ("sha256", "index_sha256"):
+        _text(shard, key)
+    for key in ("pack_sha256", "mask_sha256"):
+        _optional(_text, shard, key)
+    ends = shard.get("ends_sha256", {})
+    require(ends.keys() <= {"bin", "idx", "pack", "mask"}, "ends_sha256 names other files")
+    for kind in ends:
+        _text(ends, kind)
+
+
+def _count(values: dict[str, Any], key: str) -> int:
+    value: int = typed(key, values[key], int)
+    require(0 <= value < 2**63, f"{key}={value} is out of range")
+    return value
+
+
+def _text(values: dict[str, Any], key: str) -> str:
+    text: str = typed(key, values[key], str)
+    return text
+
+
+def _optional(check: Callable[..., Any], values: dict[str, Any], key: str) -> None:
+    if key in values:
+        check(values, key)
 
 
 def source_folders(folder: epath.PathLike) -> dict[str, epath.Path]:
@@ -203,8 +252,14 @@ def check_files(folder: epath.Path, manifest: dict[str, Any], split: str) -> Non
         _check_size(
             folder, sizes, f"{shard['name']}.idx", shard["documents"] * INDEX_DTYPE.itemsize
         )
-        if "sequences" in shard:
-            _check_size(folder, sizes, f"{shard['name']}.pack", None)
+        if "sequences" in shard:  # each has its first piece listed, and one more ends the list
+            pack = f"{shard['name']}.pack"
+            _check_size(folder, sizes, pack, None)
+            if sizes[pack] < (shard["sequences"] + 1) * INDEX_DTYPE.itemsize:
+                raise UserError(
+                    f"{folder / pack} has {sizes[pack]} bytes, too few for the "
+                    f"{shard['sequences']} sequences of the manifest; prepare the data again"
+                )
         if "mask_sha256" in shard:
             _check_size(folder, sizes, f"{shard['name']}.mask", -(-shard["tokens"] // 8))
     _check_ends(folder, sizes, shards)

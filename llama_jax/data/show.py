@@ -20,6 +20,7 @@ from llama_jax.data.pipeline import open_data
 from llama_jax.data.show_rows import Screen, counts_of_inputs, legend, show_row
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
+from llama_jax.files import read_bytes
 
 SEQ_LEN, BATCH = 256, 4  # where no config says it
 WINDOW = 1000  # sequences whose shares are counted
@@ -68,7 +69,7 @@ def open_look(folder: epath.PathLike, config: Config | None = None) -> Look:
     path = folder / "config.json"
     if path.exists():
         try:
-            saved = from_json(path.read_text())
+            saved = from_json(read_bytes(path))
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         config = config or saved

@@ -6,7 +6,7 @@ from typing import Any
 from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
-from llama_jax.files import read_records
+from llama_jax.files import number, read_records
 from llama_jax.lora import flops_by_part
 
 
@@ -79,12 +79,14 @@ def _last_values(metrics: epath.Path, step: int) -> dict[str, Any]:
     if not metrics.exists():
         return found
     for record in read_records(metrics):
-        if record.get("step", step + 1) > step:
+        at = number(record, "step")
+        if at is None or at > step:
             continue
-        found |= {n: record[n] for n in ("loss", "eval_loss") if record.get(n) is not None}
-        if record.get("tokens_per_second"):
-            rates.append(record["tokens_per_second"])
-        chip_seconds += record.get("chip_seconds") or 0.0
+        losses = {name: number(record, name) for name in ("loss", "eval_loss")}
+        found |= {name: loss for name, loss in losses.items() if loss is not None}
+        if rate := number(record, "tokens_per_second"):
+            rates.append(rate)
+        chip_seconds += number(record, "chip_seconds") or 0.0
     found["speed"] = statistics.median(rates) if rates else None
     return {**found, "chip_seconds": chip_seconds}
 

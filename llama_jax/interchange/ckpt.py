@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -22,10 +24,13 @@ from llama_jax.data import tokenizer_files
 from llama_jax.data.tokenizer import with_config
 from llama_jax.data.tokenizer_json import without_ends
 from llama_jax.errors import UserError, first_line
+from llama_jax.fingerprint import LayerPrints, difference, fingerprint
 from llama_jax.interchange import card, formats
 from llama_jax.interchange.formats import Description, is_stacked
 
 _CHUNK_SIZE = 2**25  # bytes
+# What tensorstore raises for files that are damaged or missing.
+_TENSORSTORE_ERRORS = (ValueError, OSError, LookupError, OverflowError, NotImplementedError)
 IMPORTED = "imported"  # stands for the fingerprint of data that is not known
 
 
@@ -54,20 +59,21 @@ def describe(folder: epath.Path, meta: checkpoint_lib.Meta) -> Description:
 
 
 class CkptSource:
-    """A saved step.
+    """A saved step; each array is compared with its fingerprint when its last layer is read.
 
     Memory is one array of one layer, but where each device of a training held less than
     `checkpointer.LAYER_BYTES` of it: then one stack of all layers is read at once.
     """
 
-    def __init__(self, checkpoint: epath.PathLike) -> None:
-        """Opens a work directory (its newest step), or the folder of one step.
+    def __init__(self, folder: epath.Path) -> None:
+        """Opens the folder of a step.
 
         Raises:
-          UserError: there is none, or its arrays are not those of its config.
+          UserError: it is damaged, or its arrays are not those of its config.
         """
-        folder = checkpoint_lib.find_step(checkpoint)
         meta = checkpoint_lib.load_meta(folder)
+        self._wanted = checkpoint_lib.saved_fingerprint(folder, ("params",))
+        self._prints = LayerPrints(meta.config.model.n_layers)
         model = meta.config.model
         self.description = describe(folder, meta)
         self._stores: dict[str, Any] = {}
@@ -75,18 +81,30 @@ class CkptSource:
             wanted = (model.n_layers, *shape) if is_stacked(path) else shape
             try:
                 store = ts.open(_array_spec(folder / "params", path), open=True, read=True).result()
-            except ValueError as error:
+            except _TENSORSTORE_ERRORS as error:
                 raise UserError(f"{folder}/params lacks {path}, or it is damaged") from error
-            if store.shape != wanted:
+            if store.shape != wanted or store.dtype.name != "float32":
                 raise UserError(
-                    f"{folder}/params: {path} has shape {store.shape}, its config makes it {wanted}"
+                    f"{folder}/params: {path} is {store.dtype.name} of shape {store.shape}, its "
+                    f"config makes it float32 of {wanted}"
                 )
             self._stores[path] = store
         self._folder = folder
         self._block: tuple[str, int, Any] = ("", 0, None)
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
-        """The array `path` of our tree, for a stacked one that of `layer`."""
+        """The array `path` of our tree, for a stacked one that of `layer`.
+
+        Raises:
+          UserError: it cannot be read, or with its last layer, the array is not what was saved.
+        """
+        array = self._read(path, layer)
+        if self._wanted:
+            whole = self._prints.add(f"params/{path}", layer, array)
+            checkpoint_lib.refuse_changed(self._folder, difference(self._wanted, whole))
+        return array
+
+    def _read(self, path: str, layer: int | None) -> np.ndarray:
         store: Any = self._stores[path]
         try:
             if layer is None:
@@ -99,7 +117,7 @@ class CkptSource:
                 block = store[start : min(start + depth, store.shape[0])].read().result()
                 self._block = (path, start, block)
             return block[layer - start]
-        except ValueError as error:
+        except _TENSORSTORE_ERRORS as error:
             where = f"{self._folder}/params/{path}"
             raise UserError(f"{where} cannot be read: {first_line(error)}") from error
 
@@ -114,8 +132,8 @@ def _tokenizer_of(files: Mapping[str, bytes], rows: int) -> bytes:
 
 def _write_description(
     workdir: epath.Path, description: Description, base: dict[str, int]
-) -> epath.Path:
-    """Starts a work directory with one step, whose folder is returned."""
+) -> tuple[epath.Path, checkpoint_lib.Meta]:
+    """Starts a work directory with one step; returns the step's folder and what it says."""
     files = dict(description.files)
     config = description.config
     (workdir / "config.json").write_text(config.to_json())
@@ -128,7 +146,13 @@ def _write_description(
     folder = workdir / checkpoint_lib.CHECKPOINTS / "0"
     folder.mkdir(parents=True)
     checkpoint_lib.save_meta(folder, meta)
-    return folder
+    return folder, meta
+
+
+def _complete(folder: epath.Path, meta: checkpoint_lib.Meta, prints: dict[str, int]) -> None:
+    """Seals a step whose arrays are written and have these fingerprints."""
+    checkpoint_lib.save_meta(folder, dataclasses.replace(meta, fingerprint=prints))
+    manifest.write(folder)
 
 
 def write_adapters(
@@ -142,10 +166,10 @@ def write_adapters(
       adapters: in NumPy.
       base: fingerprints of the base.
     """
-    folder = _write_description(workdir, description, base)
+    folder, meta = _write_description(workdir, description, base)
     with ocp.StandardCheckpointer() as writer:
         writer.save((folder / "params").absolute(), adapters)
-    manifest.write(folder)
+    _complete(folder, meta, fingerprint({"params": jax.tree.map(jnp.asarray, adapters)}))
 
 
 class CkptTarget:
@@ -154,7 +178,8 @@ class CkptTarget:
     def __init__(self, workdir: epath.Path, description: Description) -> None:
         """Writes all but the numbers."""
         config = description.config
-        folder = _write_description(workdir, description, {})
+        folder, self._meta = _write_description(workdir, description, {})
+        self._prints = LayerPrints(config.model.n_layers)
         self._params = folder / "params"
         self._params.mkdir()
         self._stores = {}
@@ -208,11 +233,13 @@ class CkptTarget:
         """Takes what `Source.read` gave."""
         store = self._stores[path]
         part = store if layer is None else store[layer]
+        array = formats.cast(array, np.float32, path)
+        self._prints.add(f"params/{path}", layer, array)
         try:
-            part.write(formats.cast(array, np.float32, path)).result()
+            part.write(array).result()
         except ValueError as error:  # tensorstore's word for a full disk, too
             raise UserError(f"{self._params}: {first_line(error)}") from error
 
     def close(self) -> None:
         """Completes the files: every write was waited for."""
-        manifest.write(self._params.parent)
+        _complete(self._params.parent, self._meta, self._prints.found)

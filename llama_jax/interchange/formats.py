@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -128,6 +129,11 @@ class Target(Protocol):
 
 def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Path in our tree -> shape, of one layer where the array is stacked."""
+    return dict(_shapes(model))
+
+
+@functools.lru_cache(maxsize=8)  # the model is traced for it
+def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     params = abstract_state(Config(model=model)).params
     leaves = jax.tree.leaves_with_path(params)
     found = {"/".join(key.key for key in keys): tuple(leaf.shape) for keys, leaf in leaves}

@@ -5,7 +5,6 @@ NF4 if it was quantised, because that is what the adapters were trained to add t
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,31 +14,18 @@ from etils import epath
 
 from llama_jax.config import Config, LoraConfig
 from llama_jax.errors import UserError
-from llama_jax.fingerprint import array_fingerprint
+from llama_jax.fingerprint import LayerPrints, difference
 from llama_jax.frozen import freeze, thaw
-from llama_jax.interchange.formats import Description, Source, is_stacked, units, with_base
+from llama_jax.interchange.formats import Description, Source, units, with_base
 from llama_jax.lora import adapter_of, delta
-
-_fingerprint = functools.cache(lambda: jax.jit(array_fingerprint))
-
-
-def _add_prints(found: dict[str, int], path: str, layer: int | None, frozen: Any) -> list[str]:
-    """Adds one layer to the fingerprints of an array; returns the names of the array's parts."""
-    names = []
-    for keys, x in jax.tree.leaves_with_path(frozen):
-        part = jax.tree_util.keystr(keys, simple=True, separator="/")
-        name = f"{path}/{part}" if part else path
-        found[name] = (found.get(name, 0) + int(_fingerprint()(x, layer))) % 2**32
-        names.append(name)
-    return names
 
 
 def base_fingerprint(base: Source, config: Config) -> dict[str, int]:
     """The fingerprint of a base in its frozen form, one array of one layer after another."""
-    found: dict[str, int] = {}
+    prints = LayerPrints(config.model.n_layers)
     for path, layer in units(config.model):
-        _add_prints(found, path, layer, freeze(path, base.read(path, layer), config.lora))
-    return found
+        prints.add(path, layer, freeze(path, base.read(path, layer), config.lora))
+    return prints.found
 
 
 def refuse_other_base(changed: list[str], config: Config, adapters: epath.PathLike) -> None:
@@ -82,8 +68,7 @@ class MergedSource:
         """
         self._base, self._adapters, self._config = base, adapters, config
         self._wanted = fingerprints
-        self._found: dict[str, int] = {}
-        self._seen: dict[str, set[int | None]] = {}
+        self._prints = LayerPrints(config.model.n_layers)
         plain = dataclasses.replace(config, lora=LoraConfig(), init_from="")
         files = with_base(description.files, base.description.files)
         self.description = dataclasses.replace(
@@ -99,19 +84,11 @@ class MergedSource:
         lora = self._config.lora
         frozen = freeze(path, self._base.read(path, layer), lora)
         if self._wanted:
-            self._compare(path, layer, frozen)
+            whole = self._prints.add(path, layer, frozen)
+            changed = difference(self._wanted, whole)
+            refuse_other_base(changed, self._config, "this checkpoint")
         array, adapter = thaw(frozen), adapter_of(self._adapters, path.split("/"))
         if adapter is None:
             return array
         ours = jax.tree.map(lambda x: x[layer], adapter)
         return (array + delta(ours, lora, stacked=False)).astype(np.float32)
-
-    def _compare(self, path: str, layer: int | None, frozen: Any) -> None:
-        seen = self._seen.setdefault(path, set())
-        if layer in seen:
-            return
-        seen.add(layer)
-        names = _add_prints(self._found, path, layer, frozen)
-        if len(seen) == (self._config.model.n_layers if is_stacked(path) else 1):
-            changed = [n for n in names if self._wanted.get(n) != self._found[n]]
-            refuse_other_base(changed, self._config, "this checkpoint")

@@ -1,0 +1,285 @@
+"""What is read of a checkpoint is what was saved: exports, fine-tuning, sampling and evaluation.
+
+Each file of a step is damaged in turn, or exchanged for that of another step or run. Every reader
+then refuses in one line and leaves no target, or gives exactly what the good step gives.
+"""
+
+import json
+import shutil
+
+import jax
+import pytest
+from etils import epath
+
+from llama_jax import manifest
+from llama_jax.checkpoint import load_meta
+from llama_jax.config import Config, LoraConfig
+from llama_jax.convert import convert, export_adapters, open_source
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.errors import UserError
+from llama_jax.fingerprint import fingerprint
+from llama_jax.inference import open_model
+from llama_jax.init_from import load_init, with_tokenizer
+from llama_jax.interchange.ckpt import write_adapters
+from llama_jax.interchange.formats import units
+from llama_jax.sharding import param_shardings
+from llama_jax.step import abstract_state
+from tests.helpers import (
+    TINY,
+    flip_bit,
+    frozen_base,
+    made_state,
+    mesh_of,
+    random_adapters,
+    random_params,
+    replace,
+)
+
+CONFIG = replace(TINY, model__vocab_size=300, model__n_layers=2)
+STEPS = (4, 8)
+
+
+def save(workdir, step, seed, tokenizer):
+    from llama_jax.checkpoint import Meta
+    from llama_jax.checkpointer import Checkpointer
+
+    workdir.mkdir(exist_ok=True)
+    with Checkpointer(workdir, CONFIG) as saver:
+        state = made_state(CONFIG, random_params(CONFIG.model, seed=seed), step)
+        saver.save(state, Meta(CONFIG, step, "made up", tokenizer.model_bytes))
+    tokenizer.save(workdir / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tokenizer, corpus):
+    """A run with steps 4 and 8, one of other weights and another tokenizer, and an imported one."""
+    from llama_jax.data.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("exports")
+    for step in STEPS:
+        save(folder / "run", step, step, tokenizer)
+    texts = [path.read_text() for path in sorted(corpus.iterdir())]
+    save(folder / "other", 8, 9, train_tokenizer(texts[:20], 290))
+    source = open_source("ckpt", epath.Path(folder / "other"))
+    convert(source, "ckpt", folder / "imported")
+    return folder
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+    return shutil.copytree(runs / "run", tmp_path / "run")
+
+
+def exported(place, scratch):
+    """The files that `convert` writes."""
+    target = scratch / "exported"
+    try:
+        convert(open_source("ckpt", epath.Path(place)), "hf", target)
+        return {path.name: path.read_bytes() for path in target.iterdir()}
+    finally:
+        left = [path.name for path in scratch.glob("exported*")]
+        shutil.rmtree(target, ignore_errors=True)
+        assert left in ([], ["exported"]), "a partial target is left"
+
+
+def read(place, scratch):
+    """What `convert` reads, without the time that it takes to write."""
+    source = open_source("ckpt", epath.Path(place))
+    arrays = [source.read(*unit).tobytes() for unit in units(CONFIG.model)]
+    return arrays, source.description
+
+
+def begun(place, scratch):
+    """The weights and the tokenizer that a run begins with."""
+    config = replace(CONFIG, init_from=f"ckpt:{place}", data__source="text")
+    config = with_tokenizer(config, epath.Path(scratch))
+    mesh = mesh_of((1, 1, 1, 1))
+    with jax.set_mesh(mesh):
+        params = load_init(config, param_shardings(abstract_state(config).params, mesh))
+    return fingerprint(params), Tokenizer.load(config.data.tokenizer).model_bytes
+
+
+def opened(place, scratch):
+    """The model that `generate` and `evaluate` read."""
+    model = open_model(place, "tensor=1")
+    return fingerprint(model.params), model.tokenizer.model_bytes, model.config, model.context
+
+
+READERS = (read, begun, opened)
+
+
+def outcome(reader, place, scratch):
+    """What a reader gives, or `refused`; anything but one line is a failure."""
+    try:
+        return reader(place, scratch)
+    except UserError as error:
+        assert "\n" not in str(error), error
+        return "refused"
+
+
+def files_of(folder, *items):
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    names = {path: path.relative_to(folder).parts[0] for path in found}
+    return [path for path in found if not items or names[path] in items]
+
+
+def flips(path):
+    """The file with one bit changed: near its beginning, its middle and its end."""
+    data = path.read_bytes()
+    for place in (len(data) // 9, len(data) // 2, len(data) - 1):
+        flip_bit(path, 8 * place + place % 8)
+        yield f"bit {8 * place + place % 8}"
+        path.write_bytes(data)
+
+
+def flip(path):
+    """As `flips`, but once."""
+    flip_bit(path, 8 * (path.stat().st_size // 2))
+    yield "bit in the middle"
+    flip_bit(path, 8 * (path.stat().st_size // 2))
+
+
+def cuts(path):
+    data = path.read_bytes()
+    for cut in (data[: len(data) // 2], b"", data + b"\0"):
+        path.write_bytes(cut)
+        yield f"{len(cut)} bytes"
+    path.unlink()
+    yield "deleted"
+    path.write_bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own
+@pytest.mark.parametrize(
+    ("reader", "harms"),
+    [
+        (read, (flips, cuts)),
+        (begun, (flip,)),
+        (opened, (flip,)),
+        *(pytest.param(one, (flips, cuts), marks=pytest.mark.slow) for one in (begun, opened)),
+    ],
+)
+def test_damage_of_any_file_is_refused_or_does_not_matter(
+    run, tmp_path, monkeypatch, reader, harms
+):
+    """By the step's folder, where large files are compared by their arrays alone."""
+    monkeypatch.setattr(manifest, "QUICK_BYTES", 0)
+    step = run / "checkpoints" / "8"
+    good = reader(step, tmp_path)
+    assert good != "refused" and reader(run, tmp_path) == good
+    wrong, refused = [], set()
+    files = files_of(step, "params", "meta", "tokenizer", "manifest.json")
+    assert len(files) > 12
+    for path in files:
+        for harm in harms:
+            for what in harm(path):
+                found = outcome(reader, step, tmp_path)
+                if found == "refused":
+                    refused.add(path.relative_to(step).as_posix())
+                elif found != good:
+                    wrong.append(f"{path.relative_to(step)}, {what}")
+    assert wrong == []
+    # What holds the numbers and the description is never left out.
+    largest = max(files, key=lambda path: path.stat().st_size).relative_to(step).as_posix()
+    assert {largest, "meta/metadata", "tokenizer/metadata", "manifest.json"} <= refused
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_in_a_work_directory_a_damaged_newest_step_is_never_read(run, tmp_path, reader, capsys):
+    older = reader(run / "checkpoints" / "4", tmp_path)
+    newest = run / "checkpoints" / "8"
+    for path in files_of(newest):
+        if reader is not read and path.name not in ("metadata", "manifest.json", "_METADATA"):
+            continue  # in this test, what is found does not depend on the reader
+        for what in flip(path) if reader is not read else flips(path):
+            found = outcome(reader, run, tmp_path)
+            said = capsys.readouterr().err
+            if reader is opened:  # as a run goes on from it
+                assert found == older and "warning: " in said and "8 is damaged: " in said, what
+            else:
+                assert found == "refused", (path, what)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_files_of_another_step_or_run_are_refused(runs, run, tmp_path, reader):
+    """They are whole, and often of the same size."""
+    step = run / "checkpoints" / "8"
+    good = reader(step, tmp_path)
+    for other in (run / "checkpoints" / "4", runs / "other" / "checkpoints" / "8"):
+        for name in ("params", "meta", "tokenizer", "manifest.json"):
+            shutil.move(step / name, tmp_path / "kept")
+            copy = shutil.copytree if (other / name).is_dir() else shutil.copy
+            copy(other / name, step / name)
+            assert outcome(reader, step, tmp_path) == "refused", (other, name)
+            shutil.rmtree(step / name) if (step / name).is_dir() else (step / name).unlink()
+            shutil.move(tmp_path / "kept", step / name)
+    assert reader(step, tmp_path) == good
+
+
+@pytest.mark.parametrize("version", ["now", "before fingerprints of imports"])
+def test_imported_weights_are_verified_too(runs, tmp_path, version):
+    run = shutil.copytree(runs / "imported", tmp_path / "run")
+    step = run / "checkpoints" / "0"
+    meta = load_meta(step)
+    params = jax.device_get(open_model(step, "tensor=1").params)
+    assert meta.fingerprint == fingerprint(jax.tree.map(jax.numpy.asarray, {"params": params}))
+    if version != "now":
+        described = json.loads((step / "meta" / "metadata").read_text())
+        (step / "meta" / "metadata").write_text(json.dumps({**described, "fingerprint": {}}))
+        manifest.write(epath.Path(step))
+    for reader in READERS:
+        good = reader(step, tmp_path)
+        assert good != "refused"
+        path = max(files_of(step, "params"), key=lambda path: path.stat().st_size)
+        found = [outcome(reader, step, tmp_path) for _ in flips(path)]
+        # Its last bytes may be of a node that the database no longer refers to.
+        assert found[:2] == ["refused"] * 2 and found[2] in ("refused", good), reader
+
+
+def test_a_step_without_a_manifest_is_read_with_one_warning(run, tmp_path, capsys):
+    step = run / "checkpoints" / "8"
+    good = exported(step, tmp_path)
+    (step / "manifest.json").unlink()
+    assert outcome(exported, step, tmp_path) == "refused"  # it was saved with one
+    described = json.loads((step / "meta" / "metadata").read_text())
+    del described["fingerprint"]  # as before there were manifests
+    (step / "meta" / "metadata").write_text(json.dumps(described))
+    capsys.readouterr()
+    assert exported(step, tmp_path) == good
+    said = f"warning: {step} is unverified: it was saved by a version without a manifest\n"
+    assert capsys.readouterr().err == said
+
+
+def test_adapters_and_the_base_below_them(runs, tmp_path):
+    base = shutil.copytree(runs / "run", tmp_path / "base")
+    lora = LoraConfig(rank=2, alpha=4.0, targets="wq,w2", base_dtype="float32")
+    place = base / "checkpoints" / "8"
+    config: Config = replace(CONFIG, init_from=f"ckpt:{place}", lora=lora)
+    source = open_source("ckpt", epath.Path(place))
+    prints = fingerprint(
+        jax.tree.map(jax.numpy.asarray, frozen_base(config, random_params(CONFIG.model, seed=8)))
+    )
+    described = source.description
+    described = type(described)(config, "float32", described.files)
+    (tmp_path / "lora").mkdir()
+    write_adapters(epath.Path(tmp_path / "lora"), described, random_adapters(config), prints)
+    step = tmp_path / "lora" / "checkpoints" / "0"
+
+    def as_peft(place, scratch):
+        target = scratch / "peft"
+        try:
+            export_adapters(epath.Path(place), target)
+            return {path.name: path.read_bytes() for path in target.iterdir()}
+        finally:
+            shutil.rmtree(target, ignore_errors=True)
+            assert not list(scratch.glob("peft*"))
+
+    for folder, readers in ((step, (as_peft, exported, opened)), (place, (exported, opened))):
+        for reader in readers:
+            good = reader(step, tmp_path)
+            largest = max(files_of(folder, "params"), key=lambda path: path.stat().st_size)
+            for path in (largest, folder / "meta" / "metadata", folder / "tokenizer" / "metadata"):
+                found = [outcome(reader, step, tmp_path) for _ in flips(path)]
+                assert found[:2] == ["refused"] * 2, (path, reader)
+                assert found[2] in ("refused", good), (path, reader)
+            assert reader(step, tmp_path) == good
