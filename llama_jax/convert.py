@@ -13,6 +13,9 @@ no base: one that --base names is compared with theirs.
 
 A checkpoint holds float32; hf, meta and peft keep the source's dtype, unless --dtype says another.
 
+For a SentencePiece model, hf gets a tokenizer.json with the same ids, or a line says why it has none
+(`pip install '.[hf]'` has the library that checks it).
+
 Example:
   python -m llama_jax.convert --source=hf:Llama-3.2-1B --target=ckpt:runs/llama3_2_1b
   python -m llama_jax.convert --source=ckpt:runs/tiny --target=hf:exports/tiny --dtype=bfloat16

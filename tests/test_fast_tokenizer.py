@@ -492,8 +492,9 @@ def test_transformers_reads_a_released_model(folder_of, sources, name):
     folder = folder_of(name)
     processor = sentencepiece.SentencePieceProcessor(model_proto=released(name))
     theirs = load(folder / "hf")
-    texts = [*hard_strings(map(processor.id_to_piece, range(800, 30_000))), *sources]
-    if name in ("v2", "v3", "v7"):  # where they are control pieces
+    texts = [*hard_strings(map(processor.id_to_piece, range(800, 30_000)))]
+    texts += sources if name == "v1" else [text[:2000] for text in sources]
+    if name != "v1":  # where they are control pieces
         texts = [text for text in texts if "[INST]" not in text and "[/INST]" not in text]
     assert_same_ids(
         lambda text: theirs(text)["input_ids"],
@@ -519,7 +520,7 @@ def test_transformers_gives_the_ids(trained, sources, tmp_path, name):
     names = [processor.id_to_piece(i) for i in range(len(processor)) if processor.is_control(i)]
     pieces = [processor.id_to_piece(i) for i in range(3, len(processor))]
     texts = [text for text in hard_strings(pieces) if not any(name in text for name in names)]
-    texts += [text[:3000] for text in sources]
+    texts += [text[:1000] for text in sources]
     for text in texts:
         ids = [processor.bos_id(), *processor.encode(text)]
         assert theirs(text)["input_ids"] == ids, text[:99]
