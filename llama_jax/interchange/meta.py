@@ -24,7 +24,7 @@ from etils import epath
 from llama_jax.config import Config, ModelConfig
 from llama_jax.data import tiktoken_ranks
 from llama_jax.errors import UserError, first_line
-from llama_jax.files import read_bytes, refuse_pointer_file
+from llama_jax.files import read_bytes, read_json, refuse_pointer_file
 from llama_jax.interchange import formats
 from llama_jax.interchange.formats import Description
 from llama_jax.interchange.hf import DTYPES, groups
@@ -324,12 +324,7 @@ class MetaTarget:
 
 
 def _read_params(path: epath.Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a mapping")
+    values = read_json(path)
     for field in ("moe", "quantization_args", "vision_chunk_size"):
         if values.get(field) not in (None, -1):
             raise UserError(f"{path}: {field} is not supported")
