@@ -20,6 +20,7 @@ from llama_jax.errors import UserError
 from llama_jax.inference import InferenceModel
 from llama_jax.interchange import formats
 from llama_jax.interchange.fast_tokenizer import fast_files
+from llama_jax.interchange.hf import HfSource
 from tests.chat_templates import said
 from tests.helpers import TINY, llama3_tokenizer, random_params, released_json, replace
 from tests.test_convert import edit, exported
@@ -244,39 +245,41 @@ WRONG = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return exported(tmp_path_factory.mktemp("ids") / "hf", TINY)
-
-
-@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize(("values", "eos"), IDS)
-def test_ids_of_a_folder(folder, file, values, eos):
-    write_ids(folder, file, values)
-    files = formats_of(folder)
+def test_ids_of_a_file(values, eos):
+    files = {"generation_config.json": json.dumps(values).encode()}
     assert formats.special_ids(files, 64)[1] == eos
     if eos is not None:
         assert formats.special_ids(files)[0] in (0, None)
 
 
-@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize(("values", "message"), WRONG)
-def test_ids_that_are_none(folder, file, values, message):
-    write_ids(folder, file, values)
-    with pytest.raises(UserError, match=f"{file}: {message}|{message}") as caught:
-        formats_of(folder)
-    assert file in str(caught.value) and "\n" not in str(caught.value)
+def test_ids_that_are_none(values, message):
+    files = {"generation_config.json": json.dumps(values).encode()}
+    with pytest.raises(UserError, match=f"generation_config.json: {message}|{message}") as caught:
+        formats.special_ids(files, 64)
+    assert "generation_config.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def write_ids(folder, file, values):
-    both = {"bos_token_id": "absent", "eos_token_id": "absent"}
-    edit(folder, **{**both, **(values if file == "config.json" else {})})
-    (folder / "generation_config.json").unlink(missing_ok=True)
-    if file != "config.json":
-        (folder / file).write_text(json.dumps(values))
-
-
-def formats_of(folder):
-    from llama_jax.interchange.hf import HfSource
-
-    return HfSource(folder).description.files
+def test_ids_of_a_folder(tmp_path):
+    """In config.json, or in the file that counts before it."""
+    folder = exported(tmp_path / "hf", TINY)
+    for file in ("config.json", "generation_config.json"):
+        for values, message in (
+            ({"eos_token_id": 5, "bos_token_id": -1}, ""),
+            ({"eos_token_id": -1}, ""),
+            ({"eos_token_id": 64}, "eos_token_id has 64, but the model's vocabulary is 64"),
+            ({"eos_token_id": False}, "eos_token_id=False is no token id"),
+        ):
+            both = {"bos_token_id": "absent", "eos_token_id": "absent"}
+            edit(folder, **{**both, **(values if file == "config.json" else {})})
+            (folder / "generation_config.json").unlink(missing_ok=True)
+            if file != "config.json":
+                (folder / file).write_text(json.dumps(values))
+            if not message:
+                ids = formats.special_ids(HfSource(folder).description.files)
+                assert ids == (None, 5 if values["eos_token_id"] == 5 else None)
+                continue
+            with pytest.raises(UserError, match=message) as caught:
+                HfSource(folder)
+            assert file in str(caught.value) and "\n" not in str(caught.value)
