@@ -114,6 +114,16 @@ def test_architectures(changes, message):
     assert message in error_of({**written(), **changes})
 
 
+def test_a_factor_of_1_is_none():
+    """So that a config with the defaults fits: `init_from` compares the fields."""
+    for kind in ("linear", "llama3"):
+        values = rope(type=kind, factor=1.0)
+        if kind == "llama3":
+            values["rope_scaling"] |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        assert parse(values).model.rope_scaling == "llama3"
+        assert not parse(values).model.rope_is_stretched
+
+
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 

@@ -54,10 +54,12 @@ def read(fields: Fields, context: int) -> dict[str, Any]:
     rope.refuse_others(_COMMON | _FIELDS[kind], plain)
     if kind == "default":
         return found
-    found["rope_scaling"] = kind
     if kind == "yarn":
         return found | _yarn(fields, rope, context)
-    found["rope_scaling_factor"] = rope.positive("factor")
+    factor = rope.positive("factor")
+    if factor == 1 and kind != "dynamic":
+        return found
+    found |= {"rope_scaling": kind, "rope_scaling_factor": factor}
     if kind == "dynamic":
         found["rope_original_context"] = context
     if kind == "llama3":
@@ -141,6 +143,7 @@ def _yarn(fields: Fields, rope: Fields, context: int) -> dict[str, Any]:
     betas = {"beta_fast": 32.0, "beta_slow": 1.0}
     given = {name: rope.positive(name) for name in betas if rope.values.get(name)}
     return {
+        "rope_scaling": "yarn",
         "rope_scaling_factor": factor,
         "rope_original_context": original,
         "rope_attention_factor": attention,
