@@ -33,101 +33,40 @@ _READ = {
     *("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"),
     "partial_rotary_factor",
 }
-# What does not change the logits: of any model in transformers 4 and 5, of training, of generation,
-# and of tools that write into the file.
-_HARMLESS = {
-    *(
-        "_name_or_path",
-        "name_or_path",
-        "_commit_hash",
-        "_attn_implementation",
-        "attn_implementation",
-    ),
-    *("_attn_implementation_autoset", "_attn_implementation_internal", "_flash_attn_2_enabled"),
-    *(
-        "_from_model_config",
-        "_experts_implementation",
-        "transformers_version",
-        "transformers_weights",
-    ),
-    *("torch_dtype", "dtype", "use_bfloat16", "torchscript", "tf_legacy_loss", "use_cache"),
-    *("return_dict", "return_dict_in_generate", "output_attentions", "output_hidden_states"),
-    *("output_scores", "output_logits", "finetuning_task", "task_specific_params", "problem_type"),
-    *(
-        "id2label",
-        "label2id",
-        "num_labels",
-        "tokenizer_class",
-        "prefix",
-        "auto_map",
-        "custom_pipelines",
-    ),
-    *("chunk_size_feed_forward", "tie_last_hidden_states", "keys_to_ignore_at_inference"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id"),
-    *("decoder_start_token_id", "is_decoder", "is_llama_config"),
-    # pretraining_tp cuts each product into so many, with the same sum.
-    *("initializer_range", "initializer_factor", "pretraining_tp", "gradient_checkpointing"),
-    *("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout", "hidden_dropout_prob"),
-    *("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "classifier_dropout", "mlp_dropout"),
-    *(
-        "use_flash_attention",
-        "use_flash_attention_2",
-        "use_flash_attn",
-        "use_sdpa",
-        "model_max_length",
-    ),
-    *("unsloth_version", "unsloth_fixed", "unsloth_training_args", "max_seq_len", "seq_length"),
-    *("onnx", "mlx_version", "license", "language", "datasets", "tags", "base_model"),
-    # Generation, which older versions kept here.
-    *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "early_stopping", "max_time"),
-    *(
-        "stop_strings",
-        "do_sample",
-        "num_beams",
-        "num_beam_groups",
-        "use_mtp",
-        "cache_implementation",
-    ),
-    *(
-        "cache_config",
-        "max_cache_len",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "top_h",
-        "typical_p",
-    ),
-    *("epsilon_cutoff", "eta_cutoff", "repetition_penalty", "encoder_repetition_penalty"),
-    *(
-        "length_penalty",
-        "diversity_penalty",
-        "no_repeat_ngram_size",
-        "bad_words_ids",
-        "constraints",
-    ),
-    *(
-        "encoder_no_repeat_ngram_size",
-        "renormalize_logits",
-        "forced_bos_token_id",
-        "force_words_ids",
-    ),
-    *("forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty"),
-    *("suppress_tokens", "begin_suppress_tokens", "sequence_bias", "token_healing"),
-    *("guidance_scale", "watermarking_config", "num_return_sequences", "is_assistant"),
-    *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
-    *("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit"),
-    *("assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "speculation_type"),
-    *(
-        "return_legacy_cache",
-        "transformers.js_config",
-        "compile_config",
-        "disable_compile",
-        "continuous_batching_config",
-        "low_memory",
-    ),
-    *("penalty_alpha", "dola_layers", "prefill_chunk_size", "generation_config"),
-}
+# What does not change the logits, of any model in transformers 4 and 5, of training, and of tools
+# that write into the file. pretraining_tp cuts each product into so many, with the same sum.
+_HARMLESS = """
+    _name_or_path name_or_path _commit_hash _attn_implementation attn_implementation
+    _attn_implementation_autoset _attn_implementation_internal _flash_attn_2_enabled
+    _from_model_config _experts_implementation transformers_version transformers_weights
+    torch_dtype dtype use_bfloat16 torchscript tf_legacy_loss use_cache return_dict
+    return_dict_in_generate output_attentions output_hidden_states output_scores output_logits
+    finetuning_task task_specific_params problem_type id2label label2id num_labels
+    tokenizer_class prefix auto_map custom_pipelines chunk_size_feed_forward
+    tie_last_hidden_states keys_to_ignore_at_inference bos_token_id eos_token_id pad_token_id
+    sep_token_id unk_token_id decoder_start_token_id is_decoder is_llama_config
+    initializer_range initializer_factor pretraining_tp gradient_checkpointing attention_dropout
+    attention_probs_dropout_prob hidden_dropout hidden_dropout_prob resid_pdrop embd_pdrop
+    attn_pdrop dropout classifier_dropout mlp_dropout use_flash_attention use_flash_attention_2
+    use_flash_attn use_sdpa model_max_length unsloth_version unsloth_fixed unsloth_training_args
+    max_seq_len seq_length onnx mlx_version license language datasets tags base_model
+"""
+# Generation, which older versions kept here.
+_GENERATION = """
+    max_length max_new_tokens min_length min_new_tokens early_stopping max_time stop_strings
+    do_sample num_beams num_beam_groups use_mtp cache_implementation cache_config max_cache_len
+    temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty
+    encoder_repetition_penalty length_penalty diversity_penalty no_repeat_ngram_size
+    bad_words_ids constraints encoder_no_repeat_ngram_size renormalize_logits
+    forced_bos_token_id force_words_ids forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens sequence_bias
+    token_healing guidance_scale watermarking_config num_return_sequences is_assistant
+    num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold
+    prompt_lookup_num_tokens max_matching_ngram_size assistant_early_exit assistant_lookbehind
+    target_lookbehind assistant_ensemble_weight speculation_type return_legacy_cache
+    transformers.js_config compile_config disable_compile continuous_batching_config low_memory
+    penalty_alpha dola_layers prefill_chunk_size generation_config
+"""
 # What our model does not have; each with the values that mean "without".
 _WITHOUT: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("hidden_act", "hidden_activation"), ("silu", "swish")),
@@ -159,7 +98,7 @@ def parse(content: bytes | str, name: str) -> Config:
     with boundary(name):
         fields = Fields(parse_json(content, name), name)
         kind = _kind(fields)
-        fields.refuse_others(_READ | _HARMLESS, _WITHOUT)
+        fields.refuse_others({*_READ, *_HARMLESS.split(), *_GENERATION.split()}, _WITHOUT)
         context = fields.size("max_position_embeddings", _CONTEXT[kind])
         heads, dim = fields.size("num_attention_heads"), fields.size("hidden_size")
         head_dim = fields.size("head_dim") if fields.given("head_dim") else 0
