@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from llama_jax.checkpoint import CHECKPOINTS, load_meta
+from llama_jax.checkpoint import CHECKPOINTS, find_step, load_meta
 from llama_jax.config import Config
 from llama_jax.convert import open_source, parse_place
 from llama_jax.data.tokenizer_files import choose_in
@@ -181,6 +181,8 @@ def tokenizer_file(init_from: str) -> str:
         if chosen is None:
             return str(original) if original.exists() else ""
         return str(places[0] / chosen.file) if chosen.plain else folder
+    if kind == "ckpt":
+        return _kept_tokenizer(places[0])
     if kind == "meta":  # the first LLaMA and LLaMA-2 keep it beside the folders of the models
         places.append(places[0].parent)
     for place in places:
@@ -190,3 +192,20 @@ def tokenizer_file(init_from: str) -> str:
         if described.exists():
             return str(described)
     return ""
+
+
+def _kept_tokenizer(workdir: epath.Path) -> str:
+    """The tokenizer beside a run's checkpoints, if it is still that of the newest.
+
+    The file has no checksum, and outlives the steps; a run that goes on finds it by the same name.
+    """
+    file = workdir / "tokenizer.model"
+    if not file.exists():
+        return ""
+    step = find_step(workdir, pass_over=False)
+    if read_bytes(file) != load_meta(step).tokenizer_model:
+        raise UserError(
+            f"{file} is not the tokenizer of {step}: it is damaged or replaced; name the step "
+            f"itself, which holds its own: init_from=ckpt:{step}"
+        )
+    return str(file)

@@ -21,6 +21,7 @@ from llama_jax.files import is_object_store
 SAVING = ".saving"
 _DELETING = ".deleting"
 _DAMAGED = ".damaged"
+_STEP = re.compile("0|[1-9][0-9]*")  # int() reads more, such as digits of other scripts
 _UNFINISHED = re.compile(r"\d+(\.saving|\.deleting|\.orbax-checkpoint-tmp).*")
 
 
@@ -40,7 +41,7 @@ def saved_steps(directory: epath.Path) -> list[int]:
     """
     if not directory.exists():
         return []
-    entries = [entry for entry in directory.iterdir() if entry.name.isdigit()]
+    entries = [entry for entry in directory.iterdir() if _STEP.fullmatch(entry.name)]
     if is_object_store(directory):
         entries = [entry for entry in entries if (entry / manifest.NAME).exists()]
     return sorted(int(entry.name) for entry in entries)

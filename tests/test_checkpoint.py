@@ -120,6 +120,23 @@ def test_no_checkpoint(tmp_path):
         find_step(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["²", "٣", "007", "4x", "-1"])
+def test_folders_whose_names_are_no_steps(saved, tmp_path, name):
+    workdir = shutil.copytree(saved[0], tmp_path / "run")
+    (workdir / "checkpoints" / name).mkdir()
+    assert find_step(workdir).name == "3"
+
+
+def test_what_is_no_work_directory(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(UserError, match="neither a work directory nor a saved step"):
+        find_step(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "4").write_text("a file")
+    with pytest.raises(UserError, match="no good checkpoint is left"):
+        find_step(tmp_path / "run")
+
+
 def test_an_interrupted_save_does_not_count(saved, compiled, tmp_path):
     workdir = shutil.copytree(saved[0], tmp_path / "run")
     half = workdir / "checkpoints" / "4.orbax-checkpoint-tmp-1"
