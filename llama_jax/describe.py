@@ -4,6 +4,7 @@ import jax
 
 from llama_jax.config import Config
 from llama_jax.data.pipeline import TrainingData
+from llama_jax.init_from import base_rows
 from llama_jax.lora import adapter_count, flops_by_part
 
 
@@ -35,6 +36,12 @@ def remarks(config: Config, data: TrainingData) -> list[str]:
     if 0 < ids < rows:
         found.append(
             f"vocab   {ids:,} ids, {rows:,} rows: {rows - ids:,} are padding, and never drawn"
+        )
+    if config.lora.rank and ids > (known := base_rows(config)):
+        found.append(
+            f"warning {config.init_from} has no rows for the last {ids - known:,} ids, and "
+            "adapters do not train the rows that are added: the model cannot learn these tokens; "
+            "train all weights (lora.rank=0), or use the tokenizer of the base"
         )
     answers, unended = data.answers
     if unended:

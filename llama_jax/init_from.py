@@ -57,6 +57,15 @@ def check_init(config: Config, workdir: epath.Path) -> None:
         open_init(config)
 
 
+def base_rows(config: Config) -> int:
+    """Rows for the vocabulary that the weights of `config.init_from` have, before any are added.
+
+    Raises:
+      UserError: they cannot be read.
+    """
+    return open_source(*_place(config.init_from)).description.config.model.vocab_size
+
+
 def base_context(config: Config) -> int:
     """Longest sequence, in tokens, that the weights of `config.init_from` are for; 0 without them.
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from llama_jax.data.shards import TokenDataset
 from llama_jax.data.show_rows import Screen
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.decode import Sampling, generate
+from llama_jax.describe import remarks
 from llama_jax.errors import UserError
 from llama_jax.inference import open_model
 from llama_jax.init_from import load_init, open_init
@@ -253,6 +255,20 @@ def test_fine_tuning_and_back(config, base, rows, rank, tmp_path):
         mean = params["embed"].mean(0)
         np.testing.assert_allclose(back[304:], np.tile(mean, (rows - 304, 1)), rtol=1e-5, atol=1e-7)
         export_adapters(tmp_path / "run", tmp_path / "peft", f"hf:{folder}")
+
+
+def test_adapters_warn_of_ids_whose_rows_they_cannot_train(config, base):
+    adapted = replace(config, init_from=f"hf:{base[0]}", lora=LoraConfig(rank=2))
+
+    def warnings(ids, config=adapted):
+        data = types.SimpleNamespace(
+            tokenizer=types.SimpleNamespace(vocab_size=ids), answers=(0, 0)
+        )
+        return [line for line in remarks(config, data) if line.startswith("warning")]
+
+    assert warnings(304) == warnings(306, replace(adapted, lora=LoraConfig())) == []
+    (line,) = warnings(306)
+    assert "has no rows for the last 2 ids" in line and "lora.rank=0" in line
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 1, 4)])

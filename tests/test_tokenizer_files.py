@@ -210,3 +210,10 @@ def test_the_ids_are_those_of_transformers(way, folders):
     expected = theirs.apply_chat_template(chat, chat_template=CHATML, add_generation_prompt=True)
     template = own(CHATML, ours)
     assert template.encode(chat) == expected["input_ids"]
+
+
+def test_a_token_with_two_ids(tokenizer):
+    listed = json.dumps({"added_tokens_decoder": {"301": {"content": "<a>"}}}).encode()
+    files = {"tokenizer.model": tokenizer.model_bytes, "added_tokens.json": b'{"<a>": 300}'}
+    with pytest.raises(UserError, match="there/tokenizer_config.json is malformed: '<a>' has two"):
+        tokenizer_files.choose({**files, "tokenizer_config.json": listed}, 302, "there")

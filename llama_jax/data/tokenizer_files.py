@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import sentencepiece
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
@@ -152,8 +151,8 @@ def _with_added(model: bytes, size: int, files: Mapping[str, bytes], name: str) 
         proto.pieces.add(piece=content, score=0.0, type=kind if number in added else _UNUSED)
     proto.trainer_spec.vocab_size = len(proto.pieces)
     content = proto.SerializeToString()
-    made = sentencepiece.SentencePieceProcessor(model_proto=content)
-    return [Choice(MODEL, content, made.vocab_size(), plain=False)]
+    made = Tokenizer(content, f"{name}/{MODEL} with the tokens that {ADDED} or {CONFIG} adds")
+    return [Choice(MODEL, content, made.vocab_size, plain=False)]
 
 
 def _added(files: Mapping[str, bytes], name: str) -> dict[int, tuple[str, bool]]:
@@ -176,6 +175,8 @@ def _add(found: dict[int, tuple[str, bool]], number: int, content: str, special:
         raise TypeError(f"{content!r}: {number!r} is not an added token and its id")
     if found.get(number, (content,))[0] != content:
         raise TypeError(f"{content!r} and {found[number][0]!r} have the same id {number}")
+    if any(name == content for other, (name, _) in found.items() if other != number):
+        raise TypeError(f"{content!r} has two ids")
     found[number] = (content, special)
 
 
