@@ -176,6 +176,7 @@ def tokenizer_file(init_from: str) -> str:
             return str(model)
         if described.exists():
             return str(described)
-        if kind == "hf" and (place / ORIGINAL).exists():
-            return str(place / ORIGINAL)
+        for other in (ORIGINAL, "tekken.json"):  # the second is refused by its name
+            if kind == "hf" and (place / other).exists():
+                return str(place / other)
     return ""

@@ -126,7 +126,7 @@ def test_mistrals_tekken_is_named(tmp_path):
     tekken = {"config": {"pattern": "x"}, "vocab": [{"rank": 0, "token_bytes": "AA=="}]}
     (tmp_path / "tekken.json").write_text(json.dumps(tekken))
     with pytest.raises(UserError, match="is a tekken file of Mistral's; take the tokenizer.json"):
-        Tokenizer.load(tmp_path / "tekken.json")
+        Tokenizer.load(tokenizer_file(f"hf:{tmp_path}"))
 
 
 # Conversions.
@@ -171,6 +171,7 @@ def test_names_of_the_config_beside_it(content, tmp_path):
     convert(Memory(config, random_params(config.model), files=files), "ckpt", tmp_path / "run")
     model = open_model(tmp_path / "run")
     assert model.eos_ids == (model.tokenizer.eos_id,) == (size - 256 + 9,)
+    assert open_source("ckpt", tmp_path / "run").description.files["tokenizer.model"] == content
     assert model.encode("abc") == Tokenizer(content).encode_text("abc")
 
 

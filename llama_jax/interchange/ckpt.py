@@ -115,7 +115,9 @@ def _write_description(
     name = "tokenizer.model"
     if not tokenizer and "tokenizer.json" in files:
         tokenizer, name = files["tokenizer.json"], "tokenizer.json"
-    tokenizer = with_config(tokenizer, formats.special_names(files), name)
+    given, tokenizer = tokenizer, with_config(tokenizer, formats.special_names(files), name)
+    if tokenizer != given and name == "tokenizer.model":  # now a tokenizer.json
+        files[name] = given
     if tokenizer:
         (workdir / "tokenizer.model").write_bytes(tokenizer)
     meta = checkpoint_lib.Meta(config, 0, IMPORTED, tokenizer, tokenizer_files=files, base=base)
