@@ -2,6 +2,8 @@
 
 The text appears as it is drawn; of several prompts, which are continued at the same time, one after
 the other. Prompts in a file are one to a line, or in a .jsonl file strings or {"prompt": TEXT}.
+A prompt begins with BOS if its tokenizer adds it, as in transformers; with --special, one that is
+written at its beginning is not put there again.
 
 A checkpoint with a chat template answers conversations: a line of --messages is a list of messages
 {"role": "user", "content": TEXT}, or {"messages": [...]}. --chat_template=default makes each prompt

@@ -186,10 +186,11 @@ def tokenizer_file(init_from: str) -> str:
     if kind == "ckpt" and (places[0] / "params").exists():  # a step, as `Tokenizer.load` reads it
         return folder if load_meta(folder).tokenizer_model else ""
     if kind == "hf":
-        chosen, original = choose_in(places[0]), places[0] / ORIGINAL
-        if chosen is None:
-            return str(original) if original.exists() else ""
-        return str(places[0] / chosen.file) if chosen.plain else folder
+        chosen = choose_in(places[0])
+        if chosen is not None:
+            return str(places[0] / chosen.file) if chosen.plain else folder
+        others = (places[0] / ORIGINAL, places[0] / "tekken.json")  # the second is refused by name
+        return next((str(file) for file in others if file.exists()), "")
     if kind == "ckpt":
         return _kept_tokenizer(places[0])
     if kind == "meta":  # the first LLaMA and LLaMA-2 keep it beside the folders of the models

@@ -14,7 +14,7 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.inference import open_model
 from llama_jax.init_from import tokenizer_file
-from tests.helpers import TINY, random_params, replace
+from tests.helpers import TINY, random_params, replace, text_config
 from tests.llama3_ranks import file_of, merged, ranks_of
 from tests.test_convert import Memory, exported
 from tests.test_vocabularies import HARD, MARKED
@@ -126,7 +126,20 @@ def test_mistrals_tekken_is_named(tmp_path):
     tekken = {"config": {"pattern": "x"}, "vocab": [{"rank": 0, "token_bytes": "AA=="}]}
     (tmp_path / "tekken.json").write_text(json.dumps(tekken))
     with pytest.raises(UserError, match="is a tekken file of Mistral's; take the tokenizer.json"):
-        Tokenizer.load(tmp_path / "tekken.json")
+        Tokenizer.load(tokenizer_file(f"hf:{tmp_path}"))
+
+
+def test_shards_are_made_with_it(content, corpus, tmp_path):
+    from llama_jax.data.prepare import prepare
+    from llama_jax.data.shards import TokenDataset
+
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    config = text_config(corpus, data__tokenizer=str(tmp_path / "tokenizer.model"))
+    config = replace(config, model__vocab_size=Tokenizer(content).vocab_size)
+    prepare(config, tmp_path / "shards", log=lambda line: None)
+    data = TokenDataset.open(tmp_path / "shards", "train")
+    assert data.tokenizer().model_bytes == content
+    assert "# file 0\n" in data.tokenizer().decode(data.tokens(0, data.n_tokens))
 
 
 # Conversions.
@@ -171,6 +184,7 @@ def test_names_of_the_config_beside_it(content, tmp_path):
     convert(Memory(config, random_params(config.model), files=files), "ckpt", tmp_path / "run")
     model = open_model(tmp_path / "run")
     assert model.eos_ids == (model.tokenizer.eos_id,) == (size - 256 + 9,)
+    assert open_source("ckpt", tmp_path / "run").description.files["tokenizer.model"] == content
     assert model.encode("abc") == Tokenizer(content).encode_text("abc")
 
 

@@ -382,3 +382,33 @@ def test_each_token_knows_its_letters(kind, llama3, tokenizer):
                     assert letters == name
                 elif letters.isascii() and start < stop and name != SPACE:
                     assert found.texts([token])[0].strip(" ") == letters.strip(" ")
+
+
+def test_a_vocabulary_that_lacks_a_text(corpus):
+    """The library refuses a word that a vocabulary of words has not, and no token for unknown."""
+    values = described(corpus, (), [("<s>", True), ("</s>", True)])
+    values["model"] = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "<unk>"}
+    values["pre_tokenizer"] = {"type": "Whitespace"}
+    for number, token in enumerate(values["added_tokens"]):
+        token["id"] = 2 + number
+    found = Tokenizer(json.dumps(values).encode())
+    assert found.encode("a b") == [0, 1]
+    for read in (
+        lambda: found.encode("a c"),
+        lambda: found.encode("a c", special=True),
+        lambda: found.encode(found.protected("c </s>"), special=True),
+        lambda: found.encode_documents(["a c"], 1),
+        lambda: found.encode_documents(["a c"], 2),
+    ):
+        with pytest.raises(UserError, match="the tokenizer cannot read a text: ") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_piece_of_letters_that_byte_level_does_not_have(corpus):
+    """It stands for itself, as the library decodes it."""
+    values = described(corpus, ("\u65e5 x",), [("<s>", True), ("</s>", True)])
+    found = Tokenizer(json.dumps(values).encode())
+    token = values["model"]["vocab"]["\u65e5 x"]
+    raw = tokenizers.Tokenizer.from_str(json.dumps(values))
+    assert found.texts([token]) == [raw.decode([token])] == ["\u65e5 x"]

@@ -1,10 +1,11 @@
 """Hugging Face's `tokenizer.json`, and what the `tokenizer_config.json` beside it adds."""
 
+import contextlib
 import functools
 import itertools
 import json
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ class TokenizerJson:
 
     def __init__(self, model_bytes: bytes, name: str) -> None:
         """Parses the JSON; raises `UserError` where it is none, or BOS and EOS are unknown."""
+        self._name = name
         try:
             described = parse_json(model_bytes, "it")
             if "model" not in described and {"vocab", "config"} <= described.keys():
@@ -183,20 +185,31 @@ class TokenizerJson:
         """See `Vocabulary`."""
         if special:
             return self.encode_spans(text)[0]
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encoded(self._tokenizer, text).ids
+
+    def _encoded(self, tokenizer: Any, text: str) -> Any:
+        with self._reading():
+            return tokenizer.encode(text, add_special_tokens=False)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the library raises a bare one
+            raise UserError(f"{self._name} cannot read a text: {first_line(error)}") from error
 
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """See `Vocabulary`."""
         if MARK not in text:
-            found = self._parsing.encode(text, add_special_tokens=False)
+            found = self._encoded(self._parsing, text)
             return found.ids, found.offsets
-        found = self._parsing_marked.encode(text, add_special_tokens=False)
+        found = self._encoded(self._parsing_marked, text)
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         markers = set(self._normalized_markers.values())
         for token, (start, stop) in zip(found.ids, found.offsets, strict=True):
             if token in markers and MARK in text[start:stop]:  # a name, to be read as text
-                again = self._plain_marked.encode(text[start:stop], add_special_tokens=False)
+                again = self._encoded(self._plain_marked, text[start:stop])
                 ids += again.ids
                 spans += [(start + first, start + last) for first, last in again.offsets]
             else:
@@ -209,8 +222,9 @@ class TokenizerJson:
         if threads == 1:  # never its thread pool, which does not survive a fork
             rows = [self.encode(text, False) for text in texts]
         else:
-            encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-            rows = [one.ids for one in encoded]
+            with self._reading():
+                found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            rows = [one.ids for one in found]
         return [np.array([self.bos_id, *row, self.eos_id], np.int32) for row in rows]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -230,7 +244,10 @@ class TokenizerJson:
         if piece is None:
             return None
         if self._byte_level:
-            return bytes(byte_of_letter()[letter] for letter in piece)
+            letters = byte_of_letter()
+            if all(letter in letters for letter in piece):
+                return bytes(letters[letter] for letter in piece)
+            return piece.encode()  # as the library decodes what is no such piece
         if self._byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", piece):
             return bytes([int(piece[3:5], 16)])
         return piece.replace(SPACE, " ").encode()
