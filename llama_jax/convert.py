@@ -13,7 +13,7 @@ no base: one that --base names is compared with theirs.
 
 A checkpoint holds float32; hf, meta and peft keep the source's dtype, unless --dtype says another.
 
-For a SentencePiece model, hf gets a tokenizer.json of the same ids, or a line says why it has none
+For a SentencePiece model, hf gets a tokenizer.json with the same ids, or a line says why not
 (`pip install '.[hf]'` has the library that checks it).
 
 Example:
