@@ -66,7 +66,10 @@ def with_user_defined(**options):
 
 
 EXACT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-KINDS = ["byte level", "released", "exported", "nfkc", "pieces", "pieces nfkc", "pieces no space"]
+KINDS = [
+    *("byte level", "released", "exported", "nfkc", "pieces", "pieces nfkc", "pieces no space"),
+    "pieces exported",
+]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,7 @@ def all_kinds(corpus, tokenizer):
         "pieces": with_user_defined(**EXACT),
         "pieces nfkc": with_user_defined(),
         "pieces no space": with_user_defined(**EXACT, add_dummy_prefix=False),
+        "pieces exported": Tokenizer(fast_files(with_user_defined(**EXACT))["tokenizer.json"]),
     }
 
 

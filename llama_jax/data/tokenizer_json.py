@@ -27,6 +27,9 @@ _NOTHING_ADDED: dict[str, Any] = {"post_processor": None}
 _FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
+_ALTERNATIVE = re.compile(r"(?:\\.|[^\\|])+")  # of a pattern
+
+
 class _NoEnds(UserError):
     """What a tokenizer.json lacks; the name of the file is put before it."""
 
@@ -133,8 +136,10 @@ class TokenizerJson:
     @functools.cached_property
     def marker_names(self) -> list[str]:
         """See `Vocabulary`."""
+        added = self._added.values()
         return [
-            one.content for one in self._added.values() if one.special or is_marker(one.content)
+            *(one.content for one in added if one.special or is_marker(one.content)),
+            *filter(is_marker, self._cut_names),
         ]
 
     def normalizes_to_marker(self, text: str) -> bool:
@@ -149,11 +154,22 @@ class TokenizerJson:
     @functools.cached_property
     def _normalized_markers(self) -> dict[str, int]:
         """Ids of those that are looked for when a text is normalized, and marks are out."""
-        return {
+        added = {
             one.content: token
             for token, one in self._added.items()
             if one.normalized and not one.special and is_marker(one.content)
         }
+        cut = {name: self._tokenizer.token_to_id(name) for name in self._cut_names}
+        return added | {name: token for name, token in cut.items() if is_marker(name)}
+
+    @functools.cached_property
+    def _cut_names(self) -> list[str]:
+        """Pieces that are cut out of a text by their names: the user-defined ones of an export."""
+        for pattern in _split_patterns(json.loads(self._json).get("pre_tokenizer")):
+            names = [re.sub(r"\\(.)", r"\1", one) for one in _ALTERNATIVE.findall(pattern)]
+            if all(self._tokenizer.token_to_id(name) is not None for name in names):
+                return names
+        return []
 
     @functools.cached_property
     def _parsing(self) -> Any:
@@ -179,6 +195,8 @@ class TokenizerJson:
     @functools.cached_property
     def _plain_marked(self) -> Any:
         described = _without_space(json.loads(self._json)) | _NOTHING_ADDED
+        if self._cut_names:
+            described["model"]["ignore_merges"] = False
         return self._dropping_marks(described, self._normalized_markers)
 
     def encode(self, text: str, special: bool) -> list[int]:
@@ -282,6 +300,17 @@ def _decoders(described: Any) -> list[dict[str, Any]]:
         return []
     inner = described.get("decoders") or ()
     return [described, *(part for one in inner for part in _decoders(one))]
+
+
+def _split_patterns(described: Any) -> list[str]:
+    """Regular expressions whose matches a pre-tokenizer, or one inside it, makes words of."""
+    if not isinstance(described, dict):
+        return []
+    inner = described.get("pretokenizers") or ()
+    found = [pattern for one in inner for pattern in _split_patterns(one)]
+    if described.get("type") == "Split" and described.get("behavior") == "Isolated":
+        found.append(described["pattern"].get("Regex", ""))
+    return [pattern for pattern in found if pattern]
 
 
 def end_names(config: Mapping[str, Any], name: str) -> dict[str, str]:
