@@ -24,6 +24,7 @@ from llama_jax.errors import UserError
 from llama_jax.inference import open_model
 from llama_jax.interchange import bpe_rules
 from llama_jax.interchange.fast_tokenizer import fast_files
+from llama_jax.interchange.hf import HfSource
 from tests.chat_templates import said
 from tests.helpers import TINY, random_params, replace, run_command
 from tests.test_convert import Memory, exported
@@ -335,6 +336,30 @@ def test_without_the_library_nothing_unchecked_is_written(tokenizer, tmp_path, c
     )
     assert "pip install 'llama_jax[hf]'" in capsys.readouterr().out
     assert not (tmp_path / "hf" / "tokenizer.json").exists()
+
+
+def test_a_model_that_begins_no_text_with_bos(tokenizer, tmp_path):
+    folder = tmp_path / "hf"
+    config = json.dumps({"add_bos_token": False, "chat_template": "{{ messages }}"}).encode()
+    files = {"tokenizer.model": tokenizer.model_bytes, "tokenizer_config.json": config}
+    exported(folder, replace(TINY, model__vocab_size=tokenizer.vocab_size), files=files)
+    written = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    raw = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
+    for text in ("a  b", " def f():\n    pass", "日本"):
+        assert written.encode(text).ids == raw.encode(text)
+    assert HfSource(folder).description.files.keys() >= files.keys()
+
+
+def test_tokens_that_another_file_adds_are_in_the_file(tokenizer, tmp_path):
+    folder, size = tmp_path / "hf", tokenizer.vocab_size
+    added = json.dumps({"<|im_start|>": size, "<|im_end|>": size + 1}).encode()
+    config = json.dumps({"chat_template": "{{ messages }}"}).encode()
+    files = {"tokenizer.model": tokenizer.model_bytes, "added_tokens.json": added}
+    files["tokenizer_config.json"] = config
+    exported(folder, replace(TINY, model__vocab_size=size + 2), files=files)
+    written = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert written.encode("<|im_end|>").ids == [tokenizer.bos_id, size + 1]
+    assert (folder / "tokenizer.model").read_bytes() == tokenizer.model_bytes
 
 
 def test_the_check_finds_what_nobody_thought_of(trained, monkeypatch):

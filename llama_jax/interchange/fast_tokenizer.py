@@ -57,7 +57,7 @@ def slow_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     In transformers 5 its class has SentencePiece itself encode; older ones refuse it. (LLaMA's
     class would read the model by rules that are not the model's.) It decodes a byte as its name.
     """
-    pattern = {"special_tokens_pattern": "bos"}
+    pattern = {"special_tokens_pattern": "bos" if tokenizer.prefix else "none"}
     return {"tokenizer_config.json": _config(tokenizer, "SentencePieceBackend", **pattern)}
 
 
@@ -112,7 +112,7 @@ def _contents(model: Any, tokenizer: Tokenizer) -> dict[str, Any]:
                 raise UserError(
                     f"its piece {''.join(rule)!r} is made of {part!r}, which is no piece"
                 )
-    bos, unk = tokenizer.piece(tokenizer.bos_id), _unknown(model)
+    bos = [tokenizer.piece(token) for token in tokenizer.prefix]
     pre_tokenizers = [*_spaces(model), *_cuts(model, user_defined, rules)]
     return {
         "version": "1.0",
@@ -123,22 +123,30 @@ def _contents(model: Any, tokenizer: Tokenizer) -> dict[str, Any]:
         ],
         "normalizer": _sequence("Normalizer", _normalizers(model)),
         "pre_tokenizer": _sequence("PreTokenizer", pre_tokenizers),
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [_special(bos), _text("A", 0)],
-            "pair": [_special(bos), _text("A", 0), _special(bos), _text("B", 1)],
-            "special_tokens": {bos: {"id": bos, "ids": [vocab[bos]], "tokens": [bos]}},
-        },
+        "post_processor": _beginning(bos, vocab) if bos else None,
         "decoder": _sequence("Decoder", _decoders(model)),
         "model": {
             "type": "BPE",
-            "unk_token": unk,
+            "unk_token": _unknown(model),
             "fuse_unk": True,
             "byte_fallback": model.trainer_spec.byte_fallback,
             "ignore_merges": bool(user_defined),  # a part that is a piece is that piece
             "vocab": vocab,
             "merges": rules,
         },
+    }
+
+
+def _beginning(names: list[str], vocab: dict[str, int]) -> dict[str, Any]:
+    """Puts special tokens before each text."""
+    tokens = {name: {"id": name, "ids": [vocab[name]], "tokens": [name]} for name in names}
+    begin = [{"SpecialToken": {"id": name, "type_id": 0}} for name in names]
+    first, second = ({"Sequence": {"id": id, "type_id": kind}} for id, kind in (("A", 0), ("B", 1)))
+    return {
+        "type": "TemplateProcessing",
+        "single": [*begin, first],
+        "pair": [*begin, first, *begin, second],
+        "special_tokens": tokens,
     }
 
 
@@ -258,7 +266,7 @@ def _check(tokenizer: Tokenizer, contents: bytes, config: dict[str, Any], model:
         raise UserError(f"the tokenizers library refuses it: {first_line(error)}") from error
     library.encode_special_tokens = True  # their names in a text are text
     for text in (*HARD_TEXTS, *_made_texts(model)):  # one by one: its threads survive no fork
-        ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+        ids = tokenizer.encode_text(text)
         if library.encode(text).ids != ids:
             raise UserError(f"it would give other ids for {_shown(text)}")
         if library.decode(ids) != tokenizer.decode(ids):
@@ -321,11 +329,3 @@ def _metaspace(letter: str, where: str) -> dict[str, Any]:
 def _added(number: int, piece: str) -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {"id": number, "content": piece, **flags, "special": True}
-
-
-def _special(piece: str) -> dict[str, Any]:
-    return {"SpecialToken": {"id": piece, "type_id": 0}}
-
-
-def _text(name: str, kind: int) -> dict[str, Any]:
-    return {"Sequence": {"id": name, "type_id": kind}}

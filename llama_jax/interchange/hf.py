@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from llama_jax.config import Config, ModelConfig
+from llama_jax.data import tokenizer_files
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.files import parse_json, read_bytes
@@ -191,7 +192,9 @@ class HfTarget:
         special = formats.special_ids(description.files)
         text = hf_config.write(description.config, dtype, special)
         (folder / "config.json").write_text(text)
-        files, reason = _with_tokenizer_config(formats.for_transformers(description.files))
+        files, reason = _with_tokenizer_config(
+            formats.for_transformers(description.files), model.vocab_size
+        )
         self.notes = (
             [f"no tokenizer.json is written, only tokenizer.model: {reason}"] if reason else []
         )
@@ -218,21 +221,26 @@ class HfTarget:
         self._writer.close()
 
 
-def _with_tokenizer_config(files: dict[str, bytes]) -> tuple[dict[str, bytes], str]:
+def _with_tokenizer_config(files: dict[str, bytes], rows: int) -> tuple[dict[str, bytes], str]:
     """Tells transformers how to read a SentencePiece model that came without its other files.
 
     Of a run that learnt a template, a tokenizer_config.json has that and names, but no class.
 
+    Args:
+      files: of the tokenizer.
+      rows: of the model.
+
     Returns:
       The files, and why no tokenizer.json was added; empty if one was, or none was needed.
     """
-    model, name = files.get("tokenizer.model", b""), "tokenizer_config.json"
-    given = formats.tokenizer_config(files)
-    if not model or formats.is_tiktoken(model) or "tokenizer.json" in files:
+    name = "tokenizer_config.json"
+    given, chosen = formats.tokenizer_config(files), tokenizer_files.fitting(files, rows, "it")
+    if chosen is None or chosen.file == tokenizer_files.JSON or tokenizer_files.JSON in files:
         return files, ""
     if name in files and ("tokenizer_class" in given or "chat_template" not in given):
         return files, ""
-    tokenizer, reason = Tokenizer(model), ""
+    begins = formats.adds_bos(files, Tokenizer(chosen.content), "it")
+    tokenizer, reason = Tokenizer(chosen.content, adds_bos=begins), ""
     try:
         made = fast_tokenizer.fast_files(tokenizer)
     except UserError as error:
