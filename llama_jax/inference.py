@@ -111,7 +111,8 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
         tokenizer = Tokenizer(model_bytes, f"the tokenizer of {folder}", adds_bos=begins)
     devices = parse_mesh(mesh) if mesh else decoding_mesh(meta.config.model, meta.config.lora)
     with jax.set_mesh(devices):
-        shardings = param_shardings(abstract_state(meta.config).params, devices)
+        shapes = abstract_state(meta.config).params
+        shardings = param_shardings(shapes, devices, any_vocabulary=True)
         params = checkpoint_lib.load_params(folder, meta.config, shardings)
         params = _with_base(folder, meta, params, devices)
     return InferenceModel(folder, meta.config, params, tokenizer, devices, meta.context, files)
@@ -124,7 +125,8 @@ def _with_base(
     config = meta.config
     if not config.lora.rank:
         return cast_matrices(config.model, params)
-    base = load_init(config, param_shardings(abstract_frozen(config), mesh))
+    shapes = abstract_frozen(config)
+    base = load_init(config, param_shardings(shapes, mesh, any_vocabulary=True))
     check_base(meta.base, base, config, folder)
     return Adapted(cast_matrices(config.model, base), params, config.lora)
 
@@ -140,9 +142,9 @@ def cast_matrices(config: ModelConfig, params: Any) -> Any:
 
 
 def decoding_mesh(config: ModelConfig, lora: LoraConfig | None = None) -> jax.sharding.Mesh:
-    """As many devices along `tensor` as heads, ffn, vocabulary and blocks of NF4 divide over."""
+    """As many devices along `tensor` as heads, ffn and blocks of NF4 divide over."""
     devices = jax.devices()
-    tensor = math.gcd(len(devices), config.n_kv_heads, config.ffn_dim, config.vocab_size)
+    tensor = math.gcd(len(devices), config.n_kv_heads, config.ffn_dim)
     if lora is not None and lora.base_dtype == "nf4" and lora.rank:
         inputs = (config.ffn_dim, config.n_heads * config.head_dim)
         tensor = math.gcd(tensor, *(size // NF4_BLOCK for size in inputs))

@@ -38,6 +38,8 @@ PARAM_SPECS: Mapping[str, P] = {
     "lm_head": P(SHARD, "tensor"),  # D V
 }
 
+_VOCABULARY = {"embed": 0, "lm_head": 1}  # which dimension is V
+
 ACTIVATION_AXES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "seq": "context",
@@ -85,6 +87,9 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     free = [
         tuple(axis for axis in mesh_axes(entry) if axis not in mesh.manual_axes) for entry in spec
     ]
+    for place, name in enumerate(names):  # rows that do not divide are not divided, see param_specs
+        if name == "vocab" and x.shape[place] % math.prod(mesh.shape[axis] for axis in free[place]):
+            free[place] = ()
     return jax.lax.with_sharding_constraint(x, P(*(axes or None for axes in free)))
 
 
@@ -116,12 +121,16 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def param_specs(params: Any, mesh: Mesh | jax.sharding.AbstractMesh) -> Any:
+def param_specs(
+    params: Any, mesh: Mesh | jax.sharding.AbstractMesh, *, any_vocabulary: bool = False
+) -> Any:
     """The partition spec of each parameter, as a tree like `params`.
 
     Args:
       params: nested dict of arrays or `ShapeDtypeStruct`s.
       mesh: the mesh whose axis sizes must divide the dimensions.
+      any_vocabulary: leave a vocabulary whole that `tensor` does not divide: for inference, where
+        weights are as they are. To train them so would take memory and time on each device.
 
     Raises:
       UserError: an uncovered parameter, a stale row, an unknown mesh axis, or a dimension that does
@@ -139,9 +148,21 @@ def param_specs(params: Any, mesh: Mesh | jax.sharding.AbstractMesh) -> Any:
         spec = _row(path)
         if spec is None:
             raise UserError(f"sharding table: no row for parameter {path} {leaf.shape}")
+        if any_vocabulary and path in _VOCABULARY:
+            spec = _undivided(spec, path, leaf.shape, mesh)
         _check_divides(path, leaf.shape, spec, mesh)
         specs.append(spec)
     return jax.tree.unflatten(treedef, specs)
+
+
+def _undivided(
+    spec: P, path: str, shape: tuple[int, ...], mesh: Mesh | jax.sharding.AbstractMesh
+) -> P:
+    """The spec without the axes of the vocabulary, if they do not divide it."""
+    place = _VOCABULARY[path]
+    if shape[place] % math.prod(mesh.shape[axis] for axis in mesh_axes(spec[place])) == 0:
+        return spec
+    return P(*(None if number == place else entry for number, entry in enumerate(spec)))
 
 
 def _row(path: str) -> P | None:
@@ -179,7 +200,7 @@ def _check_divides(
                 raise UserError(f"{path}: the mesh {dict(mesh.shape)} has no axis {axis!r}")
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if size % parts:
-            vocabulary = path in ("embed", "lm_head") and axes == ("tensor",)
+            vocabulary = path in _VOCABULARY and axes == ("tensor",)
             raise UserError(
                 f"{path} of shape {shape}: a dimension of {size} does not divide over "
                 f"{' x '.join(axes)} = {parts} devices" + (_pad(size, parts) if vocabulary else "")
@@ -195,9 +216,9 @@ def _pad(rows: int, parts: int) -> str:
     )
 
 
-def param_shardings(params: Any, mesh: Mesh) -> Any:
+def param_shardings(params: Any, mesh: Mesh, *, any_vocabulary: bool = False) -> Any:
     """`param_specs` bound to the mesh, for `jit` and restoring."""
-    return _bind(param_specs(params, mesh), mesh)
+    return _bind(param_specs(params, mesh, any_vocabulary=any_vocabulary), mesh)
 
 
 def _bind(specs: Any, mesh: Mesh) -> Any:

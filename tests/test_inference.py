@@ -3,9 +3,11 @@ import numpy as np
 import pytest
 
 from llama_jax.convert import convert, open_source
+from llama_jax.decode import Sampling, generate
 from llama_jax.errors import UserError
 from llama_jax.inference import cast_matrices, decoding_mesh, open_model, parse_mesh
 from llama_jax.model import logits
+from llama_jax.scoring import Scorer, Span
 from tests.helpers import TINY, random_params, replace, save_checkpoint
 
 
@@ -77,6 +79,28 @@ def test_a_checkpoint_opens_with_its_weights_where_they_belong(tokenizer, tmp_pa
         wq = model.params["layers"]["attn"]["wq"]
         assert wq.sharding.mesh == model.mesh and "tensor" in wq.sharding.spec
         np.testing.assert_array_equal(wq, params["layers"]["attn"]["wq"])
+
+
+def test_a_vocabulary_that_tensor_does_not_divide(tokenizer, tmp_path):
+    """32,001 rows are what others have: each device holds the vocabulary whole."""
+    config = replace(TINY, model__vocab_size=301, train__seq_len=24)
+    params = random_params(config.model)
+    save_checkpoint(tmp_path / "run", config, params, tokenizer.model_bytes)
+    spans = [Span(tokenizer.encode_text("def main"), 3), Span([1, 300, 7], 2)]
+    found = []
+    for mesh in ("tensor=1", "fsdp=2,tensor=2", ""):
+        model = open_model(tmp_path / "run", mesh)
+        with jax.set_mesh(model.mesh):
+            scores = Scorer(config.model, model.params, model.context, 2)(spans)
+            sampling = Sampling(max_tokens=8, temperature=0.0)
+            prompts = [span.tokens for span in spans]
+            options = {"context": 24, "eos_id": 2, "n_ids": 300}
+            new = generate(config.model, model.params, prompts, sampling, **options)
+        found.append((np.concatenate([score.logprobs for score in scores]), new))
+    assert model.mesh.shape["tensor"] == 4
+    for logprobs, new in found[1:]:
+        np.testing.assert_allclose(logprobs, found[0][0], atol=1e-5)
+        assert new == found[0][1]
 
 
 def test_checkpoints_that_cannot_write(tokenizer, tmp_path):

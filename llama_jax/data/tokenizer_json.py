@@ -221,6 +221,9 @@ class TokenizerJson:
         if MARK not in text:
             found = self._encoded(self._parsing, text)
             return found.ids, found.offsets
+        # Behind a mark, a text would not be seen to begin, and got no space.
+        skipped = len(text) - len(text.lstrip(MARK))
+        text = text[skipped:]
         found = self._encoded(self._parsing_marked, text)
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
@@ -233,7 +236,7 @@ class TokenizerJson:
             else:
                 ids.append(token)
                 spans.append((start, stop))
-        return ids, spans
+        return ids, [(skipped + start, skipped + stop) for start, stop in spans]
 
     def encode_documents(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         """See `Vocabulary`; more than one thread is as many as the library likes."""
