@@ -4,6 +4,7 @@ Each test throws changes of one format at the functions of the commands that rea
 all that ended otherwise.
 """
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -44,7 +45,7 @@ from tests.helpers import (
 )
 
 COUNT = 300
-WHOLE = 25  # of so many changes that are read without complaint, one goes through all of `convert`
+WHOLE = 40  # of so many changes that are read without complaint, one goes through all of `convert`
 CONFIG = replace(TINY, model__vocab_size=404, train__seq_len=64)
 # Sizes that no machine has the memory for; Python's own JSON has no limit.
 HUGE = (10**9, 10**12, 2**31 - 1, 2**63, -(10**9), 10**400)
@@ -235,7 +236,10 @@ class There:
 )
 def test_files_of_hugging_face(hf, tmp_path, name):
     path = hf / name
-    none(failures(path, of_json_file(path.read_bytes()), There(hf, tmp_path)))
+    # What nothing is taken from is read in the same way, whatever it holds.
+    every = 5 if name == "special_tokens_map.json" else 1
+    changes = itertools.islice(of_json_file(path.read_bytes()), 0, None, every)
+    none(failures(path, changes, There(hf, tmp_path)))
 
 
 def of_tokenizer_json(content):
@@ -410,6 +414,19 @@ def run(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "run")
 
 
+def sealer(step):
+    """A function that makes the manifest of a step fit a file that has changed."""
+    entries = manifest._read(epath.Path(step))
+
+    def seal(path):
+        if path.is_file():
+            data, name = path.read_bytes(), path.relative_to(step).as_posix()
+            entries[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            (step / manifest.NAME).write_text(manifest._encode(entries))
+
+    return seal
+
+
 def described(run):
     """What every reader does with a step before its arrays."""
     step = checkpoint_lib.find_step(run)
@@ -425,6 +442,7 @@ def test_what_a_step_says_about_itself(run, tmp_path, item, sealed, capfd):
     step = run / "checkpoints" / "0"
     path = step / item / "metadata"
     content, count = path.read_bytes(), itertools.count(1)
+    seal = sealer(step)
     values = json.loads(content)
     config = "config" in values and json.loads(values["config"])
 
@@ -435,8 +453,8 @@ def test_what_a_step_says_about_itself(run, tmp_path, item, sealed, capfd):
                 yield dumped({**values, "config": json.dumps(changed)})
 
     def act():
-        if sealed and path.is_file():
-            manifest.write(epath.Path(step))
+        if sealed:
+            seal(path)
         found, _ = described(run)
         if next(count) % (4 * WHOLE) == 0:
             convert(open_source("ckpt", found), "hf", tmp_path / "x")
@@ -462,10 +480,11 @@ def test_the_list_of_arrays_of_a_step(run, sealed, capfd):
     step = run / "checkpoints" / "0"
     path = step / "params" / "_METADATA"
     good = fingerprint(open_model(step, "tensor=1").params)
+    seal = sealer(step)
 
     def act():
-        if sealed and path.is_file():
-            manifest.write(epath.Path(step))
+        if sealed:
+            seal(path)
         open_source("ckpt", epath.Path(step))
         assert fingerprint(open_model(step, "tensor=1").params) == good
 
