@@ -114,6 +114,7 @@ def test_ids_of_harmless_texts_are_the_library_s(all_kinds, kind):
         assert ids == library_ids(found, template.render(said(text, "hello, sure", text)))
         whole = f"{START}user\n{text}{END}\n[INST] a [/INST]b [WIDE] c[RAW]\n"
         assert found.encode(whole + MARK, special=True) == library_ids(found, whole)
+        assert found.encode(MARK + text, special=True) == found.encode(text, special=True)
         assert found.protected(text).replace(MARK, "") == text
 
 
