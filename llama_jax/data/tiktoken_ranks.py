@@ -14,6 +14,7 @@ import json
 import re
 from typing import Any
 
+from llama_jax.data.tokenizer_parts import beginning, special_token
 from llama_jax.data.vocabularies import byte_of_letter
 from llama_jax.errors import UserError
 
@@ -104,7 +105,7 @@ def tokenizer_json(content: bytes, name: str, special: tuple[str, ...] = LLAMA31
     bos, first = special[0], len(pieces)
     described: dict[str, Any] = {
         "version": "1.0",
-        "added_tokens": [_added(first + number, one) for number, one in enumerate(special)],
+        "added_tokens": [special_token(first + number, one) for number, one in enumerate(special)],
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
@@ -118,12 +119,7 @@ def tokenizer_json(content: bytes, name: str, special: tuple[str, ...] = LLAMA31
                 {**_BYTES, "add_prefix_space": False},
             ],
         },
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [_special(bos), _sequence("A", 0)],
-            "pair": [_special(bos), _sequence("A", 0), _special(bos), _sequence("B", 1)],
-            "special_tokens": {bos: {"id": bos, "ids": [first], "tokens": [bos]}},
-        },
+        "post_processor": beginning({bos: first}),
         "decoder": {**_BYTES, "add_prefix_space": True},
         "model": {
             "type": "BPE",
@@ -153,16 +149,3 @@ def config_json(special: tuple[str, ...] = LLAMA31) -> bytes:
 
 
 _BYTES = {"type": "ByteLevel", "trim_offsets": True, "use_regex": False}
-
-
-def _added(number: int, name: str) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": number, "content": name, **flags, "special": True}
-
-
-def _special(name: str) -> dict[str, Any]:
-    return {"SpecialToken": {"id": name, "type_id": 0}}
-
-
-def _sequence(name: str, kind: int) -> dict[str, Any]:
-    return {"Sequence": {"id": name, "type_id": kind}}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.data import tokenizer_parts
 from llama_jax.data.vocabularies import MARK, SPACE, byte_of_letter, is_marker
 from llama_jax.errors import UserError, boundary, first_line
 from llama_jax.files import parse_json
@@ -71,7 +72,7 @@ class TokenizerJson:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise UserError(f"{name} is not a tokenizer.json: {first_line(error)}") from error
-        kinds = {one.get("type") for one in _decoders(described.get("decoder"))}
+        kinds = {one.get("type") for one in tokenizer_parts.decoders(described.get("decoder"))}
         self._byte_level, self._byte_fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
 
     def _complete(self, ends: dict[str, Any]) -> None:
@@ -165,7 +166,7 @@ class TokenizerJson:
     @functools.cached_property
     def _cut_names(self) -> list[str]:
         """Pieces that are cut out of a text by their names: the user-defined ones of an export."""
-        for pattern in _split_patterns(json.loads(self._json).get("pre_tokenizer")):
+        for pattern in tokenizer_parts.split_patterns(json.loads(self._json).get("pre_tokenizer")):
             names = [re.sub(r"\\(.)", r"\1", one) for one in _ALTERNATIVE.findall(pattern)]
             if all(self._tokenizer.token_to_id(name) is not None for name in names):
                 return names
@@ -194,7 +195,7 @@ class TokenizerJson:
 
     @functools.cached_property
     def _plain_marked(self) -> Any:
-        described = _without_space(json.loads(self._json)) | _NOTHING_ADDED
+        described = tokenizer_parts.without_space(json.loads(self._json)) | _NOTHING_ADDED
         if self._cut_names:
             described["model"]["ignore_merges"] = False
         return self._dropping_marks(described, self._normalized_markers)
@@ -272,48 +273,6 @@ class TokenizerJson:
         if self._byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", piece):
             return bytes([int(piece[3:5], 16)])
         return piece.replace(SPACE, " ").encode()
-
-
-def _without_space(described: Any) -> Any:
-    """A tokenizer.json, or a part of it, that puts no space before a text."""
-    if isinstance(described, list):
-        return [_without_space(one) for one in described if not _prepends(one)]
-    if not isinstance(described, dict):
-        return described
-    if _prepends(described):
-        return None
-    made = {
-        key: value if key in ("model", "added_tokens") else _without_space(value)
-        for key, value in described.items()
-    }
-    if made.get("type") == "Metaspace":
-        made["prepend_scheme"] = "never"
-    if made.get("type") == "ByteLevel":
-        made["add_prefix_space"] = False
-    return made
-
-
-def _prepends(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "Prepend"
-
-
-def _decoders(described: Any) -> list[dict[str, Any]]:
-    """A decoder of a tokenizer.json, and those inside it, however deep."""
-    if not isinstance(described, dict):
-        return []
-    inner = described.get("decoders") or ()
-    return [described, *(part for one in inner for part in _decoders(one))]
-
-
-def _split_patterns(described: Any) -> list[str]:
-    """Regular expressions whose matches a pre-tokenizer, or one inside it, makes words of."""
-    if not isinstance(described, dict):
-        return []
-    inner = described.get("pretokenizers") or ()
-    found = [pattern for one in inner for pattern in _split_patterns(one)]
-    if described.get("type") == "Split" and described.get("behavior") == "Isolated":
-        found.append(described["pattern"].get("Regex", ""))
-    return [pattern for pattern in found if pattern]
 
 
 def end_names(config: Mapping[str, Any], name: str) -> dict[str, str]:

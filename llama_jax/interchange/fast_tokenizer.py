@@ -23,6 +23,7 @@ from typing import Any
 from llama_jax.data.hard_texts import HARD_TEXTS
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.data.tokenizer_json import with_ends
+from llama_jax.data.tokenizer_parts import beginning, special_token
 from llama_jax.data.vocabularies import SPACE
 from llama_jax.errors import UserError, first_line
 from llama_jax.interchange import bpe_rules
@@ -112,18 +113,18 @@ def _contents(model: Any, tokenizer: Tokenizer) -> dict[str, Any]:
                 raise UserError(
                     f"its piece {''.join(rule)!r} is made of {part!r}, which is no piece"
                 )
-    bos = [tokenizer.piece(token) for token in tokenizer.prefix]
+    bos = {tokenizer.piece(token): token for token in tokenizer.prefix}
     pre_tokenizers = [*_spaces(model), *_cuts(model, user_defined, rules)]
     return {
         "version": "1.0",
         "added_tokens": [
-            _added(vocab[piece.piece], piece.piece)
+            special_token(vocab[piece.piece], piece.piece)
             for piece in model.pieces
             if piece.type == _CONTROL
         ],
         "normalizer": _sequence("Normalizer", _normalizers(model)),
         "pre_tokenizer": _sequence("PreTokenizer", pre_tokenizers),
-        "post_processor": _beginning(bos, vocab) if bos else None,
+        "post_processor": beginning(bos) if bos else None,
         "decoder": _sequence("Decoder", _decoders(model)),
         "model": {
             "type": "BPE",
@@ -134,19 +135,6 @@ def _contents(model: Any, tokenizer: Tokenizer) -> dict[str, Any]:
             "vocab": vocab,
             "merges": rules,
         },
-    }
-
-
-def _beginning(names: list[str], vocab: dict[str, int]) -> dict[str, Any]:
-    """Puts special tokens before each text."""
-    tokens = {name: {"id": name, "ids": [vocab[name]], "tokens": [name]} for name in names}
-    begin = [{"SpecialToken": {"id": name, "type_id": 0}} for name in names]
-    first, second = ({"Sequence": {"id": id, "type_id": kind}} for id, kind in (("A", 0), ("B", 1)))
-    return {
-        "type": "TemplateProcessing",
-        "single": [*begin, first],
-        "pair": [*begin, first, *begin, second],
-        "special_tokens": tokens,
     }
 
 
@@ -324,8 +312,3 @@ def _cut(pattern: str, behavior: str = "Isolated") -> dict[str, Any]:
 def _metaspace(letter: str, where: str) -> dict[str, Any]:
     """Writes spaces as `letter`, and one before a text."""
     return {"type": "Metaspace", "replacement": letter, "prepend_scheme": where, "split": False}
-
-
-def _added(number: int, piece: str) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": number, "content": piece, **flags, "special": True}
