@@ -71,16 +71,16 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
             f"{path} has format {version!r}, this version reads {FORMAT_VERSION}; prepare the "
             "data again"
         )
-    if version == FORMAT_VERSION and not _is_whole(data, manifest):
-        raise UserError(
-            f"{path} is not as it was written: it is damaged, or was edited; restore it or prepare "
-            "the data again"
-        )
     try:
         with boundary("it"):
             _check_form(manifest)
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}; prepare the data again") from error
+    if version == FORMAT_VERSION and not _is_whole(data, manifest):
+        raise UserError(
+            f"{path} is not as it was written: it is damaged, or was edited; restore it or prepare "
+            "the data again"
+        )
     return manifest
 
 
