@@ -13,6 +13,7 @@ from llama_jax.data.chat_template import DEFAULT, ChatTemplate, named_templates,
 from llama_jax.data.templates import BUILT_IN, built_in, end_ids
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
+from llama_jax.files import read_bytes, text_of
 from llama_jax.inference import InferenceModel
 from llama_jax.interchange.formats import MORE_TEMPLATES, json_tokenizer, tokenizer_config
 
@@ -27,9 +28,9 @@ def templates(files: Mapping[str, bytes]) -> dict[str, str]:
     for file, content in files.items():
         folder, _, name = file.rpartition("/")
         if file == "chat_template.jinja":
-            found[DEFAULT] = content.decode()
+            found[DEFAULT] = text_of(content, file)
         elif folder == MORE_TEMPLATES:
-            found[name.removesuffix(".jinja")] = content.decode()
+            found[name.removesuffix(".jinja")] = text_of(content, file)
     return found
 
 
@@ -47,10 +48,8 @@ def open_template(model: InferenceModel, choice: str = DEFAULT) -> ChatTemplate:
     tokenizer = _tokenizer(model)
     tokens = special_tokens(tokenizer_config(model.files), tokenizer)
     if choice.endswith(".jinja"):
-        try:
-            source, name = epath.Path(choice).read_text(), f"the chat template {choice}"
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read --chat_template={choice}: {error}") from error
+        name = f"the chat template {choice}"
+        source = text_of(read_bytes(epath.Path(choice)), name)
     else:
         name = f"the chat template {choice!r} of {model.folder}"
         found = templates(model.files)

@@ -65,6 +65,18 @@ def read_bytes(path: epath.Path) -> bytes:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+def text_of(content: bytes, name: str) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+      UserError: it is in another encoding, or no text.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not text in UTF-8: {error}") from error
+
+
 def read_json(path: epath.Path) -> dict[str, Any]:
     """The JSON object in a file.
 

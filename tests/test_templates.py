@@ -312,15 +312,23 @@ def test_which_template(tokenizer, tmp_path):
     [
         ("none", None, "neither one of alpaca, vicuna, llama2, llama3 nor a file"),
         ("a.jinja", "{% if %}", "is not a chat template: "),
-        ("a.json", "{", "is not JSON"),
-        ("a.json", "[]", "has no chat_template"),
+        ("a.json", "{", "a.json is not valid JSON"),
+        ("a.json", "[]", "a.json is not a JSON object"),
         ("a.json", '{"chat_template": [{"name": "x", "template": "C"}]}', "has no chat_template"),
-        ("a.json", '{"chat_template": [3]}', "chat_template has no such templates"),
+        ("a.json", '{"chat_template": [3]}', "chat_template .* is malformed: "),
+        (
+            "a.json",
+            '{"chat_template": [{"name": "\\n", "template": "C"}]}',
+            "is no name of a templ",
+        ),
+        ("a.json", '{"chat_template": [{"name": 1, "template": "C"}]}', "name must be of type str"),
+        ("a.jinja", b"\xff", "a.jinja is not text in UTF-8"),
     ],
 )
 def test_files_that_hold_no_template(tokenizer, tmp_path, file, content, message):
     if content is not None:
-        (tmp_path / file).write_text(content)
+        content = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError, match=message):
         open_choice(str(tmp_path / file), tokenizer, {})
 

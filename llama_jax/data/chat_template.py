@@ -17,7 +17,7 @@ import numpy as np
 from llama_jax.data import renderer
 from llama_jax.data.jinja_process import BEGIN, END
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, boundary, typed
 from llama_jax.prompts import Messages
 
 DEFAULT = "default"
@@ -175,10 +175,13 @@ def named_templates(given: Any) -> dict[str, str]:
         return {}
     if isinstance(given, str):
         return {DEFAULT: given}
-    try:
-        return {one["name"]: one["template"] for one in given}
-    except (KeyError, TypeError) as error:
-        raise UserError("tokenizer_config.json: chat_template has no such templates") from error
+    with boundary("chat_template of tokenizer_config.json"):
+        found = {one["name"]: one["template"] for one in given}
+        for name, template in found.items():
+            typed("a template's text", template, str)
+            if not typed("a template's name", name, str).isprintable():
+                raise ValueError(f"{name!r} is no name of a template")
+        return found
 
 
 def special_tokens(config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, str]:

@@ -18,6 +18,7 @@ from llama_jax.data.chat_template import (
 )
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
+from llama_jax.files import parse_json, read_bytes, text_of
 
 # Stanford Alpaca (https://github.com/tatsu-lab/stanford_alpaca, `train.py`): one question, with or
 # without an input, and no system message. Further questions, which it never had, follow the EOS
@@ -126,26 +127,19 @@ def open_choice(choice: str, tokenizer: Tokenizer, config: dict[str, Any]) -> Ch
     """
     if choice in BUILT_IN:
         return built_in(choice, tokenizer)
-    path = epath.Path(choice).expanduser()
-    try:
-        source = path.read_text()
-    except FileNotFoundError as error:
-        raise UserError(
-            f"data.template={choice} is neither one of {', '.join(BUILT_IN)} nor a file"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read data.template={choice}: {error}") from error
-    name = f"the chat template {choice}"
+    path, name = epath.Path(choice).expanduser(), f"data.template={choice}"
+    if not path.exists():
+        raise UserError(f"{name} is neither one of {', '.join(BUILT_IN)} nor a file")
+    content = read_bytes(path)
     if path.suffix == ".json":
-        try:
-            values = json.loads(source)
-        except json.JSONDecodeError as error:
-            raise UserError(f"data.template={choice} is not JSON: {error}") from error
-        values = values if isinstance(values, dict) else {}
+        values = parse_json(content, name)
         found = named_templates(values.get("chat_template"))
         if DEFAULT not in found:
-            raise UserError(f"data.template={choice} has no chat_template")
+            raise UserError(f"{name} has no chat_template")
         source, config = found[DEFAULT], {**config, **values}
+    else:
+        source = text_of(content, name)
+    name = f"the chat template {choice}"
     template = ChatTemplate(source, name, tokenizer, special_tokens(config, tokenizer))
     template.check()
     return template

@@ -42,7 +42,7 @@ class Choice:
         """What the tokenizer calls its ids from `first` on."""
         if self.file == JSON:
             names = _json_names(self.content, self.file)
-            return [names[number] for number in range(first, self.size) if number in names]
+            return [names[number] for number in sorted(names) if number >= first]
         return [Tokenizer(self.content).piece(number) for number in range(first, self.size)]
 
 
