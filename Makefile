@@ -56,7 +56,7 @@ slow: .venv/.installed-dev  ## the tests that take minutes; a quarter of them: P
 	TEST_XLA_FLAGS= $(BIN)/python -m pytest -m "$(SLOW)" -n 2 --dist worksteal -q $(PYTEST_ARGS)
 
 parity: .venv/.installed-parity  ## live comparison with transformers on torch
-	TEST_XLA_FLAGS= $(BIN)/python -m pytest -m parity -q $(PYTEST_ARGS)
+	TEST_XLA_FLAGS= $(BIN)/python -m pytest -m parity -n 2 --dist worksteal -q $(PYTEST_ARGS)
 
 # Beam wants older versions of some libraries than constraints.txt has: an environment of its own.
 .venv-beam/.installed: setup.py
