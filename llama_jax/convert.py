@@ -239,7 +239,7 @@ def convert(source: Source, kind: str, folder: epath.PathLike, dtype: str = "") 
       dtype: of the target's weights; empty: the source's. A checkpoint always holds float32.
 
     Returns:
-      What was written. What could not be is printed, a line each.
+      What was written. What could not be read or written is printed, a line each.
 
     Raises:
       UserError: the folder exists, or the weights cannot be read, cast or written.
@@ -259,7 +259,7 @@ def convert(source: Source, kind: str, folder: epath.PathLike, dtype: str = "") 
         for path, layer in formats.units(description.config.model):
             target.write(path, layer, source.read(path, layer))
         target.close()
-    for note in getattr(target, "notes", ()):
+    for note in (*description.notes, *getattr(target, "notes", ())):
         print(f"note  {folder}: {note}")
     return dataclasses.replace(description, dtype=dtype)
 

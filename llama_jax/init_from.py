@@ -16,6 +16,7 @@ from llama_jax.files import read_bytes
 from llama_jax.fingerprint import difference, fingerprint
 from llama_jax.frozen import freeze
 from llama_jax.interchange.formats import ORIGINAL, Source, is_tiktoken
+from llama_jax.interchange.hf import TEKKEN
 from llama_jax.interchange.loading import check_model, load
 from llama_jax.interchange.merged import refuse_other_base
 from llama_jax.interchange.padded import with_rows
@@ -189,7 +190,7 @@ def tokenizer_file(init_from: str) -> str:
         chosen = choose_in(places[0])
         if chosen is not None:
             return str(places[0] / chosen.file) if chosen.plain else folder
-        others = (places[0] / ORIGINAL, places[0] / "tekken.json")  # the second is refused by name
+        others = (places[0] / ORIGINAL, places[0] / TEKKEN)  # the second is refused by name
         return next((str(file) for file in others if file.exists()), "")
     if kind == "ckpt":
         return _kept_tokenizer(places[0])

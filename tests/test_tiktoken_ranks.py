@@ -122,11 +122,14 @@ def test_what_tiktoken_reads_as_well(content, tokenizer):
     assert not is_tiktoken(b"") and not is_tiktoken(b"not a model")
 
 
-def test_mistrals_tekken_is_named(tmp_path):
+def test_mistrals_tekken_is_named(tmp_path, capsys):
     tekken = {"config": {"pattern": "x"}, "vocab": [{"rank": 0, "token_bytes": "AA=="}]}
-    (tmp_path / "tekken.json").write_text(json.dumps(tekken))
+    folder = exported(tmp_path / "hf", TINY)
+    (folder / "tekken.json").write_text(json.dumps(tekken))
     with pytest.raises(UserError, match="is a tekken file of Mistral's; take the tokenizer.json"):
-        Tokenizer.load(tokenizer_file(f"hf:{tmp_path}"))
+        Tokenizer.load(tokenizer_file(f"hf:{folder}"))
+    convert(open_source("hf", folder), "ckpt", tmp_path / "run")
+    assert "note  " in (said := capsys.readouterr().out) and "tekken.json is not read" in said
 
 
 def test_shards_are_made_with_it(content, corpus, tmp_path):

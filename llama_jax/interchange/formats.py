@@ -91,6 +91,7 @@ class Description:
       files: contents of `TOKENIZER_FILES` that are there, and of `MORE_TEMPLATES`.
       card: Markdown about its training; empty if nothing is known.
       step: optimiser steps taken here.
+      notes: lines for the user about what there is, but is not read.
     """
 
     config: Config
@@ -98,6 +99,7 @@ class Description:
     files: dict[str, bytes]
     card: str = ""
     step: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def computed_in(config: Config, dtype: str) -> Config:

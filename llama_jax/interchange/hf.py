@@ -39,6 +39,7 @@ NAMES: Mapping[str, str] = {
     "lm_head": "lm_head.weight",
 }
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+TEKKEN = "tekken.json"  # Mistral's own format of tokenizers
 SHARD_SIZE = 5_000_000_000  # bytes of one file, as transformers cuts them
 
 
@@ -93,7 +94,11 @@ class HfSource:
         formats.check_vocabulary(files, config.model.vocab_size, str(folder))
         self._keep_special_ids(values, files)
         formats.special_ids(files, config.model.vocab_size)  # which says what is wrong
-        self.description = Description(formats.computed_in(config, dtype), dtype, files)
+        notes = ()
+        if not files.keys() & formats.TOKENIZERS and (self._folder / TEKKEN).exists():
+            notes = (f"{TEKKEN} is not read; put the tokenizer.json of the same model beside it",)
+        computed = formats.computed_in(config, dtype)
+        self.description = Description(computed, dtype, files, notes=notes)
 
     def _keep_special_ids(self, values: dict[str, Any], files: dict[str, bytes]) -> None:
         """BOS and EOS in config.json alone would be lost: our checkpoint has no place for them."""
