@@ -94,7 +94,7 @@ class HfSource:
         formats.check_vocabulary(files, config.model.vocab_size, str(folder))
         self._keep_special_ids(values, files)
         formats.special_ids(files, config.model.vocab_size)  # which says what is wrong
-        notes = ()
+        notes: tuple[str, ...] = ()
         if not files.keys() & formats.TOKENIZERS and (self._folder / TEKKEN).exists():
             notes = (f"{TEKKEN} is not read; put the tokenizer.json of the same model beside it",)
         computed = formats.computed_in(config, dtype)
