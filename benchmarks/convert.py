@@ -2,14 +2,18 @@
 
 A checkpoint of random weights is written in Hugging Face's format, in bfloat16, converted to ours,
 and back; and one that is saved as training saves it is exported. Every conversion is a process of
-its own, whose largest resident memory is reported.
+its own, whose largest resident memory is reported. What the check of an export costs is measured in
+one process, in turns with exports without it.
 
   python benchmarks/convert.py --folder=FOLDER     # LLaMA-2 7B; checks for 41 GB of space
+  python benchmarks/convert.py --only_check        # what the fingerprints of an export cost
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +30,7 @@ from llama_jax.checkpointer import Checkpointer
 from llama_jax.config import Config, ModelConfig
 from llama_jax.convert import convert
 from llama_jax.interchange import formats
+from llama_jax.interchange.ckpt import CkptSource
 from llama_jax.step import TrainState, abstract_state
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -103,11 +108,36 @@ def save_trained(config: Config, workdir: pathlib.Path) -> None:
         saver.save(state, checkpoint_lib.Meta(config, 1, "none", b""))
 
 
+def check(folder: pathlib.Path, pairs: int = 7) -> dict[str, Any]:
+    """Medians of exports with fingerprints and without, in turns; the first of each is left out."""
+    model = dataclasses.replace(TRAINED.model, n_layers=1)
+    convert(Repeated(Config(model=model)), "ckpt", folder / "run")
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for checked in (True, False) * (pairs + 1):
+        source = CkptSource(checkpoint_lib.find_step(folder / "run"))
+        if not checked:
+            source._wanted = {}
+        start = time.perf_counter()
+        convert(source, "hf", folder / "checked")
+        seconds[checked].append(time.perf_counter() - start)
+        shutil.rmtree(folder / "checked")
+    with_it, without = (statistics.median(seconds[checked][1:]) for checked in (True, False))
+    return {
+        "what": "ckpt -> hf, with its check",
+        "bytes": 4 * model.parameter_count(),
+        "seconds": round(with_it, 2),
+        "ratio": round(with_it / without, 2),
+    }
+
+
 def main(_: list[str]) -> None:
     """Prints the figures."""
     logging.set_verbosity(logging.ERROR)  # orbax tells every save
     with tempfile.TemporaryDirectory(dir=_FOLDER.value) as name:
         folder = pathlib.Path(name)
+        print(json.dumps({"model": "1 layer of dim 2048", **check(folder)}), flush=True)
+        if _ONLY_CHECK.value:
+            return
         for model, results in (
             (f"LLaMA-2 7B, {_LAYERS.value} layers", in_and_out(llama2_7b(_LAYERS.value), folder)),
             ("trained, 0.8B, 16 layers", trained(folder)),
@@ -125,4 +155,5 @@ def trained(folder: pathlib.Path) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     _FOLDER = flags.DEFINE_string("folder", None, "Where to write; default: the system's own.")
     _LAYERS = flags.DEFINE_integer("layers", 32, "Layers of the 7B shape.")
+    _ONLY_CHECK = flags.DEFINE_bool("only_check", False, "Measure only what the check costs.")
     app.run(main)
