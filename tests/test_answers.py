@@ -44,6 +44,14 @@ SPACED = OUTSIDE.replace(
     "{% endgeneration %}{{ eos_token }}", "{{ eos_token }}\n{% endgeneration %}"
 )
 IN_TWO = OUTSIDE.replace("{{ eos_token }}", "{% generation %}{{ eos_token }}{% endgeneration %}")
+IN_PARTS = INSIDE.replace(
+    "{% generation %}", "{% generation %}a{% endgeneration %}--{% generation %}"
+)
+# Nothing that is not of an answer stands between the answers.
+BESIDE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{{ eos_token if loop.last else '' }}{% endgeneration %}{% endif %}{% endfor %}"
+)
 ONLY_LAST = INSIDE.replace("{{ eos_token }}", "{{ eos_token if loop.last else '' }}")
 # 1 + 2 + 3 answers, one of which ends in the name of an end token, as its author has written it.
 RECORDS = [
@@ -87,8 +95,13 @@ def counted(source, tokenizer, tmp_path, seq_len=512, records=RECORDS):
         (INSIDE, (0, 0, 0)),
         (SPACED, (0, 0, 0)),
         (IN_TWO, (0, 0, 0)),
+        (IN_PARTS, (0, 0, 0)),
+        (BESIDE, (0, 1, 2)),
     ],
-    ids=["chatml", "bare", "before the next", "outside", "last", "inside", "spaced", "in two"],
+    ids=[
+        *("chatml", "bare", "before the next", "outside", "last", "inside", "spaced", "in two"),
+        *("in parts", "beside"),
+    ],
 )
 def test_answers_without_an_end(source, unended, kind, tokenizer, byte_level, tmp_path):
     chosen = tokenizer if kind == "SentencePiece" else byte_level

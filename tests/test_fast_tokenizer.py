@@ -15,7 +15,6 @@ import sysconfig
 import pytest
 import sentencepiece
 import tokenizers
-from sentencepiece import sentencepiece_model_pb2
 
 from llama_jax.chat import open_template
 from llama_jax.convert import convert, open_source
@@ -139,6 +138,8 @@ def hard_strings(pieces):
 
 
 def proto(model_bytes):
+    from sentencepiece import sentencepiece_model_pb2  # which Beam's protobuf is too old for
+
     return vars(sentencepiece_model_pb2)["ModelProto"].FromString(model_bytes)
 
 
@@ -228,6 +229,7 @@ SAID = {
     ),
     "no prefix": lambda train: normalizer(train(), add_dummy_prefix=False),
     "extra spaces": lambda train: normalizer(train(), remove_extra_whitespaces=True),
+    "learnt without extra spaces": lambda train: train(remove_extra_whitespaces=True),
     "named, extra spaces": lambda train: normalizer(train(**NAMED), remove_extra_whitespaces=True),
     "extra, no prefix": lambda train: normalizer(
         train(), remove_extra_whitespaces=True, add_dummy_prefix=False
@@ -274,7 +276,9 @@ def assert_same_ids(encode, decode, processor, texts):
     for text in texts:
         ids = [processor.bos_id(), *processor.encode(text)]
         assert encode(text) == ids, text[:99]
-        assert decode(ids) == processor.decode(ids), text[:99]
+        # Where extra spaces are removed, SentencePiece takes a written U+2581 for one of them.
+        found, wanted = decode(ids), processor.decode(ids)
+        assert found == wanted or (text[:1] == "\u2581" and found.lstrip() == wanted), text[:99]
 
 
 @pytest.mark.parametrize("name", SAID)
@@ -348,6 +352,41 @@ def test_a_model_that_begins_no_text_with_bos(tokenizer, tmp_path):
     for text in ("a  b", " def f():\n    pass", "日本"):
         assert written.encode(text).ids == raw.encode(text)
     assert HfSource(folder).description.files.keys() >= files.keys()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"add_bos_token": True},
+        {"bos_token": "<s>", "eos_token": "</s>"},
+        {"added_tokens_decoder": {"300": {"content": "<end>", "special": False}}},
+    ],
+)
+def test_a_config_that_names_no_class(tokenizer, tmp_path, config):
+    files = {"tokenizer.model": tokenizer.model_bytes}
+    files["tokenizer_config.json"] = json.dumps(config).encode()
+    folder = exported(tmp_path / "hf", replace(TINY, model__vocab_size=301), files=files)
+    written = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in ("a  b", " self.x", "\tx<end>"):
+        ids = written.encode(text).ids
+        assert ids[0] == tokenizer.bos_id
+        if "<end>" not in text:
+            assert ids[1:] == tokenizer.encode(text)
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "added_tokens_decoder" not in said
+
+
+def test_a_config_that_names_a_class_is_kept_and_told(tokenizer, tmp_path, capsys):
+    files = {"tokenizer.model": tokenizer.model_bytes}
+    files["tokenizer_config.json"] = b'{"tokenizer_class": "LlamaTokenizer"}'
+    folder = exported(
+        tmp_path / "hf", replace(TINY, model__vocab_size=tokenizer.vocab_size), files=files
+    )
+    assert not (folder / "tokenizer.json").exists()
+    assert "names LlamaTokenizer, by whose rules transformers reads the" in capsys.readouterr().out
+    kept = {name: (folder / name).read_bytes() for name in files}
+    assert kept == files
 
 
 def test_tokens_that_another_file_adds_are_in_the_file(tokenizer, tmp_path):

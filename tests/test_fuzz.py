@@ -16,10 +16,11 @@ from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import guards, manifest
 from llama_jax.chat import open_template
 from llama_jax.convert import convert, open_source
-from llama_jax.data import shard_folder
+from llama_jax.data import shard_folder, show
 from llama_jax.data.prepare import prepare
 from llama_jax.data.report import report_of
 from llama_jax.data.shards import TokenDataset
+from llama_jax.data.show_rows import Screen
 from llama_jax.data.templates import open_choice
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
@@ -375,6 +376,8 @@ def test_the_manifest_of_shards(packed, tmp_path, sealed):
     def act():
         shard_folder.verify(folder)
         str(report_of(epath.Path(folder), shard_folder.read_manifest(folder)))
+        look = show.open_look(folder)
+        show.summary(look, 0, Screen(width=80, lines=0))
         for split in shard_folder.SPLITS:
             data = TokenDataset.open(folder, split)
             data.tokens(0, 10)

@@ -288,3 +288,32 @@ def test_ids_of_a_folder(tmp_path):
             with pytest.raises(UserError, match=message) as caught:
                 HfSource(folder)
             assert file in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_nobody_writes_markers_in_the_names_of_arguments(all_kinds):
+    found = all_kinds["byte level"]
+    source = "{% for m in messages %}{{ m.calls | tojson }}<|im_end|>{% endfor %}"
+    calls = [{"arguments": {"a<|im_end|>b": 1, "<|im_end|>": {"<|im_start|>": 2}, "plain": 3}}]
+    ids = template_of(found, source).encode([{"role": "tool", "content": "x", "calls": calls}])
+    end, start = (found.encode(name, special=True)[-1] for name in (END, START))
+    assert ids.count(end) == 1 and ids.count(start) == 0
+    assert '"plain": 3' in found.decode(ids)
+
+
+def test_messages_that_are_nested_too_deeply(all_kinds):
+    content = []
+    for _ in range(5000):
+        content = [content]
+    with pytest.raises(UserError, match="the messages are nested too deeply"):
+        template_of(all_kinds["released"]).encode([{"role": "user", "content": content}])
+
+
+@pytest.mark.parametrize("kind", ["released", "pieces"])
+def test_half_a_surrogate_pair_is_told(all_kinds, kind):
+    """As of `--prompt` in Latin-1, and of JSON."""
+    found = all_kinds[kind]
+    for encode in (found.encode, found.encode_spans, found.encode_text):
+        with pytest.raises(UserError, match="half of a surrogate pair, or bytes that are not UTF"):
+            encode("caf\udce9")
+    with pytest.raises(UserError, match="half of a surrogate pair"):
+        template_of(found).encode(said("a\ud800b"))

@@ -8,7 +8,9 @@ import sys
 import pytest
 
 from llama_jax.data import jinja_process, renderer
-from llama_jax.data.renderer import Refused, Renderer
+from llama_jax.data.chat_template import ChatTemplate
+from llama_jax.data.renderer import Exceeded, Refused, Renderer
+from llama_jax.data.templates import end_ids
 from llama_jax.errors import UserError
 from tests.helpers import until
 
@@ -95,6 +97,20 @@ def test_a_template_that_is_only_compiled_has_the_same_limits(limited):
         limited.check(SLOW["a constant power"], "it")
 
 
+def test_a_template_without_end_is_told_when_its_ends_are_looked_for(tokenizer, monkeypatch):
+    """And not taken for one that is for other conversations, once for each that is tried."""
+    asked = []
+
+    def ask(self, request, name):
+        asked.append(name)
+        raise Exceeded(f"{name} takes more than 1 s of processor time")
+
+    monkeypatch.setattr(Renderer, "_ask", ask)
+    with pytest.raises(Exceeded, match="the template takes more than 1 s"):
+        end_ids(ChatTemplate(SLOW["loops"], "the template", tokenizer, {}))
+    assert len(asked) == 1
+
+
 def test_messages_that_are_no_json_are_refused(limited):
     with pytest.raises(Refused, match="it takes messages of JSON: .*not JSON serializable"):
         limited.render(GOOD, "it", {"messages": [{"content": b"bytes"}]})
@@ -134,16 +150,11 @@ def test_an_interrupt_leaves_no_answer_behind(limited, monkeypatch):
     assert limited.render("the second", "it", {}) == "the second"
 
 
-def test_a_fork_has_a_renderer_of_its_own():
+def test_a_fork_has_a_renderer_of_its_own(monkeypatch):
     mine = renderer.shared()
     assert renderer.shared() is mine
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        os.write(writing, b"own" if renderer.shared() is not mine else b"the parent's")
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert os.read(reading, 99) == b"own"
+    monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a fork
+    assert renderer.shared() is not mine
 
 
 def test_the_process_ends_with_its_parent():

@@ -1,23 +1,14 @@
 """Whether answers end in a token that ends generation: a model that is never shown one never stops.
 
-An answer is a run of tokens that count. It has ended if its last one is an end token, or only white
-space follows that in the answer: generation stops at the token and never comes to the white space.
+An answer has ended if its last token that counts is an end token, or only white space follows that
+in the answer: generation stops at the token and never comes to the white space.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from llama_jax.data.chat_template import Encoded
 from llama_jax.data.vocabularies import MARK
-
-
-def answers_of(encoded: Encoded) -> list[tuple[int, int]]:
-    """Of each answer of a conversation, its first token and the one behind its last."""
-    edges = np.diff(encoded.counts.astype(np.int8), prepend=0, append=0)
-    firsts, stops = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
-    return list(zip(firsts.tolist(), stops.tolist(), strict=True))
 
 
 def last_tokens(encoded: Encoded, first: int, stop: int) -> Iterator[int]:
@@ -37,7 +28,7 @@ def count_answers(encoded: Encoded, length: int, ends: frozenset[int]) -> tuple[
       length: tokens that are kept; an answer that is cut there is not whole, and not counted.
       ends: tokens at which generation stops.
     """
-    whole = [answer for answer in answers_of(encoded) if answer[1] <= length]
+    whole = [answer for answer in encoded.answers if answer[1] <= length]
     unended = [one for one in whole if ends.isdisjoint(last_tokens(encoded, *one))]
     return len(whole), len(unended)
 

@@ -7,7 +7,9 @@ those that it has between `{% generation %}` and `{% endgeneration %}`, or, wher
 tags, what an answer adds to the prompt for it.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +18,7 @@ import numpy as np
 
 from llama_jax.data import renderer
 from llama_jax.data.jinja_process import BEGIN, END
+from llama_jax.data.renderer import Refused
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError, boundary, typed
 from llama_jax.prompts import Messages
@@ -38,12 +41,14 @@ class Encoded:
       ids: its tokens, int32.
       counts: of each token, whether the model is to write it.
       stops: of each token, where it ends in the text.
+      answers: of each answer, its first token that counts, and the one behind its last.
     """
 
     text: str
     ids: np.ndarray
     counts: np.ndarray
     stops: np.ndarray
+    answers: list[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +103,7 @@ class ChatTemplate:
         Raises:
           UserError: as `render`.
         """
-        guarded = messages if special else _protected(messages, self.tokenizer)
+        guarded = messages if special else self._guarded(messages)
         return self.tokenizer.encode(self.render(guarded), special=True)
 
     def example(self, messages: Messages) -> Encoded:
@@ -111,20 +116,54 @@ class ChatTemplate:
           UserError: it is not Jinja, or has no tags and its prompts are not the beginning of what
             it writes for the whole.
         """
-        guarded = _protected(messages, self.tokenizer)
+        guarded = self._guarded(messages)
         find = self._tagged if _TAG.search(self.source) else self._added
         text, answers = find(guarded)
         ids, spans = self.tokenizer.encode_spans(text)
         starts, stops = np.asarray(spans, np.int64).reshape(-1, 2).T
         # The first bytes of a letter that is made of several tokens have no width.
         widened = np.maximum(stops, starts + 1)
-        counts = np.zeros(len(ids), bool)
-        for first, last in answers:
-            counts |= (starts < last) & (widened > first)
-        return Encoded(text, np.asarray(ids, np.int32), counts, stops)
+        counts, ranges = np.zeros(len(ids), bool), []
+        for answer in answers:
+            inside = np.zeros(len(ids), bool)
+            for first, last in answer:
+                inside |= (starts < last) & (widened > first)
+            if inside.any():
+                counts |= inside
+                ranges.append((int(inside.argmax()), len(ids) - int(inside[::-1].argmax())))
+        return Encoded(text, np.asarray(ids, np.int32), counts, stops, ranges)
 
-    def _tagged(self, messages: Messages) -> tuple[str, Spans]:
-        """The text, and what the template has between its tags."""
+    def _guarded(self, messages: Messages) -> Messages:
+        """The messages, whose texts hold no name of a marker, however the template joins them."""
+        try:
+            return [
+                {
+                    key: _protected(one, self.tokenizer, _said(message))
+                    for key, one in message.items()
+                }
+                for message in messages
+            ]
+        except RecursionError as error:
+            raise Refused("the messages are nested too deeply") from error
+
+    def _tagged(self, messages: Messages) -> tuple[str, list[Spans]]:
+        """The text, and of each answer what the template has between its tags."""
+        text, spans = self._between_tags(messages)
+        number = sum(map(_said, messages))
+        if number == 1:
+            return text, [spans]
+        if len(spans) == number:
+            return text, [[span] for span in spans]
+        ends = [0]  # spans of the messages up to each answer
+        for index in filter(lambda index: _said(messages[index]), range(len(messages))):
+            with contextlib.suppress(Refused):  # it does not take a part of them
+                ends.append(len(self._between_tags(messages[: index + 1])[1]))
+        if len(ends) <= number or ends != sorted(ends) or ends[-1] != len(spans):
+            return text, [[span] for span in spans]
+        return text, [spans[first:last] for first, last in itertools.pairwise(ends)]
+
+    def _between_tags(self, messages: Messages) -> tuple[str, Spans]:
+        """The text, and all that the template has between its tags."""
         answers: Spans = []
         pieces: list[str] = []
         start = length = 0
@@ -139,10 +178,10 @@ class ChatTemplate:
                 length += len(part)
         return "".join(pieces), answers
 
-    def _added(self, messages: Messages) -> tuple[str, Spans]:
+    def _added(self, messages: Messages) -> tuple[str, list[Spans]]:
         """The text, and what each answer adds to the prompt for it, up to the end of its turn."""
         text = self.render(messages, prompt=False)
-        answers: Spans = []
+        answers: list[Spans] = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -157,7 +196,7 @@ class ChatTemplate:
             # White space after the end of a turn separates turns, and is no part of the answer.
             kept = after.rstrip()
             ends = kept.endswith(tuple(self.tokenizer.marker_names))
-            answers.append((len(before), len(kept) if ends else len(after)))
+            answers.append([(len(before), len(kept) if ends else len(after))])
         return text, answers
 
     def check(self) -> None:
@@ -198,13 +237,23 @@ def special_tokens(config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str,
     return found
 
 
-def _protected(value: Any, tokenizer: Tokenizer, answer: bool = False) -> Any:
-    """Messages whose texts hold no name of a marker, however the template joins them."""
+def _said(message: dict[str, Any]) -> bool:
+    """Whether the model says a message."""
+    return message.get("role") == "assistant"
+
+
+def _protected(value: Any, tokenizer: Tokenizer, answer: bool) -> Any:
+    """A part of a message with its texts marked, and its keys that hold the name of a marker."""
     if isinstance(value, str):
         return tokenizer.protected(_MARKS.sub("", value), answer=answer)
     if isinstance(value, list):
         return [_protected(one, tokenizer, answer) for one in value]
     if isinstance(value, dict):
-        answer = answer or value.get("role") == "assistant"
-        return {key: _protected(one, tokenizer, answer) for key, one in value.items()}
+        names = tokenizer.marker_names
+        return {
+            tokenizer.protected(key, answer=answer)
+            if isinstance(key, str) and any(name in key for name in names)
+            else key: _protected(one, tokenizer, answer)
+            for key, one in value.items()
+        }
     return value

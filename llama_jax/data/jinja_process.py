@@ -22,7 +22,7 @@ from jinja2 import TemplateError, ext, nodes, sandbox
 
 # Around what the model writes, in a text that is rendered; Unicode reserves both for such uses.
 BEGIN, END = "\ufdd1", "\ufdd2"
-LONGEST_TEXT = 2**26  # characters
+LONGEST_TEXT = 2**22  # characters: to make tokens of them takes 300 bytes each
 
 
 def read_message(stream: IO[bytes]) -> Any:

@@ -59,8 +59,14 @@ def parse_shares(text: str) -> dict[str, Fraction]:
 
 
 def shares_by_size(sizes: Mapping[str, int]) -> dict[str, Fraction]:
-    """Shares in proportion to sizes: every source runs through its epochs at the same pace."""
+    """Shares in proportion to sizes: every source runs through its epochs at the same pace.
+
+    Raises:
+      UserError: all are empty.
+    """
     total = sum(sizes.values())
+    if not total:
+        raise UserError("there is nothing to train on: no source has a whole sequence")
     return {name: Fraction(size, total) for name, size in sizes.items()}
 
 

@@ -20,6 +20,10 @@ class Refused(UserError):
     """A template does not take these messages."""
 
 
+class Exceeded(UserError):
+    """A template takes more time or memory than it may."""
+
+
 class Renderer:
     """A process that renders templates one after another; it is started when it is needed."""
 
@@ -43,8 +47,9 @@ class Renderer:
           variables: what it finds, of types that JSON has.
 
         Raises:
-          Refused: the template fails on these variables.
-          UserError: it is not Jinja, or takes more time or memory than the limits.
+          Refused: the template fails on these variables, or writes too long a text.
+          Exceeded: it takes more time or memory than the limits.
+          UserError: it is not Jinja.
         """
         return self._ask({"source": source, "variables": variables}, name)
 
@@ -62,9 +67,9 @@ class Renderer:
         if kind == "text":
             return text
         if kind == "memory":
-            raise UserError(f"{name} takes more than {self._memory / 2**20:,.0f} MiB of memory")
+            raise Exceeded(f"{name} takes more than {self._memory / 2**20:,.0f} MiB of memory")
         if kind == "long":
-            raise UserError(f"{name} writes more than {jinja_process.LONGEST_TEXT:,} characters")
+            raise Refused(f"{name} writes more than {jinja_process.LONGEST_TEXT:,} characters")
         reason = text.strip().split("\n")[0]
         if kind == "not Jinja":
             raise UserError(f"{name} is not a chat template: {reason}")
@@ -81,8 +86,8 @@ class Renderer:
             status = self._ended(process)
             if status == -signal.SIGXCPU:
                 limit = f"more than {self._seconds} s of processor time"
-                raise UserError(f"{name} takes {limit}") from error
-            raise UserError(f"{name} ends the process that renders it (status {status})") from error
+                raise Exceeded(f"{name} takes {limit}") from error
+            raise Exceeded(f"{name} ends the process that renders it (status {status})") from error
         except (
             BaseException
         ):  # an interrupt: the answer would be taken for that of the next request

@@ -94,14 +94,15 @@ def _check_form(manifest: dict[str, Any]) -> None:
     _text(manifest, "tokenizer_sha256")
     require(0 < _count(manifest, "vocab_size") < 2**31, "vocab_size is out of range")
     settings = typed("settings", manifest["settings"], dict)
-    _optional(_count, settings, "pack_len")
+    if "pack_len" in settings:
+        require(_count(settings, "pack_len") < 2**31, "pack_len is out of range")
     _optional(_text, manifest, "template_sha256")
     for kind in ("skipped", "changed"):
         for count, first in manifest.get(kind, {}).values():
             require(type(count) is int and isinstance(first, str), f"{kind} does not count")
     for name in SPLITS:
         split = manifest["splits"][name]
-        for key in split.keys() - {"shards"}:
+        for key in {"documents", "tokens", "text_bytes"} | (split.keys() - {"shards"}):
             _count(split, key)
         for shard in typed("shards", split["shards"], list):
             _check_shard(shard)

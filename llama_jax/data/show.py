@@ -19,7 +19,7 @@ from llama_jax.data.packing import INDEX_DTYPE
 from llama_jax.data.pipeline import open_data
 from llama_jax.data.show_rows import Screen, counts_of_inputs, legend, show_row
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, boundary
 from llama_jax.files import read_bytes
 
 SEQ_LEN, BATCH = 256, 4  # where no config says it
@@ -132,7 +132,8 @@ def summary(look: Look, step: int, screen: Screen) -> str:
         f"seed {train.seed}",
         f"tokens  {look.tokenizer.vocab_size:,} ids",
     )
-    lines = _table(look, step, packed)
+    with boundary(f"a manifest in {look.folder}"):  # which may say 0 tokens, or not count answers
+        lines = _table(look, step, packed)
     notes = [f"realised: of the {WINDOW:,} sequences from step {step:,} on; there: of all tokens"]
     if look.of_a_run:
         notes.append(f"epochs: in the {train.steps:,} steps of the run")
@@ -180,7 +181,7 @@ def _table(look: Look, step: int, packed: bool) -> list[str]:
         ]
         if answers:
             cells.append(f"{split['answer_tokens'] / split['tokens']:.2%}")
-        cells.append(f"{sum(count for count, _ in manifest['skipped'].values()):,}")
+        cells.append(f"{sum(count for count, _ in manifest.get('skipped', {}).values()):,}")
         if packed:
             slots = sum(shard["sequences"] for shard in split["shards"])
             slots *= look.config.train.seq_len

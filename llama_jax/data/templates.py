@@ -9,13 +9,14 @@ from typing import Any
 
 from etils import epath
 
-from llama_jax.data.answers import answers_of, last_tokens
+from llama_jax.data.answers import last_tokens
 from llama_jax.data.chat_template import (
     DEFAULT,
     ChatTemplate,
     named_templates,
     special_tokens,
 )
+from llama_jax.data.renderer import Exceeded
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.files import parse_json, read_bytes, text_of
@@ -153,7 +154,11 @@ def from_json(content: bytes, tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def end_ids(template: ChatTemplate) -> list[int]:
-    """Tokens that end an answer: the tokenizer's EOS, and markers that end a turn."""
+    """Tokens that end an answer: the tokenizer's EOS, and markers that end a turn.
+
+    Raises:
+      Exceeded: the template takes more time or memory than it may.
+    """
     tokenizer = template.tokenizer
     markers, found = set(tokenizer.marker_names), [tokenizer.eos_id]
     system = {"role": "system", "content": "Be brief."}
@@ -164,9 +169,11 @@ def end_ids(template: ChatTemplate) -> list[int]:
     for messages in (turn, [*turn, *turn], [system, *turn]):
         try:
             example = template.example(messages)
+        except Exceeded:  # so it would do for every conversation
+            raise
         except UserError:  # it is for other conversations
             continue
-        last = (one for answer in answers_of(example) for one in last_tokens(example, *answer))
+        last = (one for answer in example.answers for one in last_tokens(example, *answer))
         found += [one for one in last if tokenizer.piece(one) in markers]
     return list(dict.fromkeys(found))
 

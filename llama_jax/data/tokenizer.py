@@ -1,6 +1,7 @@
 """Tokenizers: one interface over two formats, and training SentencePiece by LLaMA's recipe."""
 
 import codecs
+import contextlib
 import functools
 import hashlib
 import io
@@ -132,7 +133,8 @@ class Tokenizer:
             for text of others, who could end the turn or the document with it; `protected` keeps
             theirs apart.
         """
-        return self._vocabulary.encode(text, special)
+        with _unicode(text):
+            return self._vocabulary.encode(text, special)
 
     def encode_text(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text of its own, as the model is to read it: with BOS, or without.
@@ -157,7 +159,8 @@ class Tokenizer:
 
         Of a letter made of several tokens, some may have an empty span at its place.
         """
-        return self._vocabulary.encode_spans(text)
+        with _unicode(text):
+            return self._vocabulary.encode_spans(text)
 
     @functools.cached_property
     def gap(self) -> str:
@@ -180,7 +183,8 @@ class Tokenizer:
           answer: it is what the model said: pairs of tags that are not special, such as `<think>`
             and `</think>`, are left, since they are part of answers.
         """
-        return (self._protect_answer if answer else self._protect)(text)
+        with _unicode(text):
+            return (self._protect_answer if answer else self._protect)(text)
 
     @functools.cached_property
     def _protect(self) -> Callable[[str], str]:
@@ -249,6 +253,20 @@ class Tokenizer:
         if found:
             found[-1] += stream.end()
         return found
+
+
+@contextlib.contextmanager
+def _unicode(text: str) -> Iterator[None]:
+    """Raises `UserError` where a library fails on a text that is none."""
+    try:
+        yield
+    except Exception as error:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError(
+                "a text has half of a surrogate pair, or bytes that are not UTF-8, which no "
+                "tokenizer reads"
+            ) from error
+        raise
 
 
 def _beside(path: epath.Path, name: str) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
-from sentencepiece import sentencepiece_model_pb2
 
 from llama_jax.data.tiktoken_ranks import is_tiktoken
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.vocabularies import model_proto
 from llama_jax.errors import UserError, boundary
 from llama_jax.files import parse_json, read_bytes, read_json
 
@@ -139,7 +139,7 @@ def _with_added(model: bytes, size: int, files: Mapping[str, bytes], name: str) 
       UserError: a file cannot be read, or gives two tokens one id.
     """
     added = {number: token for number, token in _added(files, name).items() if number >= size}
-    proto = vars(sentencepiece_model_pb2)["ModelProto"].FromString(model)
+    proto = model_proto(model)
     known = {piece.piece for piece in proto.pieces}
     if not added or known & {content for content, _ in added.values()}:
         return []

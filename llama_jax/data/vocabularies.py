@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import sentencepiece
 
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, first_line
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 # Keeps what it stands in from being the name of a special token; Unicode reserves it for such uses.
@@ -99,6 +99,21 @@ def byte_of_letter() -> dict[str, int]:
     return letters | {chr(0x100 + number): byte for number, byte in enumerate(others)}
 
 
+def model_proto(model_bytes: bytes) -> Any:
+    """The message of a SentencePiece model, whose fields can be read and changed.
+
+    Raises:
+      UserError: the library of protocol buffers is too old for sentencepiece's description of it.
+    """
+    try:  # only where it is needed: other packages may ask for an old library
+        from sentencepiece import sentencepiece_model_pb2
+    except Exception as error:
+        raise UserError(
+            f"sentencepiece needs a newer protobuf: pip install -U protobuf ({first_line(error)})"
+        ) from error
+    return vars(sentencepiece_model_pb2)["ModelProto"].FromString(model_bytes)
+
+
 class SentencePiece:
     """A SentencePiece model: LLaMA, LLaMA-2, Mistral, Code Llama, and what `prepare` trains."""
 
@@ -175,7 +190,7 @@ class SentencePiece:
     @functools.cached_property
     def _user_defined(self) -> frozenset[str]:
         """Pieces that SentencePiece finds in any text, and that may mark turns."""
-        kinds = self._model_proto()
+        kinds = model_proto(self._model_bytes)
         return frozenset(
             one.piece for one in kinds.pieces if one.type == _USER_DEFINED and is_marker(one.piece)
         )
@@ -196,11 +211,6 @@ class SentencePiece:
     def _control_pattern(self) -> re.Pattern[str]:
         return _any_of(self.special_names)
 
-    def _model_proto(self) -> Any:
-        from sentencepiece import sentencepiece_model_pb2
-
-        return vars(sentencepiece_model_pb2)["ModelProto"].FromString(self._model_bytes)
-
     def _variant(
         self, *, spaced: bool, plain: bool = False
     ) -> sentencepiece.SentencePieceProcessor:
@@ -208,7 +218,7 @@ class SentencePiece:
         if (spaced, plain) == (True, False):
             return self._processor
         if (spaced, plain) not in self._variants:
-            model = self._model_proto()
+            model = model_proto(self._model_bytes)
             if not spaced:
                 model.normalizer_spec.add_dummy_prefix = False
             for one in model.pieces if plain else ():

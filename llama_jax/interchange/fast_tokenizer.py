@@ -24,7 +24,7 @@ from llama_jax.data.hard_texts import HARD_TEXTS
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.data.tokenizer_json import with_ends
 from llama_jax.data.tokenizer_parts import beginning, special_token
-from llama_jax.data.vocabularies import SPACE
+from llama_jax.data.vocabularies import SPACE, model_proto
 from llama_jax.errors import UserError, first_line
 from llama_jax.interchange import bpe_rules
 
@@ -42,9 +42,7 @@ def fast_files(tokenizer: Tokenizer) -> dict[str, bytes]:
       UserError: tokenizer.json cannot say what the model does, or the tokenizers library, with
         which the file is checked, is not installed.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = vars(sentencepiece_model_pb2)["ModelProto"].FromString(tokenizer.model_bytes)
+    model = model_proto(tokenizer.model_bytes)
     _refuse_other_kinds(model)
     contents = json.dumps(_contents(model, tokenizer), ensure_ascii=False).encode() + b"\n"
     config = _config(tokenizer, "PreTrainedTokenizerFast")
@@ -257,7 +255,8 @@ def _check(tokenizer: Tokenizer, contents: bytes, config: dict[str, Any], model:
         ids = tokenizer.encode_text(text)
         if library.encode(text).ids != ids:
             raise UserError(f"it would give other ids for {_shown(text)}")
-        if library.decode(ids) != tokenizer.decode(ids):
+        # U+2581 is how both write a space, and only where it stands do they differ.
+        if SPACE not in text and library.decode(ids) != tokenizer.decode(ids):
             raise UserError(f"it would decode the ids of {_shown(text)} to another text")
     written = Tokenizer(with_ends(contents, config, "tokenizer.json"))
     for name in tokenizer.special_names:

@@ -226,6 +226,14 @@ class HfTarget:
         self._writer.close()
 
 
+# Without any of these, a tokenizer_config.json is not about this tokenizer, and left as it is.
+_OF_TOKENIZERS = {
+    *("chat_template", "add_bos_token", "add_eos_token", "bos_token", "eos_token", "unk_token"),
+    *("pad_token", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"),
+    *("clean_up_tokenization_spaces", "model_max_length", "legacy", "sp_model_kwargs"),
+}
+
+
 def _with_tokenizer_config(files: dict[str, bytes], rows: int) -> tuple[dict[str, bytes], str]:
     """Tells transformers how to read a SentencePiece model that came without its other files.
 
@@ -242,14 +250,20 @@ def _with_tokenizer_config(files: dict[str, bytes], rows: int) -> tuple[dict[str
     given, chosen = formats.tokenizer_config(files), tokenizer_files.fitting(files, rows, "it")
     if chosen is None or chosen.file == tokenizer_files.JSON or tokenizer_files.JSON in files:
         return files, ""
-    if name in files and ("tokenizer_class" in given or "chat_template" not in given):
-        return files, ""
+    if "tokenizer_class" in given or (name in files and not given.keys() & _OF_TOKENIZERS):
+        which = given.get("tokenizer_class", "no class")
+        return files, (
+            f"{name} came with it and names {which!s:.80}, by whose rules transformers reads the "
+            "model: it may give other ids"
+        )
     begins = formats.adds_bos(files, Tokenizer(chosen.content), "it")
     tokenizer, reason = Tokenizer(chosen.content, adds_bos=begins), ""
     try:
         made = fast_tokenizer.fast_files(tokenizer)
+        given.pop("added_tokens_decoder", None)  # which are in tokenizer.json
     except UserError as error:
-        made, reason = fast_tokenizer.slow_files(tokenizer), str(error)
+        made = fast_tokenizer.slow_files(tokenizer)
+        reason = f"{error}; transformers puts a space behind special tokens, as in conversations"
     config = json.dumps({**json.loads(made[name]), **given}, ensure_ascii=False, indent=2)
     return {**files, **made, name: config.encode() + b"\n"}, reason
 
