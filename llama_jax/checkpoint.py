@@ -133,10 +133,11 @@ def restore_items(folder: epath.Path, items: dict[str, Any], build: Callable[...
                 saved = checkpointer.metadata(folder / name).item_metadata
                 _check_same_arrays(folder / name, saved, target)
                 found[name] = checkpointer.restore((folder / name).absolute(), target)
-            except UserError:
-                raise
-            except Exception as error:  # orbax raises a bare Exception for a damaged array
-                reason = first_line(error.__cause__ or error)
+            except Exception as error:  # orbax raises a bare one, or finds no arrays
+                reason = manifest.damage(folder, items=[name])
+                if isinstance(error, UserError) and not reason:
+                    raise
+                reason = reason or first_line(error.__cause__ or error)
                 raise DamagedCheckpoint(f"{folder / name} cannot be read: {reason}") from error
     tree = build(found)
     prints = saved_fingerprint(folder, items)
@@ -216,6 +217,8 @@ def find_step(checkpoint: epath.PathLike, *, pass_over: bool = True) -> epath.Pa
     """
     path = epath.Path(checkpoint)
     if (path / "params").exists():
+        # Orbax, which may read it, has many lines for what is broken in a small file.
+        _refuse(path, manifest.damage(path, quick=True, items=("params", *manifest.DESCRIPTION)))
         _warn_if_unverified(path)
         return path
     folder = _steps_folder(path)

@@ -8,7 +8,15 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.decode import Sampling, generate
 from llama_jax.generate import Stopwatch, show_in_order
 from llama_jax.inference import InferenceModel
-from tests.helpers import TINY, llama3_tokenizer, random_params, replace
+from tests.helpers import (
+    TINY,
+    llama3_tokenizer,
+    one_line_error,
+    random_params,
+    replace,
+    run_command,
+    save_checkpoint,
+)
 
 GREEDY = Sampling(max_tokens=10, temperature=0.0)
 
@@ -87,3 +95,15 @@ def test_tokens_per_second(monkeypatch):
     assert watch.summary() == (
         "70 new tokens; the first after 2.00 s (compilation included), then 5.0 tokens/s"
     )
+
+
+def test_a_damaged_step_is_one_line(tokenizer, tmp_path):
+    """Of orbax, which finds no arrays in what is cut, tracebacks came beside it."""
+    config = replace(TINY, model__vocab_size=tokenizer.vocab_size)
+    params = random_params(config.model)
+    step = save_checkpoint(tmp_path, config, params, tokenizer.model_bytes) / "checkpoints" / "0"
+    files = [file for file in (step / "params").rglob("*") if file.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    said = one_line_error(run_command("generate", f"--checkpoint={step}", "--prompt=a"))
+    assert f"{step} is damaged" in said and largest.name in said
