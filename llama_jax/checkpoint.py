@@ -218,7 +218,9 @@ def find_step(checkpoint: epath.PathLike, *, pass_over: bool = True) -> epath.Pa
     path = epath.Path(checkpoint)
     if (path / "params").exists():
         # Orbax, which may read it, has many lines for what is broken in a small file.
-        _refuse(path, manifest.damage(path, quick=True, items=("params", *manifest.DESCRIPTION)))
+        items = ("params", *manifest.DESCRIPTION)
+        if reason := manifest.damage(path, quick=True, items=items):
+            raise DamagedCheckpoint(f"{path} does not give back what was saved: {reason}")
         _warn_if_unverified(path)
         return path
     folder = _steps_folder(path)
