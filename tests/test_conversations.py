@@ -611,3 +611,12 @@ def test_show_marks_what_counts(tokenizer, tmp_path):
     assert lines[3].split() == first.split() and lines[4].endswith(rest), lines
     assert "whole conversations, packed" in show.summary(look, 0, Screen())
     assert "of answers" in show.summary(look, 0, Screen())
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"\xff"])
+def test_a_malformed_config_beside_the_tokenizer_is_one_line(tokenizer, tmp_path, content):
+    config = chat_config(tmp_path, tokenizer, [{"messages": said("a", "b")}])
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json") as caught:
+        prepare(config, tmp_path / "shards", log=quiet)
+    assert "\n" not in str(caught.value)

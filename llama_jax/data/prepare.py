@@ -29,7 +29,7 @@ from llama_jax.data.rows import check_ids, trained_size
 from llama_jax.data.sources import documents, list_parts, named_sources
 from llama_jax.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_tokenizer
 from llama_jax.errors import UserError
-from llama_jax.files import write_atomically
+from llama_jax.files import read_json, write_atomically
 
 PLAN = "plan.json"
 
@@ -133,10 +133,7 @@ def _template(data: DataConfig) -> bytes:
         )
     place = epath.Path(data.tokenizer)
     beside = (place if place.is_dir() else place.parent) / "tokenizer_config.json"
-    try:
-        config = json.loads(beside.read_text()) if beside.exists() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {beside}: {error}") from error
+    config = read_json(beside) if beside.exists() else {}
     tokenizer = Tokenizer.load(data.tokenizer)
     return templates.to_json(templates.open_choice(data.template, tokenizer, config))
 

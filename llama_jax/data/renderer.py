@@ -88,9 +88,8 @@ class Renderer:
                 limit = f"more than {self._seconds} s of processor time"
                 raise Exceeded(f"{name} takes {limit}") from error
             raise Exceeded(f"{name} ends the process that renders it (status {status})") from error
-        except (
-            BaseException
-        ):  # an interrupt: the answer would be taken for that of the next request
+        except BaseException:
+            # An interrupt: the answer would be taken for that of the next request.
             process.kill()
             self._ended(process)
             raise
