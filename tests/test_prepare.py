@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.data import prepare as prepare_lib
 from llama_jax.data import report as report_lib
 from llama_jax.data import shards as shards_lib
+from llama_jax.data import workers
 from llama_jax.data.packing import pack_documents
 from llama_jax.data.prepare import prepare
 from llama_jax.data.shard_folder import read_manifest, token_dtype, verify
@@ -147,7 +147,7 @@ def test_all_documents_skipped_says_why(tmp_path, tokenizer):
 def test_a_full_disk_keeps_what_is_done(corpus, shards, tmp_path, monkeypatch):
     config = text_config(corpus, data__part_bytes=1000, data__workers=1)
     prepare(config, tmp_path / "expected", log=quiet)
-    write_part, done = prepare_lib.write_part, []
+    write_part, done = workers.write_part, []
 
     def fills_up(*arguments):
         if len(done) == 3:
@@ -155,7 +155,7 @@ def test_a_full_disk_keeps_what_is_done(corpus, shards, tmp_path, monkeypatch):
         done.append(arguments[3])
         return write_part(*arguments)
 
-    monkeypatch.setattr(prepare_lib, "write_part", fills_up)
+    monkeypatch.setattr(workers, "write_part", fills_up)
     with pytest.raises(UserError, match="the disk is full.*goes on where it was"):
         prepare(config, tmp_path / "out", log=quiet)
     assert not (tmp_path / "out").exists()
@@ -165,7 +165,7 @@ def test_a_full_disk_keeps_what_is_done(corpus, shards, tmp_path, monkeypatch):
         done.append(arguments[3])
         return write_part(*arguments)
 
-    monkeypatch.setattr(prepare_lib, "write_part", remember)
+    monkeypatch.setattr(workers, "write_part", remember)
     lines = []
     prepare(config, tmp_path / "out", log=lines.append)
     assert "3 of" in lines[0] and "parts are done" in lines[0]
@@ -176,7 +176,7 @@ def test_a_full_disk_keeps_what_is_done(corpus, shards, tmp_path, monkeypatch):
 def test_an_unreadable_file_keeps_what_is_done(corpus, tmp_path, monkeypatch):
     """A file server that stumbles after days of work must not cost them."""
     config = text_config(corpus, data__part_bytes=1000, data__workers=1)
-    write_part = prepare_lib.write_part
+    write_part = workers.write_part
 
     def stumble(*arguments):
         if arguments[3] == 3:
@@ -184,7 +184,7 @@ def test_an_unreadable_file_keeps_what_is_done(corpus, tmp_path, monkeypatch):
         return write_part(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_lib, "write_part", stumble)
+        patch.setattr(workers, "write_part", stumble)
         with pytest.raises(UserError, match="Stale file handle"):
             prepare(config, tmp_path / "out", log=quiet)
     lines = []
@@ -206,7 +206,7 @@ def test_unfinished_work_of_other_settings_is_not_used(corpus, tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_lib, "write_part", fail)
+        patch.setattr(workers, "write_part", fail)
         with pytest.raises(UserError):
             prepare(config, tmp_path / "out", log=quiet)
     lines = []
@@ -322,7 +322,7 @@ from tests.helpers import text_config
 corpus, output = sys.argv[1:]
 if __name__ == "__main__":
     config = text_config(corpus, data__part_bytes=1000, data__workers=2)
-    prepare._merge = lambda *_: time.sleep(3600)  # it is killed before that
+    prepare.merge_reports = lambda *_: time.sleep(3600)  # it is killed before that
     prepare.prepare(config, output)
 """
 

@@ -5,29 +5,27 @@ a function of its arguments alone. Who calls it does not matter: this process, a
 or the workers of Apache Beam; the bytes are the same.
 """
 
-import concurrent.futures
 import dataclasses
 import errno
 import functools
 import hashlib
-import itertools
 import json
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 
 from llama_jax.config import Config, DataConfig
-from llama_jax.data import beam, shard_folder, templates
+from llama_jax.data import new_tokenizer, shard_folder, templates
+from llama_jax.data.merge import merge_reports
 from llama_jax.data.mixture import parse_shares
-from llama_jax.data.part import report_name, write_part
-from llama_jax.data.reading import Part, Reading
-from llama_jax.data.report import Progress, Report, report_of
-from llama_jax.data.rows import check_ids, trained_size
-from llama_jax.data.sources import documents, list_parts, named_sources
-from llama_jax.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_tokenizer
+from llama_jax.data.part import report_name
+from llama_jax.data.reading import Part
+from llama_jax.data.report import Report, report_of
+from llama_jax.data.rows import trained_size
+from llama_jax.data.sources import list_parts, named_sources
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.workers import parts_done, write_parts
 from llama_jax.errors import UserError
 from llama_jax.files import read_json, write_atomically
 
@@ -69,7 +67,7 @@ def prepare(
         for name, source in sources.items()
         if not (output / name / shard_folder.MANIFEST).exists()
     }
-    tokenizer = functools.cache(lambda: _tokenizer(config, sources, output, log))
+    tokenizer = functools.cache(lambda: new_tokenizer.find_or_train(config, sources, output, log))
     reports = []
     for name, source in sources.items():
         if name:
@@ -188,8 +186,8 @@ def _prepare_source(
             write_atomically(partial / shard_folder.TOKENIZER, model)
         if template:
             write_atomically(partial / shard_folder.TEMPLATE, template)
-        _write_parts(config.data, settings["pack_len"], parts, partial, beam_options)
-        manifest = _merge(settings, parts, partial)
+        write_parts(config.data, settings["pack_len"], parts, partial, beam_options)
+        manifest = merge_reports(settings, parts, partial)
         if not manifest["splits"]["train"]["documents"]:
             skipped = manifest["skipped"].items()
             reasons = [f"{count} {why}" for why, (count, _) in skipped]
@@ -201,7 +199,7 @@ def _prepare_source(
                 f"({', '.join(reasons) or 'no documents'})"
             )
     except UserError:
-        if any(_done(partial, parts)):
+        if any(parts_done(partial, parts)):
             raise  # what is finished is kept for another try
         partial.rmtree()
         if made_here and not any(output.parent.iterdir()):
@@ -227,128 +225,9 @@ def _open_partial(
     )
     if partial.exists():
         if (partial / PLAN).exists() and (partial / PLAN).read_text() == plan:
-            done = sum(_done(partial, parts))
+            done = sum(parts_done(partial, parts))
             log(f"going on in {partial}: {done} of {len(parts)} parts are done")
             return
         partial.rmtree()
     partial.mkdir(parents=True)
     write_atomically(partial / PLAN, plan.encode())
-
-
-def _done(partial: epath.Path, parts: list[Part]) -> list[bool]:
-    """Of each part, whether its shards are complete."""
-    return [(partial / report_name(index)).exists() for index in range(len(parts))]
-
-
-def _tokenizer(config: Config, sources: dict[str, str], output: epath.Path, log: Log) -> Tokenizer:
-    """The given tokenizer, that of a source prepared before, or a new one from all sources."""
-    size = trained_size(config)
-    if config.data.tokenizer:
-        tokenizer = Tokenizer.load(config.data.tokenizer)
-        ids = tokenizer.vocab_size
-        check_ids(ids, config, f"tokenizer {config.data.tokenizer} has {ids} ids")
-        return tokenizer
-    for name in filter(None, sources):
-        for folder in (output / name, output / f"{name}.partial"):
-            if (folder / shard_folder.TOKENIZER).exists():
-                return Tokenizer.load(folder / shard_folder.TOKENIZER)
-    log(f"training a tokenizer of {size:,} ids on {config.data.source}")
-    shares = dict.fromkeys(sources, 1 / len(sources))
-    if config.data.mixture:
-        given = parse_shares(config.data.mixture)
-        shares = {name: float(given.get(name, 0)) for name in sources}
-
-    def sample() -> Iterator[str]:
-        for name, source in sources.items():
-            taken = 0
-            for text in documents(source, config.data, Reading()):
-                if taken >= shares[name] * SAMPLE_BYTES:
-                    break
-                taken += len(text.encode())
-                yield text
-
-    return train_tokenizer(sample(), size)
-
-
-_counters: Any = None  # of a worker process: bytes and tokens done, shared with the parent
-
-
-def _start_worker(counters: Any) -> None:
-    global _counters
-    _counters = counters
-
-
-def _count(position: int, tokens: int) -> None:
-    with _counters.get_lock():
-        _counters[0] += position
-        _counters[1] += tokens
-
-
-def _write_parts(
-    data: DataConfig, pack_len: int, parts: list[Part], folder: epath.Path, beam_options: str | None
-) -> None:
-    """Writes all parts that are not done yet."""
-    finished = _done(folder, parts)
-    todo = [(index, part) for index, part in enumerate(parts) if not finished[index]]
-    if beam_options is not None:
-        beam.run(functools.partial(write_part, data, pack_len, str(folder)), todo, beam_options)
-        return
-    bar = Progress(sum(part.size for _, part in todo))
-    workers = min(data.workers or os.cpu_count() or 1, len(todo))
-    if workers <= 1:
-        threads = data.workers or os.cpu_count() or 1
-        for index, part in todo:
-            write_part(data, pack_len, str(folder), index, part, bar.add, threads)
-        bar.close()
-        return
-    # Not a fork: JAX, TensorFlow and SentencePiece have threads, which do not survive one.
-    context = multiprocessing.get_context("spawn")
-    counters = context.Array("q", 2)
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, context, _start_worker, (counters,)
-    ) as pool:
-        futures = {
-            pool.submit(write_part, data, pack_len, str(folder), index, part, _count)
-            for index, part in todo
-        }
-        try:
-            while futures:
-                done, futures = concurrent.futures.wait(
-                    futures, 0.5, concurrent.futures.FIRST_COMPLETED
-                )
-                for future in done:
-                    future.result()
-                bar.set(counters[0], counters[1])
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise OSError(errno.ECHILD, "a worker process was killed (out of memory?)") from error
-        finally:
-            for future in futures:
-                future.cancel()
-    bar.close()
-
-
-def _merge(settings: dict[str, Any], parts: list[Part], folder: epath.Path) -> dict[str, Any]:
-    """The manifest of all parts."""
-    reports = [json.loads((folder / report_name(i)).read_text()) for i in range(len(parts))]
-    noted: dict[str, dict[str, list[Any]]] = {"skipped": {}, "changed": {}}
-    for report, (kind, counts) in itertools.product(reports, noted.items()):
-        for reason, (count, first) in report.get(kind, {}).items():
-            counts.setdefault(reason, [0, first])[0] += count
-    splits: dict[str, dict[str, Any]] = {}
-    for split in shard_folder.SPLITS:
-        found = [report["splits"][split] for report in reports]
-        names = ["documents", "tokens", "answer_tokens", "text_bytes"]
-        if "template" in settings:
-            names += ["answers", "unended_answers"]
-        splits[split] = {name: sum(one.get(name, 0) for one in found) for name in names}
-        splits[split]["shards"] = [shard for one in found for shard in one["shards"]]
-    tokenizer = Tokenizer.load(folder / shard_folder.TOKENIZER)
-    return {
-        "format_version": shard_folder.FORMAT_VERSION,
-        "settings": settings,
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer_sha256": tokenizer.fingerprint,
-        **({"template_sha256": settings["template"]} if "template" in settings else {}),
-        **noted,
-        "splits": splits,
-    }
