@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from absl import flags
 from etils import epath
 
 import llama_jax
@@ -383,7 +382,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    _VERIFY = flags.DEFINE_string(
+    _VERIFY = cli.path_flag(
         "verify",
         None,
         "Work directory, or the folder of one step: reads every file, and says which steps are "

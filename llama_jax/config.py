@@ -6,19 +6,31 @@ everything else takes: after this boundary a misspelt or ill-typed field cannot 
 """
 
 import dataclasses
+import functools
 import json
+import math
 import re
 from typing import Any, cast
 
 import ml_collections
 
-from llama_jax.errors import require, require_positive, typed
+from llama_jax.config_names import unknown_field
+from llama_jax.errors import (
+    UserError,
+    as_float32,
+    require,
+    require_positive,
+    require_types,
+    typed,
+)
 from llama_jax.files import parse_json
 from llama_jax.lora_config import LoraConfig
 from llama_jax.model_config import COMPUTE_DTYPES, ModelConfig
+from llama_jax.paths import expand_place
 
 PACKINGS = ("concat", "best_fit")
 INIT_FORMATS = ("hf", "meta", "ckpt")
+MOST_WORKERS = 4096  # each is a process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +43,7 @@ class MeshConfig:
     tensor: int = 1  # shards of heads, ffn and vocabulary (Megatron)
 
     def __post_init__(self) -> None:
+        require_types("mesh", self)
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             require(size == -1 or size > 0, f"mesh axis {name} must be positive or -1, got {size}")
@@ -78,11 +91,18 @@ class DataConfig:
     max_document_bytes: int = 10_000_000  # longer documents are skipped and counted
 
     def __post_init__(self) -> None:
+        require_types("data", self, wide=("shard_tokens", "part_bytes"))
+        for name in ("path", "tokenizer", "template", "tfds_data_dir"):
+            _expand(self, name, f"data.{name}")
         require(bool(self.source), "data.source is empty; try stdlib or a path")
         require(bool(self.text_field), "data.text_field is empty")
         require_positive("data", self, "shard_tokens", "max_document_bytes", "part_bytes")
         for name in ("workers", "tokenizer_size"):
             require(getattr(self, name) >= 0, f"data.{name} must not be negative")
+        require(
+            self.workers <= MOST_WORKERS,
+            f"data.workers must be at most {MOST_WORKERS}, got {self.workers}",
+        )
         require(
             self.packing in PACKINGS,
             f"data.packing must be one of {PACKINGS}, got {self.packing!r}",
@@ -117,10 +137,19 @@ class OptimConfig:
     moment_dtype: str = "float32"  # of the first moment; the second stays float32
 
     def __post_init__(self) -> None:
+        require_types("optim", self)
         require_positive("optim", self, "peak_lr", "eps", "clip_norm")
-        for name in ("final_lr_fraction", "beta1", "beta2"):
+        require(
+            0 <= self.final_lr_fraction <= 1,
+            f"optim.final_lr_fraction must be in [0, 1], got {self.final_lr_fraction}",
+        )
+        for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            require(0 <= value <= 1, f"optim.{name} must be in [0, 1], got {value}")
+            # AdamW divides by 1 - beta**step.
+            require(
+                value >= 0 and as_float32(value) < 1,
+                f"optim.{name} must be in [0, 1) in float32, got {value}",
+            )
         require(self.warmup_steps >= 0, "optim.warmup_steps must not be negative")
         require(self.weight_decay >= 0, "optim.weight_decay must not be negative")
         require(
@@ -160,6 +189,7 @@ class TrainConfig:
     profile_steps: str = ""  # first,last step that is traced for TensorBoard; empty: none
 
     def __post_init__(self) -> None:
+        require_types("train", self, wide=("seed",))
         require_positive("train", self, "steps", "seq_len", "global_batch", "grad_accum")
         require_positive("train", self, "loss_chunk", "log_every", "eval_every", "eval_batches")
         require_positive("train", self, "checkpoint_every", "keep_checkpoints")
@@ -176,14 +206,16 @@ class TrainConfig:
         require(
             self.global_batch % self.grad_accum == 0,
             f"train.global_batch={self.global_batch} is not a multiple of "
-            f"train.grad_accum={self.grad_accum}",
+            f"train.grad_accum={self.grad_accum}; set --config.train.grad_accum="
+            f"{math.gcd(self.global_batch, self.grad_accum)}, or a multiple of it as "
+            "train.global_batch",
         )
         if self.profile_steps:
             self._check_profile_steps()
 
     def _check_profile_steps(self) -> None:
         require(
-            re.fullmatch(r"\d+,\d+", self.profile_steps) is not None,
+            re.fullmatch(r"[0-9]{1,9},[0-9]{1,9}", self.profile_steps) is not None,
             "train.profile_steps must be the first and the last step to trace, such as 10,15, "
             f"got {self.profile_steps!r}",
         )
@@ -191,7 +223,8 @@ class TrainConfig:
         require(
             1 <= window.start < window.stop and window.start <= self.steps,
             f"train.profile_steps={self.profile_steps} must be two steps in 1..{self.steps} "
-            "(train.steps), the first not after the last",
+            "(train.steps), the first not after the last; set --config.train.profile_steps="
+            f"{min(2, self.steps)},{min(5, self.steps)}, or nothing to trace none",
         )
 
     @property
@@ -223,6 +256,8 @@ class Config:
     init_from: str = ""
 
     def __post_init__(self) -> None:
+        typed("init_from", self.init_from, str)
+        _expand(self, "init_from", "init_from")
         kind, _, folder = self.init_from.partition(":")
         require(
             not self.init_from or (kind in INIT_FORMATS and bool(folder)),
@@ -233,17 +268,42 @@ class Config:
         require(
             self.data.tokenizer_size <= self.model.vocab_size,
             f"data.tokenizer_size={self.data.tokenizer_size} is more than model.vocab_size="
-            f"{self.model.vocab_size}: each id needs a row of the model",
+            f"{self.model.vocab_size}: each id needs a row of the model; set "
+            f"--config.model.vocab_size={self.data.tokenizer_size}",
         )
         require(
             self.optim.warmup_steps < self.train.steps,
             f"optim.warmup_steps={self.optim.warmup_steps} must be less than "
-            f"train.steps={self.train.steps}",
+            f"train.steps={self.train.steps}; set "
+            f"--config.optim.warmup_steps={self.train.steps // 10}",
         )
 
     def to_json(self) -> str:
         """The config as indented JSON; `from_json` is the inverse."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def _expand(config: Any, field: str, name: str) -> None:
+    """Puts the home folder in the place of a first `~` in a field of a config that is made."""
+    value = getattr(config, field)
+    try:
+        expanded = expand_place(value)
+    except UserError as error:
+        raise UserError(f"{name}={value}: {error}") from error
+    object.__setattr__(config, field, expanded)  # the dataclass is frozen
+
+
+@functools.cache
+def field_types() -> dict[str, type]:
+    """The type of every field by its dotted name, such as `train.steps`."""
+    found: dict[str, type] = {}
+    for group in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(group.type):
+            inner = dataclasses.fields(cast(Any, group.type))
+            found |= {f"{group.name}.{field.name}": cast(type, field.type) for field in inner}
+        else:
+            found[group.name] = cast(type, group.type)
+    return found
 
 
 def default() -> ml_collections.ConfigDict:
@@ -277,7 +337,7 @@ def from_json(text: bytes | str) -> Config:
 
 def _from_dict(values: dict[str, Any]) -> Config:
     groups = {field.name: field.type for field in dataclasses.fields(Config)}
-    _require_same_names("config groups", set(values), set(groups))
+    _require_same_names("config groups", "", set(values), set(groups))
     built: dict[str, Any] = {}
     for name, group in groups.items():
         if not dataclasses.is_dataclass(group):
@@ -286,14 +346,17 @@ def _from_dict(values: dict[str, Any]) -> Config:
         types = {field.name: field.type for field in dataclasses.fields(group)}
         given = values[name]
         require(isinstance(given, dict), f"config group {name} is not a mapping, but {given!r}")
-        _require_same_names(f"fields of config group {name}", set(given), set(types))
+        _require_same_names(f"fields of config group {name}", f"{name}.", set(given), set(types))
         fields = {n: typed(f"{name}.{n}", given[n], types[n]) for n in types}
         built[name] = cast(Any, group)(**fields)
     return Config(**built)
 
 
-def _require_same_names(what: str, given: set[str], known: set[str]) -> None:
-    require(given <= known, f"unknown {what}: {', '.join(sorted(given - known))}")
+def _require_same_names(what: str, prefix: str, given: set[str], known: set[str]) -> None:
+    unknown = sorted(map(str, given - known))
+    if unknown:
+        mend = unknown_field(f"{prefix}{unknown[0]}", field_types(), "config.")
+        raise UserError(f"unknown {what}: {', '.join(unknown)} ({mend})")
     require(given >= known, f"missing {what}: {', '.join(sorted(known - given))}")
 
 

@@ -309,8 +309,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _SOURCE = flags.DEFINE_string("source", None, "What to read, as FORMAT:DIR.")
-    _TARGET = flags.DEFINE_string("target", None, "What to write, as FORMAT:DIR; must not exist.")
+    _SOURCE = cli.path_flag("source", None, "What to read, as FORMAT:DIR.")
+    _TARGET = cli.path_flag("target", None, "What to write, as FORMAT:DIR; must not exist.")
     _DTYPE = flags.DEFINE_enum(
         "dtype",
         None,
@@ -323,7 +323,7 @@ if __name__ == "__main__":
         "Longest sequence in tokens, for a meta source; 0: by the family's habit.",
         lower_bound=0,
     )
-    _BASE = flags.DEFINE_string(
+    _BASE = cli.path_flag(
         "base",
         "",
         "Weights below the adapters of a source, as FORMAT:DIR; default: where these say it was.",

@@ -17,7 +17,7 @@ import numpy as np
 from flax import struct
 
 from llama_jax.config import ModelConfig
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, as_float32
 from llama_jax.model import KVCache, forward, init_cache
 from llama_jax.sharding import ACTIVATION_AXES, constrain, mesh_axes
 
@@ -53,6 +53,15 @@ class Sampling:
             raise UserError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
         if self.top_k < 0:
             raise UserError(f"top_k must be 0 (all) or positive, got {self.top_k}")
+        if self.temperature and not 0 < as_float32(self.temperature) < math.inf:
+            raise UserError(
+                f"temperature={self.temperature} is {as_float32(self.temperature)} in float32, in "
+                "which it is used"
+            )
+        if not -(2**31) <= self.seed < 2**32:
+            raise UserError(f"seed must be in [-2**31, 2**32), got {self.seed}")
+        if max(self.top_k, self.max_tokens) >= 2**31:
+            raise UserError("top_k and max_tokens must be less than 2**31")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be in (0, 1], got {self.top_p}")
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,10 +36,34 @@ def require_positive(group: str, config: Any, *names: str) -> None:
         require(value > 0, f"{group}.{name} must be positive, got {value}")
 
 
-def require_types(group: str, config: Any) -> None:
-    """Requires that each field of a config group has its annotated type."""
+def require_types(group: str, config: Any, *, wide: tuple[str, ...] = ()) -> None:
+    """Requires that each field of a config group has its annotated type, and a usable number.
+
+    Args:
+      group: its name, for the message.
+      config: the group.
+      wide: fields that may hold integers of 64 bits; the others are int32 on the devices.
+    """
     for field in dataclasses.fields(config):
-        typed(f"{group}.{field.name}", getattr(config, field.name), field.type)
+        name, value = f"{group}.{field.name}", getattr(config, field.name)
+        typed(name, value, field.type)
+        if field.type is int:
+            bits = 63 if field.name in wide else 31
+            require(abs(value) < 2**bits, f"{name} must be less than 2**{bits}, got {value}")
+        elif field.type is float:
+            rounded = as_float32(value)
+            require(
+                math.isfinite(rounded) and bool(rounded) == bool(value),
+                f"{name}={value} is {rounded} in float32, in which it is used",
+            )
+
+
+def as_float32(value: float) -> float:
+    """The number of float32 that is nearest to a value; infinite beyond the largest."""
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
 
 
 def typed(name: str, value: Any, wanted: Any) -> Any:

@@ -205,16 +205,16 @@ def _tasks(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _CHECKPOINT = flags.DEFINE_string(
+    _CHECKPOINT = cli.path_flag(
         "checkpoint", None, "Work directory (its newest step), or the folder of one step."
     )
     _TEXT = flags.DEFINE_string(
         "text", None, "Text to score: files, folders, globs; NAME=FILES; NAME=FILES for several."
     )
     _TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Of a JSON line or a Parquet table.")
-    _SHARDS = flags.DEFINE_string("shards", None, "Folder of token shards to score.")
+    _SHARDS = cli.path_flag("shards", None, "Folder of token shards to score.")
     _SPLIT = flags.DEFINE_enum("split", "validation", SPLITS, "Of the shards.")
-    _TASKS = flags.DEFINE_list("tasks", None, "Tasks of the harness, or paths of task files.")
+    _TASKS = cli.path_list_flag("tasks", None, "Tasks of the harness, or paths of task files.")
     _NUM_FEWSHOT = flags.DEFINE_integer(
         "num_fewshot", None, "Examples before each question; default: the task's own number."
     )
@@ -223,7 +223,7 @@ if __name__ == "__main__":
     )
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Windows or requests at a time.")
     _LIMIT = flags.DEFINE_integer("limit", None, "Documents of each source or task at most.")
-    _BASE = flags.DEFINE_string(
+    _BASE = cli.path_flag(
         "base",
         "",
         "Weights below the adapters of a LoRA checkpoint, as hf:DIR, meta:DIR or ckpt:DIR; empty: "

@@ -216,15 +216,15 @@ class Stopwatch:
 
 
 if __name__ == "__main__":
-    _CHECKPOINT = flags.DEFINE_string(
+    _CHECKPOINT = cli.path_flag(
         "checkpoint", None, "Work directory (its newest step), or the folder of one step."
     )
     _PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to continue; repeat it for a batch.")
-    _PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, instead of --prompt.")
-    _MESSAGES = flags.DEFINE_string(
+    _PROMPTS = cli.path_flag("prompts", None, "File of prompts, instead of --prompt.")
+    _MESSAGES = cli.path_flag(
         "messages", None, "File of conversations, instead of --prompt: a .jsonl file."
     )
-    _CHAT_TEMPLATE = flags.DEFINE_string(
+    _CHAT_TEMPLATE = cli.path_flag(
         "chat_template",
         None,
         "Chat template for prompts and messages: its name in the checkpoint (default is the usual "
@@ -241,7 +241,7 @@ if __name__ == "__main__":
     )
     _JSON = flags.DEFINE_bool("json", False, "Print a line of JSON for each prompt.")
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts that are continued at a time.")
-    _BASE = flags.DEFINE_string(
+    _BASE = cli.path_flag(
         "base",
         "",
         "Weights below the adapters of a LoRA checkpoint, as hf:DIR, meta:DIR or ckpt:DIR; empty: "

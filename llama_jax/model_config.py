@@ -13,6 +13,11 @@ COMPUTE_DTYPES = ("bfloat16", "float32")
 ROPE_SCALINGS = ("llama3", "linear", "dynamic", "yarn")
 
 
+def _multiple_near(number: int, of: int) -> int:
+    """The multiple of twice `of` that is nearest to a number: heads have even sizes."""
+    return max(1, round(number / (2 * of))) * 2 * of
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A LLaMA (Touvron et al., 2023, arXiv:2302.13971). The defaults are those of the 7B model."""
@@ -52,28 +57,30 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_types("model", self)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)  # sizes and ids are int32 on the devices
-            require(
-                field.type is not int or abs(value) < 2**31,
-                f"model.{field.name} must be less than 2**31, got {value}",
-            )
         require_positive(
             "model", self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim"
         )
         require_positive("model", self, "norm_eps", "scan_unroll")
         require(
             bool(self.explicit_head_dim) or self.dim % self.n_heads == 0,
-            f"model.dim={self.dim} is not a multiple of model.n_heads={self.n_heads}",
+            f"model.dim={self.dim} is not a multiple of model.n_heads={self.n_heads}; set "
+            f"--config.model.dim={_multiple_near(self.dim, self.n_heads)}, or a size of the heads "
+            "by --config.model.explicit_head_dim",
         )
         require(
             self.n_heads % self.n_kv_heads == 0,
-            f"model.n_heads={self.n_heads} is not a multiple of model.n_kv_heads={self.n_kv_heads}",
+            f"model.n_heads={self.n_heads} is not a multiple of model.n_kv_heads="
+            f"{self.n_kv_heads}; set "
+            f"--config.model.n_kv_heads={math.gcd(self.n_heads, self.n_kv_heads)}",
         )
         for name in ("sliding_window", "explicit_head_dim"):
             require(getattr(self, name) >= 0, f"model.{name} must not be negative")
         self._check_rope()
-        require(self.head_dim % 2 == 0, f"RoPE needs an even head size, got {self.head_dim}")
+        require(
+            self.head_dim % 2 == 0,
+            f"RoPE needs an even head size, got {self.head_dim}; set "
+            f"--config.model.explicit_head_dim={self.head_dim + 1}",
+        )
         require(
             self.compute_dtype in COMPUTE_DTYPES,
             f"model.compute_dtype must be one of {COMPUTE_DTYPES}, got {self.compute_dtype!r}",

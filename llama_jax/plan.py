@@ -16,6 +16,7 @@ Example:
 """
 
 import json
+import math
 from typing import Any
 
 import jax
@@ -198,6 +199,8 @@ def main() -> None:
     if _TOPOLOGY.value is None:
         raise UserError("--topology is missing; try --topology=v5p-128 or --topology=h100:256x8")
     topology = parse_topology(_TOPOLOGY.value, _SLICES.value)
+    if not 0 <= _PRICE.value < math.inf:
+        raise UserError(f"--price must be a number of dollars, got {_PRICE.value}")
     xla_flags.use_preset(_XLA_PRESET.value)
     jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
     if _SEARCH.value:
@@ -221,7 +224,9 @@ if __name__ == "__main__":
     _SEARCH = flags.DEFINE_bool(
         "search", False, "Try mesh shapes, remat policies and microbatches; show the best that fit."
     )
-    _SEARCH_LIMIT = flags.DEFINE_integer("search_limit", 6, "Candidates that --search compiles.")
+    _SEARCH_LIMIT = flags.DEFINE_integer(
+        "search_limit", 6, "Candidates that --search compiles.", lower_bound=1
+    )
     _XLA_PRESET = flags.DEFINE_string(
         "xla_preset", "none", f"Compiler flags, as of train: {', '.join(xla_flags.PRESETS)}."
     )

@@ -43,8 +43,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     _CONFIG = cli.config_flag()
-    _OUTPUT = flags.DEFINE_string("output", None, "Folder to make; local or gs://.")
-    _VERIFY = flags.DEFINE_string(
+    _OUTPUT = cli.path_flag("output", None, "Folder to make; local or gs://.")
+    _VERIFY = cli.path_flag(
         "verify", None, "Check the shards in this folder, of one source or several, and stop."
     )
     _BEAM = flags.DEFINE_string(

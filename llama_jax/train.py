@@ -38,6 +38,7 @@ from llama_jax.guards import (
 from llama_jax.init_from import base_context, check_init, first_state, with_base, with_tokenizer
 from llama_jax.loop import Instruments, run_loop
 from llama_jax.mesh import make_mesh
+from llama_jax.paths import expand
 from llama_jax.processes import start_processes
 from llama_jax.profiler import Profiler
 from llama_jax.sharding import check_batch
@@ -156,7 +157,7 @@ def run(
       UserError: the config does not fit the devices, the data, or what is in `workdir`.
       Stopped: SIGTERM or Ctrl-C came when there was nothing to save.
     """
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(expand(os.fspath(workdir)))
     config = with_tokenizer(config, workdir)
     began = time.monotonic() if began is None else began
     goodput = Goodput(None, began)
@@ -289,7 +290,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     _CONFIG = cli.config_flag()
-    _WORKDIR = flags.DEFINE_string(
+    _WORKDIR = cli.path_flag(
         "workdir", None, "Folder of the run: config, checkpoints, metrics, plots; local or gs://."
     )
     _XLA_PRESET = flags.DEFINE_string(

@@ -150,7 +150,7 @@ def test_convert_with_bad_input(run, flags, message):
         (("--config=configs/nothing.py", "--workdir=x"), "configs/nothing.py"),
         (
             ("--config=configs/tiny.py", "--workdir=x", "--config.optim.peek_lr=1"),
-            'Did you mean "peak_lr"',
+            "error: optim has no field peek_lr; did you mean peak_lr?",
         ),
         (("--config=configs/tiny.py", "--workdri=x"), "Did you mean: workdir"),
         (("--config=configs/tiny.py", "--workdir=x", "--config.train.steps=many"), "many"),

@@ -60,7 +60,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _SHOW = flags.DEFINE_string(
+    _SHOW = cli.path_flag(
         "show", None, "Folder of token shards, of several sources, or a work directory of train."
     )
     _CONFIG = cli.config_flag()
@@ -71,5 +71,5 @@ if __name__ == "__main__":
     _LINES = flags.DEFINE_integer(
         "lines", 12, "Lines to show of one document; 0: all.", lower_bound=0
     )
-    _PLOT = flags.DEFINE_string("plot", None, "PNG to draw; default: plots/data.png in the folder.")
+    _PLOT = cli.path_flag("plot", None, "PNG to draw; default: plots/data.png in the folder.")
     cli.run(main, __doc__)
