@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from llama_jax.errors import require, require_types
+from llama_jax.errors import as_float32, require, require_types
 from llama_jax.model_config import ModelConfig
 
 # The matrices of a layer, by the module that has them.
@@ -29,7 +29,8 @@ class LoraConfig:
         require_types("lora", self)
         require(self.rank >= 0, f"lora.rank must not be negative, got {self.rank}")
         require(self.alpha > 0, f"lora.alpha must be positive, got {self.alpha}")
-        require(0 <= self.dropout < 1, f"lora.dropout must be in [0, 1), got {self.dropout}")
+        good = self.dropout >= 0 and as_float32(self.dropout) < 1
+        require(good, f"lora.dropout must be in [0, 1), got {self.dropout}")
         require(
             self.base_dtype in BASE_DTYPES,
             f"lora.base_dtype must be one of {BASE_DTYPES}, got {self.base_dtype!r}",

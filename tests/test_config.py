@@ -6,6 +6,7 @@ import math
 import re
 
 import jax
+import ml_collections
 import pytest
 
 from llama_jax import config as config_lib
@@ -313,6 +314,72 @@ INVALID = [
 def test_a_value_out_of_range_is_an_error_that_names_it(name, value, message):
     with pytest.raises(UserError, match=re.escape(message)):
         replace(TINY, **{name: value})
+
+
+WIDE = ("train.seed", "data.shard_tokens", "data.part_bytes")
+FIELD_TYPES = config_lib.field_types()
+# No field can use these.
+ODD = {
+    int: (10**30, -(10**30), 2**63, -2, True, 1.0, "1", None),
+    float: (math.nan, math.inf, -math.inf, 1e39, 1e-50, -1.0, True, 10**30, "1", None),
+    bool: (0, 1.0, "true", None),
+    str: (0, 1.0, True, b"x", None),
+}
+
+
+@pytest.mark.parametrize("name", FIELD_TYPES)
+def test_an_odd_value_of_any_field_is_an_error_that_names_it(name):
+    group, _, field = name.rpartition(".")
+    odd = ODD[FIELD_TYPES[name]]
+    if FIELD_TYPES[name] is int and name not in WIDE:
+        odd += (2**31,)
+    for value in odd:
+        values = config_lib.default().to_dict()
+        (values[group] if group else values)[field] = value
+        with pytest.raises(UserError, match=rf"\b{field}\b") as error:
+            from_config_dict(ml_collections.ConfigDict(values))
+        assert len(str(error.value)) < 300 and "\n" not in str(error.value), value
+        if type(value) is FIELD_TYPES[name]:  # as a program makes it
+            with pytest.raises(UserError, match=rf"\b{field}\b"):
+                replace(Config(), **{name.replace(".", "__"): value})
+
+
+@pytest.mark.parametrize("value", [1.0, 1 - 1e-9])
+@pytest.mark.parametrize("name", ["optim__beta1", "optim__beta2", "lora__dropout"])
+def test_one_is_no_beta_and_no_dropout_nor_is_what_rounds_to_it(name, value):
+    """AdamW divides by 1 - beta, dropout by 1 - rate, in float32."""
+    with pytest.raises(UserError, match=name.partition("__")[2]):
+        replace(TINY, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"train__steps": 50, "optim__warmup_steps": 80}, "optim.warmup_steps=5"),
+        ({"train__steps": 1, "optim__warmup_steps": 80}, "optim.warmup_steps=0"),
+        ({"train__grad_accum": 12, "train__global_batch": 32}, "train.grad_accum=4"),
+        ({"model__n_heads": 12, "model__n_kv_heads": 8, "model__dim": 48}, "model.n_kv_heads=4"),
+        ({"model__dim": 33}, "model.dim=32"),
+        ({"model__explicit_head_dim": 7}, "model.explicit_head_dim=8"),
+        ({"model__vocab_size": 100, "data__tokenizer_size": 200}, "model.vocab_size=200"),
+        ({"train__profile_steps": "30,40"}, "train.profile_steps=2,5"),
+    ],
+)
+def test_fields_that_do_not_fit_each_other_come_with_a_flag_that_mends_them(changes, flag):
+    with pytest.raises(UserError, match=re.escape(f"set --config.{flag}")):
+        made(changes)
+    name, _, value = flag.partition("=")
+    value = FIELD_TYPES[name](value)
+    assert made({**changes, name.replace(".", "__"): value})
+
+
+def made(changes):
+    """The tiny config with all changes at once."""
+    values = json.loads(TINY.to_json())
+    for name, value in changes.items():
+        group, _, field = name.partition("__")
+        values[group][field] = value
+    return from_json(json.dumps(values))
 
 
 def test_blocks_of_nf4_must_divide_the_inputs():
