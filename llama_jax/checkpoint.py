@@ -245,11 +245,12 @@ def find_step(checkpoint: epath.PathLike, *, pass_over: bool = True) -> epath.Pa
 
 def _warn_if_unverified(folder: epath.Path) -> None:
     if manifest.is_unverified(folder):
-        _warn_once(f"{folder} is unverified: it was saved by a version without a manifest")
+        warn_once(f"{folder} is unverified: it was saved by a version without a manifest")
 
 
 @functools.cache  # a command may look for its step several times
-def _warn_once(text: str) -> None:
+def warn_once(text: str) -> None:
+    """Prints a warning to stderr, the first time that it is given."""
     print(f"warning: {text}", file=sys.stderr)
 
 
