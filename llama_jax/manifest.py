@@ -133,6 +133,9 @@ def damage(
 def _damages(
     folder: epath.Path, part: tuple[int, int], quick: bool, items: Collection[str]
 ) -> Iterator[str]:
+    if os.path.islink(folder) and not folder.exists():  # of a disk that is not mounted, perhaps
+        yield f"it is a link to {os.path.realpath(folder)}, where nothing is"
+        return
     if not (folder / NAME).exists():
         if not is_unverified(folder):
             yield f"{NAME} is missing"

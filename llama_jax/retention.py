@@ -44,15 +44,28 @@ class SavedStep:
 def saved_steps(directory: epath.Path) -> list[int]:
     """Numbers of the complete steps, in order; none where there is no such directory.
 
-    A file, or a link to where nothing is, is no step, whatever its name. In an object store a
-    folder has its number from the start: its manifest makes it complete.
+    A step may be a link, also to where nothing is at present; a file is none, whatever its name. In
+    an object store a folder has its number from the start: its manifest makes it complete.
     """
+    entries = _numbered(directory)
+    if is_object_store(directory):
+        entries = [entry for entry in entries if (entry / manifest.NAME).exists()]
+    return sorted(int(entry.name) for entry in entries if not _is_file(entry))
+
+
+def files_named_like_steps(directory: epath.Path) -> list[str]:
+    """Names of files that have the name of a step, but are none."""
+    return sorted(entry.name for entry in _numbered(directory) if _is_file(entry))
+
+
+def _numbered(directory: epath.Path) -> list[epath.Path]:
     if not directory.is_dir():
         return []
-    remote = is_object_store(directory)
-    entries = [entry for entry in directory.iterdir() if _STEP.fullmatch(entry.name)]
-    complete = [e for e in entries if ((e / manifest.NAME).exists() if remote else e.is_dir())]
-    return sorted(int(entry.name) for entry in complete)
+    return [entry for entry in directory.iterdir() if _STEP.fullmatch(entry.name)]
+
+
+def _is_file(entry: epath.Path) -> bool:
+    return not is_object_store(entry) and os.path.isfile(entry)
 
 
 def _described(directory: epath.Path, step: int, name: str) -> Any:

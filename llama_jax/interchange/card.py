@@ -63,9 +63,7 @@ def _training(meta: checkpoint_lib.Meta, metrics: epath.Path) -> dict[str, str]:
         checkpoint_lib.warn_once(f"the model card has no losses: {error}")
         return rows
     if damaged:
-        text = f"{damaged} damaged line(s) of metrics.jsonl"
-        rows["left out below"] = text
-        checkpoint_lib.warn_once(f"{text} are left out of the model card")
+        rows["left out below"] = f"{damaged} damaged line(s) of metrics.jsonl"
     for name, title in (("loss", "training loss"), ("eval_loss", "validation loss")):
         if name in last:
             rows[title] = f"{last[name]:.4f} nats per token"

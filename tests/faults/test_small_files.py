@@ -317,8 +317,8 @@ def test_a_run_goes_on_whatever_lies_beside_its_steps(cut, tmp_path, capsys):
         (steps / name).mkdir()
     for name in (".DS_Store", "3", "README"):
         (steps / name).write_text("")
+    kept = [*strange, ".DS_Store", "3", "README"]
     (steps / "2").symlink_to(tmp_path / "gone")
-    kept = [*strange, ".DS_Store", "3", "README", "2"]
     (steps / "7.saving").write_text("")
     (steps / "5.deleting").symlink_to(tmp_path / "mine")
     (steps / "4.deleting").symlink_to(tmp_path / "gone")
@@ -331,11 +331,12 @@ def test_a_run_goes_on_whatever_lies_beside_its_steps(cut, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "resume  from step 8" in said and "warning" not in said
     assert "4 unfinished checkpoint folder(s): 4.deleting, 5.deleting, 7.saving, 9.saving" in said
-    for step, place in ((6, old), (8, left)):
+    for step, place in ((2, tmp_path / "gone"), (6, old), (8, left)):
         text = f"checkpoint {step} is deleted, but not what its links lead to: {place}"
         assert text in said
-    for step in (10, 12):
-        assert f"{steps / str(step)} was no saved step; set aside as {steps}/{step}.damaged" in said
+    assert f"{steps}/10 was no saved step; set aside as {steps}/10.damaged" in said
+    nothing = f"it is a link to {tmp_path}/gone, where nothing is"
+    assert f"damaged checkpoint 12: {nothing}; set aside as {steps}/12.damaged" in said
     assert files_of(elsewhere) | files_of(tmp_path / "mine") == before
     assert sorted(os.listdir(steps)) == sorted([*kept, "10.damaged", "12.damaged", "12"])
     assert int(train(config, cut).step) == 12  # and again
@@ -358,3 +359,15 @@ def test_links_within_a_step_that_lead_back(cut, capsys):
     link_elsewhere(step / "params", cut / "other")
     assert int(train(CONFIG, cut).step) == 12
     assert "resume  from step 8" in capsys.readouterr().out
+
+
+def test_steps_on_a_disk_that_is_not_there(cut, tmp_path):
+    """No run begins anew because of that, and nothing is changed."""
+    elsewhere = tmp_path / "elsewhere"
+    for step in ("6", "8"):
+        link_elsewhere(cut / "checkpoints" / step, elsewhere)
+    elsewhere.rename(tmp_path / "away")
+    with pytest.raises(UserError, match=r"no good .*step 8: it is a link to .*, where nothing is"):
+        train(CONFIG, cut)
+    (tmp_path / "away").rename(elsewhere)
+    assert int(train(CONFIG, cut).step) == 12
