@@ -33,7 +33,14 @@ Example, 2 slices of v5p-128:
 TEXT
 }
 
-fail() { echo "error: $1; try --help" >&2 && exit 1; }
+fail() { echo "error: ${1//[[:cntrl:]]/ }; try --help" >&2 && exit 1; }
+
+# Makes the number of flag $1 decimal: bash reads 08 as octal, and large numbers wrap around.
+decimal() {
+  local LC_ALL=C
+  [[ ${!1} =~ ^0*([0-9]{1,9})$ ]] || fail "--$1=${!1} is no number of at most 9 digits"
+  printf -v "$1" %d "$((10#${BASH_REMATCH[1]}))"
+}
 
 action=${1:-}
 case $action in
@@ -61,26 +68,57 @@ while (($#)); do
   esac
   shift
 done
-[[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "--name=$name is no name for Kubernetes"
+
+# Whether the value of flag $1 is of this form, in ASCII.
+matches() {
+  local LC_ALL=C
+  [[ ${!1} =~ $2 ]]
+}
+matches name '^[a-z]([-a-z0-9]*[a-z0-9])?$' || fail "--name=$name is no name for Kubernetes"
+
+# Sets `string` to the word $1 as a string of YAML, so that the container gets it byte by byte.
+quote() {
+  local dump bytes codes=() i code next
+  dump=$(printf %s "$1" | iconv -f UTF-8 -t UTF-32BE 2>/dev/null | od -An -v -tx1) ||
+    fail "not text in UTF-8: $(printf %q "$1")"
+  read -ra bytes <<<"${dump//$'\n'/ }"
+  for ((i = 0; i < ${#bytes[@]}; i += 4)); do
+    codes+=("$((16#${bytes[i]}${bytes[i + 1]}${bytes[i + 2]}${bytes[i + 3]}))")
+  done
+  string=
+  for ((i = 0; i < ${#codes[@]}; i++)); do
+    code=${codes[i]} next=${codes[i + 1]:-0}
+    # Kubernetes takes $(NAME) for a variable, and $$ for one $.
+    ((code == 36 && (next == 36 || next == 40 || (i && codes[i - 1] == 36)))) && string+='$'
+    # YAML has more ends of lines than ASCII, and characters that it does not allow.
+    if ((code < 32 || code == 34 || code == 92 || code > 126)); then
+      printf -v code '\\U%08x' "$code"
+    else
+      printf -v code '\\x%02x' "$code" && printf -v code %b "$code"
+    fi
+    string+=$code
+  done
+  string=\"$string\"
+}
 
 # The JobSet, on standard output; the flags of train are the arguments.
 render() {
   [[ $image && $accelerator ]] || fail "--image or --accelerator is missing"
-  [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || fail "--topology=$topology is no shape"
-  local number
-  for number in "$chips" "$slices" "$restarts" "$grace"; do
-    [[ $number =~ ^[0-9]+$ ]] || fail "$number is no number"
-  done
+  matches image '^[a-zA-Z0-9][-a-zA-Z0-9._/:@]*$' || fail "--image=$image is no image"
+  matches accelerator '^[a-zA-Z0-9][-a-zA-Z0-9._]*$' || fail "--accelerator=$accelerator is no kind"
+  matches topology '^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$' || fail "--topology=$topology is no shape"
+  local flag
+  for flag in chips slices restarts grace; do decimal "$flag"; done
+  ((slices)) || fail "--slices=0 is too few"
   (($#)) || fail "no flags of train after --"
   local total=$((${topology//x/*}))
   ((chips && total % chips == 0)) || fail "$topology is not whole hosts of $chips chips"
-  local command='' word text
+  local command='' word text string
   # Exit status 75 after SIGTERM: an evicted pod has failed, and the set starts again.
   # A run that went to its end over a damaged checkpoint must not: its log tells.
   for word in python -m llama_jax.train --stopped_status=75 --damaged_status=0 "$@"; do
-    word=${word//\\/\\\\}
-    # JSON's strings are YAML's.
-    command+="                    - \"${word//\"/\\\"}\""$'\n'
+    quote "$word"
+    command+="                    - $string"$'\n'
   done
   text=$(<"$(dirname "${BASH_SOURCE[0]}")/gke_jobset.yaml")
   text=${text//'{NAME}'/"$name"}

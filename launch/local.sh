@@ -26,7 +26,14 @@ Example, a process for each of 8 GPUs:
 TEXT
 }
 
-fail() { echo "error: $1; try --help" >&2 && exit 1; }
+fail() { echo "error: ${1//[[:cntrl:]]/ }; try --help" >&2 && exit 1; }
+
+# Makes the number of flag $1 decimal: bash reads 08 as octal, and large numbers wrap around.
+decimal() {
+  local LC_ALL=C
+  [[ ${!1} =~ ^0*([0-9]{1,9})$ ]] || fail "--$1=${!1} is no number of at most 9 digits"
+  printf -v "$1" %d "$((10#${BASH_REMATCH[1]}))"
+}
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 processes=2 gpus='' port='' restarts=0 backoff=10 dry_run=
@@ -44,9 +51,10 @@ while (($#)); do
   esac
   shift
 done
-[[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--processes=$processes is no number"
-[[ $gpus =~ ^([1-9][0-9]*)?$ ]] || fail "--gpus=$gpus is no number"
-[[ $restarts =~ ^[0-9]+$ && $backoff =~ ^[0-9]+$ ]] || fail "--restarts and --backoff are numbers"
+for flag in processes restarts backoff ${gpus:+gpus} ${port:+port}; do decimal "$flag"; done
+((processes)) || fail "--processes=0 is too few"
+[[ $gpus != 0 ]] || fail "--gpus=0 is too few"
+[[ -z $port ]] || ((0 < port && port < 65536)) || fail "--port=$port is no port"
 (($#)) || fail "no flags of train after --"
 
 python=${PYTHON:-$(command -v "$here/../.venv/bin/python" || echo python)}

@@ -12,7 +12,7 @@ Usage: launch/retry.sh [--restarts=N] [--backoff=SECONDS] [--dry-run] -- COMMAND
                  more ends the row
   --backoff=S    seconds before the first restart, doubled for each further one in a row, at most
                  300 (default 10)
-  --stop=COMMAND what makes the command save and end (default: SIGTERM to it)
+  --stop=COMMAND of the shell, which makes the command save and end (default: SIGTERM to it)
   --dry-run      print the command only
 
 On SIGTERM or Ctrl-C the command is stopped, and nothing is restarted. Nor is it after the exit
@@ -21,6 +21,15 @@ trained to the end, a damaged checkpoint was passed over). The exit status is th
 
 Example: launch/retry.sh --restarts=3 -- python -m llama_jax.train --config=... --workdir=...
 TEXT
+}
+
+fail() { echo "error: ${1//[[:cntrl:]]/ }; try --help" >&2 && exit 1; }
+
+# Makes the number of flag $1 decimal: bash reads 08 as octal, and large numbers wrap around.
+decimal() {
+  local LC_ALL=C
+  [[ ${!1} =~ ^0*([0-9]{1,9})$ ]] || fail "--$1=${!1} is no number of at most 9 digits"
+  printf -v "$1" %d "$((10#${BASH_REMATCH[1]}))"
 }
 
 restarts=10 backoff=10 stop_command='' dry_run=
@@ -32,14 +41,13 @@ while (($#)); do
     --dry-run) dry_run=1 ;;
     --help | -h) usage && exit 0 ;;
     --) shift && break ;;
-    *) echo "error: unexpected argument $1; try --help" >&2 && exit 1 ;;
+    *) fail "unexpected argument $1 (the command stands after --)" ;;
   esac
   shift
 done
-for number in "$restarts" "$backoff"; do
-  [[ $number =~ ^[0-9]+$ ]] || { echo "error: $number is no number; try --help" >&2 && exit 1; }
-done
-(($#)) || { echo "error: no command after --; try --help" >&2 && exit 1; }
+decimal restarts
+decimal backoff
+(($#)) || fail "no command after --"
 if [[ $dry_run ]]; then
   printf '%q ' "$@" && echo "# at most $restarts restarts in a row"
   exit 0
@@ -49,7 +57,7 @@ stopped='' interrupted='' child='' pausing=''
 stop() {
   stopped=1 interrupted=1
   if [[ $stop_command && ! $pausing ]]; then
-    $stop_command
+    bash -c "$stop_command"
   elif [[ $child ]]; then
     kill -TERM "$child" 2>/dev/null
   fi
@@ -77,7 +85,7 @@ while :; do
     echo "retry: exit status $status; giving up after $restarts restart(s)" >&2
     exit "$status"
   fi
-  pause=$((failures > 6 ? 300 : backoff << (failures - 1)))
+  pause=$((failures > 6 || backoff > 300 ? 300 : backoff << (failures - 1)))
   pause=$((pause > 300 ? 300 : pause))
   echo "retry: exit status $status; restart $failures of $restarts in $pause s" >&2
   pausing=1

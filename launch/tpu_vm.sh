@@ -34,7 +34,14 @@ Example:
 TEXT
 }
 
-fail() { echo "error: $1; try --help" >&2 && exit 1; }
+fail() { echo "error: ${1//[[:cntrl:]]/ }; try --help" >&2 && exit 1; }
+
+# Makes the number of flag $1 decimal: bash reads 08 as octal, and large numbers wrap around.
+decimal() {
+  local LC_ALL=C
+  [[ ${!1} =~ ^0*([0-9]{1,9})$ ]] || fail "--$1=${!1} is no number of at most 9 digits"
+  printf -v "$1" %d "$((10#${BASH_REMATCH[1]}))"
+}
 
 action=${1:-}
 case $action in
@@ -61,7 +68,8 @@ while (($#)); do
   shift
 done
 [[ $name && $zone ]] || fail "--name or --zone is missing"
-[[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts=$restarts is no number"
+[[ $name =~ ^[a-zA-Z0-9] ]] || fail "--name=$name is no name"
+decimal restarts
 
 # Runs a command, or prints it.
 run() {
@@ -116,7 +124,7 @@ tail -n 1 $log"
     ;;
   logs)
     if [[ $output ]]; then
-      run mkdir -p "$output"
+      run mkdir -p -- "$output"
       # One log for each worker: scp names the file that it reads, not the worker.
       workers=$(run "${tpu[@]}" describe "$name" "${where[@]}" \
         --format='value(networkEndpoints.len())') || exit

@@ -27,7 +27,7 @@ from llama_jax.config import Config, from_json
 from llama_jax.errors import UserError, boundary, first_line, require, typed
 from llama_jax.fingerprint import difference, fingerprint
 from llama_jax.interchange.formats import is_tokenizer_file
-from llama_jax.retention import saved_steps
+from llama_jax.retention import files_named_like_steps, saved_steps
 from llama_jax.step import abstract_state
 
 # Bump when a saved step can no longer be read as before. 2: with `skips`.
@@ -239,16 +239,19 @@ def find_step(checkpoint: epath.PathLike, *, pass_over: bool = True) -> epath.Pa
         print(f"warning: {folder / str(step)} is damaged: {reason}", file=sys.stderr)
     if steps:
         raise UserError(f"no good checkpoint is left in {folder}")
+    if files := files_named_like_steps(folder):
+        raise UserError(f"no good checkpoint is left in {folder}: a file is no step ({files[0]})")
     raise UserError(f"no complete checkpoint in {folder} yet")
 
 
 def _warn_if_unverified(folder: epath.Path) -> None:
     if manifest.is_unverified(folder):
-        _warn_once(f"{folder} is unverified: it was saved by a version without a manifest")
+        warn_once(f"{folder} is unverified: it was saved by a version without a manifest")
 
 
 @functools.cache  # a command may look for its step several times
-def _warn_once(text: str) -> None:
+def warn_once(text: str) -> None:
+    """Prints a warning to stderr, the first time that it is given."""
     print(f"warning: {text}", file=sys.stderr)
 
 

@@ -69,6 +69,7 @@ class Checkpointer(Restorer):
         self._saving, self._began = 0, 0.0  # which step `_thread` saves, and since when
         self._failures = 0  # saves in a row
         self._unsaved = ""  # why the last save failed
+        self._stuck: set[int] = set()  # old steps that could not be deleted
         problem = agreed(self._open())
         if problem:
             raise UserError(f"checkpoints cannot be saved to {self._directory}: {problem}")
@@ -78,10 +79,13 @@ class Checkpointer(Restorer):
             return ""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
+            warnings: list[str] = []
+            names = retention.clean(self._directory, warnings.append)
             self._probe()
-            names = retention.clean(self._directory)
         except OSError as error:
             return first_line(error)
+        for warning in warnings:
+            self._say(warning)
         if names:
             self._say(f"cleaned {len(names)} unfinished checkpoint folder(s): {', '.join(names)}")
         return ""
@@ -196,7 +200,8 @@ class Checkpointer(Restorer):
                 target = self._target(step)
                 manifest.write(target)
                 if target != self.folder(step):
-                    target.rename(self.folder(step))
+                    if aside := retention.complete(target, self.folder(step)):
+                        self._say(f"{self.folder(step)} was no saved step; set aside as {aside}")
                     _sync_directory(self._directory)
             self._meeting.wait()
         except BaseException as error:
@@ -221,11 +226,25 @@ class Checkpointer(Restorer):
                 retention.clean(self._directory)
 
     def _retain(self) -> None:
+        """Lets old steps go; one that cannot be deleted is told once, and stays."""
         try:
-            for step in retention.dispensable_steps(self._directory, self._config.train):
-                retention.remove(self.folder(step))
+            steps = retention.dispensable_steps(self._directory, self._config.train)
         except OSError as error:
-            self._say(f"warning: an old checkpoint could not be deleted: {first_line(error)}")
+            self._say(f"warning: old checkpoints could not be listed: {first_line(error)}")
+            return
+        for step in steps:
+            try:
+                if left := retention.remove(self.folder(step)):
+                    self._say(
+                        f"checkpoint {step} is deleted, but not what its links lead to: "
+                        f"{', '.join(left)}"
+                    )
+            except OSError as error:
+                if step not in self._stuck:
+                    self._say(
+                        f"warning: an old checkpoint could not be deleted: {first_line(error)}"
+                    )
+                self._stuck.add(step)
 
     def _warn(self, step: int, reason: str) -> None:
         count, limit = self._failures + 1, self._config.train.max_failed_saves

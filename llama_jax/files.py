@@ -3,7 +3,8 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
@@ -86,34 +87,84 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     return parse_json(read_bytes(path), str(path))
 
 
-def read_records(jsonl: epath.Path) -> Iterator[dict[str, Any]]:
-    """Streams the records of a file with one in each line; what is no JSON object is left out.
+def read_records(jsonl: epath.Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of a file with one JSON object in each line, as `append_records` writes them.
 
-    A kill may cut a line off.
+    A kill may cut a line off, and a disk may change one: a line that is no object, or whose `step`
+    is no whole number, is left out.
+
+    Returns:
+      The records, and how many lines were left out.
 
     Raises:
       UserError: the file cannot be read.
     """
-    for line in read_bytes(jsonl).splitlines():
-        record = None
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-        if isinstance(record, dict):
-            yield record
+    lines = [line for line in read_bytes(jsonl).splitlines() if line.strip()]
+    found = [record for record in map(_record, lines) if record is not None]
+    return found, len(lines) - len(found)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None if there is none."""
+    try:
+        record = json.loads(line.strip(b"\0"))  # a machine that lost power may have left some
+    except (ValueError, RecursionError):
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if type(step) is int and 0 <= step < 2**63 else None
+
+
+_appending = threading.Lock()  # saves in the background log, too
+
+
+def append_records(jsonl: epath.Path, records: Iterable[dict[str, Any]]) -> None:
+    """Adds records to a file, each as one line of JSON.
+
+    They begin on a new line, even if a kill has cut off the last one. What cannot be written whole
+    is removed again, as far as the disk allows.
+
+    Raises:
+      OSError: they could not be written.
+    """
+    data = "".join(json.dumps(record) + "\n" for record in records).encode()
+    with _appending:
+        size = size_of(jsonl) if jsonl.exists() else 0
+        if size and _last_byte(jsonl, size) != b"\n":
+            data = b"\n" + data
+        try:
+            with jsonl.open("ab") as file:
+                file.write(data)
+        except OSError:
+            if not is_object_store(jsonl):
+                with contextlib.suppress(OSError):
+                    os.truncate(jsonl, size)
+            raise
+
+
+def _last_byte(path: epath.Path, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(size - 1)
+        return file.read(1)
+
+
+def size_of(path: epath.Path) -> int:
+    """Bytes of a file; epath's `stat` fails where the file's owner has no name on this machine."""
+    return path.stat().length if is_object_store(path) else os.path.getsize(path)
 
 
 def number(record: dict[str, Any], name: str) -> float | None:
-    """The number that a record has under a name; None if it has none that is finite."""
+    """The number that a record has under a name; None if it is not finite, or less than 0."""
     value = record.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if abs(value) < 2**63 else None
+    return value if 0 <= value < 2**63 else None
 
 
 def write_atomically(path: epath.Path, data: bytes) -> None:
     """Writes a file that is there whole or not at all, and leaves alone one that is so already."""
-    if path.exists() and path.read_bytes() == data:
-        return
+    with contextlib.suppress(OSError):  # it is not there, or cannot be read
+        if path.read_bytes() == data:
+            return
     temporary = path.parent / f"{path.name}.tmp-{os.getpid()}"
     try:
         temporary.write_bytes(data)

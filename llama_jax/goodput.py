@@ -3,14 +3,18 @@
 import contextlib
 import json
 import time
+import zlib
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
-from llama_jax.files import write_atomically
+from llama_jax.errors import UserError, boundary, require, typed
+from llama_jax.files import read_json, write_atomically
 
 # init: start-up, data, restoring. lost: of a run that was cut off, from its last save to a restart.
 PHASES = ("init", "compile", "data", "step", "eval", "checkpoint", "lost")
+_EARLIEST = 10**9  # seconds since 1970: no run was saved before 2001
 
 
 class Goodput:
@@ -28,15 +32,16 @@ class Goodput:
         self._path, self._phase, self._since = path, "init", now if began is None else began
         if path is not None and path.exists():
             try:
-                record = json.loads(path.read_text())
-                self.seconds |= {name: float(record["seconds"][name]) for name in PHASES}
-                self.runs = int(record["runs"]) + 1
-                if not record["saved_at_end"]:
-                    # Wall clocks of two runs: only a report depends on them.
-                    since_save = time.time() - float(record["time"])
-                    self.seconds["lost"] += max(since_save - (now - self._since), 0.0)
-            except (ValueError, KeyError, TypeError):
-                pass  # half-written by a kill: it starts anew
+                record = _read(path)
+            except UserError as error:
+                print(f"warning: {error}; goodput is counted anew", flush=True)
+                return
+            self.seconds |= record["seconds"]
+            self.runs = record["runs"] + 1
+            if not record["saved_at_end"]:
+                # Wall clocks of two runs: only a report depends on them.
+                since_save = time.time() - record["time"]
+                self.seconds["lost"] += max(since_save - (now - self._since), 0.0)
 
     def enter(self, phase: str) -> str:
         """Begins a phase; returns the one before."""
@@ -64,12 +69,13 @@ class Goodput:
         if self._path is None:
             return
         self.enter(self._phase)
-        record = {
+        record: dict[str, Any] = {
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "runs": self.runs,
             "time": time.time(),
             "saved_at_end": at_end,
         }
+        record["crc32"] = _crc32(record)
         with contextlib.suppress(OSError):  # a disk that is full or gone ends no run
             write_atomically(self._path, f"{json.dumps(record, indent=1)}\n".encode())
 
@@ -79,3 +85,29 @@ class Goodput:
         parts = ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())
         runs = f" ({self.runs} runs)" if self.runs > 1 else ""
         return f"{fraction:.1%} of {sum(self.seconds.values()):.0f} s: {parts}{runs}"
+
+
+def _crc32(record: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
+    """What a run before has kept.
+
+    Raises:
+      UserError: the file cannot be read, is not as it was written, or says what cannot be.
+    """
+    record = read_json(path)
+    seal = record.pop("crc32", None)  # versions before wrote none
+    require(seal in (None, _crc32(record)), f"{path} is not as it was written")
+    with boundary(str(path)):
+        seconds = {
+            name: typed(f"{path}: {name}", record["seconds"][name], float) for name in PHASES
+        }
+        saved = typed(f"{path}: time", record["time"], float)
+        runs = typed(f"{path}: runs", record["runs"], int)
+        at_end = typed(f"{path}: saved_at_end", record["saved_at_end"], bool)
+    total = sum(seconds.values())
+    good = min(seconds.values()) >= 0 and saved >= max(_EARLIEST, total) and 1 <= runs < 2**31
+    require(good, f"{path} holds numbers that cannot be")
+    return {"seconds": seconds, "runs": runs, "time": saved, "saved_at_end": at_end}

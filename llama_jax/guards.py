@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -12,11 +11,11 @@ from typing import Any
 import jax
 from etils import epath
 
-from llama_jax.checkpoint import Meta
+from llama_jax.checkpoint import CHECKPOINTS, Meta
 from llama_jax.config import Config, difference, from_json
 from llama_jax.data.pipeline import TrainingData
 from llama_jax.errors import UserError
-from llama_jax.files import is_object_store, read_bytes
+from llama_jax.files import append_records, is_object_store, read_bytes
 from llama_jax.lora import adapter_count
 
 # Fields that may change when a run is resumed: where and how often, not what is trained.
@@ -40,6 +39,9 @@ OTHER_DATA = (
 )
 ACCEPT_DATA = "--config.data.accept_other_data=True"
 CHANGES = "changes.jsonl"  # what a run went on with although it had changed, a line for each time
+# Files of a work directory, and those of them that grow by lines.
+ADDED_TO = ("metrics.jsonl", CHANGES)
+FILES = ("config.json", "tokenizer.model", "goodput.json", *ADDED_TO)
 
 Changes = dict[str, tuple[Any, Any]]  # of a field: what it was and is
 
@@ -87,18 +89,56 @@ def check_workdir(config: Config, workdir: epath.Path) -> None:
     Raises:
       UserError: the run in `workdir` trains something else.
     """
+    _check_places(workdir, config)
     path = workdir / "config.json"
     if path.exists():
         try:
             saved = from_json(read_bytes(path))
         except UserError as error:
-            raise UserError(f"{path}: {error}; use another --workdir") from error
+            raise UserError(
+                f"{path}: {error}; use another --workdir, or remove the file if the run is yours: "
+                "its checkpoints hold the config, too"
+            ) from error
         changed = _refused(difference(saved, config), config)
         if changed:
             raise UserError(
                 f"{workdir} holds a run of another config ({_listed(changed)}); "
                 f"{_mend(changed, 'use another --workdir, or the same values')}"
             )
+
+
+def _check_places(workdir: epath.Path, config: Config) -> None:
+    """Checks that a run can write where it will, so that nothing in the way ends it later.
+
+    Raises:
+      UserError: a folder lies where a run keeps a file, a file lies where it keeps a folder, or
+        a file that it adds to cannot be written to.
+    """
+    if is_object_store(workdir):
+        return
+    folders = [CHECKPOINTS, "tensorboard", "plots"]
+    if config.data.source != "synthetic" and not config.data.path:
+        folders.append("data")
+    for name in (*FILES, *folders):
+        path, wanted = workdir / name, "folder" if name in folders else "file"
+        found = _kind(path)
+        if found == "link":  # through which a file can be made, but no folder
+            place = os.path.realpath(path)
+            found = "file" if os.path.isdir(os.path.dirname(place)) else f"link to {place}"
+        if found and found != wanted:
+            raise UserError(
+                f"{path} is a {found}, and a run keeps a {wanted} of that name; move it away, or "
+                "use another --workdir"
+            )
+        if found and name in ADDED_TO and os.path.exists(path) and not os.access(path, os.W_OK):
+            raise UserError(f"{path} cannot be written to; change its mode or owner")
+
+
+def _kind(path: epath.Path) -> str:
+    """What lies there: `folder`, `file`, `link` to where nothing is, or nothing."""
+    if os.path.isdir(path):
+        return "folder"
+    return "file" if os.path.exists(path) else "link" * os.path.islink(path)
 
 
 @contextlib.contextmanager
@@ -113,7 +153,11 @@ def locked(workdir: epath.Path) -> Iterator[None]:
     if is_object_store(workdir):
         yield
         return
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        found = f"it is a {_kind(workdir)}" if _kind(workdir) else error.strerror
+        raise UserError(f"{workdir} cannot be a work directory: {found}") from error
     handle = os.open(workdir, os.O_RDONLY)
     try:
         try:
@@ -184,6 +228,5 @@ def record_changes(workdir: epath.Path, step: int, changes: Changes) -> str:
     if not changes:
         return ""
     if jax.process_index() == 0:
-        with (workdir / CHANGES).open("a") as file:
-            file.write(json.dumps({"step": step, "changes": changes}) + "\n")
+        append_records(workdir / CHANGES, [{"step": step, "changes": changes}])
     return f"changed since: {_listed(changes)}"

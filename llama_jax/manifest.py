@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from llama_jax.errors import UserError
-from llama_jax.files import is_object_store, parse_json, read_json
+from llama_jax.files import is_object_store, parse_json, read_json, size_of
 
 NAME = "manifest.json"
 DESCRIPTION = ("meta", "tokenizer")  # folders of what a step says about itself, in JSON
@@ -38,12 +38,14 @@ def _files(folder: epath.Path) -> dict[str, epath.Path]:
     return dict(sorted(named.items()))
 
 
-def _walk(folder: epath.Path) -> Iterator[epath.Path]:
+def _walk(folder: epath.Path, above: tuple[str, ...] = ()) -> Iterator[epath.Path]:
+    """Files below a folder; links to other folders are followed, but not those that lead back."""
+    above = (*above, os.path.realpath(folder))
     for path in folder.iterdir():
-        if path.is_dir():
-            yield from _walk(path)
-        else:
+        if not path.is_dir():
             yield path
+        elif os.path.realpath(path) not in above:
+            yield from _walk(path, above)
 
 
 def _sha256(path: epath.Path) -> str:
@@ -57,7 +59,7 @@ def write(folder: epath.Path) -> None:
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         digests = pool.map(_sha256, files.values())
         entries = {
-            name: {"bytes": path.stat().length, "sha256": digest}
+            name: {"bytes": size_of(path), "sha256": digest}
             for (name, path), digest in zip(files.items(), digests, strict=True)
         }
     with (folder / NAME).open("w") as file:
@@ -131,6 +133,9 @@ def damage(
 def _damages(
     folder: epath.Path, part: tuple[int, int], quick: bool, items: Collection[str]
 ) -> Iterator[str]:
+    if os.path.islink(folder) and not folder.exists():  # of a disk that is not mounted, perhaps
+        yield f"it is a link to {os.path.realpath(folder)}, where nothing is"
+        return
     if not (folder / NAME).exists():
         if not is_unverified(folder):
             yield f"{NAME} is missing"
@@ -148,7 +153,7 @@ def _damages(
     if missing:
         yield from (f"{name} is missing" for name in missing)
         return
-    sizes = {name: found[name].stat().length for name in expected}
+    sizes = {name: size_of(found[name]) for name in expected}
     for name, size in sizes.items():
         if size != expected[name]["bytes"]:
             yield f"{name} has {size} bytes, {expected[name]['bytes']} were written"

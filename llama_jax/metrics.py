@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -13,7 +12,8 @@ from etils import epath
 
 from llama_jax.chips import find_chip
 from llama_jax.config import Config
-from llama_jax.files import number, read_records
+from llama_jax.errors import first_line
+from llama_jax.files import append_records, number, read_records
 from llama_jax.lora import flops_per_token
 
 
@@ -81,20 +81,31 @@ class Writer(Protocol):
 
 
 class JsonlWriter:
-    """One JSON object per line in `metrics.jsonl`, flushed at once."""
+    """One JSON object per line in `metrics.jsonl`, written at once.
+
+    A record that cannot be written is kept, and written with the next one.
+    """
 
     def __init__(self, path: epath.Path) -> None:
-        self._file = path.open("a")
+        """Raises `OSError` where the file cannot be written to."""
+        self._path = path
+        self._unwritten: list[dict[str, Any]] = []
+        append_records(path, [])
 
     def write(self, step: int, record: dict[str, float | None]) -> None:
         """Writes `{"step": step, ...}`; numbers that are not finite become null."""
         values = {name: _finite(value) for name, value in record.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._unwritten.append({"step": step, **values})
+        self._flush()
+
+    def _flush(self) -> None:
+        append_records(self._path, self._unwritten)
+        self._unwritten.clear()
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Tries once more to write what could not be written."""
+        if self._unwritten:
+            self._flush()
 
 
 def _finite(value: float | None) -> float | None:
@@ -227,7 +238,7 @@ class Metrics:
         for writer in self._writers:
             try:
                 writer.write(step, record)
-            except OSError as error:  # the file's buffer is kept, and written when that works again
+            except OSError as error:  # `JsonlWriter` keeps the record until it can be written
                 with contextlib.suppress(OSError):  # of the console, too
                     print(f"warning: step {step} could not be logged: {error}", flush=True)
 
@@ -239,22 +250,30 @@ class Metrics:
                 writer.close()
 
 
-def plot_loss(jsonl: epath.Path, output: epath.Path) -> None:
-    """Draws training and validation loss of a `metrics.jsonl` as a PNG."""
+def plot_loss(jsonl: epath.Path, output: epath.Path) -> int:
+    """Draws training and validation loss of a `metrics.jsonl` as a PNG.
+
+    Returns:
+      How many lines of the file are damaged and left out; the plot says it, too.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = list(read_records(jsonl))
+    records, damaged = read_records(jsonl)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     for name, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
         # A resumed run repeats steps that were lost; the later record counts.
-        pairs = ((number(record, "step"), number(record, name)) for record in records)
-        points = {step: loss for step, loss in pairs if None not in (step, loss)}
+        pairs = ((record["step"], number(record, name)) for record in records)
+        points = {step: loss for step, loss in pairs if loss is not None}
         if points:
             axes.plot(*zip(*sorted(points.items()), strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="LLaMA training")
+    title = f"LLaMA training ({damaged} damaged lines left out)" if damaged else "LLaMA training"
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()
@@ -262,3 +281,20 @@ def plot_loss(jsonl: epath.Path, output: epath.Path) -> None:
     with output.open("wb") as file:
         figure.savefig(file, format="png", bbox_inches="tight")
     pyplot.close(figure)
+    return damaged
+
+
+def plot_run(workdir: epath.Path) -> str:
+    """Draws `plots/loss.png` of a work directory; whatever is wrong with it ends no run.
+
+    Returns:
+      A warning, if one is due; else nothing.
+    """
+    jsonl = workdir / "metrics.jsonl"
+    try:
+        damaged = plot_loss(jsonl, workdir / "plots" / "loss.png")
+    except Exception as error:  # the run is saved: nothing that a plot meets may end it
+        return f"warning: the loss could not be plotted: {first_line(error)}"
+    if damaged:
+        return f"warning: {damaged} damaged line(s) of {jsonl} are left out of the plot"
+    return ""

@@ -60,11 +60,15 @@ class Profiler:
             jax.profiler.stop_trace()
             if not self._steps:  # stopped before the first of them
                 return
-            for file in pathlib.Path(name).rglob("*"):
-                if file.is_file():
-                    target = self._directory / file.relative_to(name).as_posix()
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(file.read_bytes())
+            try:
+                for file in pathlib.Path(name).rglob("*"):
+                    if file.is_file():
+                        target = self._directory / file.relative_to(name).as_posix()
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        target.write_bytes(file.read_bytes())
+            except OSError as error:  # a profile ends no run
+                print(f"warning: the profile could not be kept: {error}", flush=True)
+                return
         print(
             f"profile  steps {self._steps[0]} to {self._steps[-1]} are in "
             f"{self._directory / 'plugins' / 'profile'}\n"

@@ -1,7 +1,6 @@
 """Finds the newest good step of a run, and restores its state."""
 
 import contextlib
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from llama_jax.agreement import agreed
 from llama_jax.checkpoint import CHECKPOINTS, DamagedCheckpoint, restore_items
 from llama_jax.config import Config
 from llama_jax.errors import UserError
+from llama_jax.files import append_records
 from llama_jax.skips import Skips, no_skips
 from llama_jax.step import TrainState, abstract_state
 
@@ -140,5 +140,5 @@ class Restorer:
         if jax.process_index() > 0:
             return
         # The console has it too; a full disk is likely what it is about.
-        with contextlib.suppress(OSError), (self._workdir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **record}) + "\n")
+        with contextlib.suppress(OSError):
+            append_records(self._workdir / "metrics.jsonl", [{"step": step, **record}])

@@ -2,13 +2,18 @@
 
 A folder whose name is a number is a complete step. Everything on its way in or out has another
 name (`8.saving`, `8.deleting`), and is removed at the next start; a damaged step is set aside as
-`8.damaged` and left to the user.
+`8.damaged` and left to the user. Whatever else lies there is not touched.
+
+A step may be a link to a folder on another disk. The link is then what is renamed or removed, never
+the folder that it names.
 """
 
 import dataclasses
 import datetime
 import math
+import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -16,13 +21,15 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from llama_jax import manifest
 from llama_jax.config import TrainConfig
+from llama_jax.errors import first_line
 from llama_jax.files import is_object_store
 
 SAVING = ".saving"
 _DELETING = ".deleting"
 _DAMAGED = ".damaged"
-_STEP = re.compile("0|[1-9][0-9]*")  # int() reads more, such as digits of other scripts
-_UNFINISHED = re.compile(r"\d+(\.saving|\.deleting|\.orbax-checkpoint-tmp).*")
+# int() reads more, such as digits of other scripts; a step is below 10**18.
+_STEP = re.compile("0|[1-9][0-9]{0,17}")
+_UNFINISHED = re.compile(r"[0-9]+\.(saving|deleting|orbax-checkpoint-tmp)([.-].*)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +44,28 @@ class SavedStep:
 def saved_steps(directory: epath.Path) -> list[int]:
     """Numbers of the complete steps, in order; none where there is no such directory.
 
-    In an object store a folder has its number from the start: its manifest makes it complete.
+    A step may be a link, also to where nothing is at present; a file is none, whatever its name. In
+    an object store a folder has its number from the start: its manifest makes it complete.
     """
-    if not directory.exists():
-        return []
-    entries = [entry for entry in directory.iterdir() if _STEP.fullmatch(entry.name)]
+    entries = _numbered(directory)
     if is_object_store(directory):
         entries = [entry for entry in entries if (entry / manifest.NAME).exists()]
-    return sorted(int(entry.name) for entry in entries)
+    return sorted(int(entry.name) for entry in entries if not _is_file(entry))
+
+
+def files_named_like_steps(directory: epath.Path) -> list[str]:
+    """Names of files that have the name of a step, but are none."""
+    return sorted(entry.name for entry in _numbered(directory) if _is_file(entry))
+
+
+def _numbered(directory: epath.Path) -> list[epath.Path]:
+    if not directory.is_dir():
+        return []
+    return [entry for entry in directory.iterdir() if _STEP.fullmatch(entry.name)]
+
+
+def _is_file(entry: epath.Path) -> bool:
+    return not is_object_store(entry) and os.path.isfile(entry)
 
 
 def _described(directory: epath.Path, step: int, name: str) -> Any:
@@ -60,6 +81,13 @@ def _saved_step(directory: epath.Path, step: int) -> SavedStep:
     loss = _described(directory, step, "eval_loss")
     usable = isinstance(loss, float) and math.isfinite(loss)
     return SavedStep(step, {"eval_loss": loss} if usable else None)
+
+
+def _rewinds(directory: epath.Path, step: int) -> list[list[int]]:
+    """The rewinds that led to a step, as far as it can say."""
+    rewinds = _described(directory, step, "rewinds")
+    pairs = rewinds if isinstance(rewinds, list) else []
+    return [p for p in pairs if isinstance(p, list) and [type(each) for each in p] == [int, int]]
 
 
 def dispensable_steps(directory: epath.Path, train: TrainConfig) -> list[int]:
@@ -80,7 +108,7 @@ def dispensable_steps(directory: epath.Path, train: TrainConfig) -> list[int]:
         rules.append(best)
     names = saved_steps(directory)
     if names and train.max_rewinds:
-        rewinds = _described(directory, names[-1], "rewinds") or []
+        rewinds = _rewinds(directory, names[-1])
         rules.append(policies.CustomSteps(_needed_to_rewind(names, train, rewinds)))
     steps = [_saved_step(directory, step) for step in names]
     kept = policies.AnyPreservationPolicy(rules).should_preserve(
@@ -113,27 +141,86 @@ def _needed_to_rewind(steps: list[int], train: TrainConfig, rewinds: list[list[i
     return older[-1:] + [step for step in fit if step > first - train.rewind_steps]
 
 
-def remove(folder: epath.Path) -> None:
-    """Deletes a step; killed on the way, it leaves nothing that looks like one."""
+def remove(folder: epath.Path) -> list[str]:
+    """Deletes a step; killed on the way, it leaves nothing that looks like one.
+
+    Of links, be it the step itself or something in it, only the link is deleted.
+
+    Returns:
+      What is left: where those links lead.
+
+    Raises:
+      OSError: it cannot be deleted.
+    """
     if is_object_store(folder):
         (folder / manifest.NAME).unlink()
-        return folder.rmtree()
-    leaving = folder.rename(folder.parent / (folder.name + _DELETING))
-    leaving.rmtree()
+        folder.rmtree()
+        return []
+    left = [os.path.realpath(link) for link in _links(folder)]
+    _delete(_move(folder, _DELETING))
+    return left
+
+
+def _links(path: epath.Path) -> list[str]:
+    """The links at and below a path."""
+    if os.path.islink(path):
+        return [os.fspath(path)]
+    inside = (
+        os.path.join(place, name)
+        for place, folders, files in os.walk(path)
+        for name in (*folders, *files)
+    )
+    return [entry for entry in inside if os.path.islink(entry)]
+
+
+def _delete(path: epath.Path) -> None:
+    """Deletes a file, a link, or a folder with all that is in it; links in it are not followed."""
+    if os.path.islink(path):
+        os.unlink(path)
+    else:
+        path.rmtree(missing_ok=True)
+
+
+def _move(path: epath.Path, ending: str) -> epath.Path:
+    """Renames a step to the first name with this ending that is free; returns the new path."""
+    for number in range(10_000):
+        target = path.parent / f"{path.name}{ending}{f'.{number}' if number else ''}"
+        if not target.exists() and not os.path.islink(target):
+            break
+    return path.rename(target)
 
 
 def set_aside(folder: epath.Path) -> epath.Path:
     """Gives a damaged step a name that says so; returns the new path."""
-    for number in range(10_000):
-        target = folder.parent / f"{folder.name}{_DAMAGED}{f'.{number}' if number else ''}"
-        if not target.exists():
-            break
-    return folder.rename(target)
+    return _move(folder, _DAMAGED)
 
 
-def clean(directory: epath.Path) -> list[str]:
-    """Removes what unfinished saves and deletions left; returns the names."""
+def complete(saved: epath.Path, folder: epath.Path) -> epath.Path | None:
+    """Gives a step that is saved its final name.
+
+    Returns:
+      Where that is now which had this name and is no step, such as a file; None if nothing had it.
+    """
+    in_the_way = os.path.lexists(folder) and not os.path.isdir(folder)
+    aside = set_aside(folder) if in_the_way else None
+    saved.rename(folder)
+    return aside
+
+
+def clean(directory: epath.Path, warn: Callable[[str], None] | None = None) -> list[str]:
+    """Removes what unfinished saves and deletions left; returns the names.
+
+    Args:
+      directory: of the steps.
+      warn: is given a line for each that cannot be removed; it stays.
+    """
     found = [entry for entry in directory.iterdir() if _UNFINISHED.fullmatch(entry.name)]
-    for entry in found:
-        entry.rmtree(missing_ok=True)
-    return sorted(entry.name for entry in found)
+    removed = []
+    for entry in sorted(found, key=lambda entry: entry.name):
+        try:
+            _delete(entry)
+            removed.append(entry.name)
+        except OSError as error:
+            if warn:
+                warn(f"warning: {entry} is left over, and cannot be removed: {first_line(error)}")
+    return removed

@@ -226,8 +226,8 @@ def _report(config: Config, workdir: epath.Path, start: int, step: int, stop: St
     """Says how it ended, where everything is, and how to go on."""
     if jax.process_index() != 0:
         return
-    if start < step:
-        metrics.plot_loss(workdir / "metrics.jsonl", workdir / "plots" / "loss.png")
+    if start < step and (warning := metrics.plot_run(workdir)):
+        _log(warning)
     if stop.name and start == step:
         _log("stopped before the first step; run the same command again to start")
     elif stop.name:

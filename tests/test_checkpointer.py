@@ -234,3 +234,23 @@ def test_a_place_that_cannot_be_written_to(tmp_path):
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(UserError, match=f"cannot be saved to {tmp_path}/checkpoints: .*exists"):
         Checkpointer(tmp_path, CONFIG)
+
+
+def test_an_old_step_that_cannot_be_deleted_keeps_no_other(state, tmp_path, monkeypatch, capsys):
+    """It is told once, and tried again."""
+    config = replace(CONFIG, train__keep_checkpoints=1)
+    remove, tried = checkpointer_lib.retention.remove, []
+
+    def refuse(folder):
+        tried.append(folder.name)
+        if folder.name == "1":
+            raise PermissionError(1, "Operation not permitted")
+        return remove(folder)
+
+    monkeypatch.setattr(checkpointer_lib.retention, "remove", refuse)
+    with Checkpointer(tmp_path, config) as saver:
+        save(saver, state, 1, 2, 3, 4)
+    assert names(tmp_path) == ["1", "4"]
+    assert tried == ["1", "1", "2", "1", "3"]
+    said = capsys.readouterr().out
+    assert said.count("warning: an old checkpoint could not be deleted: [Errno 1]") == 1

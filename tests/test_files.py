@@ -1,10 +1,23 @@
 import codecs
+import pwd
+import resource
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from etils import epath
 
+from llama_jax import manifest
+from llama_jax.data.prepare import prepare
+from llama_jax.data.shards import TokenDataset
 from llama_jax.errors import UserError, boundary
-from llama_jax.files import parse_json, read_json, write_atomically
+from llama_jax.files import (
+    append_records,
+    parse_json,
+    read_json,
+    read_records,
+    write_atomically,
+)
+from tests.helpers import text_config
 
 MALFORMED = {
     "cut off": (b'{"a": 1', "is not valid JSON"),
@@ -74,3 +87,72 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
         write_atomically(path, b"third")
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
     assert (tmp_path / "config.json").read_bytes() == b"second"
+
+
+@pytest.mark.parametrize(
+    ("there", "found", "damaged"),
+    [
+        (b"", [], 0),
+        (b'{"step": 1}\n', [1], 0),
+        (b'{"step": 1}', [1], 0),
+        (b'{"step": 1}\n{"step": 2, "lo', [1], 1),
+        (b'{"step": 1}\n' + b"\0" * 4096, [1], 1),
+        (b'{"step": 1}\n{"step": 2\xff\n\n', [1], 1),
+        (b"\n", [], 0),
+        (b'\0\0{"step": 1}\r\n[2]\nnull\n{"loss": 1.0}\n{"step": "3"}\n{"step": true}', [1], 5),
+    ],
+)
+def test_records_are_added_on_a_new_line(tmp_path, there, found, damaged):
+    path = epath.Path(tmp_path / "metrics.jsonl")
+    path.write_bytes(there)
+    append_records(path, [])
+    append_records(path, [{"step": 7}, {"step": 8, "text": "\u2028 é \n"}])
+    append_records(path, [{"step": 9}])
+    records, left_out = read_records(path)
+    assert [record["step"] for record in records] == [*found, 7, 8, 9]
+    assert left_out == damaged and records[-2]["text"] == "\u2028 é \n"
+    assert path.read_bytes().startswith(there)
+
+
+def test_threads_add_to_one_file(tmp_path):
+    path = epath.Path(tmp_path / "metrics.jsonl")
+
+    def add(thread):
+        for number in range(100):
+            append_records(path, [{"step": number, "text": str(thread) * 1000}])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(8)))
+    records, damaged = read_records(path)
+    assert (len(records), damaged) == (800, 0)
+
+
+def test_a_full_disk_leaves_no_part_of_a_record(tmp_path):
+    path = epath.Path(tmp_path / "metrics.jsonl")
+    append_records(path, [{"step": 1}])
+    before = path.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            append_records(path, [{"step": 2}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == before
+
+
+def test_files_of_a_user_without_a_name(tmp_path, corpus, monkeypatch):
+    """As in a container that runs as another user than it was made for."""
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for _ in range(2):
+        append_records(epath.Path(tmp_path / "metrics.jsonl"), [{"step": 1}])
+    (tmp_path / "step" / "meta").mkdir(parents=True)
+    (tmp_path / "step" / "meta" / "metadata").write_text("{}")
+    manifest.write(epath.Path(tmp_path / "step"))
+    assert manifest.damage(epath.Path(tmp_path / "step")) == ""
+    prepare(text_config(corpus, data__workers=1), tmp_path / "shards")
+    assert len(TokenDataset.open(epath.Path(tmp_path / "shards"), "train").tokens(0, 10)) == 10

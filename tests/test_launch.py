@@ -15,7 +15,7 @@ import yaml
 
 from llama_jax import processes
 from llama_jax.xla_flags import PRESETS
-from tests.helpers import ROOT, free_port
+from tests.helpers import ROOT, free_port, until
 from tests.test_slurm import FLAGS, tasks_of, wait_for
 
 LAUNCH = ROOT / "launch"
@@ -26,7 +26,7 @@ TRAIN = ("--config=configs/7b.py", "--workdir=gs://bucket/a run")
 def run(script, *arguments, check=True, **environment):
     """Runs a launcher in the repository's folder; returns the completed process."""
     process = subprocess.run(
-        ["bash", LAUNCH / script, *map(str, arguments)],
+        ["bash", LAUNCH / script, *map(os.fsencode, map(str, arguments))],
         cwd=ROOT,
         env={**os.environ, "PYTHON": sys.executable, **environment},
         capture_output=True,
@@ -126,6 +126,72 @@ def test_local_restarts_and_resumes_after_a_process_was_killed(tmp_path):
     text = log.read_text()
     assert "[0] start   2 processes, found by environment" in text
     assert "retry: exit status 137; restart 1 of 1 in 1 s" in text
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--processes=0", "--processes=0 is too few"),
+        ("--gpus=00", "--gpus=0 is too few"),
+        ("--gpus=x", "--gpus=x is no number"),
+        ("--port=0", "--port=0 is no port"),
+        ("--port=65536", "--port=65536 is no port"),
+        ("--port=http", "--port=http is no number"),
+    ],
+)
+def test_local_mistakes(flag, message):
+    process = run("local.sh", flag, "--dry-run", "--", *TRAIN, check=False)
+    assert process.returncode == 1 and process.stdout == ""
+    assert process.stderr.startswith(f"error: {message}")
+
+
+def test_local_numbers_are_decimal():
+    flags = ("--processes=010", "--gpus=08", "--port=01234", "--dry-run")
+    lines = run("local.sh", *flags, "--", *TRAIN).stdout.splitlines()
+    assert len(lines) == 10 and "JAX_LOCAL_DEVICE_IDS=72,73,74" in lines[-1].replace("\\", "")
+    assert "localhost:1234" in lines[0]
+
+
+def test_local_hands_on_every_argument(tmp_path):
+    """Through the loop of restarts, too; compared as bytes."""
+    words = [os.fsencode(word) for word in (*TRAIN, *WORDS, "\udcff")]
+    code = f"printf '%s\\0' \"$@\" > {tmp_path}/got.$JAX_PROCESS_ID"
+    env = {**os.environ, "PYTHON": fake_python(tmp_path, code)}
+    for flags in (("--port=1",), ("--port=1", "--restarts=1")):
+        command = [*map(os.fsencode, ("bash", LAUNCH / "local.sh", *flags, "--")), *words]
+        assert subprocess.run(command, env=env, timeout=300).returncode == 0
+        for number in range(2):
+            got = (tmp_path / f"got.{number}").read_bytes().split(b"\0")
+            assert got == [b"-m", b"llama_jax.train", *words, b""]
+            (tmp_path / f"got.{number}").unlink()
+
+
+def test_slurm_hands_on_every_argument(tmp_path):
+    words = [os.fsencode(word) for word in (*TRAIN, *WORDS, "\udcff")]
+    path = commands(tmp_path / "bin", srun=f"printf '%s\\0' \"$@\" > {tmp_path}/got")
+    env = {**os.environ, "PATH": path, "SLURM_JOB_ID": "7", "PYTHON": "python"}
+    command = [*map(os.fsencode, ("bash", LAUNCH / "slurm.sbatch", "--backoff=08", "--")), *words]
+    assert subprocess.run(command, env=env, cwd=ROOT, timeout=300).returncode == 0
+    got = (tmp_path / "got").read_bytes().split(b"\0")
+    assert got[got.index(b"--stopped_status=75") + 1 :] == [*words, b""]
+
+
+def test_tpu_vm_hands_on_every_argument(tmp_path):
+    """By the shell of the worker, in whatever locale this machine and that one are."""
+    worker = tmp_path / "llama_jax"
+    (worker / ".venv" / "bin").mkdir(parents=True)
+    shutil.copytree(LAUNCH, worker / "launch")
+    got = tmp_path / "got"
+    code = f"printf '%s\\0' \"$@\" > {got}.new; mv {got}.new {got}"
+    fake_python(worker / ".venv" / "bin", code)
+    words = (*TRAIN, *WORDS, "\udcff")
+    for locale in ("C", "C.UTF-8"):
+        tpu_vm(tmp_path, "start", "--restarts=00", "--", *words, LC_ALL=locale)
+        until(got.exists)
+        found = got.read_bytes().split(b"\0")
+        assert found == [b"-m", b"llama_jax.train", *map(os.fsencode, words), b""]
+        got.unlink()
+        until(lambda: tpu_vm(tmp_path, "status").stdout.startswith("ended"))
 
 
 def fake_python(folder, code):
@@ -231,6 +297,74 @@ def test_retry_waits_longer_each_time(tmp_path):
     assert [*map(int, (tmp_path / "slept").read_text().split())] == expected
 
 
+@pytest.mark.parametrize(
+    ("backoff", "expected"),
+    [
+        ("08", [8, 16, 32, 64, 128, 256, 300]),
+        ("000000000000001", [1, 2, 4, 8, 16, 32, 300]),
+        ("00", [0, 0, 0, 0, 0, 0, 300]),
+        ("999999999", [300] * 7),
+    ],
+)
+def test_retry_reads_decimal_numbers(tmp_path, backoff, expected):
+    path = commands(tmp_path / "bin", sleep="")
+    flags = (f"--backoff={backoff}", "--restarts=07", "--", "false")
+    process = run("retry.sh", *flags, check=False, PATH=path)
+    assert [*map(int, re.findall(r"in (\d+) s", process.stderr))] == expected
+    assert "error" not in process.stderr and "giving up after 7 restart(s)" in process.stderr
+
+
+NO_NUMBERS = (
+    "",
+    "-5",
+    "1e3",
+    "0x10",
+    "1.5",
+    " 5",
+    "5 ",
+    "+5",
+    "5\n",
+    "²",
+    "٣",
+    "9" * 10,
+    "a[$(id)]",
+)
+
+
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [
+        *(("retry.sh", flag) for flag in ("--restarts", "--backoff")),
+        *(("local.sh", flag) for flag in ("--restarts", "--backoff", "--processes")),
+        *(("tpu_vm.sh", flag) for flag in ("--restarts",)),
+        *(("gke.sh", flag) for flag in ("--chips", "--slices", "--restarts", "--grace")),
+    ],
+)
+def test_what_is_no_number_is_refused(script, flag):
+    first = {"tpu_vm.sh": ("start", "--name=a", "--zone=b"), "gke.sh": ("render", *GKE)}
+    for number in NO_NUMBERS:
+        arguments = (*first.get(script, ()), f"{flag}={number}", "--dry-run", "--", "false")
+        process = run(script, *arguments, check=False)
+        assert process.returncode == 1 and process.stdout == ""
+        (line,) = process.stderr.splitlines()
+        assert line.startswith(f"error: {flag}=") and "is no number" in line
+
+
+def test_retry_stops_by_a_command_of_the_shell(tmp_path):
+    """With quotes and patterns, as it is typed."""
+    marker = tmp_path / "a * b"
+    code = f"echo up; while [[ ! -e '{marker}' ]]; do sleep 0.1; done; exit 75"
+    process = subprocess.Popen(
+        [LAUNCH / "retry.sh", f"--stop=touch '{marker}'", "--", "bash", "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=300) == 75
+
+
 def test_retry_does_not_restart_what_was_stopped(tmp_path):
     for status in (74, 75):
         process = run("retry.sh", "--", "bash", "-c", f"exit {status}", check=False)
@@ -327,8 +461,8 @@ esac
 """
 
 
-def tpu_vm(home, *arguments, check=True):
-    env = {"HOME": str(home), "PATH": commands(home / "bin", gcloud=GCLOUD)}
+def tpu_vm(home, *arguments, check=True, **environment):
+    env = {**environment, "HOME": str(home), "PATH": commands(home / "bin", gcloud=GCLOUD)}
     place = ("--name=llama", "--zone=us-x")
     return run("tpu_vm.sh", arguments[0], *place, *arguments[1:], check=check, **env)
 
@@ -413,6 +547,64 @@ def test_gke_jobset():
     ]
 
 
+def expanded(text):
+    """What Kubernetes makes of a word of `command`, by third_party/forked/golang/expansion there.
+
+    It knows no variable: $(NAME) is replaced, which a container would see.
+    """
+    return re.sub(r"\$(\$|\([^)]*\))", lambda m: "$" if m[1] == "$" else "replaced", text)
+
+
+WORDS = (
+    *("a\nb", "\n", "a\n", "$(HOME)", "$$(HOME)", "$$", "$", "a$", "$HOME ${HOME} $1 $$$(x)$$$$("),
+    *('say: "it\'s"', "# no: comment", "- no list", "{a: [b, *c]}", '\\n \\\\ \\"', "%s %d %%"),
+    *(
+        "\t\r\v\f\a\b\x1b\x7f\x01",
+        "é ∞ 😀 \x85 \xa0 \u2028 \u2029 \ufeff",
+        "",
+        " ",
+        "  two  ",
+        "~",
+        "null",
+    ),
+    *("{COMMAND} {CHIPS}", "`id` $(id) !! & ; | > <", "*", "-n", "'", "\\", "=", "x" * 3000),
+)
+
+
+def test_gke_hands_on_every_argument(tmp_path):
+    output = run("gke.sh", "render", *GKE, "--", *TRAIN, *WORDS).stdout
+    (job,) = yaml.safe_load(output)["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    assert tuple(map(expanded, container["command"][5:])) == (*TRAIN, *WORDS)
+    # A $ that Kubernetes leaves alone stays as it was typed.
+    assert [word for word in container["command"] if word in ("$(HOME)", "$$(HOME)")] == [
+        "$$(HOME)"
+    ]
+    assert "a$" in container["command"]
+
+
+@pytest.mark.parametrize("word", [b"\xff", b"a\xe9", b"\xed\xa0\x80", b"\xc0\x80"])
+def test_gke_refuses_what_is_no_text(word):
+    command = ["bash", str(LAUNCH / "gke.sh"), "start", *GKE, "--", *TRAIN]
+    process = subprocess.run([*map(os.fsencode, command), word], capture_output=True)
+    assert process.returncode == 1 and process.stdout == b""
+    (line,) = process.stderr.splitlines()
+    assert line.startswith(b"error: not text in UTF-8: ")
+
+
+def test_gke_names_are_strings_and_numbers_are_decimal():
+    for name in ("null", "true", "no", "y", "on"):
+        flags = (f"--name={name}", "--image=123", "--accelerator=1e3", "--topology=2x2")
+        numbers = ("--chips=04", "--slices=010", "--restarts=08", "--grace=0000000000300")
+        jobset = yaml.safe_load(run("gke.sh", "render", *flags, *numbers, "--", *TRAIN).stdout)
+        (job,) = jobset["spec"]["replicatedJobs"]
+        pod = job["template"]["spec"]["template"]["spec"]
+        assert jobset["metadata"]["name"] == name and pod["containers"][0]["image"] == "123"
+        assert [*pod["nodeSelector"].values()] == ["1e3", "2x2"]
+        assert (job["replicas"], jobset["spec"]["failurePolicy"]["maxRestarts"]) == (10, 8)
+        assert pod["terminationGracePeriodSeconds"] == 300
+
+
 def test_gke_dry_run(tmp_path):
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     (tmp_path / "kubectl").write_text("#!/bin/sh\necho called\n")
@@ -435,6 +627,16 @@ def test_gke_dry_run(tmp_path):
         (("--slices=two",), "two is no number"),
         (("--image=",), "--image or --accelerator is missing"),
         (("--name=A b",), "no name for Kubernetes"),
+        (("--name=a\nb",), "no name for Kubernetes"),
+        (("--image=img: x",), "--image=img: x is no image"),
+        (("--image=a\nb: c",), "is no image"),
+        (("--image={CHIPS}",), "is no image"),
+        (("--accelerator=a #b",), "--accelerator=a #b is no kind"),
+        (("--topology=4x4x08",), "is no shape"),
+        (("--topology=99999999999x9",), "is no shape"),
+        (("--slices=0",), "--slices=0 is too few"),
+        (("--restarts=99999999999",), "is no number"),
+        (("--grace=-5",), "--grace=-5 is no number"),
     ],
 )
 def test_gke_mistakes(changes, message):

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 from etils import epath
@@ -129,3 +130,47 @@ def test_setting_aside_keeps_what_was_set_aside_before(directory):
         assert retention.set_aside(directory / "10").name == name
     assert retention.saved_steps(directory) == []
     assert retention.saved_steps(directory / "nothing") == []
+
+
+def test_a_link_is_removed_and_not_what_it_names(directory, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    make(directory, [1.0, 2.0])
+    make(epath.Path(elsewhere), [3.0])
+    (directory / "10").rename(elsewhere / "20")
+    for name, place in (("10", "20"), ("20/params", "10")):
+        os.symlink(elsewhere / place, directory / name)
+    (directory / "10.deleting").mkdir()  # left by a removal that was ended
+    assert retention.remove(directory / "10") == [str(elsewhere / "20")]
+    assert retention.remove(directory / "20") == [str(elsewhere / "10")]
+    assert sorted(path.name for path in directory.iterdir()) == ["10.deleting"]
+    assert retention.saved_steps(epath.Path(elsewhere)) == [10, 20]
+    for step in ("10", "20"):
+        assert (elsewhere / step / "meta" / "metadata").exists()
+
+
+def test_what_cannot_be_cleaned_is_said_and_the_rest_is_removed(directory, monkeypatch):
+    for name in ("5.saving", "6.saving", "7.deleting"):
+        (directory / name).mkdir()
+    rmtree = type(directory).rmtree
+
+    def refuse(self, **options):
+        if self.name == "6.saving":
+            raise PermissionError(1, "Operation not permitted")
+        rmtree(self, **options)
+
+    monkeypatch.setattr(type(directory), "rmtree", refuse)
+    said = []
+    assert retention.clean(directory, said.append) == ["5.saving", "7.deleting"]
+    (line,) = said
+    assert line.startswith("warning: ") and "6.saving is left over" in line
+    assert retention.clean(directory) == []
+
+
+@pytest.mark.parametrize("rewinds", [None, 3, "x", [3], [[1]], [["1", 2]], [[1, 2, 3]], {"a": 1}])
+def test_a_step_with_strange_rewinds(directory, rewinds):
+    make(directory, [1.0, 2.0])
+    (directory / "20" / "meta" / "metadata").write_text(json.dumps({"rewinds": rewinds}))
+    train = replace(
+        TINY, train__keep_checkpoints=1, train__max_rewinds=1, train__checkpoint_every=10
+    ).train
+    assert retention.dispensable_steps(directory, train) == []

@@ -9,6 +9,7 @@ from etils import epath
 from llama_jax.data.packing import INDEX_DTYPE, pack_documents
 from llama_jax.data.reading import Example
 from llama_jax.data.shard_folder import ends_sha256, token_dtype
+from llama_jax.files import size_of
 
 
 class ShardWriter:
@@ -82,7 +83,7 @@ class ShardWriter:
         shard["ends_sha256"] = {}
         for kind in kinds:
             path = epath.Path(self._folder) / f"{name}.{kind}"
-            shard["ends_sha256"][kind] = ends_sha256(path, path.stat().length)
+            shard["ends_sha256"][kind] = ends_sha256(path, size_of(path))
         self._shards.append(shard)
         self._file, self._digest = None, hashlib.sha256()
         self._offsets, self._counts, self._tokens = [], [], 0

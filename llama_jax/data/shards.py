@@ -25,7 +25,7 @@ from llama_jax.data.shard_folder import (
 )
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
-from llama_jax.files import is_object_store
+from llama_jax.files import is_object_store, size_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +222,7 @@ class _FileArray:
         self._lock = threading.Lock()
         # Stays open as long as the cache below keeps it.
         self._file = open_file(path)
-        self._length = epath.Path(path).stat().length // self._dtype.itemsize
+        self._length = size_of(epath.Path(path)) // self._dtype.itemsize
 
     def __len__(self) -> int:
         return self._length

@@ -20,6 +20,7 @@ from llama_jax.data.json_list import list_items
 from llama_jax.data.reading import Part, Reading, document, too_long
 from llama_jax.data.tables import parquet_parts, read_parquet, read_tfds, tfds_parts
 from llama_jax.errors import UserError
+from llama_jax.files import size_of
 
 JSON_LINES = (".jsonl", ".ndjson")
 JSON_LIST = ".json"
@@ -76,7 +77,7 @@ def list_parts(source: str, config: DataConfig) -> list[Part]:
             small_bytes = 0
 
     for path in list_files(source):
-        size = path.stat().length
+        size = size_of(path)
         kind, zipped = _kind(path)
         if config.template:
             if kind not in ("json", "jsonl"):

@@ -6,6 +6,7 @@ from typing import Any
 from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
+from llama_jax.errors import UserError
 from llama_jax.files import number, read_records
 from llama_jax.lora import flops_by_part
 
@@ -56,7 +57,13 @@ def _training(meta: checkpoint_lib.Meta, metrics: epath.Path) -> dict[str, str]:
         "optimiser": f"AdamW, peak {optim.peak_lr:g}, {optim.warmup_steps:,} warm-up steps, cosine",
         "compute": f"{flops:.2e} FLOPs (6 per weight, and causal attention)",
     }
-    last = _last_values(metrics, step)
+    try:
+        last, damaged = _last_values(metrics, step)
+    except UserError as error:
+        checkpoint_lib.warn_once(f"the model card has no losses: {error}")
+        return rows
+    if damaged:
+        rows["left out below"] = f"{damaged} damaged line(s) of metrics.jsonl"
     for name, title in (("loss", "training loss"), ("eval_loss", "validation loss")):
         if name in last:
             rows[title] = f"{last[name]:.4f} nats per token"
@@ -71,16 +78,22 @@ def _training(meta: checkpoint_lib.Meta, metrics: epath.Path) -> dict[str, str]:
     return rows
 
 
-def _last_values(metrics: epath.Path, step: int) -> dict[str, Any]:
-    """Newest loss and eval_loss up to a step; the median of tokens/s, the sum of chip-seconds."""
+def _last_values(metrics: epath.Path, step: int) -> tuple[dict[str, Any], int]:
+    """What the log says up to a step, and how many of its lines are damaged and left out.
+
+    Newest loss and eval_loss; the median of tokens/s, the sum of chip-seconds.
+
+    Raises:
+      UserError: it cannot be read.
+    """
     found: dict[str, Any] = {}
     rates = []
     chip_seconds = 0.0
     if not metrics.exists():
-        return found
-    for record in read_records(metrics):
-        at = number(record, "step")
-        if at is None or at > step:
+        return found, 0
+    records, damaged = read_records(metrics)
+    for record in records:
+        if record["step"] > step:
             continue
         losses = {name: number(record, name) for name in ("loss", "eval_loss")}
         found |= {name: loss for name, loss in losses.items() if loss is not None}
@@ -88,7 +101,7 @@ def _last_values(metrics: epath.Path, step: int) -> dict[str, Any]:
             rates.append(rate)
         chip_seconds += number(record, "chip_seconds") or 0.0
     found["speed"] = statistics.median(rates) if rates else None
-    return {**found, "chip_seconds": chip_seconds}
+    return {**found, "chip_seconds": chip_seconds}, damaged
 
 
 def _table(rows: dict[str, str]) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from llama_jax.errors import UserError, first_line
-from llama_jax.files import refuse_pointer
+from llama_jax.files import refuse_pointer, size_of
 
 DTYPES: Mapping[str, Any] = {
     "F32": np.dtype(np.float32),
@@ -71,7 +71,7 @@ def read_header(file: epath.Path) -> dict[str, Entry]:
         format, or has another dtype.
     """
     try:
-        size = file.stat().length
+        size = size_of(file)
         with file.open("rb") as stream:
             head = stream.read(64)
             length = int.from_bytes(head[:8], "little")
