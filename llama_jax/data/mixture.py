@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 
@@ -211,32 +210,33 @@ class Schedule:
         self.period = sum(counts)
         self.counts = np.asarray(counts, np.uint64)
         self._source = _layout(counts)
-        mine = self._source == np.arange(len(counts))[:, None]
-        # Of each source, its samples before each place in the period.
-        self._before = np.cumsum(mine, axis=1, dtype=np.uint32) - mine
+        # The places in the period, by source: how many of a source come before one is a search.
+        self._places = np.sort(self._source * self.period + np.arange(self.period))
+        self._begin = np.cumsum([0, *counts[:-1]])
 
     def assign(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source index, and number of the draw from that source, of each sample (uint64)."""
         source = self._source[samples % np.uint64(self.period)]
-        if self._rest is not None:
-            left_over = source == len(self.names)
-            second, _ = self._rest.assign(self._left_over(samples[left_over]))
-            source = source.copy()
-            source[left_over] = second
+        if self._rest is not None and (second := source == len(self.names)).any():
+            source[second], _ = self._rest.assign(self._left_over(samples[second]))
         return source, self._taken(samples, source)
 
-    def _taken(self, samples: np.ndarray, source: Any) -> np.ndarray:
+    def _taken(self, samples: np.ndarray, source: np.ndarray) -> np.ndarray:
         """How many samples before each of these the source at the same place has had."""
-        block, position = np.divmod(samples, np.uint64(self.period))
-        taken = block * self.counts[source] + self._before[source, position]
+        taken = self._first_taken(samples, source)
         if self._rest is not None:
-            taken = taken + self._rest._taken(self._left_over(samples), source)
+            taken += self._rest._taken(self._left_over(samples), source)
         return taken
 
     def _left_over(self, samples: np.ndarray) -> np.ndarray:
         """How many samples before each of these are for the second schedule."""
+        return self._first_taken(samples, np.full(samples.shape, len(self.names)))
+
+    def _first_taken(self, samples: np.ndarray, source: np.ndarray) -> np.ndarray:
+        """As `_taken`, without what the second schedule assigns."""
         block, position = np.divmod(samples, np.uint64(self.period))
-        return block * self.counts[-1] + self._before[-1, position]
+        found = self._places.searchsorted(source * self.period + position.astype(np.int64))
+        return block * self.counts[source] + (found - self._begin[source]).astype(np.uint64)
 
     def drawn(self, samples: int) -> dict[str, int]:
         """How many of the first `samples` samples came from each source."""
