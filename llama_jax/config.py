@@ -80,7 +80,9 @@ class DataConfig:
     template: str = ""
     tfds_split: str = "train"
     tfds_data_dir: str = ""  # where TFDS datasets are; empty: TFDS's own default
-    mixture: str = ""  # shares of tokens, web=0.7,books=0.3, or llama; empty: by size
+    # Shares of the tokens that count in the loss: web=0.7,books=0.3, web=70%,books=30%, weights
+    # such as web=3,books=2,code=1, or llama; empty: by size.
+    mixture: str = ""
     packing: str = "concat"  # LLaMA's; or best_fit: whole documents, that see only themselves
     streaming: bool = False  # tokenise while training, without shards
     accept_other_data: bool = False  # go on although the checkpoint was trained on other data

@@ -3,6 +3,7 @@
 import jax
 
 from llama_jax.config import Config
+from llama_jax.data.loader import Batches
 from llama_jax.data.pipeline import TrainingData
 from llama_jax.init_from import base_rows
 from llama_jax.lora import adapter_count, flops_by_part
@@ -83,9 +84,15 @@ def _describe_flops(config: Config) -> list[str]:
 
 
 def _describe_data(config: Config, data: TrainingData) -> list[str]:
-    """How often each source will have been seen at the end."""
+    """The shares of a mixture, and how often each source will have been seen at the end."""
     epochs = data.train.epochs(config.train.steps)
     if not epochs:
         return []
+    lines = []
+    if config.data.mixture and isinstance(data.train, Batches):
+        shares = data.train.schedule.shares.items()
+        kind = "of tokens in answers" if config.data.template else "of tokens"
+        listed = ", ".join(f"{name} {100 * float(share):.4g}%" for name, share in shares)
+        lines.append(f"data    shares {kind}: {listed}")
     seen = ", ".join(f"{name or 'the source'} {value:.2f}" for name, value in epochs.items())
-    return [f"data    epochs at the end: {seen}"]
+    return [*lines, f"data    epochs at the end: {seen}"]

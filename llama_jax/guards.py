@@ -214,6 +214,12 @@ def check_checkpoint(
         raise UserError(f"checkpoint {folder} is of another run ({_listed(refused)}); {mend}")
     if saved.data_fingerprint != data.fingerprint:
         if not config.data.accept_other_data:
+            if saved.data_fingerprint == data.former_fingerprint:
+                raise UserError(
+                    f"checkpoint {folder} was trained by a version that took data.mixture as shares"
+                    " of sequences; they are shares of tokens now, which gives other batches: use "
+                    f"another --workdir, or go on with these by {ACCEPT_DATA}"
+                )
             raise UserError(
                 f"checkpoint {folder} was trained on data {saved.data_fingerprint}, but this is "
                 f"data {data.fingerprint}; restore those shards, use another --workdir, or go on "

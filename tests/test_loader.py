@@ -353,9 +353,18 @@ def test_a_mixture_keeps_its_shares_and_each_source_its_epochs(three, packing):
     batches = Batches(three[packing], T, BATCH, seed=0, shares=SHARES)
     steps = 120
     draws = [draw for step in range(steps) for draw in batches.draws(step, range(BATCH))]
+    weights = np.concatenate([batches.rows(step, range(BATCH))["weights"] for step in range(steps)])
+    means = {}
+    for name, dataset in three[packing].items():
+        alone = Batches({name: dataset}, T, 1, seed=0)
+        rows = [alone.rows(step, range(1))["weights"].sum() for step in range(alone.n_sequences)]
+        means[name] = np.mean(rows)
+    parts = {name: float(share) / means[name] for name, share in SHARES.items()}
     for index, (name, share) in enumerate(SHARES.items()):
         mine = [number for source, number in draws if source == index]
-        assert abs(len(mine) - len(draws) * share) < 1
+        assert abs(len(mine) - len(draws) * parts[name] / sum(parts.values())) < 3
+        tokens = weights[[source == index for source, _ in draws]].sum() / weights.sum()
+        assert tokens == pytest.approx(float(share), rel=0.03)
         count = batches._sources[index].count
         assert batches.epochs(steps)[name] == len(mine) / count
         for epoch in range(len(mine) // count):

@@ -1,3 +1,4 @@
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -73,11 +74,79 @@ def test_shares_finer_than_the_period_are_rounded_to_it():
         ("a", "'a' is not NAME=SHARE"),
         ("a=1,", "is not NAME=SHARE"),
         ("a=1/0", "is not NAME=SHARE"),
+        ("a=0.5,,b=0.5", "'' is not NAME=SHARE; write llama, or a list with commas"),
+        ("", "'' is not NAME=SHARE"),
+        ("3:2:1", "'3:2:1' is not NAME=SHARE"),
+        ("a=0.5 b=0.5", "'a=0.5 b=0.5' is not NAME=SHARE"),
+        ("web=0,7", "a positive share"),
+        ("a=nan,b=1", "a positive share"),
+        ("a=inf,b=1", "a positive share"),
+        ("a=1e400,b=1", "a positive share .from 1e-12 to 1e12"),
+        ("a=1e999999999,b=1", "a positive share"),
+        ("a=1e-999999999,b=1", "a positive share"),
+        ("a=-0,b=1", "a positive share"),
+        ("a=0/7,b=1", "a positive share"),
+        ("a=-3,b=4", "a positive share"),
+        ("a=0.5,a=0.5", "'a=0.5' must have a new name .*the name comes twice"),
+        ("web/*.jsonl=0.5,b=0.5", r"'web/\*.jsonl' is a path, and shares are of names"),
+        ("gs://x=0.5,b=0.5", "is not NAME=SHARE"),
+        ("a=0.3333,b=0.6666", "sum to 0.9999, not to 1; write shares that do"),
+        ("a=0.5,b=0.499998", "sum to 0.999998, not to 1"),
+        ("a=0.5,b=0.500002", "sum to 1.000002, not to 1"),
+        ("a=0.333333,b=0.333333", "sum to 0.666666, not to 1"),
+        ("a=70%,b=20%", "sum to 90%, not to 100%"),
+        ("a=150%,b=50%", "sum to 200%, not to 100%"),
+        ("a=2", "sum to 2, not to 1"),
     ],
 )
 def test_bad_shares(text, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         parse_shares(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shares"),
+    [
+        # What Python prints of 1 - 0.1 - 0.2, and of others that are sums.
+        ("a=0.1,b=0.2,c=0.7000000000000001", ["1/10", "1/5", "7/10"]),
+        ("a=0.1,b=0.2,c=0.7", ["1/10", "1/5", "7/10"]),
+        ("a=0.30000000000000004,b=0.7", ["3/10", "7/10"]),
+        ("a=0.333333,b=0.333333,c=0.333334", ["1/3", "1/3", "1/3"]),
+        ("a=0.3333333,b=0.3333333,c=0.3333333", ["1/3", "1/3", "1/3"]),
+        ("web=3,books=2,code=1", ["1/2", "1/3", "1/6"]),
+        ("web:3,books:2,code:1", ["1/2", "1/3", "1/6"]),
+        ("web 3, books 2, code 1", ["1/2", "1/3", "1/6"]),
+        ("web = 3 ;\n books = 2 ;\n code = 1\n", ["1/2", "1/3", "1/6"]),
+        ("web=3\nbooks=2\ncode=1", ["1/2", "1/3", "1/6"]),
+        ("web=0.5,books=1.5", ["1/4", "3/4"]),
+        ("web=70,books=30", ["7/10", "3/10"]),
+        ("web=70%,books=30 %", ["7/10", "3/10"]),
+        ("web=70%,books=0.3", ["7/10", "3/10"]),
+        ("web=33.3333%,books=66.6667%", ["1/3", "2/3"]),
+        ("web=1e3,books=1E3", ["1/2", "1/2"]),
+        ("web=1,books=1", ["1/2", "1/2"]),
+        ("web=1/3,books=2/3", ["1/3", "2/3"]),
+        ("web=1", ["1"]),
+        ("web=100%", ["1"]),
+        ("web=.5,books=.5", ["1/2", "1/2"]),
+    ],
+)
+def test_shares_as_people_write_them(text, shares):
+    found = parse_shares(text)
+    assert sum(found.values()) == 1
+    assert all(re.fullmatch(r"[a-z]+", name) for name in found)
+    for share, expected in zip(found.values(), shares, strict=True):
+        assert abs(share - Fraction(expected)) < Fraction(1, 10**6)
+
+
+def test_float_noise_is_gone_from_what_is_drawn():
+    noisy = parse_shares("a=0.1,b=0.2,c=0.7000000000000001")
+    assert Schedule(noisy, exact=True).drawn(10**6) == {"a": 10**5, "b": 2 * 10**5, "c": 7 * 10**5}
+
+
+def test_llama_with_spaces():
+    assert parse_shares(" llama\n") == parse_shares("llama")
 
 
 def test_fractions_are_exact():

@@ -52,7 +52,16 @@ def test_the_table_says_what_is_there(sources, packing):
     text = show.summary(look, 3, PLAIN)
     table = shares_of(text)
     assert [row["asked"] for row in table.values()] == ["10.00%", "70.00%", "20.00%"]
-    assert [row["realised"] for row in table.values()] == ["10.00%", "70.00%", "20.00%"]
+    # Counted from the rows, of which 1,000 are 125 batches.
+    tokens = dict.fromkeys("abc", 0)
+    for step in range(3, 128):
+        weights = look.batches.rows(step, range(8))["weights"]
+        for (source, _), row in zip(look.batches.draws(step, range(8)), weights, strict=True):
+            tokens["abc"[source]] += int(row.sum())
+    for name, asked in (("a", 0.1), ("b", 0.7), ("c", 0.2)):
+        share = tokens[name] / sum(tokens.values())
+        assert table[name]["realised"] == f"{share:.2%}"
+        assert share == pytest.approx(asked, rel=0.02)
     manifests = {name: read_manifest(folder / packing / name) for name in "abc"}
     total = sum(m["splits"]["train"]["tokens"] for m in manifests.values())
     epochs = look.batches.epochs(50)

@@ -86,7 +86,8 @@ class Sequences:
           name: of the source.
 
         Raises:
-          UserError: the split has not even two tokens, or is packed for another T.
+          UserError: the split has not even two tokens, or none that counts, or is packed for
+            another T.
         """
         if dataset.n_tokens < 2:
             raise UserError(
@@ -102,6 +103,13 @@ class Sequences:
         # Without packing: windows of T + 1 tokens with stride T.
         windows = -(-(dataset.n_tokens - 1) // seq_len)
         self.count = dataset.n_sequences if self.packed else windows
+        # Targets of weight 1 in an epoch.
+        self.counted = dataset.packed_targets if self.packed else dataset.n_tokens - 1
+        if not self.count or not self.counted:
+            raise UserError(
+                f"{dataset.folder} holds {dataset.n_tokens:,} tokens, and none of them counts in "
+                "the loss: leave this source out, or prepare it again from other text"
+            )
         source = zlib.crc32(name.encode())
         self._key = _mix(_mix(np.uint64(seed)) ^ np.uint64(source))
 
@@ -163,10 +171,12 @@ class Batches:
           seq_len: T.
           global_batch: sequences per step, over all hosts.
           seed: selects the order.
-          shares: share of tokens of each source; default: by their number of sequences.
+          shares: share of each source of the tokens that count in the loss; default: in
+            proportion to what it has, so that all sources pass through their epochs at one pace.
 
         Raises:
-          UserError: a source has not even two tokens, or is packed otherwise than the others.
+          UserError: a source has not even two tokens, or none that counts, or is packed otherwise
+            than the others.
         """
         self._sources = [
             Sequences(dataset, seq_len, seed, name) for name, dataset in datasets.items()
@@ -178,9 +188,10 @@ class Batches:
         self._length, self._batch = seq_len, global_batch
         self.counts = {name: s.count for name, s in zip(datasets, self._sources, strict=True)}
         self.n_sequences = sum(self.counts.values())
-        self.schedule = Schedule(
-            shares_by_size(self.counts) if shares is None else {n: shares[n] for n in datasets}
-        )
+        counted = {name: s.counted for name, s in zip(datasets, self._sources, strict=True)}
+        asked = {n: shares[n] for n in datasets} if shares else shares_by_size(counted)
+        means = {name: Fraction(counted[name], count) for name, count in self.counts.items()}
+        self.schedule = Schedule(asked, means, exact=bool(shares))
 
     def epochs(self, step: int) -> dict[str, float]:
         """Passes over each source, by name, in `step` steps."""
@@ -221,7 +232,9 @@ class ValidationBatches:
     ) -> None:
         """As `Batches`, of held-out splits; sources without held-out documents are left out."""
         self._sources = [
-            Sequences(dataset, seq_len, 0) for dataset in datasets.values() if dataset.n_tokens > 1
+            Sequences(dataset, seq_len, 0)
+            for dataset in datasets.values()
+            if dataset.n_tokens > 1 and (dataset.packed_targets or not dataset.pack_len)
         ]
         self._packed = any(source.packed for source in self._sources)
         self._ends = np.cumsum([source.count for source in self._sources])

@@ -1,9 +1,14 @@
 """Which source each sample comes from: exact shares, as a function of the sample's number.
 
-Samples are sequences of one length, so shares of samples are shares of tokens.
+A sample is a sequence, a row of a batch. Shares are of tokens that count in the loss, and rows of
+one source hold more of them than rows of another: packed rows have padding, rows of conversations
+count only the answers. A source's share of the rows is its share of the tokens, divided by the mean
+of counted tokens in its rows.
 """
 
+import heapq
 import math
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 
@@ -28,34 +33,71 @@ def llama_sources(root: str) -> str:
     return "; ".join(f"{name}={root}/{name}/*.jsonl.zst" for name in LLAMA_SHARES)
 
 
-# Shares are counted in this many samples at most; finer ones are rounded to it.
+# A schedule repeats after this many samples at most.
 MAX_PERIOD = 100_000
+ROUNDING = Fraction(1, 10**6)  # by which given shares may miss a sum of 1
+SMALLEST, LARGEST = Fraction(1, 10**12), Fraction(10**12)  # given share or weight
 
 
 def parse_shares(text: str) -> dict[str, Fraction]:
-    """`web=0.7,books=0.3`, or `llama`, as exact fractions.
+    """Reads the shares of a mixture, as exact fractions that sum to 1.
+
+    Args:
+      text: `llama`, or a list such as `web=0.7,books=0.3`. Shares are decimals, fractions (`1/3`)
+        or percentages (`70%`). Shares that sum to 1 up to rounding are scaled to 1. Two or more
+        numbers of which one is 1 or more are weights, as in `web=3,books=2,code=1`.
 
     Raises:
       UserError: not such a list, a share that is not positive, or shares that do not sum to one.
     """
+    text = text.strip()
     if text == "llama":
         return {name: Fraction(share) for name, share in LLAMA_SHARES.items()}
     shares: dict[str, Fraction] = {}
-    for item in text.split(","):
-        name, _, value = (piece.strip() for piece in item.partition("="))
-        try:
-            share = Fraction(value)
-        except (ValueError, ZeroDivisionError) as error:
-            raise UserError(f"data.mixture: {item.strip()!r} is not NAME=SHARE") from error
-        if not name or share <= 0 or name in shares:
+    for item in re.split(r"\s*[,;\n]\s*", text):
+        name, share = _parse_share(item)
+        if name in shares or not SMALLEST <= share <= LARGEST:
+            why = "the name comes twice" if name in shares else "from 1e-12 to 1e12"
             raise UserError(
-                f"data.mixture: {item.strip()!r}: a new name and a positive share, please"
+                f"data.mixture: {item!r} must have a new name and a positive share ({why})"
             )
         shares[name] = share
-    total = sum(shares.values())
-    if total != 1:
-        raise UserError(f"data.mixture: the shares sum to {float(total):g}, not to 1")
-    return shares
+    total = sum(shares.values(), Fraction(0))
+    percent = "%" in text
+    weights = not percent and len(shares) > 1 and any(share >= 1 for share in shares.values())
+    if abs(total - 1) > ROUNDING and not weights:
+        found = f"{float(100 * total):.15g}%" if percent else f"{float(total):.15g}"
+        raise UserError(
+            f"data.mixture: the shares sum to {found}, not to {'100%' if percent else 1}; write "
+            "shares that do, as 0.7, 1/3 or 70%, or weights of 1 or more, as web=3,books=2,code=1"
+        )
+    return {name: share / total for name, share in shares.items()}
+
+
+def _parse_share(item: str) -> tuple[str, Fraction]:
+    """The name and the number of `NAME=SHARE`; 0 for a number that is far out of range.
+
+    Raises:
+      UserError: it is not of this form.
+    """
+    try:
+        name, value = re.findall(r"^([^=:\s]+)\s*[=:\s]\s*(.+)$", item)[0]
+        value = "".join(value.split())
+        number = value.removesuffix("%")
+        # Of 1e999999999, Fraction would write out the digits.
+        fits = "/" in number or SMALLEST <= float(number) <= LARGEST
+        share = Fraction(number) if fits else Fraction(0)
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"data.mixture: {item!r} is not NAME=SHARE; write llama, or a list with commas such as "
+            "web=0.7,books=0.3"
+        ) from error
+    if re.search(r"[/\\*?\[]", name):
+        raise UserError(
+            f"data.mixture: {name!r} is a path, and shares are of names; give each source a name "
+            "in data.source, as web=web/*.jsonl; books=books/*.txt"
+        )
+    return name, share / 100 if value.endswith("%") else share
 
 
 def shares_by_size(sizes: Mapping[str, int]) -> dict[str, Fraction]:
@@ -70,18 +112,59 @@ def shares_by_size(sizes: Mapping[str, int]) -> dict[str, Fraction]:
     return {name: Fraction(size, total) for name, size in sizes.items()}
 
 
+def shares_of_samples(
+    shares: Mapping[str, Fraction], means: Mapping[str, Fraction]
+) -> dict[str, Fraction]:
+    """Shares of samples that give shares of tokens.
+
+    Args:
+      shares: of tokens, summing to one.
+      means: counted tokens in a sample of each source, on average; positive.
+    """
+    samples = {name: share / means[name] for name, share in shares.items()}
+    total = sum(samples.values())
+    return {name: value / total for name, value in samples.items()}
+
+
 def _counts(shares: list[Fraction]) -> list[int]:
     """Samples of each source in one period: exact where the period allows, else largest remainder.
 
-    Every source gets at least one, so that none is silently left out.
+    Every source gets at least one, so that none is silently left out; but none for a share of 0.
     """
-    period = min(MAX_PERIOD, math.lcm(*(share.denominator for share in shares)))
+    period = min(MAX_PERIOD, _exact_period(shares))
     exact = [share * period for share in shares]
-    counts = [max(1, int(value)) for value in exact]
+    counts = [max(1, int(value)) if value else 0 for value in exact]
     by_remainder = sorted(range(len(shares)), key=lambda i: (int(exact[i]) - exact[i], i))
     for index in by_remainder[: max(0, period - sum(counts))]:
         counts[index] += 1
     return counts
+
+
+def _exact_period(shares: list[Fraction]) -> int:
+    return math.lcm(*(share.denominator for share in shares))
+
+
+def _layout(counts: list[int]) -> np.ndarray:
+    """Sources of the samples of one period, by Tijdeman's rule (see `Schedule`)."""
+    period, n = sum(counts), len(counts)
+    # In units of 1 / (2 S - 2) of a sample, all integers: slack is what the theorem allows.
+    unit = max(1, 2 * n - 2)
+    first, last = [], []  # sample of each draw: it is ahead of its share before, and due at
+    for index, count in enumerate(counts):
+        draw = np.arange(count)
+        first.append(-(-period * (1 + draw * unit) // (unit * count)) - 1)
+        last.append(-(-period * ((draw + 1) * unit - 1) // (unit * count)) * n + index)
+    begins, keys = np.concatenate(first), np.concatenate(last)
+    order = np.argsort(begins, kind="stable")
+    begins, keys = begins[order].tolist(), keys[order].tolist()
+    ready: list[int] = []
+    source, at = [], 0
+    for sample in range(period):
+        while at < period and begins[at] <= sample:
+            heapq.heappush(ready, keys[at])
+            at += 1
+        source.append(heapq.heappop(ready) % n)
+    return np.asarray(source, np.int64)
 
 
 class Schedule:
@@ -91,48 +174,72 @@ class Schedule:
     1 - 1 / (2 S - 2) of a sample, and so in any window to within 2 - 1 / (S - 1): at each step the
     source with the earliest deadline among those that are not ahead is taken (Tijdeman's solution
     of the chairman assignment problem, 1980; no order can do better for all shares).
+
+    Shares whose denominators need more than `MAX_PERIOD` samples are rounded to that, or, if they
+    are to be exact, the samples that rounding down leaves over in each period are assigned by a
+    second schedule. A source then has its share of n to within three samples.
     """
 
-    def __init__(self, shares: Mapping[str, Fraction]) -> None:
+    def __init__(
+        self,
+        shares: Mapping[str, Fraction],
+        means: Mapping[str, Fraction] | None = None,
+        *,
+        exact: bool = False,
+    ) -> None:
         """Lays out one period.
 
         Args:
-          shares: positive, summing to one.
+          shares: of tokens, summing to one.
+          means: counted tokens in a sample of each source, on average; default: all the same.
+          exact: whether shares are not rounded to `MAX_PERIOD` samples. If they are rounded, every
+            source gets at least one sample in a period.
         """
-        counts = _counts(list(shares.values()))
         self.shares, self.names = dict(shares), list(shares)
+        samples = list((shares_of_samples(shares, means) if means else shares).values())
+        self._rest: Schedule | None = None
+        if not exact or _exact_period(samples) <= MAX_PERIOD:
+            counts = _counts(samples)
+        else:
+            fine = [share * MAX_PERIOD for share in samples]
+            counts = [int(value) for value in fine]
+            over = MAX_PERIOD - sum(counts)
+            remainders = [(value - int(value)) / over for value in fine]
+            self._rest = Schedule(dict(zip(self.names, remainders, strict=True)))
+            counts.append(over)  # as if it were another source
         self.period = sum(counts)
         self.counts = np.asarray(counts, np.uint64)
-        source = np.empty(self.period, np.int64)
-        rank = np.empty(self.period, np.uint64)
-        taken = [0] * len(counts)
-        # In units of 1 / (2 S - 2) of a sample, all integers: slack is what the theorem allows.
-        unit = max(1, 2 * len(counts) - 2)
-        for n in range(self.period):
-            best, best_deadline = -1, 0
-            for index, count in enumerate(counts):
-                lead = (count * (n + 1) - taken[index] * self.period) * unit
-                if lead < self.period and len(counts) > 1:
-                    continue  # ahead of its share
-                deadline = -(-(((taken[index] + 1) * unit - 1) * self.period) // (unit * count))
-                if best < 0 or deadline < best_deadline:
-                    best, best_deadline = index, deadline
-            source[n], rank[n] = best, taken[best]
-            taken[best] += 1
-        assert taken == counts
-        self._source, self._rank = source, rank
+        self._source = _layout(counts)
+        # The places in the period, by source: how many of a source come before one is a search.
+        self._places = np.sort(self._source * self.period + np.arange(self.period))
+        self._begin = np.cumsum([0, *counts[:-1]])
 
     def assign(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source index, and number of the draw from that source, of each sample (uint64)."""
+        source = self._source[samples % np.uint64(self.period)]
+        if self._rest is not None and (second := source == len(self.names)).any():
+            source[second], _ = self._rest.assign(self._left_over(samples[second]))
+        return source, self._taken(samples, source)
+
+    def _taken(self, samples: np.ndarray, source: np.ndarray) -> np.ndarray:
+        """How many samples before each of these the source at the same place has had."""
+        taken = self._first_taken(samples, source)
+        if self._rest is not None:
+            taken += self._rest._taken(self._left_over(samples), source)
+        return taken
+
+    def _left_over(self, samples: np.ndarray) -> np.ndarray:
+        """How many samples before each of these are for the second schedule."""
+        return self._first_taken(samples, np.full(samples.shape, len(self.names)))
+
+    def _first_taken(self, samples: np.ndarray, source: np.ndarray) -> np.ndarray:
+        """As `_taken`, without what the second schedule assigns."""
         block, position = np.divmod(samples, np.uint64(self.period))
-        source = self._source[position]
-        return source, block * self.counts[source] + self._rank[position]
+        found = self._places.searchsorted(source * self.period + position.astype(np.int64))
+        return block * self.counts[source] + (found - self._begin[source]).astype(np.uint64)
 
     def drawn(self, samples: int) -> dict[str, int]:
         """How many of the first `samples` samples came from each source."""
-        blocks, rest = divmod(samples, self.period)
-        partial = np.bincount(self._source[:rest], minlength=len(self.names))
-        return {
-            name: blocks * int(self.counts[index]) + int(partial[index])
-            for index, name in enumerate(self.names)
-        }
+        sources = np.arange(len(self.names))
+        taken = self._taken(np.full(sources.shape, samples, np.uint64), sources)
+        return dict(zip(self.names, taken.tolist(), strict=True))

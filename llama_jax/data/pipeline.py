@@ -33,6 +33,8 @@ class TrainingData:
       template: the chat template of instruction data, in the form of a tokenizer_config.json; empty
         for plain text.
       answers: that were prepared of instruction data, and how many of them end in no end token.
+      former_fingerprint: of the same tokens in versions whose mixtures had shares of sequences;
+        empty: nothing has changed since.
     """
 
     train: loader.BatchSource | StreamingBatches
@@ -41,6 +43,7 @@ class TrainingData:
     fingerprint: str
     template: bytes = b""
     answers: tuple[int, int] = (0, 0)
+    former_fingerprint: str = ""
 
     @functools.cached_property
     def files(self) -> dict[str, bytes]:
@@ -104,16 +107,19 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
     _check_tokenizer(data.tokenizer, first)
     held_out = {name: TokenDataset.open(folder / name, "validation") for name in names}
     validation = loader.ValidationBatches(held_out, train.seq_len, train.global_batch)
+    former = _fingerprint(datasets)
+    of_tokens = shares is not None and len(datasets) > 1
     return TrainingData(
         loader.Batches(datasets, train.seq_len, train.global_batch, train.seed, shares),
         validation if validation.n_sequences else None,
         first.tokenizer(),
-        _fingerprint(datasets),
+        hashlib.sha256(f"shares of tokens {former}".encode()).hexdigest() if of_tokens else former,
         first.template(),
         (
             sum(dataset.answers for dataset in datasets.values()),
             sum(dataset.unended for dataset in datasets.values()),
         ),
+        former if of_tokens else "",
     )
 
 

@@ -120,6 +120,8 @@ def _check_shard(shard: dict[str, Any]) -> None:
         _text(shard, key)
     for key in ("pack_sha256", "mask_sha256"):
         _optional(_text, shard, key)
+    if "mask_sha256" in shard:
+        _count(shard, "answer_tokens")
     ends = shard.get("ends_sha256", {})
     require(ends.keys() <= {"bin", "idx", "pack", "mask"}, "ends_sha256 names other files")
     for kind in ends:

@@ -75,8 +75,9 @@ class ShardWriter:
             shard |= {"sequences": sequences, "pack_sha256": self._write(f"{name}.pack", pack)}
         if self._counts:
             counts = np.concatenate(self._counts)
+            never = counts[self._offsets]  # the first token of a document is no target
             shard |= {
-                "answer_tokens": int(counts.sum()),
+                "answer_tokens": int(counts.sum() - never.sum()),
                 "mask_sha256": self._write(f"{name}.mask", np.packbits(counts)),
             }
         kinds = ["bin", "idx", *(kind for kind in ("pack", "mask") if f"{kind}_sha256" in shard)]

@@ -90,6 +90,14 @@ class TokenDataset:
             _sequence_starts=sequence_starts,
         )
 
+    @property
+    def packed_targets(self) -> int:
+        """Targets that count in all packed sequences: of conversations, those in answers."""
+        return sum(
+            one["answer_tokens"] if "mask_sha256" in one else one["tokens"] - one["documents"]
+            for one in self._shards
+        )
+
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens start..stop of the run, across shard borders; shorter at the end.
 

@@ -1,7 +1,7 @@
 """A look at prepared data: the mixture, rows as the model sees them, and histograms.
 
-Nothing here reads more than it shows, but for the lengths of documents: those are of a few shards
-of each source, spread evenly, so that 10,000 shards take no longer than 30.
+Little is read, so that 10,000 shards take no longer than 30: the rows that are shown, those whose
+tokens are counted, and the lengths of documents in a few shards of each source, spread evenly.
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ from llama_jax.errors import UserError, boundary
 from llama_jax.files import read_bytes
 
 SEQ_LEN, BATCH = 256, 4  # where no config says it
-WINDOW = 1000  # sequences whose shares are counted
+WINDOW = 1000  # sequences whose tokens are counted
+CHUNK = 50  # of them are read at a time
 SAMPLED_SHARDS = 32  # of a source, whose documents are measured
 
 
@@ -134,7 +135,13 @@ def summary(look: Look, step: int, screen: Screen) -> str:
     )
     with boundary(f"a manifest in {look.folder}"):  # which may say 0 tokens, or not count answers
         lines = _table(look, step, packed)
-    notes = [f"realised: of the {WINDOW:,} sequences from step {step:,} on; there: of all tokens"]
+    counted, window = "tokens", f"the {WINDOW:,} sequences from step {step:,} on"
+    notes = []
+    if look.config.data.template:
+        counted = "tokens that count, those of answers,"
+        notes.append(f"with prompts: of all tokens in {window}")
+    notes.insert(0, f"asked, realised: of the {counted} in {window}")
+    notes.append("there: of all tokens in the shards")
     if look.of_a_run:
         notes.append(f"epochs: in the {train.steps:,} steps of the run")
     skipped = [
@@ -161,11 +168,13 @@ def summary(look: Look, step: int, screen: Screen) -> str:
 
 def _table(look: Look, step: int, packed: bool) -> list[str]:
     asked = look.batches.schedule.shares
-    realised = realised_shares(look, step)
+    counted, tokens = count_tokens(look, step)
+    realised, of_all = _shares(counted), _shares(tokens)
     epochs = look.batches.epochs(look.config.train.steps)
     all_tokens = sum(m["splits"]["train"]["tokens"] for m in look.manifests.values())
-    header = ["source", "asked", "realised", "there", "documents", "tokens", "bytes/token"]
     answers = bool(look.config.data.template)
+    header = ["source", "asked", "realised", *(["with prompts"] if answers else []), "there"]
+    header += ["documents", "tokens", "bytes/token"]
     header += ["of answers"] if answers else []
     header += ["skipped", *(["padding"] if packed else []), *(["epochs"] if look.of_a_run else [])]
     rows = [header]
@@ -174,6 +183,7 @@ def _table(look: Look, step: int, packed: bool) -> list[str]:
         cells = [
             name or "(one)",
             *(f"{float(share):.2%}" for share in (asked[name], realised[name])),
+            *([f"{of_all[name]:.2%}"] if answers else []),
             f"{split['tokens'] / all_tokens:.2%}",
             f"{split['documents']:,}",
             f"{split['tokens']:,}",
@@ -195,16 +205,42 @@ def _table(look: Look, step: int, packed: bool) -> list[str]:
     ]
 
 
+def count_tokens(look: Look, step: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Counts the tokens of each source in the `WINDOW` sequences from a step on.
+
+    Returns:
+      Of each source, the targets of weight 1, and all tokens that are inputs.
+
+    Raises:
+      UserError: a damaged shard.
+    """
+    batch, names = look.config.train.global_batch, look.batches.schedule.names
+    found = np.zeros((len(names), 2), np.int64)
+    first = step * batch
+    while (done := first - step * batch) < WINDOW:
+        number, row = divmod(first, batch)
+        rows = range(row, row + min(batch - row, WINDOW - done, CHUNK))
+        sequences = look.batches.rows(number, rows)
+        inputs = sequences.get("segment_ids", sequences["weights"])
+        counts = np.stack([sequences["weights"] > 0, inputs > 0], axis=-1).sum(1)
+        for (source, _), count in zip(look.batches.draws(number, rows), counts, strict=True):
+            found[source] += count
+        first += len(rows)
+    counted, tokens = (dict(zip(names, column.tolist(), strict=True)) for column in found.T)
+    return counted, tokens
+
+
 def realised_shares(look: Look, step: int) -> dict[str, float]:
-    """Of the sequences from a step on, which part each source has; counted, not computed."""
-    batch = look.config.train.global_batch
-    sources = [
-        source
-        for number in range(step, step + -(-WINDOW // batch))
-        for source, _ in look.batches.draws(number, range(batch))
-    ][:WINDOW]
-    names = look.batches.schedule.names
-    return {name: sources.count(index) / WINDOW for index, name in enumerate(names)}
+    """Which share of the tokens that count each source has, in the `WINDOW` sequences from a step.
+
+    Raises:
+      UserError: a damaged shard.
+    """
+    return _shares(count_tokens(look, step)[0])
+
+
+def _shares(counts: dict[str, int]) -> dict[str, float]:
+    return {name: count / sum(counts.values()) for name, count in counts.items()}
 
 
 def show_rows(look: Look, step: int, count: int, screen: Screen) -> Iterator[str]:

@@ -72,8 +72,13 @@ def _plot_lengths(figure: Any, grid: Any, look: Look, lengths: dict[str, np.ndar
 
 
 def _plot_shares(axes: Any, look: Look) -> None:
-    """Of each source, the share that was asked for beside the share of the tokens there."""
-    tokens = {name: m["splits"]["train"]["tokens"] for name, m in look.manifests.items()}
+    """Of each source, the share that was asked for beside the share of the tokens there.
+
+    Of conversations, both are of the tokens in answers.
+    """
+    answers = bool(look.config.data.template)
+    kind = "answer_tokens" if answers else "tokens"
+    tokens = {name: m["splits"]["train"][kind] for name, m in look.manifests.items()}
     total = sum(tokens.values())
     place = np.arange(len(tokens))
     asked = [100 * float(look.batches.schedule.shares[name]) for name in tokens]
@@ -85,7 +90,10 @@ def _plot_shares(axes: Any, look: Look) -> None:
         bars = axes.barh(place + offset, values, 0.36, label=label, color=colour)
         axes.bar_label(bars, [f"{value:.1f}%" for value in values], padding=3, fontsize=8)
     axes.set_title("Tokens by source", fontsize=10, loc="left")
-    axes.set(xlabel="% of tokens", xlim=(0, max(*asked, *there) * 1.2))
+    axes.set(
+        xlabel="% of tokens in answers" if answers else "% of tokens",
+        xlim=(0, max(*asked, *there) * 1.2),
+    )
     axes.set_yticks(place, [f"{name}\n{tokens[name]:,}" for name in tokens])
     axes.set_ylim(len(tokens) - 0.5, -0.5)
     # Above the bars, which may reach anywhere.
