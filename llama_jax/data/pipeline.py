@@ -33,6 +33,7 @@ class TrainingData:
       template: the chat template of instruction data, in the form of a tokenizer_config.json; empty
         for plain text.
       answers: that were prepared of instruction data, and how many of them end in no end token.
+      unchecked: folders of shards of an earlier version, whose blocks have no checksums.
     """
 
     train: loader.BatchSource | StreamingBatches
@@ -41,6 +42,7 @@ class TrainingData:
     fingerprint: str
     template: bytes = b""
     answers: tuple[int, int] = (0, 0)
+    unchecked: tuple[str, ...] = ()
 
     @functools.cached_property
     def files(self) -> dict[str, bytes]:
@@ -114,6 +116,7 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
             sum(dataset.answers for dataset in datasets.values()),
             sum(dataset.unended for dataset in datasets.values()),
         ),
+        tuple(str(dataset.folder) for dataset in datasets.values() if dataset.unchecked),
     )
 
 
