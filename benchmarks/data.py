@@ -1,10 +1,10 @@
-"""Measures the data path: loader, tokenising, start-up, verifying, memory; a JSON line for each.
+"""Measures the data path, from tokenising to loading, in time and memory; a JSON line for each.
 
 Rates are per CPU second of this process, which other jobs on the machine disturb little.
 
 Example:
   python benchmarks/data.py
-  python benchmarks/data.py --only=loader,startup,verify
+  python benchmarks/data.py --only=loader,checksums,startup,verify
   python benchmarks/data.py --only=memory --megabytes=250
 """
 
@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import pathlib
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -26,7 +27,9 @@ from etils import epath
 from llama_jax import cli
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from llama_jax.data import loader, prepare, shard_folder, show, show_plot
+from llama_jax.data.blocks import BLOCK_BYTES, BlockSums, encode_sums
 from llama_jax.data.mixture import parse_shares
+from llama_jax.data.packing import pack_documents
 from llama_jax.data.shards import TokenDataset
 from llama_jax.data.show_rows import Screen
 from llama_jax.data.sources import Reading, documents
@@ -48,8 +51,25 @@ def config_for(source: str, tokenizer: str, **data: object) -> Config:
     )
 
 
-def write_fake_shards(folder: pathlib.Path, tokenizer: Tokenizer, count: int, tokens: int) -> None:
-    """Shards of random tokens, one document each, with a manifest that fits them."""
+def write_fake_shards(
+    folder: pathlib.Path,
+    tokenizer: Tokenizer,
+    count: int,
+    tokens: int,
+    *,
+    pack_len: int = 0,
+    checksums: bool = True,
+) -> None:
+    """Shards of random tokens, one document each, with a manifest that fits them.
+
+    Args:
+      folder: to make.
+      tokenizer: goes with them.
+      count: shards.
+      tokens: of each.
+      pack_len: sequence length to pack them for; 0: do not.
+      checksums: of blocks; without, they are as an earlier version wrote them.
+    """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     listed = []
@@ -59,27 +79,36 @@ def write_fake_shards(folder: pathlib.Path, tokenizer: Tokenizer, count: int, to
             "bin": rng.integers(3, VOCAB, tokens, dtype=np.uint16),
             "idx": np.zeros(1, "<i8"),
         }
+        if pack_len:
+            arrays["pack"], sequences = pack_documents([0], tokens, pack_len)
         ends, digests = {}, {}
         for kind, array in arrays.items():
             path = epath.Path(folder) / f"{name}.{kind}"
             array.tofile(path)
             ends[kind] = shard_folder.ends_sha256(path, array.nbytes)
             digests[kind] = hashlib.sha256(array.tobytes()).hexdigest()
-        listed.append(
-            {
-                "name": name,
-                "tokens": tokens,
-                "documents": 1,
-                "sha256": digests["bin"],
-                "index_sha256": digests["idx"],
-                "ends_sha256": ends,
-            }
-        )
+        shard = {
+            "name": name,
+            "tokens": tokens,
+            "documents": 1,
+            "sha256": digests["bin"],
+            "index_sha256": digests["idx"],
+            "ends_sha256": ends,
+        }
+        if pack_len:
+            shard |= {"sequences": sequences, "pack_sha256": digests["pack"]}
+        if checksums:
+            sums = BlockSums()
+            sums.add(arrays["bin"].tobytes())
+            content = encode_sums({"bin": sums})
+            (folder / f"{name}.{shard_folder.CRC}").write_bytes(content)
+            shard["crc_sha256"] = hashlib.sha256(content).hexdigest()
+        listed.append(shard)
     tokenizer.save(folder / shard_folder.TOKENIZER)
     empty: dict[str, object] = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
     manifest = {
         "format_version": shard_folder.FORMAT_VERSION,
-        "settings": {},
+        "settings": {"pack_len": pack_len},
         "vocab_size": VOCAB,
         "tokenizer_sha256": tokenizer.fingerprint,
         "skipped": {},
@@ -140,6 +169,48 @@ def measure_loader(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator
         }
 
 
+def measure_checksums(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator[dict]:
+    """Tokens per CPU second with checksums of blocks, and of the same tokens without.
+
+    Each turn opens the shards again, so that no block is checked yet.
+    """
+    count, tokens, turns = 8, 12_500_000, 7
+    for name in ("with", "without"):
+        write_fake_shards(root / name, tokenizer, count, tokens, checksums=name == "with")
+
+    def speed(name: str, epochs: float, tf_data: bool) -> float:
+        dataset = TokenDataset.open(root / name, "train")
+        batches = loader.Batches({"": dataset}, SEQ_LEN, BATCH, 0)
+        steps = int(batches.n_sequences * epochs) // BATCH
+
+        def work() -> None:
+            if tf_data:
+                for _ in loader.iterate(batches, range(BATCH), 0, steps):
+                    pass
+            else:
+                for step in range(steps):
+                    batches.rows(step, range(BATCH))
+
+        return steps * BATCH * SEQ_LEN / cpu_seconds(work)
+
+    for tf_data in (False, True):
+        for epochs in (0.02, 1, 3):
+            speed("with", 0.1, tf_data)  # the page cache is warm
+            pairs = [
+                (speed("with", epochs, tf_data), speed("without", epochs, tf_data))
+                for _ in range(turns)
+            ]
+            yield {
+                "benchmark": "checksums",
+                "block_bytes": BLOCK_BYTES,
+                "tf_data": tf_data,
+                "epochs": epochs,
+                "tokens_per_cpu_second": round(statistics.median(one for one, _ in pairs)),
+                "without": round(statistics.median(other for _, other in pairs)),
+                "ratio_median": round(statistics.median(one / other for one, other in pairs), 3),
+            }
+
+
 def measure_tokenise(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator[dict]:
     """`prepare` (read, tokenise, hash, write) against the library's own batch call."""
     texts = 3 * list(documents("stdlib", DataConfig(), Reading()))
@@ -166,19 +237,27 @@ def measure_tokenise(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterat
 
 def measure_startup(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator[dict]:
     """Seconds from a manifest of 10,000 shards to the first batch, and to a look at them."""
-    write_fake_shards(root / "many", tokenizer, 10_000, 2048)
-    began = time.perf_counter()
-    dataset = TokenDataset.open(root / "many", "train")
-    loader.Batches({"": dataset}, SEQ_LEN, BATCH, 0).rows(0, range(BATCH))
-    seconds = time.perf_counter() - began
-    yield {"benchmark": "startup", "shards": 10_000, "seconds": round(seconds, 3)}
+    count = 10_000
+    for name, pack_len in (("many", 0), ("many packed", SEQ_LEN)):
+        write_fake_shards(root / name, tokenizer, count, SEQ_LEN + 1, pack_len=pack_len)
+        began, cpu = time.perf_counter(), time.process_time()
+        dataset = TokenDataset.open(root / name, "train")
+        loader.Batches({"": dataset}, SEQ_LEN, BATCH, 0).rows(0, range(BATCH))
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+        yield {
+            "benchmark": "startup",
+            "shards": count,
+            "packed": bool(pack_len),
+            "seconds": round(seconds, 3),
+            "cpu_seconds": round(cpu, 3),
+        }
     began = time.perf_counter()
     look = show.open_look(root / "many")
     show.summary(look, 0, Screen())
     list(show.show_rows(look, 0, 3, Screen()))
     show_plot.plot(look, epath.Path(root / "many.png"))
     seconds = time.perf_counter() - began
-    yield {"benchmark": "show", "shards": 10_000, "seconds": round(seconds, 3)}
+    yield {"benchmark": "show", "shards": count, "seconds": round(seconds, 3)}
 
 
 def measure_verify(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator[dict]:
@@ -239,6 +318,7 @@ def measure_memory(root: pathlib.Path, tokenizer: Tokenizer, megabytes: int) -> 
 
 MEASURES = {
     "loader": measure_loader,
+    "checksums": measure_checksums,
     "tokenise": measure_tokenise,
     "startup": measure_startup,
     "verify": measure_verify,

@@ -3,6 +3,7 @@
 import jax
 
 from llama_jax.config import Config
+from llama_jax.data import shard_folder
 from llama_jax.data.loader import Batches
 from llama_jax.data.pipeline import TrainingData
 from llama_jax.init_from import base_rows
@@ -31,7 +32,10 @@ def describe(config: Config, mesh: jax.sharding.Mesh, data: TrainingData) -> str
 
 
 def remarks(config: Config, data: TrainingData) -> list[str]:
-    """Lines on what a user should know of the data before the run: padding, answers without end."""
+    """Lines on what a user should know of the data before the run.
+
+    These are padding of the vocabulary, answers without end, and shards without checksums.
+    """
     rows, ids = config.model.vocab_size, data.tokenizer.vocab_size if data.tokenizer else 0
     found = []
     if 0 < ids < rows:
@@ -52,6 +56,8 @@ def remarks(config: Config, data: TrainingData) -> list[str]:
             "that ends them; let it write eos_token, or another special token of the tokenizer, "
             "at the end of the answer (inside {% generation %}), and prepare the data again"
         )
+    if data.unchecked:
+        found.append(f"warning {shard_folder.unchecked_remark(data.unchecked)}")
     return found
 
 

@@ -23,7 +23,7 @@ from absl import flags
 from llama_jax import cli
 from llama_jax.config import DataConfig
 from llama_jax.data.reading import Reading
-from llama_jax.data.shard_folder import SPLITS, source_folders
+from llama_jax.data.shard_folder import SPLITS, source_folders, unchecked_remark
 from llama_jax.data.shards import TokenDataset
 from llama_jax.data.sources import documents, named_sources
 from llama_jax.errors import UserError
@@ -104,6 +104,9 @@ def read_shards(folder: str, split: str, model: InferenceModel) -> dict[str, Ite
             raise UserError(
                 f"the shards in {path} are of another tokenizer than the checkpoint {model.folder}"
             )
+        if data.unchecked:
+            remark = unchecked_remark([str(path)])
+            print(f"warning: {remark}", file=sys.stderr, flush=True)
         found[name] = (shard_document(tokens, model.tokenizer) for tokens in data.documents())
     return found
 

@@ -35,6 +35,7 @@ class TrainingData:
       answers: that were prepared of instruction data, and how many of them end in no end token.
       former_fingerprint: of the same tokens in versions whose mixtures had shares of sequences;
         empty: nothing has changed since.
+      unchecked: folders of shards of an earlier version, whose blocks have no checksums.
     """
 
     train: loader.BatchSource | StreamingBatches
@@ -44,6 +45,7 @@ class TrainingData:
     template: bytes = b""
     answers: tuple[int, int] = (0, 0)
     former_fingerprint: str = ""
+    unchecked: tuple[str, ...] = ()
 
     @functools.cached_property
     def files(self) -> dict[str, bytes]:
@@ -120,6 +122,7 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
             sum(dataset.unended for dataset in datasets.values()),
         ),
         former if of_tokens else "",
+        tuple(str(dataset.folder) for dataset in datasets.values() if dataset.unchecked),
     )
 
 

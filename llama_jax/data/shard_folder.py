@@ -8,16 +8,23 @@ A folder of shards holds
   train-00000-000.pack   with data.packing=best_fit: which pieces make a sequence (`pack_documents`)
   train-00000-000.mask   with data.template: of each token a bit (the highest of a byte first), 1 if
                          it is a target that counts
+  train-00000-000.crc.json  CRC-32 of each block of 64 KiB of .bin and of .mask, in hexadecimal:
+                         {"block_bytes": 65536, "bin": "..", "mask": ".."}
   chat_template.json     with data.template: the template, in the form of tokenizer_config.json
 and the same for `validation`. The first number is the part of the source, the second counts its
 shards. A document lies in one shard.
+
+What is checked when: at the start, `check_files` hashes .pack, .crc.json, tokenizer and template
+whole, and of the other files the ends. `shards` checks a block of .bin or .mask when it is first
+read, and .idx whenever it is read. Earlier versions wrote no .crc.json: of their shards, only
+`verify` checks the middle of .bin and .mask.
 """
 
 import concurrent.futures
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -32,10 +39,11 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 TEMPLATE = "chat_template.json"
 SPLITS = ("train", "validation")
-# What opening reads of each file's beginning and end: enough to tell one shard from another, and
-# little for 10,000 of them. Bytes between are read by `verify` only.
+CRC = "crc.json"
+# What opening reads of the beginning and the end of large files: enough to tell one shard from
+# another, and little for 10,000 of them. What lies between is checked when it is read.
 END_BYTES = 4096
-_THREADS = 16
+_THREADS, _CHUNK_BYTES = 16, 1 << 20
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -64,7 +72,10 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"no token shards in {folder}; make them with llama_jax.prepare")
     data = read_bytes(path)
-    manifest = parse_json(data, f"cannot read {path}: it")
+    try:
+        manifest = parse_json(data, f"cannot read {path}: it")
+    except UserError as error:
+        raise UserError(f"{error}; restore it or prepare the data again") from error
     version = manifest.get("format_version")
     if version is not None and version not in (1, FORMAT_VERSION):
         raise UserError(
@@ -118,7 +129,7 @@ def _check_shard(shard: dict[str, Any]) -> None:
     _optional(_count, shard, "sequences")
     for key in ("sha256", "index_sha256"):
         _text(shard, key)
-    for key in ("pack_sha256", "mask_sha256"):
+    for key in ("pack_sha256", "mask_sha256", "crc_sha256"):
         _optional(_text, shard, key)
     if "mask_sha256" in shard:
         _count(shard, "answer_tokens")
@@ -195,9 +206,20 @@ def verify(folder: epath.PathLike) -> list[str]:
                 expected[f"{shard['name']}.pack"] = shard["pack_sha256"]
             if "mask_sha256" in shard:
                 expected[f"{shard['name']}.mask"] = shard["mask_sha256"]
+            if "crc_sha256" in shard:
+                expected[f"{shard['name']}.{CRC}"] = shard["crc_sha256"]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(lambda name: _sha256(folder / name), expected))
     return [name for name, digest in zip(expected, found, strict=True) if digest != expected[name]]
+
+
+def unchecked_remark(folders: Sequence[str]) -> str:
+    """What to tell of folders with shards that have no checksums of their blocks."""
+    return (
+        f"an earlier version wrote shards in {', '.join(folders)} without checksums of blocks: a "
+        "damaged bit in the middle of a file is not found while it is read; check them once with "
+        + " and ".join(f"llama_jax.prepare --verify={folder}" for folder in folders)
+    )
 
 
 def open_file(path: str) -> IO[bytes]:
@@ -218,15 +240,19 @@ def ends_sha256(path: epath.PathLike, size: int) -> str:
     return digest.hexdigest()
 
 
-def _sha256(path: epath.Path) -> str | None:
+def _sha256_of(path: str) -> str:
     digest = hashlib.sha256()
+    with open_file(path) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sha256(path: epath.Path) -> str | None:
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
+        return _sha256_of(os.fspath(path))
     except OSError:
         return None
-    return digest.hexdigest()
 
 
 def check_files(folder: epath.Path, manifest: dict[str, Any], split: str) -> None:
@@ -265,7 +291,9 @@ def check_files(folder: epath.Path, manifest: dict[str, Any], split: str) -> Non
                 )
         if "mask_sha256" in shard:
             _check_size(folder, sizes, f"{shard['name']}.mask", -(-shard["tokens"] // 8))
-    _check_ends(folder, sizes, shards)
+        if "crc_sha256" in shard:
+            _check_size(folder, sizes, f"{shard['name']}.{CRC}", None)
+    _check_contents(folder, sizes, shards)
 
 
 def file_sizes(folder: epath.Path) -> dict[str, int]:
@@ -286,22 +314,34 @@ def _check_size(folder: epath.Path, sizes: dict[str, int], name: str, expected: 
         )
 
 
-def _check_ends(folder: epath.Path, sizes: dict[str, int], shards: list[dict[str, Any]]) -> None:
-    """Compares the ends of all files; shards of a version before have no checksums of theirs."""
-    expected = {
-        f"{shard['name']}.{kind}": digest
-        for shard in shards
-        for kind, digest in shard.get("ends_sha256", {}).items()
-    }
+def _check_contents(
+    folder: epath.Path, sizes: dict[str, int], shards: list[dict[str, Any]]
+) -> None:
+    """Compares .pack and .crc.json whole, and the ends of all other files.
+
+    Shards of earlier versions lack some of the checksums.
+    """
+    whole, ends = {}, {}
+    for shard in shards:
+        for key, kind in (("pack_sha256", "pack"), ("crc_sha256", CRC)):
+            if key in shard:
+                whole[f"{shard['name']}.{kind}"] = shard[key]
+        for kind, digest in shard.get("ends_sha256", {}).items():
+            ends[f"{shard['name']}.{kind}"] = digest
+    expected = ends | whole
 
     def first_other(names: list[str]) -> str:
         for name in names:
             try:
-                if ends_sha256(f"{folder}/{name}", sizes[name]) != expected[name]:
-                    return name
+                if name in whole:
+                    digest = _sha256_of(f"{folder}/{name}")
+                else:
+                    digest = ends_sha256(f"{folder}/{name}", sizes[name])
             except OSError as error:
                 reason = error.strerror or error
                 raise UserError(f"cannot read {folder / name}: {reason}") from error
+            if digest != expected[name]:
+                return name
         return ""
 
     # Many files to a task: to hand over a single one takes longer than to read its ends.

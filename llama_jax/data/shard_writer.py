@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from llama_jax.data.blocks import BlockSums, encode_sums
 from llama_jax.data.packing import INDEX_DTYPE, pack_documents
 from llama_jax.data.reading import Example
-from llama_jax.data.shard_folder import ends_sha256, token_dtype
+from llama_jax.data.shard_folder import CRC, ends_sha256, token_dtype
 from llama_jax.files import size_of
 
 
@@ -29,9 +30,9 @@ class ShardWriter:
         """
         self._folder, self._name = folder, name
         self._shard_tokens, self._pack_len = shard_tokens, pack_len
-        self._dtype = token_dtype(vocab_size)
+        self._vocab_size, self._dtype = vocab_size, token_dtype(vocab_size)
         self._file: Any = None
-        self._digest = hashlib.sha256()
+        self._digest, self._sums = hashlib.sha256(), BlockSums()
         self._offsets: list[int] = []
         self._counts: list[np.ndarray] = []
         self._tokens = 0
@@ -40,14 +41,22 @@ class ShardWriter:
         self._answers = self._unended = 0
 
     def add(self, example: Example) -> None:
-        """Appends a document; of one split, all say which tokens count, or none does."""
+        """Appends a document; of one split, all say which tokens count, or none does.
+
+        Raises:
+          ValueError: an id is not below the size of the vocabulary.
+        """
         ids = example.ids
+        # Readers rely on it: for them, tokens that are as they were written are ids.
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self._vocab_size:
+            raise ValueError(f"ids from {ids.min()} to {ids.max()} of {self._vocab_size}")
         if self._file is None:
             self._file = (self._folder / f"{self._next_name()}.bin").open("wb")
         self._offsets.append(self._tokens)
         data = ids.astype(self._dtype).tobytes()
         self._file.write(data)
         self._digest.update(data)
+        self._sums.add(data)
         self._tokens += len(ids)
         self._text_bytes += example.text_bytes
         self._answers += example.answers
@@ -73,24 +82,29 @@ class ShardWriter:
         if self._pack_len:
             pack, sequences = pack_documents(self._offsets, self._tokens, self._pack_len)
             shard |= {"sequences": sequences, "pack_sha256": self._write(f"{name}.pack", pack)}
+        sums = {"bin": self._sums}
         if self._counts:
             counts = np.concatenate(self._counts)
             never = counts[self._offsets]  # the first token of a document is no target
+            mask = np.packbits(counts)
             shard |= {
                 "answer_tokens": int(counts.sum() - never.sum()),
-                "mask_sha256": self._write(f"{name}.mask", np.packbits(counts)),
+                "mask_sha256": self._write(f"{name}.mask", mask),
             }
+            sums["mask"] = BlockSums()
+            sums["mask"].add(mask.tobytes())
+        shard["crc_sha256"] = self._write(f"{name}.{CRC}", encode_sums(sums))
         kinds = ["bin", "idx", *(kind for kind in ("pack", "mask") if f"{kind}_sha256" in shard)]
         shard["ends_sha256"] = {}
         for kind in kinds:
             path = epath.Path(self._folder) / f"{name}.{kind}"
             shard["ends_sha256"][kind] = ends_sha256(path, size_of(path))
         self._shards.append(shard)
-        self._file, self._digest = None, hashlib.sha256()
+        self._file, self._digest, self._sums = None, hashlib.sha256(), BlockSums()
         self._offsets, self._counts, self._tokens = [], [], 0
 
-    def _write(self, name: str, array: np.ndarray) -> str:
-        data = array.tobytes()
+    def _write(self, name: str, content: np.ndarray | bytes) -> str:
+        data = content if isinstance(content, bytes) else content.tobytes()
         (self._folder / name).write_bytes(data)
         return hashlib.sha256(data).hexdigest()
 

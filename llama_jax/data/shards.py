@@ -1,8 +1,8 @@
 """Token shards: a reader of ranges, documents and packed sequences (format: `shard_folder`)."""
 
-import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import os
 import threading
@@ -13,8 +13,10 @@ import numpy as np
 from etils import epath
 
 from llama_jax.data.answers import totals
+from llama_jax.data.blocks import Blocks, decode_sums
 from llama_jax.data.packing import INDEX_DTYPE
 from llama_jax.data.shard_folder import (
+    CRC,
     TEMPLATE,
     TOKENIZER,
     check_files,
@@ -58,6 +60,10 @@ class TokenDataset:
     _shards: tuple[dict[str, Any], ...]
     _token_starts: np.ndarray  # of each shard in the run of tokens, and the end
     _sequence_starts: np.ndarray  # the same of the packed sequences
+    # Of files that were read, by name; None: an earlier version wrote no checksums.
+    _blocks: dict[str, Blocks | None] = dataclasses.field(default_factory=dict)
+    # Not the path: it may hold other shards by now.
+    _key: object = dataclasses.field(default_factory=object)
 
     @classmethod
     def open(cls, folder: epath.PathLike, split: str) -> "TokenDataset":
@@ -98,11 +104,16 @@ class TokenDataset:
             for one in self._shards
         )
 
+    @property
+    def unchecked(self) -> bool:
+        """Whether there are shards of an earlier version, without checksums of their blocks."""
+        return any("crc_sha256" not in shard for shard in self._shards)
+
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens start..stop of the run, across shard borders; shorter at the end.
 
         Raises:
-          UserError: an id beyond the vocabulary, which only a damaged shard holds.
+          UserError: a damaged shard.
         """
         shard = int(self._token_starts.searchsorted(start, side="right")) - 1
         parts = []
@@ -122,7 +133,9 @@ class TokenDataset:
           UserError: a damaged shard.
         """
         for number, shard in enumerate(self._shards):
-            starts = self._read(f"{shard['name']}.idx", INDEX_DTYPE, 0, shard["documents"])
+            starts = self._read(number, "idx", INDEX_DTYPE, 0, shard["documents"])
+            if hashlib.sha256(starts.data).hexdigest() != shard["index_sha256"]:
+                raise self._damaged(f"{shard['name']}.idx is not as it was written")
             bounds = [*starts.tolist(), shard["tokens"]]
             for start, stop in itertools.pairwise(bounds):
                 yield self._shard_tokens(number, start, stop)
@@ -135,10 +148,10 @@ class TokenDataset:
         """
         shard = int(self._sequence_starts.searchsorted(sequence, side="right")) - 1
         name, number = self._shards[shard]["name"], self._shards[shard]["sequences"]
-        pack = functools.partial(self._read, f"{name}.pack", INDEX_DTYPE)
+        pack = functools.partial(self._read, shard, "pack", INDEX_DTYPE)
         local = sequence - int(self._sequence_starts[shard])
         count = int(pack(number, number + 1)[0])
-        size = self._length(f"{name}.pack", INDEX_DTYPE)
+        size = len(self._open(f"{name}.pack", INDEX_DTYPE))
         first, last = (number + 1 + int(piece) for piece in pack(local, local + 2))
         if size != number + 1 + 2 * count or not number < first <= last <= number + 1 + count:
             raise self._damaged(f"{name}.pack does not fit together")
@@ -160,48 +173,87 @@ class TokenDataset:
 
     def _shard_tokens(self, shard: int, start: int, stop: int) -> np.ndarray:
         """Tokens start..stop of a shard; shorter only at its end, as the manifest has it."""
-        name = f"{self._shards[shard]['name']}.bin"
         stop = min(stop, self._shards[shard]["tokens"])
-        tokens = self._read(name, token_dtype(self.vocab_size), start, stop)
-        if len(tokens) and int(tokens.max()) >= self.vocab_size:
-            raise self._damaged(f"{name} holds ids beyond the vocabulary of {self.vocab_size}")
+        tokens = self._read(shard, "bin", token_dtype(self.vocab_size), start, stop)
+        if "crc_sha256" not in self._shards[shard]:  # else they are as they were written
+            self._check_ids(shard, tokens)
         return tokens
+
+    def _check_ids(self, shard: int, tokens: np.ndarray) -> None:
+        if len(tokens) and int(tokens.max()) >= self.vocab_size:
+            name = self._shards[shard]["name"]
+            raise self._damaged(f"{name}.bin holds ids beyond the vocabulary of {self.vocab_size}")
 
     def _shard_mask(self, shard: int, start: int, stop: int) -> np.ndarray:
         if "mask_sha256" not in self._shards[shard]:
             return np.ones(stop - start, np.uint8)
-        name = f"{self._shards[shard]['name']}.mask"
-        found = self._read(name, np.dtype("|u1"), start // 8, -(-stop // 8))
+        found = self._read(shard, "mask", np.dtype("|u1"), start // 8, -(-stop // 8))
         return np.unpackbits(found)[start % 8 :][: stop - start]
 
-    def _read(self, name: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
-        """Values start..stop of a file, all of them.
+    def _read(self, shard: int, kind: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
+        """Values start..stop of a file, all of them, from blocks that are as they were written.
+
+        Args:
+          shard: number of the shard.
+          kind: which of its files.
+          dtype: of a value.
+          start: first value.
+          stop: where they end.
 
         Raises:
-          UserError: the disk does not give them, or the file was cut since it was opened.
+          UserError: the disk does not give them, a block is damaged, or the file was cut since it
+            was opened.
         """
-        with self._named(name):
-            found = _open_array(str(self.folder / name), dtype.str)[start:stop]
-        if len(found) != stop - start:
-            raise self._damaged(f"{name} ends early")
-        return found
-
-    def _length(self, name: str, dtype: np.dtype) -> int:
-        with self._named(name):
-            return len(_open_array(str(self.folder / name), dtype.str))
-
-    @contextlib.contextmanager
-    def _named(self, name: str) -> Iterator[None]:
-        """Gives the file's name to what goes wrong with it."""
+        name, size = f"{self._shards[shard]['name']}.{kind}", dtype.itemsize
+        blocks = self._blocks_of(shard, kind, name)
+        span = blocks.unchecked(start * size, stop * size) if blocks else None
+        # What is to be checked is read once: the values come from the same bytes.
+        first, last = (span[0] // size, span[1] // size) if span else (start, stop)
         try:
-            yield
+            found = self._open(name, dtype)[first:last]
         except OSError as error:
-            raise UserError(
-                f"cannot read {self.folder / name}: {error.strerror or error}; when it can be read "
-                "again, the same command goes on"
-            ) from error
+            raise self._unreadable(name, error) from error
         except ValueError as error:  # half a value
             raise self._damaged(f"{name} ends early") from error
+        if len(found) != last - first:
+            raise self._damaged(f"{name} ends early")
+        if span and blocks:
+            bad = blocks.check(found.view(np.uint8), span[0])
+            if bad is not None:
+                if kind == "bin":
+                    self._check_ids(shard, found)
+                raise self._damaged(f"{name} is not as it was written, from byte {bad:,} on")
+        return found[start - first : stop - first]
+
+    def _open(self, name: str, dtype: np.dtype) -> "_FileArray":
+        return _kept_open(self._key, self.folder, name, dtype.str)
+
+    def _blocks_of(self, shard: int, kind: str, name: str) -> Blocks | None:
+        """The blocks of a file; None if it has no checksums of them."""
+        if name not in self._blocks:
+            found: dict[str, Blocks] = {}
+            described = self._shards[shard]
+            if "crc_sha256" in described:
+                path = f"{described['name']}.{CRC}"
+                try:
+                    content = (self.folder / path).read_bytes()
+                except OSError as error:
+                    raise self._unreadable(path, error) from error
+                if hashlib.sha256(content).hexdigest() != described["crc_sha256"]:
+                    raise self._damaged(f"{path} is not as it was written")
+                sizes = {"bin": described["tokens"] * token_dtype(self.vocab_size).itemsize}
+                if "mask_sha256" in described:
+                    sizes["mask"] = -(-described["tokens"] // 8)
+                found = decode_sums(content, sizes, f"{self.folder}/{path}")
+            # Threads that come here at the same time share what the first one has set.
+            self._blocks.setdefault(name, found.get(kind))
+        return self._blocks[name]
+
+    def _unreadable(self, name: str, error: OSError) -> UserError:
+        return UserError(
+            f"cannot read {self.folder / name}: {error.strerror or error}; when it can be read "
+            "again, the same command goes on"
+        )
 
     def _damaged(self, what: str) -> UserError:
         return UserError(
@@ -247,5 +299,11 @@ class _FileArray:
             return np.frombuffer(self._file.read(size), self._dtype)
 
 
+_open_array = _FileArray
+
+
 # Fewer than the files that a process may usually have open; the least recently used is closed.
-_open_array = functools.lru_cache(maxsize=256)(_FileArray)
+@functools.lru_cache(maxsize=256)
+def _kept_open(key: object, folder: epath.Path, name: str, dtype: str) -> _FileArray:
+    """A file of an open dataset, which `key` stands for."""
+    return _open_array(str(folder / name), dtype)

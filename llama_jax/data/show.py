@@ -5,6 +5,7 @@ tokens are counted, and the lengths of documents in a few shards of each source,
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -284,11 +285,13 @@ def document_lengths(folder: epath.Path, manifest: dict[str, Any]) -> np.ndarray
         shard = listed[number]
         path = folder / f"{shard['name']}.idx"
         try:
-            starts = np.frombuffer(path.read_bytes(), INDEX_DTYPE)
+            content = path.read_bytes()
+            starts = np.frombuffer(content, INDEX_DTYPE)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path}: {error}") from error
         lengths = np.diff(starts, append=shard["tokens"])
-        if len(starts) != shard["documents"] or starts[0] != 0 or (lengths < 2).any():
+        changed = hashlib.sha256(content).hexdigest() != shard["index_sha256"]
+        if changed or len(starts) != shard["documents"] or (lengths < 2).any():
             raise UserError(f"{path} is damaged; check with llama_jax.prepare --verify")
         found.append(lengths)
     return np.concatenate(found)

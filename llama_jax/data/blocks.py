@@ -1,0 +1,124 @@
+"""Checksums of the blocks of a file: a shard is read by ranges, and each block is checked once.
+
+A checksum of the whole file would mean to read all of it before the first batch. With one for each
+block, a reader checks what it reads: the first time that it needs a block it reads the whole block,
+compares its CRC-32, and remembers that it was good.
+"""
+
+import json
+import zlib
+
+import numpy as np
+
+from llama_jax.errors import boundary, require, typed
+from llama_jax.files import parse_json
+
+# Larger blocks make the first batches slow, since each of their rows reads a block or two; smaller
+# ones make more checksums (5 bytes in memory for each block). `benchmarks/data.py` measures it.
+BLOCK_BYTES = 1 << 16
+_MULTIPLE = 8  # bytes: no value lies in two blocks
+
+
+class BlockSums:
+    """The CRC-32 of each block of a file that is written piece by piece."""
+
+    def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
+        """Starts at the beginning of a file."""
+        self._block_bytes = block_bytes
+        self._sums: list[int] = []  # of complete blocks
+        self._sum, self._filled = 0, 0
+
+    def add(self, data: bytes) -> None:
+        """Takes the next bytes of the file."""
+        start = 0
+        while start < len(data):
+            piece = memoryview(data)[start : start + self._block_bytes - self._filled]
+            self._sum = zlib.crc32(piece, self._sum)
+            self._filled += len(piece)
+            start += len(piece)
+            if self._filled == self._block_bytes:
+                self._sums.append(self._sum)
+                self._sum, self._filled = 0, 0
+
+    def hex(self) -> str:
+        """Eight hexadecimal digits for each block, of which the last may be a short one."""
+        sums = [*self._sums, self._sum] if self._filled else self._sums
+        return np.asarray(sums, ">u4").tobytes().hex()
+
+
+def encode_sums(sums: dict[str, BlockSums], block_bytes: int = BLOCK_BYTES) -> bytes:
+    """The contents of a `.crc.json` file: the checksums of several files, by their kind."""
+    described = {"block_bytes": block_bytes, **{kind: one.hex() for kind, one in sums.items()}}
+    return json.dumps(described).encode() + b"\n"
+
+
+class Blocks:
+    """The blocks of a file, and which of them this process has found good.
+
+    Threads may share it: two that check the same block at the same time do the work twice.
+    """
+
+    def __init__(self, sums: np.ndarray, block_bytes: int, size: int) -> None:
+        """No block is checked yet.
+
+        Args:
+          sums: CRC-32 of each block.
+          block_bytes: length of all blocks but the last.
+          size: bytes of the file.
+        """
+        self._sums, self._bytes, self._size = sums, block_bytes, size
+        self._good = bytearray(len(sums))
+
+    def unchecked(self, start: int, stop: int) -> tuple[int, int] | None:
+        """The range of whole blocks that holds start..stop; None if all of them are checked.
+
+        Both ranges are in bytes.
+        """
+        first, last = start // self._bytes, -(-stop // self._bytes)
+        if self._good.find(0, first, last) < 0:
+            return None
+        return first * self._bytes, min(last * self._bytes, self._size)
+
+    def check(self, data: np.ndarray, start: int) -> int | None:
+        """Compares blocks with their checksums, and remembers the good ones.
+
+        Args:
+          data: bytes of whole blocks.
+          start: their first byte in the file.
+
+        Returns:
+          The first byte of a damaged block; None if there is none.
+        """
+        for at in range(0, len(data), self._bytes):
+            number = (start + at) // self._bytes
+            if self._good[number]:
+                continue
+            if zlib.crc32(data[at : at + self._bytes].data) != self._sums[number]:
+                return start + at
+            self._good[number] = 1
+        return None
+
+
+def decode_sums(content: bytes, sizes: dict[str, int], name: str) -> dict[str, Blocks]:
+    """The blocks of each file that a `.crc.json` file describes.
+
+    Args:
+      content: of the file.
+      sizes: bytes of each file, by its kind.
+      name: the file, for errors.
+
+    Raises:
+      UserError: it is malformed, or does not fit the sizes.
+    """
+    described = parse_json(content, name)
+    with boundary(name):
+        block_bytes = typed("block_bytes", described["block_bytes"], int)
+        good = block_bytes > 0 and block_bytes % _MULTIPLE == 0
+        require(good, f"{name} has blocks of {block_bytes} bytes")
+        found = {}
+        for kind, size in sizes.items():
+            sums = np.frombuffer(bytes.fromhex(described[kind]), ">u4").astype(np.uint32)
+            blocks = -(-size // block_bytes)
+            require(len(sums) == blocks, f"{name} has {len(sums)} checksums of {blocks} blocks")
+            found[kind] = Blocks(sums, block_bytes, size)
+        return found

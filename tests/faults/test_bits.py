@@ -1,0 +1,287 @@
+"""Every flipped bit in a folder of shards is found before it is used, or it is never read."""
+
+import json
+import os
+import random
+import shutil
+
+import numpy as np
+import pytest
+
+from llama_jax.data import show
+from llama_jax.data.blocks import BLOCK_BYTES
+from llama_jax.data.loader import Batches, ValidationBatches
+from llama_jax.data.pipeline import open_data
+from llama_jax.data.reading import Example
+from llama_jax.data.shard_folder import (
+    FORMAT_VERSION,
+    SPLITS,
+    encode_manifest,
+    read_manifest,
+    verify,
+)
+from llama_jax.data.shard_writer import ShardWriter
+from llama_jax.data.shards import TokenDataset
+from llama_jax.describe import remarks
+from llama_jax.errors import UserError
+from tests.helpers import flip_bit, one_line_error, run_command, text_config
+
+T, BATCH = 2048, 4
+KINDS = ("concat", "best_fit", "template")
+FLIPS = 60  # of each kind
+
+
+def write(folder, tokenizer, kind, seed=0):
+    """Shards of random documents, whose files have several blocks and a middle."""
+    folder.mkdir()
+    pack_len, rng = 0 if kind == "concat" else T, np.random.default_rng(seed)
+    splits = {}
+    for split, documents in (("train", 140), ("validation", 30)):
+        writer = ShardWriter(folder, f"{split}-00000", tokenizer.vocab_size, 120_000, pack_len)
+        for length in rng.integers(200, 3000, documents):
+            ids = rng.integers(3, tokenizer.vocab_size, length, dtype=np.int32)
+            counts = rng.integers(0, 2, length) if kind == "template" else None
+            writer.add(Example(ids, 1, b"", counts))
+        splits[split] = writer.finish()
+    tokenizer.save(folder / "tokenizer.model")
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "settings": {"pack_len": pack_len},
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "skipped": {},
+        "splits": splits,
+    }
+    (folder / "manifest.json").write_bytes(encode_manifest(manifest))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizer, tmp_path_factory):
+    root = tmp_path_factory.mktemp("bits")
+    return {kind: write(root / kind, tokenizer, kind) for kind in KINDS}
+
+
+def as_of_an_earlier_version(folder):
+    """Takes the checksums of blocks away."""
+    manifest = read_manifest(folder)
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            (folder / f"{shard['name']}.crc.json").unlink()
+            del shard["crc_sha256"]
+    (folder / "manifest.json").write_bytes(encode_manifest(manifest))
+    return folder
+
+
+def read_everything(folder):
+    """All rows of an epoch, all rows of validation, all documents."""
+    found = []
+    for split in SPLITS:
+        dataset = TokenDataset.open(folder, split)
+        if split == "train":
+            batches = Batches({"": dataset}, T, BATCH, 0)
+        else:
+            batches = ValidationBatches({"": dataset}, T, BATCH)
+        steps = -(-batches.n_sequences // BATCH)
+        found += [batches.rows(step, range(BATCH)) for step in range(steps)]
+        found += list(dataset.documents())
+    return found
+
+
+def assert_equal(found, expected):
+    """Compares what `read_everything` gave of two folders."""
+    for one, other in zip(found, expected, strict=True):
+        if isinstance(one, np.ndarray):
+            np.testing.assert_array_equal(one, other)
+        else:
+            assert one.keys() == other.keys()
+            for name in one:
+                np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_flipped_bit_is_found_before_it_is_used(folders, tmp_path, kind):
+    folder = shutil.copytree(folders[kind], tmp_path / "shards")
+    files = sorted(folder.iterdir())
+    assert (folder / "train-00000-001.bin").stat().st_size > 2 * BLOCK_BYTES
+    choose, missed = random.Random(19), []
+    for number in range(FLIPS):
+        path = files[number % len(files)]
+        position = choose.randrange(8 * path.stat().st_size)
+        flip_bit(path, position)
+        try:
+            read_everything(folder)
+            missed.append((path.name, position))
+        except UserError as error:
+            text = str(error)
+            assert path.name in text or path.name == "manifest.json", (path.name, text)
+            assert "--verify" in text or "prepare the data again" in text, text
+        flip_bit(path, position)
+    print(f"{kind}: found {FLIPS - len(missed)} of {FLIPS} flipped bits, over {len(files)} files")
+    assert missed == []
+    read_everything(folder)
+
+
+@pytest.mark.parametrize("file", ["bin", "mask"])
+def test_a_block_that_was_damaged_is_read_again_when_it_is_mended(folders, tmp_path, file):
+    folder = shutil.copytree(folders["template"], tmp_path / "shards")
+    dataset = TokenDataset.open(folder, "train")
+    path = folder / f"train-00000-000.{file}"
+    position = 8 * (path.stat().st_size // 2)
+    sequences = range(dataset.n_sequences // 2)
+    flip_bit(path, position)
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"{path.name} is not as it was written, from byte"):
+            for sequence in sequences:
+                dataset.pieces(sequence)
+    flip_bit(path, position)
+    expected = TokenDataset.open(folders["template"], "train")
+    for sequence in sequences:
+        for found, right in zip(dataset.pieces(sequence), expected.pieces(sequence), strict=True):
+            np.testing.assert_array_equal(found[0], right[0])
+            np.testing.assert_array_equal(found[1], right[1])
+
+
+def test_a_block_is_read_once_to_be_checked(folders, monkeypatch):
+    """Then only what is asked for is read."""
+    dataset, read, pread = TokenDataset.open(folders["concat"], "train"), [], os.pread
+
+    def recorded(file, size, offset):
+        read.append((offset, size))
+        return pread(file, size, offset)
+
+    monkeypatch.setattr(os, "pread", recorded)
+    whole = np.fromfile(folders["concat"] / "train-00000-000.bin", "<u2")
+    block = BLOCK_BYTES
+    for start in (40_000, 40_000, 32_768, 32_700):  # of 2 bytes each
+        np.testing.assert_array_equal(dataset.tokens(start, start + 100), whole[start:][:100])
+    assert read == [
+        (block, block),
+        (80_000, 200),
+        (65_536, 200),
+        (0, 2 * block),  # the first block is new; the second one is read in the same call
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_of_an_earlier_version_give_the_same_rows(folders, tmp_path, kind):
+    earlier = as_of_an_earlier_version(shutil.copytree(folders[kind], tmp_path / "shards"))
+    assert_equal(read_everything(earlier), read_everything(folders[kind]))
+    assert verify(earlier) == []
+    new, old = (TokenDataset.open(folder, "train") for folder in (folders[kind], earlier))
+    assert new.fingerprint == old.fingerprint  # a run goes on with shards that are made again
+    assert (new.unchecked, old.unchecked) == (False, True)
+
+
+@pytest.mark.parametrize("file", ["pack", "idx"])
+def test_what_earlier_versions_hashed_is_found_in_their_shards_too(folders, tmp_path, file):
+    folder = as_of_an_earlier_version(shutil.copytree(folders["best_fit"], tmp_path / "shards"))
+    path = folder / f"train-00000-000.{file}"
+    flip_bit(path, 4 * path.stat().st_size)
+    with pytest.raises(UserError, match=path.name):
+        read_everything(folder)
+
+
+def test_a_run_says_once_which_shards_it_cannot_check(shards, tmp_path):
+    folder = as_of_an_earlier_version(shutil.copytree(shards, tmp_path / "shards"))
+    config = text_config("elsewhere", data__path=str(folder))
+    lines = [line for line in remarks(config, open_data(config, tmp_path)) if "earlier" in line]
+    assert len(lines) == 1 and lines[0].startswith("warning ")
+    assert f"llama_jax.prepare --verify={folder}" in lines[0]
+    config = text_config("elsewhere", data__path=str(shards))
+    assert not any("earlier" in line for line in remarks(config, open_data(config, tmp_path)))
+
+
+def test_checksums_of_other_shards_are_refused_at_the_start(folders, tmp_path):
+    folder = shutil.copytree(folders["concat"], tmp_path / "shards")
+    first, second = (folder / f"train-00000-00{n}.crc.json" for n in range(2))
+    good = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(UserError, match=r"000.crc.json is not the file that the manifest means"):
+        TokenDataset.open(folder, "train")
+    first.unlink()
+    with pytest.raises(UserError, match=r"000.crc.json is missing; the manifest lists it"):
+        TokenDataset.open(folder, "train")
+    assert verify(folder) == [first.name]
+    first.write_bytes(good)
+    dataset = TokenDataset.open(folder, "train")
+    flip_bit(first, 300)
+    with pytest.raises(UserError, match=r"000.crc.json is not as it was written.*--verify"):
+        dataset.tokens(0, 10)
+    first.unlink()
+    with pytest.raises(UserError, match=r"cannot read .*000.crc.json: No such file"):
+        dataset.tokens(0, 10)
+    first.write_bytes(good)
+    assert len(dataset.tokens(0, 10)) == 10
+
+
+def test_a_look_at_the_lengths_checks_the_index(folders, tmp_path):
+    folder = shutil.copytree(folders["concat"], tmp_path / "shards")
+    path, manifest = folder / "train-00000-000.idx", read_manifest(folder)
+    flip_bit(path, 8 * (8 * 30))  # document 30 begins a token earlier or later
+    with pytest.raises(UserError, match=rf"{path.name} is damaged; check with .*--verify"):
+        show.document_lengths(folder, manifest)
+
+
+@pytest.mark.parametrize("file", ["train-00000-001.bin", "train-00000-000.crc.json"])
+def test_the_command_names_the_file(folders, tmp_path, file):
+    folder = shutil.copytree(folders["concat"], tmp_path / "shards")
+    flip_bit(folder / file, 8 * 50_000 if file.endswith("bin") else 200)
+    line = one_line_error(run_command("data", f"--show={folder}", "--rows=2000"))
+    assert f"{folder}/{file}" in line
+    line = one_line_error(run_command("prepare", f"--verify={folder}"))
+    assert f"damaged or missing: {folder}/{file}" in line
+
+
+@pytest.mark.parametrize("remade", ["moved", "deleted", "written over"])
+def test_shards_made_anew_at_the_same_path_are_read(tokenizer, tmp_path, remade):
+    """In the same process; files of the shards before may still be open."""
+    folder = write(tmp_path / "shards", tokenizer, "template", seed=1)
+    before = TokenDataset.open(folder, "train")
+    expected = before.tokens(0, 1000)
+    read_everything(folder)
+    new = write(tmp_path / "new", tokenizer, "template", seed=2)
+    if remade == "moved":
+        folder.rename(tmp_path / "old")
+    elif remade == "deleted":
+        shutil.rmtree(folder)
+    if remade == "written over":
+        for path in new.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        for path in folder.iterdir():
+            if not (new / path.name).exists():
+                path.unlink()
+    else:
+        shutil.copytree(new, folder)
+    assert_equal(read_everything(folder), read_everything(new))
+    if remade != "written over":  # those that were open then still give their own tokens
+        np.testing.assert_array_equal(before.tokens(0, 1000), expected)
+
+
+def test_the_number_of_open_files_is_bounded(folders, tmp_path):
+    """Datasets that are opened one after another do not use up the files of a process."""
+    before = len(os.listdir("/proc/self/fd"))
+    datasets = [TokenDataset.open(folders["template"], split) for split in SPLITS * 150]
+    for dataset in datasets:
+        list(dataset.documents())
+        dataset.pieces(0)
+    assert len(os.listdir("/proc/self/fd")) - before <= 256
+
+
+def test_the_manifest_of_a_packed_folder_is_json(folders):
+    """Eight digits for each block: what a reader in another language has to know."""
+    folder = folders["template"]
+    described = json.loads((folder / "train-00000-000.crc.json").read_text())
+    assert described.keys() == {"block_bytes", "bin", "mask"}
+    for kind in ("bin", "mask"):
+        blocks = -(-(folder / f"train-00000-000.{kind}").stat().st_size // BLOCK_BYTES)
+        assert len(described[kind]) == 8 * blocks
+
+
+@pytest.mark.parametrize("bad", [-1, 300, 65_536, 2**31 - 1])
+def test_no_shard_is_written_with_ids_beyond_the_vocabulary(tmp_path, bad):
+    """Readers take what is as it was written for ids of the vocabulary."""
+    writer = ShardWriter(tmp_path, "train-00000", 300, 1000, 0)
+    writer.add(Example(np.array([0, 299], np.int32), 1, b""))
+    with pytest.raises(ValueError, match=f"{bad}.* of 300"):
+        writer.add(Example(np.array([3, bad], np.int32), 1, b""))
