@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llama_jax import metrics
+from llama_jax.agreement import compile_together
 from llama_jax.checkpoint import Meta
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.config import Config
@@ -46,6 +47,8 @@ def evaluate(
     batches = stream(data.validation, 0, count, compiled.batch_sharding, *shape)
     for number, batch in enumerate(batches, start=1):
         watchdog.beat(f"evaluation, batch {number} of {count}", compiles=number == 1)
+        if number == 1:
+            compile_together(compiled.evaluate, params, batch)
         loss, tokens = jax.device_get(compiled.evaluate(params, batch))
         total, weight = total + float(loss), weight + float(tokens)
         if stop.asked():
@@ -154,6 +157,8 @@ def run_loop(
                 batch = next(batches)
             first = goodput.phase("compile") if step == start else contextlib.nullcontext()
             with jax.transfer_guard("disallow"), first:
+                if step == start:
+                    compile_together(compiled.train, state, batch)
                 state, step_metrics = compiled.train(state, batch)
                 if step == start:  # the other processes compile, too, and may take longer
                     jax.block_until_ready(step_metrics)

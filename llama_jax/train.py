@@ -14,7 +14,7 @@ from absl import flags
 from etils import epath
 
 from llama_jax import cli, metrics, xla_flags
-from llama_jax.agreement import agreed
+from llama_jax.agreement import Peers, agreed, open_collectives
 from llama_jax.checkpoint import CHECKPOINTS, DamagedCheckpoint, Meta, load_meta
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.config import Config
@@ -30,6 +30,9 @@ from llama_jax.goodput import Goodput
 from llama_jax.guards import (
     check_checkpoint,
     check_memory,
+    check_prepared,
+    check_same_config,
+    check_same_data,
     check_workdir,
     device_memory,
     locked,
@@ -99,6 +102,7 @@ def initial_state(
         if isinstance(data.train, StreamingBatches):
             data.train.start_at(0, Position(), *process)
         state = first_state(compiled, config)
+        agreed("")  # one may read for longer than another waits in a collective
         base = fingerprint(state.frozen) if config.lora.rank else {}
         return state, _meta(config, data, base, base_context(config))
     if not (saver.folder(step) / "optimizer").exists():
@@ -130,6 +134,25 @@ def initial_state(
     return state, dataclasses.replace(meta, step=step, rewinds=saved.rewinds)
 
 
+def _data_of_all(config: Config, workdir: epath.Path) -> TrainingData:
+    """The data, which process 0 prepares if need be; the others wait, and open what it has made.
+
+    Raises:
+      UserError: as `check_init` and `open_data`; or the processes do not have the same data.
+    """
+    check_init(config, workdir)
+    agreed("")  # what fails on another process at once is not found out after hours
+    folder = workdir / "data"
+    first = jax.process_index() == 0
+    data = open_data(config, folder) if first else None
+    agreed("")
+    if data is None:
+        check_prepared(config, folder)
+        data = open_data(config, folder)
+    check_same_data(data.fingerprint)
+    return data
+
+
 def train(config: Config, workdir: epath.PathLike) -> TrainState:
     """Trains or resumes `config` in `workdir`; returns the last state.
 
@@ -157,31 +180,25 @@ def run(
       Stopped: SIGTERM or Ctrl-C came when there was nothing to save.
     """
     workdir = epath.Path(workdir)
-    config = with_tokenizer(config, workdir)
     began = time.monotonic() if began is None else began
-    goodput = Goodput(None, began)
-    mesh = make_mesh(config.mesh, config.dcn)
-    check_memory(config, mesh, device_memory(mesh.devices.flat[0]))
-    check_batch(config.train.global_batch, config.train.seq_len, config.train.grad_accum, mesh)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
+        stack.enter_context(Peers(stop.interrupt))
+        check_same_config(config)
+        config = with_tokenizer(config, workdir)
+        mesh = make_mesh(config.mesh, config.dcn)
+        check_memory(config, mesh, device_memory(mesh.devices.flat[0]))
+        check_batch(config.train.global_batch, config.train.seq_len, config.train.grad_accum, mesh)
         stack.enter_context(jax.set_mesh(mesh))
         compiled = jit_step(config, mesh)
-        stopped = ""
-        if jax.process_index() == 0:  # the others wait, and find what it has written
+        goodput = Goodput(None, began)
+        if jax.process_index() == 0:
             stack.enter_context(locked(workdir))
             check_workdir(config, workdir)
             goodput = Goodput(workdir / "goodput.json", began)
-            try:
-                with stop.at_once():
-                    check_init(config, workdir)
-                    data = open_data(config, workdir / "data")
-            except Stopped as signal_name:
-                stopped = str(signal_name)
-        if stopped := agreed(stopped):
-            raise Stopped(stopped)
-        if jax.process_index() > 0:
-            data = open_data(config, workdir / "data")
+        with stop.at_once():
+            data = _data_of_all(config, workdir)
+        open_collectives()
         _log("\n".join([describe(config, mesh, data), *remarks(config, data)]))
         watchdog = Watchdog(config.train.step_timeout)
         watchdog.beat("restoring", compiles=True)  # all files are read, and programs compiled
