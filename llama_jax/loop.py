@@ -13,6 +13,7 @@ from llama_jax import metrics
 from llama_jax.agreement import compile_together
 from llama_jax.checkpoint import Meta
 from llama_jax.checkpointer import Checkpointer
+from llama_jax.compiles import compiled_programs
 from llama_jax.config import Config
 from llama_jax.data.loader import stream
 from llama_jax.data.pipeline import TrainingData
@@ -104,8 +105,9 @@ def run_loop(
     move, so that state and data position always agree; logging reads a step whose successor is
     already running, so that the device never waits for the host. Nothing else in the loop waits for
     the device but the first step, which compiles on every process; and no array is moved behind its
-    back: an implicit transfer is an error. A profile starts and stops before all of that, off the
-    clock; a rewind comes last, and is saved at once.
+    back: an implicit transfer is an error. A profile starts and stops before all of that; a rewind
+    comes last, and is saved at once. The speed in the log is of steps alone: the clock stands still
+    during all else, and a step that compiles is left out.
     """
     train = config.train
     i = instruments
@@ -115,7 +117,13 @@ def run_loop(
     shape = (train.global_batch, train.seq_len)
     batches = stream(data.train, start, train.steps, compiled.batch_sharding, *shape)
 
+    def pause(step: int) -> None:
+        """Takes what follows, until `log.start`, out of the speed of the steps."""
+        jax.block_until_ready(state)
+        log.start(step)
+
     def save(step: int, eval_loss: float | None) -> None:
+        pause(step)
         watch.before_save(state)
         positions = _positions(data, step)
         now = dataclasses.replace(
@@ -125,6 +133,7 @@ def run_loop(
         with goodput.phase("checkpoint"):
             saver.save(dataclasses.replace(state, frozen=None), now)
         goodput.save()
+        log.start(step)
 
     goodput.enter("step")
     goodput.save()  # what a run that is killed before its first save has lost counts, too
@@ -134,6 +143,7 @@ def run_loop(
         i.watchdog.beat(f"step {step + 1}", compiles=step == start)
         if profiler.turns(step + 1):
             read = log.flush() or read
+            pause(step)
             profiler.turn(step + 1, state)
             log.start(step)
         last = stop.asked() or step == train.steps
@@ -141,6 +151,7 @@ def run_loop(
             eval_loss = None
             if step == train.steps or step % train.eval_every == 0:
                 read = log.flush() or read
+                pause(step)
                 weights = model_weights(state, config)
                 with goodput.phase("eval"):
                     eval_loss = evaluate(compiled, weights, data, config, stop, i.watchdog)
@@ -159,9 +170,12 @@ def run_loop(
             with jax.transfer_guard("disallow"), first:
                 if step == start:
                     compile_together(compiled.train, state, batch)
+                programs = compiled_programs()
                 state, step_metrics = compiled.train(state, batch)
-                if step == start:  # the other processes compile, too, and may take longer
+                if step == start or compiled_programs() > programs:
+                    # The other processes compile, too, and may take longer; no speed is of that.
                     jax.block_until_ready(step_metrics)
+                    log.start(step + 1)
         if (step + 1) % train.log_every == 0:
             extra = {**_epoch_metrics(data, step + 1), "goodput": goodput.fraction()}
             read = log.push(step + 1, {**step_metrics, **extra}) or read
@@ -171,6 +185,7 @@ def run_loop(
         in_row, read = watch.stuck(read), None
         if in_row:
             log.flush()
+            pause(step + 1)
             i.watchdog.beat("going back to a checkpoint", compiles=True)
             with goodput.phase("checkpoint"):
                 state = watch.rewind(state, in_row)
