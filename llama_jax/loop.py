@@ -57,6 +57,44 @@ def evaluate(
     return total / weight
 
 
+def is_evaluated(step: int, config: Config) -> bool:
+    """Whether a run evaluates at this step: every `train.eval_every` steps, and at its end."""
+    train = config.train
+    return step > 0 and (step == train.steps or step % train.eval_every == 0)
+
+
+def lost_evaluation(state: TrainState, data: TrainingData, config: Config, meta: Meta) -> bool:
+    """Whether the state that a run goes on with was to be evaluated, and a stop came before."""
+    due = is_evaluated(int(state.step), config) and data.validation is not None
+    return due and meta.eval_loss is None
+
+
+def make_up(
+    compiled: CompiledStep,
+    state: TrainState,
+    data: TrainingData,
+    config: Config,
+    instruments: "Instruments",
+    recorded: float | None,
+) -> None:
+    """Evaluates the state that a run goes on with, and adds the result to its checkpoint.
+
+    Args:
+      compiled, state, data, config: of the run; see `lost_evaluation`.
+      instruments: which log and keep it.
+      recorded: what the log has already of this evaluation; it is then not written twice.
+    """
+    i, step = instruments, int(state.step)
+    with i.goodput.phase("eval"):
+        weights = model_weights(state, config)
+        loss = evaluate(compiled, weights, data, config, i.stop, i.watchdog)
+    if loss is None:  # stopped again
+        return
+    if loss != recorded:
+        i.log.write(step, {"eval_loss": loss, **_epoch_metrics(data, step)})
+    i.saver.add_evaluation(step, loss)
+
+
 def _positions(data: TrainingData, step: int) -> list[list[int]]:
     """Where each process stands in streamed data; nothing for shards, where the step says it."""
     if not isinstance(data.train, StreamingBatches):
@@ -149,7 +187,7 @@ def run_loop(
         last = stop.asked() or step == train.steps
         if step > start:
             eval_loss = None
-            if step == train.steps or step % train.eval_every == 0:
+            if is_evaluated(step, config):
                 read = log.flush() or read
                 pause(step)
                 weights = model_weights(state, config)

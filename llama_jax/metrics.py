@@ -327,6 +327,15 @@ def _is_finished(metrics: dict[str, Any]) -> bool:
     return all(map(ready, metrics.values()))
 
 
+def recorded_loss(jsonl: epath.Path, step: int) -> float | None:
+    """The last `eval_loss` that a `metrics.jsonl` has of a step, if it has one."""
+    found = None
+    for record in read_records(jsonl) if jsonl.exists() else ():
+        if number(record, "step") == step and "eval_loss" in record:
+            found = number(record, "eval_loss")
+    return found
+
+
 def plot_loss(jsonl: epath.Path, output: epath.Path) -> None:
     """Draws training and validation loss of a `metrics.jsonl` as a PNG."""
     import matplotlib

@@ -39,7 +39,7 @@ from llama_jax.guards import (
     record_changes,
 )
 from llama_jax.init_from import base_context, check_init, first_state, with_base, with_tokenizer
-from llama_jax.loop import Instruments, run_loop
+from llama_jax.loop import Instruments, lost_evaluation, make_up, run_loop
 from llama_jax.mesh import make_mesh
 from llama_jax.processes import start_processes
 from llama_jax.profiler import Profiler
@@ -131,7 +131,8 @@ def initial_state(
         return initial_state(compiled, saver, data, config)
     state = with_base(state, compiled, config, saved.base, saver.folder(step))
     meta = _meta(config, data, saved.base, saved.base_context)
-    return state, dataclasses.replace(meta, step=step, rewinds=saved.rewinds)
+    loss = saved.eval_loss
+    return state, dataclasses.replace(meta, step=step, rewinds=saved.rewinds, eval_loss=loss)
 
 
 def _data_of_all(config: Config, workdir: epath.Path) -> TrainingData:
@@ -211,8 +212,8 @@ def run(
                 write_atomically(workdir / "config.json", config.to_json().encode())
                 if data.tokenizer is not None:
                     write_atomically(workdir / "tokenizer.model", data.tokenizer.model_bytes)
-            start = int(state.step)
-            if start < config.train.steps:
+            start, lost = int(state.step), lost_evaluation(state, data, config, meta)
+            if start < config.train.steps or lost:
                 device = mesh.devices.flat[0]
                 speed = metrics.Speed(config, mesh.size, metrics.peak_flops(device))
                 log = metrics.Metrics(_writers(config, workdir, device), speed)
@@ -220,13 +221,18 @@ def run(
                 profiler = Profiler(window, workdir / "tensorboard")
                 instruments = Instruments(saver, log, profiler, stop, goodput, watchdog, watch)
                 try:
-                    state = run_loop(compiled, state, data, config, instruments, meta)
+                    if lost:
+                        _log(f"        step {start} was stopped before its evaluation")
+                        recorded = metrics.recorded_loss(workdir / "metrics.jsonl", start)
+                        make_up(compiled, state, data, config, instruments, recorded)
+                    if start < config.train.steps:
+                        state = run_loop(compiled, state, data, config, instruments, meta)
                 finally:
                     profiler.close()
                     log.close()
         if isinstance(data.train, StreamingBatches):
             data.train.tell_skips()
-        _report(config, workdir, start, int(state.step), stop)
+        _report(config, workdir, start, int(state.step), stop, evaluated=lost)
         if start < int(state.step):
             _log(f"goodput      {goodput.report()}")
         if int(state.skips.total):
@@ -238,11 +244,18 @@ def run(
     return state, saver.passed_over
 
 
-def _report(config: Config, workdir: epath.Path, start: int, step: int, stop: StopRequest) -> None:
+def _report(
+    config: Config,
+    workdir: epath.Path,
+    start: int,
+    step: int,
+    stop: StopRequest,
+    evaluated: bool = False,
+) -> None:
     """Says how it ended, where everything is, and how to go on."""
     if jax.process_index() != 0:
         return
-    if start < step:
+    if start < step or evaluated:
         metrics.plot_loss(workdir / "metrics.jsonl", workdir / "plots" / "loss.png")
     if stop.name and start == step:
         _log("stopped before the first step; run the same command again to start")
