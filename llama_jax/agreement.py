@@ -75,6 +75,7 @@ class Peers:
         self._interrupt = interrupt
         self._place = f"llama_jax/run {next(Peers._runs)}"
         self._exchanges = itertools.count(1)
+        self._oldest = 1  # of the exchanges whose keys are still there
         self._problem: Problem | None = None
         self._left = threading.Event()
         self._listener = threading.Thread(target=self._listen, name="peers", daemon=True)
@@ -144,7 +145,9 @@ class Peers:
             found = {process: text for process, text in found.items() if text}
             _client().key_value_set(f"{place}/out", json.dumps(found))
             # All have come here, and need no longer what they read before.
-            _client().key_value_delete(f"{self._place}/{number - 1}")
+            for older in range(self._oldest, number):
+                _client().key_value_delete(f"{self._place}/{older}")
+            self._oldest = number
         return {int(process): text for process, text in found.items()}
 
     def _gather(self, place: str) -> dict[int, str]:
