@@ -23,6 +23,7 @@ from etils import epath
 
 import llama_jax
 from llama_jax import cli, manifest
+from llama_jax.agreement import agreed
 from llama_jax.config import Config, from_json
 from llama_jax.errors import UserError, boundary, first_line, require, typed
 from llama_jax.fingerprint import difference, fingerprint
@@ -125,24 +126,43 @@ def restore_items(folder: epath.Path, items: dict[str, Any], build: Callable[...
       UserError: the saved arrays are not those asked for.
       DamagedCheckpoint: they cannot be read, or their fingerprints are not the saved ones.
     """
-    found = {}
-    for name, target in items.items():
-        with ocp.StandardCheckpointer() as checkpointer:
-            try:
-                saved = checkpointer.metadata(folder / name).item_metadata
-                _check_same_arrays(folder / name, saved, target)
-                found[name] = checkpointer.restore((folder / name).absolute(), target)
-            except Exception as error:  # orbax raises a bare one, or finds no arrays
-                reason = manifest.damage(folder, items=[name])
-                if isinstance(error, UserError) and not reason:
-                    raise
-                reason = reason or first_line(error.__cause__ or error)
-                raise DamagedCheckpoint(f"{folder / name} cannot be read: {reason}") from error
+    read = functools.partial(_restore_item, folder)
+    found = {name: _read_by_all(read, name, target) for name, target in items.items()}
+    prints = _read_by_all(saved_fingerprint, folder, items)
     tree = build(found)
-    prints = saved_fingerprint(folder, items)
     if prints:
         refuse_changed(folder, difference(prints, fingerprint(tree)))
     return tree
+
+
+def _read_by_all(read: Callable[..., Any], *arguments: Any) -> Any:
+    """Reads what all processes read, and raises the damage that one of them finds on all.
+
+    The others would wait for it in what they do together after that.
+    """
+    found, problem = None, ""
+    try:
+        found = read(*arguments)
+    except DamagedCheckpoint as error:
+        problem = str(error)
+    if problem := agreed(problem):
+        raise DamagedCheckpoint(problem)
+    return found
+
+
+def _restore_item(folder: epath.Path, name: str, target: Any) -> Any:
+    """Reads one item of a step; as `restore_items`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            saved = checkpointer.metadata(folder / name).item_metadata
+            _check_same_arrays(folder / name, saved, target)
+            return checkpointer.restore((folder / name).absolute(), target)
+        except Exception as error:  # orbax raises a bare one, or finds no arrays
+            reason = manifest.damage(folder, items=[name])
+            if isinstance(error, UserError) and not reason:
+                raise
+            reason = reason or first_line(error.__cause__ or error)
+            raise DamagedCheckpoint(f"{folder / name} cannot be read: {reason}") from error
 
 
 def saved_fingerprint(folder: epath.Path, items: Collection[str]) -> dict[str, int]:

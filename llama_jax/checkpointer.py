@@ -7,6 +7,7 @@ a folder: there it is `N` from the start, and counts from its manifest on.)
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import threading
@@ -245,6 +246,24 @@ class Checkpointer(Restorer):
                         f"warning: an old checkpoint could not be deleted: {first_line(error)}"
                     )
                 self._stuck.add(step)
+
+    def add_evaluation(self, step: int, eval_loss: float) -> None:
+        """Adds the validation loss to a saved step, as if it had been saved with it.
+
+        Args:
+          step: a complete one.
+          eval_loss: nats per token.
+        """
+        if jax.process_index() > 0:
+            return
+        described = {**manifest.described(self.folder(step)), "eval_loss": eval_loss}
+        try:
+            manifest.amend(self.folder(step), "meta/metadata", json.dumps(described).encode())
+        except OSError as error:  # the next start tries again
+            self._say(
+                f"warning: eval_loss could not be added to checkpoint {step}: {first_line(error)}"
+            )
+        self._retain()
 
     def _warn(self, step: int, reason: str) -> None:
         count, limit = self._failures + 1, self._config.train.max_failed_saves

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from llama_jax.agreement import from_first
 from llama_jax.checkpoint import CHECKPOINTS, Meta
 from llama_jax.config import Config, difference, from_json
 from llama_jax.data.pipeline import TrainingData
@@ -81,6 +82,59 @@ def check_memory(config: Config, mesh: jax.sharding.Mesh, capacity: int | None) 
         f"device(s) has {capacity / 2**30:,.0f} GiB; use {devices} or more such devices with "
         "mesh.fsdp=-1, or try --config=configs/tiny.py"
     )
+
+
+# What the processes of a job have in common; where data and weights are may differ.
+_OF_ALL = ("model.", "mesh.", "dcn.", "optim.", "lora.", "train.", "data.streaming")
+
+
+def check_same_config(config: Config) -> None:
+    """Checks that all processes of the job train the same; all of them call it.
+
+    Raises:
+      UserError: this one has another config than process 0.
+    """
+    first, me = from_json(from_first(config.to_json())), jax.process_index()
+    changed = [
+        f"{name} is {theirs} on process 0 and {ours} on process {me}"
+        for name, (theirs, ours) in difference(first, config).items()
+        if name.startswith(_OF_ALL)
+    ]
+    if changed:
+        raise UserError(
+            f"the processes of this job have different configs ({'; '.join(changed)}); start all "
+            "of them with the same config"
+        )
+
+
+def check_prepared(config: Config, folder: epath.Path) -> None:
+    """Checks that this process sees the folder in which process 0 has prepared the data.
+
+    Raises:
+      UserError: it is not there.
+    """
+    data = config.data
+    own = not data.path and data.source != "synthetic" and not (data.streaming and data.tokenizer)
+    if own and not folder.exists():
+        raise UserError(
+            f"process 0 has prepared the data in {folder}, and it is not there on process "
+            f"{jax.process_index()}; --workdir must be on a file system that all hosts share"
+        )
+
+
+def check_same_data(fingerprint: str) -> None:
+    """Checks that all processes of the job have the same data; all of them call it.
+
+    Raises:
+      UserError: this one has other data than process 0.
+    """
+    first = from_first(fingerprint)
+    if first != fingerprint:
+        raise UserError(
+            f"the processes of this job have different data: {first} on process 0, {fingerprint} "
+            f"on process {jax.process_index()}; copy the same shards to all hosts, or name a "
+            "folder that they share"
+        )
 
 
 def check_workdir(config: Config, workdir: epath.Path) -> None:

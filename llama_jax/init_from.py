@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from llama_jax.agreement import agreed
 from llama_jax.checkpoint import CHECKPOINTS, find_step, load_meta
 from llama_jax.config import Config
 from llama_jax.convert import open_source, parse_place
@@ -143,6 +144,7 @@ def with_base(
     if not config.lora.rank:
         return state
     base = load_init(config, compiled.state_shardings.frozen)
+    agreed("")  # one may read for longer than another waits in a collective
     check_base(saved, base, config, folder)
     return dataclasses.replace(state, frozen=base)
 

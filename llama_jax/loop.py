@@ -10,8 +10,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llama_jax import metrics
+from llama_jax.agreement import compile_together
 from llama_jax.checkpoint import Meta
 from llama_jax.checkpointer import Checkpointer
+from llama_jax.compiles import compiled_programs
 from llama_jax.config import Config
 from llama_jax.data.loader import stream
 from llama_jax.data.pipeline import TrainingData
@@ -46,11 +48,51 @@ def evaluate(
     batches = stream(data.validation, 0, count, compiled.batch_sharding, *shape)
     for number, batch in enumerate(batches, start=1):
         watchdog.beat(f"evaluation, batch {number} of {count}", compiles=number == 1)
+        if number == 1:
+            compile_together(compiled.evaluate, params, batch)
         loss, tokens = jax.device_get(compiled.evaluate(params, batch))
         total, weight = total + float(loss), weight + float(tokens)
         if stop.asked():
             return None
     return total / weight
+
+
+def is_evaluated(step: int, config: Config) -> bool:
+    """Whether a run evaluates at this step: every `train.eval_every` steps, and at its end."""
+    train = config.train
+    return step > 0 and (step == train.steps or step % train.eval_every == 0)
+
+
+def lost_evaluation(state: TrainState, data: TrainingData, config: Config, meta: Meta) -> bool:
+    """Whether the state that a run goes on with was to be evaluated, and a stop came before."""
+    due = is_evaluated(int(state.step), config) and data.validation is not None
+    return due and meta.eval_loss is None
+
+
+def make_up(
+    compiled: CompiledStep,
+    state: TrainState,
+    data: TrainingData,
+    config: Config,
+    instruments: "Instruments",
+    recorded: float | None,
+) -> None:
+    """Evaluates the state that a run goes on with, and adds the result to its checkpoint.
+
+    Args:
+      compiled, state, data, config: of the run; see `lost_evaluation`.
+      instruments: which log and keep it.
+      recorded: what the log has already of this evaluation; it is then not written twice.
+    """
+    i, step = instruments, int(state.step)
+    with i.goodput.phase("eval"):
+        weights = model_weights(state, config)
+        loss = evaluate(compiled, weights, data, config, i.stop, i.watchdog)
+    if loss is None:  # stopped again
+        return
+    if loss != recorded:
+        i.log.write(step, {"eval_loss": loss, **_epoch_metrics(data, step)})
+    i.saver.add_evaluation(step, loss)
 
 
 def _positions(data: TrainingData, step: int) -> list[list[int]]:
@@ -101,8 +143,9 @@ def run_loop(
     move, so that state and data position always agree; logging reads a step whose successor is
     already running, so that the device never waits for the host. Nothing else in the loop waits for
     the device but the first step, which compiles on every process; and no array is moved behind its
-    back: an implicit transfer is an error. A profile starts and stops before all of that, off the
-    clock; a rewind comes last, and is saved at once.
+    back: an implicit transfer is an error. A profile starts and stops before all of that; a rewind
+    comes last, and is saved at once. The speed in the log is of steps alone: the clock stands still
+    during all else, and a step that compiles is left out.
     """
     train = config.train
     i = instruments
@@ -112,7 +155,13 @@ def run_loop(
     shape = (train.global_batch, train.seq_len)
     batches = stream(data.train, start, train.steps, compiled.batch_sharding, *shape)
 
+    def pause(step: int) -> None:
+        """Takes what follows, until `log.start`, out of the speed of the steps."""
+        jax.block_until_ready(state)
+        log.start(step)
+
     def save(step: int, eval_loss: float | None) -> None:
+        pause(step)
         watch.before_save(state)
         positions = _positions(data, step)
         now = dataclasses.replace(
@@ -122,6 +171,7 @@ def run_loop(
         with goodput.phase("checkpoint"):
             saver.save(dataclasses.replace(state, frozen=None), now)
         goodput.save()
+        log.start(step)
 
     goodput.enter("step")
     goodput.save()  # what a run that is killed before its first save has lost counts, too
@@ -131,13 +181,15 @@ def run_loop(
         i.watchdog.beat(f"step {step + 1}", compiles=step == start)
         if profiler.turns(step + 1):
             read = log.flush() or read
+            pause(step)
             profiler.turn(step + 1, state)
             log.start(step)
         last = stop.asked() or step == train.steps
         if step > start:
             eval_loss = None
-            if step == train.steps or step % train.eval_every == 0:
+            if is_evaluated(step, config):
                 read = log.flush() or read
+                pause(step)
                 weights = model_weights(state, config)
                 with goodput.phase("eval"):
                     eval_loss = evaluate(compiled, weights, data, config, stop, i.watchdog)
@@ -154,9 +206,14 @@ def run_loop(
                 batch = next(batches)
             first = goodput.phase("compile") if step == start else contextlib.nullcontext()
             with jax.transfer_guard("disallow"), first:
+                if step == start:
+                    compile_together(compiled.train, state, batch)
+                programs = compiled_programs()
                 state, step_metrics = compiled.train(state, batch)
-                if step == start:  # the other processes compile, too, and may take longer
+                if step == start or compiled_programs() > programs:
+                    # The other processes compile, too, and may take longer; no speed is of that.
                     jax.block_until_ready(step_metrics)
+                    log.start(step + 1)
         if (step + 1) % train.log_every == 0:
             extra = {**_epoch_metrics(data, step + 1), "goodput": goodput.fraction()}
             read = log.push(step + 1, {**step_metrics, **extra}) or read
@@ -166,6 +223,7 @@ def run_loop(
         in_row, read = watch.stuck(read), None
         if in_row:
             log.flush()
+            pause(step + 1)
             i.watchdog.beat("going back to a checkpoint", compiles=True)
             with goodput.phase("checkpoint"):
                 state = watch.rewind(state, in_row)

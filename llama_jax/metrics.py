@@ -1,4 +1,16 @@
-"""How a run is going: speed, MFU, and where the numbers are written."""
+"""How a run is going: speed, MFU, and where the numbers are written.
+
+`metrics.jsonl` has one JSON object per line. A logged step has `step`, `loss`, `learning_rate`,
+`grad_norm` and the other metrics of `step.train_step`, `epochs`, `goodput`, and
+
+- `tokens_per_second`, of all devices, and `mfu`: of the steps since the record before, and of
+  nothing else. Saving, evaluation, going back to a checkpoint, profiling and steps that compile are
+  left out. Null where no step was timed, as in the record of a first step; `mfu` also where the
+  device's peak is not known.
+- `chip_seconds`: all time since the record before, whatever it was spent on, times devices.
+
+An evaluation has `step`, `eval_loss` and `epochs`; what else happens has an `event`.
+"""
 
 import contextlib
 import dataclasses
@@ -8,9 +20,11 @@ import time
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from etils import epath
 
 from llama_jax.chips import find_chip
+from llama_jax.compiles import compiled_programs
 from llama_jax.config import Config
 from llama_jax.errors import first_line
 from llama_jax.files import append_records, number, read_records
@@ -33,7 +47,9 @@ def peak_name(device: jax.Device) -> str:
 class Speed:
     """Tokens per second, model FLOPs utilisation and the time of all chips, between two readings.
 
-    MFU is FLOPs of the model (6 per weight in a matrix product, plus causal attention; see
+    Tokens per second and MFU are of steps only. What else takes time between two readings (saving,
+    evaluation, going back to a checkpoint, compiling) is cut out with `count` and `restart`. MFU is
+    FLOPs of the model (6 per weight in a matrix product, plus causal attention; see
     `ModelConfig.flops_per_token`) over what all devices could do at their peak.
     """
 
@@ -42,28 +58,52 @@ class Speed:
     peak: float | None
 
     def __post_init__(self) -> None:
+        self._steps, self._seconds = 0, 0.0  # of the steps that are counted and not yet read
         self.restart()
-        self._counted = self._since
+        self._read_at = self._since
 
-    def restart(self) -> None:
-        """Starts a new interval, so that evaluation and saving do not count as slow steps."""
-        self._since = time.perf_counter()
+    def restart(self, at: float | None = None) -> None:
+        """Starts the clock; the time since the last `count` belongs to no step.
 
-    def read(self, steps: int) -> dict[str, float | None]:
-        """The speed over `steps` steps; starts a new interval.
+        Args:
+          at: when, by `time.perf_counter`; None: now.
+        """
+        self._since = time.perf_counter() if at is None else at
+        self._compiled = compiled_programs()
+
+    def count(self, steps: int, finished: float | None = None) -> None:
+        """Counts steps that took the time since the clock was started, and starts it again.
+
+        They are left out if a program was compiled meanwhile.
+
+        Args:
+          steps: how many.
+          finished: when the last of them was done, by `time.perf_counter`; None: now.
+        """
+        now = time.perf_counter() if finished is None else finished
+        if steps > 0 and compiled_programs() == self._compiled:
+            self._steps += steps
+            self._seconds += now - self._since
+        self.restart(now)
+
+    def read(self, steps: int, finished: float | None = None) -> dict[str, float | None]:
+        """The speed since the reading before; counts `steps` steps first, if any, see `count`.
 
         Returns:
-          `tokens_per_second` (all devices), `mfu`, and `chip_seconds`: the time since the reading
-          before (evaluation and saving included), times devices.
+          `tokens_per_second` (all devices) and `mfu`: None if no step was counted; `mfu` also if
+          no peak is known. `chip_seconds`: all time since the reading before, whatever it was spent
+          on, times devices.
         """
+        if steps:
+            self.count(steps, finished)
         now = time.perf_counter()
-        tokens = steps * self.config.train.tokens_per_step
-        rate = tokens / max(now - self._since, 1e-9)
-        self._since = now
-        chip_seconds = (now - self._counted) * self.devices
-        self._counted = now
-        mfu = None
-        if self.peak is not None:
+        chip_seconds = (now - self._read_at) * self.devices
+        self._read_at = now
+        rate = mfu = None
+        if self._steps:
+            rate = self._steps * self.config.train.tokens_per_step / max(self._seconds, 1e-9)
+        self._steps, self._seconds = 0, 0.0
+        if rate is not None and self.peak is not None:
             config = self.config
             flops = flops_per_token(config.model, config.lora, config.train.seq_len)
             mfu = rate * flops / (self.peak * self.devices)
@@ -168,13 +208,13 @@ class ConsoleWriter:
         now = time.perf_counter()
         if self._started is None:
             self._started = (step, now)
-        mfu = record["mfu"]
+        rate, mfu = record["tokens_per_second"], record["mfu"]
         parts = [
             f"step {step:>{width}}/{self._total}",
             f"loss {record['loss']:.4f}",
             f"lr {record['learning_rate']:.2e}",
             f"grad_norm {record['grad_norm']:.2f}",
-            f"{record['tokens_per_second']:,.0f} tokens/s",
+            f"{'-' if rate is None else f'{rate:,.0f}'} tokens/s",
             "MFU n/a" if mfu is None else f"MFU {mfu:.1%} of {self._peak_name}",
             f"ETA {self._eta(step, now)}",
         ]
@@ -196,19 +236,47 @@ class ConsoleWriter:
         """Nothing to close."""
 
 
+@dataclasses.dataclass
+class _Pending:
+    """What is written of a step when the next one runs.
+
+    Attributes:
+      step: its number.
+      metrics: device arrays and numbers.
+      finished: when the step was seen to be done, by `time.perf_counter`; None: not yet.
+      counted: whether `Speed` has counted it.
+    """
+
+    step: int
+    metrics: dict[str, Any]
+    finished: float | None
+    counted: bool = False
+
+
 class Metrics:
     """Logs the *previous* step: reading it while the next one runs keeps the device busy."""
 
     def __init__(self, writers: list[Writer], speed: Speed) -> None:
         self._writers = writers
         self._speed = speed
-        self._pending: tuple[int, dict[str, Any]] | None = None
-        self._last_read = 0
+        self._pending: _Pending | None = None
+        self._counted = 0  # the last step that `Speed` has counted, or that belongs to no interval
+        self._pushed = 0
 
     def start(self, step: int) -> None:
-        """Starts the clock at `step`, after anything slow that is not training."""
-        self._last_read = step
+        """Counts the steps that were pushed, and starts the clock for those after `step`.
+
+        It is called when the device is idle: before anything slow that is not training, and again
+        after it. The time between belongs to no step, and neither does a step that was not pushed.
+        """
+        pending = self._pending
+        if pending is not None and not pending.counted:
+            self._speed.count(pending.step - self._counted, pending.finished)
+            pending.counted = True
+        else:
+            self._speed.count(self._pushed - self._counted)
         self._speed.restart()
+        self._counted = self._pushed = step
 
     def push(self, step: int, metrics: dict[str, Any] | None) -> dict[str, float | None] | None:
         """Writes what was pushed before, then keeps `metrics` (device arrays; None: no log).
@@ -218,19 +286,23 @@ class Metrics:
         """
         written = self.flush()
         if metrics is not None:
-            self._pending = (step, metrics)
+            finished = time.perf_counter() if _is_finished(metrics) else None
+            self._pending = _Pending(step, metrics, finished, counted=step <= self._counted)
+        self._pushed = step
         return written
 
     def flush(self) -> dict[str, float | None] | None:
         """Writes the pending step, waiting for the device if need be; returns what it wrote."""
         if self._pending is None:
             return None
-        step, metrics = self._pending
-        self._pending = None
-        values: dict[str, float | None] = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        values |= self._speed.read(step - self._last_read)
-        self._last_read = step
-        self.write(step, values)
+        pending, self._pending = self._pending, None
+        read = jax.device_get(pending.metrics)
+        values: dict[str, float | None] = {name: float(value) for name, value in read.items()}
+        steps = 0
+        if not pending.counted:
+            steps, self._counted = pending.step - self._counted, pending.step
+        values |= self._speed.read(steps, pending.finished)
+        self.write(pending.step, values)
         return values
 
     def write(self, step: int, record: dict[str, float | None]) -> None:
@@ -248,6 +320,31 @@ class Metrics:
         for writer in self._writers:
             with contextlib.suppress(OSError):
                 writer.close()
+
+
+def _is_finished(metrics: dict[str, Any]) -> bool:
+    """Whether the step that gives these numbers is done, without waiting for it.
+
+    Backends that run a step before they return from its call have finished the previous one long
+    before it is read.
+    """
+
+    def ready(value: Any) -> bool:
+        is_ready = getattr(value, "is_ready", None)  # of an array on a device
+        if is_ready is not None:
+            return is_ready()
+        return isinstance(value, float | int | np.generic | np.ndarray)
+
+    return all(map(ready, metrics.values()))
+
+
+def recorded_loss(jsonl: epath.Path, step: int) -> float | None:
+    """The last `eval_loss` that a `metrics.jsonl` has of a step, if it has one."""
+    found = None
+    for record in read_records(jsonl) if jsonl.exists() else ():
+        if number(record, "step") == step and "eval_loss" in record:
+            found = number(record, "eval_loss")
+    return found
 
 
 def plot_loss(jsonl: epath.Path, output: epath.Path) -> int:

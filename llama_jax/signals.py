@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,7 @@ class StopRequest:
         self.name = ""  # of the signal, when all processes know of it
         self._received = ""  # before JAX listens
         self._at_once = False
+        self._interrupted = ""  # "asked" by `interrupt`, "done" by the handler
         self._calls = 0
         self._ours = [signal.SIGINT, signal.SIGTERM]
         self._previous: dict[int, Any] = {}
@@ -53,6 +55,18 @@ class StopRequest:
             yield
         finally:
             self._at_once = False
+
+    def interrupt(self) -> None:
+        """Ends what is done `at_once`, because another process has failed or is asked to stop.
+
+        It is called in another thread. The signals that this process gets for itself come on top,
+        often at the same moment, and count as if this had not been.
+        """
+        if self._at_once and not self._received:
+            self._interrupted = "asked"
+            main = threading.main_thread().ident
+            assert main is not None
+            signal.pthread_kill(main, signal.SIGINT)
 
     def asked(self) -> bool:
         """Whether to stop here; all processes must ask equally often, at the same places."""
@@ -80,7 +94,14 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
 
     def _handle(self, number: int, _: Any) -> None:
+        if self._interrupted == "asked" and number == signal.SIGINT:
+            self._interrupted = "done"
+            if self._at_once:
+                raise Stopped(signal.Signals(number).name)
+            return
         self._next_one_kills()
+        if self._interrupted:
+            return  # it ends already
         name = self._received = signal.Signals(number).name
         if self._at_once:
             raise Stopped(name)

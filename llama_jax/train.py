@@ -14,7 +14,7 @@ from absl import flags
 from etils import epath
 
 from llama_jax import cli, metrics, xla_flags
-from llama_jax.agreement import agreed
+from llama_jax.agreement import Peers, agreed, open_collectives
 from llama_jax.checkpoint import CHECKPOINTS, DamagedCheckpoint, Meta, load_meta
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.config import Config
@@ -30,13 +30,16 @@ from llama_jax.goodput import Goodput
 from llama_jax.guards import (
     check_checkpoint,
     check_memory,
+    check_prepared,
+    check_same_config,
+    check_same_data,
     check_workdir,
     device_memory,
     locked,
     record_changes,
 )
 from llama_jax.init_from import base_context, check_init, first_state, with_base, with_tokenizer
-from llama_jax.loop import Instruments, run_loop
+from llama_jax.loop import Instruments, lost_evaluation, make_up, run_loop
 from llama_jax.mesh import make_mesh
 from llama_jax.paths import expand
 from llama_jax.processes import start_processes
@@ -100,6 +103,7 @@ def initial_state(
         if isinstance(data.train, StreamingBatches):
             data.train.start_at(0, Position(), *process)
         state = first_state(compiled, config)
+        agreed("")  # one may read for longer than another waits in a collective
         base = fingerprint(state.frozen) if config.lora.rank else {}
         return state, _meta(config, data, base, base_context(config))
     if not (saver.folder(step) / "optimizer").exists():
@@ -128,7 +132,27 @@ def initial_state(
         return initial_state(compiled, saver, data, config)
     state = with_base(state, compiled, config, saved.base, saver.folder(step))
     meta = _meta(config, data, saved.base, saved.base_context)
-    return state, dataclasses.replace(meta, step=step, rewinds=saved.rewinds)
+    loss = saved.eval_loss
+    return state, dataclasses.replace(meta, step=step, rewinds=saved.rewinds, eval_loss=loss)
+
+
+def _data_of_all(config: Config, workdir: epath.Path) -> TrainingData:
+    """The data, which process 0 prepares if need be; the others wait, and open what it has made.
+
+    Raises:
+      UserError: as `check_init` and `open_data`; or the processes do not have the same data.
+    """
+    check_init(config, workdir)
+    agreed("")  # what fails on another process at once is not found out after hours
+    folder = workdir / "data"
+    first = jax.process_index() == 0
+    data = open_data(config, folder) if first else None
+    agreed("")
+    if data is None:
+        check_prepared(config, folder)
+        data = open_data(config, folder)
+    check_same_data(data.fingerprint)
+    return data
 
 
 def train(config: Config, workdir: epath.PathLike) -> TrainState:
@@ -158,31 +182,25 @@ def run(
       Stopped: SIGTERM or Ctrl-C came when there was nothing to save.
     """
     workdir = epath.Path(expand(os.fspath(workdir)))
-    config = with_tokenizer(config, workdir)
     began = time.monotonic() if began is None else began
-    goodput = Goodput(None, began)
-    mesh = make_mesh(config.mesh, config.dcn)
-    check_memory(config, mesh, device_memory(mesh.devices.flat[0]))
-    check_batch(config.train.global_batch, config.train.seq_len, config.train.grad_accum, mesh)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
+        stack.enter_context(Peers(stop.interrupt))
+        check_same_config(config)
+        config = with_tokenizer(config, workdir)
+        mesh = make_mesh(config.mesh, config.dcn)
+        check_memory(config, mesh, device_memory(mesh.devices.flat[0]))
+        check_batch(config.train.global_batch, config.train.seq_len, config.train.grad_accum, mesh)
         stack.enter_context(jax.set_mesh(mesh))
         compiled = jit_step(config, mesh)
-        stopped = ""
-        if jax.process_index() == 0:  # the others wait, and find what it has written
+        goodput = Goodput(None, began)
+        if jax.process_index() == 0:
             stack.enter_context(locked(workdir))
             check_workdir(config, workdir)
             goodput = Goodput(workdir / "goodput.json", began)
-            try:
-                with stop.at_once():
-                    check_init(config, workdir)
-                    data = open_data(config, workdir / "data")
-            except Stopped as signal_name:
-                stopped = str(signal_name)
-        if stopped := agreed(stopped):
-            raise Stopped(stopped)
-        if jax.process_index() > 0:
-            data = open_data(config, workdir / "data")
+        with stop.at_once():
+            data = _data_of_all(config, workdir)
+        open_collectives()
         _log("\n".join([describe(config, mesh, data), *remarks(config, data)]))
         watchdog = Watchdog(config.train.step_timeout)
         watchdog.beat("restoring", compiles=True)  # all files are read, and programs compiled
@@ -195,8 +213,8 @@ def run(
                 write_atomically(workdir / "config.json", config.to_json().encode())
                 if data.tokenizer is not None:
                     write_atomically(workdir / "tokenizer.model", data.tokenizer.model_bytes)
-            start = int(state.step)
-            if start < config.train.steps:
+            start, lost = int(state.step), lost_evaluation(state, data, config, meta)
+            if start < config.train.steps or lost:
                 device = mesh.devices.flat[0]
                 speed = metrics.Speed(config, mesh.size, metrics.peak_flops(device))
                 log = metrics.Metrics(_writers(config, workdir, device), speed)
@@ -204,13 +222,18 @@ def run(
                 profiler = Profiler(window, workdir / "tensorboard")
                 instruments = Instruments(saver, log, profiler, stop, goodput, watchdog, watch)
                 try:
-                    state = run_loop(compiled, state, data, config, instruments, meta)
+                    if lost:
+                        _log(f"        step {start} was stopped before its evaluation")
+                        recorded = metrics.recorded_loss(workdir / "metrics.jsonl", start)
+                        make_up(compiled, state, data, config, instruments, recorded)
+                    if start < config.train.steps:
+                        state = run_loop(compiled, state, data, config, instruments, meta)
                 finally:
                     profiler.close()
                     log.close()
         if isinstance(data.train, StreamingBatches):
             data.train.tell_skips()
-        _report(config, workdir, start, int(state.step), stop)
+        _report(config, workdir, start, int(state.step), stop, evaluated=lost)
         if start < int(state.step):
             _log(f"goodput      {goodput.report()}")
         if int(state.skips.total):
@@ -222,11 +245,18 @@ def run(
     return state, saver.passed_over
 
 
-def _report(config: Config, workdir: epath.Path, start: int, step: int, stop: StopRequest) -> None:
+def _report(
+    config: Config,
+    workdir: epath.Path,
+    start: int,
+    step: int,
+    stop: StopRequest,
+    evaluated: bool = False,
+) -> None:
     """Says how it ended, where everything is, and how to go on."""
     if jax.process_index() != 0:
         return
-    if start < step and (warning := metrics.plot_run(workdir)):
+    if (start < step or evaluated) and (warning := metrics.plot_run(workdir)):
         _log(warning)
     if stop.name and start == step:
         _log("stopped before the first step; run the same command again to start")

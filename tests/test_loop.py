@@ -170,3 +170,155 @@ def test_a_recompilation_is_seen(run_config, tmp_path, compiled_names, monkeypat
         run_config, tmp_path / "run", compiled_names, monkeypatch, other_dtype
     )
     assert "jit(train_step)" in between[8]
+
+
+# The speed that is logged: of steps only.
+
+
+class Clock:
+    """`time.perf_counter`, in the hands of the test."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(metrics.time, "perf_counter", lambda: self.now)
+
+
+class Device:
+    """Runs steps one after another in made-up time; the host does not wait for it.
+
+    With `inline` the call of a step returns when it is done, as on some backends.
+    """
+
+    def __init__(self, clock, seconds, inline):
+        self.clock, self.seconds, self.inline, self.idle_at = clock, seconds, inline, 0.0
+
+    def step(self):
+        began = max(self.clock.now, self.idle_at)
+        self.idle_at = began + self.seconds
+        number = DeviceNumber(self.clock, self.idle_at)
+        if self.inline:
+            number.block_until_ready()
+        return number
+
+
+class DeviceNumber:
+    """A result: waiting for it moves the clock to the moment at which it is there."""
+
+    def __init__(self, clock, done_at):
+        self.clock, self.done_at = clock, done_at
+
+    def is_ready(self):
+        return self.clock.now >= self.done_at
+
+    def block_until_ready(self):
+        self.clock.now = max(self.clock.now, self.done_at)
+        return self
+
+    def __array__(self, dtype=None, copy=None):
+        self.block_until_ready()
+        return np.zeros((), np.int32)
+
+    def __int__(self):
+        return int(self.__array__())
+
+
+STEP_S, COMPILE_S, SAVE_S, EVAL_S, DEVICES = 2.0, 500.0, 70.0, 31.0, 4
+
+
+def timed_run(monkeypatch, config, inline, start=0, compiles_at=()):
+    """Runs the loop against the clock; returns its records, and seconds until the last of them."""
+    clock = Clock(monkeypatch)
+    run, device = FakeRun(config), Device(clock, STEP_S, inline)
+    dispatched = start
+
+    def dispatch(state, batch):
+        nonlocal dispatched
+        dispatched += 1
+        if dispatched == start + 1 or dispatched in compiles_at:
+            clock.now += COMPILE_S
+            if dispatched in compiles_at:
+                jax.jit(lambda x: x + dispatched)(device_zero)  # a program that is new
+        number = device.step()
+        state = TrainState(number, number, number, types.SimpleNamespace(in_row=number))
+        return state, {"loss": number}
+
+    def save(state, meta):
+        clock.now = max(clock.now, device.idle_at) + SAVE_S
+
+    def evaluate(*_):
+        clock.now = max(clock.now, device.idle_at) + EVAL_S
+        return 2.5
+
+    class Recorder:
+        def write(self, step, record):
+            if "loss" in record:
+                found.append((step, record))
+                times.append(clock.now - 1000.0)
+
+        def close(self):
+            pass
+
+    found, times, device_zero = [], [], jnp.float32(0)
+    run.compiled.train, run.save = dispatch, save
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    log = metrics.Metrics([Recorder()], metrics.Speed(config, DEVICES, 1e9))
+    run.start, run.push, run.flush, run.write = log.start, log.push, log.flush, log.write
+    zero = np.int32(start)
+    run.run(TrainState(zero, zero, zero, types.SimpleNamespace(in_row=zero)))
+    log.close()
+    return found, times[-1]
+
+
+TIMED = replace(
+    SHORT, train__steps=12, train__log_every=1, train__eval_every=100, train__checkpoint_every=100
+)
+
+
+@pytest.mark.parametrize("inline", [False, True])
+@pytest.mark.parametrize("log_every", [1, 3])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train__checkpoint_every": 3},
+        {"train__checkpoint_every": 1},
+        {"train__eval_every": 4},
+        {"train__eval_every": 3, "train__checkpoint_every": 2},
+    ],
+)
+def test_tokens_per_second_are_of_steps_only(monkeypatch, changes, log_every, inline):
+    """Neither saves, evaluations nor the first compile are in it, wherever the log falls."""
+    config = replace(TIMED, train__log_every=log_every, **changes)
+    found, seconds = timed_run(monkeypatch, config, inline)
+    assert [step for step, _ in found] == list(range(log_every, 13, log_every))
+    rate = config.train.global_batch * config.train.seq_len / STEP_S
+    flops = config.model.flops_per_token(config.train.seq_len)
+    for step, record in found:
+        if step == 1:  # it compiled, and no other step has been timed
+            assert record["tokens_per_second"] is None and record["mfu"] is None
+            continue
+        assert record["tokens_per_second"] == pytest.approx(rate, rel=1e-12)
+        assert record["mfu"] == pytest.approx(rate * flops / (1e9 * DEVICES), rel=1e-12)
+    # The chips are paid for all of the time.
+    total = sum(record["chip_seconds"] for _, record in found)
+    assert total == pytest.approx(seconds * DEVICES, rel=1e-12)
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_run_that_goes_on_times_no_compile_either(monkeypatch, inline):
+    found, _ = timed_run(monkeypatch, replace(TIMED, train__log_every=4), inline, start=7)
+    rate = TIMED.train.global_batch * TIMED.train.seq_len / STEP_S
+    # Step 8 compiles.
+    speeds = [(step, record["tokens_per_second"]) for step, record in found]
+    assert speeds == [(8, None), (12, pytest.approx(rate))]
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_later_compile_is_left_out(monkeypatch, inline):
+    """Step 6 compiles: the batch has another shape, say."""
+    found, _ = timed_run(monkeypatch, TIMED, inline, compiles_at=(6,))
+    rate = TIMED.train.global_batch * TIMED.train.seq_len / STEP_S
+    speeds = {step: record["tokens_per_second"] for step, record in found}
+    assert speeds.pop(1) is None and speeds.pop(6) is None
+    speeds.pop(5)  # it was read when step 6 had compiled
+    assert speeds == {step: pytest.approx(rate) for step in (2, 3, 4, 7, 8, 9, 10, 11, 12)}

@@ -4,6 +4,8 @@ import pytest
 from etils import epath
 
 from llama_jax import manifest
+from llama_jax.errors import UserError
+from tests.helpers import flip_bit
 
 
 @pytest.fixture
@@ -103,3 +105,51 @@ def test_names_do_not_leave_the_folder(folder):
     entry = {"bytes": 1, "sha256": manifest._sha256(folder.parent / "secret")}
     (folder / "manifest.json").write_text(manifest._encode({"../secret": entry}))
     assert manifest.damage(folder) == "../secret is missing"
+
+
+def test_an_amended_file_is_verified_at_every_moment(folder, monkeypatch):
+    """Killed anywhere in between, the step is good, and the next try finishes it."""
+    name, seen = "meta/metadata", []
+    old, new = (folder / name).read_bytes(), b'{"eval_loss": 2.5}'
+    replace_file = manifest._replace
+
+    def noted(path, data):
+        replace_file(path, data)
+        seen.append(((folder / name).read_bytes(), manifest.damage(folder)))
+        if len(seen) in (1, 3):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "_replace", noted)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                manifest.amend(folder, name, new)
+        manifest.amend(folder, name, new)
+    assert seen[:3] == [(old, ""), (old, ""), (new, "")] and set(seen[3:]) == {(new, "")}
+    # Only what it was made to be is good now.
+    assert '"before"' not in (folder / manifest.NAME).read_text()
+    (folder / name).write_bytes(old)
+    assert manifest.damage(folder) != ""
+
+
+def test_damage_is_found_while_a_file_is_amended(folder, monkeypatch):
+    name = "meta/metadata"
+    replace_file = manifest._replace
+
+    def killed(path, data):
+        replace_file(path, data)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(manifest, "_replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        manifest.amend(folder, name, b"new")
+    monkeypatch.undo()
+    flip_bit(folder / name, 5)
+    assert manifest.damage(folder) == f"{name} holds other bytes than were written"
+    with pytest.raises(UserError, match=f"{name} holds other bytes than were written"):
+        manifest.amend(folder, name, b"newer")
+    flip_bit(folder / name, 5)
+    flip_bit(folder / manifest.NAME, 900)
+    assert manifest.damage(folder) == "manifest.json is not as it was written"
+    with pytest.raises(UserError, match="manifest.json is not as it was written"):
+        manifest.amend(folder, name, b"newer")

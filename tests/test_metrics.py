@@ -124,6 +124,39 @@ def test_console(capsys, monkeypatch):
     assert fifth.endswith("epochs web 0.12, books 2.00")
 
 
+def test_a_speed_that_nobody_has_measured_is_left_out(tmp_path, capsys):
+    """Of a record before which no step was timed: null, `-`, and nothing in TensorBoard."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    record = dict.fromkeys(("loss", "learning_rate", "grad_norm"), 1.0)
+    record |= metrics.Speed(TINY, devices=1, peak=1e9).read(0) | {"chip_seconds": 2.0}
+    assert record["tokens_per_second"] is None and record["mfu"] is None
+    folder = epath.Path(tmp_path)
+    writers = [
+        metrics.ConsoleWriter(10, "x"),
+        metrics.JsonlWriter(folder / "metrics.jsonl"),
+        metrics.TensorBoardWriter(folder / "tensorboard"),
+    ]
+    log = metrics.Metrics(writers, metrics.Speed(TINY, 1, None))
+    log.write(1, record)
+    log.close()
+    assert "  - tokens/s  MFU n/a  " in capsys.readouterr().out
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["tokens_per_second"] is None
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    tags = []
+    for event in framed(file.read_bytes()):
+        tags += [value.tag for value in Event.FromString(event).summary.value]
+    assert sorted(tags) == ["chip_seconds", "grad_norm", "learning_rate", "loss"]
+
+
+def framed(data):
+    """The records of a TFRecord file: length (8 bytes), checksum (4), content, checksum (4)."""
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        yield data[12 : 12 + length]
+        data = data[16 + length :]
+
+
 def test_long_eta_is_in_hours(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])

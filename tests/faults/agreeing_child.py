@@ -1,0 +1,78 @@
+"""One process of test_peers.py: agrees with the others on this and that, and trains nothing.
+
+AGREE_MODE is one of `MODES`.
+"""
+
+import os
+import time
+
+import jax
+
+from llama_jax import agreement, cli
+from llama_jax.agreement import Peers, agreed, from_first
+from llama_jax.errors import UserError
+from llama_jax.processes import start_processes
+from llama_jax.signals import StopRequest
+
+
+def keys_left(client):
+    """What the coordinator still holds of us."""
+    return len(client.key_value_dir_get("llama_jax/"))
+
+
+def texts(me, peers):
+    """The first text that is not empty wins, and nothing is left of older ones."""
+    for number in range(40):
+        mine = f"{me}, ünïcode {'x' * 3000}" if number % 3 <= me else ""
+        first = min(index for index in range(jax.process_count()) if number % 3 <= index)
+        assert agreed(mine).startswith(f"{first}, ünïcode xxx")
+        assert agreed("") == ""
+        assert from_first(f"{me} {number}") == f"0 {number}"
+    if me == 0:
+        print("keys", keys_left(agreement._client()), flush=True)
+    agreed("")
+
+
+def fails(me, peers):
+    """Process 2 fails while 0 works and 1 waits for it."""
+    if me == 2:
+        raise UserError("the disk is\n  on fire")
+    if me == 0:
+        time.sleep(3600)  # what a signal interrupts, as most of Python
+    agreed("")
+
+
+def stuck(me, peers):
+    """Process 0 fails while nothing can interrupt 1 and 2."""
+    if me == 0:
+        raise KeyError("a bug")
+    peers._interrupt = lambda: None
+    time.sleep(3600)
+
+
+def waits(me, peers):
+    """All wait for process 0, which works for ever."""
+    print("waits", flush=True)
+    if me == 0:
+        time.sleep(3600)
+    agreed("")
+
+
+def ends_late(me, peers):
+    """Process 0 fails when the others are through."""
+    agreed("")
+    if me == 0:
+        raise OSError(28, "No space left on device")
+
+
+MODES = {mode.__name__: mode for mode in (texts, fails, stuck, waits, ends_late)}
+
+
+def main():
+    start_processes(120)
+    with StopRequest() as stop, Peers(stop.interrupt) as peers, stop.at_once():
+        MODES[os.environ["AGREE_MODE"]](jax.process_index(), peers)
+    print("through", flush=True)
+
+
+cli.run(main, __doc__)

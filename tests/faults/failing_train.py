@@ -1,0 +1,53 @@
+"""`python -m llama_jax.train` of several processes, of which one fails in one stage.
+
+FAIL_STAGE is a function of `llama_jax.train` that raises on process FAIL_PROCESS when it is called;
+or "batch", where the first batch is read, or "step", where the third one is. FAIL_WITH is the
+error: UserError, OSError, KeyError (a bug) or damage.
+"""
+
+import os
+import runpy
+
+from llama_jax import checkpoint, guards, init_from, loop
+from llama_jax.checkpointer import Checkpointer
+from llama_jax.data import pipeline
+from llama_jax.errors import UserError
+
+ERRORS = {
+    "UserError": UserError("made to fail,\n  on two lines"),
+    "OSError": OSError(28, "No space left on device"),
+    "KeyError": KeyError("a bug"),
+    "damage": checkpoint.DamagedCheckpoint("made to be damaged"),
+}
+PLACES = {
+    "lock": (guards, "locked"),
+    "workdir": (guards, "check_workdir"),
+    "init": (init_from, "check_init"),
+    "data": (pipeline, "open_data"),
+    "open": (Checkpointer, "__init__"),
+    "first_state": (init_from, "first_state"),
+    "meta": (checkpoint, "load_meta"),
+    "restore": (Checkpointer, "restore"),
+    "item": (checkpoint, "_restore_item"),
+    "batch": (loop, "stream"),
+}
+
+
+def fail(*_, **__):
+    raise ERRORS[os.environ["FAIL_WITH"]]
+
+
+def third_fails(*arguments, stream=loop.stream):
+    batches = stream(*arguments)
+    yield next(batches)
+    yield next(batches)
+    fail()
+
+
+if os.environ["FAIL_PROCESS"] == os.environ["JAX_PROCESS_ID"]:
+    stage = os.environ["FAIL_STAGE"]
+    if stage == "step":
+        loop.stream = third_fails
+    else:
+        setattr(*PLACES[stage], fail)
+runpy.run_module("llama_jax.train", run_name="__main__", alter_sys=True)
