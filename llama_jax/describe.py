@@ -4,6 +4,7 @@ import jax
 
 from llama_jax.config import Config
 from llama_jax.data.pipeline import TrainingData
+from llama_jax.data.streaming import StreamingBatches
 from llama_jax.init_from import base_rows
 from llama_jax.lora import adapter_count, flops_by_part
 
@@ -83,7 +84,11 @@ def _describe_flops(config: Config) -> list[str]:
 
 
 def _describe_data(config: Config, data: TrainingData) -> list[str]:
-    """How often each source will have been seen at the end."""
+    """Which files are streamed, or how often each source will have been seen at the end."""
+    if isinstance(data.train, StreamingBatches):
+        listing = data.train.listing
+        read = [f"data    {count:,} {kind}" for kind, count in sorted(listing.files.items())]
+        return [*read, *listing.lines("left_out")]
     epochs = data.train.epochs(config.train.steps)
     if not epochs:
         return []
