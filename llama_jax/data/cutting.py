@@ -59,7 +59,7 @@ def text_documents(
     limit = config.max_document_bytes
     cuts = _Cuts(file, max(0, start), limit)
     if start == 0 and stop < 0 and cuts.window.is_at_most(limit):
-        yield from document(cuts.window.take(cuts.window.end), where, config, reading)
+        yield from document(bytes(cuts.window.data), where, config, reading)
         return
     for cut in cuts.documents(start, stop):
         place = f"{where} at byte {cut.begin}"
@@ -94,11 +94,9 @@ class _Window:
         self.load(self.start + size + 1)
         return self.ended and len(self.data) <= size
 
-    def take(self, stop: int) -> bytes:
-        """The bytes up to a position, which leave the window."""
-        taken = bytes(self.data[: stop - self.start])
-        self.drop(stop)
-        return taken
+    def between(self, start: int, stop: int) -> bytes:
+        """The bytes of a range."""
+        return bytes(self.data[start - self.start : stop - self.start])
 
     def drop(self, stop: int) -> None:
         """Forgets the bytes up to a position."""
@@ -138,29 +136,27 @@ class _Cuts:
     def documents(self, start: int, stop: int) -> Iterator[_Cut]:
         """The documents that begin in a range, in order."""
         begin, how = (0, "") if start == 0 else (-1, "")
-        for place, kind in self._places():
-            if begin >= 0:
-                if place > begin:
-                    self.window.drop(begin)
-                    yield _Cut(begin, self.window.take(place), kind)
-                    begin, how = place, kind
-            elif place >= start:
+        for at, place, kind in self._places():
+            if begin >= 0 and place > begin:
+                yield _Cut(begin, self.window.between(begin, place), kind)
+                begin, how = place, kind
+            elif begin < 0 and place >= start:
                 begin, how = place, kind
             if 0 <= stop <= begin:
                 return
-        if begin >= 0 and self.window.end > begin:
-            self.window.drop(begin)
-            yield _Cut(begin, self.window.take(self.window.end), how)
+            self.window.drop(min(at, begin) if begin >= 0 else at)
+        if 0 <= begin < self.window.end:
+            yield _Cut(begin, self.window.between(begin, self.window.end), how)
 
-    def _places(self) -> Iterator[tuple[int, str]]:
-        """The places behind each multiple, from the first multiple of the window on."""
+    def _places(self) -> Iterator[tuple[int, int, str]]:
+        """Multiples and the places behind them, from the first multiple of the window on."""
         multiple = max(1, self._first)  # the beginning of the file is no cut
         while True:
             at = multiple * self._step
             self.window.load(at + self._reach + _LONGEST_BLANK)
             if self.window.end <= at:
                 return
-            yield self._place(at)
+            yield (at, *self._place(at))
             multiple += 1
 
     def _place(self, at: int) -> tuple[int, str]:
@@ -171,6 +167,8 @@ class _Cuts:
         line = self.window.find(b"\n", at, far)
         if line >= 0:
             return line + 1, LINE_END
+        if self.window.ended and self.window.end <= at + self._reach:
+            return self.window.end, BLANK_LINE  # the end of the file
         # A letter has at most three bytes behind its first.
         for position in range(at, min(at + 4, self.window.end)):
             if self.window.data[position - self.window.start] & 0xC0 != 0x80:
@@ -182,7 +180,7 @@ class _Cuts:
         if self._blank is not None and self._blank[0] >= at:
             return self._blank
         window = self.window
-        match = _BLANK.search(window.data, max(at, self._no_blank, window.start) - window.start)
+        match = _BLANK.search(window.data, max(at, self._no_blank) - window.start)
         # What is loaded later may end a blank line that begins here, or make it longer.
         sure = window.end if window.ended else window.end - _LONGEST_BLANK
         if match is None or match.start() + window.start >= sure:
@@ -214,9 +212,8 @@ def _at_separators(
         if long:
             reading.skip(too_long(config), place)
             return
-        window.drop(begin)
-        data = window.take(end)
-        last = window.ended and not window.data
+        data = window.between(begin, end)
+        last = window.ended and end == window.end
         if cut and (not data or (last and not data.strip())):
             return  # between two separators in a row, or behind the last one
         for text in document(data, place, config, reading):

@@ -64,21 +64,26 @@ def named_sources(source: str) -> dict[str, str]:
     if "=" not in source or _is_there(source) or _is_there(_split(source)[0]):
         return {"": source}
     found: dict[str, str] = {}
-    last = ""
-    for item in source.split(";"):
+    pieces = source.split(";")
+    while pieces:
+        item = pieces[0]
         name, _, spec = (piece.strip() for piece in item.partition("="))
+        taken = 1
+        if _is_named(item):
+            taken = _joined([item.partition("=")[2], *pieces[1:]], ";")
+            spec = ";".join([spec, *pieces[1:taken]]).strip()
+        elif item.strip():
+            spec = ""
+        del pieces[:taken]
         if not item.strip():
             continue
-        if last and not _is_named(item) and _is_there(f"{found[last]};{item}"):
-            found[last] += f";{item}"  # a path with a semicolon in it
-            continue
-        if not _is_named(item) or not spec:
+        if not spec:
             raise UserError(
                 f"data.source: {item.strip()!r} is not NAME=FILES, and there is no such file"
             )
         if name in found:
             raise UserError(f"data.source names {name!r} twice")
-        found[name], last = spec, name
+        found[name] = spec
     return found
 
 
@@ -90,7 +95,7 @@ def _is_named(item: str) -> bool:
 def _is_there(path: str) -> bool:
     """Whether a path exists or a glob matches something."""
     with contextlib.suppress(OSError, ValueError):
-        place = epath.Path(path.strip()).expanduser()
+        place = epath.Path(path).expanduser()
         if place.exists():
             return True
         return bool(_WILDCARD.search(str(place)) and "**" not in str(place) and _glob(place)[0])
@@ -102,16 +107,20 @@ def _split(source: str) -> list[str]:
     pieces = source.split(",")
     items: list[str] = []
     while pieces:
-        most = min(_JOINED, len(pieces)) if not is_object_store(pieces[0]) else 1
-        taken = 1
-        for count in range(most, 1, -1):
-            with contextlib.suppress(OSError, ValueError):
-                if epath.Path(",".join(pieces[:count]).strip()).expanduser().exists():
-                    taken = count
-                    break
-        items.append(",".join(pieces[:taken]).strip())
+        taken = _joined(pieces, ",")
+        item = ",".join(pieces[:taken])
+        items.append(item if _exists(epath.Path(item).expanduser()) else item.strip())
         del pieces[:taken]
     return items
+
+
+def _joined(pieces: list[str], mark: str) -> int:
+    """How many of the first pieces, with a mark between them, are a path that exists; else 1."""
+    if not is_object_store(pieces[0]):
+        for count in range(min(_JOINED, len(pieces)), 1, -1):
+            if _exists(epath.Path(mark.join(pieces[:count]).strip()).expanduser()):
+                return count
+    return 1
 
 
 def list_files(
@@ -137,8 +146,7 @@ def list_files(
     reading = Reading() if reading is None else reading
     walk = _Walk(own, reading)
     found: set[str] = set()
-    whole = epath.Path(source.strip()).expanduser()
-    items = [source.strip()] if _exists(whole) else _split(source)
+    items = [source] if _exists(epath.Path(source).expanduser()) else _split(source)
     for pattern in filter(None, items):
         path = epath.Path(pattern).expanduser()
         if _exists(path):
@@ -172,12 +180,17 @@ def _file(path: epath.Path) -> epath.Path:
     Raises:
       UserError: it is a pipe or a device.
     """
-    if not path.is_file():
+    if not _is_file(path):
         raise UserError(
             f"data.source: {path} is a pipe or a device, not a file; a source is read more than "
             "once, so write it to a file first"
         )
     return path
+
+
+def _is_file(path: epath.Path) -> bool:
+    # `epath` takes all that is no folder for a file.
+    return bool(path.is_file()) if is_object_store(path) else os.path.isfile(path)
 
 
 def _matches(path: epath.Path, pattern: str, reading: Reading) -> list[epath.Path]:
@@ -193,7 +206,7 @@ def _matches(path: epath.Path, pattern: str, reading: Reading) -> list[epath.Pat
         )
     matches, hidden = _glob(path)
     folders = [match for match in matches if match.is_dir()]
-    files = [match for match in matches if match not in set(folders) and match.is_file()]
+    files = [match for match in matches if match not in set(folders) and _is_file(match)]
     for reason, places in ((HIDDEN, hidden), (FOLDERS, folders)):
         for place in places:
             reading.leave_out(reason, str(place))

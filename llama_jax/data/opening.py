@@ -91,13 +91,41 @@ def _decompressor(raw: IO[bytes], compression: str) -> Any:
     if compression == "gzip":
         return gzip.GzipFile(fileobj=raw)
     if compression == "zstandard":
-        # Several frames: `cat a.zst b.zst` makes them.
-        return zstandard.ZstdDecompressor().stream_reader(
-            raw, read_across_frames=True, closefd=False
-        )
+        return _Zstandard(raw)
     if compression == "xz":
         return lzma.LZMAFile(raw)
     return bz2.BZ2File(raw)
+
+
+class _Zstandard:
+    """Frames of zstandard, one after another, as `cat a.zst b.zst` makes them.
+
+    The library's own reader takes a file that is cut within a frame for a whole one.
+    """
+
+    PIECE = 1024  # bytes that are decompressed at once, as they may become 30,000 times as many
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw, self._decompressor = raw, zstandard.ZstdDecompressor()
+        self._frame: Any = None  # that is not at its end
+        self._stored = self._left = memoryview(b"")
+
+    def read1(self, size: int) -> bytes:
+        while not self._left:
+            self._stored = self._stored or memoryview(self._raw.read(1 << 16))
+            if not self._stored:
+                if self._frame is not None:
+                    raise EOFError("it ends within a frame")
+                return b""
+            piece, rest = self._stored[: self.PIECE], self._stored[self.PIECE :]
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._left = memoryview(self._frame.decompress(piece))
+            if self._frame.eof:
+                rest = self._stored[len(piece) - len(self._frame.unused_data) :]
+                self._frame = None
+            self._stored = rest
+        taken, self._left = bytes(self._left[:size]), self._left[size:]
+        return taken
 
 
 class _Stream(io.RawIOBase):
