@@ -138,7 +138,7 @@ class _Cuts:
         begin, how = (0, "") if start == 0 else (-1, "")
         for at, place, kind in self._places():
             if begin >= 0 and place > begin:
-                yield _Cut(begin, self.window.between(begin, place), kind)
+                yield _Cut(begin, self.window.between(begin, place), kind or how)
                 begin, how = place, kind
             elif begin < 0 and place >= start:
                 begin, how = place, kind
@@ -164,11 +164,14 @@ class _Cuts:
         blank = self._next_blank(at)
         if blank is not None and blank[1] <= far:
             return blank[1], BLANK_LINE
+        left = self.window.end - at if self.window.ended else self._reach + 1
+        if left <= self._step:
+            return self.window.end, ""  # the rest is no document of its own
         line = self.window.find(b"\n", at, far)
         if line >= 0:
             return line + 1, LINE_END
-        if self.window.ended and self.window.end <= at + self._reach:
-            return self.window.end, BLANK_LINE  # the end of the file
+        if left <= self._reach:
+            return self.window.end, ""
         # A letter has at most three bytes behind its first.
         for position in range(at, min(at + 4, self.window.end)):
             if self.window.data[position - self.window.start] & 0xC0 != 0x80:
