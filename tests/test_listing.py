@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.config import DataConfig
-from llama_jax.data import listing, looking, sources
-from llama_jax.data.listing import ABOUT, DEAD, FOLDERS, HIDDEN, OWN, SPECIAL, TWICE
+from llama_jax.data import folders, looking, sources
+from llama_jax.data.folders import ABOUT, DEAD, HIDDEN, OWN, SPECIAL, TWICE
+from llama_jax.data.listing import FOLDERS
 from llama_jax.data.prepare import prepare
 from llama_jax.data.sources import Reading, documents, list_files, list_parts, named_sources
 from llama_jax.errors import UserError
@@ -289,7 +290,7 @@ def test_an_unreadable_folder_is_one_line(tmp_path, monkeypatch):
     def refuses(folder):
         raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(listing.os, "scandir", refuses)
+    monkeypatch.setattr(folders.os, "scandir", refuses)
     with pytest.raises(UserError, match=f"cannot read {tmp_path}: Permission denied"):
         listed(tmp_path)
 

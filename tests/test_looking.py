@@ -118,6 +118,16 @@ def test_a_first_line_that_is_broken_or_long(tmp_path):
         assert texts == ["x" * 300_000, *TEXTS] and reading.files == {"JSON lines": 1}
 
 
+def test_damaged_lines_are_no_reason_to_train_on_raw_json(tmp_path):
+    for first in (b'{"text": "x\n', b"# made by a script\n"):
+        for name in ("a.txt", "part-00000", "a.json", "a.jsonl"):
+            texts, reading = read(made(tmp_path / name, first + LINES))
+            assert texts == TEXTS and reading.skipped == {"broken JSON line": 1}, name
+    records = [{"text": "x" * 200_000}, {"text": "y"}]
+    texts, reading = read(made(tmp_path / "blob", json.dumps(records).encode()))
+    assert texts == ["x" * 200_000, "y"] and reading.files == {"JSON lists": 1}
+
+
 def test_what_follows_a_list_is_not_lost_silently(tmp_path):
     texts, reading = read(made(tmp_path / "a.json", LIST + LIST))
     assert texts == 2 * TEXTS

@@ -191,7 +191,8 @@ class _Decision:
             lines = self._lines()
         objects = [isinstance(_parse(line), dict) for line in lines]
         single = self.ended and len(lines) == 1
-        if objects and all(objects) and not (single and self.named == "json"):
+        most = 2 * sum(objects) > len(objects)  # some may be damaged
+        if most and not (single and self.named == "json"):
             return "jsonl", "JSON lines"
         if not self.named:
             return None
@@ -245,18 +246,25 @@ class _Decision:
         begin = re.match(rb"\[\s*\{", self.text)
         if begin is None:
             return None
-        text = self.text[begin.end() - 1 :].decode("utf-8", "replace")
-        try:
-            value, end = json.JSONDecoder().raw_decode(text)
-        except (ValueError, RecursionError):
-            return None
-        if value and text[end:].lstrip()[:1] in (",", "]"):
-            return "json", "JSON lists"
+        for _ in range(2):
+            text = self.text[begin.end() - 1 :].decode("utf-8", "replace")
+            try:
+                value, end = json.JSONDecoder().raw_decode(text)
+            except (ValueError, RecursionError):
+                self._grow()  # the first item is long
+                continue
+            if value and text[end:].lstrip()[:1] in (",", "]"):
+                return "json", "JSON lists"
+            break
         return None
 
     def _neither(self) -> tuple[str, str] | None:
         """JSON lines may begin with a line that is damaged."""
-        if self.named and any(isinstance(_parse(line), dict) for line in self._lines()):
+        objects = [
+            line.lstrip().startswith(b"{") and isinstance(_parse(line), dict)
+            for line in self._lines()
+        ]
+        if 2 * sum(objects) > len(objects) or (self.named and any(objects)):
             return "jsonl", "JSON lines"
         return None
 

@@ -14,8 +14,9 @@ from etils import epath
 
 from llama_jax.config import DataConfig
 from llama_jax.data.cutting import text_documents
+from llama_jax.data.folders import THREADS
 from llama_jax.data.json_list import values
-from llama_jax.data.listing import THREADS, list_files, named_sources
+from llama_jax.data.listing import list_files, named_sources
 from llama_jax.data.looking import DAMAGED, RECORD_FIELDS, Look, has, look, named
 from llama_jax.data.opening import Damaged, open_stream
 from llama_jax.data.reading import Part, Reading, document, field_of, longest_json, too_long
