@@ -62,10 +62,11 @@ class DataConfig:
     """Where tokens come from.
 
     `source` is `stdlib` (Python's own library, on every machine), `synthetic` (random tokens, for
-    benchmarks), `tfds:NAME`, or a comma-separated list of files, folders and globs: .jsonl and
-    .parquet with a text field, or any text file; all but .parquet also as .gz or .zst. Several
-    sources have names: `web=web/*.jsonl.zst; books=books/*.txt`. With a `template`, files are .json
-    or .jsonl (.gz, .zst) of instructions or conversations, see docs/finetuning.md.
+    benchmarks), `tfds:NAME`, or a comma-separated list of files, folders and globs. What a file is,
+    its first bytes decide: JSON lines or a JSON list with a text field, Parquet, or plain text; all
+    but Parquet also compressed (gzip, zstandard, xz, bzip2). Several sources have names:
+    `web=web/*.jsonl.zst; books=books/*.txt`. With a `template`, files are JSON lines or JSON lists
+    of instructions or conversations, see docs/finetuning.md.
     """
 
     source: str = "stdlib"
@@ -74,7 +75,12 @@ class DataConfig:
     # source. It may have fewer ids than model.vocab_size, never more.
     tokenizer: str = ""
     tokenizer_size: int = 0  # ids of a tokenizer that is trained; 0: model.vocab_size
-    text_field: str = "text"  # of a JSON line, a Parquet table or a TFDS example
+    # Of a JSON record, a Parquet table or a TFDS example; meta.text is field text within meta.
+    text_field: str = "text"
+    # Where plain-text files are cut into documents, such as <|endoftext|>, in which \n and \t stand
+    # for a line end and a tab. Empty: a file is a document, and one of more than
+    # max_document_bytes is cut at blank lines, about every 100,000 bytes.
+    separator: str = ""
     # Instruction data instead of text, written as alpaca, vicuna, llama2 or llama3 have it, or as a
     # FILE.jinja or tokenizer_config.json says; the loss is that of the answers.
     template: str = ""
@@ -90,7 +96,8 @@ class DataConfig:
     shard_tokens: int = 100_000_000  # tokens per shard
     part_bytes: int = 64_000_000  # of the source, that one worker takes at a time
     workers: int = 0  # processes that tokenise; 0: one per core
-    max_document_bytes: int = 10_000_000  # longer documents are skipped and counted
+    # Longer documents are skipped and counted; longer plain-text files are cut (see separator).
+    max_document_bytes: int = 10_000_000
 
     def __post_init__(self) -> None:
         require_types("data", self, wide=("shard_tokens", "part_bytes"))

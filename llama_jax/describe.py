@@ -6,6 +6,7 @@ from llama_jax.config import Config
 from llama_jax.data import shard_folder
 from llama_jax.data.loader import Batches
 from llama_jax.data.pipeline import TrainingData
+from llama_jax.data.streaming import StreamingBatches
 from llama_jax.init_from import base_rows
 from llama_jax.lora import adapter_count, flops_by_part
 
@@ -90,7 +91,11 @@ def _describe_flops(config: Config) -> list[str]:
 
 
 def _describe_data(config: Config, data: TrainingData) -> list[str]:
-    """The shares of a mixture, and how often each source will have been seen at the end."""
+    """Which files are streamed, or how often each source will have been seen at the end."""
+    if isinstance(data.train, StreamingBatches):
+        listing = data.train.listing
+        read = [f"data    {count:,} {kind}" for kind, count in sorted(listing.files.items())]
+        return [*read, *listing.lines("left_out")]
     epochs = data.train.epochs(config.train.steps)
     if not epochs:
         return []

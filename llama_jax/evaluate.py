@@ -87,7 +87,7 @@ def _texts(source: str, data: DataConfig) -> Iterator[str]:
             some = True
             yield text
     finally:  # also where no more of them are asked for; without any, an error says so
-        if some and reading.skipped:
+        if some and str(reading):
             print(reading, file=sys.stderr, flush=True)
 
 

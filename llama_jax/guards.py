@@ -36,6 +36,7 @@ RESUMABLE = (
 # Fields that say which text is trained on, free to change when told so.
 OTHER_DATA = (
     *("data.source", "data.text_field", "data.tfds_split", "data.mixture", "data.packing"),
+    "data.separator",
     *("data.validation_fraction", "data.max_document_bytes", "data.template"),
 )
 ACCEPT_DATA = "--config.data.accept_other_data=True"

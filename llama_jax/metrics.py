@@ -341,7 +341,7 @@ def _is_finished(metrics: dict[str, Any]) -> bool:
 def recorded_loss(jsonl: epath.Path, step: int) -> float | None:
     """The last `eval_loss` that a `metrics.jsonl` has of a step, if it has one."""
     found = None
-    for record in read_records(jsonl) if jsonl.exists() else ():
+    for record in read_records(jsonl)[0] if jsonl.exists() else ():
         if number(record, "step") == step and "eval_loss" in record:
             found = number(record, "eval_loss")
     return found

@@ -81,9 +81,9 @@ def test_json_lines(tmp_path, zipped):
     }
 
 
-def test_a_json_file_is_a_text_where_there_is_no_template(tmp_path):
-    (tmp_path / "a.json").write_text('[{"instruction": "x"}]')
-    assert read(tmp_path) == (['[{"instruction": "x"}]'], {})
+def test_a_json_file_is_never_read_as_its_raw_text(tmp_path):
+    (tmp_path / "a.json").write_text('[{"instruction": "x"}, {"text": "y"}]')
+    assert read(tmp_path) == (["y"], {"no text in field 'text'": 1})
 
 
 def test_another_text_field(tmp_path):
@@ -98,8 +98,8 @@ def test_unusable_files_are_counted(tmp_path):
     (tmp_path / "d.txt").write_text("x" * 101)
     (tmp_path / "e.txt").write_text("x" * 100)
     texts, skipped = read(tmp_path, max_document_bytes=100)
-    assert texts == ["x" * 100]
-    assert skipped == {"invalid UTF-8": 1, "empty": 2, "longer than 100 bytes": 1}
+    assert texts == ["x" * 50, "x" * 51, "x" * 100]  # the first is too long, and is cut
+    assert skipped == {"invalid UTF-8": 1, "empty": 2}
 
 
 def test_an_endless_json_line_is_skipped_in_little_memory(tmp_path):
@@ -111,7 +111,8 @@ def test_an_endless_json_line_is_skipped_in_little_memory(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.zst", "parquet"])
-def test_a_document_of_100_mb_is_skipped_in_bounded_memory(tmp_path, kind):
+def test_a_document_of_100_mb_is_read_in_bounded_memory(tmp_path, kind):
+    """A plain text is cut; a record of that length is skipped."""
     import pyarrow
     import zstandard
     from pyarrow import parquet
@@ -130,11 +131,13 @@ def test_a_document_of_100_mb_is_skipped_in_bounded_memory(tmp_path, kind):
     (tmp_path / "b.txt").write_text("next")
     reading = Reading()
     tracemalloc.start()
-    texts = list(documents(str(tmp_path), DataConfig(), reading))
+    texts = [len(text) for text in documents(str(tmp_path), DataConfig(), reading)]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert texts == (["next"] if kind == "txt" else ["after", "next"])
-    assert reading.skipped == {"longer than 10,000,000 bytes": 1}
+    if kind == "txt":
+        assert sum(texts) == 100_000_004 and max(texts) <= 10_000_000 and not reading.skipped
+    else:
+        assert texts == [5, 4] and reading.skipped == {"longer than 10,000,000 bytes": 1}
     # A line is read up to 6 times the limit, as JSON may escape every byte; Parquet has no lines.
     assert peak < 220e6
 

@@ -8,14 +8,21 @@ from etils import epath
 
 from llama_jax.data import shard_folder
 from llama_jax.data.part import report_name
-from llama_jax.data.reading import Part
+from llama_jax.data.reading import Part, Reading
 from llama_jax.data.tokenizer import Tokenizer
 
 
 def merge_reports(
-    settings: dict[str, Any], parts: list[Part], folder: epath.Path
+    settings: dict[str, Any], parts: list[Part], folder: epath.Path, listing: Reading
 ) -> dict[str, Any]:
-    """The manifest of a source whose parts are all done."""
+    """The manifest of a source whose parts are all done.
+
+    Args:
+      settings: that the shards depend on.
+      parts: of the source.
+      folder: that holds their reports.
+      listing: what was met while the source was listed.
+    """
     reports = [json.loads((folder / report_name(i)).read_text()) for i in range(len(parts))]
     noted: dict[str, dict[str, list[Any]]] = {"skipped": {}, "changed": {}}
     for report, (kind, counts) in itertools.product(reports, noted.items()):
@@ -36,6 +43,8 @@ def merge_reports(
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_sha256": tokenizer.fingerprint,
         **({"template_sha256": settings["template"]} if "template" in settings else {}),
+        "files": dict(listing.files),
+        "left_out": listing.noted("left_out"),
         **noted,
         "splits": splits,
     }

@@ -1,6 +1,7 @@
 """The tokenizer of shards that are prepared: a given one, one made before, or one trained here."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from etils import epath
 
@@ -11,10 +12,15 @@ from llama_jax.data.reading import Reading
 from llama_jax.data.rows import check_ids, trained_size
 from llama_jax.data.sources import documents
 from llama_jax.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_tokenizer
+from llama_jax.errors import UserError
 
 
 def find_or_train(
-    config: Config, sources: dict[str, str], output: epath.Path, log: Callable[[str], None]
+    config: Config,
+    sources: dict[str, str],
+    output: epath.Path,
+    log: Callable[[str], None],
+    own: Sequence[epath.PathLike] = (),
 ) -> Tokenizer:
     """The given tokenizer, that of a source prepared before, or a new one from all sources.
 
@@ -23,6 +29,7 @@ def find_or_train(
       sources: what to read, by name.
       output: folder of the shards.
       log: takes a line for the user.
+      own: folders that this run writes, which are no part of a source.
 
     Raises:
       UserError: the given one cannot be read or does not fit the model, or there is no text.
@@ -43,13 +50,33 @@ def find_or_train(
         given = parse_shares(config.data.mixture)
         shares = {name: float(given.get(name, 0)) for name in sources}
 
+    reading = Reading()
+
     def sample() -> Iterator[str]:
         for name, source in sources.items():
             taken = 0
-            for text in documents(source, config.data, Reading()):
+            for text in documents(source, config.data, reading, own, name):
                 if taken >= shares[name] * SAMPLE_BYTES:
                     break
                 taken += len(text.encode())
                 yield text
 
-    return train_tokenizer(sample(), size)
+    return train(sample(), size, reading)
+
+
+def train(texts: Iterable[str], size: int, reading: Reading) -> Tokenizer:
+    """A new tokenizer.
+
+    Args:
+      texts: to learn from.
+      size: number of ids.
+      reading: that the texts are counted in.
+
+    Raises:
+      UserError: there is no text, with what was met instead; or too little for so many ids.
+    """
+    rest = iter(texts)
+    first = list(itertools.islice(rest, 1))
+    if not first:
+        raise UserError(f"there is no text to train a tokenizer on: {reading.why_nothing()}")
+    return train_tokenizer(itertools.chain(first, rest), size)

@@ -73,8 +73,8 @@ def write_part(
     progress(part.size - position, 0)
     report = {
         "splits": {split: writer.finish() for split, writer in writers.items()},
-        "skipped": {why: [count, reading.first[why]] for why, count in reading.skipped.items()},
-        "changed": {what: [count, reading.first[what]] for what, count in reading.changed.items()},
+        "skipped": reading.noted("skipped"),
+        "changed": reading.noted("changed"),
     }
     write_atomically(path / report_name(index), json.dumps(report).encode())
     return index

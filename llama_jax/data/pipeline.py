@@ -8,7 +8,7 @@ import json
 from etils import epath
 
 from llama_jax.config import Config
-from llama_jax.data import loader
+from llama_jax.data import loader, new_tokenizer
 from llama_jax.data.mixture import parse_shares
 from llama_jax.data.prepare import prepare
 from llama_jax.data.rows import check_ids, trained_size
@@ -17,7 +17,7 @@ from llama_jax.data.shards import TokenDataset
 from llama_jax.data.sources import Reading, documents, named_sources
 from llama_jax.data.streaming import StreamingBatches
 from llama_jax.data.templates import BUILT_IN, end_ids, from_json, open_choice
-from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 
 
@@ -63,6 +63,10 @@ class TrainingData:
 def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
     """Opens the token shards, preparing them first where there are none.
 
+    Args:
+      config: of the run.
+      default_folder: `data` in the work directory, which is no part of a source that it lies in.
+
     Raises:
       UserError: source, shards or tokenizer are missing, damaged or of another vocabulary.
     """
@@ -82,7 +86,7 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
             f"no token shards in {folder / missing[0]}; make them with llama_jax.prepare"
         )
     if missing:
-        prepare(config, folder)
+        prepare(config, folder, own=(default_folder.parent,))
     datasets = {name: TokenDataset.open(folder / name, "train") for name in names}
     first = datasets[names[0]]
     packed = data.packing == "best_fit"
@@ -167,6 +171,9 @@ def _check_template(choice: str, dataset: TokenDataset) -> None:
 def _source_names(config: Config, mixed: list[str], folder: epath.Path) -> list[str]:
     """Names of the sources to open: those of the mixture, which must be those of the source."""
     named = list(named_sources(config.data.source))
+    there = [name for name in named if (folder / name / MANIFEST).exists()]
+    if not there and (folder / MANIFEST).exists():
+        named = [""]  # a path with '=' in it was one source, and is gone now
     if named == [""] and mixed and config.data.path:  # shards that were prepared elsewhere
         there = sorted(p.name for p in folder.iterdir() if (p / MANIFEST).exists())
         named = mixed if set(mixed) <= set(there) else there
@@ -195,18 +202,16 @@ def _open_stream(config: Config, folder: epath.Path) -> TrainingData:
         reading = Reading()
         texts = (
             text
-            for source in named_sources(data.source).values()
-            for text in documents(source, data, reading)
+            for name, source in named_sources(data.source).items()
+            for text in documents(source, data, reading, (folder.parent,), name)
         )
-        try:
-            tokenizer = train_tokenizer(texts, size)
-        finally:  # where there is no text at all, this says why
-            if reading.skipped:
-                print(reading, flush=True)
+        tokenizer = new_tokenizer.train(texts, size, reading)
+        if reading.skipped or reading.changed:
+            print("\n".join(reading.lines("skipped", "changed")), flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
     tokenizer = Tokenizer.load(path)
     ids = tokenizer.vocab_size
     check_ids(ids, config, f"tokenizer {path} has {ids} ids")
-    stream = StreamingBatches(data, tokenizer, config.train.seq_len)
+    stream = StreamingBatches(data, tokenizer, config.train.seq_len, (folder.parent,))
     return TrainingData(stream, None, tokenizer, stream.fingerprint())

@@ -10,17 +10,17 @@ import errno
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from etils import epath
 
 from llama_jax.config import Config, DataConfig
-from llama_jax.data import new_tokenizer, shard_folder, templates
+from llama_jax.data import cutting, new_tokenizer, shard_folder, templates
 from llama_jax.data.merge import merge_reports
 from llama_jax.data.mixture import parse_shares
 from llama_jax.data.part import report_name
-from llama_jax.data.reading import Part
+from llama_jax.data.reading import Part, Reading
 from llama_jax.data.report import Report, report_of
 from llama_jax.data.rows import trained_size
 from llama_jax.data.sources import list_parts, named_sources
@@ -35,7 +35,12 @@ Log = Callable[[str], None]
 
 
 def prepare(
-    config: Config, output: epath.PathLike, *, beam_options: str | None = None, log: Log = print
+    config: Config,
+    output: epath.PathLike,
+    *,
+    beam_options: str | None = None,
+    log: Log = print,
+    own: Sequence[epath.PathLike] = (),
 ) -> list[Report]:
     """Writes the token shards of `config.data` to `output`, or finds that they are there.
 
@@ -49,6 +54,7 @@ def prepare(
       beam_options: run on Apache Beam with these pipeline options, such as
         `--runner=DataflowRunner --project=P`; None: on this machine.
       log: takes lines for the user.
+      own: further folders that this run writes, which are no part of a source that they lie in.
 
     Returns:
       A report for each source.
@@ -62,12 +68,16 @@ def prepare(
     _check_mixture(config.data.mixture, sources)
     template = _template(config.data)
     # All are listed before any is read: a misspelt glob must not wait behind days of work.
+    own = (*own, output)
+    listings = {name: Reading() for name in sources}
     parts = {
-        name: list_parts(source, config.data)
+        name: list_parts(source, config.data, own, listings[name], name)
         for name, source in sources.items()
         if not (output / name / shard_folder.MANIFEST).exists()
     }
-    tokenizer = functools.cache(lambda: new_tokenizer.find_or_train(config, sources, output, log))
+    tokenizer = functools.cache(
+        lambda: new_tokenizer.find_or_train(config, sources, output, log, own)
+    )
     reports = []
     for name, source in sources.items():
         if name:
@@ -80,6 +90,7 @@ def prepare(
                     config,
                     settings,
                     parts.get(name, []),
+                    listings[name],
                     folder,
                     tokenizer,
                     template,
@@ -141,8 +152,10 @@ def _settings(config: Config, source: str, template: bytes) -> dict[str, Any]:
     data = config.data
     instructions = {"template": hashlib.sha256(template).hexdigest()} if template else {}
     given = Tokenizer.load(data.tokenizer) if data.tokenizer else None
+    separator = {"separator": cutting.separator_of(data)} if data.separator else {}
     return {
         **instructions,
+        **separator,
         "source": source,
         "text_field": data.text_field,
         "tfds_split": data.tfds_split,
@@ -158,6 +171,7 @@ def _prepare_source(
     config: Config,
     settings: dict[str, Any],
     parts: list[Part],
+    listing: Reading,
     output: epath.Path,
     tokenizer: Callable[[], Tokenizer],
     template: bytes,
@@ -187,16 +201,11 @@ def _prepare_source(
         if template:
             write_atomically(partial / shard_folder.TEMPLATE, template)
         write_parts(config.data, settings["pack_len"], parts, partial, beam_options)
-        manifest = merge_reports(settings, parts, partial)
+        manifest = merge_reports(settings, parts, partial, listing)
         if not manifest["splits"]["train"]["documents"]:
-            skipped = manifest["skipped"].items()
-            reasons = [f"{count} {why}" for why, (count, _) in skipped]
-            if template:
-                reasons = [f"{count} {why}; the first: {where}" for why, (count, where) in skipped]
             what = "conversation" if template else "text"
             raise UserError(
-                f"data.source={settings['source']} has no {what} to train on "
-                f"({', '.join(reasons) or 'no documents'})"
+                f"data.source={settings['source']} has no {what} to train on {_reasons(manifest)}"
             )
     except UserError:
         if any(parts_done(partial, parts)):
@@ -214,6 +223,19 @@ def _prepare_source(
     report = report_of(output, manifest)
     log(str(report))
     return report
+
+
+def _reasons(manifest: dict[str, Any]) -> str:
+    """Why a source has nothing to train on: what was met instead, and where the first of each."""
+    noted = [
+        (f"{count} {why}{' left out' if kind == 'left_out' else ''}", first)
+        for kind in ("skipped", "left_out")
+        for why, (count, first) in manifest[kind].items()
+    ]
+    if "template" in manifest["settings"]:
+        return f"({', '.join(f'{what}; the first: {first}' for what, first in noted)})"
+    counts = ", ".join(what for what, _ in noted)
+    return f"({counts or 'no documents'})" + "".join(f"; the first: {first}" for _, first in noted)
 
 
 def _open_partial(

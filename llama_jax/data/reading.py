@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,10 @@ class Part:
     """A piece of a source.
 
     Attributes:
-      kind: `files` (whole files, one document each), `jsonl`, `json` (a list of records),
-        `parquet` or `tfds`.
+      kind: `files` (whole files of plain text), `text` (a range of a large one), `jsonl`, `json` (a
+        list of records), `parquet` or `tfds`.
       paths: the files; for TFDS the name of the dataset.
-      start: first byte (jsonl), row group (parquet) or example (tfds).
+      start: first byte (text, jsonl), row group (parquet) or example (tfds).
       stop: where it ends; -1: at the end.
       size: bytes on disk, for progress.
     """
@@ -52,9 +52,11 @@ class Example:
 
 
 class Reading:
-    """What one pass over a part has met.
+    """What was met while a source was listed, or one pass over a part was read.
 
     Attributes:
+      files: how many files of each kind the source has, as far as it is listed.
+      left_out: files and folders that are not read, by reason.
       skipped: documents that could not be used, by reason.
       changed: documents that were not used as they are, by what was done to them.
       first: where the first of each reason was.
@@ -62,10 +64,17 @@ class Reading:
     """
 
     def __init__(self) -> None:
+        self.files: collections.Counter[str] = collections.Counter()
+        self.left_out: collections.Counter[str] = collections.Counter()
         self.skipped: collections.Counter[str] = collections.Counter()
         self.changed: collections.Counter[str] = collections.Counter()
         self.first: dict[str, str] = {}
         self.position = 0
+
+    def leave_out(self, reason: str, where: str) -> None:
+        """Counts a file or folder that is not read."""
+        self.left_out[reason] += 1
+        self.first.setdefault(reason, where)
 
     def skip(self, reason: str, where: str) -> None:
         """Counts a document that cannot be used."""
@@ -73,16 +82,38 @@ class Reading:
         self.first.setdefault(reason, where)
 
     def change(self, what: str, where: str) -> None:
-        """Counts a document of which not all is used."""
+        """Counts a document that is not used as it is."""
         self.changed[what] += 1
         self.first.setdefault(what, where)
 
+    def noted(self, kind: str) -> dict[str, list[Any]]:
+        """`left_out`, `skipped` or `changed` as a manifest has it: reason -> [count, first]."""
+        return {why: [count, self.first[why]] for why, count in getattr(self, kind).items()}
+
+    def lines(self, *kinds: str) -> list[str]:
+        """Lines for the user: for each reason how often, and where the first was.
+
+        Args:
+          *kinds: of `left_out`, `skipped` and `changed`.
+        """
+        return [
+            f"{kind.replace('_', ' ')}  {count:,} {reason}; the first: {first}"
+            for kind in kinds
+            for reason, (count, first) in sorted(self.noted(kind).items())
+        ]
+
+    def why_nothing(self) -> str:
+        """Why there may be no text, in one line: all that was left out and skipped."""
+        reasons = [
+            f"{kind.replace('_', ' ')}: {count:,} {reason} (the first: {first})"
+            for kind in ("skipped", "left_out")
+            for reason, (count, first) in sorted(self.noted(kind).items())
+        ]
+        return ", ".join(reasons) or "it holds no document"
+
     def __str__(self) -> str:
-        """What was skipped, a line for each reason."""
-        return "\n".join(
-            f"skipped  {count:,} {reason}; the first: {self.first[reason]}"
-            for reason, count in sorted(self.skipped.items())
-        )
+        """What was not used, or not as it is: a line for each reason."""
+        return "\n".join(self.lines("skipped", "changed", "left_out"))
 
 
 def too_long(config: DataConfig) -> str:
@@ -90,8 +121,44 @@ def too_long(config: DataConfig) -> str:
     return f"longer than {config.max_document_bytes:,} bytes"
 
 
-def document(data: bytes, where: str, config: DataConfig, reading: Reading) -> Iterator[str]:
-    """The text of a document's bytes, or nothing and a count of why."""
+def longest_json(config: DataConfig) -> int:
+    """Bytes of JSON that a document may take: escapes such as \\u00e9 make it longer."""
+    return 6 * config.max_document_bytes + 1024
+
+
+def field_of(record: Any, name: str) -> Any:
+    """The value of a field; `meta.text` is field `text` of `meta`, unless there is a `meta.text`.
+
+    Args:
+      record: a mapping, such as an object of JSON; anything else has no field.
+      name: of the field, or the names on the way to it, with dots between them.
+
+    Returns:
+      The value; None where there is no such field.
+    """
+    if not isinstance(record, Mapping):
+        return None
+    if name in record:
+        return record[name]
+    for dot in (place for place, letter in enumerate(name) if letter == "."):
+        value = field_of(record.get(name[:dot]), name[dot + 1 :])
+        if value is not None:
+            return value
+    return None
+
+
+def document(
+    data: bytes, where: str, config: DataConfig, reading: Reading, begins: bool = True
+) -> Iterator[str]:
+    """The text of a document's bytes, or nothing and a count of why.
+
+    Args:
+      data: UTF-8.
+      where: the document, for the report.
+      config: how long it may be.
+      reading: takes the count.
+      begins: whether a byte order mark at its beginning is one, and no part of the text.
+    """
     if len(data) > config.max_document_bytes:
         reading.skip(too_long(config), where)
         return
@@ -100,6 +167,8 @@ def document(data: bytes, where: str, config: DataConfig, reading: Reading) -> I
     except UnicodeDecodeError:
         reading.skip("invalid UTF-8", where)
         return
+    if begins:
+        text = text.removeprefix("\ufeff")
     if not text.strip():
         reading.skip("empty", where)
         return

@@ -21,8 +21,10 @@ class Report:
       splits: per split: documents, tokens, text_bytes, sequences where documents are packed, and
         answer_tokens where only these count, with the numbers of answers and of unended_answers.
       skipped: documents that could not be used: reason -> (how many, where the first was).
-      changed: documents of which not all is used, in the same way.
+      changed: documents that are not used as they are, in the same way.
       pack_len: sequence length that documents were packed for; 0 if they were not.
+      files: how many files of each kind were read; empty for shards of an earlier version.
+      left_out: files and folders that were not read, as `skipped`.
     """
 
     folder: epath.Path
@@ -30,6 +32,8 @@ class Report:
     skipped: dict[str, list[Any]]
     changed: dict[str, list[Any]]
     pack_len: int
+    files: dict[str, int] = dataclasses.field(default_factory=dict)
+    left_out: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         answers = any("answer_tokens" in split for split in self.splits.values())
@@ -53,8 +57,11 @@ class Report:
             lines.append(line)
         if any("answers" in split for split in self.splits.values()):
             lines.append(answers_lib.sentence(*answers_lib.totals(self.splits)))
-        for kind, noted in (("skipped", self.skipped), ("changed", self.changed)):
-            for reason, (count, first) in sorted(noted.items()):
+        for kind_of_file, count in sorted(self.files.items()):
+            lines.append(f"{'files':<12}{count:>14,}  {kind_of_file}")
+        noted = {"left out": self.left_out, "skipped": self.skipped, "changed": self.changed}
+        for kind, reasons in noted.items():
+            for reason, (count, first) in sorted(reasons.items()):
                 lines.append(f"{kind:<12}{count:>14,}  {reason}; the first: {first}")
         return "\n".join([*lines, f"token shards in {self.folder}"])
 
@@ -79,7 +86,15 @@ def _report_of(folder: epath.Path, manifest: dict[str, Any]) -> Report:
             kinds = ("answer_tokens", "answers", "unended_answers")  # before: not all
             splits[name] |= {kind: split[kind] for kind in kinds if kind in split}
     pack_len = manifest["settings"].get("pack_len", 0)
-    return Report(folder, splits, manifest["skipped"], manifest.get("changed", {}), pack_len)
+    return Report(
+        folder,
+        splits,
+        manifest["skipped"],
+        manifest.get("changed", {}),
+        pack_len,
+        manifest.get("files", {}),
+        manifest.get("left_out", {}),
+    )
 
 
 class Progress:

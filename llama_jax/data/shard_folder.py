@@ -108,9 +108,11 @@ def _check_form(manifest: dict[str, Any]) -> None:
     if "pack_len" in settings:
         require(_count(settings, "pack_len") < 2**31, "pack_len is out of range")
     _optional(_text, manifest, "template_sha256")
-    for kind in ("skipped", "changed"):
+    for kind in ("skipped", "changed", "left_out"):
         for count, first in manifest.get(kind, {}).values():
             require(type(count) is int and isinstance(first, str), f"{kind} does not count")
+    for count in manifest.get("files", {}).values():
+        require(type(count) is int, "files does not count")
     for name in SPLITS:
         split = manifest["splits"][name]
         for key in {"documents", "tokens", "text_bytes"} | (split.keys() - {"shards"}):

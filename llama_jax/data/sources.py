@@ -1,70 +1,64 @@
 """Where documents come from: files of text, JSON lines and Parquet, TFDS, and Python's own library.
 
 A source is cut into parts, each read by itself, so that many processes can share the work and a
-part can be done again. What the parts are depends on names and sizes of the files alone.
+part can be done again. What the parts are depends on names, sizes and first bytes of the files.
 """
 
-import gzip
 import io
 import json
-import sysconfig
-import zlib
-from collections.abc import Iterator
-from typing import IO, Any
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-import zstandard
 from etils import epath
 
 from llama_jax.config import DataConfig
-from llama_jax.data.json_list import list_items
-from llama_jax.data.reading import Part, Reading, document, too_long
+from llama_jax.data.cutting import text_documents
+from llama_jax.data.folders import THREADS
+from llama_jax.data.json_list import values
+from llama_jax.data.listing import list_files, named_sources
+from llama_jax.data.looking import DAMAGED, RECORD_FIELDS, Look, has, look, named
+from llama_jax.data.opening import Damaged, open_stream
+from llama_jax.data.reading import Part, Reading, document, field_of, longest_json, too_long
 from llama_jax.data.tables import parquet_parts, read_parquet, read_tfds, tfds_parts
 from llama_jax.errors import UserError
 from llama_jax.files import size_of
 
-JSON_LINES = (".jsonl", ".ndjson")
-JSON_LIST = ".json"
-PARQUET = (".parquet",)
-ZIPPED = (".gz", ".zst")
-DAMAGED = (gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError)
-# Not what Python is written like: tests of odd syntax, generated tables, other people's packages.
-STDLIB_EXCLUDED = (
-    *("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"),
-    *("lib2to3", "encodings", "pydoc_data"),
-)
+__all__ = [
+    "Reading",
+    "documents",
+    "list_files",
+    "list_parts",
+    "named_sources",
+    "read",
+    "read_records",
+]
 
 
-def named_sources(source: str) -> dict[str, str]:
-    """`web=a/*.jsonl; books=b/*.txt` by name; a source without names is called ''.
-
-    Raises:
-      UserError: a name that cannot be a folder, or comes twice.
-    """
-    if "=" not in source:
-        return {"": source}
-    found: dict[str, str] = {}
-    for item in source.split(";"):
-        name, _, spec = (piece.strip() for piece in item.partition("="))
-        if not item.strip():
-            continue
-        if not name.replace("_", "").replace("-", "").isalnum() or not spec:
-            raise UserError(f"data.source: {item.strip()!r} is not NAME=FILES")
-        if name in found:
-            raise UserError(f"data.source names {name!r} twice")
-        found[name] = spec
-    return found
-
-
-def list_parts(source: str, config: DataConfig) -> list[Part]:
+def list_parts(
+    source: str,
+    config: DataConfig,
+    own: Sequence[epath.PathLike] = (),
+    reading: Reading | None = None,
+    name: str = "",
+) -> list[Part]:
     """Cuts one source into parts of about `config.part_bytes`.
 
+    Args:
+      source: what to read.
+      config: how to read it.
+      own: folders that this run writes, which are left out of the folder that they are in.
+      reading: takes the numbers of files of each kind, and of what is left out.
+      name: of the source, for errors.
+
     Raises:
-      UserError: a path does not exist, or a glob matches nothing.
+      UserError: as `list_files`; or a file cannot be read, or is not of a kind that is read here.
     """
     if config.template and (source == "stdlib" or source.startswith("tfds:")):
         raise UserError(f"data.source={source} has no instruction data, which data.template needs")
     if source.startswith("tfds:"):
         return tfds_parts(source.removeprefix("tfds:"), config)
+    reading = Reading() if reading is None else reading
     parts: list[Part] = []
     small: list[str] = []
     small_bytes = 0
@@ -76,33 +70,56 @@ def list_parts(source: str, config: DataConfig) -> list[Part]:
             small.clear()
             small_bytes = 0
 
-    for path in list_files(source):
-        size = size_of(path)
-        kind, zipped = _kind(path)
-        if config.template:
-            if kind not in ("json", "jsonl"):
-                raise UserError(
-                    f"data.source: {path} is neither .json nor .jsonl, which data.template reads"
-                )
-        elif kind == "json":  # a text as any other
-            kind = "files"
-        if kind == "files":
+    for path, found in _looks(source, list_files(source, own, reading, name), config):
+        size = found.size
+        if not found.kind:
+            reading.leave_out(found.label, str(path))
+            continue
+        if config.template and found.kind in ("files", "parquet"):
+            raise UserError(
+                f"data.source: {path} is neither .json nor .jsonl, which data.template reads, but "
+                f"{found.label}"
+            )
+        if found.kind != "damaged":
+            reading.files[found.label] += 1
+        ranges = found.as_stored and _is_cut(found.kind, size, config)
+        if found.kind in ("files", "damaged") and not ranges:
             small.append(str(path))
             small_bytes += size
             if small_bytes >= config.part_bytes:
                 close()
             continue
         close()
+        kind = "text" if found.kind == "files" else found.kind
         if kind == "parquet":
             parts.extend(parquet_parts(path, size, config))
-        elif zipped or kind == "json" or size <= config.part_bytes:
+        elif not ranges:
             parts.append(Part(kind, (str(path),), 0, -1, size))
         else:
             for start in range(0, size, config.part_bytes):
                 stop = min(start + config.part_bytes, size)
-                parts.append(Part("jsonl", (str(path),), start, stop, stop - start))
+                parts.append(Part(kind, (str(path),), start, stop, stop - start))
     close()
     return parts
+
+
+def _looks(
+    source: str, files: list[epath.Path], config: DataConfig
+) -> Iterator[tuple[epath.Path, Look]]:
+    """Each file with what it is; many are asked about at once, since buckets answer late."""
+    if source == "stdlib":
+        for path in files:
+            yield path, Look("files", "plain text", True, size_of(path))
+        return
+    with ThreadPoolExecutor(min(THREADS, len(files) or 1)) as pool:
+        yield from zip(files, pool.map(lambda path: look(path, config), files), strict=True)
+
+
+def _is_cut(kind: str, size: int, config: DataConfig) -> bool:
+    """Whether a file is read in ranges of bytes."""
+    if kind == "files" and not config.separator:
+        return size > config.max_document_bytes
+    return kind in ("files", "jsonl") and size > config.part_bytes
 
 
 def read(part: Part, config: DataConfig, reading: Reading) -> Iterator[str]:
@@ -119,10 +136,15 @@ def read(part: Part, config: DataConfig, reading: Reading) -> Iterator[str]:
         elif part.kind == "jsonl":
             for line, where in _read_json_lines(part, config, reading):
                 yield from _json_document(line, where, config, reading)
+        elif part.kind == "json":
+            for record, where in _read_json_values(part, config, reading):
+                text = record if isinstance(record, str) else field_of(record, config.text_field)
+                yield from _text_document(text, record, where, config, reading)
         else:
-            yield from _read_files(part, config, reading)
+            yield from _read_texts(part, config, reading)
     except OSError as error:
-        raise UserError(f"cannot read {part.paths[0]}: {error.strerror or error}") from error
+        path = error.filename or part.paths[0]
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def read_records(part: Part, config: DataConfig, reading: Reading) -> Iterator[tuple[Any, str]]:
@@ -135,7 +157,11 @@ def read_records(part: Part, config: DataConfig, reading: Reading) -> Iterator[t
     """
     try:
         if part.kind == "json":
-            yield from _read_json_list(part, config, reading)
+            yield from _read_json_values(part, config, reading)
+            return
+        if part.kind == "files":  # no other files get here, see `list_parts`
+            for path in part.paths:
+                reading.skip(DAMAGED, path)
             return
         for line, where in _read_json_lines(part, config, reading):
             yield from _json_record(line, where, reading)
@@ -143,96 +169,48 @@ def read_records(part: Part, config: DataConfig, reading: Reading) -> Iterator[t
         raise UserError(f"cannot read {part.paths[0]}: {error.strerror or error}") from error
 
 
-def documents(source: str, config: DataConfig, reading: Reading) -> Iterator[str]:
+def documents(
+    source: str,
+    config: DataConfig,
+    reading: Reading,
+    own: Sequence[epath.PathLike] = (),
+    name: str = "",
+) -> Iterator[str]:
     """Streams all documents of one source, in order.
+
+    Args:
+      source: what to read.
+      config: how to read it.
+      reading: takes the counts of files and of documents.
+      own: folders that this run writes, as in `list_parts`.
+      name: of the source, for errors.
 
     Raises:
       UserError: as `list_parts` and `read`.
     """
-    for part in list_parts(source, config):
+    for part in list_parts(source, config, own, reading, name):
         yield from read(part, config, reading)
 
 
-def list_files(source: str) -> list[epath.Path]:
-    """The files that a source names, sorted, each once.
-
-    Raises:
-      UserError: a path does not exist, or a glob matches nothing.
-    """
-    if source == "stdlib":
-        root = epath.Path(sysconfig.get_paths()["stdlib"])
-        return [path for path in _walk(root, STDLIB_EXCLUDED) if path.suffix == ".py"]
-    found: set[str] = set()
-    for pattern in source.split(","):
-        path = epath.Path(pattern.strip()).expanduser()
-        if path.is_dir():
-            matches = list(_walk(path))
-            if not matches:
-                raise UserError(f"data.source: the folder {pattern} holds no file")
-        elif path.exists():
-            matches = [path]
-        elif any(letter in str(path) for letter in "*?["):
-            if "**" in str(path):  # epath refuses it: in a bucket it could list for hours
-                raise UserError(
-                    f"data.source: {pattern} has '**'; name the folder, which is read with all "
-                    "that is below it"
-                )
-            matches = [match for match in path.parent.glob(path.name) if match.is_file()]
-            if not matches:
-                raise UserError(f"data.source: {pattern} matches no file")
-        else:
-            raise UserError(f"data.source: {pattern} does not exist")
-        found.update(str(match) for match in matches)
-    return [epath.Path(name) for name in sorted(found)]
-
-
-def _walk(folder: epath.Path, excluded: tuple[str, ...] = ()) -> Iterator[epath.Path]:
-    """Files below a folder, sorted; `epath` has no recursive glob."""
-    for path in sorted(folder.iterdir(), key=str):
-        if path.name in excluded:
-            continue
-        if path.is_dir():
-            yield from _walk(path, excluded)
-        else:
-            yield path
-
-
-def _kind(path: epath.Path) -> tuple[str, bool]:
-    """What a file holds, by its name, and whether it is compressed."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    zipped = suffixes[-1:] != [] and suffixes[-1] in ZIPPED
-    last = suffixes[-2:-1] if zipped else suffixes[-1:]
-    if last and last[0] in JSON_LINES:
-        return "jsonl", zipped
-    if last and last[0] in PARQUET:
-        return "parquet", zipped
-    if last and last[0] == JSON_LIST:
-        return "json", zipped
-    return "files", zipped
-
-
-def _unzip(path: epath.Path, raw: IO[bytes]) -> Any:
-    if path.suffix.lower() == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if path.suffix.lower() == ".zst":
-        reader = zstandard.ZstdDecompressor().stream_reader(
-            raw, read_across_frames=True, closefd=False
-        )
-        return io.BufferedReader(reader)
-    return raw
-
-
-def _read_files(part: Part, config: DataConfig, reading: Reading) -> Iterator[str]:
+def _read_texts(part: Part, config: DataConfig, reading: Reading) -> Iterator[str]:
+    """Documents of files of plain text, or of a range of one."""
+    position = reading.position
     for name in part.paths:
         path = epath.Path(name)
-        try:
-            with path.open("rb") as raw:
-                data = _unzip(path, raw).read(config.max_document_bytes + 1)
-                reading.position += raw.tell()
-        except DAMAGED:
-            reading.skip("damaged compressed file", name)
-            continue
-        yield from document(data, name, config, reading)
+        with path.open("rb") as raw:
+            opened = open_stream(raw)
+            if named(path)[1] and not opened.compression:
+                reading.skip(DAMAGED, name)  # nothing else in it says what it is
+                continue
+            texts = text_documents(opened.file, part.start, part.stop, name, config, reading)
+            try:
+                for text in texts:
+                    reading.position = position + raw.tell() - part.start
+                    yield text
+            except Damaged:
+                reading.skip(DAMAGED, name)
+            position += raw.tell() - part.start
+            reading.position = position
 
 
 def _read_json_lines(
@@ -240,9 +218,9 @@ def _read_json_lines(
 ) -> Iterator[tuple[bytes, str]]:
     """Lines that are not empty, and where they are."""
     path = epath.Path(part.paths[0])
-    limit = _longest(config)
+    limit = longest_json(config)
     with path.open("rb") as raw:
-        file = _unzip(path, raw)
+        file = open_stream(raw).file
         offset = part.start
         if offset:  # a line belongs to the part in which it begins
             file.seek(offset - 1)
@@ -258,36 +236,35 @@ def _read_json_lines(
                     offset += _rest_of_line(file, limit)
                     reading.skip(too_long(config), where)
                     continue
-            except DAMAGED:
-                reading.skip("damaged compressed file", where)
+            except Damaged:
+                reading.skip(DAMAGED, where)
                 return
             reading.position = raw.tell() - part.start
             if line.strip():
                 yield line, where
 
 
-def _read_json_list(part: Part, config: DataConfig, reading: Reading) -> Iterator[tuple[Any, str]]:
+def _read_json_values(
+    part: Part, config: DataConfig, reading: Reading
+) -> Iterator[tuple[Any, str]]:
+    """Items of the list in a file, or the objects that it holds instead."""
     path = epath.Path(part.paths[0])
     number = 0
     with path.open("rb") as raw:
         # What is no UTF-8 costs the record that it is in: half of a surrogate pair stands for it.
-        text = io.TextIOWrapper(_unzip(path, raw), "utf-8-sig", "surrogateescape")
+        text = io.TextIOWrapper(open_stream(raw).file, "utf-8-sig", "surrogateescape")
         try:
-            for number, record in enumerate(list_items(text, _longest(config)), start=1):
+            found = values(text, longest_json(config), config.template and RECORD_FIELDS)
+            for number, record in enumerate(found, start=1):
                 reading.position = raw.tell()
                 yield record, f"{path}, record {number}"
-        except DAMAGED:
-            reason = "damaged compressed file"
+        except Damaged:
+            reason = DAMAGED
         except (ValueError, RecursionError):
-            reason = "broken JSON" if number else "no JSON list"
+            reason = "broken JSON" if number or not config.template else "no JSON list"
         else:
             return
     reading.skip(f"{reason}; the rest of the file is left out", f"{path}, after record {number}")
-
-
-def _longest(config: DataConfig) -> int:
-    """Bytes of JSON that a document may take: escapes such as \\u00e9 make it longer."""
-    return 6 * config.max_document_bytes + 1024
 
 
 def _rest_of_line(file: Any, limit: int) -> int:
@@ -313,9 +290,16 @@ def _json_record(line: bytes, where: str, reading: Reading) -> Iterator[tuple[An
 
 def _json_document(line: bytes, where: str, config: DataConfig, reading: Reading) -> Iterator[str]:
     for record, _ in _json_record(line, where, reading):
-        text = record.get(config.text_field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            reading.skip(f"no text in field {config.text_field!r}", where)
-            return
-        # JSON may hold half of a surrogate pair, which is no Unicode text.
-        yield from document(text.encode("utf-8", "surrogatepass"), where, config, reading)
+        text = field_of(record, config.text_field)
+        yield from _text_document(text, record, where, config, reading)
+
+
+def _text_document(
+    text: Any, record: Any, where: str, config: DataConfig, reading: Reading
+) -> Iterator[str]:
+    """The text of a record of JSON, or nothing and a count of why."""
+    if not isinstance(text, str):
+        reading.skip(f"no text in field {config.text_field!r}", f"{where}: {has(record)}")
+        return
+    # JSON may hold half of a surrogate pair, which is no Unicode text.
+    yield from document(text.encode("utf-8", "surrogatepass"), where, config, reading)

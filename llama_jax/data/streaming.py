@@ -9,12 +9,14 @@ processes, and only the same number can go on exactly.
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from llama_jax.config import DataConfig
+from llama_jax.data.cutting import separator_of
 from llama_jax.data.sources import Reading, list_parts, named_sources, read
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
@@ -43,8 +45,20 @@ class Position:
 class StreamingBatches:
     """Batches from a source, from a position on; `position(step)` is what a checkpoint keeps."""
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, seq_len: int) -> None:
-        """Lists the files; nothing is read yet.
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        own: Sequence[epath.PathLike] = (),
+    ) -> None:
+        """Lists the files; no document is read yet.
+
+        Args:
+          config: what to read, and how.
+          tokenizer: of the model.
+          seq_len: tokens of a row.
+          own: folders that this run writes, which are no part of a source.
 
         Raises:
           UserError: several named sources, or one that is not there.
@@ -54,7 +68,9 @@ class StreamingBatches:
             raise UserError("data.streaming reads one source; prepare shards to mix several")
         self._config, self._tokenizer = config, tokenizer
         self._length = seq_len
-        self._parts = list_parts(next(iter(sources.values())), config)
+        name, source = next(iter(sources.items()))
+        self.listing = Reading()
+        self._parts = list_parts(source, config, own, self.listing, name)
         self._positions: dict[int, Position] = {}
         self._process, self._processes = 0, 1
         self._reading = Reading()  # of the present pass
@@ -64,6 +80,7 @@ class StreamingBatches:
         """Identity of files (names and sizes) and tokenizer."""
         parts = [dataclasses.astuple(part) for part in self._parts]
         text = repr((parts, self._config.text_field, self._tokenizer.fingerprint))
+        text += separator_of(self._config)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def epochs(self, step: int) -> dict[str, float]:
@@ -79,10 +96,11 @@ class StreamingBatches:
         return self._reading.skipped.total()
 
     def tell_skips(self) -> None:
-        """Prints what this pass has skipped, if that is more than was told; process 0 does."""
-        if self._process == 0 and self._reading.skipped - self._told:
+        """Prints what this pass has skipped or cut, if that is more than before; process 0 does."""
+        met = self._reading.skipped + self._reading.changed
+        if self._process == 0 and met - self._told:
             print(self._reading, flush=True)
-            self._told = self._reading.skipped.copy()
+            self._told = met
 
     def start_at(self, step: int, position: Position, process: int, processes: int) -> None:
         """Goes on at a position that `position(step)` gave, as one of so many processes."""
@@ -141,9 +159,12 @@ class StreamingBatches:
                 position = dataclasses.replace(position, document=number + 1, token=0)
             self.tell_skips()
             if not found and first == 0:
+                why = Reading()
+                why.skipped, why.left_out = self._reading.skipped, self.listing.left_out
+                why.first = self._reading.first | self.listing.first
                 raise UserError(
                     f"data.source={self._config.source} has no text that process "
-                    f"{self._process} of {self._processes} could train on"
+                    f"{self._process} of {self._processes} could train on: {why.why_nothing()}"
                 )
             self._reading = Reading()
             position, first = Position(epoch=position.epoch + 1), 0

@@ -44,6 +44,7 @@ OF_DATA = {
     "data__packing": "best_fit",
     "data__validation_fraction": 0.5,
     "data__max_document_bytes": 9,
+    "data__separator": "<|endoftext|>",
     "data__template": "alpaca",
 }
 # Where a field does not go with all the others of TINY.
