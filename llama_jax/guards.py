@@ -1,22 +1,21 @@
 """What is checked before a run starts or goes on: that it fits, and that it is the same run."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 from etils import epath
 
+from llama_jax import files
 from llama_jax.checkpoint import Meta
 from llama_jax.config import Config, difference, from_json
 from llama_jax.data.pipeline import TrainingData
 from llama_jax.errors import UserError
-from llama_jax.files import is_object_store, read_bytes
+from llama_jax.files import read_bytes
 from llama_jax.lora import adapter_count
 
 # Fields that may change when a run is resumed: where and how often, not what is trained.
@@ -101,32 +100,15 @@ def check_workdir(config: Config, workdir: epath.Path) -> None:
             )
 
 
-@contextlib.contextmanager
-def locked(workdir: epath.Path) -> Iterator[None]:
-    """Holds the work directory for this process, until it ends in whatever way.
-
-    Buckets have no such locks, and some network file systems refuse them: there nobody is kept out.
+def locked(workdir: epath.Path) -> contextlib.AbstractContextManager[None]:
+    """Holds the work directory for this process, as `files.locked`.
 
     Raises:
       UserError: another process trains in it.
     """
-    if is_object_store(workdir):
-        yield
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    handle = os.open(workdir, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process trains in {workdir}; wait for its end, or use another --workdir"
-            ) from None
-        except OSError:
-            pass  # no locks here
-        yield
-    finally:
-        os.close(handle)
+    return files.locked(
+        workdir, f"another process trains in {workdir}; wait for its end, or use another --workdir"
+    )
 
 
 def _refused(changes: Changes, config: Config) -> Changes:

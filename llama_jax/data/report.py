@@ -23,6 +23,7 @@ class Report:
       skipped: documents that could not be used: reason -> (how many, where the first was).
       changed: documents of which not all is used, in the same way.
       pack_len: sequence length that documents were packed for; 0 if they were not.
+      held_out: where no document was held out: how many tokens at the end were, and why.
     """
 
     folder: epath.Path
@@ -30,6 +31,7 @@ class Report:
     skipped: dict[str, list[Any]]
     changed: dict[str, list[Any]]
     pack_len: int
+    held_out: tuple[int, str] | None = None
 
     def __str__(self) -> str:
         answers = any("answer_tokens" in split for split in self.splits.values())
@@ -53,6 +55,8 @@ class Report:
             lines.append(line)
         if any("answers" in split for split in self.splits.values()):
             lines.append(answers_lib.sentence(*answers_lib.totals(self.splits)))
+        if self.held_out:
+            lines.append(f"{'held out':<12}{self.held_out[0]:>14,}  {self.held_out[1]}")
         for kind, noted in (("skipped", self.skipped), ("changed", self.changed)):
             for reason, (count, first) in sorted(noted.items()):
                 lines.append(f"{kind:<12}{count:>14,}  {reason}; the first: {first}")
@@ -79,7 +83,15 @@ def _report_of(folder: epath.Path, manifest: dict[str, Any]) -> Report:
             kinds = ("answer_tokens", "answers", "unended_answers")  # before: not all
             splits[name] |= {kind: split[kind] for kind in kinds if kind in split}
     pack_len = manifest["settings"].get("pack_len", 0)
-    return Report(folder, splits, manifest["skipped"], manifest.get("changed", {}), pack_len)
+    held_out = manifest.get("held_out")
+    return Report(
+        folder,
+        splits,
+        manifest["skipped"],
+        manifest.get("changed", {}),
+        pack_len,
+        (held_out["tokens"], held_out["why"]) if held_out else None,
+    )
 
 
 class Progress:
