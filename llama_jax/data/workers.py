@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ from llama_jax.data.reading import Part
 from llama_jax.data.report import Progress
 from llama_jax.errors import UserError
 
+# What ends all processes of a terminal or a job.
+_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 # Of a worker process: bytes and tokens done of each part, shared with the parent. Without a lock,
@@ -83,9 +86,10 @@ def _write_in_pool(
     # Not a fork: JAX, TensorFlow and SentencePiece have threads, which do not survive one.
     context = multiprocessing.get_context("spawn")
     counters = context.RawArray("q", 2 * len(todo))
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (counters,))
+    with _signals_held_back():  # apart: this starts a process that cleans up, and lets signals in
+        pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (counters,))
     with pool, _killed_by_interrupts():
-        with _blocked_signals():
+        with _signals_held_back():
             futures = {
                 pool.submit(
                     write_part,
@@ -128,17 +132,27 @@ def _killed_by_interrupts() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _blocked_signals() -> Iterator[None]:
+def _signals_held_back() -> Iterator[None]:
     """Holds signals back until all processes that are started inside are known.
 
-    These inherit it, and stay deaf to what a terminal sends to all processes of a group.
+    These inherit the mask, and stay deaf to what a terminal sends to all processes of a group. It
+    does not keep signals from this process, whose other threads take them.
     """
-    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    came: list[int] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # Python's rule
+        for number in _SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                handlers[number] = signal.signal(number, lambda number, _: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
 
 
 def parts_done(folder: epath.Path, n_parts: int) -> list[bool]:
