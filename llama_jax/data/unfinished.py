@@ -30,8 +30,8 @@ from llama_jax.data.shard_folder import (
     token_dtype,
 )
 from llama_jax.data.workers import parts_done
-from llama_jax.errors import UserError
-from llama_jax.files import is_object_store, locked, parse_json, read_bytes, write_atomically
+from llama_jax.errors import UserError, boundary
+from llama_jax.files import is_object_store, locked, read_json, write_atomically
 
 # What `prepare` writes, and what a killed `write_atomically` leaves of it.
 _OURS = re.compile(
@@ -99,11 +99,11 @@ def _check_place(folder: epath.Path) -> None:
         return
     path = pathlib.Path(folder)
     with _named(folder):
-        for place in (path, *path.absolute().parents):
+        for place in (path.absolute(), *path.absolute().parents):
             if place.is_dir():
                 return
             if place.exists():
-                what = "it" if place == path else str(place)
+                what = "it" if place == path.absolute() else str(place)
                 raise UserError(f"{folder} cannot be a folder of shards: {what} is a file")
             if place.is_symlink():
                 raise UserError(
@@ -192,27 +192,29 @@ def begin(
     }
     folder.mkdir(parents=True, exist_ok=True)  # of a bucket
     path = folder / PLAN
+    done = len(list(folder.glob("part-*.json")))
     if path.exists() and restart:
         clear(folder)
         log(f"the unfinished work in {folder} is deleted")
     elif path.exists():
-        old = parse_json(read_bytes(path), f"{path}, which says what is unfinished here,")
-        n_done = sum(parts_done(folder, len(old.get("parts", ()))))
-        changed = _changes(old, json.loads(json.dumps(plan)))
+        mend = f"delete it (llama_jax.prepare --output={folder} --restart does)"
+        try:
+            with boundary(f"{path}"):
+                changed = _changes(read_json(path), json.loads(json.dumps(plan)))
+        except UserError as error:
+            raise UserError(
+                f"the work in {folder} cannot be gone on with: {error}; {mend}"
+            ) from error
         if not changed:
-            log(f"going on in {folder}: {n_done} of {len(parts)} parts are done")
-            todo = [
-                part
-                for part, done in zip(parts, parts_done(folder, len(parts)), strict=True)
-                if not done
-            ]
+            log(f"going on in {folder}: {done} of {len(parts)} parts are done")
+            finished = parts_done(folder, len(parts))
+            todo = [part for part, is_done in zip(parts, finished, strict=True) if not is_done]
             _warn_of_space(folder, todo, settings["vocab_size"], log)
             return
-        if n_done:
+        if done:
             raise UserError(
-                f"{folder} holds unfinished work, {n_done} parts of it done, with another "
-                f"{', '.join(changed)}; put the old value back to go on with it, or delete it "
-                f"(llama_jax.prepare --output={folder} --restart does)"
+                f"{folder} holds unfinished work, {done} parts of it done, with another "
+                f"{', '.join(changed)}; put the old value back to go on with it, or {mend}"
             )
         clear(folder)
         log(f"no part of the work begun in {folder} was done; it begins again as it is asked now")
@@ -228,10 +230,10 @@ def begin(
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What makes two plans differ, each with what it was and is."""
-    changed = changes(old.get("settings", {}), new["settings"])
-    changed += changes(*({"shard_tokens": plan.get("shard_tokens")} for plan in (old, new)))
-    if not changed and old.get("parts") != new["parts"]:  # which follow from all else
-        changed = changes(*({"part_bytes": plan.get("part_bytes")} for plan in (old, new)))
+    changed = changes(old["settings"], new["settings"])
+    changed += changes(*({"shard_tokens": plan["shard_tokens"]} for plan in (old, new)))
+    if not changed and old["parts"] != new["parts"]:  # which follow from all else
+        changed = changes(*({"part_bytes": plan["part_bytes"]} for plan in (old, new)))
         changed = changed or ["list of files, or sizes of these"]
     return changed
 
