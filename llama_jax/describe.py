@@ -62,6 +62,17 @@ def remarks(config: Config, data: TrainingData) -> list[str]:
     return found
 
 
+def no_evaluation(data: TrainingData) -> list[str]:
+    """Lines on what the run is not evaluated on, and why."""
+    reasons = "; ".join(f"{name}: {why}" if name else why for name, why in data.unvalidated.items())
+    if data.validation is None:
+        return [
+            f"eval    none, because there is no validation data ({reasons}): eval_loss is not "
+            "logged, and train.keep_best has nothing to go by"
+        ]
+    return [f"eval    without some sources ({reasons})"] if reasons else []
+
+
 def _describe_start(config: Config) -> list[str]:
     """What is trained, where that is not random weights."""
     lora = config.lora

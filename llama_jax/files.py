@@ -1,10 +1,11 @@
 """Small files of a work directory, and where they lie."""
 
 import contextlib
+import fcntl
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from etils import epath
@@ -172,3 +173,50 @@ def write_atomically(path: epath.Path, data: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(folder: epath.PathLike, message: str) -> Iterator[None]:
+    """Makes a folder and holds it for this process, until it ends in whatever way.
+
+    Buckets have no such locks, and some network file systems refuse them: there nobody is kept out.
+
+    Args:
+      folder: to hold.
+      message: of the error, where another process holds it.
+
+    Raises:
+      UserError: `message`.
+      OSError: the folder cannot be made.
+    """
+    if is_object_store(folder):
+        yield
+        return
+    while (handle := _hold(folder, message)) is None:
+        pass  # the folder was removed, or made again, since it was opened
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _hold(folder: epath.PathLike, message: str) -> int | None:
+    """An open file that holds a folder; None if it is another folder than the path has now."""
+    os.makedirs(folder, exist_ok=True)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(handle), os.stat(folder)):
+            return handle
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(message) from None
+    except FileNotFoundError:
+        pass
+    except OSError:
+        return handle  # no locks here
+    os.close(handle)
+    return None

@@ -1,7 +1,6 @@
 """What is checked before a run starts or goes on: that it fits, and that it is the same run."""
 
 import contextlib
-import fcntl
 import hashlib
 import math
 import os
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from llama_jax import files
 from llama_jax.agreement import from_first
 from llama_jax.checkpoint import CHECKPOINTS, Meta
 from llama_jax.config import Config, difference, from_json
@@ -198,34 +198,24 @@ def _kind(path: epath.Path) -> str:
 
 @contextlib.contextmanager
 def locked(workdir: epath.Path) -> Iterator[None]:
-    """Holds the work directory for this process, until it ends in whatever way.
-
-    Buckets have no such locks, and some network file systems refuse them: there nobody is kept out.
+    """Holds the work directory for this process, as `files.locked`.
 
     Raises:
-      UserError: another process trains in it.
+      UserError: another process trains in it, or it cannot be made.
     """
-    if is_object_store(workdir):
-        yield
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        found = f"it is a {_kind(workdir)}" if _kind(workdir) else error.strerror
-        raise UserError(f"{workdir} cannot be a work directory: {found}") from error
-    handle = os.open(workdir, os.O_RDONLY)
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process trains in {workdir}; wait for its end, or use another --workdir"
-            ) from None
-        except OSError:
-            pass  # no locks here
+            stack.enter_context(
+                files.locked(
+                    workdir,
+                    f"another process trains in {workdir}; wait for its end, or use another "
+                    "--workdir",
+                )
+            )
+        except OSError as error:
+            found = f"it is a {_kind(workdir)}" if _kind(workdir) else error.strerror
+            raise UserError(f"{workdir} cannot be a work directory: {found}") from error
         yield
-    finally:
-        os.close(handle)
 
 
 def _refused(changes: Changes, config: Config) -> Changes:

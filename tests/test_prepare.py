@@ -158,7 +158,8 @@ def test_a_full_disk_keeps_what_is_done(corpus, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "write_part", fills_up)
     with pytest.raises(UserError, match="the disk is full.*goes on where it was"):
         prepare(config, tmp_path / "out", log=quiet)
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="are unfinished: run the same prepare command again"):
+        TokenDataset.open(tmp_path / "out", "train")
     assert done == [0, 1, 2]
 
     def remember(*arguments):
@@ -330,23 +331,23 @@ if __name__ == "__main__":
 def test_killed_and_started_again(corpus, tmp_path):
     """SIGKILL in the middle; the next call keeps the finished parts, and the bytes are right."""
     command = [sys.executable, "-c", KILLED, str(corpus), str(tmp_path / "out")]
-    partial = tmp_path / "out.partial"
+    out = tmp_path / "out"
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-    until(lambda: list(partial.glob("part-*.json")))
+    until(lambda: list(out.glob("part-*.json")))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert partial.exists() and not (tmp_path / "out").exists()
-    done = {path: path.stat().st_mtime_ns for path in partial.glob("part-*.json")}
-    shards = {path.name: path.stat().st_mtime_ns for path in partial.glob("*-00000-*.bin")}
+    assert not (out / "manifest.json").exists()
+    done = {path: path.stat().st_mtime_ns for path in out.glob("part-*.json")}
+    shards = {path.name: path.stat().st_mtime_ns for path in out.glob("*-00000-*.bin")}
     config = text_config(corpus, data__part_bytes=1000, data__workers=1)
     lines = []
-    prepare(config, tmp_path / "out", log=lines.append)
+    prepare(config, out, log=lines.append)
     assert f"{len(done)} of" in lines[0]
-    if partial / "part-00000.json" in done:
+    if out / "part-00000.json" in done:
         for name, modified in shards.items():
-            assert (tmp_path / "out" / name).stat().st_mtime_ns == modified
+            assert (out / name).stat().st_mtime_ns == modified
     prepare(config, tmp_path / "expected", log=quiet)
-    assert_same_folder(tmp_path / "out", tmp_path / "expected")
+    assert_same_folder(out, tmp_path / "expected")
 
 
 @settings(deadline=None)

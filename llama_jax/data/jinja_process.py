@@ -1,12 +1,11 @@
-"""The process that renders chat templates: `renderer` starts this file, and talks to its pipes.
+"""The process that renders chat templates: `renderer` starts it, and talks to its pipes.
 
 A template is the code of others. Jinja's sandbox keeps it from the machine, but bounds neither its
 time nor its memory; the limits of a process do, whatever the template computes. The file imports
-nothing of the package, so that it starts quickly.
+little, so that it starts quickly.
 
-Each message is its length (8 bytes, little-endian) and JSON. A request is {"source": Jinja,
-"variables": {...}}, or without variables to compile only; the answer is [kind, text], and kind one
-of "text", "not Jinja", "refused", "memory" and "long".
+A request is {"source": Jinja, "variables": {...}}, or without variables to compile only; the answer
+is [kind, text], and kind one of "text", "not Jinja", "refused", "memory" and "long".
 """
 
 import contextlib
@@ -14,42 +13,16 @@ import datetime
 import functools
 import json
 import resource
-import signal
 import sys
-from typing import IO, Any
+from typing import Any
 
 from jinja2 import TemplateError, ext, nodes, sandbox
+
+from llama_jax.data.children import encode_message, read_message, serve_parent
 
 # Around what the model writes, in a text that is rendered; Unicode reserves both for such uses.
 BEGIN, END = "\ufdd1", "\ufdd2"
 LONGEST_TEXT = 2**22  # characters: to make tokens of them takes 300 bytes each
-
-
-def read_message(stream: IO[bytes]) -> Any:
-    """The next message.
-
-    Raises:
-      EOFError: the other end has gone.
-    """
-    size = _exactly(stream, 8)
-    return json.loads(_exactly(stream, int.from_bytes(size, "little")))
-
-
-def _exactly(stream: IO[bytes], size: int) -> bytes:
-    content = stream.read(size)
-    if len(content) < size:
-        raise EOFError
-    return content
-
-
-def encode_message(message: Any) -> bytes:
-    """A message as it goes through a pipe.
-
-    Raises:
-      TypeError, ValueError: it is not JSON.
-    """
-    content = json.dumps(message).encode()
-    return len(content).to_bytes(8, "little") + content
 
 
 def environment() -> sandbox.ImmutableSandboxedEnvironment:
@@ -114,7 +87,7 @@ def serve(seconds: int, memory: int) -> None:
       seconds: of processor time that a request may take; then the process ends by SIGXCPU.
       memory: bytes of address space of the whole process.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    serve_parent()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))

@@ -41,9 +41,8 @@ def find_or_train(
         check_ids(ids, config, f"tokenizer {config.data.tokenizer} has {ids} ids")
         return tokenizer
     for name in filter(None, sources):
-        for folder in (output / name, output / f"{name}.partial"):
-            if (folder / shard_folder.TOKENIZER).exists():
-                return Tokenizer.load(folder / shard_folder.TOKENIZER)
+        if (output / name / shard_folder.TOKENIZER).exists():
+            return Tokenizer.load(output / name / shard_folder.TOKENIZER)
     log(f"training a tokenizer of {size:,} ids on {config.data.source}")
     shares = dict.fromkeys(sources, 1 / len(sources))
     if config.data.mixture:

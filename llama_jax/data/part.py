@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from etils import epath
 
@@ -33,6 +34,7 @@ def write_part(
     part: Part,
     progress: Callable[[int, int], None] = lambda position, tokens: None,
     threads: int = 1,
+    train_tokens: int = -1,
 ) -> int:
     """Writes the shards of one part and then its report, which makes it count; returns the index.
 
@@ -44,6 +46,8 @@ def write_part(
       part: what to read.
       progress: takes bytes of the source and tokens as they are done.
       threads: that tokenise.
+      train_tokens: of the part, from its beginning; the rest is held out, whatever it is. -1: whole
+        documents are held out, by their contents.
 
     Raises:
       UserError: a file cannot be opened.
@@ -58,7 +62,7 @@ def write_part(
         for split in shard_folder.SPLITS
     }
     reading = Reading()
-    position = 0
+    position = tokens = 0
     if data.template:
         template = templates.open_choice(str(path / shard_folder.TEMPLATE), tokenizer, {})
         template = dataclasses.replace(template, name=f"the chat template {data.template}")
@@ -66,16 +70,24 @@ def write_part(
     else:
         stream = _documents(part, data, tokenizer, reading, threads)
     for example in stream:
-        held_out = _held_out(example.key, data.validation_fraction)
-        writers["validation" if held_out else "train"].add(example)
+        if train_tokens >= 0:
+            pieces = _cut(example, train_tokens - tokens, tokenizer)
+        else:
+            held_out = _held_out(example.key, data.validation_fraction)
+            pieces = [("validation" if held_out else "train", example)]
+        for split, piece in pieces:
+            writers[split].add(piece)
+        tokens += len(example.ids)
         progress(reading.position - position, len(example.ids))
         position = reading.position
     progress(part.size - position, 0)
-    report = {
+    report: dict[str, Any] = {
         "splits": {split: writer.finish() for split, writer in writers.items()},
         "skipped": reading.noted("skipped"),
         "changed": reading.noted("changed"),
     }
+    if train_tokens >= 0:
+        report["train_tokens"] = train_tokens
     write_atomically(path / report_name(index), json.dumps(report).encode())
     return index
 
@@ -107,3 +119,22 @@ def _held_out(data: bytes, fraction: float) -> bool:
     """Whether a document is held out: by its contents, so that copies go the same way."""
     digest = hashlib.sha256(data).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def _cut(example: Example, at: int, tokenizer: Tokenizer) -> list[tuple[str, Example]]:
+    """A document at the border of the held-out tail: its tokens before `at` are trained on."""
+    if at >= len(example.ids):
+        return [("train", example)]
+    if at <= 0:
+        return [("validation", example)]
+    tail = example.ids[at:]
+    text_bytes = min(example.text_bytes, len(tokenizer.decode(tail.tolist()).encode()))
+    return [
+        (
+            "train",
+            dataclasses.replace(
+                example, ids=example.ids[:at], text_bytes=example.text_bytes - text_bytes
+            ),
+        ),
+        ("validation", dataclasses.replace(example, ids=tail, text_bytes=text_bytes)),
+    ]

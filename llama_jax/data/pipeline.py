@@ -9,10 +9,17 @@ from etils import epath
 
 from llama_jax.config import Config
 from llama_jax.data import loader, new_tokenizer
+from llama_jax.data.hold_out import why_none
 from llama_jax.data.mixture import parse_shares
 from llama_jax.data.prepare import prepare
 from llama_jax.data.rows import check_ids, trained_size
-from llama_jax.data.shard_folder import MANIFEST, TOKENIZER
+from llama_jax.data.shard_folder import (
+    MANIFEST,
+    TOKENIZER,
+    no_shards,
+    read_manifest,
+    source_folders,
+)
 from llama_jax.data.shards import TokenDataset
 from llama_jax.data.sources import Reading, documents, named_sources
 from llama_jax.data.streaming import StreamingBatches
@@ -36,6 +43,7 @@ class TrainingData:
       former_fingerprint: of the same tokens in versions whose mixtures had shares of sequences;
         empty: nothing has changed since.
       unchecked: folders of shards of an earlier version, whose blocks have no checksums.
+      unvalidated: sources of which nothing is held out, by name: why.
     """
 
     train: loader.BatchSource | StreamingBatches
@@ -46,6 +54,7 @@ class TrainingData:
     answers: tuple[int, int] = (0, 0)
     former_fingerprint: str = ""
     unchecked: tuple[str, ...] = ()
+    unvalidated: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def files(self) -> dict[str, bytes]:
@@ -74,7 +83,8 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
     vocab_size = config.model.vocab_size
     if data.source == "synthetic":
         batches = loader.SyntheticBatches(vocab_size, train.seq_len, train.global_batch, train.seed)
-        return TrainingData(batches, None, None, f"synthetic-{vocab_size}")
+        why = {"": "random tokens have no held-out part"}
+        return TrainingData(batches, None, None, f"synthetic-{vocab_size}", unvalidated=why)
     if data.streaming:
         return _open_stream(config, default_folder)
     shares = parse_shares(data.mixture) if data.mixture else None
@@ -82,9 +92,7 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
     names = _source_names(config, list(shares or ()), folder)
     missing = [name for name in names if not (folder / name / MANIFEST).exists()]
     if missing and data.path:
-        raise UserError(
-            f"no token shards in {folder / missing[0]}; make them with llama_jax.prepare"
-        )
+        raise no_shards(folder / missing[0])
     if missing:
         prepare(config, folder, own=(default_folder.parent,))
     datasets = {name: TokenDataset.open(folder / name, "train") for name in names}
@@ -125,8 +133,13 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
             sum(dataset.answers for dataset in datasets.values()),
             sum(dataset.unended for dataset in datasets.values()),
         ),
-        former if of_tokens else "",
-        tuple(str(dataset.folder) for dataset in datasets.values() if dataset.unchecked),
+        former_fingerprint=former if of_tokens else "",
+        unchecked=tuple(str(dataset.folder) for dataset in datasets.values() if dataset.unchecked),
+        unvalidated={
+            name: why_none(read_manifest(folder / name))
+            for name in names
+            if not held_out[name].n_tokens
+        },
     )
 
 
@@ -175,7 +188,7 @@ def _source_names(config: Config, mixed: list[str], folder: epath.Path) -> list[
     if not there and (folder / MANIFEST).exists():
         named = [""]  # a path with '=' in it was one source, and is gone now
     if named == [""] and mixed and config.data.path:  # shards that were prepared elsewhere
-        there = sorted(p.name for p in folder.iterdir() if (p / MANIFEST).exists())
+        there = list(source_folders(folder))
         named = mixed if set(mixed) <= set(there) else there
     if mixed and set(mixed) != set(named):
         unknown = sorted(set(mixed) - set(named)) or sorted(set(named) - set(mixed))
@@ -214,4 +227,5 @@ def _open_stream(config: Config, folder: epath.Path) -> TrainingData:
     ids = tokenizer.vocab_size
     check_ids(ids, config, f"tokenizer {path} has {ids} ids")
     stream = StreamingBatches(data, tokenizer, config.train.seq_len, (folder.parent,))
-    return TrainingData(stream, None, tokenizer, stream.fingerprint())
+    why = {"": "data.streaming holds nothing out; prepare shards to have a validation"}
+    return TrainingData(stream, None, tokenizer, stream.fingerprint(), unvalidated=why)

@@ -5,21 +5,20 @@ a function of its arguments alone. Who calls it does not matter: this process, a
 or the workers of Apache Beam; the bytes are the same.
 """
 
-import dataclasses
+import contextlib
 import errno
 import functools
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
 from llama_jax.config import Config, DataConfig
-from llama_jax.data import cutting, new_tokenizer, shard_folder, templates
+from llama_jax.data import cutting, new_tokenizer, shard_folder, templates, unfinished
+from llama_jax.data.hold_out import hold_out_tail
 from llama_jax.data.merge import merge_reports
 from llama_jax.data.mixture import parse_shares
-from llama_jax.data.part import report_name
 from llama_jax.data.reading import Part, Reading
 from llama_jax.data.report import Report, report_of
 from llama_jax.data.rows import trained_size
@@ -29,8 +28,6 @@ from llama_jax.data.workers import parts_done, write_parts
 from llama_jax.errors import UserError
 from llama_jax.files import read_json, write_atomically
 
-PLAN = "plan.json"
-
 Log = Callable[[str], None]
 
 
@@ -39,20 +36,23 @@ def prepare(
     output: epath.PathLike,
     *,
     beam_options: str | None = None,
+    restart: bool = False,
     log: Log = print,
     own: Sequence[epath.PathLike] = (),
 ) -> list[Report]:
     """Writes the token shards of `config.data` to `output`, or finds that they are there.
 
-    Named sources get a folder each. A folder appears under its name only when it is complete; what
-    is finished of a run that was killed is kept in `NAME.partial`, and the same call goes on there.
+    Named sources get a folder each. Shards are written where they stay, and the manifest, which
+    comes last, completes a folder; the same call goes on with what is finished of one that was
+    killed.
 
     Args:
       config: `data` says what to read, `data.tokenizer_size` or else `model.vocab_size` how many
         ids a new tokenizer gets.
-      output: the folder to make.
+      output: the folder to make, or an empty one.
       beam_options: run on Apache Beam with these pipeline options, such as
         `--runner=DataflowRunner --project=P`; None: on this machine.
+      restart: delete unfinished work in `output` and begin again.
       log: takes lines for the user.
       own: further folders that this run writes, which are no part of a source that they lie in.
 
@@ -60,36 +60,48 @@ def prepare(
       A report for each source.
 
     Raises:
-      UserError: no usable text, an unreadable source or tokenizer, an `output` that holds something
-        else, or a full disk. What was in `output` before is still there.
+      UserError: no usable text, an unreadable source or tokenizer, an `output` that cannot be
+        written, holds something else or unfinished work of other settings, another process that
+        prepares there, or a full disk. What was in `output` before is still there.
     """
     output = epath.Path(output)
     sources = named_sources(config.data.source)
     _check_mixture(config.data.mixture, sources)
     template = _template(config.data)
-    # All are listed before any is read: a misspelt glob must not wait behind days of work.
-    own = (*own, output)
-    listings = {name: Reading() for name in sources}
-    parts = {
-        name: list_parts(source, config.data, own, listings[name], name)
-        for name, source in sources.items()
-        if not (output / name / shard_folder.MANIFEST).exists()
-    }
-    tokenizer = functools.cache(
-        lambda: new_tokenizer.find_or_train(config, sources, output, log, own)
-    )
-    reports = []
-    for name, source in sources.items():
-        if name:
-            log(f"source {name}: {source}")
-        folder = output / name
-        settings = _settings(config, source, template)
-        try:
-            reports.append(
-                _prepare_source(
+    settings = {name: _settings(config, source, template) for name, source in sources.items()}
+    folders = {name: output / name for name in sources}
+    with contextlib.ExitStack() as stack:
+        if not all(map(unfinished.is_tidy, folders.values())):  # others may read what is complete
+            stack.enter_context(unfinished.held(output, list(sources)))
+        manifests = {
+            name: _finished(folder, settings[name])
+            for name, folder in folders.items()
+            if unfinished.is_complete(folder)
+        }
+        # All are listed before any is read: a misspelt glob must not wait behind days of work.
+        own = (*own, output)
+        listings = {name: Reading() for name in sources}
+        parts = {
+            name: list_parts(source, config.data, own, listings[name], name)
+            for name, source in sources.items()
+            if name not in manifests
+        }
+        tokenizer = functools.cache(
+            lambda: new_tokenizer.find_or_train(config, sources, output, log, own)
+        )
+        with _told(output), _abandoned(folders, parts):
+            for name, listed in parts.items():
+                unfinished.begin(folders[name], settings[name], listed, config, restart, log)
+            for name, folder in folders.items():
+                if name:
+                    log(f"source {name}: {sources[name]}")
+                if name in manifests:
+                    log(f"{folder} is prepared already")
+                    continue
+                manifests[name] = _write_source(
                     config,
-                    settings,
-                    parts.get(name, []),
+                    settings[name],
+                    parts[name],
                     listings[name],
                     folder,
                     tokenizer,
@@ -97,20 +109,40 @@ def prepare(
                     beam_options,
                     log,
                 )
-            )
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise UserError(
-                    f"the disk is full: cannot write {folder}; free some space, and the same "
-                    "command goes on where it was"
-                ) from error
-            raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+                log(str(report_of(folder, manifests[name])))
+    reports = [report_of(folder, manifests[name]) for name, folder in folders.items()]
     if len(reports) > 1:
         total = sum(report.splits["train"]["tokens"] for report in reports)
         for name, report in zip(sources, reports, strict=True):
             tokens = report.splits["train"]["tokens"]
             log(f"{name:<20}{tokens:>18,} tokens to train on{tokens / total:>9.2%} of all")
     return reports
+
+
+@contextlib.contextmanager
+def _told(output: epath.Path) -> Iterator[None]:
+    """Turns what the system refuses into an error that names the place."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or output
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk is full: cannot write {place}; free some space, and the same "
+                "command goes on where it was"
+            ) from error
+        raise UserError(f"cannot write {place}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _abandoned(folders: dict[str, epath.Path], parts: dict[str, list[Part]]) -> Iterator[None]:
+    """Removes the work of sources that cannot be used, unless parts of it help another try."""
+    try:
+        yield
+    except UserError:
+        for name, listed in parts.items():
+            unfinished.abandon(folders[name], len(listed))
+        raise
 
 
 def _check_mixture(mixture: str, sources: dict[str, str]) -> None:
@@ -167,62 +199,63 @@ def _settings(config: Config, source: str, template: bytes) -> dict[str, Any]:
     }
 
 
-def _prepare_source(
+def _finished(folder: epath.Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a complete folder.
+
+    Raises:
+      UserError: it is damaged, or of other settings.
+    """
+    manifest = shard_folder.read_manifest(folder)
+    if changed := unfinished.changes(manifest["settings"], settings):
+        raise UserError(
+            f"{folder} holds shards made with another {', '.join(changed)}; choose another "
+            "folder, or delete this one if you don't need it"
+        )
+    with contextlib.suppress(OSError):  # it may be read only
+        unfinished.tidy(folder, manifest)
+    return manifest
+
+
+def _write_source(
     config: Config,
     settings: dict[str, Any],
     parts: list[Part],
     listing: Reading,
-    output: epath.Path,
+    folder: epath.Path,
     tokenizer: Callable[[], Tokenizer],
     template: bytes,
     beam_options: str | None,
     log: Log,
-) -> Report:
-    if (output / shard_folder.MANIFEST).exists():
-        manifest = shard_folder.read_manifest(output)
-        old = manifest["settings"]
-        changed = [name for name in {**old, **settings} if old.get(name) != settings.get(name)]
-        if changed:
-            raise UserError(
-                f"{output} holds shards made with another {', '.join(changed)}; choose another "
-                "folder, or delete this one if you don't need it"
-            )
-        log(f"{output} is prepared already")
-        return report_of(output, manifest)
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"{output} is not empty and holds no token shards; choose another folder")
-    made_here = not output.parent.exists()
-    partial = output.parent / f"{output.name}.partial"
-    _open_partial(partial, settings, parts, config, log)
+) -> dict[str, Any]:
+    """Completes a folder of unfinished work; returns its manifest.
+
+    Raises:
+      UserError: no usable text, or an unreadable source or tokenizer.
+      OSError: the disk is full, or cannot be written.
+    """
+    if not (folder / shard_folder.TOKENIZER).exists():
+        write_atomically(folder / shard_folder.TOKENIZER, tokenizer().model_bytes)
+    if template:
+        write_atomically(folder / shard_folder.TEMPLATE, template)
     try:
-        if not (partial / shard_folder.TOKENIZER).exists():
-            model = tokenizer().model_bytes
-            write_atomically(partial / shard_folder.TOKENIZER, model)
-        if template:
-            write_atomically(partial / shard_folder.TEMPLATE, template)
-        write_parts(config.data, settings["pack_len"], parts, partial, beam_options)
-        manifest = merge_reports(settings, parts, partial, listing)
-        if not manifest["splits"]["train"]["documents"]:
-            what = "conversation" if template else "text"
-            raise UserError(
-                f"data.source={settings['source']} has no {what} to train on {_reasons(manifest)}"
-            )
-    except UserError:
-        if any(parts_done(partial, parts)):
-            raise  # what is finished is kept for another try
-        partial.rmtree()
-        if made_here and not any(output.parent.iterdir()):
-            output.parent.rmdir()
+        write_parts(config.data, settings["pack_len"], parts, folder, beam_options)
+        held_out = hold_out_tail(config.data, settings["pack_len"], parts, folder, log)
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            done = sum(parts_done(folder, len(parts)))
+            log(f"{done} of {len(parts)} parts are done in {folder}")
         raise
-    write_atomically(partial / shard_folder.MANIFEST, shard_folder.encode_manifest(manifest))
-    for path in [partial / PLAN, *(partial / report_name(i) for i in range(len(parts)))]:
-        path.unlink()
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
-    report = report_of(output, manifest)
-    log(str(report))
-    return report
+    manifest = merge_reports(settings, parts, folder, listing)
+    if not manifest["splits"]["train"]["documents"]:
+        unfinished.clear(folder)  # which would only fail again
+        what = "conversation" if template else "text"
+        raise UserError(
+            f"data.source={settings['source']} has no {what} to train on {_reasons(manifest)}"
+        )
+    if held_out:
+        manifest["held_out"] = held_out
+    unfinished.complete(folder, manifest)
+    return manifest
 
 
 def _reasons(manifest: dict[str, Any]) -> str:
@@ -236,20 +269,3 @@ def _reasons(manifest: dict[str, Any]) -> str:
         return f"({', '.join(f'{what}; the first: {first}' for what, first in noted)})"
     counts = ", ".join(what for what, _ in noted)
     return f"({counts or 'no documents'})" + "".join(f"; the first: {first}" for _, first in noted)
-
-
-def _open_partial(
-    partial: epath.Path, settings: dict[str, Any], parts: list[Part], config: Config, log: Log
-) -> None:
-    """Makes the folder of unfinished work, or finds one of the very same work."""
-    plan = json.dumps(
-        [settings, [dataclasses.asdict(part) for part in parts], config.data.shard_tokens]
-    )
-    if partial.exists():
-        if (partial / PLAN).exists() and (partial / PLAN).read_text() == plan:
-            done = sum(parts_done(partial, parts))
-            log(f"going on in {partial}: {done} of {len(parts)} parts are done")
-            return
-        partial.rmtree()
-    partial.mkdir(parents=True)
-    write_atomically(partial / PLAN, plan.encode())

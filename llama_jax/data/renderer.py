@@ -1,15 +1,13 @@
 """Renders chat templates within limits of time and memory, in a process of its own."""
 
-import contextlib
 import functools
 import os
 import signal
 import subprocess
-import sys
 import threading
 from typing import Any
 
-from llama_jax.data import jinja_process
+from llama_jax.data import children, jinja_process
 from llama_jax.errors import UserError, first_line
 
 SECONDS = 10  # of processor time, for one conversation
@@ -96,23 +94,14 @@ class Renderer:
 
     def _running(self) -> "subprocess.Popen[bytes]":
         if self._process is None or self._process.poll() is not None:
-            # -P: the modules beside the file do not hide those of the standard library.
-            command = [sys.executable, "-P", jinja_process.__file__]
-            self._process = subprocess.Popen(
-                [*command, str(self._seconds), str(self._memory)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-            )
+            limits = (str(self._seconds), str(self._memory))
+            self._process = children.start(jinja_process.__name__, *limits)
         return self._process
 
     def _ended(self, process: "subprocess.Popen[bytes]") -> int:
         """Exit status of a process that has ended, or is about to."""
         self._process = None
-        for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):  # what was not sent
-                pipe.close()  # type: ignore[union-attr]
-        return process.wait()
+        return children.close(process)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ class Report:
       pack_len: sequence length that documents were packed for; 0 if they were not.
       files: how many files of each kind were read; empty for shards of an earlier version.
       left_out: files and folders that were not read, as `skipped`.
+      held_out: where no document was held out: how many tokens at the end were, and why.
     """
 
     folder: epath.Path
@@ -34,6 +35,7 @@ class Report:
     pack_len: int
     files: dict[str, int] = dataclasses.field(default_factory=dict)
     left_out: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    held_out: tuple[int, str] | None = None
 
     def __str__(self) -> str:
         answers = any("answer_tokens" in split for split in self.splits.values())
@@ -59,6 +61,8 @@ class Report:
             lines.append(answers_lib.sentence(*answers_lib.totals(self.splits)))
         for kind_of_file, count in sorted(self.files.items()):
             lines.append(f"{'files':<12}{count:>14,}  {kind_of_file}")
+        if self.held_out:
+            lines.append(f"{'held out':<12}{self.held_out[0]:>14,}  {self.held_out[1]}")
         noted = {"left out": self.left_out, "skipped": self.skipped, "changed": self.changed}
         for kind, reasons in noted.items():
             for reason, (count, first) in sorted(reasons.items()):
@@ -86,6 +90,7 @@ def _report_of(folder: epath.Path, manifest: dict[str, Any]) -> Report:
             kinds = ("answer_tokens", "answers", "unended_answers")  # before: not all
             splits[name] |= {kind: split[kind] for kind in kinds if kind in split}
     pack_len = manifest["settings"].get("pack_len", 0)
+    held_out = manifest.get("held_out")
     return Report(
         folder,
         splits,
@@ -94,6 +99,7 @@ def _report_of(folder: epath.Path, manifest: dict[str, Any]) -> Report:
         pack_len,
         manifest.get("files", {}),
         manifest.get("left_out", {}),
+        (held_out["tokens"], held_out["why"]) if held_out else None,
     )
 
 

@@ -11,6 +11,7 @@ A folder of shards holds
   train-00000-000.crc.json  CRC-32 of each block of 64 KiB of .bin and of .mask, in hexadecimal:
                          {"block_bytes": 65536, "bin": "..", "mask": ".."}
   chat_template.json     with data.template: the template, in the form of tokenizer_config.json
+  plan.json              only while it is made, and no manifest: what the work is (`unfinished`)
 and the same for `validation`. The first number is the part of the source, the second counts its
 shards. A document lies in one shard.
 
@@ -36,6 +37,7 @@ from llama_jax.files import is_object_store, parse_json, read_bytes
 
 FORMAT_VERSION = 2  # 1: no checksum of the manifest, none of the ends of files
 MANIFEST = "manifest.json"
+PLAN = "plan.json"
 TOKENIZER = "tokenizer.model"
 TEMPLATE = "chat_template.json"
 SPLITS = ("train", "validation")
@@ -62,6 +64,16 @@ def _is_whole(data: bytes, manifest: dict[str, Any]) -> bool:
     return hashlib.sha256(data.replace(digest.encode(), b"", 1)).hexdigest() == digest
 
 
+def no_shards(folder: epath.PathLike) -> UserError:
+    """The error of a folder without a manifest."""
+    if (epath.Path(folder) / PLAN).exists():
+        return UserError(
+            f"the token shards in {folder} are unfinished: run the same prepare command again "
+            "(or that of train, which prepares, too)"
+        )
+    return UserError(f"no token shards in {folder}; make them with llama_jax.prepare")
+
+
 def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
     """The manifest of a folder of shards, checked for form.
 
@@ -70,7 +82,7 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
     """
     path = epath.Path(folder) / MANIFEST
     if not path.exists():
-        raise UserError(f"no token shards in {folder}; make them with llama_jax.prepare")
+        raise no_shards(folder)
     data = read_bytes(path)
     try:
         manifest = parse_json(data, f"cannot read {path}: it")
@@ -113,6 +125,9 @@ def _check_form(manifest: dict[str, Any]) -> None:
             require(type(count) is int and isinstance(first, str), f"{kind} does not count")
     for count in manifest.get("files", {}).values():
         require(type(count) is int, "files does not count")
+    if "held_out" in manifest:
+        _count(manifest["held_out"], "tokens")
+        require(_text(manifest["held_out"], "why").isprintable(), "held_out has no reason")
     for name in SPLITS:
         split = manifest["splits"][name]
         for key in {"documents", "tokens", "text_bytes"} | (split.keys() - {"shards"}):
@@ -161,18 +176,22 @@ def source_folders(folder: epath.PathLike) -> dict[str, epath.Path]:
     """The sources that are prepared in a folder: itself, called '', or folders below it, by name.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or one is unfinished.
     """
     folder = epath.Path(folder)
     if (folder / MANIFEST).exists():
         return {"": folder}
     found = {}
-    if folder.is_dir():
+    if folder.is_dir() and not (folder / PLAN).exists():
         for path in sorted(folder.iterdir(), key=str):
-            if not path.name.endswith(".partial") and (path / MANIFEST).exists():
+            if path.name.endswith(".partial"):  # unfinished work of an earlier version
+                continue
+            if (path / MANIFEST).exists():
                 found[path.name] = path
+            elif (path / PLAN).exists():
+                raise no_shards(path)
     if not found:
-        raise UserError(f"no token shards in {folder}; make them with llama_jax.prepare")
+        raise no_shards(folder)
     return found
 
 

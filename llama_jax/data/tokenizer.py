@@ -4,16 +4,14 @@ import codecs
 import contextlib
 import functools
 import hashlib
-import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import sentencepiece
 from etils import epath
 
-from llama_jax.data import tiktoken_ranks
+from llama_jax.data import tiktoken_ranks, tokenizer_process
 from llama_jax.data.hard_texts import HARD_TEXTS
 from llama_jax.data.tokenizer_json import TokenizerJson, with_ends
 from llama_jax.data.vocabularies import MARK, SentencePiece, Vocabulary
@@ -363,11 +361,9 @@ def train_tokenizer(
     pieces = list(_pieces_of(documents, sample_bytes))
     if not pieces:
         raise UserError("there is no text to train a tokenizer on")
-    model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(pieces),
-            model_writer=model,
+        model = tokenizer_process.train(
+            pieces,
             model_type="bpe",
             vocab_size=vocab_size,
             split_digits=True,
@@ -391,4 +387,4 @@ def train_tokenizer(
         raise UserError(
             f"cannot train a tokenizer of {vocab_size} ids on {len(pieces):,} lines: {reason}{mend}"
         ) from error
-    return Tokenizer(model.getvalue())
+    return Tokenizer(model)

@@ -1,0 +1,132 @@
+"""The held-out tail of a source of which chance has held out no document.
+
+Documents are held out by their contents, about `data.validation_fraction` of them. Of a few large
+ones that may be none, and a run would have no validation. Then the last tokens of the source are
+held out: the last part is written again, cut in two.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from llama_jax.config import DataConfig
+from llama_jax.data.packing import INDEX_DTYPE
+from llama_jax.data.part import report_name, write_part
+from llama_jax.data.reading import Part
+
+LEAST = 2  # tokens that can be trained on or validated on: an input and its target
+
+Note = dict[str, Any]  # `tokens` that are held out at the end, and `why`
+
+
+def hold_out_tail(
+    data: DataConfig,
+    pack_len: int,
+    parts: list[Part],
+    folder: epath.Path,
+    log: Callable[[str], None],
+) -> Note | None:
+    """Holds out the tail of a source whose parts are all done, if no document of it is.
+
+    It can be killed at any place, and called again when all parts are done once more: what it does
+    depends on their reports alone.
+
+    Args:
+      data: how to read; its `validation_fraction` of all tokens is held out, but no more than half
+        of the last part. Plain text is cut at any token, conversations stay whole.
+      pack_len: sequence length to pack documents for; 0: do not.
+      parts: of the source.
+      folder: where their shards are.
+      log: takes a line for the user.
+
+    Returns:
+      What the manifest says about it; None: documents are held out, as they should be.
+    """
+    reports = [json.loads((folder / report_name(i)).read_text()) for i in range(len(parts))]
+    documents = sum(_count(report, "documents") for report in reports)
+    unlucky = f"data.validation_fraction={data.validation_fraction:g} chose none of its documents"
+    held_out = sum(_count(report, "tokens", "validation") for report in reports)
+    if any("train_tokens" in report for report in reports):  # it was killed after it was done
+        return _note(held_out, unlucky)
+    if held_out or not documents:
+        return None
+    if not data.validation_fraction:
+        return {"tokens": 0, "why": "tokens: data.validation_fraction is 0"}
+    wanted = round(data.validation_fraction * sum(_count(report, "tokens") for report in reports))
+    for index in reversed(range(len(parts))):
+        report = reports[index]
+        others = documents > _count(report, "documents")
+        border = _border(_starts(folder, report), max(LEAST, wanted), bool(data.template), others)
+        if border is None:
+            continue
+        log(f"no document is held out of {folder}: the last part is written again without its end")
+        # From here on the part is not done: its shards are replaced one by one.
+        (folder / report_name(index)).unlink()
+        write_part(
+            *(data, pack_len, str(folder), index, parts[index]),
+            threads=data.workers or os.cpu_count() or 1,
+            train_tokens=border,
+        )
+        return _note(_count(report, "tokens") - border, unlucky)
+    few = "one conversation" if data.template else "a few tokens"
+    return {"tokens": 0, "why": f"tokens: {unlucky}, and it has only {few} to train on"}
+
+
+def _note(tokens: int, why: str) -> Note:
+    return {"tokens": tokens, "why": f"tokens at the end of the source: {why}"}
+
+
+def why_none(manifest: dict[str, Any]) -> str:
+    """Why the validation split of a manifest is empty."""
+    if "held_out" in manifest:
+        return str(manifest["held_out"]["why"]).removeprefix("tokens: ")
+    fraction = manifest["settings"].get("validation_fraction", 0)
+    return f"none of its documents was chosen by data.validation_fraction={fraction}"
+
+
+def _count(report: dict[str, Any], what: str, split: str = "train") -> int:
+    count: int = report["splits"][split][what]
+    return count
+
+
+def _starts(folder: epath.Path, report: dict[str, Any]) -> np.ndarray:
+    """Where each document of a part begins, in tokens, and the end of the last."""
+    starts, before = [], 0
+    for shard in report["splits"]["train"]["shards"]:
+        index = np.frombuffer((folder / f"{shard['name']}.idx").read_bytes(), INDEX_DTYPE)
+        starts.append(index + before)
+        before += shard["tokens"]
+    return np.concatenate([*starts, [before]]).astype(np.int64)
+
+
+def _border(starts: np.ndarray, wanted: int, whole: bool, others: bool) -> int | None:
+    """How many tokens of a part are still trained on when its tail is held out.
+
+    Args:
+      starts: of its documents, and the end of the last.
+      wanted: tokens to hold out; half of the part at most.
+      whole: documents must not be cut.
+      others: whether other parts have documents to train on.
+
+    Returns:
+      The border; None: the part cannot be cut.
+    """
+    end = int(starts[-1])
+    border = end - min(wanted, end // 2)
+    if whole:
+        if len(starts) < (2 if others else 3):
+            return None
+        return int(starts[min(int(starts.searchsorted(border)), len(starts) - 2)])
+    if end < 2 * LEAST:
+        return None
+    # A piece of a single token has no target.
+    after = int(starts.searchsorted(border, side="right"))
+    if border - int(starts[after - 1]) < LEAST:
+        border = int(starts[after - 1])
+    elif int(starts[after]) - border < LEAST:
+        border = int(starts[after])
+    return border
