@@ -215,6 +215,8 @@ def test_what_is_no_text_is_named_and_never_read(tmp_path, data, kind, name):
 
 
 def test_a_nul_in_a_text_is_text(tmp_path):
+    texts, reading = read(made(tmp_path / "a.jsonl", LINES + bytes(500)))
+    assert texts == TEXTS and reading.skipped == {"broken JSON line": 1}
     assert read(made(tmp_path / "a.txt", b"a zero \0 in it"))[0] == ["a zero \0 in it"]
 
 

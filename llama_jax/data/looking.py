@@ -113,6 +113,9 @@ def _foreign(head: bytes, opened: Opened, name: str) -> str:
             return name
     if not opened.as_stored and head.startswith(_PARQUET):
         return f"Parquet files inside {opened.compression}"
+    line = head.removeprefix(_BOM).lstrip().split(b"\n", 1)[0]
+    if 0 not in line and isinstance(_parse(line), dict):
+        return ""  # JSON lines, which a crash of the writer's machine may have padded
     # A text may hold a NUL; UTF-16 has one beside each ASCII letter, and binaries have many.
     if head.count(0) > 1 + len(head) // 20:
         even, odd = head[::2].count(0), head[1::2].count(0)
