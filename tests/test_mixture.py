@@ -97,6 +97,8 @@ def test_shares_finer_than_the_period_are_rounded_to_it():
         ("a=70%,b=20%", "sum to 90%, not to 100%"),
         ("a=150%,b=50%", "sum to 200%, not to 100%"),
         ("a=2", "sum to 2, not to 1"),
+        ("a=" + "9" * 5000 + "/3,b=1", r"'a=9{75}\.\.\.' is not NAME=SHARE"),
+        ("a=1/" + "9" * 4000 + ",b=1", r"'a=1/9{73}\.\.\.' must have .* a positive share"),
     ],
 )
 def test_bad_shares(text, message):
@@ -127,6 +129,7 @@ def test_bad_shares(text, message):
         ("web=1e3,books=1E3", ["1/2", "1/2"]),
         ("web=1,books=1", ["1/2", "1/2"]),
         ("web=1/3,books=2/3", ["1/3", "2/3"]),
+        ("web=0.5,\n books=0.5,\n", ["1/2", "1/2"]),
         ("web=1", ["1"]),
         ("web=100%", ["1"]),
         ("web=.5,books=.5", ["1/2", "1/2"]),

@@ -35,6 +35,7 @@ def llama_sources(root: str) -> str:
 
 # A schedule repeats after this many samples at most.
 MAX_PERIOD = 100_000
+PERIOD = 10_000  # of a schedule of exact shares that do not fit into MAX_PERIOD
 ROUNDING = Fraction(1, 10**6)  # by which given shares may miss a sum of 1
 SMALLEST, LARGEST = Fraction(1, 10**12), Fraction(10**12)  # given share or weight
 
@@ -53,13 +54,16 @@ def parse_shares(text: str) -> dict[str, Fraction]:
     text = text.strip()
     if text == "llama":
         return {name: Fraction(share) for name, share in LLAMA_SHARES.items()}
+    items = re.split(r"\s*[,;\n]\s*", text)
+    if len(items) > 2 and not items[-1]:  # `web=1,` alone lacks the rest
+        items.pop()
     shares: dict[str, Fraction] = {}
-    for item in re.split(r"\s*[,;\n]\s*", text):
+    for item in items:
         name, share = _parse_share(item)
         if name in shares or not SMALLEST <= share <= LARGEST:
             why = "the name comes twice" if name in shares else "from 1e-12 to 1e12"
             raise UserError(
-                f"data.mixture: {item!r} must have a new name and a positive share ({why})"
+                f"data.mixture: {_shown(item)} must have a new name and a positive share ({why})"
             )
         shares[name] = share
     total = sum(shares.values(), Fraction(0))
@@ -89,15 +93,19 @@ def _parse_share(item: str) -> tuple[str, Fraction]:
         share = Fraction(number) if fits else Fraction(0)
     except (IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(
-            f"data.mixture: {item!r} is not NAME=SHARE; write llama, or a list with commas such as "
-            "web=0.7,books=0.3"
+            f"data.mixture: {_shown(item)} is not NAME=SHARE; write llama, or a list with commas "
+            "such as web=0.7,books=0.3"
         ) from error
     if re.search(r"[/\\*?\[]", name):
         raise UserError(
-            f"data.mixture: {name!r} is a path, and shares are of names; give each source a name "
-            "in data.source, as web=web/*.jsonl; books=books/*.txt"
+            f"data.mixture: {_shown(name)} is a path, and shares are of names; give each source a "
+            "name in data.source, as web=web/*.jsonl; books=books/*.txt"
         )
     return name, share / 100 if value.endswith("%") else share
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 def shares_by_size(sizes: Mapping[str, int]) -> dict[str, Fraction]:
@@ -167,6 +175,21 @@ def _layout(counts: list[int]) -> np.ndarray:
     return np.asarray(source, np.int64)
 
 
+def _divided(samples: int, weights: list[int]) -> list[int]:
+    """The first `samples` samples, divided among sources in proportion to weights, exactly.
+
+    The largest takes its part, rounded; the next its part of the remainder, and so on. With each
+    sample more, one source has one more, because a part and its remainder never shrink.
+    """
+    counts = [0] * len(weights)
+    rest = sum(weights)
+    for index in sorted(range(len(weights)), key=lambda i: -weights[i]):
+        if weights[index]:
+            counts[index] = (2 * samples * weights[index] + rest) // (2 * rest)
+            samples, rest = samples - counts[index], rest - weights[index]
+    return counts
+
+
 class Schedule:
     """A periodic assignment of samples to sources whose counts never stray from their shares.
 
@@ -175,9 +198,9 @@ class Schedule:
     source with the earliest deadline among those that are not ahead is taken (Tijdeman's solution
     of the chairman assignment problem, 1980; no order can do better for all shares).
 
-    Shares whose denominators need more than `MAX_PERIOD` samples are rounded to that, or, if they
-    are to be exact, the samples that rounding down leaves over in each period are assigned by a
-    second schedule. A source then has its share of n to within three samples.
+    Shares whose denominators need more than `MAX_PERIOD` samples are rounded to that; or, if they
+    are to be exact, the few samples of each period that rounding down leaves over go to one source
+    or another as `_divided` says. A source then has its share of n to within 2 + S / 4 samples.
     """
 
     def __init__(
@@ -197,16 +220,15 @@ class Schedule:
         """
         self.shares, self.names = dict(shares), list(shares)
         samples = list((shares_of_samples(shares, means) if means else shares).values())
-        self._rest: Schedule | None = None
+        self._weights: list[int] = []  # of the sources, for what is left over
         if not exact or _exact_period(samples) <= MAX_PERIOD:
             counts = _counts(samples)
         else:
-            fine = [share * MAX_PERIOD for share in samples]
-            counts = [int(value) for value in fine]
-            over = MAX_PERIOD - sum(counts)
-            remainders = [(value - int(value)) / over for value in fine]
-            self._rest = Schedule(dict(zip(self.names, remainders, strict=True)))
-            counts.append(over)  # as if it were another source
+            common = _exact_period(samples)
+            divided = [divmod(int(share * common) * PERIOD, common) for share in samples]
+            counts = [count for count, _ in divided]
+            counts.append(PERIOD - sum(counts))  # what is left over, as if of another source
+            self._weights = [weight for _, weight in divided]
         self.period = sum(counts)
         self.counts = np.asarray(counts, np.uint64)
         self._source = _layout(counts)
@@ -217,29 +239,27 @@ class Schedule:
     def assign(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source index, and number of the draw from that source, of each sample (uint64)."""
         source = self._source[samples % np.uint64(self.period)]
-        if self._rest is not None and (second := source == len(self.names)).any():
-            source[second], _ = self._rest.assign(self._left_over(samples[second]))
-        return source, self._taken(samples, source)
+        if not self._weights:
+            return source, self._taken(samples, source)
+        left = self._taken(samples, np.full(samples.shape, len(self.names))).tolist()
+        had = {n: _divided(n, self._weights) for n in set(left)}
+        for row in np.flatnonzero(source == len(self.names)).tolist():
+            before, after = had[left[row]], _divided(left[row] + 1, self._weights)
+            source[row] = next(index for index in range(len(after)) if after[index] > before[index])
+        extra = [had[n][index] for n, index in zip(left, source.tolist(), strict=True)]
+        return source, self._taken(samples, source) + np.asarray(extra, np.uint64)
 
     def _taken(self, samples: np.ndarray, source: np.ndarray) -> np.ndarray:
-        """How many samples before each of these the source at the same place has had."""
-        taken = self._first_taken(samples, source)
-        if self._rest is not None:
-            taken += self._rest._taken(self._left_over(samples), source)
-        return taken
-
-    def _left_over(self, samples: np.ndarray) -> np.ndarray:
-        """How many samples before each of these are for the second schedule."""
-        return self._first_taken(samples, np.full(samples.shape, len(self.names)))
-
-    def _first_taken(self, samples: np.ndarray, source: np.ndarray) -> np.ndarray:
-        """As `_taken`, without what the second schedule assigns."""
+        """How many samples before each of these the layout gives to the source beside it."""
         block, position = np.divmod(samples, np.uint64(self.period))
         found = self._places.searchsorted(source * self.period + position.astype(np.int64))
         return block * self.counts[source] + (found - self._begin[source]).astype(np.uint64)
 
     def drawn(self, samples: int) -> dict[str, int]:
         """How many of the first `samples` samples came from each source."""
-        sources = np.arange(len(self.names))
-        taken = self._taken(np.full(sources.shape, samples, np.uint64), sources)
-        return dict(zip(self.names, taken.tolist(), strict=True))
+        sources = np.arange(len(self.counts))
+        counts = self._taken(np.full(sources.shape, samples, np.uint64), sources).tolist()
+        if self._weights:
+            extra = _divided(counts.pop(), self._weights)
+            counts = [count + more for count, more in zip(counts, extra, strict=True)]
+        return dict(zip(self.names, counts, strict=True))

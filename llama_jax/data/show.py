@@ -4,6 +4,7 @@ Little is read, so that 10,000 shards take no longer than 30: the rows that are 
 tokens are counted, and the lengths of documents in a few shards of each source, spread evenly.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ from llama_jax.files import read_bytes
 
 SEQ_LEN, BATCH = 256, 4  # where no config says it
 WINDOW = 1000  # sequences whose tokens are counted
-CHUNK = 50  # of them are read at a time
+CHUNK = 16  # of them are read at a time
+THREADS = 16
 SAMPLED_SHARDS = 32  # of a source, whose documents are measured
 
 
@@ -216,17 +218,25 @@ def count_tokens(look: Look, step: int) -> tuple[dict[str, int], dict[str, int]]
       UserError: a damaged shard.
     """
     batch, names = look.config.train.global_batch, look.batches.schedule.names
-    found = np.zeros((len(names), 2), np.int64)
-    first = step * batch
-    while (done := first - step * batch) < WINDOW:
-        number, row = divmod(first, batch)
-        rows = range(row, row + min(batch - row, WINDOW - done, CHUNK))
-        sequences = look.batches.rows(number, rows)
-        inputs = sequences.get("segment_ids", sequences["weights"])
-        counts = np.stack([sequences["weights"] > 0, inputs > 0], axis=-1).sum(1)
-        for (source, _), count in zip(look.batches.draws(number, rows), counts, strict=True):
-            found[source] += count
-        first += len(rows)
+    chunks, left = [], WINDOW
+    while left:
+        chunks += [
+            (step, range(first, min(first + CHUNK, batch, left)))
+            for first in range(0, min(batch, left), CHUNK)
+        ]
+        step, left = step + 1, left - min(batch, left)
+
+    def count(chunk: tuple[int, range]) -> np.ndarray:
+        rows = look.batches.rows(*chunk)
+        inputs = rows.get("segment_ids", rows["weights"])
+        of_rows = np.stack([rows["weights"] > 0, inputs > 0], axis=-1).sum(1)
+        found = np.zeros((len(names), 2), np.int64)
+        np.add.at(found, [source for source, _ in look.batches.draws(*chunk)], of_rows)
+        return found
+
+    # A bucket answers slowly, and many at once; each sequence may be in another shard.
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        found = sum(pool.map(count, chunks), np.zeros((len(names), 2), np.int64))
     counted, tokens = (dict(zip(names, column.tolist(), strict=True)) for column in found.T)
     return counted, tokens
 
