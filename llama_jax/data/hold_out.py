@@ -1,8 +1,9 @@
-"""The held-out tail of a source of which chance has held out no document.
+"""The held-out tail of a source that chance does not split.
 
 Documents are held out by their contents, about `data.validation_fraction` of them. Of a few large
-ones that may be none, and a run would have no validation. Then the last tokens of the source are
-held out: the last part is written again, cut in two.
+ones that may be none, and a run would have no validation; or all, and there would be nothing to
+train on. Then the last tokens of the source are held out: the last part is written again, cut in
+two.
 """
 
 import json
@@ -17,6 +18,7 @@ from llama_jax.config import DataConfig
 from llama_jax.data.packing import INDEX_DTYPE
 from llama_jax.data.part import report_name, write_part
 from llama_jax.data.reading import Part
+from llama_jax.data.shard_folder import SPLITS
 
 LEAST = 2  # tokens that can be trained on or validated on: an input and its target
 
@@ -30,7 +32,7 @@ def hold_out_tail(
     folder: epath.Path,
     log: Callable[[str], None],
 ) -> Note | None:
-    """Holds out the tail of a source whose parts are all done, if no document of it is.
+    """Holds out the tail of a source whose parts are all done, if chance has not split it.
 
     It can be killed at any place, and called again when all parts are done once more: what it does
     depends on their reports alone.
@@ -44,36 +46,49 @@ def hold_out_tail(
       log: takes a line for the user.
 
     Returns:
-      What the manifest says about it; None: documents are held out, as they should be.
+      What the manifest says about it; None: chance has held out some documents, as it should.
     """
     reports = [json.loads((folder / report_name(i)).read_text()) for i in range(len(parts))]
-    documents = sum(_count(report, "documents") for report in reports)
-    unlucky = f"data.validation_fraction={data.validation_fraction:g} chose none of its documents"
-    held_out = sum(_count(report, "tokens", "validation") for report in reports)
-    if any("train_tokens" in report for report in reports):  # it was killed after it was done
-        return _note(held_out, unlucky)
-    if held_out or not documents:
+    totals = [_count(report, "tokens", *SPLITS) for report in reports]
+    trained, held_out = (
+        sum(_count(report, "documents", split) for report in reports) for split in SPLITS
+    )
+    why = (
+        f"data.validation_fraction={data.validation_fraction:g} chose none or all of its documents"
+    )
+    borders = [
+        report.get("train_tokens", total) for report, total in zip(reports, totals, strict=True)
+    ]
+    if borders != totals:  # it was killed after it was done
+        return _note(sum(totals) - sum(borders), why)
+    begun = any("train_tokens" in report for report in reports)
+    if (trained and held_out and not begun) or not trained + held_out:
         return None
     if not data.validation_fraction:
         return {"tokens": 0, "why": "tokens: data.validation_fraction is 0"}
-    wanted = round(data.validation_fraction * sum(_count(report, "tokens") for report in reports))
+    wanted = max(LEAST, round(data.validation_fraction * sum(totals)))
     for index in reversed(range(len(parts))):
-        report = reports[index]
-        others = documents > _count(report, "documents")
-        border = _border(_starts(folder, report), max(LEAST, wanted), bool(data.template), others)
-        if border is None:
-            continue
-        log(f"no document is held out of {folder}: the last part is written again without its end")
+        others = trained + held_out > _count(reports[index], "documents", *SPLITS)
+        border = _border(_starts(folder, reports[index]), wanted, bool(data.template), others)
+        if border is not None:
+            borders[index] = border
+            break
+    log(f"{why}: the last tokens are held out instead")
+    # The cut comes last: it says that all is done.
+    todo = [i for i, report in enumerate(reports) if _count(report, "documents", "validation")]
+    todo += [i for i, total in enumerate(totals) if borders[i] < total]
+    for index in dict.fromkeys(sorted(todo, key=lambda i: borders[i] < totals[i])):
         # From here on the part is not done: its shards are replaced one by one.
         (folder / report_name(index)).unlink()
         write_part(
             *(data, pack_len, str(folder), index, parts[index]),
             threads=data.workers or os.cpu_count() or 1,
-            train_tokens=border,
+            train_tokens=borders[index],
         )
-        return _note(_count(report, "tokens") - border, unlucky)
+    if borders != totals:
+        return _note(sum(totals) - sum(borders), why)
     few = "one conversation" if data.template else "a few tokens"
-    return {"tokens": 0, "why": f"tokens: {unlucky}, and it has only {few} to train on"}
+    return {"tokens": 0, "why": f"tokens: {why}, and it has only {few} to train on"}
 
 
 def _note(tokens: int, why: str) -> Note:
@@ -88,15 +103,17 @@ def why_none(manifest: dict[str, Any]) -> str:
     return f"none of its documents was chosen by data.validation_fraction={fraction}"
 
 
-def _count(report: dict[str, Any], what: str, split: str = "train") -> int:
-    count: int = report["splits"][split][what]
-    return count
+def _count(report: dict[str, Any], what: str, *splits: str) -> int:
+    return sum(report["splits"][split][what] for split in splits)
 
 
 def _starts(folder: epath.Path, report: dict[str, Any]) -> np.ndarray:
-    """Where each document of a part begins, in tokens, and the end of the last."""
+    """Where each document of a part begins, in tokens, and the end of the last.
+
+    All of them are in one split.
+    """
     starts, before = [], 0
-    for shard in report["splits"]["train"]["shards"]:
+    for shard in (shard for split in SPLITS for shard in report["splits"][split]["shards"]):
         index = np.frombuffer((folder / f"{shard['name']}.idx").read_bytes(), INDEX_DTYPE)
         starts.append(index + before)
         before += shard["tokens"]
