@@ -19,6 +19,7 @@ from llama_jax.errors import (
     UserError,
     as_float32,
     require,
+    require_float32,
     require_positive,
     require_types,
     typed,
@@ -129,6 +130,7 @@ class DataConfig:
             0 <= self.validation_fraction < 1,
             f"data.validation_fraction must be in [0, 1), got {self.validation_fraction}",
         )
+        require_float32("data", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +167,7 @@ class OptimConfig:
             self.moment_dtype in COMPUTE_DTYPES,
             f"optim.moment_dtype must be one of {COMPUTE_DTYPES}, got {self.moment_dtype!r}",
         )
+        require_float32("optim", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +222,7 @@ class TrainConfig:
             f"{math.gcd(self.global_batch, self.grad_accum)}, or a multiple of it as "
             "train.global_batch",
         )
+        require_float32("train", self)
         if self.profile_steps:
             self._check_profile_steps()
 

@@ -37,7 +37,7 @@ def require_positive(group: str, config: Any, *names: str) -> None:
 
 
 def require_types(group: str, config: Any, *, wide: tuple[str, ...] = ()) -> None:
-    """Requires that each field of a config group has its annotated type, and a usable number.
+    """Requires that each field of a config group has its annotated type, and no huge integer.
 
     Args:
       group: its name, for the message.
@@ -50,11 +50,22 @@ def require_types(group: str, config: Any, *, wide: tuple[str, ...] = ()) -> Non
         if field.type is int:
             bits = 63 if field.name in wide else 31
             require(abs(value) < 2**bits, f"{name} must be less than 2**{bits}, got {value}")
-        elif field.type is float:
+
+
+def require_float32(group: str, config: Any) -> None:
+    """Requires that each number of a config group is one in float32, in which it is used.
+
+    Args:
+      group: its name, for the message.
+      config: the group, of the right types.
+    """
+    for field in dataclasses.fields(config):
+        if field.type is float:
+            value = getattr(config, field.name)
             rounded = as_float32(value)
             require(
                 math.isfinite(rounded) and bool(rounded) == bool(value),
-                f"{name}={value} is {rounded} in float32, in which it is used",
+                f"{group}.{field.name}={value} is {rounded} in float32, in which it is used",
             )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from llama_jax.errors import as_float32, require, require_types
+from llama_jax.errors import as_float32, require, require_float32, require_types
 from llama_jax.model_config import ModelConfig
 
 # The matrices of a layer, by the module that has them.
@@ -40,6 +40,7 @@ class LoraConfig:
             set(names) <= set(MATRICES) and len(set(names)) == len(names),
             f"lora.targets must be some of {','.join(MATRICES)}, each once, got {self.targets!r}",
         )
+        require_float32("lora", self)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from llama_jax.errors import require, require_positive, require_types
+from llama_jax.errors import require, require_float32, require_positive, require_types
 
 REMAT_POLICIES = ("none", "full", "dots")
 # Tensors inside a block that `remat = "save:..."` may keep; model.py gives them these names.
@@ -107,6 +107,7 @@ class ModelConfig:
                     f"model.remat names an unknown tensor {name!r}; there are "
                     f"{', '.join(REMAT_NAMES)}",
                 )
+        require_float32("model", self)
 
     def _check_rope(self) -> None:
         require_positive("model", self, "rope_theta", "rope_original_context")
