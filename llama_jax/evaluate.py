@@ -172,6 +172,8 @@ def main() -> None:
     for flag in (_BATCH_SIZE, _LIMIT):
         if flag.value is not None and flag.value < 1:
             raise UserError(f"--{flag.name} must be at least 1, got {flag.value}")
+        if flag.value is not None and flag.value >= 2**31:
+            raise UserError(f"--{flag.name} must be less than 2**31, got {flag.value}")
     if _TASKS.value:
         _tasks(_TASKS.value)
         return

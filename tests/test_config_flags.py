@@ -202,3 +202,20 @@ def test_commands_without_a_config_say_what_they_have():
         "unknown flag --config; the flags are --checkpoint, --prompt"
     )
     assert refused("--model=x", module="evaluate").endswith("Did you mean: checkpoint?")
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "message"),
+    [
+        ("plan", (TINY, "--topology=v5p-8", "--price=nan"), "--price must be a number of dollars"),
+        ("plan", (TINY, "--topology=v5p-8", "--price=-1"), "--price must be a number of dollars"),
+        ("plan", (TINY, "--topology=v5p-8", "--search_limit=0"), "--search_limit=0"),
+        ("evaluate", ("--checkpoint=x", "--text=y", f"--limit={2**63}"), "less than 2**31"),
+        ("evaluate", ("--checkpoint=x", "--text=y", f"--batch_size={2**31}"), "less than 2**31"),
+        ("generate", ("--checkpoint=x", f"--seed={10**30}"), "seed must be in [-2**31, 2**32)"),
+        ("generate", ("--checkpoint=x", "--max_tokens=1e3"), "--max_tokens=1e3"),
+        ("data", (f"--step={10**30}", "--show=x"), "--step="),
+    ],
+)
+def test_a_number_that_a_command_cannot_use(module, flags, message):
+    assert message in refused(*flags, module=module)

@@ -1,5 +1,6 @@
 import collections
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -296,3 +297,22 @@ def test_rows_without_an_id_are_never_drawn(shape):
             known = generate(CONFIG, params, prompts, sampling, n_ids=IDS, **options)
             assert max(token for row in known for token in row) < IDS
             assert {row[0] for row in known} <= set(first.tolist())
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"temperature": 1e-50},
+        {"temperature": 1e39},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_p": math.nan},
+        {"seed": 2**32},  # JAX would take it for 0
+        {"seed": -(10**30)},
+        {"top_k": 2**31},
+        {"max_tokens": 10**30},
+    ],
+)
+def test_sampling_that_no_device_could_do(odd):
+    with pytest.raises(UserError, match=next(iter(odd))):
+        Sampling(**odd)
