@@ -93,7 +93,8 @@ class DataConfig:
     packing: str = "concat"  # LLaMA's; or best_fit: whole documents, that see only themselves
     streaming: bool = False  # tokenise while training, without shards
     accept_other_data: bool = False  # go on although the checkpoint was trained on other data
-    validation_fraction: float = 0.01  # of the documents
+    # Of the documents, chosen by their contents; of the tokens, where that is no document, or all.
+    validation_fraction: float = 0.01
     shard_tokens: int = 100_000_000  # tokens per shard
     part_bytes: int = 64_000_000  # of the source, that one worker takes at a time
     workers: int = 0  # processes that tokenise; 0: one per core

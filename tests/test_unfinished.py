@@ -383,6 +383,15 @@ def test_a_plan_that_is_damaged_drops_nothing(corpus, tmp_path, monkeypatch):
     prepare(config_of(corpus), tmp_path / "out", restart=True, log=quiet)
 
 
+def test_a_report_of_a_part_that_is_damaged(corpus, tmp_path, monkeypatch):
+    killed_at(monkeypatch, config_of(corpus), tmp_path / "out")
+    for damage in ("", "[]", "{}", '{"splits": {"train": 3}}'):
+        (tmp_path / "out" / "part-00001.json").write_text(damage)
+        with pytest.raises(UserError, match="part-00001.json is not|--restart begins again"):
+            prepare(config_of(corpus), tmp_path / "out", log=quiet)
+    prepare(config_of(corpus), tmp_path / "out", restart=True, log=quiet)
+
+
 def test_killed_before_the_first_part(corpus, tmp_path, monkeypatch):
     """Then nothing is lost by other settings, and no flag is asked for."""
     killed_at(monkeypatch, config_of(corpus), tmp_path / "out", 0)

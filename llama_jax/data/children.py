@@ -56,7 +56,7 @@ def end_with(file: int) -> None:
 
     def watch() -> None:
         poll = select.poll()
-        poll.register(file, 0)  # no event but a hang-up, which is always told
+        poll.register(file, 0)  # no event but a hang-up, which is always reported
         poll.poll()
         os._exit(1)
 

@@ -6,7 +6,6 @@ train on. Then the last tokens of the source are held out: the last part is writ
 two.
 """
 
-import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,8 @@ from llama_jax.data.packing import INDEX_DTYPE
 from llama_jax.data.part import report_name, write_part
 from llama_jax.data.reading import Part
 from llama_jax.data.shard_folder import SPLITS
+from llama_jax.errors import boundary
+from llama_jax.files import read_json
 
 LEAST = 2  # tokens that can be trained on or validated on: an input and its target
 
@@ -48,17 +49,15 @@ def hold_out_tail(
     Returns:
       What the manifest says about it; None: chance has held out some documents, as it should.
     """
-    reports = [json.loads((folder / report_name(i)).read_text()) for i in range(len(parts))]
-    totals = [_count(report, "tokens", *SPLITS) for report in reports]
-    trained, held_out = (
-        sum(_count(report, "documents", split) for report in reports) for split in SPLITS
-    )
-    why = (
-        f"data.validation_fraction={data.validation_fraction:g} chose none or all of its documents"
-    )
-    borders = [
-        report.get("train_tokens", total) for report, total in zip(reports, totals, strict=True)
-    ]
+    with boundary(f"a report of a finished part in {folder} (--restart begins again)"):
+        reports = [read_json(folder / report_name(index)) for index in range(len(parts))]
+        totals = [_count(report, "tokens", *SPLITS) for report in reports]
+        trained, held_out = (
+            sum(_count(report, "documents", split) for report in reports) for split in SPLITS
+        )
+        borders = [int(r.get("train_tokens", t)) for r, t in zip(reports, totals, strict=True)]
+    fraction = f"data.validation_fraction={data.validation_fraction:g}"
+    why = f"{fraction} chose none or all of its documents"
     if borders != totals:  # it was killed after it was done
         return _note(sum(totals) - sum(borders), why)
     begun = any("train_tokens" in report for report in reports)

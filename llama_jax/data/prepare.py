@@ -6,7 +6,6 @@ or the workers of Apache Beam; the bytes are the same.
 """
 
 import contextlib
-import errno
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -89,7 +88,7 @@ def prepare(
         tokenizer = functools.cache(
             lambda: new_tokenizer.find_or_train(config, sources, output, log, own)
         )
-        with _told(output), _abandoned(folders, parts):
+        with unfinished.system_errors(output), _abandoned(folders, parts):
             for name, listed in parts.items():
                 unfinished.begin(folders[name], settings[name], listed, config, restart, log)
             for name, folder in folders.items():
@@ -117,21 +116,6 @@ def prepare(
             tokens = report.splits["train"]["tokens"]
             log(f"{name:<20}{tokens:>18,} tokens to train on{tokens / total:>9.2%} of all")
     return reports
-
-
-@contextlib.contextmanager
-def _told(output: epath.Path) -> Iterator[None]:
-    """Turns what the system refuses into an error that names the place."""
-    try:
-        yield
-    except OSError as error:
-        place = error.filename or output
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"the disk is full: cannot write {place}; free some space, and the same "
-                "command goes on where it was"
-            ) from error
-        raise UserError(f"cannot write {place}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

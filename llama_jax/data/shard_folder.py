@@ -69,7 +69,7 @@ def no_shards(folder: epath.PathLike) -> UserError:
     if (epath.Path(folder) / PLAN).exists():
         return UserError(
             f"the token shards in {folder} are unfinished: run the same prepare command again "
-            "(or that of train, which prepares, too)"
+            "(or the same train command, if that began them)"
         )
     return UserError(f"no token shards in {folder}; make them with llama_jax.prepare")
 

@@ -8,6 +8,7 @@ then are the plan and the reports removed, the plan last.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -76,7 +77,7 @@ def held(output: epath.Path, names: list[str]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for folder in folders:
             missing = _missing(folder)
-            with _named(folder):
+            with system_errors(folder):
                 stack.enter_context(
                     locked(
                         folder,
@@ -98,7 +99,7 @@ def _check_place(folder: epath.Path) -> None:
     if is_object_store(folder):
         return
     path = pathlib.Path(folder)
-    with _named(folder):
+    with system_errors(folder):
         for place in (path.absolute(), *path.absolute().parents):
             if place.is_dir():
                 return
@@ -129,7 +130,7 @@ def _check_contents(output: epath.Path, names: list[str]) -> None:
         folder = output / name
         if is_complete(folder):
             continue
-        with _named(folder):
+        with system_errors(folder):
             if not (folder / PLAN).exists() and (other := _foreign(folder)):
                 raise UserError(
                     f"{folder} is not empty and holds no token shards, but {other}; choose another "
@@ -163,12 +164,17 @@ def _remove_empty(folders: list[pathlib.Path]) -> None:
 
 
 @contextlib.contextmanager
-def _named(folder: epath.Path) -> Iterator[None]:
-    """Gives the folder's name to what goes wrong with it."""
+def system_errors(place: epath.Path) -> Iterator[None]:
+    """Turns what the system refuses into a `UserError` that names the place."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk is full: cannot write {place}; free some space, and the same command "
+                "goes on where it was"
+            ) from error
+        raise UserError(f"cannot write {place}: {error.strerror or error}") from error
 
 
 def begin(
@@ -202,9 +208,7 @@ def begin(
             with boundary(f"{path}"):
                 changed = _changes(read_json(path), json.loads(json.dumps(plan)))
         except UserError as error:
-            raise UserError(
-                f"the work in {folder} cannot be gone on with: {error}; {mend}"
-            ) from error
+            raise UserError(f"cannot go on in {folder}: {error}; {mend}") from error
         if not changed:
             log(f"going on in {folder}: {done} of {len(parts)} parts are done")
             finished = parts_done(folder, len(parts))
@@ -217,12 +221,14 @@ def begin(
                 f"{', '.join(changed)}; put the old value back to go on with it, or {mend}"
             )
         clear(folder)
-        log(f"no part of the work begun in {folder} was done; it begins again as it is asked now")
+        log(
+            f"no part of the work begun in {folder} was done; it begins again with the new settings"
+        )
     before = folder.parent / f"{folder.name}.partial"
     if before.is_dir():
         log(
-            f"warning: {before} holds unfinished work of an earlier version, which cannot be gone "
-            "on with; delete it if you don't need it"
+            f"warning: {before} holds unfinished work of an earlier version, which this one "
+            "cannot use; delete it if you don't need it"
         )
     write_atomically(path, json.dumps(plan).encode())
     _warn_of_space(folder, parts, settings["vocab_size"], log)
