@@ -90,13 +90,15 @@ def too_long(config: DataConfig) -> str:
     return f"longer than {config.max_document_bytes:,} bytes"
 
 
-def document(data: bytes, where: str, config: DataConfig, reading: Reading) -> Iterator[str]:
+def document(
+    data: bytes | memoryview, where: str, config: DataConfig, reading: Reading
+) -> Iterator[str]:
     """The text of a document's bytes, or nothing and a count of why."""
     if len(data) > config.max_document_bytes:
         reading.skip(too_long(config), where)
         return
     try:
-        text = data.decode("utf-8")
+        text = str(data, "utf-8")
     except UnicodeDecodeError:
         reading.skip("invalid UTF-8", where)
         return
@@ -115,7 +117,7 @@ def texts(values: Iterable[Any], where: str, config: DataConfig, reading: Readin
                 reading.skip(too_long(config), place)
                 continue
             value = value.encode("utf-8", "surrogatepass")
-        if isinstance(value, bytes):
+        if isinstance(value, bytes | memoryview):
             yield from document(value, place, config, reading)
         else:
             reading.skip(f"no text in field {config.text_field!r}", place)
