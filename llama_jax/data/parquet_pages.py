@@ -11,7 +11,8 @@ from typing import IO, Any
 
 _HEADER_BYTES = 1 << 8, 1 << 24  # read at first, and at most: statistics may hold long values
 _DEPTH = 8  # structs within structs; the format has 3
-_DICTIONARY, _INDEX = 2, 1  # types of pages without values of their own
+_DICTIONARY, _INDEX = 2, 1  # types of pages without values of rows
+_PLAIN, _NUMBERS = 0, (2, 8)  # encodings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,16 +22,25 @@ class Page:
     Attributes:
       is_dictionary: whether it holds the values that other pages only number.
       numbered: whether its values are numbers of values in the dictionary.
+      is_plain: whether its values are there as they are, one after another.
       values: how many it has, nulls included.
       size: bytes that it takes in memory.
       packed: bytes that it takes in the file.
+      start: its first byte after its header.
+      levels_bytes: bytes that say which values are there, before all that is compressed; None: they
+        are compressed, too.
+      is_compressed: whether the rest is.
     """
 
     is_dictionary: bool
     numbered: bool
+    is_plain: bool
     values: int
     size: int
     packed: int
+    start: int
+    levels_bytes: int | None
+    is_compressed: bool
 
 
 def pages(file: IO[bytes], column: Any) -> Iterator[Page]:
@@ -56,9 +66,20 @@ def pages(file: IO[bytes], column: Any) -> Iterator[Page]:
             _size(one) for one in (*map(header.get, (1, 2, 3)), described.get(1, 0))
         )
         if kind != _INDEX:
+            second = 8 in header  # a data page of version 2
+            encoding = described.get(4 if second else 2)
             is_dictionary = kind == _DICTIONARY
-            numbered = not is_dictionary and described.get(4 if 8 in header else 2) in (2, 8)
-            yield Page(is_dictionary, numbered, values, size, packed)
+            yield Page(
+                is_dictionary=is_dictionary,
+                numbered=not is_dictionary and encoding in _NUMBERS,
+                is_plain=not is_dictionary and encoding == _PLAIN,
+                values=values,
+                size=size,
+                packed=packed,
+                start=at + length,
+                levels_bytes=_size(described.get(5, 0)) if second else None,
+                is_compressed=described.get(7, True) is not False,
+            )
             left -= 0 if is_dictionary else values
         at += length + packed
 

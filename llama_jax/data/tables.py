@@ -9,15 +9,20 @@ import numpy as np
 from etils import epath
 
 from llama_jax.config import DataConfig
+from llama_jax.data import parquet_stream
 from llama_jax.data.parquet_pages import pages
+from llama_jax.data.parquet_stream import can_stream
 from llama_jax.data.reading import Part, Reading, texts
 from llama_jax.errors import UserError, boundary, first_line
 
 BATCH_ROWS = 256  # at most
+# The same of a column that pyarrow keeps as a dictionary and numbers: each batch has all of it.
+NUMBERED_ROWS = 1 << 14
 BATCH_DOCUMENTS = 4  # times `max_document_bytes` are the bytes that rows of a batch may take
 # A page may take as much, and in any case PAGE_BYTES, 32 times what most writers make. A larger one
-# may take this many times its bytes in the file: text hardly packs any better.
-PAGE_BYTES, PACKED = 1 << 25, 16
+# is read value by value; where that cannot be, it may take PACKED times its bytes in the file, more
+# than text usually does.
+PAGE_BYTES, PACKED = 1 << 25, 32
 
 
 def parquet_parts(path: epath.Path, size: int, config: DataConfig) -> Iterator[Part]:
@@ -27,7 +32,7 @@ def parquet_parts(path: epath.Path, size: int, config: DataConfig) -> Iterator[P
       UserError: it is none, or has no column of text.
     """
     with path.open("rb") as raw:
-        file, _ = _open_parquet(raw, str(path), config)
+        file = _open_parquet(raw, str(path), config)[0]
         groups = [file.metadata.row_group(g).total_byte_size for g in range(file.num_row_groups)]
     start, total = 0, 0
     for group, length in enumerate(groups):
@@ -42,32 +47,32 @@ def read_parquet(part: Part, config: DataConfig, reading: Reading) -> Iterator[s
     """Streams the documents of some row groups, in memory of a few times `max_document_bytes`.
 
     Left out and counted are a row group that is damaged, and the rows of a row group from a page on
-    that would unpack to much more than that, and to much more than its bytes in the file.
+    that cannot be read in little memory and would unpack to far more than its bytes in the file.
     """
     import pyarrow
 
     path = part.paths[0]
     with epath.Path(path).open("rb") as raw:
-        file, names = _open_parquet(raw, path, config)
+        file, names, kind = _open_parquet(raw, path, config)
         for group in range(part.start, part.stop):
             where = f"{path}, row group {group}"
+            rows = file.metadata.row_group(group).num_rows
             try:
-                rows, good = _rows_at_once(raw, file.metadata.row_group(group), names, config)
-                yield from texts(_values(file, group, names, rows, good), where, config, reading)
+                found, good = _values(raw, file, group, names, kind, config)
+                yield from texts(found, where, config, reading)
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno:  # the disk's, not the decoder's
                     raise
                 reading.skip("damaged Parquet row group", where)
                 continue
-            left_out = file.metadata.row_group(group).num_rows - good
             reason = f"in a Parquet page that unpacks to more than {_largest_page(config):,} bytes"
-            for _ in range(left_out):
+            for _ in range(rows - good):
                 reading.skip(f"{reason} and {PACKED} times its size", where)
     reading.position = part.size
 
 
-def _open_parquet(raw: Any, path: str, config: DataConfig) -> tuple[Any, list[str]]:
-    """The `ParquetFile`, and the names that lead to its text.
+def _open_parquet(raw: Any, path: str, config: DataConfig) -> tuple[Any, list[str], Any]:
+    """The `ParquetFile`, and what `_text_column` says of it.
 
     Raises:
       UserError: it is damaged or something else, or has no column of text.
@@ -83,26 +88,37 @@ def _open_parquet(raw: Any, path: str, config: DataConfig) -> tuple[Any, list[st
             if isinstance(error, OSError) and error.errno:  # the disk's, not the decoder's
                 raise
             raise UserError(f"{path} is not a Parquet file: {first_line(error)}") from error
-        return file, _text_column(file.schema_arrow, config.text_field, path)
+        return file, *_text_column(file.schema_arrow, config.text_field, path)
 
 
 def _largest_page(config: DataConfig) -> int:
     return max(PAGE_BYTES, BATCH_DOCUMENTS * config.max_document_bytes)
 
 
-def _rows_at_once(raw: Any, group: Any, names: list[str], config: DataConfig) -> tuple[int, int]:
-    """Rows of a batch that takes little memory, and how many rows there are before a gigantic page.
+def _values(
+    raw: Any, file: Any, group: int, names: list[str], kind: Any, config: DataConfig
+) -> tuple[Iterator[bytes | memoryview | None], int]:
+    """The values of a column of text in a row group, and how many there are before a gigantic page.
 
     Raises:
       ValueError: the header of a page is damaged.
     """
-    path = ".".join(names)
-    columns = [group.column(index) for index in range(group.num_columns)]
-    most, largest, good = BATCH_DOCUMENTS * config.max_document_bytes, 1, group.num_rows
-    for column in (column for column in columns if column.path_in_schema == path):
+    from pyarrow import types
+
+    meta, path = file.metadata.row_group(group), ".".join(names)
+    numbered = types.is_dictionary(kind)
+    most, largest, good = BATCH_DOCUMENTS * config.max_document_bytes, 1, meta.num_rows
+    indices = [i for i in range(meta.num_columns) if meta.column(i).path_in_schema == path]
+    for index in indices:  # two where a name with a dot looks like a field of a struct
+        column, schema = meta.column(index), file.schema.column(index)
+        found = list(pages(raw, column))
+        large = [page.size > _largest_page(config) for page in found]
+        if any(large) and len(indices) == 1 and can_stream(column, schema, found):
+            levels = schema.max_definition_level
+            return parquet_stream.values(raw, column, levels, config.max_document_bytes), good
         dictionary, row = 0, 0
-        for page in pages(raw, column):
-            if page.size > max(_largest_page(config), PACKED * page.packed):
+        for page, is_large in zip(found, large, strict=True):
+            if is_large and page.size > PACKED * page.packed:
                 good = min(good, row)
                 break
             if page.is_dictionary:
@@ -110,13 +126,17 @@ def _rows_at_once(raw: Any, group: Any, names: list[str], config: DataConfig) ->
                 continue
             row += page.values
             average = page.size // max(1, page.values)
-            largest = max(largest, dictionary if page.numbered else average)
+            if not page.numbered:
+                largest = max(largest, average)
+            elif not numbered:  # each row gets its value
+                largest = max(largest, dictionary)
     # Row by row up to a gigantic page, so that a batch does not need it.
-    rows = 1 if good < group.num_rows else max(1, min(BATCH_ROWS, most // largest))
-    return rows, good
+    rows = max(1, min(NUMBERED_ROWS if numbered else BATCH_ROWS, most // largest))
+    rows = 1 if good < meta.num_rows else rows
+    return _in_batches(file, group, names, rows, good), good
 
 
-def _values(
+def _in_batches(
     file: Any, group: int, names: list[str], rows: int, good: int
 ) -> Iterator[memoryview | None]:
     """The first values of a column of text, without a copy; None: no value.
@@ -146,8 +166,8 @@ def _values(
             yield memoryview(buffer) if buffer is not None else None
 
 
-def _text_column(schema: Any, field: str, path: str) -> list[str]:
-    """The names that lead to a column of text: its own, or those of the structs around it, too.
+def _text_column(schema: Any, field: str, path: str) -> tuple[list[str], Any]:
+    """The names that lead to a column of text (those of structs around it, its own), and its type.
 
     Raises:
       UserError: there is none, or it holds something else.
@@ -169,7 +189,7 @@ def _text_column(schema: Any, field: str, path: str) -> list[str]:
             f"column {field!r} of {path} holds {kind}, not text"
             + (f"; name one of {_listed(kind, fields, field)}" if types.is_struct(kind) else "")
         )
-    return names
+    return names, kind
 
 
 def _nested(
