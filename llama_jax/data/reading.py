@@ -148,7 +148,11 @@ def field_of(record: Any, name: str) -> Any:
 
 
 def document(
-    data: bytes, where: str, config: DataConfig, reading: Reading, begins: bool = True
+    data: bytes | memoryview,
+    where: str,
+    config: DataConfig,
+    reading: Reading,
+    begins: bool = True,
 ) -> Iterator[str]:
     """The text of a document's bytes, or nothing and a count of why.
 
@@ -163,7 +167,7 @@ def document(
         reading.skip(too_long(config), where)
         return
     try:
-        text = data.decode("utf-8")
+        text = str(data, "utf-8")
     except UnicodeDecodeError:
         reading.skip("invalid UTF-8", where)
         return
@@ -184,7 +188,7 @@ def texts(values: Iterable[Any], where: str, config: DataConfig, reading: Readin
                 reading.skip(too_long(config), place)
                 continue
             value = value.encode("utf-8", "surrogatepass")
-        if isinstance(value, bytes):
+        if isinstance(value, bytes | memoryview):
             yield from document(value, place, config, reading)
         else:
             reading.skip(f"no text in field {config.text_field!r}", place)

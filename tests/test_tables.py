@@ -1,0 +1,369 @@
+"""Parquet and TFDS as strangers write them: gigantic values and pages, nested fields."""
+
+import random
+import types
+
+import pytest
+
+from llama_jax.config import DataConfig
+from llama_jax.data.parquet_pages import pages
+from llama_jax.data.sources import Reading, documents, list_parts
+from llama_jax.errors import UserError
+from tests.helpers import one_line_error, run_command
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+LIMIT = 500_000  # `max_document_bytes` where memory is measured
+# Of pyarrow's memory: 4 times the limit are in a batch; a page and its bytes in the file besides.
+MOST = 12 * LIMIT + (1 << 20)
+POOLS = []  # as long as there are arrays of theirs
+
+
+def read(path, **fields):
+    reading = Reading()
+    texts = list(documents(str(path), DataConfig(**fields), reading))
+    return texts, dict(reading.skipped)
+
+
+def read_in_memory(path, **fields):
+    """Texts, what was skipped, and the peak of pyarrow's memory in bytes."""
+    usual = pyarrow.default_memory_pool()
+    pool = pyarrow.proxy_memory_pool(usual)
+    POOLS.append(pool)
+    pyarrow.set_memory_pool(pool)
+    try:
+        texts, skipped = read(path, max_document_bytes=LIMIT, **fields)
+    finally:
+        pyarrow.set_memory_pool(usual)
+    print(f"{path.name}: {path.stat().st_size:,} bytes, peak {pool.max_memory():,}; {skipped}")
+    return texts, skipped, pool.max_memory()
+
+
+def write(path, texts, **options):
+    """A Parquet file with a column of text, and another one."""
+    table = pyarrow.table({"text": texts, "id": range(len(texts))})
+    parquet.write_table(table, path, **options)
+    return path
+
+
+@pytest.mark.parametrize("compression", ["zstd", "snappy", "none"])
+@pytest.mark.parametrize("page_version", ["1.0", "2.0"])
+def test_equal_texts_of_a_dictionary(tmp_path, compression, page_version):
+    """All 256 are read, though a batch of them takes 128 MB."""
+    text = "word " * 100_000
+    options = {"compression": compression, "data_page_version": page_version}
+    path = write(tmp_path / "x.parquet", [text] * 256, **options)
+    texts, skipped, peak = read_in_memory(path)
+    assert texts == [text] * 256 and skipped == {}
+    assert peak < MOST
+
+
+def test_a_dictionary_of_values_that_are_too_long(tmp_path):
+    path = write(tmp_path / "x.parquet", [*["x" * 1_000_000] * 200, "good"], compression="zstd")
+    texts, skipped, peak = read_in_memory(path)
+    assert texts == ["good"] and skipped == {"longer than 500,000 bytes": 200}
+    assert peak < MOST
+
+
+def test_a_column_that_was_a_dictionary_in_memory(tmp_path):
+    """pyarrow gives the dictionary with each batch: few of them, or it takes minutes."""
+    texts = [f"document {n} " * 100 for n in range(20_000)] * 2
+    column = pyarrow.array(texts).dictionary_encode()
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "x.parquet")
+    found, skipped, peak = read_in_memory(tmp_path / "x.parquet")
+    assert found == texts and skipped == {}
+    assert peak < 6 * sum(map(len, texts[:20_000]))  # pyarrow copies it a few times
+
+
+def test_a_few_large_values_among_many_small_ones(tmp_path):
+    """An average says nothing of them: 100 values of 400 KB stand together."""
+    texts = [*["small"] * 50_000, *[f"{n}" * 200_000 for n in range(10, 100)], *["small"] * 50_000]
+    path = write(tmp_path / "x.parquet", texts, use_dictionary=False, write_batch_size=1)
+    found, skipped, peak = read_in_memory(path)
+    assert found == texts and skipped == {}
+    assert peak < MOST
+
+
+@pytest.mark.parametrize("compression", ["zstd", "gzip", "brotli", "none"])
+@pytest.mark.parametrize("page_version", ["1.0", "2.0"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_page_that_unpacks_to_a_hundred_megabytes(tmp_path, compression, page_version, nested):
+    """All of its values are read one by one, and those that are too long are passed over."""
+    texts = [f"document {n}" for n in range(700)]
+    texts += [None, "y" * 400_000, "", "y" * 600_000, *["kä" * 130_000] * 300, None, None, "last"]
+    field = "meta.text" if nested else "text"
+    table = pyarrow.table({"text": texts})
+    if nested:
+        inner = [{"text": text} if number % 2 else None for number, text in enumerate(texts)]
+        texts = [text if number % 2 else None for number, text in enumerate(texts)]
+        table = pyarrow.table({"meta": inner})
+    options = {"compression": compression, "data_page_version": page_version}
+    path = tmp_path / "x.parquet"
+    parquet.write_table(table, path, use_dictionary=False, data_page_size=10**9, **options)
+    found, skipped, peak = read_in_memory(path, text_field=field)
+    assert found == [text for text in texts if text and len(text) < 600_000]
+    assert skipped == {
+        f"no text in field {field!r}": texts.count(None),
+        "longer than 500,000 bytes": sum(len(text or "") == 600_000 for text in texts),
+        **({"empty": texts.count("")} if "" in texts else {}),
+    }
+    assert peak < MOST
+
+
+def test_a_required_column_has_no_levels(tmp_path):
+    schema = pyarrow.schema([pyarrow.field("text", pyarrow.string(), nullable=False)])
+    table = pyarrow.table({"text": ["z" * 400_000] * 100}, schema=schema)
+    options = {"use_dictionary": False, "data_page_size": 10**9, "compression": "zstd"}
+    parquet.write_table(table, tmp_path / "x.parquet", **options)
+    found, skipped, peak = read_in_memory(tmp_path / "x.parquet")
+    assert found == ["z" * 400_000] * 100 and skipped == {} and peak < MOST
+
+
+def test_rows_from_a_page_on_that_cannot_be_read_in_little_memory(tmp_path):
+    """LZ4 is not unpacked piece by piece: these are left out and counted, those before are read."""
+    small, text = [f"document {n}" for n in range(1024)], "y" * 400_000
+    groups = [[*small, *[text] * 300], ["last"]]
+    path = tmp_path / "x.parquet"
+    with parquet.ParquetWriter(
+        path,
+        pyarrow.schema([("text", pyarrow.string())]),
+        use_dictionary=False,
+        compression="lz4",
+        data_page_size=1000,
+    ) as writer:
+        for some in groups:
+            writer.write_table(pyarrow.table({"text": some}))
+    found, skipped, peak = read_in_memory(path)
+    reason = "in a Parquet page that unpacks to more than 33,554,432 bytes and 32 times its size"
+    assert found == [*small, "last"] and skipped == {reason: 300}
+    assert peak < MOST
+
+
+@pytest.mark.parametrize("page_version", ["1.0", "2.0"])
+def test_a_large_page_that_is_damaged(tmp_path, page_version):
+    """Damage anywhere in it costs no more than its row group, and never a traceback."""
+    texts = [f"{n}" * 200_000 if n % 3 else None for n in range(100, 200)]
+    options = {"use_dictionary": False, "data_page_size": 10**9, "compression": "zstd"}
+    path = write(tmp_path / "x.parquet", texts, data_page_version=page_version, **options)
+    good, draw = path.read_bytes(), random.Random(4)
+    for _ in range(60):
+        data = bytearray(good)
+        data[draw.randrange(4, len(data) * 3 // 4)] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+        try:
+            found, _ = read(path, max_document_bytes=1_000_000)
+        except UserError:
+            continue
+        assert len(found) <= 67
+
+
+def test_large_values_that_do_not_pack_are_all_read(tmp_path):
+    """A page may be large where the file is: it is honest."""
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("abcdefghijklmnop", k=300_000)) for _ in range(12)]
+    path = write(tmp_path / "x.parquet", texts, use_dictionary=False, compression="zstd")
+    assert read(path, max_document_bytes=LIMIT) == (texts, {})
+
+
+def test_a_row_group_streams(tmp_path):
+    """40 MB of small rows in one row group, which is not read whole."""
+    lines = [f"document {number} " + "of some words " * 70 for number in range(40_000)]
+    path = write(tmp_path / "x.parquet", lines, row_group_size=10**9, use_dictionary=False)
+    texts, skipped, peak = read_in_memory(path)
+    assert texts == lines and skipped == {}
+    assert peak < MOST
+
+
+@pytest.mark.parametrize("compression", ["zstd", "snappy", "gzip", "lz4", "none"])
+@pytest.mark.parametrize("page_version", ["1.0", "2.0"])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_the_sizes_of_pages_are_what_pyarrow_counts(
+    tmp_path, compression, page_version, dictionary
+):
+    """All pages together, with their headers, are the column that the metadata describe."""
+    texts = [None if n % 7 == 0 else f"{n % 900} " * 40 for n in range(20_000)]
+    options = {"data_page_version": page_version, "use_dictionary": dictionary}
+    path = write(
+        tmp_path / "x.parquet",
+        texts,
+        compression=compression,
+        data_page_size=10_000,
+        write_page_checksum=True,
+        **options,
+    )
+    column = parquet.ParquetFile(path).metadata.row_group(0).column(0)
+    with path.open("rb") as file:
+        found = list(pages(file, column))
+    data = [page for page in found if not page.is_dictionary]
+    assert sum(page.values for page in data) == column.num_values == len(texts)
+    headers = column.total_compressed_size - sum(page.packed for page in found)
+    assert headers == column.total_uncompressed_size - sum(page.size for page in found)
+    assert 15 * len(found) <= headers <= 1000 * len(found)
+    assert (
+        len(found) - len(data) == dictionary and any(page.numbered for page in data) == dictionary
+    )
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\0", b"\xff" * 100, b"\x15\x00", b"\x1c" * 50, b"\x19\xf5"]
+)
+def test_a_header_of_nonsense(tmp_path, data):
+    path = tmp_path / "x"
+    path.write_bytes(data)
+    column = types.SimpleNamespace(data_page_offset=0, has_dictionary_page=False, num_values=9)
+    with path.open("rb") as file, pytest.raises(ValueError, match="the header of a page"):
+        list(pages(file, column))
+
+
+def test_every_flipped_byte_of_headers_and_pages(tmp_path):
+    """No damage to a file ends in a traceback, or in more documents than there are."""
+    texts = [f"document {number}" for number in range(300)]
+    path = write(tmp_path / "x.parquet", texts, row_group_size=100, data_page_size=200)
+    good, draw = path.read_bytes(), random.Random(3)
+    for _ in range(300):
+        data = bytearray(good)
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+        try:
+            found, _ = read(path)
+        except UserError:
+            continue
+        assert len(found) <= 300
+
+
+NESTED = {
+    "meta": [
+        {"text": "first", "lang": "en", "in": {"body": "deep 1"}},
+        None,
+        {"text": None, "lang": "de", "in": None},
+        {"text": "last", "lang": "fr", "in": {"body": "deep 2"}},
+    ],
+    "tags": [["a"], [], None, ["b", "c"]],
+    "id": [1, 2, 3, 4],
+}
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_nested_columns(tmp_path, dictionary):
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table(NESTED), path, use_dictionary=dictionary)
+    reason = "no text in field 'meta.text'"
+    assert read(path, text_field="meta.text") == (["first", "last"], {reason: 2})
+    reason = "no text in field 'meta.in.body'"
+    assert read(path, text_field="meta.in.body") == (["deep 1", "deep 2"], {reason: 2})
+
+
+def test_a_column_whose_name_has_a_dot_goes_first(tmp_path):
+    table = pyarrow.table({**NESTED, "meta.text": ["a", "b", "c", "d"]})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    assert read(tmp_path / "x.parquet", text_field="meta.text") == (["a", "b", "c", "d"], {})
+    table = pyarrow.table({"a.b": [{"c.d": "x"}, {"c.d": "y"}]})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    assert read(tmp_path / "x.parquet", text_field="a.b.c.d") == (["x", "y"], {})
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        (
+            "meta",
+            r"column 'meta' of .*x.parquet holds struct<.*>, not text; name one of "
+            r"meta.text, meta.lang, meta.in.body",
+        ),
+        ("meta.in", r"not text; name one of meta.in.body$"),
+        (
+            "meta.title",
+            r"has no column 'meta.title'; it has meta.text, meta.lang, meta.in.body, "
+            r"tags, id$",
+        ),
+        ("text", r"has no column 'text'; it has meta.text"),
+        ("tags", r"column 'tags' of .* holds list<.*: string>, not text$"),
+        ("tags.element", r"has no column 'tags.element'"),
+        ("id", r"column 'id' of .*x.parquet holds int64, not text$"),
+        ("meta.", r"has no column 'meta.'"),
+        (".", r"has no column '.'"),
+    ],
+)
+def test_columns_that_hold_no_text(tmp_path, field, message):
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table(NESTED), path)
+    with pytest.raises(UserError, match=message):
+        list_parts(str(path), DataConfig(text_field=field))
+
+
+def test_the_command_says_it_in_one_line(tmp_path):
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table(NESTED), path)
+    flags = ("--config=configs/tiny.py", f"--config.data.source={path}", f"--output={tmp_path}/o")
+    line = one_line_error(run_command("prepare", *flags, "--config.data.text_field=tags"))
+    assert "column 'tags' of" in line and "not text" in line
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "large_string", "string_view", "null"])
+def test_columns_that_may_hold_text(tmp_path, kind):
+    values = [None, None] if kind == "null" else ["käse", None]
+    column = pyarrow.array(values, getattr(pyarrow, kind)())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "x.parquet")
+    found, skipped = read(tmp_path / "x.parquet")
+    assert found == ([] if kind == "null" else ["käse"])
+    assert skipped == {"no text in field 'text'": 2 - len(found)}
+
+
+@pytest.fixture(scope="module", params=["tfrecord", "array_record"])
+def nested_tfds(request, tmp_path_factory):
+    """A TFDS dataset with features in features, as `wiki40b` and others have them."""
+    import numpy as np
+    import tensorflow_datasets as tfds
+
+    with tfds.core.registered.skip_registration():
+
+        class NestedText(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
+
+            def _info(self):
+                text = tfds.features.Text()
+                features = tfds.features.FeaturesDict(
+                    {
+                        "meta": {"text": text, "n": tfds.features.Scalar(np.int32)},
+                        "meta.title": text,
+                        "turns": tfds.features.Sequence(text),
+                        "id": tfds.features.Scalar(np.int32),
+                    }
+                )
+                return tfds.core.DatasetInfo(builder=self, features=features)
+
+            def _split_generators(self, manager):
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self):
+                for n in range(5):
+                    meta = {"text": f"document {n}", "n": n}
+                    yield n, {"meta": meta, "meta.title": f"t{n}", "turns": ["a"] * n, "id": n}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    NestedText(data_dir=folder, file_format=request.param).download_and_prepare()
+    return str(folder)
+
+
+def test_nested_features(nested_tfds):
+    found, skipped = read("tfds:nested_text", text_field="meta.text", tfds_data_dir=nested_tfds)
+    assert sorted(found) == [f"document {n}" for n in range(5)] and skipped == {}
+    found, skipped = read("tfds:nested_text", text_field="meta.title", tfds_data_dir=nested_tfds)
+    assert sorted(found) == [f"t{n}" for n in range(5)] and skipped == {}
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("text", "nested_text has no feature 'text'; it has .*meta.text"),
+        ("meta", "feature 'meta' of nested_text has no text; name one of .*meta.text"),
+        ("meta.n", "feature 'meta.n' of nested_text is Scalar, not text"),
+        ("turns", "feature 'turns' of nested_text is Sequence, not text"),
+        ("id", "feature 'id' of nested_text is Scalar, not text"),
+    ],
+)
+def test_features_that_hold_no_text(nested_tfds, field, message):
+    with pytest.raises(UserError, match=message):
+        read("tfds:nested_text", text_field=field, tfds_data_dir=nested_tfds)
