@@ -258,14 +258,18 @@ def _one_line(text: str) -> str:
 
 
 def _end(problem: Problem) -> None:
-    """Ends this process, whose main thread waits for what will not come."""
+    """Ends this process, whose main thread waits for what will not come.
+
+    Should it come after all, that thread waits for this one where it leaves `Peers`.
+    """
     print(f"error: {problem.error()}", file=sys.stderr, flush=True)
     # Without leaving the coordinator first, the others would print a trace; not for ever, though.
     timer = threading.Timer(GRACE_S, os._exit, (1,))
     timer.daemon = True
     timer.start()
-    with contextlib.suppress(Exception):
-        jax.distributed.shutdown()
+    # Not `jax.distributed.shutdown`: what the main thread asks of the client would be a traceback.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _client().shutdown()
     os._exit(1)
 
 

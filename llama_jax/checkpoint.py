@@ -156,7 +156,11 @@ def _restore_item(folder: epath.Path, name: str, target: Any) -> Any:
         try:
             saved = checkpointer.metadata(folder / name).item_metadata
             _check_same_arrays(folder / name, saved, target)
-            return checkpointer.restore((folder / name).absolute(), target)
+            # The handler's own: all processes would wait in the other one for who has failed.
+            handler = ocp.StandardCheckpointHandler()
+            return handler.restore(
+                (folder / name).absolute(), args=ocp.args.StandardRestore(target)
+            )
         except Exception as error:  # orbax raises a bare one, or finds no arrays
             reason = manifest.damage(folder, items=[name])
             if isinstance(error, UserError) and not reason:

@@ -13,6 +13,7 @@ from tests.helpers import free_port, outputs_of, read_until, records, start, sta
 FULL = "[Errno 28] No space left on device"
 MESSAGES = {"UserError": "made to fail, on two lines", "OSError": FULL, "KeyError": "KeyError: 'a"}
 NO_EVAL = "--config.train.eval_every=100000"
+TINY_RUN = (NO_EVAL, "--config.model.n_layers=1", "--config.train.steps=8")
 
 
 def agree(mode, processes):
@@ -72,11 +73,10 @@ def test_a_signal_to_any_ends_all(number, victims):
 # Runs.
 
 
-def run_failing(corpus, workdir, stage, process, error, *flags):
+def run_failing(corpus, workdir, stage, process, error):
     where = {"FAIL_STAGE": stage, "FAIL_PROCESS": str(process), "FAIL_WITH": error}
-    flags = ("--config.train.steps=8", *flags)
     module = "tests.faults.failing_train"
-    return start_train(corpus, workdir, *flags, module=module, processes=2, devices=1, **where)
+    return start_train(corpus, workdir, *TINY_RUN, module=module, processes=2, devices=1, **where)
 
 
 STAGES = [
@@ -104,7 +104,7 @@ STAGES = [
 
 @pytest.mark.parametrize(("stage", "process", "error"), STAGES)
 def test_what_fails_on_one_is_told_by_both(corpus, tmp_path, stage, process, error):
-    ends = ends_of(run_failing(corpus, tmp_path / "run", stage, process, error, NO_EVAL))
+    ends = ends_of(run_failing(corpus, tmp_path / "run", stage, process, error))
     assert [status for status, _, _ in ends] == [1, 1], ends
     (other,) = ends[1 - process][2]
     assert other.startswith(f"error: process {process}: {MESSAGES[error]}")
@@ -118,7 +118,7 @@ def test_what_fails_on_one_is_told_by_both(corpus, tmp_path, stage, process, err
 def stopped(corpus, tmp_path_factory):
     """A run of two processes that was stopped."""
     run = tmp_path_factory.mktemp("two") / "run"
-    group = start_train(corpus, run, "--config.train.steps=8", NO_EVAL, processes=2, devices=1)
+    group = start_train(corpus, run, *TINY_RUN, processes=2, devices=1)
     read_until(group[0], "step +2/")
     group[0].send_signal(signal.SIGTERM)
     assert [status for status, _, _ in end_all(group)] == [0, 0]
@@ -138,7 +138,7 @@ def stopped(corpus, tmp_path_factory):
 def test_what_one_cannot_restore_is_told_by_both(corpus, stopped, tmp_path, stage, error, message):
     os.rename(stopped, tmp_path / "run")
     try:
-        ends = ends_of(run_failing(corpus, tmp_path / "run", stage, 1, error, NO_EVAL))
+        ends = ends_of(run_failing(corpus, tmp_path / "run", stage, 1, error))
     finally:
         os.rename(tmp_path / "run", stopped)
     assert [status for status, _, _ in ends] == [1, 1], ends
@@ -232,12 +232,12 @@ LONG_S = 35
 @pytest.mark.parametrize("phase", ["data", "restore"])
 def test_a_stage_that_takes_longer_than_every_time_out(corpus, stopped, tmp_path, phase):
     """The data on process 0, and what process 1 alone reads slowly."""
-    steps = ("--config.train.steps=8", NO_EVAL)
     run, slow = tmp_path / "run", {"SLOW_PROCESS": "0"}
     if phase == "restore":
         os.rename(stopped, run)
         slow = {"SLOW_PROCESS": "1"}
-    group = start_slow(phase, LONG_S, corpus, run, *steps, processes=2, **slow)
+    flags = (*TINY_RUN, "--config.train.checkpoint_every=4")
+    group = start_slow(phase, LONG_S, corpus, run, *flags, processes=2, **slow)
     ends = ends_of(group)
     assert [(status, errors) for status, _, errors in ends] == [(0, []), (0, [])]
     assert "finished at step 8" in ends[0][1]
