@@ -82,6 +82,20 @@ def test_the_table_says_what_is_there(sources, packing):
     assert "skipped in c: 2 no text in field 'text'" in text
 
 
+def test_the_summary_says_which_files_were_read_and_what_is_held_out(tmp_path):
+    books = tmp_path / "books"
+    books.mkdir()
+    (books / "a.txt").write_text("One book of many words. " * 400)
+    (books / ".hidden").write_text("not of the book")
+    prepare(text_config(books), tmp_path / "shards", log=lambda line: None)
+    text = show.summary(show.open_look(tmp_path / "shards"), 0, PLAIN)
+    assert "\nfiles in the source: 1 plain text\n" in text
+    assert f"left out in the source: 1 hidden files and folders; the first: {books}/.hidden" in text
+    tokens = read_manifest(tmp_path / "shards")["splits"]["validation"]["tokens"]
+    assert tokens > 100
+    assert f"\nheld out of the source: {tokens:,} tokens at the end of the source: " in text
+
+
 def test_realised_shares_are_counted_from_the_step_on(sources):
     folder, configs = sources
     config = replace(configs["concat"], data__mixture="a=1/3,b=1/3,c=1/3")

@@ -147,16 +147,6 @@ def summary(look: Look, step: int, screen: Screen) -> str:
     notes.append("there: of all tokens in the shards")
     if look.of_a_run:
         notes.append(f"epochs: in the {train.steps:,} steps of the run")
-    skipped = [
-        f"{kind} in {name or 'the source'}: {count:,} {reason}; the first: {first}"
-        for name, manifest in look.manifests.items()
-        for kind in ("skipped", "changed")
-        for reason, (count, first) in sorted(manifest.get(kind, {}).items())
-    ]
-    for name, manifest in look.manifests.items():
-        answers, unended = totals(manifest["splits"])
-        if answers:
-            skipped.append(f"{name or 'the source'}: {sentence(answers, unended)}")
     return "\n".join(
         [
             *head,
@@ -164,9 +154,26 @@ def summary(look: Look, step: int, screen: Screen) -> str:
             screen.paint(lines[0], "bold"),
             *lines[1:],
             screen.paint("; ".join(notes), "dim"),
+            *(line for name in look.manifests for line in _remarks(look, name)),
         ]
-        + skipped
     )
+
+
+def _remarks(look: Look, name: str) -> list[str]:
+    """What the report of `prepare` said about one source."""
+    manifest, where = look.manifests[name], name or "the source"
+    files = sorted(manifest.get("files", {}).items())
+    lines = [f"files in {where}: {count:,} {kind}" for kind, count in files]
+    if held_out := manifest.get("held_out"):
+        lines.append(f"held out of {where}: {held_out['tokens']:,} {held_out['why']}")
+    for kind in ("left_out", "skipped", "changed"):
+        for reason, (count, first) in sorted(manifest.get(kind, {}).items()):
+            said = kind.replace("_", " ")
+            lines.append(f"{said} in {where}: {count:,} {reason}; the first: {first}")
+    answers, unended = totals(manifest["splits"])
+    if answers:
+        lines.append(f"{where}: {sentence(answers, unended)}")
+    return lines
 
 
 def _table(look: Look, step: int, packed: bool) -> list[str]:
