@@ -2,6 +2,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import types
 
 import jax
@@ -106,3 +107,26 @@ def test_what_comes_before_jax_listens_is_passed_on(listener, number):
 def test_one_of_many_that_has_nothing_to_save_stops_at_once(listener, number):
     with StopRequest() as stop, pytest.raises(Stopped), stop.at_once():
         signal.raise_signal(number)
+
+
+def test_another_process_interrupts_what_is_done_at_once():
+    """A signal of one's own, which a scheduler often sends at the same moment, does not kill."""
+    with StopRequest() as stop:
+        stop.interrupt()  # nothing is done that may be interrupted
+        with pytest.raises(Stopped), stop.at_once():
+            thread = threading.Thread(target=stop.interrupt)
+            thread.start()
+            thread.join()
+            threading.Event().wait(600)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.name == ""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            assert signal.getsignal(number) == signal.SIG_DFL  # but the next one does
+
+
+def test_a_signal_of_ones_own_comes_before_an_interruption():
+    with StopRequest() as stop:
+        with pytest.raises(Stopped, match="SIGTERM"), stop.at_once():
+            signal.raise_signal(signal.SIGTERM)
+        with stop.at_once():
+            stop.interrupt()  # it would kill

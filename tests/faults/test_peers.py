@@ -7,7 +7,8 @@ import signal
 
 import pytest
 
-from tests.faults.test_stopping import end_all, start_slow
+from llama_jax.checkpoint import load_meta
+from tests.faults.test_stopping import ENDLESS, end_all, go_on, start_slow
 from tests.helpers import free_port, outputs_of, read_until, records, start, start_train
 
 FULL = "[Errno 28] No space left on device"
@@ -257,3 +258,29 @@ def test_a_process_that_is_killed_while_process_0_prepares(corpus, tmp_path, vic
     assert "another task died" in (other if victim == 0 else errors)
     assert pair[1 - victim].returncode not in (0, -signal.SIGKILL)
     assert not pathlib.Path(tmp_path / "run" / "data").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_make_up_for_an_evaluation(corpus, tmp_path):
+    run = tmp_path / "run"
+    flags = ("--config.train.eval_every=2", "--config.train.eval_batches=3")
+    pair = start_slow("evaluate", 3600, corpus, run, *flags, processes=2)
+    read_until(pair[0], "phase evaluate")
+    pair[1].send_signal(signal.SIGTERM)
+    go_on(run)
+    assert [status for status, _, _ in end_all(pair)] == [0, 0]
+    saved = load_meta(run / "checkpoints" / "2")
+    assert saved.eval_loss is None and not evaluated(run)
+    for _ in range(2):
+        again = (*ENDLESS, "--config.model.n_layers=1", *flags)
+        pair = start_train(corpus, run, *again, processes=2, devices=1)
+        read_until(pair[0], "step +[0-9]+/")
+        pair[0].send_signal(signal.SIGTERM)
+        ends = ends_of(pair)
+        assert [(status, errors) for status, _, errors in ends] == [(0, []), (0, [])]
+        assert [line["step"] for line in evaluated(run)].count(2) == 1
+    assert evaluated(run)[0]["step"] == 2
+
+
+def evaluated(run):
+    return [line for line in records(run) if "eval_loss" in line]
