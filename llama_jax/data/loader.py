@@ -122,6 +122,22 @@ class Sequences:
             out[same] = permute(index[same], self.count, int(_mix(self._key ^ number)))
         return out
 
+    def tokens_in(self, number: int) -> tuple[int, int]:
+        """The targets that count in a sequence, and its inputs.
+
+        Raises:
+          UserError: a damaged shard.
+        """
+        if not self.packed:
+            start = number * self._length
+            inputs = len(self._dataset.tokens(start, start + self._length + 1)) - 1
+            return inputs, inputs
+        pieces = self._dataset.pieces(number)
+        return (
+            sum(int(np.count_nonzero(counts)) for _, counts in pieces),
+            sum(len(piece) - 1 for piece, _ in pieces),
+        )
+
     def fill(self, number: int, batch: Local, row: int) -> None:
         """Writes a sequence into a row of a batch of zeros.
 
@@ -207,6 +223,17 @@ class Batches:
             same = source == index
             number[same] = self._sources[index].order(draw[same])
         return list(zip(source.tolist(), number.tolist(), strict=True))
+
+    def count(self, step: int, rows: range) -> np.ndarray:
+        """Tokens of each source in rows of a step: targets that count, and inputs; shape (S, 2).
+
+        Raises:
+          UserError: a damaged shard.
+        """
+        found = np.zeros((len(self._sources), 2), np.int64)
+        for source, number in self.draws(step, rows):
+            found[source] += self._sources[source].tokens_in(number)
+        return found
 
     def rows(self, step: int, rows: range) -> Local:
         """Rows of the global batch of a step.

@@ -233,17 +233,10 @@ def count_tokens(look: Look, step: int) -> tuple[dict[str, int], dict[str, int]]
         ]
         step, left = step + 1, left - min(batch, left)
 
-    def count(chunk: tuple[int, range]) -> np.ndarray:
-        rows = look.batches.rows(*chunk)
-        inputs = rows.get("segment_ids", rows["weights"])
-        of_rows = np.stack([rows["weights"] > 0, inputs > 0], axis=-1).sum(1)
-        found = np.zeros((len(names), 2), np.int64)
-        np.add.at(found, [source for source, _ in look.batches.draws(*chunk)], of_rows)
-        return found
-
     # A bucket answers slowly, and many at once; each sequence may be in another shard.
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        found = sum(pool.map(count, chunks), np.zeros((len(names), 2), np.int64))
+        of_chunks = pool.map(lambda chunk: look.batches.count(*chunk), chunks)
+        found = np.sum(list(of_chunks), axis=0)
     counted, tokens = (dict(zip(names, column.tolist(), strict=True)) for column in found.T)
     return counted, tokens
 
