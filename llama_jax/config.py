@@ -61,7 +61,7 @@ class DataConfig:
     # source. It may have fewer ids than model.vocab_size, never more.
     tokenizer: str = ""
     tokenizer_size: int = 0  # ids of a tokenizer that is trained; 0: model.vocab_size
-    text_field: str = "text"  # of a JSON line, a Parquet table or a TFDS example
+    text_field: str = "text"  # of a JSON line, a Parquet table or a TFDS example; nested: meta.text
     # Instruction data instead of text, written as alpaca, vicuna, llama2 or llama3 have it, or as a
     # FILE.jinja or tokenizer_config.json says; the loss is that of the answers.
     template: str = ""
