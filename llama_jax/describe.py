@@ -33,10 +33,7 @@ def describe(config: Config, mesh: jax.sharding.Mesh, data: TrainingData) -> str
 
 
 def remarks(config: Config, data: TrainingData) -> list[str]:
-    """Lines on what a user should know of the data before the run.
-
-    These are padding of the vocabulary, answers without end, and shards without checksums.
-    """
+    """Lines on what a user should know of the data before the run: padding, answers without end."""
     rows, ids = config.model.vocab_size, data.tokenizer.vocab_size if data.tokenizer else 0
     found = []
     if 0 < ids < rows:
@@ -57,8 +54,6 @@ def remarks(config: Config, data: TrainingData) -> list[str]:
             "that ends them; let it write eos_token, or another special token of the tokenizer, "
             "at the end of the answer (inside {% generation %}), and prepare the data again"
         )
-    if data.unchecked:
-        found.append(f"warning {shard_folder.unchecked_remark(data.unchecked)}")
     return found
 
 
@@ -71,6 +66,13 @@ def no_evaluation(data: TrainingData) -> list[str]:
             "logged, and train.keep_best has nothing to go by"
         ]
     return [f"eval    without some sources ({reasons})"] if reasons else []
+
+
+def unchecked(data: TrainingData) -> list[str]:
+    """A line on shards whose damage the run cannot find, if there are some."""
+    if not data.unchecked:
+        return []
+    return [f"warning {shard_folder.unchecked_remark(data.unchecked)}"]
 
 
 def _describe_start(config: Config) -> list[str]:

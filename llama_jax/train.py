@@ -22,7 +22,7 @@ from llama_jax.continuation import complete
 from llama_jax.data.pipeline import TrainingData, open_data
 from llama_jax.data.streaming import Position, StreamingBatches
 from llama_jax.decode import Sampling
-from llama_jax.describe import describe, no_evaluation, remarks
+from llama_jax.describe import describe, no_evaluation, remarks, unchecked
 from llama_jax.errors import UserError
 from llama_jax.files import write_atomically
 from llama_jax.fingerprint import fingerprint
@@ -201,8 +201,8 @@ def run(
         with stop.at_once():
             data = _data_of_all(config, workdir)
         open_collectives()
-        about = [describe(config, mesh, data), *remarks(config, data), *no_evaluation(data)]
-        _log("\n".join(about))
+        about = [*remarks(config, data), *no_evaluation(data), *unchecked(data)]
+        _log("\n".join([describe(config, mesh, data), *about]))
         watchdog = Watchdog(config.train.step_timeout)
         watchdog.beat("restoring", compiles=True)  # all files are read, and programs compiled
         # Outermost, since a run that ends in an error waits for its save, too.

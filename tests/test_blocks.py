@@ -73,7 +73,7 @@ def test_a_block_of_another_place_is_damage(data, checks):
         ({"block_bytes": 0}, "blocks of 0 bytes"),
         ({"block_bytes": -64}, "blocks of -64 bytes"),
         ({"block_bytes": 60}, "blocks of 60 bytes"),
-        ({"block_bytes": "64"}, "block_bytes must be of type int"),
+        ({"block_bytes": "64"}, "block_bytes of x.crc.json must be of type int"),
         ({"block_bytes": 128}, "16 checksums of 8 blocks"),
         ({"bin": "00" * 4}, "1 checksums of 16 blocks"),
         ({"bin": "xyz"}, "x.crc.json is malformed"),

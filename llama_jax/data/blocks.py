@@ -112,7 +112,7 @@ def decode_sums(content: bytes, sizes: dict[str, int], name: str) -> dict[str, B
     """
     described = parse_json(content, name)
     with boundary(name):
-        block_bytes = typed("block_bytes", described["block_bytes"], int)
+        block_bytes = typed(f"block_bytes of {name}", described["block_bytes"], int)
         good = block_bytes > 0 and block_bytes % _MULTIPLE == 0
         require(good, f"{name} has blocks of {block_bytes} bytes")
         found = {}

@@ -318,11 +318,11 @@ def check_files(folder: epath.Path, manifest: dict[str, Any], split: str) -> Non
 
 
 def file_sizes(folder: epath.Path) -> dict[str, int]:
-    """Bytes of each file of a folder, in one listing."""
+    """Bytes of each file of a folder, in one listing; of links, only those that lead to a file."""
     if is_object_store(folder):
         return {path.name: path.stat().length for path in folder.iterdir()}
     with os.scandir(folder) as entries:
-        return {entry.name: entry.stat().st_size for entry in entries}
+        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
 
 def _check_size(folder: epath.Path, sizes: dict[str, int], name: str, expected: int | None) -> None:

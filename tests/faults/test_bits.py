@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -22,9 +23,10 @@ from llama_jax.data.shard_folder import (
 )
 from llama_jax.data.shard_writer import ShardWriter
 from llama_jax.data.shards import TokenDataset
-from llama_jax.describe import remarks
+from llama_jax.describe import unchecked
 from llama_jax.errors import UserError
-from tests.helpers import flip_bit, one_line_error, run_command, text_config
+from llama_jax.evaluate import read_shards
+from tests.helpers import TINY_FLAGS, flip_bit, one_line_error, run_command, text_config
 
 T, BATCH = 2048, 4
 KINDS = ("concat", "best_fit", "template")
@@ -184,12 +186,21 @@ def test_what_earlier_versions_hashed_is_found_in_their_shards_too(folders, tmp_
 
 def test_a_run_says_once_which_shards_it_cannot_check(shards, tmp_path):
     folder = as_of_an_earlier_version(shutil.copytree(shards, tmp_path / "shards"))
-    config = text_config("elsewhere", data__path=str(folder))
-    lines = [line for line in remarks(config, open_data(config, tmp_path)) if "earlier" in line]
-    assert len(lines) == 1 and lines[0].startswith("warning ")
+    flags = (f"--config.data.path={folder}", "--config.train.steps=4", f"--workdir={tmp_path}/run")
+    done = run_command("train", *TINY_FLAGS, "--config.train.eval_every=100", *flags)
+    lines = [line for line in done.stdout.splitlines() if "earlier version" in line]
+    assert done.returncode == 0 and len(lines) == 1 and lines[0].startswith("warning ")
     assert f"llama_jax.prepare --verify={folder}" in lines[0]
     config = text_config("elsewhere", data__path=str(shards))
-    assert not any("earlier" in line for line in remarks(config, open_data(config, tmp_path)))
+    assert unchecked(open_data(config, tmp_path)) == []
+
+
+def test_evaluate_says_it_too(shards, tmp_path, capsys):
+    folder = as_of_an_earlier_version(shutil.copytree(shards, tmp_path / "shards"))
+    model = types.SimpleNamespace(tokenizer=TokenDataset.open(shards, "train").tokenizer())
+    for where, said in ((shards, 0), (folder, 1)):
+        read_shards(str(where), "validation", model)
+        assert capsys.readouterr().err.count("warning: an earlier version wrote shards") == said
 
 
 def test_checksums_of_other_shards_are_refused_at_the_start(folders, tmp_path):
@@ -276,6 +287,18 @@ def test_the_manifest_of_a_packed_folder_is_json(folders):
     for kind in ("bin", "mask"):
         blocks = -(-(folder / f"train-00000-000.{kind}").stat().st_size // BLOCK_BYTES)
         assert len(described[kind]) == 8 * blocks
+
+
+def test_other_things_in_the_folder_do_not_matter(folders, tmp_path):
+    folder = shutil.copytree(folders["concat"], tmp_path / "shards")
+    (folder / "a link").symlink_to(tmp_path / "nothing")
+    (folder / "a folder").mkdir()
+    assert len(TokenDataset.open(folder, "train").tokens(0, 9)) == 9 and verify(folder) == []
+    path = folder / "train-00000-000.bin"
+    path.unlink()
+    path.symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match=f"{path.name} is missing"):
+        TokenDataset.open(folder, "train")
 
 
 @pytest.mark.parametrize("bad", [-1, 300, 65_536, 2**31 - 1])

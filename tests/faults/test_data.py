@@ -192,7 +192,7 @@ def test_flipped_bits(name, request, tmp_path):
 
 @pytest.mark.parametrize("harm", [cut, empty, zero, delete])
 def test_every_file_cut_emptied_zeroed_or_deleted(packed, tmp_path, harm):
-    """Found by `verify` always, and when it is opened; mid-file damage is `verify`'s alone."""
+    """Found by `verify`, and when it is opened."""
     folder = shutil.copytree(packed, tmp_path / "shards")
     files = sorted(path for path in folder.iterdir())
     assert len({path.suffix for path in files}) == 6
