@@ -214,7 +214,7 @@ def test_shards_of_another_separator_are_refused(tmp_path, corpus, tokenizer):
     config = text_config(corpus, data__tokenizer=str(tmp_path / "t.model"))
     prepare(config, tmp_path / "out", log=lambda line: None)
     other = text_config(corpus, data=config.data, data__separator=r"\n")
-    with pytest.raises(UserError, match="made with another separator"):
+    with pytest.raises(UserError, match=r"made with another separator \(was not set, is '\\n'\)"):
         prepare(other, tmp_path / "out", log=lambda line: None)
 
 

@@ -15,6 +15,7 @@ from llama_jax.data.pipeline import open_data
 from llama_jax.data.prepare import prepare
 from llama_jax.data.shard_folder import encode_manifest, read_manifest, verify
 from llama_jax.data.shards import TokenDataset
+from llama_jax.data.sources import list_parts
 from llama_jax.describe import no_evaluation
 from llama_jax.errors import UserError
 from tests.helpers import TINY, TINY_FLAGS, records, replace, run_command, text_config
@@ -86,7 +87,7 @@ def test_the_last_tokens_are_held_out(config, tmp_path):
     assert report.splits["validation"]["text_bytes"] == len(tokenizer.decode(held_out.tolist()))
     assert verify(tmp_path / "out") == []
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {name for name in names if not name.endswith(".crc")} == listed(tmp_path / "out")
+    assert {name for name in names if not name.endswith(".crc.json")} == listed(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_in_every_way_that_shards_are_written(config, tmp_path, changes):
         UNLUCKY * (len(tokens_of(tmp_path / "out", "train")) + len(held_out))
     )
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {name for name in names if not name.endswith(".crc")} == listed(tmp_path / "out")
+    assert {name for name in names if not name.endswith(".crc.json")} == listed(tmp_path / "out")
     assert verify(tmp_path / "out") == []
     prepare(config, tmp_path / "again", log=quiet)
     assert_same_folder(tmp_path / "out", tmp_path / "again")
@@ -121,14 +122,34 @@ def test_chance_that_holds_out_everything(config, tmp_path, workers):
     whole = tokens_of(tmp_path / "whole", "train")
     train, held_out = (tokens_of(tmp_path / "out", split) for split in ("train", "validation"))
     np.testing.assert_array_equal(np.concatenate([train, held_out]), whole)
-    (last,) = [
-        len(ids)
-        for number, ids in enumerate(documents_of(tmp_path / "whole", "train"))
-        if number == 4
-    ]
-    assert len(held_out) == last // 2
+    assert len(held_out) == round(0.6 * len(whole))
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {name for name in names if not name.endswith(".crc")} == listed(tmp_path / "out")
+    assert {name for name in names if not name.endswith(".crc.json")} == listed(tmp_path / "out")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_small_parts_at_the_end_are_held_out_whole(config, tmp_path, workers):
+    for number in range(5, 8):
+        (tmp_path / "text" / f"{number}.txt").write_text("the end " * 150)
+    config = replace(config, data__validation_fraction=0.1, data__workers=workers)
+    assert len(list_parts(config.data.source, config.data)) == 8
+    report = prepare(config, tmp_path / "out", log=quiet)[0]
+    prepare(replace(config, data__validation_fraction=0.0), tmp_path / "whole", log=quiet)
+    whole = tokens_of(tmp_path / "whole", "train")
+    train, held_out = (tokens_of(tmp_path / "out", split) for split in ("train", "validation"))
+    np.testing.assert_array_equal(np.concatenate([train, held_out]), whole)
+    assert len(held_out) == report.held_out[0] == round(0.1 * len(whole))
+
+
+def test_a_part_that_is_just_enough_is_all_that_is_held_out(config, tmp_path):
+    """Ten texts alike, of which chance holds out none: one of them is a tenth."""
+    source = tmp_path / "alike"
+    source.mkdir()
+    for number in range(10):
+        (source / f"{number}.txt").write_text("the end " * 150)
+    config = replace(config, data__source=str(source), data__validation_fraction=0.1)
+    report = prepare(config, tmp_path / "out", log=quiet)[0]
+    assert [report.splits[name]["documents"] for name in ("train", "validation")] == [9, 1]
 
 
 @pytest.mark.parametrize("at", range(6))
@@ -289,8 +310,9 @@ def test_the_only_conversation_is_trained_on(tokenizer, tmp_path):
     ],
 )
 def test_what_cannot_be_held_out_is_said(tokenizer, tmp_path, made, reason):
-    config = made(tokenizer, tmp_path)
-    report = prepare(config, tmp_path / "out", log=quiet)[0]
+    config, lines = made(tokenizer, tmp_path), []
+    report = prepare(config, tmp_path / "out", log=lines.append)[0]
+    assert "held out instead" not in "".join(lines)
     assert report.splits["validation"]["documents"] == 0
     assert f"held out                 0  tokens: {'' if made is nothing_asked else 'data'}" in str(
         report

@@ -18,6 +18,8 @@ from llama_jax.data.sources import Reading, documents, list_files, list_parts, n
 from llama_jax.errors import UserError
 from tests.helpers import one_line_error, run_command, start_train, text_config, write_corpus
 
+KINDS = ("bin", "idx", "crc.json")
+
 
 def tree(folder, *names):
     for name in names:
@@ -46,6 +48,8 @@ def test_a_downloaded_folder(tmp_path):
     about = ("README.md", "LICENSE", "licence.txt", "README_zh.md", "LICENSE-APACHE", "Notice")
     about += ("dataset_infos.json", "data/x.txt.lock", "SHA256SUMS", "data/train-0.txt.md5")
     about += ("_SUCCESS", "CITATION.cff", "x.txt~", "Thumbs.db", "data/a.incomplete")
+    about += ("README.pt-BR.md", "README_zh_CN.md", "README (1).md", "README-\u4e2d\u6587.md")
+    about += ("LICENSE-CC-BY-4.0.txt", "UNLICENSE", "datasheet.md", "CODE_OF_CONDUCT.md")
     hidden = (".gitattributes", "data/.train-0.txt.crc", ".DS_Store")
     tree(tmp_path, *data, *about, *hidden, ".git/a", ".git/b", ".cache/huggingface/x.json")
     tree(tmp_path, "__MACOSX/x.txt")
@@ -321,3 +325,31 @@ def test_a_path_with_an_equals_sign_that_is_gone_later(tmp_path, monkeypatch):
         )
     )
     assert "is not NAME=FILES, and there is no such file" in line
+
+
+def test_globs_below_folders_with_commas_and_semicolons(tmp_path, monkeypatch):
+    monkeypatch.chdir(
+        tree(tmp_path, "a,b/1.txt", "a,b/2.txt", "c;d,e/3.txt", "4.txt", "k=v,w/5.txt")
+    )
+    assert sorted(map(str, list_files("a,b/*.txt"))) == ["a,b/1.txt", "a,b/2.txt"]
+    assert sorted(map(str, list_files("4.txt,a,b/[2].txt"))) == ["4.txt", "a,b/2.txt"]
+    assert sorted(map(str, list_files("?.txt, c;d,e/*"))) == ["4.txt", "c;d,e/3.txt"]
+    assert named_sources("x=c;d,e/*.txt; y=a,b/*") == {"x": "c;d,e/*.txt", "y": "a,b/*"}
+    assert named_sources("k=v,w/*.txt") == {"": "k=v,w/*.txt"}
+    tree(tmp_path, "x1,y1")  # which two globs may mean as one, too
+    tree(tmp_path, "x2", "y2")
+    assert sorted(map(str, list_files("x*,y*"))) == ["x1,y1", "x2", "y2"]
+
+
+@pytest.mark.parametrize("source", [",", " ", " , ,"])
+def test_a_source_that_names_nothing(source):
+    with pytest.raises(UserError, match="data.source='.*' names no file; try stdlib or a path"):
+        list_files(source)
+
+
+def test_shards_that_have_lost_their_manifest_are_no_text(tmp_path):
+    names = [f"{split}-00000-000.{kind}" for split in ("train", "validation") for kind in KINDS]
+    tree(tmp_path, "a.txt", *(f"shards/{name}" for name in names), "shards/tokenizer.model")
+    assert listed(tmp_path) == (["a.txt"], {OWN: 1})
+    tree(tmp_path, "text/train-00000-000.txt", "text/train-1-2.bin")
+    assert len(listed(tmp_path)[0]) == 3  # somebody else's names

@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -12,14 +13,16 @@ import zipfile
 import pyarrow
 import pytest
 import zstandard
+from etils import epath
 from pyarrow import parquet
 
 from llama_jax.config import DataConfig
+from llama_jax.data import looking
 from llama_jax.data.prepare import prepare
 from llama_jax.data.reading import field_of
 from llama_jax.data.sources import Reading, documents, list_parts, read_records
 from llama_jax.errors import UserError
-from tests.helpers import one_line_error, run_command, text_config
+from tests.helpers import one_line_error, replace, run_command, text_config
 
 TEXTS = ["first\nline", "zéro 🦙", "last"]
 RECORDS = [{"text": text, "id": number} for number, text in enumerate(TEXTS)]
@@ -116,6 +119,29 @@ def test_a_first_line_that_is_broken_or_long(tmp_path):
     for name in ("a.json", "a.txt", "a.jsonl"):
         texts, reading = read(made(tmp_path / name, long + LINES))
         assert texts == ["x" * 300_000, *TEXTS] and reading.files == {"JSON lines": 1}
+
+
+def test_a_long_first_line_does_not_make_all_of_a_file_be_looked_at(tmp_path, monkeypatch):
+    given = []
+    kept = looking.open_stream
+
+    class Counted:
+        def __init__(self, file):
+            self.file = file
+
+        def read(self, size):
+            given.append(self.file.read(size))
+            return given[-1]
+
+    def opened(raw):
+        stream = kept(raw)
+        return dataclasses.replace(stream, file=Counted(stream.file))
+
+    monkeypatch.setattr(looking, "open_stream", opened)
+    long = json.dumps({"text": "x" * 300_000}).encode() + b"\n"
+    path = made(tmp_path / "a.json", long + LINES * 100_000)
+    assert looking.look(epath.Path(path), DataConfig()).kind == "jsonl"
+    assert sum(map(len, given)) < 1_000_000 < path.stat().st_size
 
 
 def test_damaged_lines_are_no_reason_to_train_on_raw_json(tmp_path):
@@ -322,6 +348,7 @@ def test_the_report_says_what_was_read(tmp_path, tokenizer):
     made(source / "d.zip", archive(zip_file))
     tokenizer.save(tmp_path / "t.model")
     config = text_config(source, data__tokenizer=str(tmp_path / "t.model"), data__part_bytes=50)
+    config = replace(config, data__validation_fraction=0.0)  # whose tail would cut a document
     lines = []
     for _ in range(2):  # the second time from the manifest
         report = prepare(config, tmp_path / "out", log=lines.append)[0]

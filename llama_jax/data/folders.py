@@ -21,8 +21,9 @@ SPECIAL = "pipes, sockets and devices"
 DEAD = "links to nothing"
 TWICE = "links to what is read under another name"
 _ABOUT = re.compile(
-    r"(readme|licen[cs]e|copying|notice|citation|dataset_?card|data_?card)"
-    r"([-_.][a-z]{2,10})?(\.(md|txt|rst|html?|cff|bib|pdf))?"
+    r"((readme|licen[cs]e)([-_. ][-\w().]{1,16})?"
+    r"|(copying|notice|citation|dataset_?card|data_?card|datasheet|unlicen[cs]e|code_of_conduct)"
+    r"([-_.][a-z]{2,10})?)(\.(md|txt|rst|html?|cff|bib|pdf))?"
     r"|(dataset_infos?|dataset_dict|state|croissant)\.json"
     r"|_(success|metadata|common_metadata|started_\w+|committed_\w+)|thumbs\.db|desktop\.ini"
     r"|((md5|sha\d+)sums?|checksums?)(\.\w+)?"
@@ -32,6 +33,7 @@ _ABOUT = re.compile(
 _ABOUT_FOLDERS = ("__pycache__", "__MACOSX", "_temporary", "_delta_log", "lost+found")
 # Our own folders are known by what they hold.
 _SHARD = re.compile(r"(train|validation)-\d+-\d+\.\w+|part-\d+\.json")
+_INDEX = re.compile(r"(train|validation)-\d{5}-\d{3,}\.idx")
 _PASSING = re.compile(r"\.|lost\+found$|.*\.tmp-\d+$")  # files that come and go beside others
 _RUN = ("checkpoints", "metrics.jsonl", "goodput.json")
 
@@ -94,7 +96,8 @@ class Walk:
             self._seen.add(real)
             entries = _entries(folder)
             if self._is_own(real, {entry.path.name for entry in entries}):
-                self._reading.leave_out(OWN, str(folder))
+                if entries:  # else it was made a moment ago
+                    self._reading.leave_out(OWN, str(folder))
                 continue
             for entry in entries:
                 name = entry.path.name
@@ -124,6 +127,8 @@ def _own_kind(names: set[str]) -> str:
     if {"manifest.json", "plan.json"} & names and any(map(_SHARD.fullmatch, names)):
         return "a folder of token shards"
     visible = {name for name in names if not _PASSING.match(name)}
+    if any(map(_INDEX.fullmatch, names)):  # whose manifest was lost
+        return "a folder of token shards"
     if "plan.json" in names and visible <= {"plan.json", "tokenizer.model", "chat_template.json"}:
         return "a folder of token shards"
     if "config.json" in names and names.intersection(_RUN):

@@ -2,8 +2,8 @@
 
 Documents are held out by their contents, about `data.validation_fraction` of them. Of a few large
 ones that may be none, and a run would have no validation; or all, and there would be nothing to
-train on. Then the last tokens of the source are held out: the last part is written again, cut in
-two.
+train on. Then the last tokens of the source are held out: the last parts are written again, one of
+them cut in two.
 """
 
 import os
@@ -40,7 +40,7 @@ def hold_out_tail(
 
     Args:
       data: how to read; its `validation_fraction` of all tokens is held out, but no more than half
-        of the last part. Plain text is cut at any token, conversations stay whole.
+        of the part that is cut. Plain text is cut at any token, conversations stay whole.
       pack_len: sequence length to pack documents for; 0: do not.
       parts: of the source.
       folder: where their shards are.
@@ -58,25 +58,25 @@ def hold_out_tail(
         borders = [int(r.get("train_tokens", t)) for r, t in zip(reports, totals, strict=True)]
     fraction = f"data.validation_fraction={data.validation_fraction:g}"
     why = f"{fraction} chose none or all of its documents"
-    if borders != totals:  # it was killed after it was done
-        return _note(sum(totals) - sum(borders), why)
+    if any(0 < border < total for border, total in zip(borders, totals, strict=True)):
+        return _note(sum(totals) - sum(borders), why)  # it was killed after it was done
     begun = any("train_tokens" in report for report in reports)
     if (trained and held_out and not begun) or not trained + held_out:
         return None
     if not data.validation_fraction:
         return {"tokens": 0, "why": "tokens: data.validation_fraction is 0"}
     wanted = max(LEAST, round(data.validation_fraction * sum(totals)))
-    for index in reversed(range(len(parts))):
-        others = trained + held_out > _count(reports[index], "documents", *SPLITS)
-        border = _border(_starts(folder, reports[index]), wanted, bool(data.template), others)
-        if border is not None:
-            borders[index] = border
-            break
-    log(f"{why}: the last tokens are held out instead")
+    cut, borders = _plan(folder, reports, totals, wanted, bool(data.template))
+    if borders != totals:
+        log(f"{why}: the last tokens are held out instead")
+    todo = [
+        index
+        for index, report in enumerate(reports)
+        if report.get("train_tokens") != borders[index]
+        and (_count(report, "documents", "validation") or borders[index] < totals[index])
+    ]
     # The cut comes last: it says that all is done.
-    todo = [i for i, report in enumerate(reports) if _count(report, "documents", "validation")]
-    todo += [i for i, total in enumerate(totals) if borders[i] < total]
-    for index in dict.fromkeys(sorted(todo, key=lambda i: borders[i] < totals[i])):
+    for index in sorted(todo, key=lambda index: index == cut):
         # From here on the part is not done: its shards are replaced one by one.
         (folder / report_name(index)).unlink()
         write_part(
@@ -88,6 +88,34 @@ def hold_out_tail(
         return _note(sum(totals) - sum(borders), why)
     few = "one conversation" if data.template else "a few tokens"
     return {"tokens": 0, "why": f"tokens: {why}, and it has only {few} to train on"}
+
+
+def _plan(
+    folder: epath.Path,
+    reports: list[dict[str, Any]],
+    totals: list[int],
+    wanted: int,
+    whole: bool,
+) -> tuple[int, list[int]]:
+    """Which part is cut, -1 for none, and how many tokens of each part are trained on.
+
+    Small parts at the end are held out whole, and the one before them is cut. It does not depend
+    on which of the small parts are written again already.
+    """
+    borders = list(totals)
+    for index in reversed(range(len(totals))):
+        if 0 < totals[index] <= wanted and any(totals[:index]):
+            borders[index] = 0
+            wanted -= totals[index]
+            if wanted < LEAST:
+                break
+            continue
+        others = any(border for i, border in enumerate(borders) if i != index)
+        border = _border(_starts(folder, reports[index]), wanted, whole, others)
+        if border is not None:
+            borders[index] = border
+            return index, borders
+    return -1, borders
 
 
 def _note(tokens: int, why: str) -> Note:

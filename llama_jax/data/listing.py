@@ -92,11 +92,19 @@ def _split(source: str) -> list[str]:
 
 
 def _joined(pieces: list[str], mark: str) -> int:
-    """How many of the first pieces, with a mark between them, are a path that exists; else 1."""
-    if not is_object_store(pieces[0]):
-        for count in range(min(_JOINED, len(pieces)), 1, -1):
-            if _exists(epath.Path(mark.join(pieces[:count]).strip()).expanduser()):
+    """How many of the first pieces, with a mark between them, are a path that exists; else 1.
+
+    Where the first alone is nothing, they may be a glob that matches.
+    """
+    if is_object_store(pieces[0]):
+        return 1
+    joined = [mark.join(pieces[:n]).strip() for n in range(1, min(_JOINED, len(pieces)) + 1)]
+    for is_meant in (lambda path: _exists(epath.Path(path).expanduser()), _is_there):
+        for count in range(len(joined), 1, -1):
+            if is_meant(joined[count - 1]):
                 return count
+        if _is_there(joined[0]):
+            break
     return 1
 
 
@@ -124,7 +132,10 @@ def list_files(
     walk = Walk(own, reading)
     found: set[str] = set()
     items = [source] if _exists(epath.Path(source).expanduser()) else _split(source)
-    for pattern in filter(None, items):
+    items = list(filter(None, items))
+    if not items:
+        raise UserError(f"data.source={source!r} names no file; try stdlib or a path")
+    for pattern in items:
         path = epath.Path(pattern).expanduser()
         if _exists(path):
             matches = walk.root(path) if path.is_dir() else [_file(path)]

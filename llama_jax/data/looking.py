@@ -133,6 +133,11 @@ def _parse(line: bytes | str) -> Any:
         return None
 
 
+def _most(objects: list[bool]) -> bool:
+    """Whether most lines are objects: some may be damaged."""
+    return 2 * sum(objects) > len(objects)
+
+
 class _Decision:
     """What one file is; a class, since what is read of it may have to grow."""
 
@@ -174,28 +179,41 @@ class _Decision:
             lines = lines[:-1]
         return [line for line in lines if line.strip()][:LINES]
 
-    def _grow(self) -> None:
-        """Reads on, up to the length that one document may have in JSON."""
+    def _objects(self) -> list[bool]:
+        """Of each of these lines, whether it is an object of JSON."""
+        return [isinstance(_parse(line), dict) for line in self._lines()]
+
+    def _grow(self) -> bool:
+        """Reads as much again, up to the length that one document may have in JSON.
+
+        Returns:
+          Whether there may be more to read.
+        """
         limit = longest_json(self.config)
+        if self.ended or len(self.text) >= limit:
+            return False
         try:
-            while not self.ended and len(self.text) < limit:
-                piece = self.opened.file.read(limit - len(self.text))
-                self.ended = not piece
-                self.text += piece
+            piece = self.opened.file.read(min(max(HEAD, len(self.text)), limit - len(self.text)))
         except Damaged:
+            return False
+        self.ended = not piece
+        self.text += piece
+        return not self.ended
+
+    def _grow_whole(self) -> None:
+        while self._grow():
             pass
 
     def _object(self) -> tuple[str, str] | None:
-        lines = self._lines()
-        if not lines and self.named == "jsonl":
+        objects = self._objects()
+        if not objects and self.named == "jsonl":
             return "jsonl", "JSON lines"
-        if not lines:  # the first one is long
-            self._grow()
-            lines = self._lines()
-        objects = [isinstance(_parse(line), dict) for line in lines]
-        single = self.ended and len(lines) == 1
-        most = 2 * sum(objects) > len(objects)  # some may be damaged
-        if most and not (single and self.named == "json"):
+        if not objects:  # the first line is long; the next one shows what the file is
+            while (len(objects) < 2 or not _most(objects)) and self._grow():
+                objects = self._objects()
+            objects = self._objects()
+        single = self.ended and len(objects) == 1
+        if _most(objects) and not (single and self.named == "json"):
             return "jsonl", "JSON lines"
         if not self.named:
             return None
@@ -217,7 +235,7 @@ class _Decision:
     def _first_value(self) -> tuple[Any, bool]:
         """The value that the file begins with, None without one; whether it is all there is."""
         if self.named == "json" or not self.ended:
-            self._grow()
+            self._grow_whole()
         text = self.text.decode("utf-8", "replace")
         try:
             value, end = json.JSONDecoder().raw_decode(text)
@@ -254,7 +272,7 @@ class _Decision:
             try:
                 value, end = json.JSONDecoder().raw_decode(text)
             except (ValueError, RecursionError):
-                self._grow()  # the first item is long
+                self._grow_whole()  # the first item is long
                 continue
             if value and text[end:].lstrip()[:1] in (",", "]"):
                 return "json", "JSON lists"
@@ -267,7 +285,7 @@ class _Decision:
             line.lstrip().startswith(b"{") and isinstance(_parse(line), dict)
             for line in self._lines()
         ]
-        if 2 * sum(objects) > len(objects) or (self.named and any(objects)):
+        if _most(objects) or (self.named and any(objects)):
             return "jsonl", "JSON lines"
         return None
 

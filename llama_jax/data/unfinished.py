@@ -256,8 +256,12 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         ):
             found.append(name)
         else:
-            found.append(f"{name} (was {was!r}, is {now!r})")
+            found.append(f"{name} (was {_shown(was)}, is {_shown(now)})")
     return found
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else repr(value)
 
 
 def complete(folder: epath.Path, manifest: dict[str, Any]) -> None:
