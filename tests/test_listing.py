@@ -321,3 +321,20 @@ def test_a_path_with_an_equals_sign_that_is_gone_later(tmp_path, monkeypatch):
         )
     )
     assert "is not NAME=FILES, and there is no such file" in line
+
+
+def test_names_of_sources_in_buckets():
+    spec = "web=gs://bucket/web/*.jsonl.zst; books=gs://bucket/books,gs://other/books"
+    found = {"web": "gs://bucket/web/*.jsonl.zst", "books": "gs://bucket/books,gs://other/books"}
+    assert named_sources(spec) == found
+
+
+def test_urls(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    for source in (f"file://{path}", f"file://{tmp_path}", f"file://{tmp_path}/*.txt"):
+        assert [str(one) for one in list_files(source)] == [str(path)]
+        assert named_sources(f"a={source}") == {"a": source}
+    for source in ("https://example.com/a.txt", f"{path},hdfs://host/a"):
+        with pytest.raises(UserError, match=r"(https|hdfs)://\S+: paths of (https|hdfs):// cannot"):
+            list_files(source)
