@@ -48,7 +48,12 @@ class MeshConfig:
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             require(size == -1 or size > 0, f"mesh axis {name} must be positive or -1, got {size}")
-        require(list(sizes.values()).count(-1) <= 1, f"only one mesh axis may be -1, got {sizes}")
+        rest = [f"{name}=-1" for name, size in sizes.items() if size == -1]
+        require(
+            len(rest) <= 1,
+            f"only one mesh axis may be -1, got {', '.join(rest)}; give the other ones a number, "
+            f"such as {rest[-1][:-2] if rest else ''}1",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,6 +330,15 @@ def default() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
 
 
+def require_fields(config: ml_collections.ConfigDict) -> None:
+    """Checks that a config has the groups and fields of `Config`, whatever their values.
+
+    Raises:
+      UserError: one is unknown or missing.
+    """
+    _require_names(config.to_dict())
+
+
 def from_config_dict(config: ml_collections.ConfigDict) -> Config:
     """Converts and validates what a config file and the command line gave.
 
@@ -349,19 +363,26 @@ def from_json(text: bytes | str) -> Config:
     return _from_dict(values)
 
 
+def _require_names(values: dict[str, Any]) -> None:
+    known = {field.name: field.type for field in dataclasses.fields(Config)}
+    _require_same_names("config groups", "", set(values), set(known))
+    for name, group in known.items():
+        if dataclasses.is_dataclass(group):
+            given, own = values[name], {field.name for field in dataclasses.fields(group)}
+            require(isinstance(given, dict), f"config group {name} is not a mapping, but {given!r}")
+            _require_same_names(f"fields of config group {name}", f"{name}.", set(given), own)
+
+
 def _from_dict(values: dict[str, Any]) -> Config:
-    groups = {field.name: field.type for field in dataclasses.fields(Config)}
-    _require_same_names("config groups", "", set(values), set(groups))
+    _require_names(values)
     built: dict[str, Any] = {}
-    for name, group in groups.items():
+    for field in dataclasses.fields(Config):
+        name, group = field.name, field.type
         if not dataclasses.is_dataclass(group):
             built[name] = typed(name, values[name], group)
             continue
-        types = {field.name: field.type for field in dataclasses.fields(group)}
-        given = values[name]
-        require(isinstance(given, dict), f"config group {name} is not a mapping, but {given!r}")
-        _require_same_names(f"fields of config group {name}", f"{name}.", set(given), set(types))
-        fields = {n: typed(f"{name}.{n}", given[n], types[n]) for n in types}
+        types = {inner.name: inner.type for inner in dataclasses.fields(group)}
+        fields = {n: typed(f"{name}.{n}", values[name][n], types[n]) for n in types}
         built[name] = cast(Any, group)(**fields)
     return Config(**built)
 

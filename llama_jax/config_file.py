@@ -47,8 +47,8 @@ def load_config_file(text: str) -> ml_collections.ConfigDict:
     found = _run(path, lambda: get_config(*argument))
     if not isinstance(found, ml_collections.ConfigDict):
         raise UserError(
-            f"{path}: get_config() returned {_shown(found)}, not a config; begin with "
-            "config = llama_jax.config.default(), and end with return config"
+            f"{path}: get_config() returned {_shown(found)}, not a config; begin with config = "
+            "llama_jax.config.default(), which is a ConfigDict, and end with return config"
         )
     return found
 

@@ -36,7 +36,7 @@ _ALIASES = {
     "optim.peak_lr": "lr learning_rate max_lr base_lr peak_learning_rate max_learning_rate",
     "optim.final_lr_fraction": "min_lr~ min_lr_ratio final_lr~ end_lr~ lr_min~",
     "optim.warmup_steps": "warmup num_warmup_steps warmup_iters warmup_ratio~ lr_warmup_steps",
-    "optim.beta1": "b1 adam_beta1 betas~",
+    "optim.beta1": "b1 adam_beta1 momentum betas~",
     "optim.beta2": "b2 adam_beta2",
     "optim.eps": "epsilon adam_eps adam_epsilon",
     "optim.weight_decay": "wd decay l2 adam_weight_decay",
@@ -98,18 +98,21 @@ def unknown_flag(arg: str, flags: Collection[str], fields: Collection[str]) -> s
       fields: dotted names of the config's fields; empty: the command has no config.
     """
     typed, equals, value = arg.lstrip("-").partition("=")
-    switched = typed.removeprefix("no")
-    if fields and switched.startswith("config.") and switched.removeprefix("config.") in fields:
-        return f"--{switched} is not a switch; give its value as --{switched}=VALUE"
-    dotted = (switched if switched.startswith("config.") else typed).removeprefix("config.")
-    if fields and dotted not in fields and ("." in dotted or dotted not in (typed, switched)):
-        return unknown_field(dotted, fields, "--config.")
     begin = f"unknown flag --{typed}"
+    given = equals + shlex.quote(value) if value and not _has_other_units(typed) else ""
+    switched = typed.removeprefix("no")
+    dotted = (switched if switched.startswith("config.") else typed).removeprefix("config.")
+    if switched != typed and f"config.{dotted}" == switched and dotted in fields:
+        return f"--{switched} is not a switch; give its value as --{switched}=VALUE"
+    if dotted in fields or not typed.startswith("config."):
+        spelt = _spelt(typed, fields) or _spelt(typed, fields, "config")
+        if spelt:
+            return f"{begin}; did you mean --config.{spelt[0]}{given}?"
+    if fields and ("." in dotted or dotted not in (typed, switched)):
+        return unknown_field(dotted, fields, "--config.")
     own = _same(typed, flags) or _alike(typed, flags, 0.8)
     if not own and fields:
-        found = [dotted] if dotted in fields else _everywhere(dotted, fields)
-        if found:
-            given = equals + shlex.quote(value) if value and not _has_other_units(typed) else ""
+        if found := _everywhere(dotted, fields):
             return f"{begin}; did you mean {_either(f'--config.{name}{given}' for name in found)}?"
         if any(field.startswith(f"{dotted}.") for field in fields):
             return unknown_field(dotted, fields, "--config.")
@@ -164,7 +167,8 @@ def unknown_field(name: str, fields: Collection[str], prefix: str) -> str:
     similar = _groups_like(group, groups)
     kind = "group" if field or similar else "field"
     begin = f"the config has no {kind} {group or repr(group)}"
-    found = _in_groups(similar, field, fields) or _everywhere(field or name, fields)
+    found = _spelt(name, fields) or _in_groups(similar, field, fields)
+    found = found or _everywhere(field or name, fields)
     if found:
         return f"{begin}; did you mean {_either(prefix + one for one in found)}?"
     if similar:
@@ -207,6 +211,15 @@ def _exactly(name: str, fields: Collection[str]) -> list[str]:
     if same and name not in groups:
         return [field for field in same if not field.startswith("dcn.")] or same
     return [field for field in fields if _plain(name) in _words(_ALIASES, field)]
+
+
+def _spelt(name: str, fields: Collection[str], prefix: str = "") -> list[str]:
+    """Fields whose dotted names have the same letters, whatever signs are between them."""
+
+    def letters(text: str) -> str:
+        return re.sub("[^a-z0-9]", "", text.lower())
+
+    return [field for field in fields if letters(name) == prefix + letters(field)]
 
 
 def _same(name: str, known: Iterable[str]) -> list[str]:

@@ -7,6 +7,8 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
+_SMALLEST_NORMAL = 2.0**-126  # of float32; XLA takes smaller ones as 0
+
 
 class UserError(ValueError):
     """A mistake in the input (config, files, flags), told in one line.
@@ -70,11 +72,12 @@ def require_float32(group: str, config: Any) -> None:
 
 
 def as_float32(value: float) -> float:
-    """The number of float32 that is nearest to a value; infinite beyond the largest."""
+    """A value in float32, as devices have it: infinite beyond the largest, 0 where subnormal."""
     try:
-        return struct.unpack("f", struct.pack("f", value))[0]
+        rounded: float = struct.unpack("f", struct.pack("f", value))[0]
     except OverflowError:
         return math.copysign(math.inf, value)
+    return rounded if abs(rounded) >= _SMALLEST_NORMAL else 0.0
 
 
 def typed(name: str, value: Any, wanted: Any) -> Any:

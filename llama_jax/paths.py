@@ -2,6 +2,8 @@
 
 import os
 
+from etils import epath
+
 from llama_jax.errors import UserError
 
 FORMATS = ("hf", "meta", "ckpt", "peft", "gguf")
@@ -17,13 +19,22 @@ def expand(path: str) -> str:
       path: a local path, or one of an object store, which stays as it is.
 
     Raises:
-      UserError: there is no such user, or `file://` has no absolute path.
+      UserError: there is no such user, `file://` has no absolute path, or a URL is of a kind that
+        cannot be read.
     """
     if path.lower().startswith("file://"):
         local = path[len("file://") :].removeprefix("localhost")
         if not local.startswith("/"):
             raise UserError(f"{path} is not file:///FOLDER; give the path alone")
         return local
+    if "://" in path:
+        try:
+            epath.Path(path)
+        except KeyError as error:  # of its table of schemes
+            raise UserError(
+                f"{path}: paths of {path.partition('://')[0]}:// cannot be read; name a local one, "
+                "or one of gs://"
+            ) from error
     if not path.startswith("~"):
         return path
     expanded = os.path.expanduser(path)

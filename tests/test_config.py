@@ -321,7 +321,7 @@ FIELD_TYPES = config_lib.field_types()
 # No field can use these.
 ODD = {
     int: (10**30, -(10**30), 2**63, -2, True, 1.0, "1", None),
-    float: (math.nan, math.inf, -math.inf, 1e39, 1e-50, -1.0, True, 10**30, "1", None),
+    float: (math.nan, math.inf, -math.inf, 1e39, 1e-40, 1e-50, -1.0, True, 10**30, "1", None),
     bool: (0, 1.0, "true", None),
     str: (0, 1.0, True, b"x", None),
 }

@@ -153,6 +153,11 @@ def test_the_config_may_come_after_its_fields_and_the_last_of_two_counts(tmp_pat
             "line)",
         ),
         (
+            (TINY, "--config.mesh.data=-1"),
+            "only one mesh axis may be -1, got data=-1, fsdp=-1; give the other ones a number, "
+            "such as fsdp=1",
+        ),
+        (
             (TINY, "--config.optim.peak_lr=-1"),
             "optim.peak_lr must be positive, got -1.0",
         ),
@@ -180,6 +185,31 @@ def test_a_value_of_the_file_is_told_to_be_of_the_file(tmp_path):
         "command line)"
     )
     assert refused(f"--config={path}", "--workdir=x", *flags) == message
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            "c = default().unlock()\n    c.optim.lr = 1\n    return c",
+            "unknown fields of config group optim: lr (optim has no field lr; did you mean "
+            "peak_lr?)",
+        ),
+        (
+            "c = default().unlock()\n    del c.optim['eps']\n    return c",
+            "missing fields of config group optim: eps",
+        ),
+        (
+            "return ConfigDict()",
+            "missing config groups: data, dcn, init_from, lora, mesh, model, optim, train",
+        ),
+    ],
+)
+def test_a_config_file_with_other_fields_is_named(body, message, tmp_path):
+    path = tmp_path / "mine.py"
+    head = "from llama_jax.config import default\nfrom ml_collections import ConfigDict\n\n\n"
+    path.write_text(f"{head}def get_config():\n    {body}\n")
+    assert refused(f"--config={path}", "--workdir=x") == f"{path}: {message}"
 
 
 @pytest.mark.parametrize("module", ["train", "prepare", "data", "plan"])

@@ -23,6 +23,7 @@ def test_the_fields_are_those_of_the_config():
         ("optim.Peak_LR", "optim has no field Peak_LR; did you mean peak_lr?"),
         ("optim.wd", "optim has no field wd; did you mean weight_decay?"),
         ("optim.beta", "optim has no field beta; did you mean beta1 or beta2?"),
+        ("optim.momentum", "optim has no field momentum; did you mean beta1?"),
         ("optim.max_grad_norm", "optim has no field max_grad_norm; did you mean clip_norm?"),
         ("train.batch_size", "train has no field batch_size; did you mean global_batch?"),
         ("train.max_steps", "train has no field max_steps; did you mean steps?"),
@@ -96,6 +97,22 @@ def test_a_field_that_is_unknown(name, message):
         (
             "--noconfig.data.workers",
             "--config.data.workers is not a switch; give its value as --config.data.workers=VALUE",
+        ),
+        # Other signs than dots, other letters, and a dash too many.
+        *(
+            (f"{flag}=9", f"unknown flag {flag}; did you mean --config.train.steps=9?")
+            for flag in (
+                *("--config-train-steps", "--config_train_steps", "--config/train/steps"),
+                *("--Config.Train.Steps", "--train_steps", "--TRAIN-STEPS", "--train:steps"),
+            )
+        ),
+        (
+            "---config.train.steps=9",
+            "unknown flag --config.train.steps; did you mean --config.train.steps=9?",
+        ),
+        (
+            "--config.train:steps=9",
+            "the config has no group train:steps; did you mean --config.train.steps?",
         ),
         # An epoch is not a step.
         ("--epochs=3", "unknown flag --epochs; did you mean --config.train.steps?"),

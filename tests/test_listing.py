@@ -353,3 +353,20 @@ def test_shards_that_have_lost_their_manifest_are_no_text(tmp_path):
     assert listed(tmp_path) == (["a.txt"], {OWN: 1})
     tree(tmp_path, "text/train-00000-000.txt", "text/train-1-2.bin")
     assert len(listed(tmp_path)[0]) == 3  # somebody else's names
+
+
+def test_names_of_sources_in_buckets():
+    spec = "web=gs://bucket/web/*.jsonl.zst; books=gs://bucket/books,gs://other/books"
+    found = {"web": "gs://bucket/web/*.jsonl.zst", "books": "gs://bucket/books,gs://other/books"}
+    assert named_sources(spec) == found
+
+
+def test_urls(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    for source in (f"file://{path}", f"file://{tmp_path}", f"file://{tmp_path}/*.txt"):
+        assert [str(one) for one in list_files(source)] == [str(path)]
+        assert named_sources(f"a={source}") == {"a": source}
+    for source in ("https://example.com/a.txt", f"{path},hdfs://host/a"):
+        with pytest.raises(UserError, match=r"(https|hdfs)://\S+: paths of (https|hdfs):// cannot"):
+            list_files(source)

@@ -131,3 +131,10 @@ def test_no_folder_is_named_tilde(run):
 def test_what_is_not_in_the_home_folder_is_named_whole(run, command, message):
     process = run_command(*command, HOME=str(run))
     assert message.format(home=run) in one_line_error(process)
+
+
+def test_a_path_of_a_scheme_that_cannot_be_read():
+    assert expand("gs://bucket/x") == "gs://bucket/x"
+    for place in ("https://host/x", "hf:hdfs://host/x"):
+        with pytest.raises(UserError, match=r"paths of (https|hdfs):// cannot be read"):
+            expand_place(place)

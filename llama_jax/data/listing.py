@@ -8,6 +8,7 @@ import contextlib
 import functools
 import glob
 import os
+import pathlib
 import re
 import sysconfig
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from llama_jax.data.folders import DEAD, HIDDEN, SPECIAL, TWICE, Walk
 from llama_jax.data.reading import Reading
 from llama_jax.errors import UserError
 from llama_jax.files import is_object_store
+from llama_jax.paths import expand
 
 # Not what Python is written like: tests of odd syntax, generated tables, other people's packages.
 STDLIB_EXCLUDED = (
@@ -26,6 +28,7 @@ STDLIB_EXCLUDED = (
 )
 FOLDERS = "folders that a glob matches, which names files only"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _WILDCARD = re.compile(r"[*?\[]")
 _JOINED = 8  # pieces of a list that may be one path with commas in it
 
@@ -69,10 +72,24 @@ def _is_named(item: str) -> bool:
     return bool(mark and _NAME.fullmatch(name.strip()))
 
 
+def _place(text: str) -> epath.Path:
+    """The path that a text names.
+
+    Raises:
+      UserError: it is a URL of a kind that cannot be read.
+    """
+    if not _SCHEME.match(text):  # NAME=gs://BUCKET is none
+        return epath.Path(pathlib.PurePath(text)).expanduser()
+    try:
+        return epath.Path(expand(text))
+    except UserError as error:
+        raise UserError(f"data.source: {error}") from error
+
+
 def _is_there(path: str) -> bool:
     """Whether a path exists or a glob matches something."""
     with contextlib.suppress(OSError, ValueError):
-        place = epath.Path(path).expanduser()
+        place = _place(path)
         if place.exists():
             return True
         return bool(_WILDCARD.search(str(place)) and "**" not in str(place) and _glob(place)[0])
@@ -86,7 +103,8 @@ def _split(source: str) -> list[str]:
     while pieces:
         taken = _joined(pieces, ",")
         item = ",".join(pieces[:taken])
-        items.append(item if _exists(epath.Path(item).expanduser()) else item.strip())
+        exists = not is_object_store(item) and _exists(_place(item))
+        items.append(item if exists else item.strip())
         del pieces[:taken]
     return items
 
@@ -99,7 +117,7 @@ def _joined(pieces: list[str], mark: str) -> int:
     if is_object_store(pieces[0]):
         return 1
     joined = [mark.join(pieces[:n]).strip() for n in range(1, min(_JOINED, len(pieces)) + 1)]
-    for is_meant in (lambda path: _exists(epath.Path(path).expanduser()), _is_there):
+    for is_meant in (lambda path: _exists(_place(path)), _is_there):
         for count in range(len(joined), 1, -1):
             if is_meant(joined[count - 1]):
                 return count
@@ -131,12 +149,12 @@ def list_files(
     reading = Reading() if reading is None else reading
     walk = Walk(own, reading)
     found: set[str] = set()
-    items = [source] if _exists(epath.Path(source).expanduser()) else _split(source)
+    items = [source] if _exists(_place(source)) else _split(source)
     items = list(filter(None, items))
     if not items:
         raise UserError(f"data.source={source!r} names no file; try stdlib or a path")
     for pattern in items:
-        path = epath.Path(pattern).expanduser()
+        path = _place(pattern)
         if _exists(path):
             matches = walk.root(path) if path.is_dir() else [_file(path)]
         elif _WILDCARD.search(str(path)):

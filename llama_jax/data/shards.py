@@ -62,6 +62,7 @@ class TokenDataset:
     _sequence_starts: np.ndarray  # the same of the packed sequences
     # Of files that were read, by name; None: an earlier version wrote no checksums.
     _blocks: dict[str, Blocks | None] = dataclasses.field(default_factory=dict)
+    _identities: dict[str, object] = dataclasses.field(default_factory=dict)  # of opened files
     # Not the path: it may hold other shards by now.
     _key: object = dataclasses.field(default_factory=object)
 
@@ -205,12 +206,16 @@ class TokenDataset:
             was opened.
         """
         name, size = f"{self._shards[shard]['name']}.{kind}", dtype.itemsize
+        try:
+            file = self._open(name, dtype)
+        except OSError as error:
+            raise self._unreadable(name, error) from error
         blocks = self._blocks_of(shard, kind, name)
         span = blocks.unchecked(start * size, stop * size) if blocks else None
         # What is to be checked is read once: the values come from the same bytes.
         first, last = (span[0] // size, span[1] // size) if span else (start, stop)
         try:
-            found = self._open(name, dtype)[first:last]
+            found = file[first:last]
         except OSError as error:
             raise self._unreadable(name, error) from error
         except ValueError as error:  # half a value
@@ -226,7 +231,12 @@ class TokenDataset:
         return found[start - first : stop - first]
 
     def _open(self, name: str, dtype: np.dtype) -> "_FileArray":
-        return _kept_open(self._key, self.folder, name, dtype.str)
+        found = _kept_open(self._key, self.folder, name, dtype.str)
+        if self._identities.setdefault(name, found.identity) != found.identity:
+            # It was closed since, and this is another file: its blocks are not checked yet.
+            self._blocks.pop(name, None)
+            self._identities[name] = found.identity
+        return found
 
     def _blocks_of(self, shard: int, kind: str, name: str) -> Blocks | None:
         """The blocks of a file; None if it has no checksums of them."""
@@ -257,7 +267,8 @@ class TokenDataset:
 
     def _damaged(self, what: str) -> UserError:
         return UserError(
-            f"{self.folder}/{what}: it is damaged; check with llama_jax.prepare --verify"
+            f"{self.folder}/{what}: it is damaged, or was replaced since it was opened; check with "
+            "llama_jax.prepare --verify"
         )
 
     def tokenizer(self) -> Tokenizer:
@@ -283,6 +294,9 @@ class _FileArray:
         # Stays open as long as the cache below keeps it.
         self._file = open_file(path)
         self._length = size_of(epath.Path(path)) // self._dtype.itemsize
+        status = os.fstat(self._file.fileno()) if self._local else None
+        # Of the file itself, whatever its path; None: an object store does not say.
+        self.identity = (status.st_dev, status.st_ino, status.st_mtime_ns) if status else None
 
     def __len__(self) -> int:
         return self._length

@@ -9,6 +9,7 @@ import types
 import numpy as np
 import pytest
 
+from llama_jax.data import shards as shards_lib
 from llama_jax.data import show
 from llama_jax.data.blocks import BLOCK_BYTES
 from llama_jax.data.loader import Batches, ValidationBatches
@@ -267,6 +268,26 @@ def test_shards_made_anew_at_the_same_path_are_read(tokenizer, tmp_path, remade)
     assert_equal(read_everything(folder), read_everything(new))
     if remade != "written over":  # those that were open then still give their own tokens
         np.testing.assert_array_equal(before.tokens(0, 1000), expected)
+
+
+def test_a_file_that_is_opened_again_is_checked_again(tokenizer, tmp_path):
+    """The least recently used files are closed; by then, others may lie at their paths."""
+    folder = write(tmp_path / "shards", tokenizer, "concat", seed=1)
+    dataset = TokenDataset.open(folder, "train")
+    expected = dataset.tokens(0, 1000)
+    shards_lib._kept_open.cache_clear()
+    np.testing.assert_array_equal(dataset.tokens(0, 1000), expected)
+    folder.rename(tmp_path / "old")
+    write(folder, tokenizer, "concat", seed=2)
+    shards_lib._kept_open.cache_clear()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"train-00000-000\S* is not as it was .*was replaced"):
+            dataset.tokens(0, 1000)
+    # The same files at another place, as of a copy that is put back, are as good.
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "old", folder)
+    shards_lib._kept_open.cache_clear()
+    np.testing.assert_array_equal(dataset.tokens(0, 1000), expected)
 
 
 def test_the_number_of_open_files_is_bounded(folders, tmp_path):
