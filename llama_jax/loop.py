@@ -53,6 +53,7 @@ def evaluate(
         loss, tokens = jax.device_get(compiled.evaluate(params, batch))
         total, weight = total + float(loss), weight + float(tokens)
         if stop.asked():
+            stop.cut_evaluation = True
             return None
     return total / weight
 

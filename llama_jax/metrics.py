@@ -244,13 +244,11 @@ class _Pending:
       step: its number.
       metrics: device arrays and numbers.
       finished: when the step was seen to be done, by `time.perf_counter`; None: not yet.
-      counted: whether `Speed` has counted it.
     """
 
     step: int
     metrics: dict[str, Any]
     finished: float | None
-    counted: bool = False
 
 
 class Metrics:
@@ -261,7 +259,7 @@ class Metrics:
         self._speed = speed
         self._pending: _Pending | None = None
         self._counted = 0  # the last step that `Speed` has counted, or that belongs to no interval
-        self._pushed = 0
+        self._pushed = 0  # the last step that was pushed; the pending one, if there is one
 
     def start(self, step: int) -> None:
         """Counts the steps that were pushed, and starts the clock for those after `step`.
@@ -269,12 +267,8 @@ class Metrics:
         It is called when the device is idle: before anything slow that is not training, and again
         after it. The time between belongs to no step, and neither does a step that was not pushed.
         """
-        pending = self._pending
-        if pending is not None and not pending.counted:
-            self._speed.count(pending.step - self._counted, pending.finished)
-            pending.counted = True
-        else:
-            self._speed.count(self._pushed - self._counted)
+        finished = self._pending.finished if self._pending else None
+        self._speed.count(self._pushed - self._counted, finished)
         self._speed.restart()
         self._counted = self._pushed = step
 
@@ -287,7 +281,7 @@ class Metrics:
         written = self.flush()
         if metrics is not None:
             finished = time.perf_counter() if _is_finished(metrics) else None
-            self._pending = _Pending(step, metrics, finished, counted=step <= self._counted)
+            self._pending = _Pending(step, metrics, finished)
         self._pushed = step
         return written
 
@@ -298,9 +292,8 @@ class Metrics:
         pending, self._pending = self._pending, None
         read = jax.device_get(pending.metrics)
         values: dict[str, float | None] = {name: float(value) for name, value in read.items()}
-        steps = 0
-        if not pending.counted:
-            steps, self._counted = pending.step - self._counted, pending.step
+        steps = max(pending.step - self._counted, 0)
+        self._counted += steps
         values |= self._speed.read(steps, pending.finished)
         self.write(pending.step, values)
         return values

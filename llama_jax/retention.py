@@ -29,7 +29,10 @@ _DELETING = ".deleting"
 _DAMAGED = ".damaged"
 # int() reads more, such as digits of other scripts; a step is below 10**18.
 _STEP = re.compile("0|[1-9][0-9]{0,17}")
-_UNFINISHED = re.compile(r"[0-9]+\.(saving|deleting|orbax-checkpoint-tmp)([.-].*)?")
+# No longer names: those a user has given, such as `8.saving-copy`. Orbax adds a number to its own.
+_UNFINISHED = re.compile(
+    r"[0-9]+\.(saving(\.probe)?|deleting(\.[0-9]+)?|(saving\.)?orbax-checkpoint-tmp(-[0-9]+)?)"
+)
 
 
 @dataclasses.dataclass(frozen=True)

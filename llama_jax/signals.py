@@ -31,6 +31,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name = ""  # of the signal, when all processes know of it
+        self.cut_evaluation = False  # whether an evaluation has been given up because of it
         self._received = ""  # before JAX listens
         self._at_once = False
         self._interrupted = ""  # "asked" by `interrupt`, "done" by the handler

@@ -51,6 +51,21 @@ from llama_jax.step import CompiledStep, TrainState, jit_step, model_weights
 from llama_jax.watchdog import Watchdog
 
 
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      state: the last one.
+      finished: whether all steps are done, and the evaluation after the last of them.
+      passed_over: whether a damaged checkpoint was passed over.
+    """
+
+    state: TrainState
+    finished: bool
+    passed_over: bool
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX is told another place."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
@@ -161,21 +176,16 @@ def train(config: Config, workdir: epath.PathLike) -> TrainState:
     Raises:
       UserError, Stopped: as `run`.
     """
-    return run(config, workdir)[0]
+    return run(config, workdir).state
 
 
-def run(
-    config: Config, workdir: epath.PathLike, began: float | None = None
-) -> tuple[TrainState, bool]:
+def run(config: Config, workdir: epath.PathLike, began: float | None = None) -> Outcome:
     """Trains or resumes `config` in `workdir`.
 
     Args:
       config: what to train.
       workdir: folder of the run.
       began: when the command did, by the monotonic clock, if before this call.
-
-    Returns:
-      The last state, and whether a damaged checkpoint was passed over.
 
     Raises:
       UserError: the config does not fit the devices, the data, or what is in `workdir`.
@@ -241,9 +251,10 @@ def run(
             _log(f"skipped      {int(state.skips.total)} steps made no update: see metrics.jsonl")
         for at, to in watch.rewinds:
             _log(f"rewound      at step {at}, to the weights of step {to}")
-        if int(state.step) == config.train.steps:
+        finished = int(state.step) == config.train.steps and not stop.cut_evaluation
+        if finished:
             _print_sample(config, state, data)
-    return state, saver.passed_over
+    return Outcome(state, finished, saver.passed_over)
 
 
 def _report(
@@ -259,7 +270,7 @@ def _report(
         return
     if (start < step or evaluated) and (warning := metrics.plot_run(workdir)):
         _log(warning)
-    if stop.name and start == step:
+    if stop.name and start == step and not evaluated:
         _log("stopped before the first step; run the same command again to start")
     elif stop.name:
         _log(f"stopped at step {step}, saved; run the same command again to go on")
@@ -304,13 +315,13 @@ def main() -> int:
         _log(f"start   {jax.process_count()} processes, found by {means}")
     use_compilation_cache()
     try:
-        state, damaged = run(run_config, _WORKDIR.value, began)
+        outcome = run(run_config, _WORKDIR.value, began)
     except Stopped as signal_name:
         _log(f"\n{signal_name}: stopped, nothing to save; run the same command again to go on")
         return _STOPPED_STATUS.value
-    if int(state.step) < run_config.train.steps:
+    if not outcome.finished:
         return _STOPPED_STATUS.value
-    status = _DAMAGED_STATUS.value if damaged else 0
+    status = _DAMAGED_STATUS.value if outcome.passed_over else 0
     if status:
         _log(
             f"exit status {status}: trained to the end, but a damaged checkpoint was passed over "

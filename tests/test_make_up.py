@@ -121,12 +121,15 @@ def test_a_finished_run_makes_up_for_its_last(config, whole, stopped_at_the_end,
     assert (run / "plots" / "loss.png").read_bytes() != plot
 
 
-def test_a_stop_while_it_is_made_up_for(config, whole, stopped_at_the_end, tmp_path, monkeypatch):
+def test_a_stop_while_it_is_made_up_for(
+    config, whole, stopped_at_the_end, tmp_path, monkeypatch, capsys
+):
     run = shutil.copytree(stopped_at_the_end, tmp_path / "run")
     for _ in range(2):
         with monkeypatch.context() as patch:
             stop_in_evaluation(patch, 1)
             train(config, run)
+        assert "stopped at step 8, saved; run the same command again" in capsys.readouterr().out
         assert eval_loss(run, 8) is None and len(evaluations(run)) == 3
     start_again(config, run, whole)
 

@@ -116,12 +116,14 @@ def test_only_what_is_unfinished_is_cleaned(directory):
         "5.saving.orbax-checkpoint-tmp",
         "6.orbax-checkpoint-tmp-17",
         "7.deleting",
+        "7.deleting.1",
     ]
-    for name in (*unfinished, "8.damaged", "9.mine", "notes"):
+    mine = ["5.saving-copy", "5.saving.tar", "7.deleting.not", "8.damaged", "9.mine", "notes"]
+    for name in (*unfinished, *mine):
         (directory / name / "params").mkdir(parents=True)
     assert retention.clean(directory) == unfinished
     left = sorted(path.name for path in directory.iterdir())
-    assert left == ["10", "8.damaged", "9.mine", "notes"]
+    assert left == ["10", *mine]
 
 
 def test_setting_aside_keeps_what_was_set_aside_before(directory):

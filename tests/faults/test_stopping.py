@@ -77,6 +77,19 @@ def test_while_it_evaluates(corpus, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "2").exists()
 
 
+def test_in_the_last_evaluation(corpus, tmp_path):
+    """The run is not finished, which a launcher must know: it is started again for the rest."""
+    flags = ("--config.train.steps=4", "--config.train.eval_batches=100000")
+    flags += ("--config.data.validation_fraction=0.9", "--config.train.global_batch=1")
+    flags += ("--config.train.sample_prompt=a", "--stopped_status=75", NO_EVAL)
+    (process,) = start_train(corpus, tmp_path / "run", *flags, devices=1)
+    read_until(process, "step +4/")
+    process.send_signal(signal.SIGTERM)
+    status, out, errors = end(process)
+    assert status == 75 and errors == ""
+    assert stopped_at(out) == 4 and "eval_loss" not in out and "what it writes" not in out
+
+
 def test_while_it_saves(corpus, tmp_path):
     flags = ("--config.train.steps=100000", "--config.train.checkpoint_every=1", NO_EVAL)
     (process,) = start_train(corpus, tmp_path / "run", *flags, devices=1)
