@@ -2,7 +2,8 @@
 
 They meet at JAX's coordinator, a store of keys and values in process 0. A collective of the devices
 would do for texts, too, but gives up after 30 seconds on CPUs, and cannot be interrupted: nobody
-learns there that another process has failed.
+learns there that another process has failed. Texts are stored as JSON: the store takes no
+path that is not UTF-8.
 """
 
 import contextlib
@@ -138,7 +139,7 @@ class Peers:
         number, me = next(self._exchanges), jax.process_index()
         place = f"{self._place}/{number}"
         if me > 0:
-            _client().key_value_set(f"{place}/in/{me:06}", f"={text}")
+            _client().key_value_set(f"{place}/in/{me:06}", json.dumps(text))
             found = json.loads(self.wait_for(f"{place}/out"))
         else:
             found = {0: text, **self._gather(f"{place}/in")}
@@ -157,16 +158,16 @@ class Peers:
             found = dict(_client().key_value_dir_get(f"{place}/"))
             missing = [key for key in others if key not in found]
             if not missing:
-                return {process: found[key][1:] for key, process in others.items()}
+                return {process: json.loads(found[key]) for key, process in others.items()}
             self.wait_for(missing[0])
 
     def share(self, text: str) -> str:
         """The text of process 0, on all."""
         key = f"{self._place}/{next(self._exchanges)}/out"
         if jax.process_index() == 0:
-            _client().key_value_set(key, text)
+            _client().key_value_set(key, json.dumps(text))
             return text
-        return self.wait_for(key)
+        return json.loads(self.wait_for(key))
 
     def wait_for(self, key: str) -> str:
         """The value of a key of the coordinator, when it is there."""
@@ -305,6 +306,7 @@ class Meeting:
         place = f"llama_jax/{self._name}/{self._stage}"
         if problem:
             mine = f"process {jax.process_index()}: {problem}"
-            _client().key_value_set(f"{place}/{jax.process_index():06}", mine)
+            _client().key_value_set(f"{place}/{jax.process_index():06}", json.dumps(mine))
         _client().wait_at_barrier(place, _WAIT_MS)
-        return next((text for _, text in sorted(_client().key_value_dir_get(f"{place}/"))), "")
+        found = sorted(_client().key_value_dir_get(f"{place}/"))
+        return json.loads(found[0][1]) if found else ""

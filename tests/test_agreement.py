@@ -32,6 +32,7 @@ class Coordinator:
 
     def key_value_set(self, key, value):
         assert key not in self.values
+        value.encode()  # JAX's takes nothing else
         self.values[key] = value
 
     def wait_at_barrier(self, place, timeout_ms):
@@ -73,10 +74,10 @@ def test_a_problem_is_known_to_all_at_the_stage_where_it_is(two, stage, process)
 
     def work(index):
         for each in range(1, 4):
-            meetings[index].wait("no space" if (each, index) == (stage, process) else "")
+            meetings[index].wait("no space \udcff" if (each, index) == (stage, process) else "")
         return "done"
 
-    assert two(work) == [f"process {process}: no space"] * 2
+    assert two(work) == [f"process {process}: no space \udcff"] * 2
     assert [meeting._stage for meeting in meetings] == [stage, stage]
     assert all(meeting.failed for meeting in meetings)
 

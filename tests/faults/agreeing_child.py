@@ -23,9 +23,11 @@ def keys_left(client):
 def texts(me, peers):
     """The first text that is not empty wins, and nothing is left of older ones."""
     for number in range(40):
-        mine = f"{me}, ünïcode {'x' * 3000}" if number % 3 <= me else ""
+        # The end is of a path that is not UTF-8.
+        mine = f"{me}, ünïcode {'x' * 3000}/\udcff" if number % 3 <= me else ""
         first = min(index for index in range(jax.process_count()) if number % 3 <= index)
-        assert agreed(mine).startswith(f"{first}, ünïcode xxx")
+        text = agreed(mine)
+        assert text.startswith(f"{first}, ünïcode xxx") and text.endswith("/\udcff")
         assert agreed("") == ""
         assert from_first(f"{me} {number}") == f"0 {number}"
     if me == 0:
