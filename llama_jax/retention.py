@@ -68,7 +68,8 @@ def _numbered(directory: epath.Path) -> list[epath.Path]:
 
 
 def _is_file(entry: epath.Path) -> bool:
-    return not is_object_store(entry) and os.path.isfile(entry)
+    """Whether it is a file, or a pipe or the like; a link to nothing is none."""
+    return not is_object_store(entry) and os.path.exists(entry) and not os.path.isdir(entry)
 
 
 def _described(directory: epath.Path, step: int, name: str) -> Any:
@@ -178,7 +179,7 @@ def _links(path: epath.Path) -> list[str]:
 
 def _delete(path: epath.Path) -> None:
     """Deletes a file, a link, or a folder with all that is in it; links in it are not followed."""
-    if os.path.islink(path):
+    if os.path.islink(path) or _is_file(path):
         os.unlink(path)
     else:
         path.rmtree(missing_ok=True)

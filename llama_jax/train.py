@@ -234,7 +234,7 @@ def run(config: Config, workdir: epath.PathLike, began: float | None = None) -> 
                 instruments = Instruments(saver, log, profiler, stop, goodput, watchdog, watch)
                 try:
                     if lost:
-                        _log(f"        step {start} was stopped before its evaluation")
+                        _log(f"        step {start} has no evaluation yet: it is made now")
                         recorded = metrics.recorded_loss(workdir / "metrics.jsonl", start)
                         make_up(compiled, state, data, config, instruments, recorded)
                     if start < config.train.steps:

@@ -316,6 +316,8 @@ def test_nested_fields_of_files(tmp_path):
     )
     texts, reading = read(made(tmp_path / "a.jsonl", lines))
     assert texts == [] and reading.first["no text in field 'text'"].endswith(": it has 'meta'")
+    reading = read(made(tmp_path / "b.jsonl", b'{"text": 5}'))[1]
+    assert reading.first["no text in field 'text'"].endswith(": it holds int, not a text")
 
 
 def test_instructions_by_any_name(tmp_path):

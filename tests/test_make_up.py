@@ -99,7 +99,7 @@ def test_a_stop_on_an_evaluation_step(config, whole, tmp_path, monkeypatch, caps
     assert len(evaluations(run)) == number - 1 and eval_loss(run, 2 * number) is None
     capsys.readouterr()
     start_again(config, run, whole)
-    assert capsys.readouterr().out.count("was stopped before its evaluation") == 1
+    assert capsys.readouterr().out.count("has no evaluation yet: it is made now") == 1
 
 
 @pytest.fixture(scope="module")

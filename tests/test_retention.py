@@ -126,6 +126,16 @@ def test_only_what_is_unfinished_is_cleaned(directory):
     assert left == ["10", *mine]
 
 
+def test_pipes_are_no_steps_and_block_nothing(directory):
+    make(directory, [1.0])
+    os.mkfifo(directory / "12")
+    os.mkfifo(directory / "13.saving")
+    assert retention.saved_steps(directory) == [10]
+    assert retention.files_named_like_steps(directory) == ["12"]
+    assert retention.clean(directory) == ["13.saving"]
+    assert sorted(path.name for path in directory.iterdir()) == ["10", "12"]
+
+
 def test_setting_aside_keeps_what_was_set_aside_before(directory):
     for name in ("10.damaged", "10.damaged.1"):
         make(directory, [1.0])

@@ -299,7 +299,8 @@ def _text_document(
 ) -> Iterator[str]:
     """The text of a record of JSON, or nothing and a count of why."""
     if not isinstance(text, str):
-        reading.skip(f"no text in field {config.text_field!r}", f"{where}: {has(record)}")
+        found = has(record) if text is None else f"it holds {type(text).__name__}, not a text"
+        reading.skip(f"no text in field {config.text_field!r}", f"{where}: {found}")
         return
     # JSON may hold half of a surrogate pair, which is no Unicode text.
     yield from document(text.encode("utf-8", "surrogatepass"), where, config, reading)
