@@ -408,6 +408,23 @@ def save_checkpoint(folder, config, params, tokenizer_model):
     return folder
 
 
+def write_manifest(folder, tokenizer, pack_len, vocab_size=None, **splits):
+    """Completes a folder of shards that a `ShardWriter` has written, split by split."""
+    from llama_jax.data.shard_folder import FORMAT_VERSION, MANIFEST, TOKENIZER, encode_manifest
+
+    nothing = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "settings": {"pack_len": pack_len},
+        "vocab_size": vocab_size or tokenizer.vocab_size,
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "skipped": {},
+        "splits": {"train": nothing, "validation": nothing, **splits},
+    }
+    tokenizer.save(folder / TOKENIZER)
+    (folder / MANIFEST).write_bytes(encode_manifest(manifest))
+
+
 def until(what):
     """Waits until `what()` is true; ten minutes are a hang."""
     deadline = time.monotonic() + 600

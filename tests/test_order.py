@@ -13,11 +13,10 @@ from llama_jax.data import loader
 from llama_jax.data import shards as shards_lib
 from llama_jax.data.loader import Batches, SyntheticBatches, iterate, stream
 from llama_jax.data.reading import Example
-from llama_jax.data.shard_folder import FORMAT_VERSION, encode_manifest
 from llama_jax.data.shard_writer import ShardWriter
 from llama_jax.data.shards import TokenDataset
 from llama_jax.sharding import batch_sharding
-from tests.helpers import mesh_of, until
+from tests.helpers import mesh_of, until, write_manifest
 
 # Fixtures are made once and never changed.
 FEW = settings(
@@ -33,17 +32,7 @@ def dataset_of(folder, tokenizer, lengths, shard_tokens, pack_len=0):
     ends = np.cumsum(lengths)
     for start, stop in zip([0, *ends[:-1]], ends, strict=True):
         writer.add(Example(np.arange(start, stop, dtype=np.int32), 1, b""))
-    nothing = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "settings": {"pack_len": pack_len},
-        "vocab_size": 65_536,
-        "tokenizer_sha256": tokenizer.fingerprint,
-        "skipped": {},
-        "splits": {"train": writer.finish(), "validation": nothing},
-    }
-    tokenizer.save(folder / "tokenizer.model")
-    (folder / "manifest.json").write_bytes(encode_manifest(manifest))
+    write_manifest(folder, tokenizer, pack_len, train=writer.finish(), vocab_size=65_536)
     return TokenDataset.open(folder, "train")
 
 

@@ -21,19 +21,14 @@ from llama_jax.data.mixture import MAX_PERIOD, PERIOD, Schedule, shares_by_size,
 from llama_jax.data.pipeline import open_data
 from llama_jax.data.prepare import prepare
 from llama_jax.data.reading import Example
-from llama_jax.data.shard_folder import (
-    FORMAT_VERSION,
-    encode_manifest,
-    fingerprint,
-    read_manifest,
-)
+from llama_jax.data.shard_folder import fingerprint, read_manifest
 from llama_jax.data.shard_writer import ShardWriter
 from llama_jax.data.shards import TokenDataset
 from llama_jax.data.show_rows import Screen
 from llama_jax.describe import describe
 from llama_jax.errors import UserError
 from llama_jax.guards import check_checkpoint
-from tests.helpers import mesh_of, replace, text_config
+from tests.helpers import mesh_of, replace, text_config, write_manifest
 
 HALF = {"a": Fraction(1, 2), "b": Fraction(1, 2)}
 
@@ -53,17 +48,7 @@ def source_of(folder, tokenizer, lengths, pack_len=0, answers=None, shard_tokens
             counts[length - answers[number] :] = True
             counts[0] = True
         writer.add(Example(np.arange(length, dtype=np.int32) + 3, 1, b"", counts))
-    nothing = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "settings": {"pack_len": pack_len},
-        "vocab_size": 65_536,
-        "tokenizer_sha256": tokenizer.fingerprint,
-        "skipped": {},
-        "splits": {"train": writer.finish(), "validation": nothing},
-    }
-    tokenizer.save(folder / "tokenizer.model")
-    (folder / "manifest.json").write_bytes(encode_manifest(manifest))
+    write_manifest(folder, tokenizer, pack_len, train=writer.finish(), vocab_size=65_536)
     return TokenDataset.open(folder, "train")
 
 

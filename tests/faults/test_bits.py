@@ -16,7 +16,6 @@ from llama_jax.data.loader import Batches, ValidationBatches
 from llama_jax.data.pipeline import open_data
 from llama_jax.data.reading import Example
 from llama_jax.data.shard_folder import (
-    FORMAT_VERSION,
     SPLITS,
     encode_manifest,
     read_manifest,
@@ -27,7 +26,14 @@ from llama_jax.data.shards import TokenDataset
 from llama_jax.describe import unchecked
 from llama_jax.errors import UserError
 from llama_jax.evaluate import read_shards
-from tests.helpers import TINY_FLAGS, flip_bit, one_line_error, run_command, text_config
+from tests.helpers import (
+    TINY_FLAGS,
+    flip_bit,
+    one_line_error,
+    run_command,
+    text_config,
+    write_manifest,
+)
 
 T, BATCH = 2048, 4
 KINDS = ("concat", "best_fit", "template")
@@ -46,16 +52,7 @@ def write(folder, tokenizer, kind, seed=0):
             counts = rng.integers(0, 2, length) if kind == "template" else None
             writer.add(Example(ids, 1, b"", counts))
         splits[split] = writer.finish()
-    tokenizer.save(folder / "tokenizer.model")
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "settings": {"pack_len": pack_len},
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer_sha256": tokenizer.fingerprint,
-        "skipped": {},
-        "splits": splits,
-    }
-    (folder / "manifest.json").write_bytes(encode_manifest(manifest))
+    write_manifest(folder, tokenizer, pack_len, **splits)
     return folder
 
 

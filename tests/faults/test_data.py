@@ -16,13 +16,13 @@ from llama_jax import loop
 from llama_jax.config import DataConfig
 from llama_jax.data.prepare import prepare
 from llama_jax.data.reading import Example
-from llama_jax.data.shard_folder import FORMAT_VERSION, SPLITS, encode_manifest, verify
+from llama_jax.data.shard_folder import SPLITS, verify
 from llama_jax.data.shard_writer import ShardWriter
 from llama_jax.data.shards import TokenDataset
 from llama_jax.errors import UserError
 from llama_jax.train import train
 from tests.faults.test_damage import cut, delete, empty, zero
-from tests.helpers import flip_bit, one_line_error, start_train, text_config, until
+from tests.helpers import flip_bit, one_line_error, start_train, text_config, until, write_manifest
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
@@ -123,17 +123,7 @@ def equals(tokenizer, tmp_path_factory):
         for length in lengths[:24]:
             ids = rng.integers(3, tokenizer.vocab_size, length, dtype=np.int32)
             writer.add(Example(ids, 1, b"", rng.integers(0, 2, length)))
-    nothing = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "settings": {"pack_len": 1000},
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer_sha256": tokenizer.fingerprint,
-        "skipped": {},
-        "splits": {"train": writer.finish(), "validation": nothing},
-    }
-    tokenizer.save(folder / "tokenizer.model")
-    (folder / "manifest.json").write_bytes(encode_manifest(manifest))
+    write_manifest(folder, tokenizer, 1000, train=writer.finish())
     return folder
 
 
