@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,9 @@ class Peers:
             return
         self._left.set()
         if error is not None:
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                # Process 0 may be gone; JAX then ends this process before the error is raised.
+                traceback.print_exception(error)
             self._publish(_problem_of(error))
         elif jax.process_index() == 0:
             self._publish(Problem(0, over=True))

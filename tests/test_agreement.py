@@ -92,3 +92,28 @@ def test_who_cannot_meet_does_not_try_again(two):
     agreement.distributed.global_state.client.barriers[f"llama_jax/{meeting._name}/1"].abort()
     two(lambda index: index or meeting.wait())
     assert meeting.failed
+
+
+def test_a_failed_collective_is_printed_before_the_coordinator_is_asked(monkeypatch, capsys):
+    said = []
+
+    class Gone:
+        """A coordinator that has ended: JAX ends this process when it asks it."""
+
+        def blocking_key_value_get(self, key, timeout_ms):
+            asked.wait()
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE")
+
+        def key_value_set(self, key, value):
+            said.append(capsys.readouterr().err)
+            asked.set()
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE")
+
+    asked = threading.Event()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(agreement.distributed.global_state, "client", Gone())
+    monkeypatch.setattr(agreement, "_peers", agreement._peers)  # put back at the end
+    with pytest.raises(jax.errors.JaxRuntimeError, match="reset by peer"), agreement.Peers():
+        raise jax.errors.JaxRuntimeError("Connection reset by peer")
+    assert len(said) == 1 and "Connection reset by peer" in said[0] and "Traceback" in said[0]

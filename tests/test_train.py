@@ -617,6 +617,7 @@ OTHER_FIELDS = {
     "data.tokenizer_size": "test_rows::test_a_trained_tokenizer_may_have_fewer_ids",
     "data.template": "test_conversations::test_shards_hold_the_masks",
     "data.text_field": "test_sources::test_another_text_field",
+    "data.separator": "test_cutting::test_shards_of_another_separator_are_refused",
     "data.tfds_split": "test_sources::test_tfds",
     "data.tfds_data_dir": "test_sources::test_tfds",
     "data.mixture": "test_a_mixture_trains_and_logs_its_epochs",
