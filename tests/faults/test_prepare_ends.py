@@ -17,12 +17,19 @@ from tests.test_prepare import assert_same_folder, quiet
 SLOW = "tests.faults.slow_prepare"
 
 
+def with_hangups(handled, *arguments):
+    """A Python command that begins with SIGHUP as it says; these tests may run under nohup."""
+    code = f"import os, signal, sys; signal.signal(signal.SIGHUP, signal.{handled}); "
+    code += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    return [sys.executable, "-c", code, *arguments]
+
+
 class Session:
     """A command in a session of its own, so that all its processes are known."""
 
     def __init__(self, module, *arguments, **environment):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, arguments)],
+            with_hangups("SIG_DFL", "-m", module, *map(str, arguments)),
             cwd=ROOT,
             env={**os.environ, **environment},
             start_new_session=True,
@@ -149,9 +156,7 @@ def test_a_killed_worker_is_named_and_ends_the_others(corpus, tmp_path):
 def test_what_is_ignored_stays_so(corpus, tmp_path):
     """`nohup` keeps a command alive when the terminal goes."""
     slow = {"SLOW_FROM": "2", "SLOW_UNTIL": str(tmp_path / "go")}
-    code = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
-    code += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    command = [sys.executable, "-c", code, "-m", SLOW, *flags(corpus, tmp_path / "out")]
+    command = with_hangups("SIG_IGN", "-m", SLOW, *flags(corpus, tmp_path / "out"))
     process = subprocess.Popen(
         command,
         cwd=ROOT,
