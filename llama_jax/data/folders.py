@@ -77,7 +77,7 @@ class Walk:
         if len(about) < len(files):
             for path in about:
                 self._reading.leave_out(ABOUT, str(path))
-            files = [path for path in files if path not in set(about)]
+            files = [path for path in files if not _ABOUT.fullmatch(path.name)]
         if not files:
             hidden = self._reading.left_out[HIDDEN] > before
             more = " but hidden ones" if hidden else " to read" if entries else ""
