@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import json
 import os
-import re
 import sys
 import threading
 import traceback
@@ -22,7 +21,7 @@ import jax
 from jax._src import distributed  # its coordinator has no public name; orbax does the same
 from jax.experimental import multihost_utils
 
-from llama_jax.errors import UserError, first_line
+from llama_jax.errors import UserError, first_line, one_line
 from llama_jax.signals import Stopped
 
 # Who is dead or hangs ends the job by other means: heartbeats, and the watchdog.
@@ -254,12 +253,8 @@ def _problem_of(error: BaseException) -> Problem:
     if isinstance(error, Stopped):
         return Problem(me, signal=str(error))
     if isinstance(error, UserError | OSError):
-        return Problem(me, _one_line(str(error)))
+        return Problem(me, one_line(str(error)))
     return Problem(me, f"{type(error).__name__}: {first_line(error)}")
-
-
-def _one_line(text: str) -> str:
-    return re.sub(r"\s*\n\s*", " ", text.strip())
 
 
 def _end(problem: Problem) -> None:

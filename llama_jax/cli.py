@@ -2,7 +2,6 @@
 
 import logging as std_logging
 import os
-import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -12,7 +11,7 @@ from absl import app, flags, logging
 from llama_jax import config as config_lib
 from llama_jax import config_flags, interrupts, paths
 from llama_jax.config_names import unknown_flag
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, one_line
 
 flags.disclaim_key_flags()  # flags that are defined here belong to the command that asks for them
 
@@ -159,7 +158,5 @@ def quieten_libraries() -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    one_line = re.sub(r"\s*\n\s*", " ", text.strip())
-    print(f"error: {one_line}", file=sys.stderr)
+    print(f"error: {one_line(str(error))}", file=sys.stderr)
     sys.exit(1)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import re
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,11 @@ def first_line(error: BaseException) -> str:
     """The first line of what an error says; its type, if it says nothing."""
     text = str(error).strip()
     return text.splitlines()[0] if text else repr(error)
+
+
+def one_line(text: str) -> str:
+    """The text with its lines joined by spaces."""
+    return re.sub(r"\s*\n\s*", " ", text.strip())
 
 
 def require(condition: bool, message: str) -> None:
