@@ -16,6 +16,9 @@ COLLECTIVES = (
     "collective-permute",
     "ragged-all-to-all",
 )
+# Values by other names: nothing is computed.
+_NAMES = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all")
+CONTROL = ("while", "call", "conditional")  # these run other computations of the schedule
 # What these apply is arithmetic on scalars.
 _APPLYING = (*COLLECTIVES, "reduce", "sort", "scatter", "map", "reduce-window")
 _BYTES = {
@@ -31,6 +34,11 @@ _CALLED = re.compile(
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+# How libtpu does a collective: over how many dimensions of the torus an emitter gathers, in how
+# many rings a strategy reduces; one that is not UniDirection uses both directions of each ring.
+_EMITTER = re.compile(r'"emitter":"(\d)DAllGather')
+_STRATEGY = re.compile(r"\b(\w*Strategy\w*)\{colors:(\d+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -59,6 +67,12 @@ class Instruction:
     def op_name(self) -> str:
         """Where in the Python program it comes from; empty where the compiler made it up."""
         found = _OP_NAME.search(self.line)
+        return found[1] if found else ""
+
+    @property
+    def channel(self) -> str:
+        """The channel of a collective: the parts of one that is done in pieces share it."""
+        found = _CHANNEL.search(self.line)
         return found[1] if found else ""
 
     @property
@@ -95,12 +109,14 @@ class Collective:
       dtype: of its largest part.
       size: bytes of one device's operand or result, whichever is larger.
       groups: devices of each group, by position in the mesh; empty: not told.
+      links: of a TPU, that the compiler's algorithm sends on at once; 0: not told.
     """
 
     kind: str
     dtype: str
     size: int
     groups: tuple[tuple[int, ...], ...]
+    links: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +126,14 @@ class Summary:
     Attributes:
       collectives: kind -> (how often, bytes as `Collective.size`).
       by_dtype: the same for `kind dtype`, such as `all-gather bf16`.
+      asynchronous: the same, of those that other instructions run beside.
       lookup: collectives of the embedding's look-up, other than the gather of its table.
       cycles: sum of the compiler's estimates; 0 where it gives none.
     """
 
     collectives: dict[str, tuple[int, int]]
     by_dtype: dict[str, tuple[int, int]]
+    asynchronous: dict[str, tuple[int, int]]
     lookup: int
     cycles: int
 
@@ -138,6 +156,12 @@ def dimensions(text: str) -> list[int]:
     """Sizes of the first array of a shape."""
     found = _SHAPE.search(text)
     return _sizes(found[2]) if found else []
+
+
+def dtype_of(text: str) -> str:
+    """Type of the first array of a shape, such as `bf16`; empty where there is none."""
+    found = _SHAPE.search(text)
+    return found[1] if found else ""
 
 
 def _sizes(dims: str) -> list[int]:
@@ -212,7 +236,84 @@ def read_collective(one: Instruction) -> Collective:
     if one.collective == "reduce-scatter" and groups:
         size *= len(groups[0])  # its operand is the larger side
     dtype = max(parts, key=lambda part: part[1], default=("", 0))[0]
-    return Collective(one.collective, dtype, size, groups)
+    return Collective(one.collective, dtype, size, groups, _links(one.line))
+
+
+def _links(line: str) -> int:
+    emitter, strategy = _EMITTER.search(line), _STRATEGY.search(line)
+    if emitter:
+        return 2 * int(emitter[1])
+    if strategy:
+        return int(strategy[2]) * (1 if strategy[1].startswith("UniDirection") else 2)
+    return 0
+
+
+def held(one: Instruction, module: Module) -> list[Instruction]:
+    """The collectives that an instruction is, starts, or holds in a fusion or a wrapper."""
+    if one.collective:
+        return [one]
+    # A TPU7x calls them to run on its SparseCores, beside the rest: `call-start`.
+    if one.opcode not in ("fusion", "call") and not one.opcode.endswith("-start"):
+        return []
+    inner = (module.computations.get(name, {}) for name in one.called)
+    return [found for scope in inner for each in scope.values() for found in held(each, module)]
+
+
+@dataclasses.dataclass
+class Sent:
+    """A collective in the schedule of a computation, once for each time that it is sent.
+
+    On TPUs one that runs beside compute is a chain of fusions: the first starts it, those between
+    hold a part of it beside a matrix product, the last waits for it. All have its channel.
+
+    Attributes:
+      collective: what is sent.
+      instruction: the first in the HLO.
+      start: name of the scheduled instruction that starts it.
+      end: name of the one that waits for it; `start` itself where there is no other.
+      asynchronous: whether anything is computed between them.
+    """
+
+    collective: Collective
+    instruction: Instruction
+    start: str
+    end: str
+    asynchronous: bool = False
+
+
+def sent(name: str, module: Module) -> list[Sent]:
+    """The collectives of one run of a computation, in the order of their starts.
+
+    Those of the loops and calls in it are not among them.
+    """
+    found: list[Sent] = []
+    chains: dict[str, Sent] = {}
+    started: dict[str, list[Sent]] = {}
+    works: dict[str, int] = {}  # how many of the instructions up to each compute something
+    for one in module.computations.get(name, {}).values():
+        works[one.name] = len(works) and next(reversed(works.values()))
+        works[one.name] += one.opcode not in _NAMES and not one.opcode.endswith(("-start", "-done"))
+        if one.opcode in CONTROL:
+            continue
+        for each in [begun for operand in one.operands for begun in started.get(operand, ())]:
+            if one.opcode.endswith("-done"):
+                each.end = one.name
+            elif one.opcode.endswith("-update"):
+                started.setdefault(one.name, []).append(each)
+        for inner in held(one, module):
+            if one.opcode == "fusion" and inner.channel in chains:
+                chains[inner.channel].end = one.name
+                continue
+            new = Sent(read_collective(inner), inner, one.name, one.name)
+            found.append(new)
+            if one.opcode == "fusion" and inner.channel:
+                chains[inner.channel] = new
+            if one.opcode.endswith("-start") and '"is_sync":true' not in one.line:
+                started.setdefault(one.name, []).append(new)
+    for each in found:
+        last = works[each.end] - (module.computations[name][each.end].opcode == "fusion")
+        each.asynchronous = last > works[each.start]
+    return found
 
 
 def replica_groups(line: str) -> tuple[tuple[int, ...], ...]:
@@ -263,30 +364,34 @@ def summarize(text: str) -> Summary:
     Loops without a known trip count, and both sides of a conditional, count once.
     """
     module = parse(text)
-    counts: collections.Counter[str] = collections.Counter()
-    sizes: collections.Counter[str] = collections.Counter()
+    totals = (collections.Counter[str](), collections.Counter[str]())
+    beside = (collections.Counter[str](), collections.Counter[str]())
     cycles = lookup = 0
 
-    def visit(name: str, times: int, fused: bool) -> None:
+    def visit(name: str, times: int) -> None:
         nonlocal cycles, lookup
-        for one in module.computations.get(name, {}).values():
-            if one.collective:
-                found = read_collective(one)
+        for each in sent(name, module):
+            found, op_name = each.collective, each.instruction.op_name
+            for counts, sizes in (totals, beside) if each.asynchronous else (totals,):
                 for key in (found.kind, f"{found.kind} {found.dtype}"):
                     counts[key] += times
                     sizes[key] += times * found.size
-                lookup += "_take" in one.op_name and "transpose" not in one.op_name
-            if not fused:  # a fusion's estimate covers what is in it
-                cycles += times * one.cycles
-            inner = times * (trip_count(one, module) if one.opcode == "while" else 1)
-            for callee in one.called:
-                visit(callee, inner, fused or one.opcode == "fusion")
+            lookup += "_take" in op_name and "transpose" not in op_name
+        for one in module.computations.get(name, {}).values():
+            cycles += times * one.cycles  # a fusion's estimate covers what is in it
+            if one.opcode in CONTROL:
+                inner = times * (trip_count(one, module) if one.opcode == "while" else 1)
+                for callee in one.called:
+                    visit(callee, inner)
 
-    visit(module.entry, 1, False)
-    totals = {key: (counts[key], sizes[key]) for key in sorted(counts)}
+    visit(module.entry, 1)
+    every = {key: (totals[0][key], totals[1][key]) for key in sorted(totals[0])}
     return Summary(
-        collectives={key: value for key, value in totals.items() if " " not in key},
-        by_dtype={key: value for key, value in totals.items() if " " in key},
+        collectives={key: value for key, value in every.items() if " " not in key},
+        by_dtype={key: value for key, value in every.items() if " " in key},
+        asynchronous={
+            key: (beside[0][key], beside[1][key]) for key in sorted(beside[0]) if " " not in key
+        },
         lookup=lookup,
         cycles=cycles,
     )

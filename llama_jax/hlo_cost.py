@@ -3,10 +3,11 @@
 XLA's own cost analysis counts the body of a loop once, and a kernel not at all.
 """
 
+import collections
 import math
 import re
 
-from llama_jax.hlo import Instruction, Module, dimensions, hbm_bytes, shape_bytes
+from llama_jax.hlo import Instruction, Module, dimensions, dtype_of, hbm_bytes, shape_bytes
 
 # Matrix products in attention kernels, by what their names contain: the first that is found.
 # Scores and weighted values forward; backward, scores again and four gradients; kernels that
@@ -38,18 +39,34 @@ def _kernel(one: Instruction) -> int | None:
     return next((products for name, products in _KERNELS if name in text), None)
 
 
-def flops(one: Instruction, scope: dict[str, Instruction], module: Module) -> float:
-    """Of one run of an instruction; those of loops and calls are of what they run, not theirs."""
+def products(
+    one: Instruction, scope: dict[str, Instruction], module: Module
+) -> dict[tuple[str, ...], float]:
+    """FLOPs of one run of an instruction, by the dtypes of the operands that are multiplied.
+
+    Loops and calls are of what they run, not theirs.
+    """
     if one.opcode == "fusion":
         inner = module.computations.get(one.called[0], {}) if one.called else {}
-        return sum(flops(each, inner, module) for each in inner.values())
-    if one.opcode == "dot":
-        return _dot(one, scope)
-    if one.opcode == "convolution":
-        return _convolution(one, scope)
-    if "__cublas$" in one.line:
-        return _dot(one, scope)
-    return kernel_flops(one)
+        total: collections.Counter[tuple[str, ...]] = collections.Counter()
+        for each in inner.values():
+            for dtypes, found in products(each, inner, module).items():
+                total[dtypes] += found  # type: ignore[assignment]
+        return dict(total)
+    if one.opcode == "dot" or "__cublas$" in one.line:
+        found = _dot(one, scope)
+    elif one.opcode == "convolution":
+        found = _convolution(one, scope)
+    else:
+        found = kernel_flops(one)
+        return {(): found} if found else {}
+    operands = [scope[name] for name in one.operands[:2] if name in scope]
+    return {tuple(dtype_of(each.shape) for each in operands): found}
+
+
+def flops(one: Instruction, scope: dict[str, Instruction], module: Module) -> float:
+    """Of one run of an instruction: the sum of `products`."""
+    return sum(products(one, scope, module).values())
 
 
 def _dot(one: Instruction, scope: dict[str, Instruction]) -> float:

@@ -30,7 +30,7 @@ from llama_jax.errors import UserError
 from llama_jax.hlo import parse, summarize
 from llama_jax.lora import flops_per_token
 from llama_jax.predict import Prediction, predict
-from llama_jax.topology import Topology, node_of, parse_topology, topology_devices
+from llama_jax.topology import Topology, node_of, parse_topology, topology_devices, torus_of
 
 
 def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, Any]:
@@ -82,8 +82,9 @@ def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, An
         names += "step_seconds tokens_per_second_per_chip mfu_6n mfu_attention days chip_hours cost"
         return {**result, **dict.fromkeys(names.split())}
     summary = summarize(compiled.text)
-    nodes = [node_of(device) for device in compiled.mesh.devices.flat]
-    prediction = predict(parse(compiled.text), chip, nodes)
+    placed = list(compiled.mesh.devices.flat)
+    nodes = [node_of(device) for device in placed]
+    prediction = predict(parse(compiled.text), chip, nodes, torus_of(topology, placed))
     tokens = train.tokens_per_step / topology.devices
     each_token = flops_per_token(model, config.lora, train.seq_len)
     if prediction.flops < each_token * tokens * 0.95:

@@ -1,22 +1,19 @@
 """How long would a step take? A roofline, and a walk through the compiler's own schedule.
 
 The device runs its instructions in the order in which the compiler put them; collectives that were
-started go on beside them, one after another on the network, until their results are needed. This
-has not been calibrated on hardware.
+started go on beside them, one after another on the network, until their results are needed.
+`calibration` compares what comes out with published runs.
 """
 
+import collections
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 
 from llama_jax.chips import Chip
-from llama_jax.hlo import Collective, Instruction, Module, read_collective, trip_count
-from llama_jax.hlo_cost import flops, kernel_flops, traffic
-
-# Seconds per hop of a ring: NCCL's own, over NVLink and over the network (protocol LL128 in its
-# src/graph/tuning.cc); a TPU's link is an assumption.
-_NVLINK_HOP, _NETWORK_HOP, _ICI_HOP = 1.9e-6, 4.0e-6, 1e-6
+from llama_jax.hlo import CONTROL, Collective, Instruction, Module, sent, trip_count
+from llama_jax.hlo_cost import kernel_flops, products, traffic
+from llama_jax.network import Network, Torus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +27,7 @@ class Prediction:
       memory: seconds of these bytes at the memory's bandwidth.
       network: seconds of all collectives, one after another.
       exposed: seconds that the device waits for them, in the compiler's schedule.
+      exposed_by_kind: the same for each kind of collective, such as `all-gather`.
       cycles: seconds of the compiler's estimates, and attention kernels; None where it has none.
       step: the prediction.
     """
@@ -40,6 +38,7 @@ class Prediction:
     memory: float
     network: float
     exposed: float
+    exposed_by_kind: dict[str, float]
     cycles: float | None
     step: float
 
@@ -47,124 +46,116 @@ class Prediction:
 @dataclasses.dataclass
 class _Totals:
     flops: float = 0.0
+    at_peak: float = 0.0
     memory_bytes: float = 0.0
     network: float = 0.0
     cycles: float = 0.0
+    waits: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def add(self, other: "_Totals", times: int) -> None:
-        for field in dataclasses.fields(self):
-            name = field.name
-            setattr(self, name, getattr(self, name) + times * getattr(other, name))
+        for field in ("flops", "at_peak", "memory_bytes", "network", "cycles"):
+            setattr(self, field, getattr(self, field) + times * getattr(other, field))
+        for kind, seconds in other.waits.items():
+            self.waits[kind] += times * seconds
 
 
 class _Schedule:
-    """The walk; `nodes` says for each device of the mesh, in order, in which node it is."""
+    """The walk, on a chip and its network."""
 
-    def __init__(self, module: Module, chip: Chip, nodes: Sequence[int], network: bool = True):
-        self.module, self.chip, self.nodes, self.network = module, chip, nodes, network
+    def __init__(
+        self, module: Module, chip: Chip, nodes: Sequence[int], torus: Torus | None = None
+    ):
+        self.module, self.chip = module, chip
+        self.network_seconds = Network(chip, nodes, torus).seconds
         self.run = functools.cache(self._run)
 
     def seconds_of(self, one: Instruction, scope: dict[str, Instruction], totals: _Totals) -> float:
         """Of an instruction that is no collective and no loop."""
-        work, moved = flops(one, scope, self.module), traffic(one, scope, self.module)
-        totals.flops += work
+        chip, moved = self.chip, traffic(one, scope, self.module)
+        work = products(one, scope, self.module)
+        at_peak = sum(flops / chip.peak_of(*dtypes) for dtypes, flops in work.items())
+        totals.flops += sum(work.values())
+        totals.at_peak += at_peak
         totals.memory_bytes += moved
-        kernel = kernel_flops(one) / (self.chip.attention_efficiency * self.chip.peak_flops)
-        if self.chip.clock and (one.cycles or kernel):
-            totals.cycles += one.cycles / self.chip.clock + kernel
-            return one.cycles / self.chip.clock + kernel
+        kernel = kernel_flops(one) / (chip.attention_efficiency * chip.peak_flops)
+        if chip.clock and (one.cycles or kernel):
+            totals.cycles += one.cycles / chip.clock + kernel
+            return one.cycles / chip.clock + kernel
         if kernel:
             return kernel
         # Cycles of a TPU leave out what overlaps with them: copies between its memories.
-        if self.chip.clock:
+        if chip.clock:
             return 0.0
-        reached = self.chip.matmul_efficiency * self.chip.peak_flops
-        return max(work / reached, moved / self.chip.hbm_bandwidth)
+        return max(at_peak / chip.matmul_efficiency, moved / chip.hbm_bandwidth)
 
     def _run(self, name: str) -> tuple[float, _Totals]:
         """Seconds of a computation, the network idle at first, and what it did."""
         now = network_free = 0.0
         totals = _Totals()
-        pending: dict[str, float] = {}
+        starts: dict[str, list[Collective]] = {}
+        ends: dict[str, list[tuple[str, str]]] = {}  # kinds and starts of those that it waits for
+        for each in sent(name, self.module):
+            starts.setdefault(each.start, []).append(each.collective)
+            ends.setdefault(each.end, []).append((each.collective.kind, each.start))
+        arrives: dict[tuple[str, str], float] = {}
         scope = self.module.computations.get(name, {})
         for one in scope.values():
-            if one.opcode in ("while", "call", "conditional"):
+            if one.opcode in CONTROL:
                 times = trip_count(one, self.module) if one.opcode == "while" else 1
                 for callee in one.called:
                     seconds, inner = self.run(callee)
                     now += times * seconds
                     totals.add(inner, times)
                 continue
-            if one.opcode.endswith("-done"):
-                now = max(now, *(pending.get(operand, 0.0) for operand in one.operands))
-                continue
-            sent = sum(self.network_seconds(each) for each in self.collectives(one))
-            totals.network += sent
-            busy = 0.0 if one.collective else self.seconds_of(one, scope, totals)
-            if not sent:
-                now += busy
-                continue
-            network_free = max(now, network_free) + sent
-            if one.opcode.endswith("-start"):
-                pending[one.name] = network_free
-            else:
-                now = max(now + busy, network_free)
-        return max(now, network_free), totals
+            for collective in starts.get(one.name, ()):
+                seconds = self.network_seconds(collective)
+                totals.network += seconds
+                network_free = max(now, network_free) + seconds
+                arrives[collective.kind, one.name] = network_free
+            waited = [key for key in ends.get(one.name, ()) if key in arrives]
+            busy = 0.0 if one.collective or one.opcode.endswith("-done") else None
+            busy = self.seconds_of(one, scope, totals) if busy is None else busy
+            # The end of a chain waits, and then goes on; what is sent within one instruction goes
+            # on beside what else that computes.
+            here = [key for key in waited if key[1] == one.name]
+            for key in waited:
+                if key not in here:
+                    now = self._wait(now, key[0], arrives[key], totals)
+            now += busy
+            for key in here:
+                now = self._wait(now, key[0], arrives[key], totals)
+        if network_free > now:
+            last = max(arrives, key=lambda key: arrives[key])
+            now = self._wait(now, last[0], network_free, totals)
+        return now, totals
 
-    def collectives(self, one: Instruction) -> list[Collective]:
-        """That an instruction is or holds: fusions of compute and a collective, and wrappers."""
-        if one.collective:
-            return [read_collective(one)]
-        # A TPU7x calls them to run on its SparseCores, beside the rest: `call-start`.
-        if one.opcode not in ("fusion", "call") and not one.opcode.endswith("-start"):
-            return []
-        inner = (self.module.computations.get(name, {}) for name in one.called)
-        return [found for scope in inner for x in scope.values() for found in self.collectives(x)]
-
-    def network_seconds(self, one: Collective) -> float:
-        """Of one collective, as rings: each device passes on what the others have."""
-        group = one.groups[0] if one.groups else range(len(self.nodes))
-        members = len(group)
-        if members == 1 or not self.network:
-            return 0.0
-        spanned = len({self.nodes[device] for device in group})
-        local = max(1, members // spanned)
-        twice = 2 if one.kind == "all-reduce" else 1
-        sent = twice * one.size * (1 if "permute" in one.kind else (members - 1) / members)
-        # The cards of a node carry together what its members of the group need from outside.
-        cards = local if one.kind in ("all-gather", "all-reduce", "reduce-scatter") else 1
-        outside = cards * self.chip.network_bandwidth
-        speed = min(self.chip.link_bandwidth, outside) if spanned > 1 else self.chip.link_bandwidth
-        if self.chip.torus:
-            hops = self.chip.torus * local ** (1 / self.chip.torus) * _ICI_HOP
-        else:
-            hops = spanned * (local - 1) * _NVLINK_HOP
-        delay = twice * (hops + (spanned - 1) * _NETWORK_HOP)
-        if one.kind == "all-reduce":  # or a tree, for small ones
-            tree = 2 * (math.log2(spanned) * _NETWORK_HOP + (local - 1) * _NVLINK_HOP)
-            delay = min(delay, tree)
-        return sent / speed + delay
+    def _wait(self, now: float, kind: str, until: float, totals: _Totals) -> float:
+        if until > now:
+            totals.waits[kind] += until - now  # type: ignore[assignment]
+        return max(now, until)
 
 
-def predict(module: Module, chip: Chip, nodes: Sequence[int]) -> Prediction:
+def predict(
+    module: Module, chip: Chip, nodes: Sequence[int], torus: Torus | None = None
+) -> Prediction:
     """Times of one step of a compiled program.
 
     Args:
       module: the optimised HLO.
       chip: on which it runs.
       nodes: for each device of the mesh, in order, the node or slice in which it is.
+      torus: of a TPU slice, where the devices are in it; None: all links serve any group.
     """
-    seconds, totals = _Schedule(module, chip, nodes).run(module.entry)
-    compute = totals.flops / chip.peak_flops
+    seconds, totals = _Schedule(module, chip, nodes, torus).run(module.entry)
     memory = totals.memory_bytes / chip.hbm_bandwidth
-    alone, _ = _Schedule(module, chip, nodes, network=False).run(module.entry)
     return Prediction(
         flops=totals.flops,
         memory_bytes=totals.memory_bytes,
-        compute=compute,
+        compute=totals.at_peak,
         memory=memory,
         network=totals.network,
-        exposed=seconds - alone,
+        exposed=sum(totals.waits.values()),
+        exposed_by_kind={kind: float(wait) for kind, wait in sorted(totals.waits.items())},
         cycles=totals.cycles or None,
-        step=max(seconds, compute, memory),
+        step=max(seconds, totals.at_peak, memory),
     )

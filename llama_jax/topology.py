@@ -7,13 +7,14 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
 from llama_jax.chips import CHIPS, Chip, chip_named
 from llama_jax.errors import UserError, first_line
+from llama_jax.network import Torus
 
 GPUS_PER_NODE = 8
 
@@ -41,6 +42,19 @@ class Topology:
     def devices(self) -> int:
         """Number of JAX devices."""
         return self.chips * self.chip.devices_per_chip
+
+    @property
+    def wrap(self) -> tuple[bool, ...]:
+        """Which dimensions of a TPU slice's network close to a ring.
+
+        On 3-D networks optical switches join cubes of 4 x 4 x 4 chips, so that slices of whole
+        cubes are tori and smaller ones are not; on 2-D networks only a dimension of the whole pod,
+        16 chips, wraps around (cloud.google.com/tpu/docs/system-architecture-tpu-vm;
+        arXiv:2304.01433).
+        """
+        if self.chip.torus == 3:
+            return (all(size % 4 == 0 for size in self.shape),) * 3
+        return tuple(size == 16 for size in self.shape)
 
     @property
     def slice_name(self) -> str:
@@ -139,6 +153,8 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
     )
     if chip.torus:
         options = {"platform": "tpu", "topology_name": topology.slice_name}
+        # Without it the compiler takes a slice for a mesh, which has other collectives.
+        options["wrap"] = (*topology.wrap, False, False)[:3]  # always three
         if chip.name == "v4":
             options["chip_config_name"] = "megacore"
         if topology.slices > 1:
@@ -210,6 +226,15 @@ platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "{chip.kind}"
 """
+
+
+def torus_of(topology: Topology, devices: Sequence[jax.Device]) -> Torus | None:
+    """Where devices lie in the network of their slice; None for GPUs."""
+    dimensions = topology.chip.torus
+    if not all(hasattr(device, "coords") for device in devices) or not dimensions:
+        return None
+    coords = tuple(tuple(device.coords[:dimensions]) for device in devices)
+    return Torus(topology.shape, topology.wrap, coords)
 
 
 def node_of(device: jax.Device) -> int:

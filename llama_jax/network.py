@@ -1,0 +1,106 @@
+"""How long a collective takes on the network of a machine: its links, its torus, its nodes."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from llama_jax.chips import Chip
+from llama_jax.hlo import Collective
+
+# Seconds per hop of a ring: NCCL's own, over NVLink and over the network (protocol LL128 in its
+# src/graph/tuning.cc); a TPU's link is an assumption.
+_NVLINK_HOP, _NETWORK_HOP, _ICI_HOP = 1.9e-6, 4.0e-6, 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Torus:
+    """The ICI network of a TPU slice.
+
+    Attributes:
+      shape: chips along each dimension.
+      wrap: which dimensions close to a ring.
+      coords: of the chip of each device of the mesh, in order.
+    """
+
+    shape: tuple[int, ...]
+    wrap: tuple[bool, ...]
+    coords: tuple[tuple[int, ...], ...]
+
+    def links(self, group: Sequence[int]) -> int:
+        """Links of a chip that a collective of these devices can keep busy, in one direction each.
+
+        Two along each dimension that the group fills and that wraps around, one along others; two
+        where the group is no box of chips, as in one ring. 0 for the devices of one chip.
+        """
+        sizes = self.extent(group)
+        if math.prod(sizes) != len({self.coords[device] for device in group}):
+            return 2
+        return sum(
+            2 if wraps and size == whole else size > 1
+            for size, whole, wraps in zip(sizes, self.shape, self.wrap, strict=True)
+        )
+
+    def hops(self, group: Sequence[int]) -> int:
+        """Links on the way between the two devices of a group that are farthest apart."""
+        return sum(
+            size // 2 if wraps and size == whole else size - 1
+            for size, whole, wraps in zip(self.extent(group), self.shape, self.wrap, strict=True)
+        )
+
+    def extent(self, group: Sequence[int]) -> list[int]:
+        """Different coordinates of a group along each dimension."""
+        chips = [self.coords[device] for device in group]
+        return [len({chip[axis] for chip in chips}) for axis in range(len(self.shape))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What joins the devices of a mesh.
+
+    Attributes:
+      chip: of which the devices are.
+      nodes: for each device of the mesh, in order, the node or slice in which it is.
+      torus: of a TPU; None: all links of a chip serve any group.
+    """
+
+    chip: Chip
+    nodes: Sequence[int]
+    torus: Torus | None = None
+
+    def seconds(self, one: Collective) -> float:
+        """Of one collective, as rings: each device passes on what the others have."""
+        group = one.groups[0] if one.groups else range(len(self.nodes))
+        members = len(group)
+        if members == 1:
+            return 0.0
+        spanned = len({self.nodes[device] for device in group})
+        local = max(1, members // spanned)
+        twice = 2 if one.kind == "all-reduce" else 1
+        sent = twice * one.size * (1 if "permute" in one.kind else (members - 1) / members)
+        # The cards of a node carry together what its members of the group need from outside.
+        cards = local if one.kind in ("all-gather", "all-reduce", "reduce-scatter") else 1
+        speed = self._link_bandwidth(one, group)
+        if spanned > 1:
+            speed = min(speed, cards * self.chip.network_bandwidth)
+        delay = twice * (self._hop_seconds(group, spanned, local) + (spanned - 1) * _NETWORK_HOP)
+        if one.kind == "all-reduce":  # or a tree, for small ones
+            tree = 2 * (math.log2(spanned) * _NETWORK_HOP + (local - 1) * _NVLINK_HOP)
+            delay = min(delay, tree)
+        return sent / speed + delay
+
+    def _link_bandwidth(self, one: Collective, group: Sequence[int]) -> float:
+        """Bytes/s into a device, by the compiler's algorithm and where its group lies."""
+        if self.torus is None:
+            return self.chip.link_bandwidth
+        there = 2 * len(self.torus.shape)
+        links = self.torus.links(group) or there
+        if one.links:
+            links = min(links, one.links)
+        return self.chip.link_bandwidth * links / there
+
+    def _hop_seconds(self, group: Sequence[int], spanned: int, local: int) -> float:
+        if self.torus is not None:
+            return self.torus.hops(group) * _ICI_HOP
+        if self.chip.torus:
+            return self.chip.torus * local ** (1 / self.chip.torus) * _ICI_HOP
+        return spanned * (local - 1) * _NVLINK_HOP
