@@ -16,11 +16,16 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import context_parallel
 from llama_jax.blocked_attention import SegmentIds, blocked, dense
 from llama_jax.errors import UserError
+from llama_jax.mesh import device_kind as _device_kind
+from llama_jax.mesh import platform as _platform
 from llama_jax.sharding import activation_spec
 from llama_jax.triton_attention import TRITON_BLOCK, TRITON_HEAD_DIMS, triton
 from llama_jax.xla_flags import deterministic
 
 SPLASH_LANES = 128  # the splash kernel works on multiples of so many tokens
+LONG_SEQUENCE = 8192  # tokens from which on splash takes large tiles
+MOST_KEY_TILES = 8  # with which the fused backward kernel is the default
+ROOMY_CHIPS = ("TPU v6", "TPU7x")  # whose compilers give a kernel room for tiles of 2,048 tokens
 CUDNN_MAX_HEAD_DIM = 128
 
 
@@ -33,6 +38,8 @@ def attention(
     segment_ids: SegmentIds | None = None,
     window: int = 0,
     backend: str = "auto",
+    tile: int = 0,
+    backward: str = "auto",
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v, where query t sees the keys s <= t + q_offset of its segment.
 
@@ -50,6 +57,8 @@ def attention(
       backend: `xla` everywhere; `splash`, a Pallas kernel on TPU; `cudnn` and `triton` (a Pallas
         kernel too) on NVIDIA GPUs; `auto` takes splash or cudnn where it can compute this.
         Decoding is always `xla`.
+      tile: tokens of a tile of splash; 0: by the sequence length and the chip.
+      backward: `split` or `fused` kernels for the gradients of splash; `auto`: as `tile`.
 
     Returns:
       Values averaged per query, B T N H, in the dtype of `q_BTNH`; softmax is done in float32.
@@ -65,12 +74,14 @@ def attention(
         fast = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
         backend = "xla" if _obstacle(fast, platform, q_BTNH) else fast
     obstacle = _obstacle(backend, platform, q_BTNH)
+    if backend == "splash" and not obstacle:
+        obstacle = _tile_obstacle(q_BTNH.shape[1] // _context_size(), tile)
     if backend == "triton" and not obstacle:
         obstacle = _triton_obstacle(segment_ids, window)
     if obstacle:
         raise UserError(f"model.attention={backend}: {obstacle}")
     if backend == "splash":
-        return splash(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
+        return splash(q_BTNH, k_BSKH, v_BSKH, segment_ids, window, tile, backward)
     if backend == "cudnn":
         return _cudnn(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
     if backend == "triton":
@@ -79,15 +90,6 @@ def attention(
     if _context_size() > 1 and _divides(q_BTNH):
         return context_parallel.attend(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
     return blocked(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
-
-
-def _platform() -> str:
-    """`cpu`, `gpu` or `tpu`: of the mesh, which may be of machines that are not here."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is None:
-        return jax.default_backend()
-    kind = device.device_kind.lower()
-    return "tpu" if "tpu" in kind else "cpu" if kind == "cpu" else "gpu"
 
 
 def _context_size() -> int:
@@ -148,6 +150,13 @@ def _obstacle(backend: str, platform: str, q_BTNH: jax.Array) -> str:
     raise ValueError(f"unknown attention backend {backend!r}")
 
 
+def _tile_obstacle(length: int, tile: int) -> str:
+    """Why the splash kernel cannot take tiles of so many tokens of a sequence."""
+    if tile and length % tile:
+        return f"{length} tokens of a device are no multiple of model.attention_tile={tile}; use 0"
+    return ""
+
+
 def _triton_obstacle(segment_ids: SegmentIds | None, window: int) -> str:
     """What the Triton kernel cannot honour."""
     if window:
@@ -180,12 +189,40 @@ def _cudnn(
     return checkpoint_name(out_BTNH, "attn_context")
 
 
+def _tiles(queries: int, keys: int, tile: int, backward: str) -> dict[str, Any]:
+    """Tile sizes of the splash kernels, where a device has so many queries and keys of a sequence.
+
+    As published recipes have them (MaxText's for Llama 2 at T 4096 and Llama 3.1 at T 8192): tiles
+    of 512 and two backward kernels for short sequences. From 8,192 tokens on, where attention is a
+    large part of the step, tiles of 2,048 on chips whose vector memory holds them and of 1,024 on
+    others, and one backward kernel, which makes five products instead of seven. That kernel writes
+    the gradient of the queries once for each tile of keys, so two kernels take over again where
+    there are many.
+    """
+    long = keys >= LONG_SEQUENCE
+    if not tile:
+        roomy = any(name in _device_kind() for name in ROOMY_CHIPS)
+        largest = (2048 if roomy else 1024) if long else 512
+        sizes = (2048, 1024, 512, 256, SPLASH_LANES)
+        tile = next(size for size in sizes if size <= largest and queries % size == 0)
+    names = ["q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute"]
+    fused = backward == "fused"
+    if backward == "auto":
+        fused = long and keys <= MOST_KEY_TILES * tile
+    if not fused:
+        names += ["q_dq", "kv_dq"]
+    blocks: dict[str, Any] = {f"block_{name}": tile for name in names}
+    return {**blocks, "use_fused_bwd_kernel": fused}
+
+
 def splash(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     segment_ids: SegmentIds | None,
     window: int,
+    tile: int = 0,
+    backward: str = "auto",
     *,
     interpret: bool = False,
 ) -> jax.Array:
@@ -200,6 +237,8 @@ def splash(
       v_BSKH: values.
       segment_ids: of queries and keys.
       window: tokens seen back; 0: all.
+      tile: tokens of a tile; 0: by the sequence length and the chip, see `_tiles`.
+      backward: `split`, `fused` or `auto`.
       interpret: run the kernel in Python, on any platform (tests).
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -213,13 +252,9 @@ def splash(
     if sizes["context"] > 1:
         mask.q_sequence = context_parallel.query_order(length, sizes["context"]).astype(np.int32)
     local_length = length // sizes["context"]
-    block = next(size for size in (512, 256, SPLASH_LANES) if local_length % size == 0)
-    # The same tile for all kernels; larger ones do not fit the vector memory of a v5e.
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    tiles: Any = {f"block_{name}": block for name in names}
     kernel = kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * n_heads),
-        block_sizes=kernels.BlockSizes(**tiles),
+        block_sizes=kernels.BlockSizes(**_tiles(local_length, length, tile, backward)),
         head_shards=1,
         q_seq_shards=sizes["context"],
         residual_checkpoint_name="attn_context",

@@ -109,6 +109,9 @@ def kernel_flops(one: Instruction) -> float:
     arrays = re.findall(r"(?:bf16|f16|f32)\[\d+,\d+,\d+,\d+\]", listed[1] if listed else one.line)
     if len(arrays) < 2:
         return 0.0
+    # The fused backward kernel of splash also gives d_q, once for each tile of keys.
+    if "splash_mha_dkv" in one.line and re.search(r"\[\d+,\d+,\d+,\d+,\d+\]", one.shape):
+        products = 5
     # Splash takes B N T H, the kernels for GPUs take B T N H.
     keys = dimensions(arrays[1])[2 if "tpu_custom_call" in one.line else 1]
     return float(products * math.prod(dimensions(arrays[0])) * keys)

@@ -35,6 +35,20 @@ def mesh_shape(config: MeshConfig, n_devices: int) -> dict[str, int]:
     return shape
 
 
+def device_kind() -> str:
+    """What JAX calls the devices of the mesh, which may be of a machine that is not here."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: what `device_kind` is."""
+    if getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) is None:
+        return jax.default_backend()
+    kind = device_kind().lower()
+    return "tpu" if "tpu" in kind else "cpu" if kind == "cpu" else "gpu"
+
+
 def make_mesh(
     config: MeshConfig,
     dcn: DcnConfig | None = None,

@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.attention import attention
 from llama_jax.config import LoraConfig, ModelConfig
+from llama_jax.fusion import whole_gradient
 from llama_jax.linear import project_named, weight
 from llama_jax.lora import Adapted
 from llama_jax.rope import rope, rope_frequencies, rope_tables  # noqa: F401 (for callers)
@@ -89,7 +90,8 @@ def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
 def _gated_silu_forward(
     gate: jax.Array, up: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return gated_silu(gate, up), (gate, up)
+    # A product that reads silu(gate) * up computes it once per tile, if it is fused in.
+    return jax.lax.optimization_barrier(gated_silu(gate, up)), (gate, up)
 
 
 def _gated_silu_backward(
@@ -149,8 +151,10 @@ class Attention(nn.Module):
             segment_ids=segments,
             window=c.sliding_window,
             backend=c.attention,
+            tile=c.attention_tile,
+            backward=c.attention_backward,
         )
-        out_BTD = project("wo", "BTNH,NHD->BTD", out_BTNH, wo_NHD)
+        out_BTD = project("wo", "BTNH,NHD->BTD", whole_gradient(out_BTNH), wo_NHD)
         return out_BTD, (None if cache is None else (keys, values))
 
 
@@ -191,13 +195,15 @@ class Block(nn.Module):
         x_BTD = checkpoint_name(x_BTD, "block_in")
         cache = None if layer_cache is None else (*layer_cache, *cache_segments)
         attn_norm_D = self.param("attn_norm", nn.initializers.ones, (c.dim,))
-        normed_BTD = reshard(rms_norm(x_BTD, attn_norm_D, c.norm_eps), whole, residual)
+        normed_BTD = whole_gradient(rms_norm(x_BTD, attn_norm_D, c.norm_eps))
+        normed_BTD = reshard(normed_BTD, whole, residual)
         out_BTD, new_cache = Attention(c, self.lora, name="attn")(
             normed_BTD, rope_BT1h, segment_ids_BT, cache
         )
         x_BTD = x_BTD + checkpoint_name(reshard(out_BTD, residual, whole), "attn_out")
         mlp_norm_D = self.param("mlp_norm", nn.initializers.ones, (c.dim,))
-        normed_BTD = reshard(rms_norm(x_BTD, mlp_norm_D, c.norm_eps), whole, residual)
+        normed_BTD = whole_gradient(rms_norm(x_BTD, mlp_norm_D, c.norm_eps))
+        normed_BTD = reshard(normed_BTD, whole, residual)
         out_BTD = SwiGLU(c, self.lora, name="mlp")(normed_BTD)
         return x_BTD + reshard(out_BTD, residual, whole), new_cache
 

@@ -9,6 +9,7 @@ REMAT_POLICIES = ("none", "full", "dots")
 # Tensors inside a block that `remat = "save:..."` may keep; model.py gives them these names.
 REMAT_NAMES = ("block_in", "q", "k", "v", "attn_context", "attn_out", "mlp_gate", "mlp_up")
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "triton", "splash")
+ATTENTION_BACKWARDS = ("auto", "split", "fused")
 COMPUTE_DTYPES = ("bfloat16", "float32")
 ROPE_SCALINGS = ("llama3", "linear", "dynamic", "yarn")
 
@@ -51,6 +52,10 @@ class ModelConfig:
     tied_embeddings: bool = False
     compute_dtype: str = "bfloat16"  # weights, norms, softmax and loss stay float32
     attention: str = "auto"  # a backend of attention.py
+    # Of the splash kernel on TPUs: tokens of a tile, a multiple of 128 that divides the sequence
+    # (0: by its length and the chip), and the kernels of its gradients: auto | split | fused.
+    attention_tile: int = 0
+    attention_backward: str = "auto"
     # none | full | dots | save:NAME,NAME | offload:NAME,NAME (to the host) | save:NAME;offload:NAME
     remat: str = "none"
     scan_unroll: int = 1  # layers per iteration of the scan; more compile longer, may run faster
@@ -88,6 +93,15 @@ class ModelConfig:
         require(
             self.attention in ATTENTION_BACKENDS,
             f"model.attention must be one of {ATTENTION_BACKENDS}, got {self.attention!r}",
+        )
+        require(
+            self.attention_tile >= 0 and self.attention_tile % 128 == 0,
+            f"model.attention_tile must be a multiple of 128, or 0, got {self.attention_tile}",
+        )
+        require(
+            self.attention_backward in ATTENTION_BACKWARDS,
+            f"model.attention_backward must be one of {ATTENTION_BACKWARDS}, got "
+            f"{self.attention_backward!r}",
         )
         if ":" not in self.remat:
             require(

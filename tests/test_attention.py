@@ -192,6 +192,51 @@ def test_gradients_of_splash_in_interpret_mode():
         np.testing.assert_allclose(ours, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("tile", "backward", "window", "shape"),
+    [(128, "split", 0, None), (128, "fused", 100, None), (128, "fused", 0, (1, 1, 2, 1))],
+)
+def test_tiles_of_splash_change_no_gradient(tile, backward, window, shape):
+    q, k, v = inputs(24, batch=1, queries=256, keys=256, n=2, k=1, h=16)
+    ids = segments(25, 1, 256)
+    cotangent = np.random.default_rng(26).standard_normal(q.shape).astype(np.float32)
+
+    def gradients(function):
+        return jax.grad(lambda *x: jnp.vdot(function(*x, (ids, ids)), cotangent), (0, 1, 2))
+
+    def tiled(q, k, v, pair):
+        return splash(q, k, v, pair, window, tile=tile, backward=backward, interpret=True)
+
+    with jax.set_mesh(mesh_of(shape)) if shape else contextlib.nullcontext():
+        got = jax.jit(gradients(tiled))(q, k, v)
+    plain = gradients(lambda q, k, v, pair: attention(q, k, v, segment_ids=pair, window=window))
+    for ours, expected in zip(got, plain(q, k, v), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "tile", "fused"),
+    [
+        ("TPU v5", 2048, 512, False),
+        ("TPU v5", 4096, 512, False),
+        ("TPU v5", 8192, 1024, True),
+        ("TPU v6 lite", 8192, 2048, True),
+        ("TPU v6 lite", 16384, 2048, True),
+        ("TPU v5", 16384, 1024, False),  # d_q once for each of 16 tiles would not fit
+        ("TPU v5", 8320, 128, False),
+        ("TPU v5", 384, 128, False),
+    ],
+)
+def test_tiles_by_the_length_and_the_chip(monkeypatch, kind, keys, tile, fused):
+    monkeypatch.setattr(dispatch, "_device_kind", lambda: kind)
+    sizes = dispatch._tiles(keys, keys, 0, "auto")
+    assert {size for name, size in sizes.items() if name.startswith("block")} == {tile}
+    assert sizes["use_fused_bwd_kernel"] is fused and ("block_q_dq" in sizes) is not fused
+    assert dispatch._tiles(keys, keys, 128, "split")["block_q"] == 128
+    assert not dispatch._tiles(keys, keys, 0, "split")["use_fused_bwd_kernel"]
+    assert dispatch._tiles(keys, keys, 0, "fused")["use_fused_bwd_kernel"]
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 1, 2), (2, 1, 2, 2)])
 def test_splash_on_a_mesh(shape):
     q, k, v = inputs(15, batch=4, queries=256, keys=256, n=4, k=2, h=16)

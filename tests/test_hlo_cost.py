@@ -88,6 +88,13 @@ def test_kernels(target, name, products):
     assert kernel_flops(kernel(target, name, shape)) == products * SQUARE
 
 
+def test_the_fused_backward_kernel_of_splash():
+    """It also returns d_q, once for each tile of keys: one kernel of five products."""
+    one = kernel("tpu_custom_call", "splash_mha_dkv_no_residuals", "[2,4,128,8]")
+    fused = one.line.replace("bf16[1]{0}", "(bf16[2,8,4,128,8]{4,3,2,1,0}, bf16[2,4,128,8])")
+    assert kernel_flops(only(fused)[0]) == 5 * SQUARE
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from llama_jax import checkpoint, decode
 from llama_jax.errors import UserError
 from llama_jax.interchange import card
 from llama_jax.model import forward, logits
-from llama_jax.rope import document_lengths, rope_frequencies, rope_tables
+from llama_jax.rope import document_lengths, rope, rope_frequencies, rope_tables
 from llama_jax.scoring import Scorer, Span
 from tests.helpers import TINY, mesh_of, random_params, replace
 
@@ -147,3 +148,22 @@ def test_the_card_tells_the_kind(tmp_path, kind):
 def test_a_config_that_cannot_be(changes, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(TINY.model, **changes)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0), ("float32", 1e-6)])
+def test_a_tpu_rotates_by_a_product_and_gets_the_same(monkeypatch, dtype, tolerance):
+    """And so do its gradients; in bfloat16, in which TPUs train, to the bit."""
+    rng = np.random.default_rng(3)
+    x, cotangent = (jnp.asarray(rng.standard_normal((2, 20, 3, 64)), dtype) for _ in range(2))
+    positions = jnp.asarray(rng.integers(0, 5000, (2, 20)))
+    tables = rope_tables(positions, WIDE)
+
+    def rotated():
+        out, back = jax.vjp(lambda x: rope(x, *tables), x)
+        return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), (out, *back(cotangent)))
+
+    here = rotated()
+    monkeypatch.setattr(sys.modules[rope.__module__], "platform", lambda: "tpu")
+    assert "dot_general" in str(jax.make_jaxpr(lambda x: rope(x, *tables))(x))
+    for ours, expected in zip(rotated(), here, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=tolerance, rtol=0)
