@@ -18,7 +18,8 @@ from llama_jax.errors import UserError
 from llama_jax.tpu_here import libtpu_version, tpu_here
 
 _MAXTEXT = "MaxText benchmarks/xla_flags_library.py"
-_TPU_RECIPE = "AI-Hypercomputer tpu-recipes training/ironwood, Llama 3.1 70B, bfloat16, 4x4x4"
+_IRONWOOD_70B = "AI-Hypercomputer tpu-recipes training/ironwood, Llama 3.1 70B, bfloat16, 4x4x4"
+_DEEPSEEK = "AI-Hypercomputer tpu-recipes training/ironwood, DeepSeek 3 671B, bfloat16, 4x4x8"
 _RECIPE = "AI-Hypercomputer gpu-recipes, Llama 3.1 70B on H200 (a3ultra)"
 _TOOLBOX = "JAX-Toolbox docs/GPU_performance.md"
 
@@ -93,30 +94,37 @@ _VMEM = Setting(
     "96 of the 128 MiB of VMEM for the running operation, as dense models are bound by compute",
     _MAXTEXT,
 )
+_BESIDE = "collectives run on the chip's SparseCores, beside the matrix products"
+# Published on tpu7x; on v5p and v6e only compiled. libtpu ignores them on v4.
+_SPARSECORE = tuple(
+    Setting(f"--xla_tpu_enable_sparse_core_collective_offload_{kind}", "true", _BESIDE, _DEEPSEEK)
+    for kind in ("all_gather", "2d_all_gather", "3d_all_gather")
+    + ("all_reduce", "reduce_scatter", "nd_reduce_scatter")
+)
 _IRONWOOD = (
     Setting(
         "--xla_tpu_scoped_vmem_limit_kib",
         "61440",
         "60 of the 64 MiB of VMEM for the running operation, as dense models are bound by compute",
-        _TPU_RECIPE,
+        _IRONWOOD_70B,
     ),
     Setting(
         "--xla_tpu_bf16_emission_mode",
         "NATIVE_EMISSION",
         "bfloat16 arithmetic by the chip's own instructions, not by those of float32",
-        _TPU_RECIPE,
+        _IRONWOOD_70B,
     ),
     Setting(
         "--xla_tpu_enable_sparse_core_collective_offload_all_reduce",
         "true",
         "SparseCores reduce the gradients, beside the backward pass",
-        _TPU_RECIPE,
+        _IRONWOOD_70B,
     ),
     Setting(
         "--xla_tpu_use_single_sparse_core_for_all_gather_offload",
         "true",
         "a gather leaves the other SparseCores to the reductions beside it",
-        _TPU_RECIPE,
+        _IRONWOOD_70B,
     ),
 )
 _HOST = "copies to and from the host overlap with compute, within the memory that there is"
@@ -213,7 +221,8 @@ _BLACKWELL = (
     ),
 )
 
-_V6E = (_VMEM, *_LAYOUT, *_OVERLAP_DCN, *_OVERLAP_GATHER, *_OVERLAP_REDUCE)
+_V6E_BASE = (_VMEM, *_LAYOUT, *_OVERLAP_DCN)
+_V6E = (*_V6E_BASE, *_OVERLAP_GATHER, *_OVERLAP_REDUCE)
 # libtpu calls what overlaps here "continuation fusion", and supports it on v5e. On other chips it
 # warns of it ("might trigger many errors including .. incorrect results, hang, SDC"), and from
 # 0.0.43 on (JAX 0.10.2 has 0.0.42, JAX 0.12 has 0.0.50) it refuses to compile.
@@ -227,6 +236,8 @@ PRESETS = {
     ),
     "v6e": Preset("LIBTPU_INIT_ARGS", _V6E, _FUSION_ENDS),
     "v6e-offload": Preset("LIBTPU_INIT_ARGS", _V6E + _HOST_OFFLOAD, _FUSION_ENDS),
+    "v5p-sparsecore": Preset("LIBTPU_INIT_ARGS", _OVERLAP_DCN + _SPARSECORE),
+    "v6e-sparsecore": Preset("LIBTPU_INIT_ARGS", _V6E_BASE + _SPARSECORE),
     "tpu7x": Preset("LIBTPU_INIT_ARGS", _IRONWOOD),
     "ampere": Preset("XLA_FLAGS", _OVERLAP_GPU),
     "hopper": Preset("XLA_FLAGS", _OVERLAP_GPU + _HOPPER),
@@ -238,8 +249,8 @@ AUTO = "auto"
 _DEFAULTS = {
     "v4": ("v4",),
     "v5e": ("v5e",),
-    "v5p": ("v5p",),
-    "v6e": ("v6e",),
+    "v5p": ("v5p", "v5p-sparsecore"),
+    "v6e": ("v6e", "v6e-sparsecore"),
     "tpu7x": ("tpu7x",),
 }
 NAMES = (*PRESETS, AUTO)

@@ -1,5 +1,6 @@
 """Presets of compiler flags, handed to the real compilers."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,18 +9,22 @@ import pytest
 
 from llama_jax.chips import CHIPS
 from llama_jax.errors import UserError
-from llama_jax.tpu_here import tpu_here
+from llama_jax.tpu_here import libtpu_version, tpu_here
 from llama_jax.xla_flags import HELP, NAMES, PRESETS, deterministic, use_preset
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_command
 
 GPU = [name for name, preset in PRESETS.items() if preset.variable == "XLA_FLAGS"]
 TPU = {"v4": "v4:2x2x2", "v5e": "v5e:4x4", "v5p": "v5p:2x2x2", "v6e": "v6e:4x4"}
-TPU["v6e-offload"], TPU["tpu7x"] = TPU["v6e"], "tpu7x:2x2x2"
+TPU |= {"v5p-sparsecore": TPU["v5p"], "v6e-sparsecore": TPU["v6e"]}
+TPU |= {"v6e-offload": TPU["v6e"], "tpu7x": "tpu7x:2x2x2"}
 # What `auto` takes.
 OLD, NEW = "0.0.42.1", "0.0.50.1"  # libtpu of JAX 0.10 and 0.12
 DEFAULTS = {
     OLD: {chip: chip for chip in ("v4", "v5e", "v5p", "v6e", "tpu7x")},
-    NEW: {"v4": "none", "v5e": "v5e", "v5p": "none", "v6e": "none", "tpu7x": "tpu7x"},
+    NEW: {
+        **{"v4": "none", "v5e": "v5e", "tpu7x": "tpu7x"},
+        **{"v5p": "v5p-sparsecore", "v6e": "v6e-sparsecore"},
+    },
 }
 
 
@@ -371,7 +376,20 @@ def compile_for_tpu(preset, topology):
 @pytest.mark.parametrize("name", [name for name in PRESETS if name not in GPU])
 def test_the_tpu_compiler_knows_the_flags(name):
     process = compile_for_tpu(name, TPU[name])
-    assert process.returncode == 0 and process.stdout == "True\n", process.stderr
+    if PRESETS[name].refused(libtpu_version()):
+        assert f"UserError: libtpu {libtpu_version()} refuses the flags" in process.stderr
+    else:
+        assert process.returncode == 0 and process.stdout == "True\n", process.stderr
+
+
+@pytest.mark.tpu
+def test_the_plan_names_its_preset():
+    flags = ("--config=configs/tiny.py", "--topology=v5e:2x2", "--config.model.n_layers=1")
+    said = "\nflags        preset v5e (7 flags; --xla_preset=none turns it off)\n"
+    assert run_command("plan", *flags, XLA_FLAGS="", fresh=True).stdout.endswith(said)
+    for preset, name in (((), "v5e"), (("--xla_preset=none",), "none")):
+        process = run_command("plan", *flags, *preset, "--json", XLA_FLAGS="", fresh=True)
+        assert json.loads(process.stdout)["xla_preset"] == name
 
 
 @pytest.mark.tpu
