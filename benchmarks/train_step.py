@@ -188,15 +188,16 @@ def measure(config: Config, warmup: int, steps: int, kernels: int = 0) -> dict[s
 def main() -> None:
     """The command."""
     config = PEER_SHAPE if _CONFIG.value is None else cli.load_config(_CONFIG)
-    xla_flags.use_preset(_XLA_PRESET.value)
-    print(json.dumps(measure(config, _WARMUP.value, _STEPS.value, _KERNELS.value)))
+    chosen = xla_flags.use_preset(_XLA_PRESET.value)
+    measured = measure(config, _WARMUP.value, _STEPS.value, _KERNELS.value)
+    print(json.dumps({**measured, "xla_preset": chosen.preset}))
 
 
 if __name__ == "__main__":
     _CONFIG = cli.config_flag()
     _STEPS = flags.DEFINE_integer("steps", 30, "Timed steps.", lower_bound=1)
     _WARMUP = flags.DEFINE_integer("warmup", 10, "Steps before, not counted.", lower_bound=0)
-    _XLA_PRESET = flags.DEFINE_string("xla_preset", "none", "Compiler flags, as of train.")
+    _XLA_PRESET = flags.DEFINE_string("xla_preset", xla_flags.AUTO, xla_flags.HELP)
     _KERNELS = flags.DEFINE_integer(
         "kernels", 0, "List so many of an accelerator's longest kernels.", lower_bound=0
     )

@@ -29,7 +29,7 @@ It needs kubectl for the cluster, and JobSet in the cluster; launch/README.md sa
 Example, 2 slices of v5p-128:
   launch/gke.sh start --name=llama --image=REGION-docker.pkg.dev/PROJECT/REPO/llama_jax \
       --accelerator=tpu-v5p-slice --topology=4x4x4 --slices=2 -- \
-      --config=configs/7b.py --workdir=gs://BUCKET/7b --config.dcn.data=2 --xla_preset=v5p
+      --config=configs/7b.py --workdir=gs://BUCKET/7b --config.dcn.data=2
 TEXT
 }
 

@@ -28,7 +28,7 @@ Example:
   launch/tpu_vm.sh create --name=llama --zone=us-east5-a --type=v5p-128 --version=v2-alpha-tpuv5
   launch/tpu_vm.sh install --name=llama --zone=us-east5-a
   launch/tpu_vm.sh start --name=llama --zone=us-east5-a -- \
-      --config=configs/7b.py --workdir=gs://BUCKET/7b --xla_preset=v5p
+      --config=configs/7b.py --workdir=gs://BUCKET/7b
   launch/tpu_vm.sh logs --name=llama --zone=us-east5-a
   launch/tpu_vm.sh delete --name=llama --zone=us-east5-a
 TEXT

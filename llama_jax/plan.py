@@ -3,7 +3,8 @@
 The compiler of the target runs on this computer, ahead of time (TPU: `pip install '.[tpu]'`, GPU:
 `pip install '.[cuda13]'`). What it says of memory and collectives is exact; the time of a step is
 predicted from its schedule and the chip's data sheet, see predict.py. Compiler flags are given as
-in training: --xla_preset, and XLA_FLAGS, for TPUs LIBTPU_INIT_ARGS, for your own.
+in training: those of a TPU by default, others by --xla_preset; XLA_FLAGS, for TPUs
+LIBTPU_INIT_ARGS, are for your own.
 
 Example:
   python -m llama_jax.plan --config=configs/7b.py --topology=v5p-128
@@ -202,7 +203,8 @@ def main() -> None:
     topology = parse_topology(_TOPOLOGY.value, _SLICES.value)
     if not 0 <= _PRICE.value < math.inf:
         raise UserError(f"--price must be a number of dollars, got {_PRICE.value}")
-    xla_flags.use_preset(_XLA_PRESET.value)
+    tpu = topology.chip.name if topology.chip.torus else ""
+    chosen = xla_flags.use_preset(_XLA_PRESET.value, tpu=tpu)
     jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
     if _SEARCH.value:
         result = search.search(config, topology, _SEARCH_LIMIT.value, _PRICE.value)
@@ -210,7 +212,8 @@ def main() -> None:
         result = plan(config, topology, _PRICE.value)
         if not result["fits"]:
             result["would_fit"] = search.advice(config, topology, result)
-    print(json.dumps(result) if _JSON.value else table(result))
+    result["xla_preset"] = chosen.preset
+    print(json.dumps(result) if _JSON.value else f"{table(result)}\nflags        {chosen}")
 
 
 if __name__ == "__main__":
@@ -229,7 +232,7 @@ if __name__ == "__main__":
         "search_limit", 6, "Candidates that --search compiles.", lower_bound=1
     )
     _XLA_PRESET = flags.DEFINE_string(
-        "xla_preset", "none", f"Compiler flags, as of train: {', '.join(xla_flags.PRESETS)}."
+        "xla_preset", xla_flags.AUTO, f"{xla_flags.HELP} The chip is that of --topology."
     )
     _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
     cli.run(main, __doc__)

@@ -309,10 +309,12 @@ def main() -> int:
         raise UserError("--workdir is missing; try --workdir=runs/tiny")
     began = time.monotonic()
     run_config = cli.load_config(_CONFIG)
-    xla_flags.use_preset(_XLA_PRESET.value)
+    chosen = xla_flags.use_preset(_XLA_PRESET.value)
     means = start_processes(_START_TIMEOUT.value)
     if means:
         _log(f"start   {jax.process_count()} processes, found by {means}")
+    if chosen.tpu:
+        _log(f"flags   {chosen}")
     use_compilation_cache()
     try:
         outcome = run(run_config, _WORKDIR.value, began)
@@ -335,12 +337,7 @@ if __name__ == "__main__":
     _WORKDIR = cli.path_flag(
         "workdir", None, "Folder of the run: config, checkpoints, metrics, plots; local or gs://."
     )
-    _XLA_PRESET = flags.DEFINE_string(
-        "xla_preset",
-        "none",
-        f"Compiler flags for a target: {', '.join(xla_flags.PRESETS)}. Flags of your own in "
-        "XLA_FLAGS and LIBTPU_INIT_ARGS win.",
-    )
+    _XLA_PRESET = flags.DEFINE_string("xla_preset", xla_flags.AUTO, xla_flags.HELP)
     _START_TIMEOUT = flags.DEFINE_integer(
         "start_timeout", 300, "Seconds to wait for the other processes of the job.", lower_bound=1
     )

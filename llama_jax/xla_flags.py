@@ -1,9 +1,11 @@
-"""Compiler flags for each target: opt-in presets, each setting with its reason and source.
+"""Compiler flags for each target: presets, each setting with its reason and source.
 
-XLA aborts on a flag that it does not know, and flags come and go with its versions, so none is set
-unasked, and the tests hand each preset to the compilers: those of JAX 0.10.2, with its libtpu. They
-are what published records were run with. Only `hopper` has been measured here, on one H200
-(benchmarks/README.md), where it is neither faster nor slower than none: a network it has not.
+On a TPU the preset of its chip is the default (`auto`): without it every collective is waited for.
+On GPUs none is: only `hopper` has been measured here, on one H200 (benchmarks/README.md), where it
+is neither faster nor slower than none: a network it has not. Nearly all settings are those that
+published records were run with. XLA aborts on a flag that it does not know, and flags come and go
+with its versions, so the tests hand each preset to the compilers: those of JAX 0.10.2, with its
+libtpu.
 """
 
 import dataclasses
@@ -13,8 +15,11 @@ import re
 from collections.abc import Mapping, MutableMapping
 
 from llama_jax.errors import UserError
+from llama_jax.tpu_here import libtpu_version, tpu_here
 
 _MAXTEXT = "MaxText benchmarks/xla_flags_library.py"
+_IRONWOOD_70B = "AI-Hypercomputer tpu-recipes training/ironwood, Llama 3.1 70B, bfloat16, 4x4x4"
+_DEEPSEEK = "AI-Hypercomputer tpu-recipes training/ironwood, DeepSeek 3 671B, bfloat16, 4x4x8"
 _RECIPE = "AI-Hypercomputer gpu-recipes, Llama 3.1 70B on H200 (a3ultra)"
 _TOOLBOX = "JAX-Toolbox docs/GPU_performance.md"
 
@@ -41,14 +46,21 @@ class Preset:
     Attributes:
       variable: whose flags: LIBTPU_INIT_ARGS of the TPU compiler, XLA_FLAGS of all others.
       settings: in the order in which they are given.
+      until: the first libtpu that refuses them, such as (0, 0, 43); None: no known one does.
     """
 
     variable: str
     settings: tuple[Setting, ...]
+    until: tuple[int, ...] | None = None
 
     def flags(self) -> list[str]:
         """`--name=value` of what XLA parses."""
         return [f"{one.name}={one.value}" for one in self.settings if one.is_flag]
+
+    def refused(self, libtpu: str) -> bool:
+        """Whether this version of libtpu refuses it; "" for an unknown one, which is tried."""
+        version = tuple(int(part) for part in re.findall(r"\d+", libtpu))
+        return self.until is not None and version >= self.until
 
 
 _GATHER = "weights of the next layer are gathered in pieces between matmuls (fsdp)"
@@ -58,6 +70,12 @@ _OVERLAP_GATHER = (
     Setting("--xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", _GATHER, _MAXTEXT),
     Setting("--xla_tpu_enable_async_collective_fusion_multiple_steps", "true", _GATHER, _MAXTEXT),
     Setting("--xla_tpu_overlap_compute_collective_tc", "true", _GATHER, _MAXTEXT),
+)
+_REDUCE = "gradients' all-reduces run inside the products of the next weights' gradients"
+# Not on v4, whose code generation fails with them: "Used 16.32M of 16.00M vmem".
+_OVERLAP_REDUCE = (
+    Setting("--xla_enable_async_all_reduce", "true", _REDUCE, _MAXTEXT),
+    Setting("--xla_tpu_enable_async_collective_fusion_fuse_all_reduce", "true", _REDUCE, _MAXTEXT),
 )
 _DCN = "gradient all-reduces between slices overlap with the backward pass (dcn.data)"
 _OVERLAP_DCN = (
@@ -75,6 +93,39 @@ _VMEM = Setting(
     "98304",
     "96 of the 128 MiB of VMEM for the running operation, as dense models are bound by compute",
     _MAXTEXT,
+)
+_BESIDE = "collectives run on the chip's SparseCores, beside the matrix products"
+# Published on tpu7x; on v5p and v6e only compiled. libtpu ignores them on v4.
+_SPARSECORE = tuple(
+    Setting(f"--xla_tpu_enable_sparse_core_collective_offload_{kind}", "true", _BESIDE, _DEEPSEEK)
+    for kind in ("all_gather", "2d_all_gather", "3d_all_gather")
+    + ("all_reduce", "reduce_scatter", "nd_reduce_scatter")
+)
+_IRONWOOD = (
+    Setting(
+        "--xla_tpu_scoped_vmem_limit_kib",
+        "61440",
+        "60 of the 64 MiB of VMEM for the running operation, as dense models are bound by compute",
+        _IRONWOOD_70B,
+    ),
+    Setting(
+        "--xla_tpu_bf16_emission_mode",
+        "NATIVE_EMISSION",
+        "bfloat16 arithmetic by the chip's own instructions, not by those of float32",
+        _IRONWOOD_70B,
+    ),
+    Setting(
+        "--xla_tpu_enable_sparse_core_collective_offload_all_reduce",
+        "true",
+        "SparseCores reduce the gradients, beside the backward pass",
+        _IRONWOOD_70B,
+    ),
+    Setting(
+        "--xla_tpu_use_single_sparse_core_for_all_gather_offload",
+        "true",
+        "a gather leaves the other SparseCores to the reductions beside it",
+        _IRONWOOD_70B,
+    ),
 )
 _HOST = "copies to and from the host overlap with compute, within the memory that there is"
 _HOST_OFFLOAD = tuple(
@@ -170,20 +221,69 @@ _BLACKWELL = (
     ),
 )
 
+_V6E_BASE = (_VMEM, *_LAYOUT, *_OVERLAP_DCN)
+_V6E = (*_V6E_BASE, *_OVERLAP_GATHER, *_OVERLAP_REDUCE)
+# libtpu calls what overlaps here "continuation fusion", and supports it on v5e. On other chips it
+# warns of it ("might trigger many errors including .. incorrect results, hang, SDC"), and from
+# 0.0.43 on (JAX 0.10.2 has 0.0.42, JAX 0.12 has 0.0.50) it refuses to compile.
+_FUSION_ENDS = (0, 0, 43)
 PRESETS = {
     "none": Preset("XLA_FLAGS", ()),  # CPUs
-    "v4": Preset("LIBTPU_INIT_ARGS", _OVERLAP_GATHER),
+    "v4": Preset("LIBTPU_INIT_ARGS", _OVERLAP_GATHER, _FUSION_ENDS),
     "v5e": Preset("LIBTPU_INIT_ARGS", _OVERLAP_DCN + _OVERLAP_GATHER),
-    "v5p": Preset("LIBTPU_INIT_ARGS", _OVERLAP_DCN + _OVERLAP_GATHER),
-    "v6e": Preset("LIBTPU_INIT_ARGS", (_VMEM, *_LAYOUT, *_OVERLAP_DCN, *_OVERLAP_GATHER)),
-    "v6e-offload": Preset(
-        "LIBTPU_INIT_ARGS",
-        (_VMEM, *_LAYOUT, *_OVERLAP_DCN, *_OVERLAP_GATHER, *_HOST_OFFLOAD),
+    "v5p": Preset(
+        "LIBTPU_INIT_ARGS", _OVERLAP_DCN + _OVERLAP_GATHER + _OVERLAP_REDUCE, _FUSION_ENDS
     ),
+    "v6e": Preset("LIBTPU_INIT_ARGS", _V6E, _FUSION_ENDS),
+    "v6e-offload": Preset("LIBTPU_INIT_ARGS", _V6E + _HOST_OFFLOAD, _FUSION_ENDS),
+    "v5p-sparsecore": Preset("LIBTPU_INIT_ARGS", _OVERLAP_DCN + _SPARSECORE),
+    "v6e-sparsecore": Preset("LIBTPU_INIT_ARGS", _V6E_BASE + _SPARSECORE),
+    "tpu7x": Preset("LIBTPU_INIT_ARGS", _IRONWOOD),
     "ampere": Preset("XLA_FLAGS", _OVERLAP_GPU),
     "hopper": Preset("XLA_FLAGS", _OVERLAP_GPU + _HOPPER),
     "blackwell": Preset("XLA_FLAGS", _OVERLAP_GPU + _BLACKWELL),
 }
+
+AUTO = "auto"
+# What it takes on each TPU: the first that the installed libtpu does not refuse.
+_DEFAULTS = {
+    "v4": ("v4",),
+    "v5e": ("v5e",),
+    "v5p": ("v5p", "v5p-sparsecore"),
+    "v6e": ("v6e", "v6e-sparsecore"),
+    "tpu7x": ("tpu7x",),
+}
+NAMES = (*PRESETS, AUTO)
+HELP = (
+    f"Compiler flags for a target: {', '.join(NAMES)}. {AUTO}: on a TPU the preset of its chip; on "
+    "GPUs none, as hopper was neither faster nor slower on an H200. Flags of your own in XLA_FLAGS "
+    "and LIBTPU_INIT_ARGS win."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What `use_preset` has set; as text, for people.
+
+    Attributes:
+      preset: its name.
+      tpu: the chip that `auto` has chosen it for; "" for a GPU or CPU, or a preset given by name.
+      new: the number of flags that the environment had not.
+    """
+
+    preset: str
+    tpu: str
+    new: int
+
+    def __str__(self) -> str:
+        if not PRESETS[self.preset].settings:
+            return f"none, as this libtpu takes no preset for {self.tpu}" if self.tpu else "none"
+        total = len(PRESETS[self.preset].flags())
+        count = f"{self.new} flags"
+        if self.new < total:
+            count = f"{self.new} of {total} flags, the environment sets the others"
+        off = "; --xla_preset=none turns it off" if self.tpu else ""
+        return f"preset {self.preset} ({count}{off})"
 
 
 def deterministic(env: Mapping[str, str] = os.environ) -> bool:
@@ -192,18 +292,43 @@ def deterministic(env: Mapping[str, str] = os.environ) -> bool:
     return re.search(asked, env.get("XLA_FLAGS", "")) is not None
 
 
-def use_preset(name: str, env: MutableMapping[str, str] = os.environ) -> None:
+def use_preset(
+    name: str,
+    env: MutableMapping[str, str] = os.environ,
+    tpu: str | None = None,
+    libtpu: str | None = None,
+) -> Choice:
     """Sets a preset in the environment; call it before JAX starts a backend.
 
     What the environment says already, wins: flags of the same name, and variables.
 
+    Args:
+      name: of the preset, or `auto`.
+      env: the environment.
+      tpu: the chip that `auto` is of; "" for no TPU; None for what is here.
+      libtpu: the version that compiles; "" for an unknown one; None for what is installed.
+
+    Returns:
+      What is set.
+
     Raises:
-      UserError: there is no such preset.
+      UserError: there is no such preset, or this libtpu refuses it.
     """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1, cutoff=0.5)
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, 1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"no XLA preset {name!r} among {', '.join(PRESETS)}{hint}")
+        raise UserError(f"no XLA preset {name!r} among {', '.join(NAMES)}{hint}")
+    libtpu = libtpu_version() if libtpu is None else libtpu
+    chip = ""
+    if name == AUTO:
+        chip = tpu_here(env) if tpu is None else tpu
+        taken = [one for one in _DEFAULTS.get(chip, ()) if not PRESETS[one].refused(libtpu)]
+        name = taken[0] if taken else "none"
+    elif PRESETS[name].refused(libtpu):
+        raise UserError(
+            f"libtpu {libtpu} refuses the flags of --xla_preset={name}: it supports continuation "
+            f"fusion on v5e alone; --xla_preset={AUTO} takes what it supports"
+        )
     preset = PRESETS[name]
     users = env.get(preset.variable, "").split()
     named = {flag.split("=")[0] for flag in users}
@@ -213,3 +338,4 @@ def use_preset(name: str, env: MutableMapping[str, str] = os.environ) -> None:
     for one in preset.settings:
         if not one.is_flag:
             env.setdefault(one.name, one.value)
+    return Choice(name, chip, len(ours))
