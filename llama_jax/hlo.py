@@ -1,10 +1,10 @@
 """What a compiled program does, read from its HLO text: collectives and cycles, loops counted."""
 
-import collections
 import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -126,7 +126,8 @@ class Summary:
     Attributes:
       collectives: kind -> (how often, bytes as `Collective.size`).
       by_dtype: the same for `kind dtype`, such as `all-gather bf16`.
-      asynchronous: the same, of those that other instructions run beside.
+      asynchronous: as `collectives`, of those that other instructions run beside.
+      synchronous: as `collectives`, of the others.
       lookup: collectives of the embedding's look-up, other than the gather of its table.
       cycles: sum of the compiler's estimates; 0 where it gives none.
     """
@@ -134,6 +135,7 @@ class Summary:
     collectives: dict[str, tuple[int, int]]
     by_dtype: dict[str, tuple[int, int]]
     asynchronous: dict[str, tuple[int, int]]
+    synchronous: dict[str, tuple[int, int]]
     lookup: int
     cycles: int
 
@@ -364,18 +366,14 @@ def summarize(text: str) -> Summary:
     Loops without a known trip count, and both sides of a conditional, count once.
     """
     module = parse(text)
-    totals = (collections.Counter[str](), collections.Counter[str]())
-    beside = (collections.Counter[str](), collections.Counter[str]())
+    found: list[tuple[Sent, int]] = []
     cycles = lookup = 0
 
     def visit(name: str, times: int) -> None:
         nonlocal cycles, lookup
         for each in sent(name, module):
-            found, op_name = each.collective, each.instruction.op_name
-            for counts, sizes in (totals, beside) if each.asynchronous else (totals,):
-                for key in (found.kind, f"{found.kind} {found.dtype}"):
-                    counts[key] += times
-                    sizes[key] += times * found.size
+            found.append((each, times))
+            op_name = each.instruction.op_name
             lookup += "_take" in op_name and "transpose" not in op_name
         for one in module.computations.get(name, {}).values():
             cycles += times * one.cycles  # a fusion's estimate covers what is in it
@@ -385,13 +383,27 @@ def summarize(text: str) -> Summary:
                     visit(callee, inner)
 
     visit(module.entry, 1)
-    every = {key: (totals[0][key], totals[1][key]) for key in sorted(totals[0])}
     return Summary(
-        collectives={key: value for key, value in every.items() if " " not in key},
-        by_dtype={key: value for key, value in every.items() if " " in key},
-        asynchronous={
-            key: (beside[0][key], beside[1][key]) for key in sorted(beside[0]) if " " not in key
-        },
+        collectives=_totals((each.collective.kind, each, times) for each, times in found),
+        by_dtype=_totals(
+            (f"{each.collective.kind} {each.collective.dtype}", each, times)
+            for each, times in found
+        ),
+        asynchronous=_totals(
+            (each.collective.kind, each, times) for each, times in found if each.asynchronous
+        ),
+        synchronous=_totals(
+            (each.collective.kind, each, times) for each, times in found if not each.asynchronous
+        ),
         lookup=lookup,
         cycles=cycles,
     )
+
+
+def _totals(entries: Iterable[tuple[str, Sent, int]]) -> dict[str, tuple[int, int]]:
+    """By name: how often, and bytes."""
+    totals: dict[str, tuple[int, int]] = {}
+    for name, each, times in entries:
+        count, size = totals.get(name, (0, 0))
+        totals[name] = (count + times, size + times * each.collective.size)
+    return dict(sorted(totals.items()))

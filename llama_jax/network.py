@@ -90,13 +90,9 @@ class Network:
 
     def _link_bandwidth(self, one: Collective, group: Sequence[int]) -> float:
         """Bytes/s into a device, by the compiler's algorithm and where its group lies."""
-        if self.torus is None:
-            return self.chip.link_bandwidth
-        there = 2 * len(self.torus.shape)
-        links = self.torus.links(group) or there
-        if one.links:
-            links = min(links, one.links)
-        return self.chip.link_bandwidth * links / there
+        there = 2 * self.chip.torus or 1
+        links = self.torus.links(group) if self.torus else there
+        return self.chip.link_bandwidth * min(links or there, one.links or there) / there
 
     def _hop_seconds(self, group: Sequence[int], spanned: int, local: int) -> float:
         if self.torus is not None:

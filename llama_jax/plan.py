@@ -14,6 +14,7 @@ Example:
       --xla_preset=ampere --config.mesh.data=8 --config.model.remat=dots
   python -m llama_jax.plan --config=configs/7b.py --topology=v5e-256 --slices=2
   python -m llama_jax.plan --config=configs/13b.py --topology=h100:32x8 --search
+  python -m llama_jax.plan --calibration
 """
 
 import json
@@ -23,7 +24,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from llama_jax import cli, xla_flags
+from llama_jax import calibration, cli, xla_flags
 from llama_jax.ahead import compile_step, with_slices
 from llama_jax.chips import GIB
 from llama_jax.config import Config
@@ -76,10 +77,12 @@ def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, An
         "sharding_constraints": compiled.constraints,
         "warnings": list(compiled.warnings),
         "compile_seconds": compiled.seconds,
+        "calibration": calibration.summary(chip.name),
     }
     if not compiled.text:
-        names = "collectives collectives_by_dtype lookup_collectives flops_per_chip "
-        names += "hbm_bytes_per_chip estimated_cycles seconds "
+        names = "collectives collectives_by_dtype collectives_async collectives_sync "
+        names += "lookup_collectives flops_per_chip hbm_bytes_per_chip estimated_cycles seconds "
+        names += "exposed_seconds "
         names += "step_seconds tokens_per_second_per_chip mfu_6n mfu_attention days chip_hours cost"
         return {**result, **dict.fromkeys(names.split())}
     summary = summarize(compiled.text)
@@ -98,11 +101,14 @@ def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, An
         **result,
         "collectives": _counted(summary.collectives),
         "collectives_by_dtype": _counted(summary.by_dtype),
+        "collectives_async": _counted(summary.asynchronous),
+        "collectives_sync": _counted(summary.synchronous),
         "lookup_collectives": summary.lookup,
         "flops_per_chip": prediction.flops * each,
         "hbm_bytes_per_chip": prediction.memory_bytes * each,
         "estimated_cycles": summary.cycles,  # by the compiler, without attention kernels
         "seconds": _seconds(prediction),
+        "exposed_seconds": prediction.exposed_by_kind,
         "step_seconds": prediction.step,
         "tokens_per_second_per_chip": rate,
         "mfu_6n": (4 if config.lora.rank else 6)
@@ -159,6 +165,8 @@ def table(result: dict[str, Any]) -> str:
     lines.append(
         f"compiled in  {result['compile_seconds']:.0f} s; times are predictions, not measurements"
     )
+    if result["step_seconds"] is not None:
+        lines.append(f"calibration  {result['calibration']['text']} (--calibration shows all)")
     return "\n".join(lines)
 
 
@@ -168,6 +176,18 @@ def _times(result: dict[str, Any]) -> list[str]:
         for kind, one in result["collectives_by_dtype"].items()
         if one["bytes"] >= 1e7
     ]
+    exposed = ", ".join(
+        f"{seconds:.3f} {kind}"
+        for kind, seconds in result["exposed_seconds"].items()
+        if seconds >= 5e-4
+    )
+    beside = sum(one["count"] for one in result["collectives_async"].values())
+    waited = sum(one["count"] for one in result["collectives_sync"].values())
+    if beside or waited:
+        lines.append(
+            f"network      {beside:,} collectives beside compute, {waited:,} on their own; seconds "
+            f"waited for: {exposed or 'none'}"
+        )
     parts = ", ".join(
         f"{name.replace('_', ' ')} {value:.3f}"
         for name, value in result["seconds"].items()
@@ -197,6 +217,9 @@ def main() -> None:
     """The command; flags are defined below."""
     from llama_jax import search  # which compiles plans
 
+    if _CALIBRATION.value:
+        print(calibration.table())
+        return
     config = cli.load_config(_CONFIG)
     if _TOPOLOGY.value is None:
         raise UserError("--topology is missing; try --topology=v5p-128 or --topology=h100:256x8")
@@ -233,6 +256,9 @@ if __name__ == "__main__":
     )
     _XLA_PRESET = flags.DEFINE_string(
         "xla_preset", xla_flags.AUTO, f"{xla_flags.HELP} The chip is that of --topology."
+    )
+    _CALIBRATION = flags.DEFINE_bool(
+        "calibration", False, "Print measured steps beside predicted ones, and end."
     )
     _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
     cli.run(main, __doc__)

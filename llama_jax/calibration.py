@@ -1,0 +1,150 @@
+"""How near predictions have come to measured steps: runs that were published or are ours.
+
+A row compares `predict` with a measured step of the very program, compiled without its hardware;
+programs of others are compiled from their public source. Rows of `SHAPES` compare this project's
+program with the published rate of another one for the same model, batch and remat policy: they tell
+both the predictor's error and the programs' difference, and count in no uncertainty.
+"""
+
+import dataclasses
+from typing import Any
+
+MAXTEXT = "MaxText"
+OURS = "llama_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A measured step, and what is predicted for it.
+
+    Attributes:
+      chip: its name in `chips`.
+      model: what was trained, and on how many chips.
+      details: batch of a chip, remat, flags.
+      program: whose code ran.
+      measured: seconds of a step.
+      predicted: seconds of a step, for the program that `SHAPES` or `RUNS` names.
+      source: who published the measurement.
+      note: what a reader must know; empty: nothing.
+    """
+
+    chip: str
+    model: str
+    details: str
+    program: str
+    measured: float
+    predicted: float
+    source: str
+    note: str = ""
+
+    @property
+    def error(self) -> float:
+        """Share by which the prediction is above (below: negative) the measurement."""
+        return self.predicted / self.measured - 1
+
+
+_TIERING = "MaxText docs/reference/models/tiering.md, benchmarks/ at 92e59fd"
+_H200 = "benchmarks/README.md, one H200"
+_SHORT = "8 layers, 8 x 2048 tokens, save:q,k,v,attn_context,mlp_gate,mlp_up"
+
+
+def _on_h200(model: str, details: str, measured: float, predicted: float, note: str = "") -> Run:
+    return Run("h200", f"{model}, 1 chip", details, OURS, measured, predicted, _H200, note)
+
+
+# 692 and 905 tokens/s/chip, at 4 sequences of 4,096 tokens a chip.
+RUNS = (
+    Run(
+        chip="v5p",
+        model="Llama 2 70B, 512 chips",
+        details="4 x 4096 tokens a chip, save_dot_except_mlpwi",
+        program=MAXTEXT,
+        measured=4 * 4096 / 692,
+        predicted=25.06,
+        source=_TIERING,
+        note="program compiled at e591f30 with JAX 0.10.0",
+    ),
+    Run(
+        chip="v6e",
+        model="Llama 2 70B, 256 chips",
+        details="4 x 4096 tokens a chip, full remat",
+        program=MAXTEXT,
+        measured=4 * 4096 / 905,
+        predicted=17.28,
+        source=_TIERING,
+        note="attention_efficiency 0.25 was chosen with this run in view; at 0.5 it is 16.23 s",
+    ),
+    _on_h200(
+        "LLaMA 7B",
+        _SHORT,
+        *(0.3355, 0.322),
+        note="the efficiencies of Hopper were fitted to this run",
+    ),
+    _on_h200("LLaMA 7B", f"{_SHORT}, attention=xla", 0.402, 0.391),
+    _on_h200(
+        "LLaMA 7B",
+        "32 layers, 8 x 2048 tokens, save:q,k,v,attn_context",
+        *(1.425, 1.347),
+        note="measured with --xla_gpu_enable_triton_gemm=false, without which it is predicted",
+    ),
+    _on_h200("Llama 3.2 1B", "4 x 8192 tokens", 0.698, 0.682),
+    _on_h200(
+        "LLaMA 7B, QLoRA",
+        "configs/guanaco_7b_qlora.py",
+        *(0.770, 0.594),
+        note="dequantising NF4, which no matrix product hides",
+    ),
+)
+SHAPES: tuple[Run, ...] = ()
+
+
+def runs_of(chip: str) -> list[Run]:
+    """The runs whose predictions tell the uncertainty for a chip: of its own, or of its unit."""
+    return [run for run in RUNS if run.chip == _UNIT.get(chip, chip)]
+
+
+_UNIT = {"h100": "h200"}  # the same matrix unit
+
+
+def uncertainty(chip: str) -> str:
+    """How far predictions for a chip were off, in one line."""
+    runs = runs_of(chip)
+    if not runs:
+        return f"{chip}: no prediction has been compared with a run"
+    errors = sorted(run.error for run in runs)
+    side = "above" if errors[-1] > 0 else "below"
+    sizes = sorted(abs(error) for error in errors)
+    spread = f"{sizes[0]:.1%}" if len(runs) == 1 else f"{sizes[0]:.1%} to {sizes[-1]:.1%}"
+    ours = all(run.program == OURS for run in runs)
+    which = "one published run" if len(runs) == 1 else f"{len(runs)} runs"
+    who = f"of {runs[0].program}" if len({run.program for run in runs}) == 1 else "of others"
+    where = "" if runs[0].chip == chip else f" on an {runs[0].chip}, which has the same unit"
+    tail = "" if ours else "; no run of this code yet"
+    if errors[0] < 0 < errors[-1]:
+        spread, side = f"{errors[0]:+.1%} to {errors[-1]:+.1%}", "off"
+    return f"{chip}: predicted times were {spread} {side} {which} {who}{where}{tail}"
+
+
+def summary(chip: str) -> dict[str, Any]:
+    """What `plan --json` says of a chip."""
+    runs = [{**dataclasses.asdict(run), "error": run.error} for run in runs_of(chip)]
+    return {"text": uncertainty(chip), "runs": runs}
+
+
+def table() -> str:
+    """All rows, for people."""
+    lines = ["measured and predicted seconds of a step of the same program:", *_rows(RUNS)]
+    lines += ["", "published steps of others, and predictions for this code at the same shape:"]
+    lines += _rows(SHAPES)
+    return "\n".join(lines)
+
+
+def _rows(runs: tuple[Run, ...]) -> list[str]:
+    lines = []
+    for run in runs:
+        lines.append(
+            f"  {run.chip:<6} {run.measured:8.3f} {run.predicted:8.3f} {run.error:+7.1%}  "
+            f"{run.model}, {run.details} ({run.program}; {run.source})"
+        )
+        lines += [f"{'':34}{run.note}"] if run.note else []
+    return lines
