@@ -246,7 +246,7 @@ def _links(line: str) -> int:
     if emitter:
         return 2 * int(emitter[1])
     if strategy:
-        return int(strategy[2]) * (1 if strategy[1].startswith("UniDirection") else 2)
+        return int(strategy[2]) * (1 if "UniDirection" in strategy[1] else 2)
     return 0
 
 

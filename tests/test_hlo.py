@@ -3,7 +3,15 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.hlo import hbm_bytes, parse, read_collective, replica_groups, shape_bytes, summarize
+from llama_jax.hlo import (
+    hbm_bytes,
+    parse,
+    read_collective,
+    replica_groups,
+    sent,
+    shape_bytes,
+    summarize,
+)
 from tests.helpers import mesh_of
 
 
@@ -150,3 +158,89 @@ def test_collectives_of_a_look_up():
     text = MODULE.replace("to_apply=%add,", f"to_apply=%add, {where},")
     assert summarize(text).lookup == 2 and summarize(MODULE).lookup == 0
     assert summarize(text.replace("jvp(Llama)", "transpose(jvp(Llama))")).lookup == 0
+
+
+def test_a_chain_of_fusions_is_one_collective():
+    """It begins at the first fusion with its channel, and is waited for at the last."""
+    module = parse(CHAIN)
+    gather, reduce = sent("main", module)
+    assert (gather.start, gather.end) == ("async-collective-start", "async-collective-done")
+    assert gather.asynchronous and gather.collective.size == 64 * 2
+    assert (reduce.start, reduce.end, reduce.asynchronous) == ("r", "r", False)
+    summary = summarize(CHAIN)
+    assert summary.collectives == {"all-gather": (1, 128), "all-reduce": (1, 32)}
+    assert summary.asynchronous == {"all-gather": (1, 128)}
+    assert summary.synchronous == {"all-reduce": (1, 32)}
+    assert summary.by_dtype == {"all-gather bf16": (1, 128), "all-reduce f32": (1, 32)}
+    assert summary.cycles == 70
+
+
+CHAIN = """
+%begin (p: bf16[8]) -> bf16[64] {
+  %p = bf16[8]{0} parameter(0)
+  ROOT %g.1 = bf16[64]{0} all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+%middle (p: bf16[8], x: f32[8]) -> bf16[64] {
+  %p.1 = bf16[8]{0} parameter(0)
+  %x.1 = f32[8]{0} parameter(1)
+  %y.1 = f32[8]{0} multiply(%x.1, %x.1)
+  ROOT %g.2 = bf16[64]{0} all-gather(%p.1), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+%end (p: bf16[8]) -> bf16[64] {
+  %p.2 = bf16[8]{0} parameter(0)
+  ROOT %g.3 = bf16[64]{0} all-gather(%p.2), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+ENTRY %main (a: bf16[8], b: f32[8]) -> bf16[64] {
+  %a = bf16[8]{0} parameter(0)
+  %b = f32[8]{0} parameter(1)
+  %async-collective-start = bf16[64]{0} fusion(%a), kind=kCustom, calls=%begin
+  %fusion.1 = bf16[64]{0} fusion(%a, %b), calls=%middle, CONFIG{"estimated_cycles":"70"}
+  %async-collective-done = bf16[64]{0} fusion(%fusion.1), kind=kCustom, calls=%end
+  ROOT %r = f32[8]{0} all-reduce(%b), channel_id=8, replica_groups=[1,8]<=[8], to_apply=%add
+}
+""".replace("CONFIG", "backend_config=")
+
+
+@pytest.mark.parametrize(
+    ("between", "line", "asynchronous"),
+    [
+        ("%y = f32[8]{0} negate(%b)", "", True),
+        ("", "", False),
+        ("%z = f32[8]{0} get-tuple-element(%s), index=0", "", False),
+        ("%y = f32[8]{0} negate(%b)", ', backend_config={"is_sync":true}', False),
+    ],
+)
+def test_what_runs_beside_a_collective(between, line, asynchronous):
+    text = f"""
+ENTRY %main (b: f32[8]) -> f32[8] {{
+  %b = f32[8]{{0}} parameter(0)
+  %s = f32[8]{{0}} all-reduce-start(%b), channel_id=1, replica_groups=[1,8]<=[8]{line}
+  {between}
+  ROOT %d = f32[8]{{0}} all-reduce-done(%s)
+}}
+"""
+    (found,) = sent("main", parse(text))
+    assert found.asynchronous is asynchronous
+    kind = summarize(text).asynchronous if asynchronous else summarize(text).synchronous
+    assert kind == {"all-reduce": (1, 32)}
+
+
+@pytest.mark.parametrize(
+    ("text", "links"),
+    [
+        ('"emitter":"3DAllGatherOnMajorDim"', 6),
+        ('"emitter":"1DAllGatherNonMajorDimImbalanced"', 2),
+        ('"emitter":"RotatedPincerEmitter","strategy":"UniDirectionNDRingStrategy","debug":"\\n'
+         'UniDirectionNDRingStrategy{colors:6 phases:3 cores:{8 8 8}"', 6),
+        ('"strategy":"StrategyND","debug":"\\nStrategyND{colors:3 phases:3 cores:{8 8 8}"', 6),
+        ('"strategy":"StrategyRing","debug":"StrategyRing{colors:1 phases:1 cores:{256}"', 2),
+        ('"emitter":"EmitAllBatchInSublanes"', 0),
+    ],
+)  # fmt: skip
+def test_links_of_the_compilers_algorithm(text, links):
+    line = f"%r = f32[8]{{0}} all-reduce(%b), replica_groups=[1,8]<=[8], backend_config={{{text}}}"
+    scope = parse(f"ENTRY %main (b: f32[8]) -> f32[8] {{\n  ROOT {line}\n}}").computations["main"]
+    assert read_collective(scope["r"]).links == links

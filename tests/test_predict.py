@@ -123,3 +123,46 @@ ENTRY %main (a: f32[8]) -> f32[8] {{
 """
     found = predict(parse(text), H100, [0, 1])
     assert found.network == found.exposed == pytest.approx(32 / 50e9 + 2 * 4e-6)
+
+
+def test_a_chain_is_sent_once_and_hidden_behind_what_runs_between():
+    """As libtpu writes an asynchronous gather: three fusions with one channel."""
+    cycles = {"short": 175_000, "long": 17_500_000}  # 0.1 and 10 ms
+    size = 64 * 2**20
+    gather = "all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}"
+    text = f"""
+%part (p: bf16[8388608]) -> bf16[67108864] {{
+  %p = bf16[8388608]{{0}} parameter(0)
+  ROOT %g = bf16[67108864]{{0}} {gather}
+}}
+
+ENTRY %main (p: bf16[8388608]) -> bf16[67108864] {{
+  %p = bf16[8388608]{{0}} parameter(0)
+  %s = bf16[67108864]{{0}} fusion(%p), kind=kCustom, calls=%part
+  %m = bf16[67108864]{{0}} fusion(%s), calls=%part, backend_config={{"estimated_cycles":"CYCLES"}}
+  ROOT %d = bf16[67108864]{{0}} fusion(%m), kind=kCustom, calls=%part
+}}
+"""
+    took = 2 * size * 7 / 8 / 600e9
+    for name, count in cycles.items():
+        found = predict(parse(text.replace("CYCLES", str(count))), V5P, [0] * 8)
+        assert found.network == pytest.approx(took, rel=0.05)
+        waited = max(0.0, found.network - count / 1.75e9)
+        assert found.exposed == pytest.approx(waited, abs=1e-9), name
+        assert found.exposed_by_kind == ({"all-gather": waited} if waited else {})
+        assert found.step == pytest.approx(max(found.network, count / 1.75e9, found.memory))
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [("bf16", 1), ("f8e4m3fn", 2), ("s8", 2)])
+def test_a_product_is_timed_by_the_type_of_its_operands(dtype, factor):
+    axes = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    text = f"""
+ENTRY %main (a: {dtype}[4096,4096]) -> f32[4096,4096] {{
+  %a = {dtype}[4096,4096]{{1,0}} parameter(0)
+  ROOT %x = f32[4096,4096]{{1,0}} dot(%a, %a), {axes}
+}}
+"""
+    found = predict(parse(text), H100, [0])
+    assert found.flops == 2 * 4096**3
+    assert found.compute == pytest.approx(found.flops / (factor * 989e12))
+    assert found.step == pytest.approx(found.compute / 0.71)

@@ -9,7 +9,14 @@ import pytest
 
 from llama_jax.chips import CHIPS, chip_named, find_chip
 from llama_jax.errors import UserError
-from llama_jax.topology import captured, node_of, parse_topology, target_config, topology_devices
+from llama_jax.topology import (
+    captured,
+    node_of,
+    parse_topology,
+    target_config,
+    topology_devices,
+    torus_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +56,64 @@ def test_names_of_slices(name, chip, shape):
 def test_slices_that_do_not_exist(name, message):
     with pytest.raises(UserError, match=re.escape(message)):
         parse_topology(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrap"),
+    [
+        ("v4:4x4x4", (True, True, True)),
+        ("v4:2x2x4", (False, False, False)),
+        ("v4:2x4x4", (False, False, False)),
+        ("v5p:2x2x1", (False, False, False)),
+        ("v5p:4x4x8", (True, True, True)),
+        ("v5p-2048", (True, True, True)),
+        ("v5p:4x4x6", (False, False, False)),
+        ("v5e:16x16", (True, True)),
+        ("v5e:8x16", (False, True)),
+        ("v6e:16x8", (True, False)),
+        ("v6e:8x8", (False, False)),
+        ("tpu7x:4x4x4", (True, True, True)),
+        ("tpu7x:2x2x1", (False, False, False)),
+    ],
+)
+def test_where_a_slice_wraps_around(monkeypatch, name, wrap):
+    """And the compiler is told so, of three dimensions."""
+    from jax.experimental import topologies
+
+    asked = {}
+
+    def describe(**options):
+        asked.update(options)
+        return SimpleNamespace(devices=[])
+
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    topology = parse_topology(name)
+    assert topology.wrap == wrap
+    topology_devices(topology)
+    assert asked["wrap"] == (*wrap, False)[:3] and asked["topology_name"] == name_of_slice(topology)
+
+
+def name_of_slice(topology):
+    return f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
+
+
+def test_where_devices_lie_on_a_torus():
+    devices = [SimpleNamespace(coords=(x, y, 0), platform="tpu") for x in range(2) for y in (0, 1)]
+    torus = torus_of(parse_topology("v5e:2x2"), devices)
+    assert torus.coords == ((0, 0), (0, 1), (1, 0), (1, 1))
+    assert (torus.shape, torus.wrap) == ((2, 2), (False, False))
+    assert torus_of(parse_topology("h100:8"), devices) is None
+    assert torus_of(parse_topology("v5e:2x2"), jax.devices()) is None  # CPUs in their place
+
+
+def test_products_are_as_fast_as_their_types():
+    v5p, v6e, h100, a100 = (chip_named(name) for name in ("v5p", "v6e", "h100", "a100-80g"))
+    assert v5p.peak_of("bf16", "bf16") == v5p.peak_of() == v5p.peak_of("f32", "f32") == 459e12
+    assert v5p.peak_of("s8", "s8") == 918e12 and v5p.peak_of("f8e4m3fn", "f8e5m2") == 459e12
+    assert v6e.peak_of("s8", "s8") == 1836e12 and h100.peak_of("f8e4m3fn", "f8e4m3fn") == 1978e12
+    assert a100.peak_of("f8e4m3fn", "f8e4m3fn") == 312e12 and a100.peak_of("s8", "u8") == 624e12
+    # One operand of 8 bits is made as wide as the other.
+    assert h100.peak_of("s8", "bf16") == h100.peak_of("f8e4m3fn", "s8") == 989e12
 
 
 def test_the_table_of_chips():
