@@ -10,7 +10,7 @@ import jax
 
 from llama_jax.chips import GIB
 from llama_jax.config import Config
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, first_line
 from llama_jax.mesh import make_mesh
 from llama_jax.sharding import check_batch
 from llama_jax.step import abstract_batch, abstract_frozen, abstract_state, jit_step
@@ -135,8 +135,23 @@ def _bytes_per_device(tree: Any) -> int:
 
 
 def _exhausted(message: str) -> dict[str, int]:
-    """The compiler's figure for what it needs, from its words; other errors are raised again."""
+    """The compiler's figure for what it needs, from its words; other errors are raised again.
+
+    Raises:
+      UserError: another memory than the device's main one is too small for an operation.
+    """
     if "RESOURCE_EXHAUSTED" not in message:
         raise jax.errors.JaxRuntimeError(message)
     found = re.search(r"Used ([\d.]+)G of|\(([\d.]+)G\) exceeds available HBM", message)
-    return {"total": int(float(found[1] or found[2]) * GIB)} if found else {"total": 0}
+    if found:
+        return {"total": int(float(found[1] or found[2]) * GIB)}
+    told = re.search(
+        r"Used [\d.]+\w of [\d.]+\w vmem|Scoped allocation [^\n]*exceeded scoped vmem limit",
+        message,
+    )
+    raise UserError(
+        "the compiler has too little on-chip memory for one of the operations ("
+        f"{(told[0] if told else first_line(message)).strip()}); try other compiler flags, such as "
+        "--xla_preset=none, a smaller --config.model.attention_tile, or a larger "
+        "--config.train.grad_accum"
+    )

@@ -170,6 +170,23 @@ def test_the_compilers_word_that_it_does_not_fit(eight, monkeypatch):
         assert sizes["arguments"] + sizes["temporaries"] == sizes["total"]
         assert result["mfu_6n"] is None and result["step_seconds"] is None
         assert "NO, 81.50 GiB are missing" in table(result)
+    for message, told in (
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 16.32M of 16.00M "
+            "vmem. Exceeded vmem capacity by 327.0K.",
+            "(Used 16.32M of 16.00M vmem)",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory: x. Scoped "
+            "allocation with size 25.68M and limit 16.00M exceeded scoped vmem limit by 9.68M.",
+            "exceeded scoped vmem limit",
+        ),
+        ("RESOURCE_EXHAUSTED: whatever else", "(RESOURCE_EXHAUSTED: whatever else)"),
+    ):
+        Lowered.message = message  # not the memory of which a larger machine has more
+        with pytest.raises(UserError, match="too little on-chip memory for one of") as caught:
+            plan(CONFIG, eight)
+        assert told in str(caught.value) and "\n" not in str(caught.value)
     Lowered.message = "INTERNAL: a bug"
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
         plan(CONFIG, eight)
