@@ -143,7 +143,7 @@ def rewound(
     return now, dataclasses.replace(then, total=passed, in_row=none, last=now, reasons=reasons)
 
 
-def choose(skip: jax.Array, before: Any, after: Any) -> Any:
+def choose(skip: jax.Array | bool, before: Any, after: Any) -> Any:
     """`before` where the step is skipped: a selection, since 0 * NaN would be NaN."""
     return jax.tree.map(lambda old, new: jnp.where(skip, old, new), before, after)
 

@@ -163,11 +163,10 @@ def train_step(
     grad_norm = optax.tree.norm(grads)
     reasons = judge(skips, objective, grads, grad_norm, train.spike_factor)
     optimizer = make_optimizer(config.optim, train.steps)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    # Selected here and not by the caller, so that it is part of AdamW's one pass over the state.
     skip = reasons != 0
-    params, opt_state = choose(skip, (state.params, state.opt_state), (params, opt_state))
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, skip=skip)
+    # Selected here and not by the caller, so that it is part of AdamW's one pass over the state.
+    params = choose(skip, state.params, optax.apply_updates(state.params, updates))
     after = count(skips, reasons, state.step, objective, grad_norm)
     metrics = {
         "loss": loss,

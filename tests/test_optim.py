@@ -75,6 +75,51 @@ def test_clipping_is_by_the_global_norm():
     np.testing.assert_allclose(mu["final_norm"], 0.1 * 4 / norm, rtol=1e-5)
 
 
+def random_grads(seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), PARAMS)
+
+
+def assert_same_bits(tree, expected):
+    assert jax.tree.structure(tree) == jax.tree.structure(expected)
+    for leaf, other in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
+        assert leaf.dtype == other.dtype
+        assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_updates_and_state_are_those_of_optax(dtype):
+    config = OptimConfig(peak_lr=0.1, warmup_steps=2, weight_decay=0.5, moment_dtype=dtype)
+    reference = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            make_schedule(config, 100),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            mu_dtype=jnp.dtype(dtype),
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        ),
+    )
+    optimizer = make_optimizer(config, 100)
+    state, expected_state = optimizer.init(PARAMS), reference.init(PARAMS)
+    for seed in range(4):
+        grads = random_grads(seed)
+        updates, state = optimizer.update(grads, state, PARAMS, skip=jnp.array(False))
+        expected, expected_state = reference.update(grads, expected_state, PARAMS)
+        assert_same_bits((updates, state), (expected, expected_state))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_skipped_update_keeps_the_state(dtype):
+    optimizer = make_optimizer(OptimConfig(warmup_steps=2, moment_dtype=dtype), 100)
+    _, state = optimizer.update(random_grads(0), optimizer.init(PARAMS), PARAMS)
+    grads = jax.tree.map(lambda x: x.at[0].set(jnp.nan), random_grads(1))
+    _, after = optimizer.update(grads, state, PARAMS, skip=jnp.array(True))
+    assert_same_bits(after, state)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_first_moment_has_the_chosen_dtype(dtype):
     state = abstract_state(replace(TINY, optim__moment_dtype=dtype)).opt_state

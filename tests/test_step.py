@@ -1,11 +1,13 @@
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.step import abstract_batch, abstract_state
 from tests.helpers import MESHES, TINY, mesh_of, meshes, random_batch, replace, shared_step
 
 STEPS = 5
@@ -155,6 +157,18 @@ def test_the_state_is_donated_and_sharded():
         after, _ = compiled.train(state, random_batch(TINY, 0))
     assert state.params["embed"].is_deleted()
     assert after.params["embed"].sharding == compiled.state_shardings.params["embed"]
+
+
+def test_the_state_is_updated_in_place():
+    mesh = mesh_of((1, 1, 1, 1))
+    with jax.set_mesh(mesh):
+        lowered = shared_step(TINY, mesh).train.lower(abstract_state(TINY), abstract_batch(TINY))
+    text = lowered.compile().as_text()
+    model = TINY.model
+    for rows, columns in [(model.vocab_size, model.dim), (model.dim, model.vocab_size)]:
+        shape = f"f32[{rows},{columns}]"  # of embed or lm_head, and of their moments
+        assert shape in text
+        assert not re.search(re.escape(shape) + r"\S* copy\(", text), shape
 
 
 @pytest.mark.parametrize("shape", meshes((1, 2, 2, 2)))
