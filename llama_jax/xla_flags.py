@@ -1,11 +1,11 @@
 """Compiler flags for each target: presets, each setting with its reason and source.
 
-On a TPU the preset of its chip is the default (`auto`): without it every collective is waited for.
-On GPUs none is: only `hopper` has been measured here, on one H200 (benchmarks/README.md), where it
-is neither faster nor slower than none: a network it has not. Nearly all settings are those that
-published records were run with. XLA aborts on a flag that it does not know, and flags come and go
-with its versions, so the tests hand each preset to the compilers: those of JAX 0.10.2, with its
-libtpu.
+On a TPU the preset of its chip is the default (`auto`): without one its collectives are waited for
+(those of tpu7x, whose SparseCores run them anyway, are not). On GPUs none is: only `hopper` has
+been measured here, on one H200 (benchmarks/README.md), where it is neither faster nor slower than
+none: a network it has not. No TPU has run any of this. XLA aborts on a flag that it does not know,
+and flags come and go with its versions, so the tests hand each preset to the compilers: those of
+JAX 0.10.2, with its libtpu.
 """
 
 import dataclasses
