@@ -77,9 +77,9 @@ class Instruction:
 
     @property
     def cycles(self) -> int:
-        """The compiler's estimate; 0 where it gives none."""
+        """The compiler's estimate; 0 where it gives none, or the largest integer, as for copies."""
         found = _CYCLES.search(self.line)
-        return int(found[1]) if found else 0
+        return int(found[1]) if found and int(found[1]) < 2**62 else 0
 
     @property
     def called(self) -> list[str]:

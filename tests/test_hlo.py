@@ -97,6 +97,12 @@ def test_loops_fusions_and_asynchronous_starts():
     assert summary.by_dtype["all-reduce f32"] == summary.collectives["all-reduce"]
 
 
+def test_an_estimate_that_is_none():
+    """libtpu writes the largest integer for what runs on a SparseCore."""
+    text = MODULE.replace('"estimated_cycles":"100"', f'"estimated_cycles":"{2**63 - 1}"')
+    assert summarize(text).cycles == summarize(MODULE).cycles - 100
+
+
 def test_a_comparison_within_a_fusion():
     compare = "%lt = pred[] compare(%i, %limit), direction=LT"
     fused = "%lt = pred[] fusion(%i), kind=kLoop, calls=%compared"
