@@ -27,12 +27,13 @@ class Home:
 
     @property
     def name(self):
-        return f"{self.config}-{re.sub('[:]', '-', self.topology)}"
+        name = f"{self.config}-{re.sub('[:]', '-', self.topology)}"
+        return f"published-{name}" if self in PUBLISHED else name
 
     @property
     def marker(self):
         """The test environment that has its compiler."""
-        return "gpu" if ":" in self.topology else "tpu"
+        return "tpu" if parse_topology(self.topology).chip.torus else "gpu"
 
     @property
     def command(self):
@@ -40,30 +41,114 @@ class Home:
         return ["python -m llama_jax.plan", *lines]
 
 
-# Two replicas: a gather over all of a 3-D torus is compiled to an all-reduce, over half of it not.
-_REPLICAS = "--config.mesh.data=2"
-_KEEP_UP = "--config.model.remat=save:mlp_up"
-_KEEP_MLP = "--config.model.remat=save:mlp_gate,mlp_up"
-_KEEP = "--config.model.remat=save:q,k,v,attn_context,mlp_gate,mlp_up"
+def _save(names):
+    return f"--config.model.remat=save:{names}"
+
+
+def _accumulate(times):
+    return f"--config.train.grad_accum={times}"
+
+
+_HOPPER = "--xla_preset=hopper"  # TPUs take theirs by default
+_ALL = _save("q,k,v,attn_context,attn_out,mlp_gate,mlp_up")
+_ATTENTION = _save("q,k,v,attn_context")
+_UP = _save("q,k,v,attn_context,mlp_up")
+_MLP = _save("q,k,v,attn_context,mlp_gate,mlp_up")
 PRETRAINING = (
-    Home("7b", "v5p-128", (_REPLICAS, _KEEP_UP)),
-    Home("7b", "h100:16x8", ("--xla_preset=hopper", _KEEP, "--config.train.grad_accum=2")),
-    Home("13b", "v5p-256", (_REPLICAS, _KEEP_UP)),
-    Home("13b", "h100:32x8", ("--xla_preset=hopper", _KEEP, "--config.train.grad_accum=2")),
-    Home("33b", "v5p-512", (_REPLICAS, _KEEP_UP)),
-    Home("33b", "h100:128x8", ("--xla_preset=hopper", _KEEP, "--config.mesh.data=4")),
-    Home("65b", "v5p-1024", (_REPLICAS, _KEEP_MLP)),
-    Home("65b", "v4-2048", (_REPLICAS, _KEEP_UP)),
-    Home("65b", "a100-80g:256x8", ("--xla_preset=ampere", _KEEP, "--config.mesh.data=8")),
+    Home("7b", "v5p-128", (_ALL, _accumulate(4))),
+    Home("7b", "h100:16x8", (_HOPPER, _MLP, _accumulate(2))),
+    Home("13b", "v5p-256", (_ALL, _accumulate(2))),
+    Home("13b", "h100:32x8", (_HOPPER, _MLP, _accumulate(2))),
+    Home("33b", "v5p-512", ("--config.mesh.data=4", _ALL, _accumulate(2))),
+    Home("33b", "h100:128x8", (_HOPPER, _MLP, "--config.mesh.data=4")),
+    Home("65b", "v5p-1024", (_save("mlp_gate,mlp_up,attn_out,q"),)),
+    Home("65b", "v4-2048", (_save("mlp_up"),)),
+    Home("65b", "a100-80g:256x8", ("--xla_preset=ampere", _MLP, "--config.mesh.data=8")),
+)
+
+
+def _context(size):
+    return f"--config.mesh.context={size}"
+
+
+# Of LLaMA's successors, each on one slice and one cluster.
+FAMILY = (
+    Home("llama2_7b", "v5p-128", (_ALL, _accumulate(4))),
+    Home("llama2_7b", "h100:16x8", (_HOPPER, _MLP, _accumulate(2))),
+    Home("llama2_13b", "v5p-256", (_ALL, _accumulate(2))),
+    Home("llama2_13b", "h100:32x8", (_HOPPER, _MLP, _accumulate(2))),
+    Home("llama2_70b", "v5p-1024", (_save("mlp_up,attn_out,q"),)),
+    Home("llama2_70b", "h100:128x8", (_HOPPER, _UP, "--config.mesh.data=4")),
+    Home("codellama_7b", "v5p-128", (_ALL, _accumulate(4))),
+    Home("codellama_7b", "h100:16x8", (_HOPPER, _MLP, _accumulate(2))),
+    Home("codellama_13b", "v5p-256", (_ALL, _accumulate(2))),
+    Home("codellama_13b", "h100:32x8", (_HOPPER, _ATTENTION)),
+    Home("codellama_34b", "v5p-512", (_save("mlp_up,attn_out,q"),)),
+    Home("codellama_34b", "h100:32x8", (_HOPPER, _ATTENTION)),
+    Home("codellama_70b", "v5p-512", (_save("attn_out,q"),)),
+    Home("codellama_70b", "h100:32x8", (_HOPPER, _save("attn_context"))),
+    Home("llama3_8b", "v5p-128", (_ALL, _accumulate(4))),
+    Home("llama3_8b", "h100:16x8", (_HOPPER, _MLP, _accumulate(2))),
+    Home("llama3_70b", "v5p-1024", (_save("mlp_up,attn_out,q"),)),
+    Home("llama3_70b", "h100:64x8", (_HOPPER, _ATTENTION)),
+    Home("llama3_1_8b", "v5p-128", (_ATTENTION, _context(2))),
+    Home("llama3_1_8b", "h200:4x8", (_HOPPER, _save("attn_context"))),
+    Home("llama3_1_70b", "v5p-512", (_ATTENTION, _context(8))),
+    Home("llama3_1_70b", "h200:32x8", (_HOPPER, _context(8))),
+    Home("llama3_1_405b", "v5p-2048", (_ATTENTION, _context(32))),
+    Home("llama3_1_405b", "h200:128x8", (_HOPPER, _context(32))),
+    Home("llama3_2_1b", "v5p-128", (_UP, _context(2))),
+    Home("llama3_2_1b", "h100:4x8", (_HOPPER, _ATTENTION)),
+    Home("llama3_2_3b", "v5p-128", (_ATTENTION, _context(2))),
+    Home("llama3_2_3b", "h100:4x8", (_HOPPER, _save("attn_context"))),
+    Home("mistral_7b_v0_1", "v5p-128", (_UP, _accumulate(2))),
+    Home("mistral_7b_v0_1", "h100:16x8", (_HOPPER, _ATTENTION)),
+    Home("mistral_7b_v0_3", "v5p-128", (_UP, _accumulate(2))),
+    Home("mistral_7b_v0_3", "h100:16x8", (_HOPPER, _ATTENTION)),
 )
 FINETUNING = (
+    Home("alpaca_7b", "v6e-8"),
     Home("alpaca_7b", "h100:1x8"),
     Home("alpaca_7b", "a100-80g:1x8"),
-    Home("alpaca_7b", "rtx4090:1x1", ("--config.lora.rank=16", "--config.train.grad_accum=5")),
+    Home("alpaca_7b", "rtx4090:1x1", ("--config.lora.rank=16", _accumulate(5))),
+    Home("vicuna_7b", "v6e-8", (_accumulate(2),)),
+    Home("vicuna_7b", "h100:1x8", (_accumulate(2),)),
+    Home("guanaco_7b_qlora", "v5e:2x2"),
     Home("guanaco_7b_qlora", "rtx4090:1x1"),
+    Home("guanaco_65b_qlora", "v5e:4x4"),
     Home("guanaco_65b_qlora", "l40s:1x1"),
 )
-HOMES = PRETRAINING + FINETUNING
+SMALL = (
+    Home("tiny", "v5e:2x2"),
+    Home("tiny", "rtx4090:1x1"),
+    Home("tiny_quiz", "v5e:2x2"),
+    Home("tiny_quiz", "rtx4090:1x1"),
+)
+
+
+def _published(config, topology, seq_len, batch, *flags):
+    shape = (f"--config.train.seq_len={seq_len}", f"--config.train.global_batch={batch}")
+    return Home(config, topology, (*shape, *flags))
+
+
+# The shapes, batches and remat policies of published runs of another program: `calibration.SHAPES`.
+PUBLISHED = (
+    _published("llama2_70b", "v5p-1024", 4096, 2048, _save("q,k,v,attn_out")),
+    _published("llama2_70b", "v6e-256", 4096, 1024),
+    _published(
+        "llama3_1_70b",
+        "v6e-256",
+        *(8192, 1024, "--xla_preset=v6e-offload"),
+        "--config.model.remat=offload:block_in,q,k,v",
+    ),
+    _published(
+        "llama3_1_70b",
+        "tpu7x:4x4x4",
+        *(8192, 256, _save("q,k,v,attn_context"), "--config.optim.moment_dtype=bfloat16"),
+    ),
+    _published("llama3_1_405b", "v5p-1024", 8192, 1024),
+)
+HOMES = PRETRAINING + FAMILY + FINETUNING + SMALL
 ALPACA_TOKENS = 1_218 * 40 * 512  # of alpaca_7b.py: three times 52,002 records
 
 
