@@ -173,22 +173,27 @@ def _whole_slice_first(rated: list[Rated], limit: int) -> list[Rated]:
     """For TPUs: half of the list is fsdp over the whole slice in the fewest microbatches.
 
     It has all links of the torus, and what it keeps for the backward pass is what makes it fast, so
-    policies are tried from the fastest on. Then more microbatches, and one of each other mesh.
+    policies are tried from the fastest on. Then two other numbers of microbatches, in which more is
+    kept, and one of each other mesh.
     """
     fewest: dict[tuple[int, ...], int] = {}
     for _, one in rated:
         mesh = dataclasses.astuple(one.mesh)
         fewest[mesh] = min(one.train.grad_accum, fewest.get(mesh, one.train.grad_accum))
     whole: list[Rated] = []
-    more: list[Rated] = []
+    more: dict[int, Rated] = {}
     others: dict[tuple[int, ...], Rated] = {}
     for pair in rated:
         mesh = dataclasses.astuple(pair[1].mesh)
         least = pair[1].train.grad_accum == fewest[mesh]
         if pair[1].mesh.data == 1 and pair[1].mesh.tensor == 1:
-            (whole if least else more).append(pair)
+            if least:
+                whole.append(pair)
+            else:
+                more.setdefault(pair[1].train.grad_accum, pair)
         elif least:
             others.setdefault(mesh, pair)
     half = math.ceil(limit / 2)
-    order = [*whole[:half], *more[:1], *others.values(), *whole[half:], *more[1:]]
+    again = list(more.values())
+    order = [*whole[:half], *again[:2], *others.values(), *whole[half:], *again[2:]]
     return order[:limit]
