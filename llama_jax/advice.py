@@ -8,7 +8,7 @@ from typing import Any
 from llama_jax.candidates import accumulations, changed, divides, policies, with_dcn
 from llama_jax.chips import GIB
 from llama_jax.config import Config
-from llama_jax.estimate import estimate, kept_width
+from llama_jax.estimate import estimate
 from llama_jax.lora_config import NF4_BLOCK
 from llama_jax.topology import Topology
 
@@ -50,11 +50,9 @@ def _remedies(config: Config, topology: Topology, mesh: dict[str, int]) -> Itera
     meshes = list(_meshes(config, topology, inner))
     if topology.chip.torus:  # fsdp over the whole slice has all links: it costs nothing
         yield from (one for one in meshes if one[0] == "fsdp")
-    width = kept_width(config.model, topology.chip)
-    for remat in reversed(policies()):
+    for remat in reversed(policies()):  # those that keep as much do not fit either
         one = changed(config, inner, remat, here)
-        if kept_width(one.model, topology.chip) < width:
-            yield "remat", f"--config.model.remat={remat}", one, topology
+        yield "remat", f"--config.model.remat={remat}", one, topology
     for text, one in _accumulated(config, inner):
         yield "accumulate", text, one, topology
     smaller = _in_nf4(config)

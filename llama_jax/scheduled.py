@@ -109,7 +109,7 @@ def _compile(config: Config, topology: Topology, folder: pathlib.Path) -> int | 
         raise UserError(answer["error"])
     if "total" in answer:
         return int(answer["total"])
-    if process.returncode or not list(folder.glob(_LAST)):
+    if not list(folder.glob(_LAST)):
         reasons = [line for line in errors.splitlines() if line.strip()]
         last = reasons[-1] if reasons else "it says nothing"
         raise UserError(f"the compiler ended with status {process.returncode}: {last}")
