@@ -272,6 +272,21 @@ def test_a_search_for_tpus_schedules_all_and_compiles_the_best(monkeypatch, caps
     assert lines[6] == f"1/6 {options(first[0])}: 80.00 GiB, fits, 5.000 s, MFU 50.0%"
 
 
+def test_of_few_microbatches_one_is_compiled_too(monkeypatch):
+    """Where more of them have the better schedules."""
+    said = fake_compilers(monkeypatch, scheduled_gib=lambda remat: 80)
+    real = scheduled_lib.schedule
+
+    def schedule(config, topology):
+        found = real(config, topology)
+        return dataclasses.replace(found, seconds=found.seconds / config.train.grad_accum)
+
+    monkeypatch.setattr(scheduled_lib, "schedule", schedule)
+    search(LARGE, SLICE, limit=6, price=0.0)
+    assert [one.train.grad_accum for one in said["scheduled"]] == [1, 1, 1, 2, 4, 1]
+    assert said["compiled"] == [said["scheduled"][4], said["scheduled"][0]]
+
+
 def test_a_search_for_tpus_takes_the_fastest_plan(monkeypatch):
     """Not the first schedule: cycles are known only once the code is generated."""
     second = "save:mlp_gate,mlp_up,attn_out"
