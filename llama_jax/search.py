@@ -149,10 +149,10 @@ def _finals(tries: list[_Try], price: float) -> dict[str, Any] | None:
     fitting = [one for one in tries if one.told["fits"]]
     fitting.sort(key=lambda one: one.told["scheduled_seconds"])
     fewest = min((one.config.train.grad_accum for one in fitting), default=0)
-    second = next((one for one in fitting[1:] if one.config.train.grad_accum == fewest), None)
-    if second:
-        fitting.remove(second)
-        fitting.insert(1, second)
+    few = [one for one in fitting if one.config.train.grad_accum == fewest]
+    if few and few[0] is not fitting[0]:
+        fitting.remove(few[0])
+        fitting.insert(1, few[0])
     return _fastest(fitting, FINALS, price)
 
 

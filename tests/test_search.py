@@ -279,7 +279,7 @@ def test_of_few_microbatches_one_is_compiled_too(monkeypatch):
 
     def schedule(config, topology):
         found = real(config, topology)
-        return dataclasses.replace(found, seconds=found.seconds / config.train.grad_accum)
+        return dataclasses.replace(found, seconds=found.seconds / config.train.grad_accum**2)
 
     monkeypatch.setattr(scheduled_lib, "schedule", schedule)
     search(LARGE, SLICE, limit=6, price=0.0)
