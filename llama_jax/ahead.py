@@ -10,7 +10,7 @@ import jax
 
 from llama_jax.chips import GIB
 from llama_jax.config import Config
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, one_line
 from llama_jax.mesh import make_mesh
 from llama_jax.sharding import check_batch
 from llama_jax.step import abstract_batch, abstract_frozen, abstract_state, jit_step
@@ -135,8 +135,14 @@ def _bytes_per_device(tree: Any) -> int:
 
 
 def _exhausted(message: str) -> dict[str, int]:
-    """The compiler's figure for what it needs, from its words; other errors are raised again."""
+    """The compiler's figure for what it needs, from its words; other errors are raised again.
+
+    Raises:
+      UserError: it lacks another memory than the device's, such as a TPU's vector memory.
+    """
     if "RESOURCE_EXHAUSTED" not in message:
         raise jax.errors.JaxRuntimeError(message)
-    found = re.search(r"Used ([\d.]+)G of|\(([\d.]+)G\) exceeds available HBM", message)
-    return {"total": int(float(found[1] or found[2]) * GIB)} if found else {"total": 0}
+    found = re.search(r"Used ([\d.]+)G of [\d.]+G hbm|\(([\d.]+)G\) exceeds available HBM", message)
+    if found is None:
+        raise UserError(f"the step does not compile: {one_line(message)}")
+    return {"total": int(float(found[1] or found[2]) * GIB)}

@@ -47,7 +47,7 @@ class Scheduled:
       total: bytes of arguments and temporaries.
       fits: whether the device has as many.
       seconds: about those of a step: FLOPs at `EFFICIENCY` of the peak and exposed network; None
-        where it does not fit.
+        where the compiler ends because it does not fit.
       exposed: seconds of the network that no compute hides; None likewise.
       flops: FLOPs of a step, recomputation included; None likewise.
     """
@@ -102,6 +102,7 @@ def _compile(config: Config, topology: Topology, folder: pathlib.Path) -> int | 
             raise UserError(f"the compiler has not scheduled it in {_PATIENCE} s") from error
         except BaseException:  # Ctrl-C
             process.kill()
+            process.wait()
             raise
     lines = said.splitlines()
     answer = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
