@@ -142,7 +142,7 @@ def _exhausted(message: str) -> dict[str, int]:
     """
     if "RESOURCE_EXHAUSTED" not in message:
         raise jax.errors.JaxRuntimeError(message)
-    found = re.search(r"Used ([\d.]+)G of|\(([\d.]+)G\) exceeds available HBM", message)
+    found = re.search(r"Used ([\d.]+)G of [\d.]+G hbm|\(([\d.]+)G\) exceeds available HBM", message)
     if found:
         return {"total": int(float(found[1] or found[2]) * GIB)}
     told = re.search(

@@ -249,10 +249,13 @@ if __name__ == "__main__":
     _SLICES = flags.DEFINE_integer("slices", 1, "TPU slices; dcn must multiply to them.")
     _PRICE = flags.DEFINE_float("price", 0.0, "Dollars per chip and hour, for the cost of the run.")
     _SEARCH = flags.DEFINE_bool(
-        "search", False, "Try mesh shapes, remat policies and microbatches; show the best that fit."
+        "search",
+        False,
+        "Try mesh shapes, remat policies and microbatches, a line for each; show the fastest that "
+        "fits. TPUs: up to the compiler's schedule (seconds each), the best two to the end.",
     )
     _SEARCH_LIMIT = flags.DEFINE_integer(
-        "search_limit", 6, "Candidates that --search compiles.", lower_bound=1
+        "search_limit", 6, "Candidates that --search tries.", lower_bound=1
     )
     _XLA_PRESET = flags.DEFINE_string(
         "xla_preset", xla_flags.AUTO, f"{xla_flags.HELP} The chip is that of --topology."

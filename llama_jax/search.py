@@ -1,248 +1,175 @@
 """What else would fit, and what would be faster: mesh shapes, remat policies, microbatches.
 
-An analytic estimate sorts the candidates; the compiler has the last word on the best of them.
+An analytic estimate chooses candidates. For TPUs the compiler schedules each, which takes seconds
+and tells memory and network, and the best of them are compiled to the end; for GPUs all are.
 """
 
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
-from llama_jax.ahead import with_slices
+import jax
+
+from llama_jax import scheduled
+from llama_jax.advice import advice as advice
+from llama_jax.candidates import candidates, options, with_dcn
+from llama_jax.candidates import what_divides as what_divides
 from llama_jax.chips import GIB
 from llama_jax.config import Config
-from llama_jax.errors import UserError
-from llama_jax.lora import adapter_count, flops_by_part, frozen_bytes
-from llama_jax.lora_config import NF4_BLOCK
-from llama_jax.mesh import mesh_shape
-from llama_jax.model_config import REMAT_NAMES
+from llama_jax.errors import UserError, first_line
+from llama_jax.estimate import Estimate, estimate
 from llama_jax.topology import Topology
 
-TENSOR_SIZES = (1, 2, 4, 8)
-MARGIN = 0.9  # of the memory, that a candidate may take by the estimate
-NF4_TRAFFIC = 6.0  # bytes that move when a weight is unpacked, as compiled for GPUs
-MOST_MICROBATCHES = 64  # of a candidate
-
-
-def _policies() -> list[str]:
-    """Remat policies, from the one that keeps least; names that there are not are left out."""
-    sets = (
-        ("attn_context",),
-        ("q", "k", "v", "attn_context"),
-        ("q", "k", "v", "attn_context", "attn_out"),
-        ("q", "k", "v", "attn_context", "attn_out", "mlp_gate", "mlp_up"),
-    )
-    known = [names for names in sets if set(names) <= set(REMAT_NAMES)]
-    return ["full", *(f"save:{','.join(names)}" for names in known), "none"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """By hand, without a compiler: bytes of one device, seconds of a step."""
-
-    total: float
-    seconds: float
-
-
-def estimate(config: Config, topology: Topology) -> Estimate:
-    """Memory and time of a step, as far as a page of arithmetic goes.
-
-    Raises:
-      UserError: the mesh does not cover the devices.
-    """
-    model, train, chip = config.model, config.train, topology.chip
-    outer = dataclasses.asdict(config.dcn)
-    groups = math.prod(outer.values())
-    mesh = mesh_shape(config.mesh, topology.devices // groups)
-    sizes = {axis: mesh[axis] * outer[axis] for axis in mesh}
-    tensor, shards = sizes["tensor"], sizes["fsdp"] * sizes["context"]
-    trained, frozen, gathered = _weights(config)
-    moments = 4 + (2 if config.optim.moment_dtype == "bfloat16" else 4)
-    state = (4 + moments + 4 * (1 + (train.grad_accum > 1))) * trained + frozen
-    state /= shards * tensor
-    layer = 2 * model.parameter_count() / model.n_layers / tensor
-    tokens = train.tokens_per_step / train.grad_accum / (sizes["data"] * shards)
-    kept = tokens * 2 * (model.dim + _kept_width(config) / tensor) * model.n_layers
-    working = tokens * 2 * (8 * model.dim + 6 * model.ffn_dim / tensor)
-    chunk = min(1.0, train.loss_chunk / train.seq_len)
-    logits = tokens * chunk * model.vocab_size / tensor * 12
-    heads = 2 * model.vocab_size * model.dim / tensor * 4
-    # Of frozen weights a layer is unpacked or gathered; of trained ones there are gradients too.
-    total = state + kept + max(working, logits)
-    total += layer if config.lora.rank else 3 * layer + heads
-
-    parts = flops_by_part(model, config.lora, train.seq_len)
-    flops = sum(parts.values()) * train.tokens_per_step / topology.devices
-    flops *= 1 + _recomputed(config) / (2 if config.lora.rank else 3)
-    compute = flops / (0.9 * chip.matmul_efficiency * chip.peak_flops)
-    passes = (2 + (model.remat != "none")) * train.grad_accum
-    if config.lora.rank and config.lora.base_dtype == "nf4":
-        unpacked = model.parameter_count() / tensor
-        compute += passes * NF4_TRAFFIC * unpacked / chip.hbm_bandwidth
-    gathers = passes * gathered / tensor
-    local = _fast_network(topology)
-    spans = shards > max(1, local // tensor)
-    cards = max(1, min(shards, local // tensor))
-    speed = min(chip.link_bandwidth, cards * chip.network_bandwidth) if spans else None
-    network = gathers / (speed or chip.link_bandwidth) if shards > 1 else 0.0
-    if tensor > 1:  # two all-reduces of the activations a layer, forward and backward
-        moved = 8 * tokens * train.grad_accum * model.dim * 2 * model.n_layers
-        network += moved / chip.link_bandwidth
-    if sizes["data"] > 1:
-        outside = sizes["data"] * shards * tensor > local
-        wire = chip.network_bandwidth if outside else chip.link_bandwidth
-        network += 2 * 4 * trained / (shards * tensor) / wire
-    if not chip.torus:  # a ring of many GPUs takes time for the shortest message
-        network += 16 * model.n_layers * train.grad_accum * shards * 2e-6
-    return Estimate(total, max(compute, network) + 0.2 * min(compute, network))
-
-
-def _weights(config: Config) -> tuple[float, float, float]:
-    """Number of trained weights, bytes of frozen ones, bytes that a gather of all of them moves."""
-    if not config.lora.rank:
-        count = config.model.parameter_count()
-        return count, 0.0, 2.0 * count
-    frozen = frozen_bytes(config.model, config.lora)
-    adapters = adapter_count(config.model, config.lora)
-    return adapters, frozen, frozen + 4.0 * adapters
-
-
-def _fast_network(topology: Topology) -> int:
-    """Devices that the fast network joins."""
-    chip = topology.chip
-    size = math.prod(topology.shape) if chip.torus else topology.shape[1]
-    return size * chip.devices_per_chip
-
-
-def _kept_width(config: Config) -> float:
-    """Elements that a layer keeps of each token, beside its input."""
-    model = config.model
-    heads, kv = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
-    widths = {"q": heads, "k": kv, "v": kv, "attn_context": heads, "attn_out": model.dim}
-    widths |= {"mlp_gate": model.ffn_dim, "mlp_up": model.ffn_dim, "block_in": 0}
-    if model.remat in ("none", "dots"):
-        # Also what is between the matrix products: norms, and gate times up.
-        extra = 3 * model.dim + model.ffn_dim if model.remat == "none" else 0
-        return sum(widths.values()) + extra
-    offloaded = model.dim if "block_in" in model.remat_names("offload") else 0
-    return sum(widths[name] for name in model.remat_names("save")) - offloaded
-
-
-def _recomputed(config: Config) -> float:
-    """Share of the forward pass that the backward pass does again."""
-    model = config.model
-    if model.remat in ("none", "dots"):
-        return 0.0
-    weights = {"q": 1.0, "k": 0.5, "v": 0.5, "attn_out": 1.0, "mlp_gate": 2.7, "mlp_up": 2.7}
-    names = (*model.remat_names("save"), *model.remat_names("offload"))
-    saved = sum(weights.get(name, 0.0) for name in names)
-    return max(0.0, 5.4 + 3.0 - saved) / (3 * 2.7 + 3.0 + 1.0)
-
-
-def _changed(config: Config, sizes: dict[str, int], remat: str, accum: int) -> Config:
-    return dataclasses.replace(
-        config,
-        mesh=dataclasses.replace(config.mesh, **sizes),
-        model=dataclasses.replace(config.model, remat=remat),
-        train=dataclasses.replace(config.train, grad_accum=accum),
-    )
-
-
-def _divides(config: Config, sizes: dict[str, int], accum: int, outer: int) -> bool:
-    model, train = config.model, config.train
-    rows = sizes["data"] * sizes["fsdp"] * outer
-    shards = sizes["fsdp"] * sizes["context"]
-    tensor = sizes["tensor"]
-    split = [model.n_kv_heads, model.n_heads, model.ffn_dim, model.vocab_size]
-    block = NF4_BLOCK if config.lora.rank and config.lora.base_dtype == "nf4" else 1
-    if block > 1:
-        split += [model.ffn_dim // block, model.n_heads * model.head_dim // block]
-    return (
-        train.global_batch % (accum * rows) == 0
-        and model.dim // block % shards == 0
-        and all(size % tensor == 0 for size in split)
-    )
-
-
-def _accumulations(config: Config) -> list[int]:
-    """Numbers of microbatches that the global batch divides into, from 1 on."""
-    batch = config.train.global_batch
-    return [size for size in range(1, batch + 1) if batch % size == 0]
-
-
-def candidates(config: Config, topology: Topology) -> Iterator[Config]:
-    """Configs that divide over the machine, in no order."""
-    outer = math.prod(dataclasses.asdict(config.dcn).values())
-    inner = topology.devices // outer
-    context = config.mesh.context if config.mesh.context > 0 else 1
-    accums = [size for size in _accumulations(config) if size <= MOST_MICROBATCHES]
-    for tensor in TENSOR_SIZES:
-        rest, left = divmod(inner, tensor * context)
-        for fsdp in (size for size in range(1, rest + 1) if not left and rest % size == 0):
-            sizes = {"data": rest // fsdp, "fsdp": fsdp, "context": context, "tensor": tensor}
-            for accum in accums:
-                if not _divides(config, sizes, accum, config.dcn.data):
-                    continue
-                for remat in _policies():
-                    yield _changed(config, sizes, remat, accum)
-
-
-def options(config: Config, remat: bool = True) -> str:
-    """The flags that make a candidate of the config file."""
-    mesh = " ".join(
-        f"--config.mesh.{axis}={size}" for axis, size in dataclasses.asdict(config.mesh).items()
-    )
-    policy = f" --config.model.remat={config.model.remat}" if remat else ""
-    return f"{mesh}{policy} --config.train.grad_accum={config.train.grad_accum}"
+# Of the memory, that a candidate may take by the estimate, which is right within a few percent: a
+# program that is scheduled and does not fit costs seconds, one that is compiled minutes.
+MARGIN, SCHEDULED_MARGIN = 0.97, 1.05
+FINALS = 2  # of the scheduled candidates that are compiled to the end
+Rated = tuple[Estimate, Config]
 
 
 def search(config: Config, topology: Topology, limit: int, price: float) -> dict[str, Any]:
-    """Compiles the candidates that the estimate likes best.
+    """Tries the candidates that the estimate likes best; says on standard error what comes of each.
+
+    Args:
+      config: the run; its mesh, remat policy and microbatches are what is tried.
+      topology: the machine.
+      limit: number of candidates.
+      price: of one chip for one hour, in dollars; 0: not known.
 
     Returns:
-      The plan of the fastest that fits, with `options` and, of all that were compiled, `tried`.
+      The plan of the fastest that fits, with `options` and, of all candidates, `tried`: their
+      `options`, `kind` (`scheduled` or `compiled`: how far the compiler went), `fits`, `total`
+      (bytes of a chip), `step_seconds` and `mfu_6n` (null where they were not compiled to the end),
+      `scheduled_seconds` (about; null where there is no schedule), `estimate`, and `error` where
+      the compiler failed.
 
     Raises:
-      UserError: none fits, or none divides.
+      UserError: none fits, none divides, or none compiles.
     """
-    from llama_jax.plan import plan
-
-    config = with_slices(config, topology.slices)
-    capacity = topology.chip.hbm_bytes
+    config = with_dcn(config, topology)
     rated = [(estimate(one, topology), one) for one in candidates(config, topology)]
     if not rated:
         raise UserError(
             f"train.global_batch={config.train.global_batch} divides over no mesh of "
             f"{topology.devices} devices; try a multiple of {topology.devices}"
         )
-    fitting = [pair for pair in rated if pair[0].total <= MARGIN * capacity]
+    quick = scheduled.available(topology)
+    most = (SCHEDULED_MARGIN if quick else MARGIN) * topology.chip.hbm_bytes
+    fitting = [pair for pair in rated if pair[0].total <= most]
     fitting = fitting or [min(rated, key=lambda pair: pair[0].total)]
     fitting.sort(key=lambda pair: pair[0].seconds)
-    chosen, tried, best = _varied(fitting, limit), [], None
-    for number, (guess, one) in enumerate(chosen, 1):
-        result = plan(one, topology, price)
-        used = result["bytes_per_chip"]["total"] / GIB
-        step, mfu = result["step_seconds"], result["mfu_6n"]
-        said = f"{step:.3f} s, MFU {mfu:.1%}" if step else "does not compile"
-        fits = "fits" if result["fits"] else "does NOT fit"
-        line = f"{number}/{len(chosen)} {options(one)}: {used:.2f} GiB, {fits}, {said}"
-        print(line, file=sys.stderr, flush=True)
-        result |= {"options": options(one)}
-        tried.append({"options": options(one), "fits": result["fits"], "step_seconds": step})
-        tried[-1] |= {"mfu_6n": mfu, "total": result["bytes_per_chip"]["total"]}
-        tried[-1] |= {"estimate": dataclasses.asdict(guess)}
-        if result["fits"] and (best is None or step < best["step_seconds"]):
-            best = result
+    chosen = _whole_slice_first(fitting, limit) if topology.chip.torus else _varied(fitting, limit)
+    if not quick:
+        chosen.sort(key=lambda pair: pair[0].seconds)
+    tries = [
+        _Try(f"{number}/{len(chosen)}", topology, *pair) for number, pair in enumerate(chosen, 1)
+    ]
+    best = _finals(tries, price) if quick else _fastest(tries, len(tries), price)
     if best is None:
-        raise UserError(f"none of {len(tried)} candidates fits {topology}; take more chips")
-    return {**best, "tried": tried}
+        errors = [str(one.told["error"]) for one in tries if "error" in one.told]
+        if len(errors) == len(tries):
+            raise UserError(f"none of {len(tries)} candidates compiles: {errors[0]}")
+        raise UserError(f"none of {len(tries)} candidates fits {topology}; take more chips")
+    return {**best, "tried": [one.told for one in tries]}
 
 
-def _varied(rated: list[tuple[Estimate, Config]], limit: int) -> list[tuple[Estimate, Config]]:
-    """The first of each mesh in turn, so that one error of the estimate does not fill the list."""
+class _Try:
+    """One candidate, and what is known of it.
+
+    Attributes:
+      number: of how many it is which.
+      guess: the estimate.
+      told: the object of `tried`.
+    """
+
+    def __init__(self, number: str, topology: Topology, guess: Estimate, config: Config):
+        self.number, self.topology, self.guess, self.config = number, topology, guess, config
+        self.told: dict[str, Any] = {
+            **{"options": options(config), "kind": "compiled", "fits": False, "total": None},
+            **{"step_seconds": None, "mfu_6n": None, "scheduled_seconds": None},
+            "estimate": dataclasses.asdict(guess),
+        }
+
+    def schedule(self) -> None:
+        """Compiles it up to the schedule."""
+        self.told["kind"] = "scheduled"
+        try:
+            found = scheduled.schedule(self.config, self.topology)
+        except UserError as error:
+            self._failed(error)
+            return
+        # Where it does not fit, the compiler's figure is all that there is.
+        total = found.total + (self.guess.scratch if found.fits else 0)
+        fits = found.fits and total <= self.topology.chip.hbm_bytes
+        total *= self.topology.chip.devices_per_chip
+        self.told |= {"fits": fits, "total": int(total), "scheduled_seconds": found.seconds}
+        self._say("about ", f"about {found.seconds:.3f} s" if found.seconds else "")
+
+    def compile(self, price: float) -> dict[str, Any] | None:
+        """Compiles it to the end; its plan, if it fits."""
+        from llama_jax.plan import plan
+
+        self.told["kind"] = "compiled"
+        try:
+            result = plan(self.config, self.topology, price)
+        except (UserError, jax.errors.JaxRuntimeError) as error:
+            if "no topology" in str(error):  # no compiler: no other candidate has one
+                raise
+            self._failed(error)
+            return None
+        step, mfu = result["step_seconds"], result["mfu_6n"]
+        self.told |= {"fits": result["fits"], "total": result["bytes_per_chip"]["total"]}
+        self.told |= {"step_seconds": step, "mfu_6n": mfu}
+        self._say("", f"{step:.3f} s, MFU {mfu:.1%}" if step else "does not compile")
+        return {**result, "options": self.told["options"]} if result["fits"] else None
+
+    def _say(self, about: str, speed: str) -> None:
+        fits = "fits" if self.told["fits"] else "does NOT fit"
+        parts = [f"{about}{self.told['total'] / GIB:.2f} GiB", fits, speed]
+        self._print(", ".join(filter(None, parts)))
+
+    def _failed(self, error: Exception) -> None:
+        self.told |= {"fits": False, "error": first_line(error)}
+        self._print(f"skipped, the compiler fails: {self.told['error']}")
+
+    def _print(self, said: str) -> None:
+        print(f"{self.number} {self.told['options']}: {said}", file=sys.stderr, flush=True)
+
+
+def _finals(tries: list[_Try], price: float) -> dict[str, Any] | None:
+    """Schedules all candidates, and compiles those with the best schedules to the end.
+
+    The second is the best in the fewest microbatches: what each microbatch costs beside its matrix
+    products, schedules do not tell.
+    """
+    for one in tries:
+        one.schedule()
+    fitting = [one for one in tries if one.told["fits"]]
+    fitting.sort(key=lambda one: one.told["scheduled_seconds"])
+    fewest = min((one.config.train.grad_accum for one in fitting), default=0)
+    few = [one for one in fitting if one.config.train.grad_accum == fewest]
+    if few and few[0] is not fitting[0]:
+        fitting.remove(few[0])
+        fitting.insert(1, few[0])
+    return _fastest(fitting, FINALS, price)
+
+
+def _fastest(tries: list[_Try], wanted: int, price: float) -> dict[str, Any] | None:
+    """The fastest plan among the first candidates that fit, as many as are wanted."""
+    plans: list[dict[str, Any]] = []
+    for one in tries:
+        if len(plans) < wanted:
+            result = one.compile(price)
+            plans += [result] if result else []
+    return min(plans, key=lambda plan: plan["step_seconds"], default=None)
+
+
+def _varied(rated: Iterable[Rated], limit: int) -> list[Rated]:
+    """The first two of each mesh, so that one error of the estimate does not fill the list."""
     seen: dict[tuple[int, ...], int] = {}
-    picked: list[tuple[Estimate, Config]] = []
+    picked: list[Rated] = []
     for pair in rated:
         mesh = dataclasses.astuple(pair[1].mesh)
         seen[mesh] = seen.get(mesh, 0) + 1
@@ -251,91 +178,31 @@ def _varied(rated: list[tuple[Estimate, Config]], limit: int) -> list[tuple[Esti
     return picked
 
 
-def advice(config: Config, topology: Topology, result: dict[str, Any]) -> list[str]:
-    """What would make a plan fit that does not, by the estimate, scaled to the compiler's figure.
+def _whole_slice_first(rated: list[Rated], limit: int) -> list[Rated]:
+    """For TPUs: half of the list is fsdp over the whole slice in the fewest microbatches.
 
-    Returns:
-      Options, each with its estimated bytes; those that change least come first.
+    It has all links of the torus, and what it keeps for the backward pass is what makes it fast, so
+    policies are tried from the fastest on. Then two other numbers of microbatches, in which more is
+    kept, and one of each other mesh.
     """
-    config = with_slices(config, topology.slices)
-    sizes = result["bytes_per_chip"]
-    each = topology.chip.devices_per_chip
-    guess = estimate(config, topology)
-    scale = max(1.0, sizes["total"] / each / guess.total)
-    found: dict[str, str] = {}
-    for kind, text, one, where in _remedies(config, topology, dict(result["mesh"])):
-        needed = scale * estimate(one, where).total
-        if kind not in found and needed <= topology.chip.hbm_bytes:
-            found[kind] = f"{text} (about {needed * each / GIB:.1f} GiB a chip)"
-    return list(found.values()) or ["nothing that one change does: take several times the chips"]
-
-
-def what_divides(config: Config, topology: Topology) -> str:
-    """A mesh over which the config divides on this machine, as flags, or a machine that it does."""
-    found = [one for one in candidates(config, topology) if one.model.remat == "full"]
-    if found:
-        best = min(found, key=lambda one: (one.mesh.tensor, one.train.grad_accum, one.mesh.data))
-        return f"try {options(best, remat=False)}"
-    batch = config.train.global_batch
-    sizes = [size for size in range(1, topology.devices) if batch % size == 0]
-    return f"its {batch} sequences divide over {sizes[-1] if sizes else 1} devices"
-
-
-def _accumulated(config: Config, sizes: dict[str, int]) -> Iterator[tuple[str, Config]]:
-    """Full rematerialisation in more and more microbatches, as flags and as a config."""
-    for accum in _accumulations(config):
-        if accum > config.train.grad_accum and _divides(config, sizes, accum, config.dcn.data):
-            text = f"--config.model.remat=full --config.train.grad_accum={accum}"
-            yield text, _changed(config, sizes, "full", accum)
-
-
-def _in_nf4(config: Config) -> Config | None:
-    """The config with its frozen base in NF4; None where there is none, or it is so already."""
-    model, lora = config.model, config.lora
-    inputs = (model.dim, model.ffn_dim, model.n_heads * model.head_dim)
-    if not lora.rank or lora.base_dtype == "nf4" or any(size % NF4_BLOCK for size in inputs):
-        return None
-    return dataclasses.replace(config, lora=dataclasses.replace(lora, base_dtype="nf4"))
-
-
-def _remedies(
-    config: Config, topology: Topology, mesh: dict[str, int]
-) -> Iterator[tuple[str, str, Config, Topology]]:
-    """Changes of each kind from the smallest on; kinds from what costs least."""
-    outer = dataclasses.asdict(config.dcn)
-    inner = {axis: mesh[axis] // max(1, outer[axis]) for axis in mesh}
-    remats = _policies()
-    current = remats.index(config.model.remat) if config.model.remat in remats else len(remats)
-    for remat in reversed(remats[:current]):
-        changed = _changed(config, inner, remat, config.train.grad_accum)
-        yield "remat", f"--config.model.remat={remat}", changed, topology
-    least = "full"
-    for text, changed in _accumulated(config, inner):
-        yield "accumulate", text, changed, topology
-    smaller = _in_nf4(config)
-    if smaller and _divides(smaller, inner, smaller.train.grad_accum, config.dcn.data):
-        flag = "--config.lora.base_dtype=nf4"
-        yield "base", flag, smaller, topology
-        for text, changed in _accumulated(smaller, inner):
-            yield "base", f"{flag} {text}", changed, topology
-    if inner["data"] > 1:
-        wide = {**inner, "data": 1, "fsdp": inner["fsdp"] * inner["data"]}
-        if config.model.dim % (wide["fsdp"] * wide["context"]) == 0:
-            changed = _changed(config, wide, least, config.train.grad_accum)
-            text = f"--config.mesh.data=1 --config.mesh.fsdp={wide['fsdp']}"
-            yield "fsdp", text, changed, topology
-    for tensor in (2, 4, 8):
-        split = {**inner, "tensor": tensor, "fsdp": inner["fsdp"] * inner["tensor"] // tensor}
-        if split["fsdp"] and _divides(config, split, config.train.grad_accum, config.dcn.data):
-            changed = _changed(config, split, least, config.train.grad_accum)
-            text = f"--config.mesh.tensor={tensor} --config.mesh.fsdp={split['fsdp']}"
-            yield "tensor", text, changed, topology
-    for times in (2, 4, 8, 16, 32, 64):
-        shape = (*topology.shape[:-1], topology.shape[-1] * times)
-        if not topology.chip.torus:
-            shape = (topology.shape[0] * times, topology.shape[1])
-        bigger = dataclasses.replace(topology, shape=shape)
-        wide = {**inner, "fsdp": inner["fsdp"] * times}
-        if _divides(config, wide, config.train.grad_accum, config.dcn.data):
-            changed = _changed(config, wide, config.model.remat, config.train.grad_accum)
-            yield "chips", f"--topology={bigger.slice_name}: {bigger.chips} chips", changed, bigger
+    fewest: dict[tuple[int, ...], int] = {}
+    for _, one in rated:
+        mesh = dataclasses.astuple(one.mesh)
+        fewest[mesh] = min(one.train.grad_accum, fewest.get(mesh, one.train.grad_accum))
+    whole: list[Rated] = []
+    more: dict[int, Rated] = {}
+    others: dict[tuple[int, ...], Rated] = {}
+    for pair in rated:
+        mesh = dataclasses.astuple(pair[1].mesh)
+        least = pair[1].train.grad_accum == fewest[mesh]
+        if pair[1].mesh.data == 1 and pair[1].mesh.tensor == 1:
+            if least:
+                whole.append(pair)
+            else:
+                more.setdefault(pair[1].train.grad_accum, pair)
+        elif least:
+            others.setdefault(mesh, pair)
+    half = math.ceil(limit / 2)
+    again = list(more.values())
+    order = [*whole[:half], *again[:2], *others.values(), *whole[half:], *again[2:]]
+    return order[:limit]

@@ -4,10 +4,13 @@ import jax
 import pytest
 
 from llama_jax import plan as plan_lib
+from llama_jax import scheduled as scheduled_lib
 from llama_jax import search as search_lib
 from llama_jax.chips import chip_named
 from llama_jax.errors import UserError
+from llama_jax.estimate import kept_width
 from llama_jax.lora import frozen_bytes
+from llama_jax.scheduled import Scheduled
 from llama_jax.search import advice, candidates, estimate, options, search, what_divides
 from llama_jax.step import abstract_frozen
 from llama_jax.topology import Topology, parse_topology
@@ -17,6 +20,8 @@ from tests.test_config import load
 
 EIGHT = Topology(chip_named("v5e"), (2, 4))
 CONFIG = replace(TINY, train__global_batch=32)
+LARGE, SLICE = load("65b")[0], parse_topology("v5p-1024")
+BEST = "save:mlp_gate,mlp_up,attn_out,q"  # of what 96 GB hold of LARGE
 
 
 @pytest.mark.parametrize("home", plans.HOMES, ids=lambda home: home.name)
@@ -32,6 +37,80 @@ def test_the_estimate_is_near_the_compiler(home):
     stored = plans.golden(home)
     assert guess.total / 2**30 == pytest.approx(stored["gib_per_chip"]["total"], rel=0.5)
     assert guess.seconds == pytest.approx(stored["step_seconds"], rel=0.5)
+
+
+# Of one device, GiB: the heaps of programs that libtpu 0.0.42.1 has scheduled with the preset of
+# their chip and fsdp over the whole slice unless said.
+MLP = "save:mlp_gate,mlp_up"
+HEAPS = [
+    ("65b", "v5p-1024", {"model__remat": "full"}, 16.02),
+    ("65b", "v5p-1024", {"model__remat": "full", "mesh__data": 2}, 18.18),
+    ("65b", "v5p-1024", {"model__remat": "full", "mesh__tensor": 2}, 16.11),
+    ("65b", "v5p-1024", {"model__remat": "full", "train__grad_accum": 2}, 11.08),
+    ("65b", "v5p-1024", {"model__remat": "save:mlp_up"}, 42.56),
+    ("65b", "v5p-1024", {"model__remat": "save:mlp_up,attn_context"}, 62.34),
+    ("65b", "v5p-1024", {"model__remat": MLP}, 69.44),
+    ("65b", "v5p-1024", {"model__remat": f"{MLP},attn_out,q"}, 88.97),
+    ("65b", "v5p-1024", {"model__remat": f"{MLP},attn_out,q,k,v"}, 107.79),
+    ("65b", "v5p-1024", {"model__remat": "none"}, 274.56),
+    ("65b", "v4-2048", {"model__remat": "save:mlp_up"}, 22.59),
+    ("7b", "v5p-128", {"model__remat": "full"}, 29.28),
+    ("7b", "v5p-128", {"model__remat": "save:mlp_up"}, 70.94),
+    ("7b", "v5p-128", {"model__remat": MLP, "train__grad_accum": 2}, 58.04),
+    ("7b", "v5p-128", {"model__remat": "none", "train__grad_accum": 8}, 57.93),
+]
+
+
+@pytest.mark.parametrize(("name", "topology", "changes", "heap"), HEAPS, ids=str)
+def test_the_estimate_of_memory_is_within_a_few_percent(name, topology, changes, heap):
+    guess = estimate(replace(load(name)[0], **changes), parse_topology(topology))
+    assert (guess.total - guess.scratch) / 2**30 == pytest.approx(heap, rel=0.09)
+
+
+@pytest.mark.parametrize(
+    ("name", "topology", "remat", "total"),
+    [("65b", "v5p-1024", f"{MLP},attn_out,q", 91.6), ("7b", "v5p-128", "save:mlp_up", 80.5)],
+)
+def test_the_estimate_has_the_memory_of_the_code_in_it(name, topology, remat, total):
+    """The compiler's memory analysis of the whole compilation, GiB."""
+    guess = estimate(replace(load(name)[0], model__remat=remat), parse_topology(topology))
+    assert guess.total / 2**30 == pytest.approx(total, rel=0.02)
+
+
+def test_the_estimate_knows_the_torus():
+    """The whole slice has six links a chip; half of a dimension is one ring in one direction."""
+
+    def seconds(**changes):
+        return estimate(replace(LARGE, model__remat="full", **changes), SLICE).seconds
+
+    assert seconds() < seconds(mesh__data=2) < seconds(mesh__tensor=2)
+    # 512 sequences leave little to hide the network behind, and v5e's is two-dimensional.
+    flat, halves = parse_topology("v5e:16x16"), parse_topology("v5e:8x32")
+    config = replace(LARGE, model__remat="full", train__global_batch=256)
+    assert estimate(config, flat).seconds < estimate(config, halves).seconds
+
+
+def test_the_estimate_knows_the_attention_kernel():
+    """What is kept of it saves its forward pass: 2 of 11 products at half of the peak."""
+    config = replace(LARGE, train__seq_len=16384, train__global_batch=512)
+    times = [
+        estimate(replace(config, model__remat=remat), SLICE).seconds
+        for remat in ("save:attn_out", "save:attn_out,attn_context")
+    ]
+    tokens, square = 16384, 80 * 8192 * 16384
+    saved = 2 * square * tokens / (0.5 * SLICE.chip.peak_flops)
+    assert times[0] - times[1] == pytest.approx(saved, rel=0.01)
+
+
+@pytest.mark.parametrize(("flag", "factor"), [("", 1), ("=true", 1.5), ("=false", 1)])
+def test_two_microbatches_at_once_take_more_memory(monkeypatch, flag, factor):
+    """As XLA's double buffering has them: 7B on 128 H100s takes 45.4 GiB without, 67.2 with."""
+    name = "--xla_gpu_enable_while_loop_double_buffering"
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_a=1 {name}{flag}" if flag else "")
+    keep = "save:q,k,v,attn_context,mlp_gate,mlp_up"
+    config = replace(load("7b")[0], model__remat=keep, train__grad_accum=2)
+    total = estimate(config, parse_topology("h100:16x8")).total / 2**30
+    assert total == pytest.approx(67.2 if factor > 1 else 45.4, rel=0.06)
 
 
 def test_candidates_divide():
@@ -137,6 +216,143 @@ def test_search_finds_the_fastest_that_fits(monkeypatch, capsys):
     assert "1.00 GiB, does NOT fit, 2.000 s, MFU 50.0%" in lines[0]
 
 
+def fake_compilers(monkeypatch, *, scheduled_gib, plan_gib=None, steps=None, fails=()):
+    """Compilers that say what is asked, by the remat policy of a candidate or its mesh."""
+    said = {"scheduled": [], "compiled": []}
+
+    def key(config):
+        whole = config.mesh.data == 1 and config.mesh.tensor == 1
+        return config.model.remat if whole and config.train.grad_accum == 1 else "other"
+
+    def schedule(config, topology):
+        said["scheduled"].append(config)
+        if key(config) in fails:
+            raise UserError("vmem is too small")
+        size = scheduled_gib(key(config)) * 2**30
+        fits = size <= topology.chip.hbm_bytes
+        return Scheduled(int(size), fits, 1.0 + len(said["scheduled"]) if fits else None)
+
+    def fake_plan(config, topology, price):
+        said["compiled"].append(config)
+        gib = (plan_gib or scheduled_gib)(key(config))
+        step = (steps or {}).get(key(config), 5.0)
+        return {
+            "bytes_per_chip": {"total": gib * 2**30},
+            "fits": gib * 2**30 <= topology.chip.hbm_bytes,
+            "step_seconds": step,
+            "mfu_6n": 0.5,
+        }
+
+    monkeypatch.setattr(scheduled_lib, "available", lambda topology: True)
+    monkeypatch.setattr(scheduled_lib, "schedule", schedule)
+    monkeypatch.setattr(plan_lib, "plan", fake_plan)
+    return said
+
+
+def test_a_search_for_tpus_schedules_all_and_compiles_the_best(monkeypatch, capsys):
+    said = fake_compilers(monkeypatch, scheduled_gib=lambda remat: 80)
+    result = search(LARGE, SLICE, limit=6, price=0.0)
+    first = said["scheduled"][:3]
+    assert all((one.mesh.data, one.mesh.fsdp, one.mesh.tensor) == (1, 512, 1) for one in first)
+    assert all(one.train.grad_accum == 1 for one in first)
+    assert first[0].model.remat == BEST  # as much as 96 GB hold
+    rest = [(one.mesh.fsdp, one.train.grad_accum) for one in said["scheduled"][3:]]
+    assert rest[:2] == [(512, 2), (512, 4)] and rest[2][0] != 512
+    meshes = [dataclasses.astuple(one.mesh) for one in said["scheduled"][5:]]
+    assert len(meshes) == 1 and (1, 512, 1, 1) not in meshes
+    assert said["compiled"] == said["scheduled"][:2]
+    kinds = [one["kind"] for one in result["tried"]]
+    assert kinds == ["compiled"] * 2 + ["scheduled"] * 4
+    assert [one["scheduled_seconds"] for one in result["tried"]] == [2, 3, 4, 5, 6, 7]
+    assert [one["step_seconds"] for one in result["tried"][:3]] == [5.0, 5.0, None]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 8
+    assert lines[0].startswith(f"1/6 {options(first[0])}: about 8")
+    assert lines[0].endswith(" GiB, fits, about 2.000 s")
+    assert lines[6] == f"1/6 {options(first[0])}: 80.00 GiB, fits, 5.000 s, MFU 50.0%"
+
+
+def test_of_few_microbatches_one_is_compiled_too(monkeypatch):
+    """Where more of them have the better schedules."""
+    said = fake_compilers(monkeypatch, scheduled_gib=lambda remat: 80)
+    real = scheduled_lib.schedule
+
+    def schedule(config, topology):
+        found = real(config, topology)
+        return dataclasses.replace(found, seconds=found.seconds / config.train.grad_accum**2)
+
+    monkeypatch.setattr(scheduled_lib, "schedule", schedule)
+    search(LARGE, SLICE, limit=6, price=0.0)
+    assert [one.train.grad_accum for one in said["scheduled"]] == [1, 1, 1, 2, 4, 1]
+    assert said["compiled"] == [said["scheduled"][4], said["scheduled"][0]]
+
+
+def test_a_search_for_tpus_takes_the_fastest_plan(monkeypatch):
+    """Not the first schedule: cycles are known only once the code is generated."""
+    second = "save:mlp_gate,mlp_up,attn_out"
+    said = fake_compilers(monkeypatch, scheduled_gib=lambda remat: 80, steps={second: 4.0})
+    result = search(LARGE, SLICE, limit=6, price=0.0)
+    assert said["compiled"][1].model.remat == second
+    assert result["options"] == options(said["compiled"][1]) and result["step_seconds"] == 4.0
+
+
+def test_what_does_not_fit_its_schedule_is_not_compiled(monkeypatch, capsys):
+    """Nor what would not with the memory that the code needs."""
+    sizes = {BEST: 97, "save:mlp_gate,mlp_up,attn_out": 95.5}
+    said = fake_compilers(monkeypatch, scheduled_gib=lambda remat: sizes.get(remat, 80))
+    result = search(LARGE, SLICE, limit=6, price=0.0)
+    assert [one["fits"] for one in result["tried"]] == [False, False, True, True, True, True]
+    assert not {one.model.remat for one in said["compiled"]} & {*sizes}
+    assert result["tried"][0]["scheduled_seconds"] is None
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.endswith(": about 97.00 GiB, does NOT fit")
+
+
+def test_a_plan_that_does_not_fit_makes_room_for_the_next(monkeypatch):
+    sizes = {BEST: 97}
+    said = fake_compilers(
+        monkeypatch, scheduled_gib=lambda remat: 80, plan_gib=lambda remat: sizes.get(remat, 80)
+    )
+    result = search(LARGE, SLICE, limit=6, price=0.0)
+    assert said["compiled"] == said["scheduled"][:3]
+    assert result["options"] == options(said["compiled"][1])
+    assert not result["tried"][0]["fits"] and result["tried"][0]["kind"] == "compiled"
+
+
+def test_a_candidate_that_does_not_compile_is_skipped(monkeypatch, capsys):
+    fake_compilers(monkeypatch, scheduled_gib=lambda remat: 80, fails={BEST})
+    result = search(LARGE, SLICE, limit=6, price=0.0)
+    told = result["tried"][0]
+    assert (told["fits"], told["total"], told["error"]) == (False, None, "vmem is too small")
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[0]
+        .endswith(": skipped, the compiler fails: vmem is too small")
+    )
+
+
+@pytest.mark.parametrize("error", [UserError("wrong tiles"), jax.errors.JaxRuntimeError("bug")])
+def test_where_no_candidate_compiles(monkeypatch, capsys, error):
+    def fake_plan(config, topology, price):
+        raise error
+
+    monkeypatch.setattr(plan_lib, "plan", fake_plan)
+    with pytest.raises(UserError, match=f"none of 2 candidates compiles: {error}"):
+        search(CONFIG, EIGHT, limit=2, price=0.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.endswith(f"fails: {error}") for line in lines)
+
+
+def test_a_missing_compiler_is_told_at_once(monkeypatch, capsys):
+    def fake_plan(config, topology, price):
+        raise UserError("no topology v5e:2x4: libtpu is not installed")
+
+    monkeypatch.setattr(plan_lib, "plan", fake_plan)
+    with pytest.raises(UserError, match="no topology v5e:2x4: libtpu"):
+        search(CONFIG, EIGHT, limit=2, price=0.0)
+    assert capsys.readouterr().err == ""
+
+
 def test_search_when_nothing_fits(on_cpus):
     small = dataclasses.replace(EIGHT, chip=dataclasses.replace(EIGHT.chip, hbm_bytes=1000))
     with pytest.raises(UserError, match="none of 1 candidates fits v5e:2x4; take more chips"):
@@ -161,7 +377,7 @@ def test_advice_begins_with_what_costs_least():
     lines = told(config, parse_topology("v5e-64"), 1.3)
     assert lines[0].startswith("--config.model.remat=save:") and "GiB a chip" in lines[0]
     lines = told(replace(config, model__remat="full"), parse_topology("v5e-64"), 1.3)
-    assert lines[0].startswith("--config.model.remat=full --config.train.grad_accum=2")
+    assert lines[0].startswith("--config.train.grad_accum=2 (about")
 
 
 def test_advice_when_more_chips_are_needed():
@@ -184,19 +400,66 @@ def test_advice_for_adapters():
         return advice(config, parse_topology(topology), {**result, "mesh": mesh})
 
     found = lines(config, "rtx4090:1x1", 22.34)
-    assert found[0].startswith("--config.model.remat=full --config.train.grad_accum=2 (about")
+    assert found[0].startswith("--config.train.grad_accum=2 (about")
     assert found[1].startswith("--config.lora.base_dtype=nf4 (about")
     large, _ = load("65b")
     large = replace(large, **ADAPTERS)
-    both = "--config.lora.base_dtype=nf4 --config.model.remat=full --config.train.grad_accum="
+    both = "--config.lora.base_dtype=nf4 --config.train.grad_accum="
     assert lines(large, "l40s:1x1", 158.0)[0].startswith(both)
     packed = replace(large, lora__base_dtype="nf4")
     (accumulate, chips) = lines(packed, "l40s:1x1", 67.63)
-    assert accumulate.startswith("--config.model.remat=full --config.train.grad_accum=")
+    assert accumulate.startswith("--config.train.grad_accum=")
     assert chips.startswith("--topology=l40s:2x1")
     # Without blocks of 64 inputs there is no NF4.
     odd = replace(config, model__ffn_dim=11000)
     assert not any("nf4" in line for line in lines(odd, "rtx4090:1x1", 22.34))
+
+
+def repeated(config, lines):
+    """Flags of advice that the config says already."""
+    values = dataclasses.asdict(config)
+    flags = [flag for line in lines for flag in line.split() if flag.startswith("--config.")]
+    pairs = [flag.removeprefix("--config.").split("=", 1) for flag in flags]
+    split = [(name.split("."), value) for name, value in pairs]
+    return [names for names, value in split if str(values[names[0]][names[1]]) == value]
+
+
+@pytest.mark.parametrize("topology", ["v5p-128", "h100:16x8"])
+@pytest.mark.parametrize("remat", ["full", "save:mlp_gate,mlp_up", "save:k", "none"])
+@pytest.mark.parametrize(
+    "sizes", [(1, 128, 1), (2, 64, 1), (1, 64, 2), (2, 16, 4)], ids=lambda sizes: str(sizes)
+)
+def test_advice_repeats_nothing_of_the_config(topology, remat, sizes):
+    machine = parse_topology(topology)
+    data, fsdp, tensor = sizes
+    fsdp //= 128 // machine.devices
+    mesh = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor, "mesh__context": 1}
+    config = replace(load("7b")[0], model__remat=remat, train__grad_accum=2, **mesh)
+    here = {"data": data, "fsdp": fsdp, "context": 1, "tensor": tensor}
+    for factor in (1.05, 1.5, 3):
+        sizes = {"bytes_per_chip": {"total": factor * machine.chip.hbm_bytes}, "mesh": here}
+        lines = advice(config, machine, sizes)
+        assert repeated(config, lines) == []
+        policies = [line.split("remat=")[1].split()[0] for line in lines if "remat=" in line]
+        assert all(kept(config, one) < kept(config, remat) for one in policies)
+
+
+def kept(config, remat):
+    return kept_width(replace(config, model__remat=remat).model, chip_named("v5p"))
+
+
+def test_advice_for_a_tpu_begins_with_fsdp_over_the_whole_slice():
+    """Its state is least there, and all links serve it."""
+    machine = parse_topology("v5p-128")
+    for data, tensor in ((16, 1), (2, 1), (2, 2)):
+        sizes = {"data": data, "fsdp": 64 // data // tensor, "context": 1, "tensor": tensor}
+        config = replace(load("65b")[0], train__grad_accum=32)
+        config = replace(config, **{f"mesh__{axis}": size for axis, size in sizes.items()})
+        result = {"bytes_per_chip": {"total": 1.01 * machine.chip.hbm_bytes}, "mesh": sizes}
+        first = advice(config, machine, result)[0]
+        assert "--config.mesh.fsdp=64" in first and "remat" not in first
+        assert ("--config.mesh.data=1" in first) == (data > 1)
+        assert ("--config.mesh.tensor=1" in first) == (tensor > 1)
 
 
 def test_what_divides():
