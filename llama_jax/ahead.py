@@ -10,7 +10,7 @@ import jax
 
 from llama_jax.chips import GIB
 from llama_jax.config import Config
-from llama_jax.errors import UserError, first_line
+from llama_jax.errors import UserError, one_line
 from llama_jax.mesh import make_mesh
 from llama_jax.sharding import check_batch
 from llama_jax.step import abstract_batch, abstract_frozen, abstract_state, jit_step
@@ -151,7 +151,7 @@ def _exhausted(message: str) -> dict[str, int]:
     )
     raise UserError(
         "the compiler has too little on-chip memory for one of the operations ("
-        f"{(told[0] if told else first_line(message)).strip()}); try other compiler flags, such as "
+        f"{told[0] if told else one_line(message)}); try other compiler flags, such as "
         "--xla_preset=none, a smaller --config.model.attention_tile, or a larger "
         "--config.train.grad_accum"
     )

@@ -211,8 +211,6 @@ def kept_width(model: ModelConfig, chip: Chip) -> float:
     )
     widths = {"q": heads, "k": kv, "v": kv, "attn_context": heads, "attn_out": dim}
     widths |= {"mlp_gate": ffn, "mlp_up": ffn, "block_in": 0}
-    if chip.torus:  # the splash kernel names its own result, and that of the transposition after it
-        widths["attn_context"] = 2 * heads
     if model.remat == "none" and chip.torus:  # XLA keeps float32 copies and every step of the MLP
         return 3 * heads + 2 * kv + 7.5 * dim + 5 * ffn
     if model.remat in ("none", "dots"):

@@ -9,7 +9,7 @@ import time
 import jax
 import pytest
 
-from llama_jax import ahead, scheduled
+from llama_jax import scheduled
 from llama_jax.chips import GIB
 from llama_jax.errors import UserError
 from llama_jax.scheduled import available, schedule
@@ -68,24 +68,6 @@ def test_the_compiler_is_given_the_flags_of_the_user(compiler, monkeypatch):
     )
     with pytest.raises(UserError, match="as asked"):
         schedule(CONFIG, SLICE)
-
-
-def test_another_memory_than_the_devices_is_an_error(monkeypatch):
-    """The compiler of a v4 says this of the preset of a v5p: no number of chips helps."""
-    message = (
-        "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.\nUsed 16.32M of 16.00M vmem"
-    )
-
-    class Lowered:
-        def as_text(self):
-            return ""
-
-        def compile(self):
-            raise jax.errors.JaxRuntimeError(message)
-
-    monkeypatch.setattr(ahead, "lower_step", lambda *_: (Lowered(), None, None))
-    with pytest.raises(UserError, match=r"memory space vmem. Used 16.32M of 16.00M vmem$"):
-        ahead.compile_step(CONFIG, jax.devices())
 
 
 def ended(process_id):

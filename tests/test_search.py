@@ -48,7 +48,7 @@ HEAPS = [
     ("65b", "v5p-1024", {"model__remat": "full", "mesh__tensor": 2}, 16.11),
     ("65b", "v5p-1024", {"model__remat": "full", "train__grad_accum": 2}, 11.08),
     ("65b", "v5p-1024", {"model__remat": "save:mlp_up"}, 42.56),
-    ("65b", "v5p-1024", {"model__remat": "save:mlp_up,attn_context"}, 62.34),
+    ("65b", "v5p-1024", {"model__remat": "save:mlp_up,attn_context"}, 52.47),
     ("65b", "v5p-1024", {"model__remat": MLP}, 69.44),
     ("65b", "v5p-1024", {"model__remat": f"{MLP},attn_out,q"}, 88.97),
     ("65b", "v5p-1024", {"model__remat": f"{MLP},attn_out,q,k,v"}, 107.79),
