@@ -1,9 +1,9 @@
-"""A home for every config: a machine that it fits on, and what the plan says of it.
+"""Homes of every config: a TPU slice and a GPU cluster that it fits on, and what the plan says.
 
-`python -m tests.plans` compiles those whose compilers are installed (`.[tpu]`, `.[cuda13]`), and
-writes tests/goldens/plans/*.json and the lines about them in the docstrings of configs/*.py; it
-prints the tables of benchmarks/README.md and docs/finetuning.md.
-`python -m tests.plans 65b-v5p-1024` does one.
+`python -m tests.plans` compiles those whose compilers are installed (`.[tpu]`, `.[cuda13]`: two
+minutes of a core for a TPU, a quarter of one for GPUs), and writes tests/goldens/plans/*.json, the
+lines about them in the docstrings of configs/*.py, and the tables of benchmarks/README.md and
+docs/finetuning.md. `python -m tests.plans 65b-v5p-1024` does one.
 """
 
 import dataclasses
@@ -174,8 +174,10 @@ def summary(result):
         "lookup_collectives": result["lookup_collectives"],
         "sharding_constraints": result["sharding_constraints"],
         "warnings": result["warnings"],
+        "asynchronous": {kind: one["count"] for kind, one in result["collectives_async"].items()},
         "tflop_per_chip": round(result["flops_per_chip"] / 1e12, 1),
         "step_seconds": round(result["step_seconds"], 2),
+        "exposed_seconds": round(result["seconds"]["network_exposed"], 2),
         "tokens_per_second_per_chip": round(result["tokens_per_second_per_chip"]),
         "mfu_6n": round(result["mfu_6n"], 3),
         "mfu_attention": round(result["mfu_attention"], 3),
@@ -202,7 +204,7 @@ def docstring_lines(home):
     long = f"{hours(home):.2f} hours" if home in FINETUNING else f"{stored['days']:.0f} days"
     lines = [""]
     for word in home.command:
-        if len(lines[-1]) + len(word) > 90:
+        if len(lines[-1]) + len(word) > 90 and lines[-1].strip():
             lines[-1] += " \\\\"
             lines.append("     ")
         lines[-1] += f" {word}" if lines[-1] else f"  {word}"
@@ -232,10 +234,10 @@ def write_docstring(config):
     path.write_text(f'"""{head}{docstring(config)}"""{rest}')
 
 
-def table():
-    """The rows of benchmarks/README.md."""
+def table(homes):
+    """Rows of benchmarks/README.md."""
     rows = []
-    for home in PRETRAINING:
+    for home in homes:
         stored, sizes = golden(home), golden(home)["gib_per_chip"]
         flags = " ".join(f"`{flag.removeprefix('--config.')}`" for flag in home.flags)
         cells = [
@@ -245,16 +247,18 @@ def table():
             f"{sizes['arguments']:.2f} + {sizes['temporaries']:.2f}",
             f"{sizes['capacity']:.1f}",
             f"{stored['step_seconds']:.2f} s",
+            f"{stored['exposed_seconds']:.2f} s",
             f"{stored['tokens_per_second_per_chip']:,}",
             f"{stored['mfu_6n']:.1%}",
-            f"{stored['days']:.0f}",
+            f"{stored['mfu_attention']:.1%}",
+            f"{stored['days']:,.0f}",
         ]
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        rows.append("| " + " | ".join(cells).replace("|  |", "| |") + " |")
+    return "\n".join(rows) + "\n"
 
 
 def finetuning_table():
-    """The rows of docs/finetuning.md, for Alpaca's tokens at a dollar an hour."""
+    """Rows of docs/finetuning.md, for Alpaca's tokens at a dollar an hour."""
     rows = []
     for home in FINETUNING:
         stored, sizes = golden(home), golden(home)["gib_per_chip"]
@@ -271,13 +275,33 @@ def finetuning_table():
             f"{chip_hours:.2f}",
         ]
         rows.append("| " + " | ".join(cells).replace("|  |", "| |") + " |")
-    return "\n".join(rows)
+    return "\n".join(rows) + "\n"
+
+
+# A table of a page begins under the line of dashes after its heading: (page, heading, rows).
+TABLES = (
+    ("benchmarks/README.md", "| config | topology | flags |", lambda: table(PRETRAINING)),
+    ("benchmarks/README.md", "| successor | topology | flags |", lambda: table(FAMILY)),
+    ("docs/finetuning.md", "| config | flags | topology |", finetuning_table),
+)
+
+
+def page_with_tables(page):
+    """The text of a page with all its tables as the goldens have them."""
+    text = (ROOT / page).read_text()
+    for path, heading, rows in TABLES:
+        if path == page:
+            found = re.search(
+                rf"^{re.escape(heading)}.*\n\|[-|: ]+\n((?:\|.*\n)*)", text, flags=re.M
+            )
+            text = text[: found.start(1)] + rows() + text[found.end(1) :]
+    return text
 
 
 def main(names):
     """Compiles and writes."""
     GOLDENS.mkdir(exist_ok=True)
-    for home in HOMES:
+    for home in (*HOMES, *PUBLISHED):
         if names and home.name not in names:
             continue
         try:
@@ -292,8 +316,8 @@ def main(names):
         if all((GOLDENS / f"{home.name}.json").exists() for home in HOMES if home.config == config):
             write_docstring(config)
     if all((GOLDENS / f"{home.name}.json").exists() for home in HOMES):
-        print(table())
-        print(finetuning_table())
+        for page in dict.fromkeys(page for page, _, _ in TABLES):
+            (ROOT / page).write_text(page_with_tables(page))
 
 
 if __name__ == "__main__":
