@@ -230,7 +230,7 @@ _FUSION_ENDS = (0, 0, 43)
 PRESETS = {
     "none": Preset("XLA_FLAGS", ()),  # CPUs
     "v4": Preset("LIBTPU_INIT_ARGS", _OVERLAP_GATHER, _FUSION_ENDS),
-    "v5e": Preset("LIBTPU_INIT_ARGS", _OVERLAP_DCN + _OVERLAP_GATHER),
+    "v5e": Preset("LIBTPU_INIT_ARGS", _OVERLAP_DCN + _OVERLAP_GATHER + _OVERLAP_REDUCE),
     "v5p": Preset(
         "LIBTPU_INIT_ARGS", _OVERLAP_DCN + _OVERLAP_GATHER + _OVERLAP_REDUCE, _FUSION_ENDS
     ),
@@ -283,7 +283,15 @@ class Choice:
         if self.new < total:
             count = f"{self.new} of {total} flags, the environment sets the others"
         off = "; --xla_preset=none turns it off" if self.tpu else ""
-        return f"preset {self.preset} ({count}{off})"
+        return f"preset {self.preset} ({count}{off}{self._warning()})"
+
+    def _warning(self) -> str:
+        """What libtpu itself says of the preset, which later versions refuse."""
+        if PRESETS[self.preset].until is None:
+            return ""
+        other = f"{self.tpu}-sparsecore"
+        instead = f", --xla_preset={other} does without" if other in PRESETS else ""
+        return f"; libtpu warns of its continuation fusion{instead}"
 
 
 def deterministic(env: Mapping[str, str] = os.environ) -> bool:

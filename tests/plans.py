@@ -107,11 +107,11 @@ FAMILY = (
     Home("mistral_7b_v0_3", "h100:16x8", (_HOPPER, _ATTENTION)),
 )
 FINETUNING = (
-    Home("alpaca_7b", "v6e-8"),
+    Home("alpaca_7b", "v5p-16"),
     Home("alpaca_7b", "h100:1x8"),
     Home("alpaca_7b", "a100-80g:1x8"),
     Home("alpaca_7b", "rtx4090:1x1", ("--config.lora.rank=16", _accumulate(5))),
-    Home("vicuna_7b", "v6e-8", (_accumulate(2),)),
+    Home("vicuna_7b", "v5p-16"),
     Home("vicuna_7b", "h100:1x8", (_accumulate(2),)),
     Home("guanaco_7b_qlora", "v5e:2x2"),
     Home("guanaco_7b_qlora", "rtx4090:1x1"),

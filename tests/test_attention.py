@@ -8,7 +8,7 @@ import pytest
 
 from llama_jax import attention as dispatch
 from llama_jax import blocked_attention as attention_lib
-from llama_jax import context_parallel
+from llama_jax import context_parallel, splash_attention
 from llama_jax.attention import attention, splash
 from llama_jax.errors import UserError
 from llama_jax.triton_attention import triton
@@ -228,13 +228,32 @@ def test_tiles_of_splash_change_no_gradient(tile, backward, window, shape):
     ],
 )
 def test_tiles_by_the_length_and_the_chip(monkeypatch, kind, keys, tile, fused):
-    monkeypatch.setattr(dispatch, "_device_kind", lambda: kind)
-    sizes = dispatch._tiles(keys, keys, 0, "auto")
+    monkeypatch.setattr(splash_attention, "device_kind", lambda: kind)
+    sizes = splash_attention._tiles(keys, keys, 0, "auto")
     assert {size for name, size in sizes.items() if name.startswith("block")} == {tile}
     assert sizes["use_fused_bwd_kernel"] is fused and ("block_q_dq" in sizes) is not fused
-    assert dispatch._tiles(keys, keys, 128, "split")["block_q"] == 128
-    assert not dispatch._tiles(keys, keys, 0, "split")["use_fused_bwd_kernel"]
-    assert dispatch._tiles(keys, keys, 0, "fused")["use_fused_bwd_kernel"]
+    assert splash_attention._tiles(keys, keys, 128, "split")["block_q"] == 128
+    assert not splash_attention._tiles(keys, keys, 0, "split")["use_fused_bwd_kernel"]
+    assert splash_attention._tiles(keys, keys, 0, "fused")["use_fused_bwd_kernel"]
+
+
+@pytest.mark.parametrize("context", [1, 4])
+@pytest.mark.parametrize("window", [0, 1, 128, 200])
+def test_a_mask_of_tiles_is_the_mask_itself(window, context):
+    """Whole tiles are answered at once; all together they are what JAX's own masks give."""
+    shape, masks = (1024, 1024), splash_attention.masks
+    ours, theirs = (
+        (splash_attention._Window(shape, window), masks.LocalMask(shape, (window - 1, 0), 0))
+        if window
+        else (splash_attention._Causal(shape), masks.CausalMask(shape))
+    )
+    order = context_parallel.query_order(1024, context).astype(np.int32)
+    ours.q_sequence = theirs.q_sequence = order
+    for rows in range(0, 1024, 128):
+        for columns in range(0, 1024, 128):
+            tile = (slice(rows, rows + 128), slice(columns, columns + 128))
+            np.testing.assert_array_equal(ours[tile], theirs[tile])
+    assert ours[:128, 512:640].strides == (0, 0) or context > 1  # hidden: nothing was compared
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 1, 2), (2, 1, 2, 2)])

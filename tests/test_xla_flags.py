@@ -95,7 +95,12 @@ def test_auto_is_the_preset_of_the_tpu(chip, libtpu):
     flags = PRESETS[chosen.preset].flags()
     assert env == {"LIBTPU_INIT_ARGS": " ".join([*flags, "--mine=1"])}
     if flags:
-        expected = f"preset {chosen.preset} ({len(flags)} flags; --xla_preset=none turns it off)"
+        expected = f"preset {chosen.preset} ({len(flags)} flags; --xla_preset=none turns it off"
+        if chosen.preset in ("v4", "v5p", "v6e"):
+            expected += "; libtpu warns of its continuation fusion"
+        if chosen.preset in ("v5p", "v6e"):
+            expected += f", --xla_preset={chosen.preset}-sparsecore does without"
+        expected += ")"
     else:
         expected = f"none, as this libtpu takes no preset for {chip}"
     assert str(chosen) == expected
@@ -148,7 +153,7 @@ def test_no_all_reduce_is_fused_on_v4():
         "--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true",
     }
     having = {name for name, preset in PRESETS.items() if pair & set(preset.flags())}
-    assert having == {"v5p", "v6e", "v6e-offload"}
+    assert having == {"v5e", "v5p", "v6e", "v6e-offload"}
     assert all(pair <= set(PRESETS[name].flags()) for name in having)
 
 
@@ -385,7 +390,7 @@ def test_the_tpu_compiler_knows_the_flags(name):
 @pytest.mark.tpu
 def test_the_plan_names_its_preset():
     flags = ("--config=configs/tiny.py", "--topology=v5e:2x2", "--config.model.n_layers=1")
-    said = "\nflags        preset v5e (7 flags; --xla_preset=none turns it off)\n"
+    said = "\nflags        preset v5e (9 flags; --xla_preset=none turns it off)\n"
     assert run_command("plan", *flags, XLA_FLAGS="", fresh=True).stdout.endswith(said)
     for preset, name in (((), "v5e"), (("--xla_preset=none",), "none")):
         process = run_command("plan", *flags, *preset, "--json", XLA_FLAGS="", fresh=True)
