@@ -104,9 +104,7 @@ def compile_step(config: Config, devices: list[jax.Device]) -> Compiled:
             text, memory = compiled.as_text(), compiled.memory_analysis()
             sizes = {
                 "arguments": memory.argument_size_in_bytes,
-                "temporaries": memory.temp_size_in_bytes
-                + memory.output_size_in_bytes
-                - memory.alias_size_in_bytes,
+                "temporaries": _temporaries(memory, mesh),
                 "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
             }
     parameters = _bytes_per_device(state.params)
@@ -125,6 +123,19 @@ def compile_step(config: Config, devices: list[jax.Device]) -> Compiled:
     warnings = tuple(line for line in said if _WARNING.search(line))
     seconds = time.perf_counter() - began
     return Compiled(mesh, seconds, text, sizes, constraints, warnings)
+
+
+def _temporaries(memory: Any, mesh: jax.sharding.Mesh) -> int:
+    """Bytes beside the arguments, at the moment when the step needs most.
+
+    A TPU's compiler adds up what is not there at the same time, and tells the peak beside it: this
+    is what it compares with the chip's memory. A published run of MaxText's, Llama 2 70B on v6e,
+    has 39.5 GB by the one and ran in the 33.6 GB of the chip.
+    """
+    if mesh.devices.flat[0].platform == "tpu":
+        return max(0, memory.peak_memory_in_bytes - memory.argument_size_in_bytes)
+    written = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.temp_size_in_bytes + written
 
 
 def _bytes_per_device(tree: Any) -> int:

@@ -30,13 +30,10 @@ class Estimate:
     Attributes:
       total: bytes of state and temporaries, as `plan` counts them.
       seconds: those of a step.
-      scratch: bytes of `total` that a TPU's compiler adds when it generates code: they are in its
-        memory analysis, but not in the heap of the scheduled program.
     """
 
     total: float
     seconds: float
-    scratch: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +70,10 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     hidden, waited = _network_seconds(config, topology, parts)
     share = _TPU_EXPOSED if topology.chip.torus else _GPU_EXPOSED
     seconds = max(compute, hidden) + share * min(compute, hidden) + waited
-    total, scratch = _bytes(config, topology.chip, parts)
-    return Estimate(total, seconds, scratch)
+    return Estimate(_bytes(config, topology.chip, parts), seconds)
 
 
-def _bytes(config: Config, chip: Chip, parts: _Parts) -> tuple[float, float]:
-    """The total and, of it, the scratch."""
+def _bytes(config: Config, chip: Chip, parts: _Parts) -> float:
     model, train, tensor, tokens = config.model, config.train, parts.tensor, parts.tokens
     trained, frozen, _ = _weights(config)
     moments = 4 + (2 if config.optim.moment_dtype == "bfloat16" else 4)
@@ -98,9 +93,7 @@ def _bytes(config: Config, chip: Chip, parts: _Parts) -> tuple[float, float]:
     total = state + kept + max(working, logits)
     # Of frozen weights a layer is unpacked or gathered; of trained ones there are gradients too,
     # which a TPU adds up one after another.
-    total += layer if config.lora.rank or chip.torus else 3 * layer + heads
-    scratch = working if chip.torus else 0.0
-    return total + scratch, scratch
+    return total + (layer if config.lora.rank or chip.torus else 3 * layer + heads)
 
 
 def _double_buffers() -> bool:

@@ -100,11 +100,8 @@ class _Try:
         except UserError as error:
             self._failed(error)
             return
-        # Where it does not fit, the compiler's figure is all that there is.
-        total = found.total + (self.guess.scratch if found.fits else 0)
-        fits = found.fits and total <= self.topology.chip.hbm_bytes
-        total *= self.topology.chip.devices_per_chip
-        self.told |= {"fits": fits, "total": int(total), "scheduled_seconds": found.seconds}
+        total = found.total * self.topology.chip.devices_per_chip
+        self.told |= {"fits": found.fits, "total": total, "scheduled_seconds": found.seconds}
         self._say("about ", f"about {found.seconds:.3f} s" if found.seconds else "")
 
     def compile(self, price: float) -> dict[str, Any] | None:

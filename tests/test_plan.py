@@ -412,6 +412,46 @@ def test_the_tpu_compiler_says_that_it_fits(config):
     check(home_of(config, "tpu"))
 
 
+@pytest.mark.tpu
+@pytest.mark.parametrize("name", ["v5p:4x4x4", "v5e:16x16"])
+def test_a_torus_has_gathers(name):
+    """Of each weight of a layer, in both loops; no all-reduce stands for one.
+
+    A compiler that takes the slice for a mesh without wrap-around, or a 3-D gather for one that it
+    has not, adds up zero-filled arrays instead.
+    """
+    code = f"""
+import jax
+jax.config.update("jax_platforms", "cpu")
+from llama_jax import ahead, hlo
+from llama_jax.topology import parse_topology, topology_devices
+from tests.helpers import replace
+from tests.test_config import load
+devices = topology_devices(parse_topology("{name}"))
+config = replace(load("7b")[0], model__n_layers=2, model__vocab_size=2048, model__attention="xla",
+                 train__seq_len=256, train__global_batch=len(devices))
+module = hlo.parse(ahead.compile_step(config, devices).text)
+for one in module.computations[module.entry].values():
+    if one.opcode == "while":
+        (body,) = [called for called in one.called if "ROOT" in str(module.computations[called])
+                   and any(each.is_root and each.opcode == "tuple"
+                           for each in module.computations[called].values())]
+        sent = [each.collective for each in hlo.sent(body, module)]
+        print(sum(each.kind == "all-gather" and each.size > 1e6 for each in sent),
+              sum(each.kind == "all-reduce" and each.size > 1e6 for each in sent))
+"""
+    env = {**os.environ, "XLA_FLAGS": "", "LIBTPU_INIT_ARGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    counts = [tuple(map(int, line.split())) for line in process.stdout.splitlines()]
+    layers = [(gathers, reduced) for gathers, reduced in counts if gathers]
+    assert len(layers) == 2, counts
+    (forward, none), (backward, gradients) = layers
+    assert forward == 7 and none == 0  # wq, wk, wv, wo, w1, w2, w3
+    assert backward == 7 and gradients <= 7
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", ["7b", "65b"])
 def test_the_gpu_compiler_says_that_it_fits(config):

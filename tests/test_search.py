@@ -64,17 +64,7 @@ HEAPS = [
 @pytest.mark.parametrize(("name", "topology", "changes", "heap"), HEAPS, ids=str)
 def test_the_estimate_of_memory_is_within_a_few_percent(name, topology, changes, heap):
     guess = estimate(replace(load(name)[0], **changes), parse_topology(topology))
-    assert (guess.total - guess.scratch) / 2**30 == pytest.approx(heap, rel=0.09)
-
-
-@pytest.mark.parametrize(
-    ("name", "topology", "remat", "total"),
-    [("65b", "v5p-1024", f"{MLP},attn_out,q", 91.6), ("7b", "v5p-128", "save:mlp_up", 80.5)],
-)
-def test_the_estimate_has_the_memory_of_the_code_in_it(name, topology, remat, total):
-    """The compiler's memory analysis of the whole compilation, GiB."""
-    guess = estimate(replace(load(name)[0], model__remat=remat), parse_topology(topology))
-    assert guess.total / 2**30 == pytest.approx(total, rel=0.02)
+    assert guess.total / 2**30 == pytest.approx(heap, rel=0.09)
 
 
 def test_the_estimate_knows_the_torus():
@@ -297,8 +287,7 @@ def test_a_search_for_tpus_takes_the_fastest_plan(monkeypatch):
 
 
 def test_what_does_not_fit_its_schedule_is_not_compiled(monkeypatch, capsys):
-    """Nor what would not with the memory that the code needs."""
-    sizes = {BEST: 97, "save:mlp_gate,mlp_up,attn_out": 95.5}
+    sizes = {BEST: 97, "save:mlp_gate,mlp_up,attn_out": 96}
     said = fake_compilers(monkeypatch, scheduled_gib=lambda remat: sizes.get(remat, 80))
     result = search(LARGE, SLICE, limit=6, price=0.0)
     assert [one["fits"] for one in result["tried"]] == [False, False, True, True, True, True]
