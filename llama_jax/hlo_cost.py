@@ -106,15 +106,17 @@ def kernel_flops(one: Instruction) -> float:
     if not products:
         return 0.0
     listed = re.search(r"operand_layout_constraints=\{(.*?\}\}|.*?\})(?:, |$)", one.line)
-    arrays = re.findall(r"(?:bf16|f16|f32)\[\d+,\d+,\d+,\d+\]", listed[1] if listed else one.line)
+    arrays = re.findall(r"(?:bf16|f16|f32)\[(?:\d+,){2,3}\d+\]", listed[1] if listed else one.line)
     if len(arrays) < 2:
         return 0.0
+    queries = dimensions(arrays[0])
     # The fused backward kernel of splash also gives d_q, once for each tile of keys.
-    if "splash_mha_dkv" in one.line and re.search(r"\[\d+,\d+,\d+,\d+,\d+\]", one.shape):
+    partial = rf"\[(?:\d+,){{{len(queries)}}}\d+\]"
+    if "splash_mha_dkv" in one.line and re.search(partial, one.shape):
         products = 5
-    # Splash takes B N T H, the kernels for GPUs take B T N H.
-    keys = dimensions(arrays[1])[2 if "tpu_custom_call" in one.line else 1]
-    return float(products * math.prod(dimensions(arrays[0])) * keys)
+    # Splash takes B N T H, without B where a device has one sequence; the kernels for GPUs B T N H.
+    keys = dimensions(arrays[1])[-2 if "tpu_custom_call" in one.line else 1]
+    return float(products * math.prod(queries) * keys)
 
 
 def traffic(one: Instruction, scope: dict[str, Instruction], module: Module) -> float:

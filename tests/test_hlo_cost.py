@@ -88,11 +88,19 @@ def test_kernels(target, name, products):
     assert kernel_flops(kernel(target, name, shape)) == products * SQUARE
 
 
-def test_the_fused_backward_kernel_of_splash():
-    """It also returns d_q, once for each tile of keys: one kernel of five products."""
-    one = kernel("tpu_custom_call", "splash_mha_dkv_no_residuals", "[2,4,128,8]")
-    fused = one.line.replace("bf16[1]{0}", "(bf16[2,8,4,128,8]{4,3,2,1,0}, bf16[2,4,128,8])")
-    assert kernel_flops(only(fused)[0]) == 5 * SQUARE
+@pytest.mark.parametrize(("batch", "square"), [("2,", SQUARE), ("", SQUARE // 2)])
+def test_the_kernels_of_one_sequence_and_of_several(batch, square):
+    """XLA drops a dimension of 1; the fused kernel of splash also returns d_q, once a tile."""
+
+    def flops_of(name, out="bf16[1]{0}"):
+        one = kernel("tpu_custom_call", name, f"[{batch}4,128,8]")
+        return kernel_flops(only(one.line.replace("bf16[1]{0}", out))[0])
+
+    assert flops_of("splash_mha_fwd_residuals") == 2 * square
+    whole = f"bf16[{batch}4,128,8]"
+    assert flops_of("splash_mha_dkv_no_residuals", f"(f32[{batch}512,128], {whole})") == 4 * square
+    fused = f"(bf16[{batch}8,4,128,8]{{3,2,1,0}}, {whole})"
+    assert flops_of("splash_mha_dkv_no_residuals", fused) == 5 * square
 
 
 @pytest.mark.parametrize(
