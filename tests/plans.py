@@ -94,7 +94,7 @@ FAMILY = (
     Home("llama3_1_8b", "v5p-128", (_ATTENTION, _context(2))),
     Home("llama3_1_8b", "h200:4x8", (_HOPPER, _save("attn_context"))),
     Home("llama3_1_70b", "v5p-512", (_ATTENTION, _context(8))),
-    Home("llama3_1_70b", "h200:32x8", (_HOPPER, _context(8))),
+    Home("llama3_1_70b", "h200:64x8", (_HOPPER, _context(16))),
     Home("llama3_1_405b", "v5p-2048", (_ATTENTION, _context(32))),
     Home("llama3_1_405b", "h200:128x8", (_HOPPER, _context(32))),
     Home("llama3_2_1b", "v5p-128", (_UP, _context(2))),
@@ -138,8 +138,7 @@ PUBLISHED = (
     _published(
         "llama3_1_70b",
         "v6e-256",
-        *(8192, 1024, "--xla_preset=v6e-offload"),
-        "--config.model.remat=offload:block_in,q,k,v",
+        *(8192, 1024, "--config.model.remat=offload:block_in,q,k,v"),
     ),
     _published(
         "llama3_1_70b",
