@@ -140,12 +140,6 @@ PUBLISHED = (
         "v6e-256",
         *(8192, 1024, "--config.model.remat=offload:block_in,q,k,v"),
     ),
-    _published(
-        "llama3_1_70b",
-        "tpu7x:4x4x4",
-        *(8192, 256, _save("q,k,v,attn_context"), "--config.optim.moment_dtype=bfloat16"),
-    ),
-    _published("llama3_1_405b", "v5p-1024", 8192, 1024),
 )
 HOMES = PRETRAINING + FAMILY + FINETUNING + SMALL
 ALPACA_TOKENS = 1_218 * 40 * 512  # of alpaca_7b.py: three times 52,002 records
