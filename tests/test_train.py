@@ -607,6 +607,8 @@ STEP_FIELDS = {
 OTHER_FIELDS = {
     "init_from": "test_init_from",
     "model.attention": "test_attention::test_an_unknown_backend_is_an_error",
+    "model.attention_tile": "test_attention::test_tiles_of_splash_change_no_gradient",
+    "model.attention_backward": "test_attention::test_tiles_of_splash_change_no_gradient",
     **dict.fromkeys(
         ("mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor"), "test_mesh, test_step"
     ),
