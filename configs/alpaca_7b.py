@@ -10,16 +10,19 @@ Ours are the 40 packed sequences, for 128 padded records, which are taken to be 
 look at what `prepare` says of your data and at the epochs in the log. It needs 8 GPUs of 80 GB or
 less; `lora` in docs/lora.md needs one.
 Fits, as the compilers of these machines say (tests/plans.py checks it):
+  python -m llama_jax.plan --config=configs/alpaca_7b.py --topology=v5p-16
+    15.4 of 95.7 GiB a chip; predicted 0.76 s a step, 3,390 tokens/s/chip,
+    MFU 29.9% (6N), 0.26 hours, 2.04 chip hours.
   python -m llama_jax.plan --config=configs/alpaca_7b.py --topology=h100:1x8
-    15.2 of 71.2 GiB a chip; predicted 0.24 s a step, 10,646 tokens/s/chip,
-    MFU 43.5% (6N), 0.08 hours, 0.65 chip hours.
+    15.2 of 71.2 GiB a chip; predicted 0.24 s a step, 10,610 tokens/s/chip,
+    MFU 43.4% (6N), 0.08 hours, 0.65 chip hours.
   python -m llama_jax.plan --config=configs/alpaca_7b.py --topology=a100-80g:1x8
-    14.8 of 71.3 GiB a chip; predicted 0.66 s a step, 3,892 tokens/s/chip,
+    14.8 of 71.3 GiB a chip; predicted 0.66 s a step, 3,888 tokens/s/chip,
     MFU 50.4% (6N), 0.22 hours, 1.78 chip hours.
   python -m llama_jax.plan --config=configs/alpaca_7b.py --topology=rtx4090:1x1 \\
       --config.lora.rank=16 --config.train.grad_accum=5
-    15.2 of 21.6 GiB a chip; predicted 7.34 s a step, 2,791 tokens/s/chip,
-    MFU 45.5% (4N), 2.48 hours, 2.48 chip hours.
+    15.1 of 21.6 GiB a chip; predicted 7.32 s a step, 2,797 tokens/s/chip,
+    MFU 45.6% (4N), 2.48 hours, 2.48 chip hours.
 """
 
 import ml_collections

@@ -10,6 +10,17 @@ divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
 Recipe, all of the paper (section 2.2, table 1): tokens, batch, peak rate, AdamW with betas 0.9 and
 0.95 and eps 1e-5, 2,000 warm-up steps, cosine to a tenth, decay 0.1, clipping at 1.0. Its mixture
 of data is not published.
+Fits, as the compilers of these machines say (tests/plans.py checks it):
+  python -m llama_jax.plan --config=configs/llama2_7b.py --topology=v5p-128 \\
+      --config.model.remat=save:q,k,v,attn_context,attn_out,mlp_gate,mlp_up \\
+      --config.train.grad_accum=4
+    50.5 of 95.7 GiB a chip; predicted 9.87 s a step, 6,642 tokens/s/chip,
+    MFU 58.5% (6N), 54 days, 83,645 chip hours.
+  python -m llama_jax.plan --config=configs/llama2_7b.py --topology=h100:16x8 \\
+      --xla_preset=hopper --config.model.remat=save:q,k,v,attn_context,mlp_gate,mlp_up \\
+      --config.train.grad_accum=2
+    62.8 of 71.2 GiB a chip; predicted 2.65 s a step, 12,363 tokens/s/chip,
+    MFU 50.5% (6N), 15 days, 44,936 chip hours.
 """
 
 import ml_collections

@@ -11,6 +11,17 @@ Recipe: the peak rate is that of the paper, table 3, and 15T tokens are its roun
 published for this size, and LLaMA's here: batch, warm-up, final rate, betas, decay, clipping. For
 405B the paper has 8,000 warm-up steps, a cosine to 1% of the peak, and a batch that grows from 4M
 to 16M tokens. Its mixture of data is given by kinds only.
+Fits, as the compilers of these machines say (tests/plans.py checks it):
+  python -m llama_jax.plan --config=configs/llama3_8b.py --topology=v5p-128 \\
+      --config.model.remat=save:q,k,v,attn_context,attn_out,mlp_gate,mlp_up \\
+      --config.train.grad_accum=4
+    53.0 of 95.7 GiB a chip; predicted 11.95 s a step, 5,486 tokens/s/chip,
+    MFU 57.6% (6N), 494 days, 759,550 chip hours.
+  python -m llama_jax.plan --config=configs/llama3_8b.py --topology=h100:16x8 \\
+      --xla_preset=hopper --config.model.remat=save:q,k,v,attn_context,mlp_gate,mlp_up \\
+      --config.train.grad_accum=2
+    62.2 of 71.2 GiB a chip; predicted 3.35 s a step, 9,775 tokens/s/chip,
+    MFU 47.6% (6N), 139 days, 426,276 chip hours.
 """
 
 import ml_collections

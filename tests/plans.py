@@ -125,7 +125,7 @@ FINETUNING = (
     Home("vicuna_7b", "h100:1x8", (_accumulate(2),)),
     Home("guanaco_7b_qlora", "v5e:2x2"),
     Home("guanaco_7b_qlora", "rtx4090:1x1"),
-    Home("guanaco_65b_qlora", "v5e:4x4"),
+    Home("guanaco_65b_qlora", "v5e:4x4", (_accumulate(1),), scheduled=True),
     Home("guanaco_65b_qlora", "l40s:1x1"),
 )
 SMALL = (
@@ -145,11 +145,6 @@ def _published(config, topology, seq_len, batch, *flags):
 PUBLISHED = (
     _published("llama2_70b", "v5p-1024", 4096, 2048, _save("q,k,v,attn_out")),
     _published("llama2_70b", "v6e-256", 4096, 1024),
-    _published(
-        "llama3_1_70b",
-        "v6e-256",
-        *(8192, 1024, "--config.model.remat=offload:block_in,q,k,v"),
-    ),
 )
 HOMES = PRETRAINING + FAMILY + FINETUNING + SMALL
 ALPACA_TOKENS = 1_218 * 40 * 512  # of alpaca_7b.py: three times 52,002 records
@@ -169,6 +164,7 @@ def schedule_plan(home):
     rate = train.tokens_per_step / topology.chips / found.seconds
     each = flops_per_token(model, config.lora, train.seq_len)
     days = train.steps * found.seconds / 86_400
+    products = 4 if config.lora.rank else 6
     return {
         "fits": found.fits,
         "scheduled": True,
@@ -181,7 +177,7 @@ def schedule_plan(home):
         "step_seconds": round(found.seconds, 1),
         "exposed_seconds": round(found.exposed, 2),
         "tokens_per_second_per_chip": round(rate),
-        "mfu_6n": round(6 * model.parameter_count() * rate / chip.peak_flops, 3),
+        "mfu_6n": round(products * model.parameter_count() * rate / chip.peak_flops, 3),
         "mfu_attention": round(each * rate / chip.peak_flops, 3),
         "days": round(days, 1),
         "chip_hours": round(days * 24 * topology.chips),
@@ -236,7 +232,7 @@ def docstring_lines(home):
     """What the config's docstring says of a home."""
     stored = golden(home)
     sizes = stored["gib_per_chip"]
-    rule = "4N" if "frozen" in sizes else "6N"
+    rule = "4N" if "frozen" in sizes or load(home.config)[0].lora.rank else "6N"
     long = f"{hours(home):.2f} hours" if home in FINETUNING else f"{stored['days']:.0f} days"
     lines = [""]
     for word in home.command:
