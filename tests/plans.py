@@ -46,6 +46,16 @@ class Home:
         return "tpu" if parse_topology(self.topology).chip.torus else "gpu"
 
     @property
+    def loaded(self):
+        """The config with the flags."""
+        changes = {}
+        for flag in self.flags:
+            if flag.startswith("--config."):
+                name, value = flag.removeprefix("--config.").split("=", 1)
+                changes[name.replace(".", "__")] = int(value) if value.isdigit() else value
+        return replace(load(self.config)[0], **changes)
+
+    @property
     def command(self):
         lines = [f"--config=configs/{self.config}.py", f"--topology={self.topology}", *self.flags]
         return ["python -m llama_jax.plan", *lines]
@@ -152,12 +162,7 @@ ALPACA_TOKENS = 1_218 * 40 * 512  # of alpaca_7b.py: three times 52,002 records
 
 def schedule_plan(home):
     """The summary of a home whose program is only scheduled."""
-    topology = parse_topology(home.topology)
-    changes = {}
-    for flag in home.flags:
-        name, value = flag.removeprefix("--config.").split("=", 1)
-        changes[name.replace(".", "__")] = int(value) if value.isdigit() else value
-    config = replace(load(home.config)[0], **changes)
+    topology, config = parse_topology(home.topology), home.loaded
     use_preset("auto", tpu=topology.chip.name)
     found = schedule(config, topology)
     chip, train, model = topology.chip, config.train, config.model

@@ -33,13 +33,7 @@ NEAR = [one for one in plans.HOMES if one.topology not in FAR and one not in pla
 @pytest.mark.parametrize("home", NEAR, ids=lambda home: home.name)
 def test_the_estimate_is_near_the_compiler(home):
     """Within a factor of two in memory and time: enough to sort by."""
-    config, _ = load(home.config)
-    changes = {}
-    for flag in home.flags:
-        if flag.startswith("--config."):
-            name, value = flag.removeprefix("--config.").split("=", 1)
-            changes[name.replace(".", "__")] = int(value) if value.isdigit() else value
-    guess = estimate(replace(config, **changes), parse_topology(home.topology))
+    guess = estimate(home.loaded, parse_topology(home.topology))
     stored = plans.golden(home)
     assert guess.total / 2**30 == pytest.approx(stored["gib_per_chip"]["total"], rel=0.5)
     assert guess.seconds == pytest.approx(stored["step_seconds"], rel=0.5)
