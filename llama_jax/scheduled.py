@@ -23,13 +23,12 @@ import time
 
 from llama_jax.config import Config, from_json
 from llama_jax.errors import UserError, first_line
+from llama_jax.estimate import TPU_PRODUCTS
 from llama_jax.hlo import parse
 from llama_jax.mesh import make_mesh
 from llama_jax.predict import predict
 from llama_jax.topology import Topology, node_of, parse_topology, topology_devices, torus_of
 
-# Of the peak, that matrix products reach: the compiler's cycles of LLaMA's come to 0.77 to 0.85.
-EFFICIENCY = 0.8
 _PATIENCE = 1800  # seconds, after which the compiler of one candidate is given up
 _POLL = 0.05  # seconds
 _MODULE = "jit_train_step"
@@ -46,7 +45,7 @@ class Scheduled:
     Attributes:
       total: bytes of arguments and temporaries.
       fits: whether the device has as many.
-      seconds: about those of a step: FLOPs at `EFFICIENCY` of the peak and exposed network; None
+      seconds: about those of a step: FLOPs at `TPU_PRODUCTS` of the peak and exposed network; None
         where the compiler ends because it does not fit.
       exposed: seconds of the network that no compute hides; None likewise.
       flops: FLOPs of a step, recomputation included; None likewise.
@@ -127,7 +126,7 @@ def _read(config: Config, topology: Topology, folder: pathlib.Path) -> Scheduled
     # Without cycles, products at the peak: the compiler's estimates of memory traffic are of
     # fusions whose operands it keeps in vector memory.
     chip = dataclasses.replace(
-        topology.chip, clock=None, hbm_bandwidth=math.inf, matmul_efficiency=EFFICIENCY
+        topology.chip, clock=None, hbm_bandwidth=math.inf, matmul_efficiency=TPU_PRODUCTS
     )
     nodes = [node_of(device) for device in placed]
     result = predict(module, chip, nodes, torus_of(topology, placed))
