@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+import os
+import pathlib
 import re
+import tempfile
 import time
 from typing import Any
 
@@ -17,6 +20,8 @@ from llama_jax.step import abstract_batch, abstract_frozen, abstract_state, jit_
 from llama_jax.topology import captured
 
 _WARNING = re.compile(r"(?i)involuntary full rematerialization")
+_REPORT = "*.after_optimizations-memory-usage-report.txt"
+_HEAP = re.compile(r"Memory Space: default .*\nTotal bytes: (\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +88,16 @@ def lower_step(config: Config, devices: list[jax.Device]) -> tuple[Any, Any, jax
         return step.train.lower(state, batch), state, mesh
 
 
-def compile_step(config: Config, devices: list[jax.Device]) -> Compiled:
+def compile_step(
+    config: Config, devices: list[jax.Device], folder: pathlib.Path | None = None
+) -> Compiled:
     """Compiles the very step that `train` runs.
+
+    Args:
+      config: of the step.
+      devices: where it runs; they need not be here.
+      folder: where the compiler of a TPU writes the program and its memory once they are scheduled;
+        None: where XLA_FLAGS say, or else one that is removed at the end.
 
     Raises:
       UserError: the config does not divide over the mesh.
@@ -93,18 +106,23 @@ def compile_step(config: Config, devices: list[jax.Device]) -> Compiled:
     text, sizes = "", {}
     # XLA writes warnings only at this level, whatever TF_CPP_MIN_LOG_LEVEL was at import.
     jax.config.update("jax_logging_level", "WARNING")
-    with captured() as said:
+    with captured() as said, tempfile.TemporaryDirectory(prefix="llama_jax_plan_") as own:
         lowered, state, mesh = lower_step(config, devices)
         constraints = lowered.as_text().count("sdy.sharding_constraint")
+        tpu = mesh.devices.flat[0].platform == "tpu"
+        folder = folder or _dumped() or pathlib.Path(own)
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile({"xla_dump_to": str(folder)} if tpu else None)
         except jax.errors.JaxRuntimeError as error:
             sizes = _exhausted(str(error))
         else:
             text, memory = compiled.as_text(), compiled.memory_analysis()
+            arguments = memory.argument_size_in_bytes
+            written = memory.output_size_in_bytes - memory.alias_size_in_bytes
+            beside = heap(folder) - arguments if tpu else memory.temp_size_in_bytes + written
             sizes = {
-                "arguments": memory.argument_size_in_bytes,
-                "temporaries": _temporaries(memory, mesh),
+                "arguments": arguments,
+                "temporaries": beside,
                 "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
             }
     parameters = _bytes_per_device(state.params)
@@ -125,17 +143,29 @@ def compile_step(config: Config, devices: list[jax.Device]) -> Compiled:
     return Compiled(mesh, seconds, text, sizes, constraints, warnings)
 
 
-def _temporaries(memory: Any, mesh: jax.sharding.Mesh) -> int:
-    """Bytes beside the arguments, at the moment when the step needs most.
+def _dumped() -> pathlib.Path | None:
+    """Where XLA_FLAGS ask for all programs."""
+    asked = re.findall(r"--xla_dump_to=(\S+)", os.environ.get("XLA_FLAGS", ""))
+    return pathlib.Path(asked[-1]) if asked else None
 
-    A TPU's compiler adds up what is not there at the same time, and tells the peak beside it: this
-    is what it compares with the chip's memory. A published run of MaxText's, Llama 2 70B on v6e,
-    has 39.5 GB by the one and ran in the 33.6 GB of the chip.
+
+def heap(folder: pathlib.Path) -> int:
+    """Bytes of a TPU's main memory that a program allocates, as its compiler reports them.
+
+    `memory_analysis` has no such figure: its sum of temporaries counts twice what shares memory,
+    and its peak counts what is offloaded to the host.
+
+    Args:
+      folder: of the compiled step, see `compile_step`; the newest report in it counts.
+
+    Raises:
+      UserError: there is no report, or it is of another form.
     """
-    if mesh.devices.flat[0].platform == "tpu":
-        return max(0, memory.peak_memory_in_bytes - memory.argument_size_in_bytes)
-    written = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.temp_size_in_bytes + written
+    reports = sorted(folder.glob(_REPORT), key=lambda report: report.stat().st_mtime_ns)
+    found = _HEAP.search(reports[-1].read_text()) if reports else None
+    if found is None:
+        raise UserError(f"the TPU's compiler has not reported the program's memory in {folder}")
+    return int(found[1])
 
 
 def _bytes_per_device(tree: Any) -> int:

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import tempfile
 import threading
 import time
 
+from llama_jax.ahead import compile_step, heap
 from llama_jax.config import Config, from_json
 from llama_jax.errors import UserError, first_line
 from llama_jax.estimate import TPU_PRODUCTS
@@ -31,11 +31,9 @@ from llama_jax.topology import Topology, node_of, parse_topology, topology_devic
 
 _PATIENCE = 1800  # seconds, after which the compiler of one candidate is given up
 _POLL = 0.05  # seconds
-_MODULE = "jit_train_step"
-# In the order in which the compiler writes them: the last says that the others are complete.
-_PROGRAM = f"*.{_MODULE}.*.after_optimizations.txt"
-_MEMORY = f"*.{_MODULE}.*.after_optimizations-memory-usage-report.txt"
-_LAST = f"*.{_MODULE}.*.after_optimizations_after_buffer_assignment.txt"
+# The compiler writes the last after the other, and after the report of the memory.
+_PROGRAM = "*.after_optimizations.txt"
+_LAST = "*.after_optimizations_after_buffer_assignment.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +79,7 @@ def _compile(config: Config, topology: Topology, folder: pathlib.Path) -> int | 
     asked = {"config": json.loads(config.to_json()), "topology": topology.slice_name}
     asked |= {"slices": topology.slices, "folder": str(folder)}
     package = str(pathlib.Path(__file__).parent.parent)
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}"
-    flags += f" --xla_dump_hlo_module_re={_MODULE}"
-    env = {**os.environ, "XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     with subprocess.Popen(
         [sys.executable, "-m", "llama_jax.scheduled"],
@@ -117,10 +113,7 @@ def _compile(config: Config, topology: Topology, folder: pathlib.Path) -> int | 
 
 
 def _read(config: Config, topology: Topology, folder: pathlib.Path) -> Scheduled:
-    report = next(folder.glob(_MEMORY)).read_text()
-    found = re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", report)
-    if found is None:
-        raise UserError("the compiler's report of the memory is of another form")
+    total = heap(folder)
     module = parse(next(folder.glob(_PROGRAM)).read_text())
     placed = list(make_mesh(config.mesh, config.dcn, topology_devices(topology)).devices.flat)
     # Without cycles, products at the peak: the compiler's estimates of memory traffic are of
@@ -130,7 +123,6 @@ def _read(config: Config, topology: Topology, folder: pathlib.Path) -> Scheduled
     )
     nodes = [node_of(device) for device in placed]
     result = predict(module, chip, nodes, torus_of(topology, placed))
-    total = int(found[1])
     fits = total <= topology.chip.hbm_bytes
     return Scheduled(total, fits, result.step, result.exposed, result.flops)
 
@@ -150,16 +142,15 @@ def _main() -> None:
     """Compiles what standard input says; answers on standard output where there is no schedule."""
     parent = os.getppid()
     asked = json.load(sys.stdin)
-    watch = (pathlib.Path(asked["folder"]), parent)
-    threading.Thread(target=_watch, args=watch, daemon=True).start()
+    folder = pathlib.Path(asked["folder"])
+    threading.Thread(target=_watch, args=(folder, parent), daemon=True).start()
     answer: dict[str, object]
-    from llama_jax.ahead import compile_step
 
     try:
         with contextlib.redirect_stdout(sys.stderr):
             topology = parse_topology(asked["topology"], asked["slices"])
             config = from_json(json.dumps(asked["config"]))
-            compiled = compile_step(config, topology_devices(topology))
+            compiled = compile_step(config, topology_devices(topology), folder)
             answer = {} if compiled.text else {"total": compiled.bytes["total"]}
     except Exception as error:  # the other process says it in one line
         answer = {"error": first_line(error)}

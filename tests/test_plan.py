@@ -172,7 +172,7 @@ def test_the_compilers_word_that_it_does_not_fit(eight, monkeypatch):
         def as_text(self):
             return "sdy.sharding_constraint"
 
-        def compile(self):
+        def compile(self, options):
             raise jax.errors.JaxRuntimeError(self.message)
 
     real = lower_step(CONFIG, jax.devices())
@@ -209,6 +209,24 @@ def test_the_compilers_word_that_it_does_not_fit(eight, monkeypatch):
     Lowered.message = "INTERNAL: a bug"
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
         plan(CONFIG, eight)
+
+
+def test_the_heap_of_a_tpu_program_is_in_its_newest_report(tmp_path):
+    with pytest.raises(UserError, match=f"not reported the program's memory in {tmp_path}"):
+        ahead.heap(tmp_path)
+    for order, size in (("0001", 5169836928), ("0000", 482433696)):  # the later one comes last
+        path = tmp_path / f"module_{order}.jit_x.after_optimizations-memory-usage-report.txt"
+        path.write_text(
+            f"Memory Space: default (color=0)\nTotal bytes: {size} (x)\n  shapes\n"
+            "Memory Space: cmem (color=5)\nTotal bytes: 536870912 (512.00MiB)\n"
+        )
+        os.utime(path, (size, size))
+        (tmp_path / "m.cpu_after_optimizations-memory-usage-report.txt").write_text("another")
+    assert ahead.heap(tmp_path) == 5169836928
+    path.write_text("Memory Space: hbm")
+    os.utime(path, (6e9, 6e9))
+    with pytest.raises(UserError, match="has not reported"):
+        ahead.heap(tmp_path)
 
 
 def test_what_the_compiler_works_around_is_told(eight, monkeypatch):
@@ -411,6 +429,30 @@ def test_warnings_of_the_gpu_compiler_are_seen():
 @pytest.mark.parametrize("config", ["7b", "65b"])
 def test_the_tpu_compiler_says_that_it_fits(config):
     check(home_of(config, "tpu"))
+
+
+@pytest.mark.tpu
+def test_what_is_offloaded_is_not_in_the_chips_memory():
+    """The compiler's peak_memory_in_bytes has both; what is kept instead is in the chip's."""
+    code = """
+import jax, json
+jax.config.update("jax_platforms", "cpu")
+from llama_jax import ahead
+from llama_jax.topology import parse_topology, topology_devices
+from tests.helpers import replace
+from tests.test_config import load
+config = replace(load("tiny")[0], train__global_batch=256, model__n_layers=32)
+for remat in ("save:block_in,q", "offload:block_in,q"):
+    changed = replace(config, model__remat=remat)
+    print(json.dumps(ahead.compile_step(changed, topology_devices(parse_topology("v5e:2x2"))).bytes))
+"""
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    kept, offloaded = (json.loads(line) for line in process.stdout.splitlines()[-2:])
+    assert kept["host"] == 0 and offloaded["host"] > 10**9
+    assert offloaded["total"] < kept["total"] - 0.8 * offloaded["host"]
 
 
 @pytest.mark.tpu
