@@ -11,7 +11,7 @@ look at what `prepare` says of your data and at the epochs in the log. It needs 
 less; `lora` in docs/lora.md needs one.
 Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/alpaca_7b.py --topology=v5p-16
-    15.4 of 95.7 GiB a chip; predicted 0.76 s a step, 3,390 tokens/s/chip,
+    15.5 of 95.7 GiB a chip; predicted 0.76 s a step, 3,390 tokens/s/chip,
     MFU 29.9% (6N), 0.26 hours, 2.04 chip hours.
   python -m llama_jax.plan --config=configs/alpaca_7b.py --topology=h100:1x8
     15.2 of 71.2 GiB a chip; predicted 0.24 s a step, 10,610 tokens/s/chip,

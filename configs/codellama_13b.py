@@ -15,7 +15,7 @@ Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/codellama_13b.py --topology=v5p-256 \\
       --config.model.remat=save:q,k,v,attn_context,attn_out,mlp_gate,mlp_up \\
       --config.train.grad_accum=2
-    76.9 of 95.7 GiB a chip; predicted 12.00 s a step, 2,730 tokens/s/chip,
+    77.0 of 95.7 GiB a chip; predicted 12.00 s a step, 2,730 tokens/s/chip,
     MFU 46.4% (6N), 17 days, 50,876 chip hours.
   python -m llama_jax.plan --config=configs/codellama_13b.py --topology=h100:32x8 \\
       --xla_preset=hopper --config.model.remat=save:q,k,v,attn_context

@@ -13,7 +13,7 @@ No infilling at this size, so the vocabulary stays at 32,000.
 Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/codellama_34b.py --topology=v5p-512 \\
       --config.model.remat=save:mlp_up,attn_out,q
-    75.3 of 95.7 GiB a chip; predicted 15.13 s a step, 1,083 tokens/s/chip,
+    75.5 of 95.7 GiB a chip; predicted 15.13 s a step, 1,083 tokens/s/chip,
     MFU 47.8% (6N), 21 days, 128,236 chip hours.
   python -m llama_jax.plan --config=configs/codellama_34b.py --topology=h100:32x8 \\
       --xla_preset=hopper --config.model.remat=save:q,k,v,attn_context

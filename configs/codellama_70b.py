@@ -13,7 +13,7 @@ Python and Instruct of 70B were released at theta 1e4 and 4,096 tokens.
 Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/codellama_70b.py --topology=v5p-512 \\
       --config.model.remat=save:attn_out,q
-    71.4 of 95.7 GiB a chip; predicted 30.00 s a step, 546 tokens/s/chip,
+    72.2 of 95.7 GiB a chip; predicted 30.00 s a step, 546 tokens/s/chip,
     MFU 49.2% (6N), 83 days, 508,692 chip hours.
   python -m llama_jax.plan --config=configs/codellama_70b.py --topology=h100:32x8 \\
       --xla_preset=hopper --config.model.remat=save:attn_context

@@ -15,7 +15,7 @@ Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/codellama_7b.py --topology=v5p-128 \\
       --config.model.remat=save:q,k,v,attn_context,attn_out,mlp_gate,mlp_up \\
       --config.train.grad_accum=4
-    50.2 of 95.7 GiB a chip; predicted 14.01 s a step, 4,679 tokens/s/chip,
+    50.4 of 95.7 GiB a chip; predicted 14.01 s a step, 4,679 tokens/s/chip,
     MFU 41.2% (6N), 19 days, 29,684 chip hours.
   python -m llama_jax.plan --config=configs/codellama_7b.py --topology=h100:16x8 \\
       --xla_preset=hopper --config.model.remat=save:q,k,v,attn_context,mlp_gate,mlp_up \\

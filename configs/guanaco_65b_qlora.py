@@ -10,8 +10,8 @@ device, 12 GiB at rank 64, for which the paper pages moments to the host. Alpha 
 Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/guanaco_65b_qlora.py --topology=v5e:4x4 \\
       --config.train.grad_accum=1
-    6.7 of 15.8 GiB a chip; by its schedule about 11.30 s a step, 45 tokens/s/chip,
-    MFU 6.0% (4N), 5.88 hours, 94 chip hours.
+    6.7 of 15.8 GiB a chip; predicted 12.32 s a step, 42 tokens/s/chip,
+    MFU 5.5% (4N), 6.44 hours, 103 chip hours.
   python -m llama_jax.plan --config=configs/guanaco_65b_qlora.py --topology=l40s:1x1
     37.8 of 40.5 GiB a chip; predicted 32.95 s a step, 249 tokens/s/chip,
     MFU 17.9% (4N), 17.16 hours, 17.16 chip hours.

@@ -10,7 +10,7 @@ step. Ours are packed sequences, for padded records of as many tokens at most, a
 paper's "### Human" and "### Assistant" is a Jinja file of three lines, should you want it.
 Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/guanaco_7b_qlora.py --topology=v5e:2x2
-    3.9 of 15.8 GiB a chip; predicted 2.44 s a step, 838 tokens/s/chip,
+    4.0 of 15.8 GiB a chip; predicted 2.44 s a step, 838 tokens/s/chip,
     MFU 11.5% (4N), 1.27 hours, 5.09 chip hours.
   python -m llama_jax.plan --config=configs/guanaco_7b_qlora.py --topology=rtx4090:1x1
     7.9 of 21.6 GiB a chip; predicted 3.08 s a step, 2,662 tokens/s/chip,

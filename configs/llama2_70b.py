@@ -13,7 +13,7 @@ of data is not published.
 Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/llama2_70b.py --topology=v5p-1024 \\
       --config.model.remat=save:mlp_up,attn_out,q
-    70.6 of 95.7 GiB a chip; predicted 11.22 s a step, 730 tokens/s/chip,
+    70.8 of 95.7 GiB a chip; predicted 11.22 s a step, 730 tokens/s/chip,
     MFU 65.8% (6N), 62 days, 760,805 chip hours.
   python -m llama_jax.plan --config=configs/llama2_70b.py --topology=h100:128x8 \\
       --xla_preset=hopper --config.model.remat=save:q,k,v,attn_context,mlp_up \\

@@ -13,8 +13,8 @@ whole training. Not published for this stage, and ours: batch, rate, betas, deca
 Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/llama3_1_405b.py --topology=v5p-2048 \\
       --config.model.remat=save:q,k,v,attn_context --config.mesh.context=32
-    74.7 of 95.7 GiB a chip; by its schedule about 80.00 s a step, 51 tokens/s/chip,
-    MFU 27.2% (6N), 177 days, 4,342,179 chip hours.
+    74.7 of 95.7 GiB a chip; predicted 85.15 s a step, 48 tokens/s/chip,
+    MFU 25.5% (6N), 188 days, 4,619,905 chip hours.
   python -m llama_jax.plan --config=configs/llama3_1_405b.py --topology=h200:128x8 \\
       --xla_preset=hopper --config.mesh.context=32
     69.2 of 126.9 GiB a chip; predicted 102.67 s a step, 40 tokens/s/chip,

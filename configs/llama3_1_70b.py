@@ -13,7 +13,7 @@ whole training. Not published for this stage, and ours: batch, rate, betas, deca
 Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/llama3_1_70b.py --topology=v5p-512 \\
       --config.model.remat=save:q,k,v,attn_context --config.mesh.context=8
-    76.6 of 95.7 GiB a chip; predicted 78.82 s a step, 208 tokens/s/chip,
+    77.1 of 95.7 GiB a chip; predicted 78.82 s a step, 208 tokens/s/chip,
     MFU 19.2% (6N), 174 days, 1,069,103 chip hours.
   python -m llama_jax.plan --config=configs/llama3_1_70b.py --topology=h200:64x8 \\
       --xla_preset=hopper --config.mesh.context=16

@@ -13,7 +13,7 @@ whole training. Not published for this stage, and ours: batch, rate, betas, deca
 Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/llama3_1_8b.py --topology=v5p-128 \\
       --config.model.remat=save:q,k,v,attn_context --config.mesh.context=2
-    70.5 of 95.7 GiB a chip; predicted 55.38 s a step, 1,183 tokens/s/chip,
+    70.7 of 95.7 GiB a chip; predicted 55.38 s a step, 1,183 tokens/s/chip,
     MFU 12.4% (6N), 122 days, 187,781 chip hours.
   python -m llama_jax.plan --config=configs/llama3_1_8b.py --topology=h200:4x8 \\
       --xla_preset=hopper --config.model.remat=save:attn_context

@@ -13,8 +13,8 @@ The embedding is the output matrix too; wavelengths are stretched 32 times.
 Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/llama3_2_1b.py --topology=v5p-128 \\
       --config.model.remat=save:q,k,v,attn_context,mlp_up --config.mesh.context=2
-    42.7 of 95.7 GiB a chip; by its schedule about 12.60 s a step, 5,209 tokens/s/chip,
-    MFU 8.4% (6N), 28 days, 42,665 chip hours.
+    42.7 of 95.7 GiB a chip; predicted 13.17 s a step, 4,977 tokens/s/chip,
+    MFU 8.0% (6N), 29 days, 44,647 chip hours.
   python -m llama_jax.plan --config=configs/llama3_2_1b.py --topology=h100:4x8 \\
       --xla_preset=hopper --config.model.remat=save:q,k,v,attn_context
     39.6 of 71.2 GiB a chip; predicted 15.32 s a step, 8,555 tokens/s/chip,

@@ -13,8 +13,8 @@ The embedding is the output matrix too; wavelengths are stretched 32 times.
 Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/llama3_2_3b.py --topology=v5p-128 \\
       --config.model.remat=save:q,k,v,attn_context --config.mesh.context=2
-    47.7 of 95.7 GiB a chip; by its schedule about 33.30 s a step, 1,968 tokens/s/chip,
-    MFU 8.3% (6N), 74 days, 112,926 chip hours.
+    47.7 of 95.7 GiB a chip; predicted 34.06 s a step, 1,924 tokens/s/chip,
+    MFU 8.1% (6N), 75 days, 115,494 chip hours.
   python -m llama_jax.plan --config=configs/llama3_2_3b.py --topology=h100:4x8 \\
       --xla_preset=hopper --config.model.remat=save:attn_context
     57.8 of 71.2 GiB a chip; predicted 40.07 s a step, 3,271 tokens/s/chip,

@@ -15,7 +15,7 @@ Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/llama3_8b.py --topology=v5p-128 \\
       --config.model.remat=save:q,k,v,attn_context,attn_out,mlp_gate,mlp_up \\
       --config.train.grad_accum=4
-    53.0 of 95.7 GiB a chip; predicted 11.95 s a step, 5,486 tokens/s/chip,
+    53.5 of 95.7 GiB a chip; predicted 11.95 s a step, 5,486 tokens/s/chip,
     MFU 57.6% (6N), 494 days, 759,550 chip hours.
   python -m llama_jax.plan --config=configs/llama3_8b.py --topology=h100:16x8 \\
       --xla_preset=hopper --config.model.remat=save:q,k,v,attn_context,mlp_gate,mlp_up \\

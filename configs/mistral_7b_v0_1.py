@@ -12,7 +12,7 @@ Attention sees 4,096 tokens back.
 Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/mistral_7b_v0_1.py --topology=v5p-128 \\
       --config.model.remat=save:q,k,v,attn_context,mlp_up --config.train.grad_accum=2
-    63.4 of 95.7 GiB a chip; predicted 20.32 s a step, 3,224 tokens/s/chip,
+    63.6 of 95.7 GiB a chip; predicted 20.32 s a step, 3,224 tokens/s/chip,
     MFU 30.5% (6N), 56 days, 86,148 chip hours.
   python -m llama_jax.plan --config=configs/mistral_7b_v0_1.py --topology=h100:16x8 \\
       --xla_preset=hopper --config.model.remat=save:q,k,v,attn_context

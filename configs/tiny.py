@@ -6,7 +6,7 @@ Batch: 8 sequences x 256 tokens = 2,048 tokens a step, 850 steps = 1.7M tokens.
 Expect: under 9 minutes on two CPU cores, and a validation loss of about 3.8 nats per token.
 Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/tiny.py --topology=v5e:2x2
-    0.1 of 15.8 GiB a chip; predicted 0.00 s a step, 347,394 tokens/s/chip,
+    0.0 of 15.8 GiB a chip; predicted 0.00 s a step, 347,394 tokens/s/chip,
     MFU 5.6% (6N), 0 days, 0.0 chip hours.
   python -m llama_jax.plan --config=configs/tiny.py --topology=rtx4090:1x1
     0.3 of 21.6 GiB a chip; predicted 0.00 s a step, 601,143 tokens/s/chip,

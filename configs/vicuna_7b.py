@@ -10,7 +10,7 @@ the 80 packed sequences, for 128 padded conversations, which are taken to be of 
 look at what `prepare` says of your data and at the epochs in the log.
 Fits, as the compilers of these machines say (tests/plans.py checks it):
   python -m llama_jax.plan --config=configs/vicuna_7b.py --topology=v5p-16
-    22.9 of 95.7 GiB a chip; predicted 5.35 s a step, 3,827 tokens/s/chip,
+    23.2 of 95.7 GiB a chip; predicted 5.35 s a step, 3,827 tokens/s/chip,
     MFU 33.7% (6N), 2.44 hours, 19.5 chip hours.
   python -m llama_jax.plan --config=configs/vicuna_7b.py --topology=h100:1x8 \\
       --config.train.grad_accum=2

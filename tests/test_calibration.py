@@ -51,6 +51,13 @@ def test_shapes_of_published_runs_are_as_the_plan_has_them(home):
     assert len(found) == 1 and stored["fits"]
 
 
+def test_llama_3_on_v6e_is_near_its_published_rate():
+    """960 tokens/s/chip, of the same batch, remat policy and flags."""
+    stored = next(plans.golden(home) for home in plans.PUBLISHED if home.config == "llama3_1_70b")
+    assert stored["fits"] and stored["gib_per_chip"]["host"] > 80
+    assert stored["tokens_per_second_per_chip"] == pytest.approx(960, rel=0.1)
+
+
 def test_the_command_prints_all():
     process = run_command("plan", "--calibration")
     assert process.returncode == 0, process.stderr
