@@ -72,7 +72,7 @@ _OVERLAP_GATHER = (
     Setting("--xla_tpu_overlap_compute_collective_tc", "true", _GATHER, _MAXTEXT),
 )
 _REDUCE = "gradients' all-reduces run inside the products of the next weights' gradients"
-# Not on v4, whose code generation fails with them: "Used 16.32M of 16.00M vmem".
+# Not on v4: such an all-reduce takes all its 16 MiB of VMEM, and code generation fails.
 _OVERLAP_REDUCE = (
     Setting("--xla_enable_async_all_reduce", "true", _REDUCE, _MAXTEXT),
     Setting("--xla_tpu_enable_async_collective_fusion_fuse_all_reduce", "true", _REDUCE, _MAXTEXT),
