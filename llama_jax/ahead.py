@@ -1,5 +1,6 @@
 """The train step, compiled ahead of time for devices that may not be here."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -106,20 +107,27 @@ def compile_step(
     text, sizes = "", {}
     # XLA writes warnings only at this level, whatever TF_CPP_MIN_LOG_LEVEL was at import.
     jax.config.update("jax_logging_level", "WARNING")
-    with captured() as said, tempfile.TemporaryDirectory(prefix="llama_jax_plan_") as own:
+    folder = folder or _dumped()
+    place: Any = (
+        contextlib.nullcontext(folder)
+        if folder
+        else tempfile.TemporaryDirectory(prefix="llama_jax_plan_")
+    )
+    with captured() as said, place as written_to:
         lowered, state, mesh = lower_step(config, devices)
         constraints = lowered.as_text().count("sdy.sharding_constraint")
         tpu = mesh.devices.flat[0].platform == "tpu"
-        folder = folder or _dumped() or pathlib.Path(own)
         try:
-            compiled = lowered.compile({"xla_dump_to": str(folder)} if tpu else None)
+            compiled = lowered.compile({"xla_dump_to": str(written_to)} if tpu else None)
         except jax.errors.JaxRuntimeError as error:
             sizes = _exhausted(str(error))
         else:
             text, memory = compiled.as_text(), compiled.memory_analysis()
             arguments = memory.argument_size_in_bytes
             written = memory.output_size_in_bytes - memory.alias_size_in_bytes
-            beside = heap(folder) - arguments if tpu else memory.temp_size_in_bytes + written
+            beside = memory.temp_size_in_bytes + written
+            if tpu:
+                beside = heap(pathlib.Path(written_to)) - arguments
             sizes = {
                 "arguments": arguments,
                 "temporaries": beside,
@@ -144,9 +152,10 @@ def compile_step(
 
 
 def _dumped() -> pathlib.Path | None:
-    """Where XLA_FLAGS ask for all programs."""
+    """The folder of this machine to which XLA_FLAGS ask for all programs; "-" is no folder."""
     asked = re.findall(r"--xla_dump_to=(\S+)", os.environ.get("XLA_FLAGS", ""))
-    return pathlib.Path(asked[-1]) if asked else None
+    local = asked and asked[-1] != "-" and "://" not in asked[-1]
+    return pathlib.Path(asked[-1]) if local else None
 
 
 def heap(folder: pathlib.Path) -> int:

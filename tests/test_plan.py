@@ -1,5 +1,6 @@
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -227,6 +228,27 @@ def test_the_heap_of_a_tpu_program_is_in_its_newest_report(tmp_path):
     os.utime(path, (6e9, 6e9))
     with pytest.raises(UserError, match="has not reported"):
         ahead.heap(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "folder"),
+    [
+        ("", None),
+        ("--xla_dump_to=/a --xla_b=1 --xla_dump_to=/c/d", "/c/d"),
+        ("--xla_dump_to=-", None),
+        ("--xla_dump_to=gs://bucket/dump", None),
+    ],
+)
+def test_the_users_dump_is_where_the_report_is(monkeypatch, flags, folder):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert ahead._dumped() == (folder and pathlib.Path(folder))
+
+
+def test_a_step_that_is_written_to_a_folder_makes_no_other(eight, monkeypatch, tmp_path):
+    """Its process may end within the compiler, and leave behind what it has made."""
+    made = []
+    monkeypatch.setattr(ahead.tempfile, "mkdtemp", lambda *_: made.append(1))
+    assert ahead.compile_step(CONFIG, jax.devices(), tmp_path).text and not made
 
 
 def test_what_the_compiler_works_around_is_told(eight, monkeypatch):
