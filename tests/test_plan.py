@@ -464,9 +464,10 @@ from llama_jax.topology import parse_topology, topology_devices
 from tests.helpers import replace
 from tests.test_config import load
 config = replace(load("tiny")[0], train__global_batch=256, model__n_layers=32)
+devices = topology_devices(parse_topology("v5e:2x2"))
 for remat in ("save:block_in,q", "offload:block_in,q"):
     changed = replace(config, model__remat=remat)
-    print(json.dumps(ahead.compile_step(changed, topology_devices(parse_topology("v5e:2x2"))).bytes))
+    print(json.dumps(ahead.compile_step(changed, devices).bytes))
 """
     env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", code]
