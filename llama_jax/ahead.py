@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import os
 import pathlib
 import re
 import tempfile
@@ -19,6 +18,7 @@ from llama_jax.mesh import make_mesh
 from llama_jax.sharding import check_batch
 from llama_jax.step import abstract_batch, abstract_frozen, abstract_state, jit_step
 from llama_jax.topology import captured
+from llama_jax.xla_flags import given
 
 _WARNING = re.compile(r"(?i)involuntary full rematerialization")
 _REPORT = "*.after_optimizations-memory-usage-report.txt"
@@ -153,9 +153,9 @@ def compile_step(
 
 def _dumped() -> pathlib.Path | None:
     """The folder of this machine to which XLA_FLAGS ask for all programs; "-" is no folder."""
-    asked = re.findall(r"--xla_dump_to=(\S+)", os.environ.get("XLA_FLAGS", ""))
-    local = asked and asked[-1] != "-" and "://" not in asked[-1]
-    return pathlib.Path(asked[-1]) if local else None
+    folders = given("--xla_dump_to")
+    local = folders and folders[-1] != "-" and "://" not in folders[-1]
+    return pathlib.Path(folders[-1]) if local else None
 
 
 def heap(folder: pathlib.Path) -> int:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import os
-import re
 
 from llama_jax.chips import Chip
 from llama_jax.config import Config
@@ -11,6 +9,7 @@ from llama_jax.lora import adapter_count, flops_by_part, frozen_bytes
 from llama_jax.mesh import mesh_shape
 from llama_jax.model_config import ModelConfig
 from llama_jax.topology import Topology
+from llama_jax.xla_flags import asked
 
 NF4_TRAFFIC = 6.0  # bytes that move when a weight is unpacked, as compiled for GPUs
 # Of the peak, that products reach in a step. Of GPUs it is a share of what large ones reach alone;
@@ -82,7 +81,9 @@ def _bytes(config: Config, chip: Chip, parts: _Parts) -> float:
     layer = 2 * model.parameter_count() / model.n_layers / tensor
     # Between the layers the sequence is divided over `tensor`.
     kept = tokens * 2 * (model.dim + kept_width(model, chip)) / tensor * model.n_layers
-    if not chip.torus and train.grad_accum > 1 and _double_buffers():
+    # A GPU's loop over microbatches can have two of them in memory at once.
+    doubled = asked("--xla_gpu_enable_while_loop_double_buffering")
+    if not chip.torus and train.grad_accum > 1 and doubled:
         kept *= 1.5 if train.grad_accum == 2 else 2
     # Both fitted, to programs of 7B and 65B for v5p and v4, and 7B to 65B for H100 and A100.
     wide = 4.5 if chip.torus else 6
@@ -94,12 +95,6 @@ def _bytes(config: Config, chip: Chip, parts: _Parts) -> float:
     # Of frozen weights a layer is unpacked or gathered; of trained ones there are gradients too,
     # which a TPU adds up one after another.
     return total + (layer if config.lora.rank or chip.torus else 3 * layer + heads)
-
-
-def _double_buffers() -> bool:
-    """Whether a GPU's loop over microbatches has two of them in memory at once."""
-    flag = r"--xla_gpu_enable_while_loop_double_buffering(=true|=1)?(\s|$)"
-    return re.search(flag, os.environ.get("XLA_FLAGS", "")) is not None
 
 
 def _compute_seconds(config: Config, topology: Topology, parts: _Parts) -> float:

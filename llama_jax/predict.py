@@ -113,17 +113,17 @@ class _Schedule:
                 network_free = max(now, network_free) + seconds
                 arrives[collective.kind, one.name] = network_free
             waited = [key for key in ends.get(one.name, ()) if key in arrives]
-            busy = 0.0 if one.collective or one.opcode.endswith("-done") else None
-            busy = self.seconds_of(one, scope, totals) if busy is None else busy
+            idle = one.collective or one.opcode.endswith("-done")
+            busy = 0.0 if idle else self.seconds_of(one, scope, totals)
             # The end of a chain waits, and then goes on; what is sent within one instruction goes
             # on beside what else that computes.
-            here = [key for key in waited if key[1] == one.name]
-            for key in waited:
-                if key not in here:
-                    now = self._wait(now, key[0], arrives[key], totals)
+            for kind, start in waited:
+                if start != one.name:
+                    now = self._wait(now, kind, arrives[kind, start], totals)
             now += busy
-            for key in here:
-                now = self._wait(now, key[0], arrives[key], totals)
+            for kind, start in waited:
+                if start == one.name:
+                    now = self._wait(now, kind, arrives[kind, start], totals)
         if network_free > now:
             last = max(arrives, key=lambda key: arrives[key])
             now = self._wait(now, last[0], network_free, totals)

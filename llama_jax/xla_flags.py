@@ -294,10 +294,23 @@ class Choice:
         return f"; libtpu warns of its continuation fusion{instead}"
 
 
+def given(flag: str, env: Mapping[str, str] = os.environ) -> list[str]:
+    """The values that XLA_FLAGS give a flag, in order; `true` where it stands alone."""
+    return [
+        value or "true"
+        for value in re.findall(rf"{flag}(?:=(\S+))?(?=\s|$)", env.get("XLA_FLAGS", ""))
+    ]
+
+
+def asked(flag: str, env: Mapping[str, str] = os.environ) -> bool:
+    """Whether XLA_FLAGS switch a flag on."""
+    return any(value in ("true", "1") for value in given(flag, env))
+
+
 def deterministic(env: Mapping[str, str] = os.environ) -> bool:
     """Whether XLA_FLAGS ask for programs on GPUs that give the same bits in every run."""
-    asked = r"--xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(=true|=1)?(\s|$)"
-    return re.search(asked, env.get("XLA_FLAGS", "")) is not None
+    names = ("deterministic_ops", "exclude_nondeterministic_ops")
+    return any(asked(f"--xla_gpu_{name}", env) for name in names)
 
 
 def use_preset(
