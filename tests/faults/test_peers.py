@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from llama_jax.checkpoint import load_meta
-from tests.faults.test_stopping import ENDLESS, end_all, go_on, start_slow
+from tests.faults.test_stopping import ENDLESS, LONG_EVALUATION, end_all, start_slow
 from tests.helpers import free_port, outputs_of, read_until, records, start, start_train
 
 FULL = "[Errno 28] No space left on device"
@@ -263,16 +263,16 @@ def test_a_process_that_is_killed_while_process_0_prepares(corpus, tmp_path, vic
 @pytest.mark.slow
 def test_two_processes_make_up_for_an_evaluation(corpus, tmp_path):
     run = tmp_path / "run"
-    flags = ("--config.train.eval_every=2", "--config.train.eval_batches=3")
-    pair = start_slow("evaluate", 3600, corpus, run, *flags, processes=2)
+    # Each batch takes a moment until the stop is known: JAX passes the signal on within seconds.
+    pair = start_slow("evaluate", 0.05, corpus, run, *LONG_EVALUATION, processes=2)
     read_until(pair[0], "phase evaluate")
     pair[1].send_signal(signal.SIGTERM)
-    go_on(run)
     assert [status for status, _, _ in end_all(pair)] == [0, 0]
     saved = load_meta(run / "checkpoints" / "2")
     assert saved.eval_loss is None and not evaluated(run)
     for _ in range(2):
-        again = (*ENDLESS, "--config.model.n_layers=1", *flags)
+        again = (*ENDLESS, *LONG_EVALUATION, "--config.model.n_layers=1")
+        again += ("--config.train.eval_batches=3",)
         pair = start_train(corpus, run, *again, processes=2, devices=1)
         read_until(pair[0], "step +[0-9]+/")
         pair[0].send_signal(signal.SIGTERM)

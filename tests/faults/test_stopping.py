@@ -13,6 +13,12 @@ from tests.helpers import outputs_of, read_until, start_train
 ENDLESS = ("--config.train.steps=100000", "--config.train.checkpoint_every=100000")
 NO_EVAL = "--config.train.eval_every=100000"
 TINY_RUN = (NO_EVAL, "--config.model.n_layers=1")
+# An evaluation of so many batches that, slowed down, no test waits for its end.
+LONG_EVALUATION = (
+    *("--config.train.eval_every=2", "--config.train.eval_batches=100000"),
+    *("--config.data.validation_fraction=0.98", "--config.train.seq_len=4"),
+    *("--config.train.loss_chunk=4", "--config.train.global_batch=2"),
+)
 
 
 def end_all(processes):
@@ -177,12 +183,7 @@ def test_a_signal_to_one_of_many_stops_all_at_the_same_step(corpus, tmp_path, nu
     ("phase", "seconds"), [("compile", 3600), ("evaluate", 0.05), ("save", 3600), ("restore", 3600)]
 )
 def test_one_of_two_in_every_phase(corpus, tmp_path, phase, seconds, victim):
-    """All batches of the evaluation would take longer than the test waits for it."""
-    flags = [NO_EVAL]
-    if phase == "evaluate":
-        flags = ["--config.train.eval_every=2", "--config.train.eval_batches=100000"]
-        flags += ["--config.data.validation_fraction=0.98", "--config.train.seq_len=4"]
-        flags += ["--config.train.loss_chunk=4", "--config.train.global_batch=2"]
+    flags = list(LONG_EVALUATION) if phase == "evaluate" else [NO_EVAL]
     if phase == "save":
         flags += ["--config.train.checkpoint_every=2"]
     if phase == "restore":
