@@ -71,10 +71,8 @@ def test_while_it_compiles(corpus, tmp_path):
 
 def test_while_it_evaluates(corpus, tmp_path):
     """A long evaluation is broken off: saving comes first."""
-    flags = ("--config.train.eval_every=2", "--config.train.eval_batches=100000")
-    flags += ("--config.data.validation_fraction=0.9", "--config.train.global_batch=1")
-    (process,) = start_train(corpus, tmp_path / "run", *ENDLESS, *flags, devices=1)
-    read_until(process, "step +2/")
+    (process,) = start_slow("evaluate", 0.05, corpus, tmp_path / "run", *LONG_EVALUATION)
+    read_until(process, "phase evaluate")
     process.send_signal(signal.SIGTERM)
     status, out, errors = end(process)
     assert status == 0 and errors == ""
@@ -85,11 +83,10 @@ def test_while_it_evaluates(corpus, tmp_path):
 
 def test_in_the_last_evaluation(corpus, tmp_path):
     """The run is not finished, which a launcher must know: it is started again for the rest."""
-    flags = ("--config.train.steps=4", "--config.train.eval_batches=100000")
-    flags += ("--config.data.validation_fraction=0.9", "--config.train.global_batch=1")
-    flags += ("--config.train.sample_prompt=a", "--stopped_status=75", NO_EVAL)
-    (process,) = start_train(corpus, tmp_path / "run", *flags, devices=1)
-    read_until(process, "step +4/")
+    flags = (*LONG_EVALUATION, NO_EVAL, "--config.train.steps=4")
+    flags += ("--config.train.sample_prompt=a", "--stopped_status=75")
+    (process,) = start_slow("evaluate", 0.05, corpus, tmp_path / "run", *flags)
+    read_until(process, "phase evaluate")
     process.send_signal(signal.SIGTERM)
     status, out, errors = end(process)
     assert status == 75 and errors == ""
