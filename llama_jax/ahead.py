@@ -153,9 +153,8 @@ def compile_step(
 
 def _dumped() -> pathlib.Path | None:
     """The folder of this machine to which XLA_FLAGS ask for all programs; "-" is no folder."""
-    folders = given("--xla_dump_to")
-    local = folders and folders[-1] != "-" and "://" not in folders[-1]
-    return pathlib.Path(folders[-1]) if local else None
+    folder = given("--xla_dump_to")
+    return pathlib.Path(folder) if folder and folder != "-" and "://" not in folder else None
 
 
 def heap(folder: pathlib.Path) -> int:

@@ -294,17 +294,15 @@ class Choice:
         return f"; libtpu warns of its continuation fusion{instead}"
 
 
-def given(flag: str, env: Mapping[str, str] = os.environ) -> list[str]:
-    """The values that XLA_FLAGS give a flag, in order; `true` where it stands alone."""
-    return [
-        value or "true"
-        for value in re.findall(rf"{flag}(?:=(\S+))?(?=\s|$)", env.get("XLA_FLAGS", ""))
-    ]
+def given(flag: str, env: Mapping[str, str] = os.environ) -> str | None:
+    """The value that XLA_FLAGS give a flag, `true` where it stands alone; the last one counts."""
+    parts = [one.partition("=") for one in env.get("XLA_FLAGS", "").split()]
+    return {name: value if sign else "true" for name, sign, value in parts}.get(flag)
 
 
 def asked(flag: str, env: Mapping[str, str] = os.environ) -> bool:
     """Whether XLA_FLAGS switch a flag on."""
-    return any(value in ("true", "1") for value in given(flag, env))
+    return given(flag, env) in ("true", "1")
 
 
 def deterministic(env: Mapping[str, str] = os.environ) -> bool:

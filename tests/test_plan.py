@@ -236,6 +236,7 @@ def test_the_heap_of_a_tpu_program_is_in_its_newest_report(tmp_path):
         ("", None),
         ("--xla_dump_to=/a --xla_b=1 --xla_dump_to=/c/d", "/c/d"),
         ("--xla_dump_to=-", None),
+        ("--xla_dump_to=/a --xla_dump_to=", None),
         ("--xla_dump_to=gs://bucket/dump", None),
     ],
 )

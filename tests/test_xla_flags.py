@@ -72,6 +72,7 @@ def test_who_asks_for_the_same_bits(name):
         ("=true", True),
         ("=1", True),
         ("=false", False),
+        (f"=true --xla_gpu_{name}=false", False),  # XLA takes the last one
         ("x", False),
     ):
         flags = f"--xla_dump_to=x --xla_gpu_{name}{value} --xla_y=1"
