@@ -29,6 +29,7 @@ from llama_jax import checkpoint as checkpoint_lib
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.config import Config, ModelConfig
 from llama_jax.convert import convert
+from llama_jax.cost import parameter_count
 from llama_jax.interchange import formats
 from llama_jax.interchange.ckpt import CkptSource
 from llama_jax.step import TrainState, abstract_state
@@ -124,7 +125,7 @@ def check(folder: pathlib.Path, pairs: int = 7) -> dict[str, Any]:
     with_it, without = (statistics.median(seconds[checked][1:]) for checked in (True, False))
     return {
         "what": "ckpt -> hf, with its check",
-        "bytes": 4 * model.parameter_count(),
+        "bytes": 4 * parameter_count(model),
         "seconds": round(with_it, 2),
         "ratio": round(with_it / without, 2),
     }

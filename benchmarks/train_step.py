@@ -35,11 +35,12 @@ from llama_jax.config import (
     OptimConfig,
     TrainConfig,
 )
-from llama_jax.lora import flops_per_token
+from llama_jax.cost import flops_per_token, parameter_count
 from llama_jax.mesh import make_mesh
 from llama_jax.metrics import peak_flops
 from llama_jax.sharding import check_batch
-from llama_jax.step import CompiledStep, TrainState, abstract_batch, abstract_frozen, jit_step
+from llama_jax.step import CompiledStep, TrainState, abstract_batch, jit_step
+from llama_jax.weights import abstract_frozen
 
 PEER_SHAPE = Config(
     model=ModelConfig(
@@ -165,7 +166,7 @@ def measure(config: Config, warmup: int, steps: int, kernels: int = 0) -> dict[s
     return {
         "device": device.device_kind,
         "devices": mesh.size,
-        "parameters": config.model.parameter_count(),
+        "parameters": parameter_count(config.model),
         "tokens_per_step": train.tokens_per_step,
         "tokens_per_second": round(train.tokens_per_step / median, 1),
         "best_tokens_per_second": round(train.tokens_per_step / timed[0], 1),

@@ -16,8 +16,9 @@ from llama_jax.config import Config
 from llama_jax.errors import UserError, one_line
 from llama_jax.mesh import make_mesh
 from llama_jax.sharding import check_batch
-from llama_jax.step import abstract_batch, abstract_frozen, abstract_state, jit_step
+from llama_jax.step import abstract_batch, abstract_state, jit_step
 from llama_jax.topology import captured
+from llama_jax.weights import abstract_frozen
 from llama_jax.xla_flags import given
 
 _WARNING = re.compile(r"(?i)involuntary full rematerialization")

@@ -38,6 +38,7 @@ from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import cli
+from llama_jax.cost import parameter_count
 from llama_jax.errors import UserError
 from llama_jax.files import is_object_store
 from llama_jax.fingerprint import difference
@@ -267,7 +268,7 @@ def convert(source: Source, kind: str, folder: epath.PathLike, dtype: str = "") 
 def _check_space(folder: epath.Path, description: Description, itemsize: int) -> None:
     if is_object_store(folder):
         return
-    needed = description.config.model.parameter_count() * itemsize
+    needed = parameter_count(description.config.model) * itemsize
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
@@ -298,7 +299,7 @@ def main() -> None:
     source = open_source(source_kind, source_folder, _CONTEXT.value, _BASE.value)
     written = convert(source, target_kind, target_folder, _DTYPE.value or "")
     model = written.config.model
-    count = model.parameter_count()
+    count = parameter_count(model)
     print(
         f"wrote {target_folder}: {count:,} parameters, {written.dtype}, "
         f"{math.ceil(count * np.dtype(DTYPES[written.dtype]).itemsize / 1e6):,} MB, "

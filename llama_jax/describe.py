@@ -3,12 +3,12 @@
 import jax
 
 from llama_jax.config import Config
+from llama_jax.cost import adapter_count, flops_by_part, parameter_count
 from llama_jax.data import shard_folder
 from llama_jax.data.loader import Batches
 from llama_jax.data.pipeline import TrainingData
 from llama_jax.data.streaming import StreamingBatches
 from llama_jax.init_from import base_rows
-from llama_jax.lora import adapter_count, flops_by_part
 
 
 def describe(config: Config, mesh: jax.sharding.Mesh, data: TrainingData) -> str:
@@ -19,7 +19,7 @@ def describe(config: Config, mesh: jax.sharding.Mesh, data: TrainingData) -> str
     shape = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
     return "\n".join(
         (
-            f"model   {config.model.parameter_count():,} parameters, {config.model.compute_dtype}",
+            f"model   {parameter_count(config.model):,} parameters, {config.model.compute_dtype}",
             *_describe_start(config),
             f"mesh    {shape} on {mesh.size} {mesh.devices.flat[0].device_kind} device(s), "
             f"{jax.process_count()} process(es)",

@@ -5,7 +5,7 @@ import math
 
 from llama_jax.chips import Chip
 from llama_jax.config import Config
-from llama_jax.lora import adapter_count, flops_by_part, frozen_bytes
+from llama_jax.cost import adapter_count, flops_by_part, frozen_bytes, parameter_count
 from llama_jax.mesh import mesh_shape
 from llama_jax.model_config import ModelConfig
 from llama_jax.topology import Topology
@@ -78,7 +78,7 @@ def _bytes(config: Config, chip: Chip, parts: _Parts) -> float:
     moments = 4 + (2 if config.optim.moment_dtype == "bfloat16" else 4)
     state = (4 + moments + 4 * (1 + (train.grad_accum > 1))) * trained + frozen
     state /= parts.shards * tensor
-    layer = 2 * model.parameter_count() / model.n_layers / tensor
+    layer = 2 * parameter_count(model) / model.n_layers / tensor
     # Between the layers the sequence is divided over `tensor`.
     kept = tokens * 2 * (model.dim + kept_width(model, chip)) / tensor * model.n_layers
     # A GPU's loop over microbatches can have two of them in memory at once.
@@ -111,7 +111,7 @@ def _compute_seconds(config: Config, topology: Topology, parts: _Parts) -> float
     flops = (2 + 2 * kernels + backward) * square * tokens
     seconds += flops / (chip.attention_efficiency * chip.peak_flops)
     if config.lora.rank and config.lora.base_dtype == "nf4":
-        unpacked = model.parameter_count() / parts.tensor
+        unpacked = parameter_count(model) / parts.tensor
         seconds += _passes(config) * NF4_TRAFFIC * unpacked / chip.hbm_bandwidth
     return seconds
 
@@ -175,7 +175,7 @@ def _passes(config: Config) -> int:
 def _weights(config: Config) -> tuple[float, float, float]:
     """Number of trained weights, bytes of frozen ones, bytes that a gather of all of them moves."""
     if not config.lora.rank:
-        count = config.model.parameter_count()
+        count = parameter_count(config.model)
         return count, 0.0, 2.0 * count
     frozen = frozen_bytes(config.model, config.lora)
     adapters = adapter_count(config.model, config.lora)

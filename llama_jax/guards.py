@@ -14,10 +14,10 @@ from llama_jax import files
 from llama_jax.agreement import from_first
 from llama_jax.checkpoint import CHECKPOINTS, Meta
 from llama_jax.config import Config, difference, from_json
+from llama_jax.cost import adapter_count, parameter_count
 from llama_jax.data.pipeline import TrainingData
 from llama_jax.errors import UserError
 from llama_jax.files import append_records, is_object_store, read_bytes
-from llama_jax.lora import adapter_count
 
 # Fields that may change when a run is resumed: where and how often, not what is trained.
 RESUMABLE = (
@@ -64,7 +64,7 @@ def check_memory(config: Config, mesh: jax.sharding.Mesh, capacity: int | None) 
     """
     if capacity is None:
         return
-    parameters = config.model.parameter_count()
+    parameters = parameter_count(config.model)
     moment = 2 if config.optim.moment_dtype == "bfloat16" else 4
     shards = math.prod(mesh.shape[axis] for axis in ("fsdp", "context", "tensor"))
     # float32 weights, gradients and second moment; activations come on top.

@@ -22,7 +22,8 @@ from llama_jax.lora_config import NF4_BLOCK
 from llama_jax.mesh import AXES, make_mesh, mesh_shape
 from llama_jax.nf4 import NF4
 from llama_jax.sharding import param_shardings
-from llama_jax.step import abstract_frozen, abstract_state
+from llama_jax.step import abstract_state
+from llama_jax.weights import abstract_frozen
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,14 +15,15 @@ from llama_jax.data.tokenizer_files import choose_in
 from llama_jax.errors import UserError
 from llama_jax.files import read_bytes
 from llama_jax.fingerprint import difference, fingerprint
-from llama_jax.frozen import freeze
 from llama_jax.interchange.formats import ORIGINAL, Source, is_tiktoken
 from llama_jax.interchange.hf import TEKKEN
 from llama_jax.interchange.loading import check_model, load
 from llama_jax.interchange.merged import refuse_other_base
 from llama_jax.interchange.padded import with_rows
+from llama_jax.lora import freeze
 from llama_jax.retention import saved_steps
-from llama_jax.step import CompiledStep, TrainState, abstract_frozen, abstract_state
+from llama_jax.step import CompiledStep, TrainState, abstract_state
+from llama_jax.weights import abstract_frozen
 
 
 def open_init(config: Config) -> Source:
@@ -85,7 +86,7 @@ def load_init(config: Config, shardings: Any) -> Any:
       shardings: of the base where the config has adapters, else of the parameters.
 
     Returns:
-      float32 parameters, or the base in its frozen form (`frozen`).
+      float32 parameters, or the base in its frozen form (`lora.freeze`).
 
     Raises:
       UserError: as `open_init`.

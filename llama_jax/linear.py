@@ -1,4 +1,4 @@
-"""Products of activations and weights: trained ones, frozen ones, and those with an adapter.
+"""Products of activations and weights, trained, frozen or with an adapter, and SwiGLU's gate.
 
 Letters of equations as in model.py; r is the rank of an adapter.
 """
@@ -84,6 +84,36 @@ def _frozen_backward(equation: str, w: Any, d_out: jax.Array) -> tuple[jax.Array
 
 
 project_frozen.defvjp(_frozen_forward, _frozen_backward)
+
+
+@jax.custom_vjp
+def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, the elementwise part of SwiGLU; only the two inputs are kept."""
+    return jax.nn.silu(gate) * up
+
+
+def _gated_silu_forward(
+    gate: jax.Array, up: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    # A product that reads silu(gate) * up computes it once per tile, if it is fused in.
+    return jax.lax.optimization_barrier(gated_silu(gate, up)), (gate, up)
+
+
+def _gated_silu_backward(
+    saved: tuple[jax.Array, jax.Array], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    gate, up = saved
+    # d_gate and d_up can take the place of gate and up, if they are not made in the product before.
+    d_out = jax.lax.optimization_barrier(d_out)
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    d_gate = d_out * up * (sigmoid + silu * (1 - sigmoid))
+    # Without the barrier XLA:CPU recomputes the exponentials inside the transposed copies that the
+    # weight gradients read, which takes longer than the matrix products themselves.
+    return jax.lax.optimization_barrier((d_gate, d_out * silu))
+
+
+gated_silu.defvjp(_gated_silu_forward, _gated_silu_backward)
 
 
 def adapter_equations(equation: str) -> tuple[str, str]:

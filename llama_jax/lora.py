@@ -2,6 +2,10 @@
 
 `layers/attn/wq` of the base, L D N H, has `layers/attn/wq/a`, L D r, and `layers/attn/wq/b`,
 L r N H; the weight in effect is W + alpha / rank A B.
+
+The base is kept in a form that is smaller than the weights that are trained. Matrices are in
+`lora.base_dtype`. NF4 is for those of the layers; embedding and output matrix are then bfloat16, as
+in QLoRA. The scales of norms stay float32: they are small, and used in float32.
 """
 
 import math
@@ -10,9 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 from flax import struct
 
-from llama_jax.lora_config import MATRICES, NF4_BITS, LoraConfig
+from llama_jax import nf4
+from llama_jax.initializers import uniform
+from llama_jax.lora_config import MATRICES, LoraConfig
 from llama_jax.model_config import ModelConfig
 
 
@@ -21,7 +29,7 @@ class Adapted:
     """A base with adapters: what `model.forward` takes in place of plain parameters.
 
     Attributes:
-      base: parameters, in the form of `frozen`.
+      base: parameters, in the form of `freeze`.
       adapters: see `init_adapters`.
       lora: what the adapters were made by.
     """
@@ -46,51 +54,18 @@ def matrix_shapes(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[
     }
 
 
-def adapter_count(model: ModelConfig, lora: LoraConfig) -> int:
-    """Number of trained parameters."""
-    shapes = matrix_shapes(model)
-    sides = sum(math.prod(side) for name in lora.names for side in shapes[name])
-    return model.n_layers * lora.rank * sides
-
-
-def frozen_bytes(model: ModelConfig, lora: LoraConfig) -> float:
-    """Of the base below adapters, up to the norms, which are counted as if they were matrices."""
-    shapes = matrix_shapes(model).values()
-    weights = model.n_layers * sum(math.prod(inputs + outputs) for inputs, outputs in shapes)
-    others = model.parameter_count() - weights
-    each = {"float32": 4.0, "bfloat16": 2.0, "nf4": NF4_BITS / 8}[lora.base_dtype]
-    return each * weights + max(2.0, each) * others
-
-
-def flops_by_part(model: ModelConfig, lora: LoraConfig, seq_len: int) -> dict[str, float]:
-    """FLOPs of one training token: `ModelConfig.flops_by_part`, but 4 per weight that is frozen."""
-    parts = model.flops_by_part(seq_len)
-    if not lora.rank:
-        return parts
-    scores = "attention scores"
-    frozen = {name: flops * 2 / 3 for name, flops in parts.items() if name != scores}
-    return {**frozen, scores: parts[scores], "adapters": 6.0 * adapter_count(model, lora)}
-
-
-def flops_per_token(model: ModelConfig, lora: LoraConfig, seq_len: int) -> float:
-    """FLOPs of one training token: the sum of `flops_by_part`."""
-    return sum(flops_by_part(model, lora, seq_len).values())
-
-
 def init_adapters(model: ModelConfig, lora: LoraConfig, key: jax.Array) -> dict[str, Any]:
     """Adapters before the first step, float32: A as PEFT draws it, B zero, so that nothing changes.
 
-    That is uniform within 1 / sqrt(inputs) (torch's Kaiming uniform with a = sqrt(5)); here made of
-    integers times one constant, so that it is the same bits on every mesh (see `model.normal`).
+    That is uniform within 1 / sqrt(inputs) (torch's Kaiming uniform with a = sqrt(5)).
     """
     layers: dict[str, Any] = {}
     for name, (inputs, outputs) in matrix_shapes(model).items():
         if name not in lora.names:
             continue
         matrix_key = jax.random.fold_in(key, list(MATRICES).index(name))
-        words = jax.random.bits(matrix_key, (model.n_layers, *inputs, lora.rank), jnp.uint32)
-        centred = (words >> 8).astype(jnp.int32) - 2**23  # 24 bits, exact in float32
-        a = centred.astype(jnp.float32) * (2**-23 / math.sqrt(math.prod(inputs)))
+        draw = uniform(1 / math.sqrt(math.prod(inputs)))
+        a = draw(matrix_key, (model.n_layers, *inputs, lora.rank))
         b = jnp.zeros((model.n_layers, lora.rank, *outputs), jnp.float32)
         layers.setdefault(MATRICES[name], {})[name] = {"a": a, "b": b}
     return {"layers": layers}
@@ -131,3 +106,45 @@ def merge(base: Any, adapters: Any, lora: LoraConfig, sign: int = 1) -> Any:
 def unmerge(merged: Any, adapters: Any, lora: LoraConfig) -> Any:
     """The inverse of `merge`, up to rounding."""
     return merge(merged, adapters, lora, sign=-1)
+
+
+def n_inputs(path: str) -> int:
+    """How many axes of a matrix of one layer are inputs: heads and head size are two."""
+    return 2 if path.endswith("/wo") else 1
+
+
+def is_quantized(path: str, lora: LoraConfig) -> bool:
+    """Whether an array of the base, such as `layers/attn/wq`, is in NF4."""
+    return lora.base_dtype == "nf4" and path.rpartition("/")[2] in MATRICES
+
+
+def frozen_dtype(path: str, lora: LoraConfig) -> Any:
+    """The dtype of an array that is not in NF4."""
+    whole = lora.base_dtype == "float32" or path.endswith("norm")
+    return np.dtype(np.float32 if whole else ml_dtypes.bfloat16)
+
+
+def freeze(path: str, array: np.ndarray, lora: LoraConfig) -> Any:
+    """An array of the base, of one layer where it is stacked, as it is kept."""
+    if is_quantized(path, lora):
+        return nf4.quantize(array, n_inputs(path))
+    return np.ascontiguousarray(array).astype(frozen_dtype(path, lora))
+
+
+def thaw(frozen: Any) -> np.ndarray:
+    """The float32 numbers that `freeze` kept."""
+    if isinstance(frozen, nf4.NF4):
+        return np.asarray(nf4.dequantize(jax.tree.map(jnp.asarray, frozen), jnp.float32))
+    return frozen.astype(np.float32)
+
+
+def abstract_base(params: Any, lora: LoraConfig) -> Any:
+    """Shapes and dtypes of the base, for abstract parameters."""
+
+    def leaf(path: Any, x: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if is_quantized(name, lora):
+            return nf4.abstract(x.shape[1:], n_inputs(name), x.shape[0])
+        return jax.ShapeDtypeStruct(x.shape, frozen_dtype(name, lora))
+
+    return jax.tree.map_with_path(leaf, params)

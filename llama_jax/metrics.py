@@ -26,9 +26,9 @@ from etils import epath
 from llama_jax.chips import find_chip
 from llama_jax.compiles import compiled_programs
 from llama_jax.config import Config
+from llama_jax.cost import flops_per_token
 from llama_jax.errors import first_line
 from llama_jax.files import append_records, number, read_records
-from llama_jax.lora import flops_per_token
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -50,7 +50,7 @@ class Speed:
     Tokens per second and MFU are of steps only. What else takes time between two readings (saving,
     evaluation, going back to a checkpoint, compiling) is cut out with `count` and `restart`. MFU is
     FLOPs of the model (6 per weight in a matrix product, plus causal attention; see
-    `ModelConfig.flops_per_token`) over what all devices could do at their peak.
+    `cost.flops_per_token`) over what all devices could do at their peak.
     """
 
     config: Config

@@ -21,9 +21,10 @@ from jax.ad_checkpoint import checkpoint_name
 from llama_jax.attention import attention
 from llama_jax.config import LoraConfig, ModelConfig
 from llama_jax.fusion import whole_gradient
-from llama_jax.linear import project_named, weight
+from llama_jax.initializers import normal
+from llama_jax.linear import gated_silu, project_named, weight
 from llama_jax.lora import Adapted
-from llama_jax.rope import rope, rope_frequencies, rope_tables  # noqa: F401 (for callers)
+from llama_jax.rope import rope, rope_tables
 from llama_jax.sharding import constrain, reshard
 
 # Standard deviation of the initial weights, as in GPT-2 (the LLaMA paper gives none); projections
@@ -48,24 +49,6 @@ class KVCache:
     index: jax.Array
 
 
-def normal(std: float) -> nn.initializers.Initializer:
-    """Initial weights of mean 0 and standard deviation `std`, the same bits on every mesh.
-
-    `jax.random.normal` is not: the last bit of its inverse error function depends on how XLA
-    vectorises the part of an array that a device holds. Here a weight is the sum of eight 16-bit
-    uniform integers, exact in int32, times one constant: normal but for its last tail, which ends
-    at 4.9 std (Irwin-Hall distribution, excess kurtosis -0.15).
-    """
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        words = jax.random.bits(key, (4, *shape), jnp.uint32)
-        total = jnp.sum((words >> 16) + (words & 0xFFFF), axis=0, dtype=jnp.uint32)
-        centred = total.astype(jnp.int32) - 4 * 0xFFFF
-        return centred.astype(dtype) * (std / (8 * (2**32 - 1) / 12) ** 0.5)
-
-    return init
-
-
 def init_cache(config: ModelConfig, batch: int, length: int) -> KVCache:
     """An empty cache for `batch` rows of up to `length` tokens."""
     shape = (config.n_layers, batch, length, config.n_kv_heads, config.head_dim)
@@ -79,36 +62,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * inverse * scale).astype(x.dtype)
-
-
-@jax.custom_vjp
-def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up, the elementwise part of SwiGLU; only the two inputs are kept."""
-    return jax.nn.silu(gate) * up
-
-
-def _gated_silu_forward(
-    gate: jax.Array, up: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # A product that reads silu(gate) * up computes it once per tile, if it is fused in.
-    return jax.lax.optimization_barrier(gated_silu(gate, up)), (gate, up)
-
-
-def _gated_silu_backward(
-    saved: tuple[jax.Array, jax.Array], d_out: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    gate, up = saved
-    # d_gate and d_up can take the place of gate and up, if they are not made in the product before.
-    d_out = jax.lax.optimization_barrier(d_out)
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    d_gate = d_out * up * (sigmoid + silu * (1 - sigmoid))
-    # Without the barrier XLA:CPU recomputes the exponentials inside the transposed copies that the
-    # weight gradients read, which takes longer than the matrix products themselves.
-    return jax.lax.optimization_barrier((d_gate, d_out * silu))
-
-
-gated_silu.defvjp(_gated_silu_forward, _gated_silu_backward)
 
 
 class Attention(nn.Module):

@@ -186,33 +186,3 @@ class ModelConfig:
         """Tensors that `remat` keeps from the forward pass: `save` on the device, or `offload`."""
         parts = dict(part.split(":") for part in self.remat.split(";") if ":" in part)
         return tuple(parts[action].split(",")) if action in parts else ()
-
-    def parameter_count(self) -> int:
-        """Number of parameters, embeddings included."""
-        attention = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
-        block = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
-        heads = 1 if self.tied_embeddings else 2
-        return self.n_layers * block + heads * self.vocab_size * self.dim + self.dim
-
-    def flops_per_token(self, seq_len: int) -> float:
-        """FLOPs of one training token, forward and backward: the sum of `flops_by_part`."""
-        return sum(self.flops_by_part(seq_len).values())
-
-    def flops_by_part(self, seq_len: int) -> dict[str, float]:
-        """FLOPs of one training token: 6 per weight of a matrix product, plus causal attention.
-
-        The embedding look-up multiplies nothing and is not counted, nor is recomputation; attention
-        is 12 L N H T as in PaLM (arXiv:2204.02311, appendix B), halved because the causal mask
-        leaves half of it.
-        """
-        projections = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
-        return {
-            "attention projections": 6.0 * self.n_layers * projections,
-            "attention scores": self.attention_flops_per_token(seq_len),
-            "MLP": 6.0 * self.n_layers * 3 * self.dim * self.ffn_dim,
-            "output head": 6.0 * self.vocab_size * self.dim,
-        }
-
-    def attention_flops_per_token(self, seq_len: int) -> float:
-        """The part of `flops_per_token` that scores and weighted values take."""
-        return 6.0 * self.n_layers * self.n_heads * self.head_dim * seq_len

@@ -28,9 +28,9 @@ from llama_jax import calibration, cli, xla_flags
 from llama_jax.ahead import compile_step, with_slices
 from llama_jax.chips import GIB
 from llama_jax.config import Config
+from llama_jax.cost import flops_per_token, parameter_count
 from llama_jax.errors import UserError
 from llama_jax.hlo import parse, summarize
-from llama_jax.lora import flops_per_token
 from llama_jax.predict import Prediction, predict
 from llama_jax.topology import Topology, node_of, parse_topology, topology_devices, torus_of
 
@@ -71,7 +71,7 @@ def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, An
         "topology": str(topology),
         "mesh": dict(compiled.mesh.shape),
         "chips": topology.chips,
-        "parameters": model.parameter_count(),
+        "parameters": parameter_count(model),
         "bytes_per_chip": sizes,
         "fits": bool(compiled.text) and sizes["total"] <= sizes["capacity"],
         "sharding_constraints": compiled.constraints,
@@ -112,7 +112,7 @@ def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, An
         "step_seconds": prediction.step,
         "tokens_per_second_per_chip": rate,
         "mfu_6n": (4 if config.lora.rank else 6)
-        * model.parameter_count()
+        * parameter_count(model)
         * rate
         / (chip.peak_flops * each),
         "mfu_attention": each_token * rate / (chip.peak_flops * each),

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -218,36 +217,14 @@ def _pad(rows: int, parts: int) -> str:
 
 def param_shardings(params: Any, mesh: Mesh, *, any_vocabulary: bool = False) -> Any:
     """`param_specs` bound to the mesh, for `jit` and restoring."""
-    return _bind(param_specs(params, mesh, any_vocabulary=any_vocabulary), mesh)
+    return bind(param_specs(params, mesh, any_vocabulary=any_vocabulary), mesh)
 
 
-def _bind(specs: Any, mesh: Mesh) -> Any:
+def bind(specs: Any, mesh: Mesh) -> Any:
+    """The shardings of a tree of partition specs on a mesh."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
     )
-
-
-def state_shardings(state: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
-    """Shardings for a whole `TrainState`: moments lie with their parameters, counters everywhere.
-
-    Args:
-      state: abstract `TrainState` (from `jax.eval_shape`).
-      optimizer: the optimiser that made `state.opt_state`.
-      mesh: the mesh.
-
-    Raises:
-      UserError: as `param_specs`.
-    """
-    specs = param_specs(state.params, mesh)
-    opt_specs = optax.tree.map_params(
-        optimizer,
-        lambda _, spec: spec,
-        state.opt_state,
-        specs,
-        transform_non_params=lambda _: P(),
-    )
-    skips = jax.tree.map(lambda _: P(), state.skips)
-    return _bind(state.replace(step=P(), params=specs, opt_state=opt_specs, skips=skips), mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

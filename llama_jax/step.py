@@ -15,13 +15,12 @@ from flax import struct
 from jax.sharding import Mesh
 
 from llama_jax.config import Config
-from llama_jax.frozen import abstract_base
-from llama_jax.lora import Adapted, init_adapters
 from llama_jax.loss import Sums, cross_entropy
-from llama_jax.model import forward, init_params
+from llama_jax.model import forward
 from llama_jax.optim import make_optimizer, make_schedule
-from llama_jax.sharding import batch_sharding, constrain, param_shardings, state_shardings
+from llama_jax.sharding import batch_sharding, bind, constrain, param_shardings, param_specs
 from llama_jax.skips import Skips, choose, count, group_norms, judge, no_skips
+from llama_jax.weights import abstract_frozen, combined, init_trained
 
 Batch = dict[str, jax.Array]
 _DROPOUT = 0x64726F70  # keeps its keys apart from those of the initial adapters
@@ -36,8 +35,8 @@ class TrainState:
       params: nested dict of float32 arrays.
       opt_state: state of `optim.make_optimizer`.
       skips: the steps that made no update.
-      frozen: with LoRA the base, in the form of `frozen`, which no step changes and no checkpoint
-        holds; `params` are then the adapters. None without.
+      frozen: with LoRA the base, in the form of `lora.freeze`, which no step changes and no
+        checkpoint holds; `params` are then the adapters. None without.
     """
 
     step: jax.Array
@@ -49,21 +48,14 @@ class TrainState:
 
 def init_state(config: Config, key: jax.Array) -> TrainState:
     """The state before the first step, without a base; the same bits on every mesh."""
-    if config.lora.rank:
-        params = init_adapters(config.model, config.lora, key)
-    else:
-        params = init_params(config.model, key)
+    params = init_trained(config, key)
     opt_state = make_optimizer(config.optim, config.train.steps).init(params)
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
 
 
 def model_weights(state: TrainState, config: Config) -> Any:
     """What `model.forward` takes: the parameters, or the base with its adapters."""
-    return _with_base(state.params, state.frozen, config)
-
-
-def _with_base(params: Any, frozen: Any, config: Config) -> Any:
-    return Adapted(frozen, params, config.lora) if config.lora.rank else params
+    return combined(state.params, state.frozen, config)
 
 
 def _dropout_key(config: Config, step: jax.Array) -> jax.Array:
@@ -119,7 +111,7 @@ def _gradients(
 
     def sums_and_gradients(microbatch: Batch) -> tuple[Sums, Any]:
         def objective(params: Any) -> tuple[jax.Array, Sums]:
-            sums = _loss_sums(_with_base(params, frozen, config), microbatch, config)
+            sums = _loss_sums(combined(params, frozen, config), microbatch, config)
             return sums[0], sums
 
         grads, sums = jax.grad(objective, has_aux=True)(params)
@@ -218,14 +210,6 @@ def abstract_state(config: Config) -> TrainState:
     return jax.eval_shape(lambda key: init_state(config, key), jax.random.key(0))
 
 
-def abstract_frozen(config: Config) -> Any:
-    """Shapes and dtypes of the base below adapters; None where all weights are trained."""
-    if not config.lora.rank:
-        return None
-    params = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
-    return abstract_base(params, config.lora)
-
-
 def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the global batches that `data.loader` makes of the config's data."""
     dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
@@ -233,6 +217,29 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
         dtypes |= {"segment_ids": jnp.int32, "positions": jnp.int32}
     shape = (config.train.global_batch, config.train.seq_len)
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+
+
+def state_shardings(state: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """Shardings for a whole `TrainState`: moments lie with their parameters, counters everywhere.
+
+    Args:
+      state: abstract `TrainState` (from `jax.eval_shape`).
+      optimizer: the optimiser that made `state.opt_state`.
+      mesh: the mesh.
+
+    Raises:
+      UserError: as `param_specs`.
+    """
+    specs = param_specs(state.params, mesh)
+    opt_specs = optax.tree.map_params(
+        optimizer,
+        lambda _, spec: spec,
+        state.opt_state,
+        specs,
+        transform_non_params=lambda _: jax.P(),
+    )
+    skips = jax.tree.map(lambda _: jax.P(), state.skips)
+    return bind(state.replace(step=jax.P(), params=specs, opt_state=opt_specs, skips=skips), mesh)
 
 
 def jit_step(config: Config, mesh: Mesh) -> CompiledStep:

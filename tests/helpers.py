@@ -196,7 +196,7 @@ def random_adapters(config, seed=1):
 
 def frozen_base(config, params):
     """Parameters in NumPy as the base below adapters."""
-    from llama_jax.frozen import freeze
+    from llama_jax.lora import freeze
 
     def leaf(path, x):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

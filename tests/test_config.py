@@ -18,9 +18,16 @@ from llama_jax.config import (
     from_config_dict,
     from_json,
 )
+from llama_jax.cost import (
+    adapter_count,
+    attention_flops_per_token,
+    flops_by_part,
+    flops_per_token,
+    parameter_count,
+)
 from llama_jax.errors import UserError
-from llama_jax.lora import adapter_count
-from llama_jax.step import abstract_batch, abstract_frozen, abstract_state, train_step
+from llama_jax.step import abstract_batch, abstract_state, train_step
+from llama_jax.weights import abstract_frozen
 from tests.helpers import ROOT, TINY, replace
 
 # Touvron et al. 2023, table 2, and the exact counts of the released weights.
@@ -86,7 +93,7 @@ def test_configs_are_those_of_the_paper(name):
     assert (config.optim.warmup_steps, config.optim.final_lr_fraction) == (2000, 0.1)
     assert config.train.tokens_per_step == 2048 * 2048
     assert config.train.steps * config.train.tokens_per_step == pytest.approx(tokens, rel=1e-5)
-    assert model.parameter_count() == parameters
+    assert parameter_count(model) == parameters
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -103,7 +110,7 @@ def test_the_family_is_as_released(name):
     assert model.norm_eps == 1e-5
     assert model.sliding_window == (4096 if name == "mistral_7b_v0_1" else 0)
     assert model.tied_embeddings == name.startswith("llama3_2")
-    assert model.parameter_count() == parameters
+    assert parameter_count(model) == parameters
     assert config.train.tokens_per_step == 4 * 2**20
 
 
@@ -113,7 +120,7 @@ def test_fine_tuning_follows_its_recipe(name):
     base, peak_lr, seq_len, batch, steps, warmup, clip_norm = FINETUNED[name]
     train, optim, data = config.train, config.optim, config.data
     assert config.init_from == f"hf:llama-{base}"
-    assert config.model.parameter_count() == PAPER[base][-1]
+    assert parameter_count(config.model) == PAPER[base][-1]
     assert (train.seq_len, train.steps) == (seq_len, steps)
     assert train.global_batch == PACKED.get(name, batch)
     assert (optim.peak_lr, optim.warmup_steps) == (peak_lr, int(warmup * steps))
@@ -137,7 +144,7 @@ def test_each_config_makes_a_train_step(name):
     state = dataclasses.replace(abstract_state(config), frozen=abstract_frozen(config))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     model, lora = config.model, config.lora
-    assert count == (adapter_count(model, lora) if lora.rank else model.parameter_count())
+    assert count == (adapter_count(model, lora) if lora.rank else parameter_count(model))
     batch = abstract_batch(config)
     assert ("segment_ids" in batch) == (name in FINETUNED)
     after, metrics = jax.eval_shape(functools.partial(train_step, config=config), state, batch)
@@ -148,7 +155,7 @@ def test_each_config_makes_a_train_step(name):
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
 def test_numbers_in_a_config_docstring_are_derived_from_it(name):
     config, doc = load(name)
-    count = config.model.parameter_count()
+    count = parameter_count(config.model)
     assert f"{count:,} parameters" in doc
     assert f"{config.train.tokens_per_step:,} tokens a step" in doc
     assert f"{config.train.steps:,} steps" in doc
@@ -159,7 +166,7 @@ def test_numbers_in_a_config_docstring_are_derived_from_it(name):
 def test_parameter_count_counts_the_parameters(tied):
     config = replace(TINY, model__n_kv_heads=2, model__tied_embeddings=tied)
     leaves = jax.tree.leaves(abstract_state(config).params)
-    assert config.model.parameter_count() == sum(math.prod(leaf.shape) for leaf in leaves)
+    assert parameter_count(config.model) == sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def test_flops_per_token_by_hand():
@@ -168,8 +175,8 @@ def test_flops_per_token_by_hand():
     matrices = 3 * per_layer + 8 * 10
     # Scores and weighted values: 2 products x 2 FLOPs x 3 passes x T/2 keys on average x D.
     attention = 3 * 2 * 2 * 3 * (16 / 2) * 8
-    assert model.flops_per_token(16) == 6 * matrices + attention
-    assert model.flops_by_part(16) == {
+    assert flops_per_token(model, LoraConfig(), 16) == 6 * matrices + attention
+    assert flops_by_part(model, LoraConfig(), 16) == {
         "attention projections": 6 * 3 * (8 * 8 * 2 + 8 * 4 * 2),
         "attention scores": attention,
         "MLP": 6 * 3 * 3 * 8 * 5,
@@ -182,8 +189,9 @@ def test_flops_are_six_per_weight_that_is_multiplied(tied):
     model = replace(TINY, model__tied_embeddings=tied, model__n_kv_heads=2).model
     norms = (2 * model.n_layers + 1) * model.dim
     looked_up = 0 if tied else model.vocab_size * model.dim
-    weights = model.parameter_count() - norms - looked_up
-    assert model.flops_per_token(16) - model.attention_flops_per_token(16) == 6 * weights
+    weights = parameter_count(model) - norms - looked_up
+    products = flops_per_token(model, LoraConfig(), 16) - attention_flops_per_token(model, 16)
+    assert products == 6 * weights
 
 
 def test_the_window_of_the_profile():

@@ -13,6 +13,7 @@ from etils import epath
 from benchmarks import convert as benchmark
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax.convert import convert, open_source, parse_place
+from llama_jax.cost import flops_per_token, parameter_count
 from llama_jax.errors import UserError
 from llama_jax.interchange import formats, hf_config, safetensors
 from llama_jax.interchange.hf import HfSource, HfTarget, load_hf
@@ -165,9 +166,9 @@ def test_a_trained_checkpoint_goes_out(tmp_path, capfd):
     assert_same(HfSource(tmp_path / "hf"), jax.device_get(state.params))
     card = (tmp_path / "hf" / "README.md").read_text()
     tokens = 5 * 32 * 16
-    flops = tokens * config.model.flops_per_token(16)
+    flops = tokens * flops_per_token(config.model, config.lora, 16)
     for text in (
-        f"| parameters | {config.model.parameter_count():,} |",
+        f"| parameters | {parameter_count(config.model):,} |",
         "| steps | 5 of 20 |",
         f"| tokens seen | {tokens:,} (32 x 16 a step) |",
         "| mixture | web=0.7,books=0.3 |",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax.convert import convert, open_source
+from llama_jax.cost import parameter_count
 from llama_jax.errors import UserError
 from llama_jax.interchange import formats
 from llama_jax.interchange import meta as meta_lib
@@ -662,6 +663,6 @@ def test_the_command(tmp_path, tokenizer):
     places = (f"--source=hf:{tmp_path}/hf", f"--target=ckpt:{tmp_path}/run")
     process = run_command("convert", *places)
     assert process.returncode == 0 and process.stderr == ""
-    assert f"wrote {tmp_path}/run: {config.model.parameter_count():,} parameters" in process.stdout
+    assert f"wrote {tmp_path}/run: {parameter_count(config.model):,} parameters" in process.stdout
     generated = run_command("generate", f"--checkpoint={tmp_path}/run", "--prompt=abc")
     assert generated.returncode == 0 and generated.stdout.startswith("abc"), generated.stderr

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax import loop, metrics
+from llama_jax.cost import flops_per_token
 from llama_jax.step import TrainState
 from llama_jax.train import train
 from tests.helpers import replace, text_config
@@ -292,7 +293,7 @@ def test_tokens_per_second_are_of_steps_only(monkeypatch, changes, log_every, in
     found, seconds = timed_run(monkeypatch, config, inline)
     assert [step for step, _ in found] == list(range(log_every, 13, log_every))
     rate = config.train.global_batch * config.train.seq_len / STEP_S
-    flops = config.model.flops_per_token(config.train.seq_len)
+    flops = flops_per_token(config.model, config.lora, config.train.seq_len)
     for step, record in found:
         if step == 1:  # it compiled, and no other step has been timed
             assert record["tokens_per_second"] is None and record["mfu"] is None

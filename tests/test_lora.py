@@ -11,16 +11,17 @@ import pytest
 
 from llama_jax.ahead import compile_step
 from llama_jax.config import LoraConfig
+from llama_jax.cost import adapter_count
 from llama_jax.fingerprint import fingerprint
-from llama_jax.lora import Adapted, adapter_count, init_adapters, merge, unmerge
+from llama_jax.lora import Adapted, init_adapters, merge, unmerge
 from llama_jax.model import logits
 from llama_jax.step import (
     _dropout_key,
     _gradients,
-    abstract_frozen,
     abstract_state,
     model_weights,
 )
+from llama_jax.weights import abstract_frozen
 from tests.helpers import (
     MESHES,
     ROOT,

@@ -6,6 +6,7 @@ import pytest
 from etils import epath
 
 from llama_jax import metrics
+from llama_jax.cost import flops_per_token
 from tests.helpers import TINY
 
 
@@ -47,7 +48,7 @@ def test_speed_and_mfu(monkeypatch):
     reading = speed.read(10)
     tokens = 10 * TINY.train.global_batch * TINY.train.seq_len
     assert reading["tokens_per_second"] == pytest.approx(tokens / 2)
-    flops = TINY.model.flops_per_token(TINY.train.seq_len)
+    flops = flops_per_token(TINY.model, TINY.lora, TINY.train.seq_len)
     assert reading["mfu"] == pytest.approx(tokens / 2 * flops / 4e9)
     assert reading["chip_seconds"] == pytest.approx(4 * 2.0)
     now[0] += 1.0  # evaluation: not slow steps, but time of the chips

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.cost import parameter_count
 from llama_jax.model import (
     forward,
     init_cache,
@@ -271,7 +272,7 @@ def test_heads_of_their_own_size():
     params = random_params(config)
     assert params["layers"]["attn"]["wq"].shape == (2, 32, 4, 16)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert config.parameter_count() == count
+    assert parameter_count(config) == count
     assert logits(config, params, TOKENS).shape == (3, 16, 64)
     expected = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, expected)

@@ -13,13 +13,14 @@ from llama_jax import ahead
 from llama_jax import plan as plan_lib
 from llama_jax.ahead import lower_step, with_slices
 from llama_jax.chips import GIB, chip_named
+from llama_jax.cost import adapter_count, flops_by_part, parameter_count
 from llama_jax.data.pipeline import open_data
 from llama_jax.errors import UserError
-from llama_jax.lora import adapter_count, flops_by_part
 from llama_jax.plan import plan, table
 from llama_jax.skips import no_skips
-from llama_jax.step import abstract_frozen, abstract_state
+from llama_jax.step import abstract_state
 from llama_jax.topology import Topology
+from llama_jax.weights import abstract_frozen
 from tests import plans
 from tests.helpers import (
     ROOT,
@@ -67,7 +68,7 @@ def test_the_plan_counts_what_is_there(eight):
     rate = result["tokens_per_second_per_chip"]
     assert rate == pytest.approx(CONFIG.train.tokens_per_step / 8 / result["step_seconds"])
     assert result["mfu_6n"] == pytest.approx(
-        6 * CONFIG.model.parameter_count() * rate / eight.chip.peak_flops
+        6 * parameter_count(CONFIG.model) * rate / eight.chip.peak_flops
     )
     assert result["chip_hours"] == pytest.approx(
         CONFIG.train.steps * result["step_seconds"] * 8 / 3600

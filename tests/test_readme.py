@@ -10,6 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from llama_jax.config import Config
+from llama_jax.cost import parameter_count
 from tests.helpers import ROOT
 from tests.test_config import load
 
@@ -36,7 +37,7 @@ def test_the_table_of_configs(name):
     row = re.search(rf"\| `{name}` \|(.*)\|", README)[1]
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[:5] == [
-        f"{model.parameter_count():,}",
+        f"{parameter_count(model):,}",
         *map(str, (model.dim, model.n_layers, model.n_heads, model.ffn_dim)),
     ]
     assert float(cells[5]) == config.optim.peak_lr

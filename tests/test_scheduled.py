@@ -11,6 +11,7 @@ import pytest
 
 from llama_jax import scheduled
 from llama_jax.chips import GIB
+from llama_jax.cost import flops_per_token, parameter_count
 from llama_jax.errors import UserError
 from llama_jax.scheduled import available, schedule
 from llama_jax.topology import parse_topology
@@ -158,9 +159,9 @@ def test_a_schedule_of_the_tpu_compiler():
     )
     found = schedule(config, machine)
     assert found.fits and found.seconds > found.exposed >= 0
-    assert 12 * config.model.parameter_count() / 4 < found.total < GIB
+    assert 12 * parameter_count(config.model) / 4 < found.total < GIB
     tokens = config.train.tokens_per_step / 4
-    needed = config.model.flops_per_token(config.train.seq_len) * tokens
+    needed = flops_per_token(config.model, config.lora, config.train.seq_len) * tokens
     assert needed < found.flops < 1.5 * needed
     large = schedule(replace(config, train__global_batch=8192), machine)
     assert not large.fits and large.seconds is None

@@ -7,13 +7,13 @@ from llama_jax import plan as plan_lib
 from llama_jax import scheduled as scheduled_lib
 from llama_jax import search as search_lib
 from llama_jax.chips import chip_named
+from llama_jax.cost import frozen_bytes
 from llama_jax.errors import UserError
 from llama_jax.estimate import kept_width
-from llama_jax.lora import frozen_bytes
 from llama_jax.scheduled import Scheduled
 from llama_jax.search import advice, candidates, estimate, options, search, what_divides
-from llama_jax.step import abstract_frozen
 from llama_jax.topology import Topology, parse_topology
+from llama_jax.weights import abstract_frozen
 from tests import plans
 from tests.helpers import TINY, replace
 from tests.test_config import load

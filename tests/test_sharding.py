@@ -13,8 +13,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import sharding
 from llama_jax.errors import UserError
 from llama_jax.mesh import AXES
-from llama_jax.optim import make_optimizer
-from llama_jax.sharding import PARAM_SPECS, activation_spec, constrain, param_specs, state_shardings
+from llama_jax.sharding import PARAM_SPECS, activation_spec, constrain, param_specs
 from llama_jax.step import abstract_state, train_step
 from tests.helpers import QUICK, ROOT, TINY, mesh_of, random_batch, replace
 from tests.test_config import load
@@ -90,21 +89,6 @@ def test_activation_axes_are_strict():
 def test_constrain_without_a_mesh_does_nothing():
     x = jnp.zeros((2, 3))
     assert constrain(x, "batch", "seq") is x
-
-
-def test_moments_lie_with_their_parameters():
-    mesh = mesh_of((2, 2, 1, 2))
-    optimizer = make_optimizer(TINY.optim, TINY.train.steps)
-    state = state_shardings(abstract_state(TINY), optimizer, mesh)
-    moments = [
-        part
-        for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
-        if hasattr(part, "mu")
-    ]
-    assert len(moments) == 1
-    assert moments[0].mu == moments[0].nu == state.params
-    assert moments[0].count.spec == P()
-    assert state.step.spec == P()
 
 
 def test_the_lowered_step_pins_activations():

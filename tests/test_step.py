@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.step import abstract_batch, abstract_state
+from llama_jax.optim import make_optimizer
+from llama_jax.step import abstract_batch, abstract_state, state_shardings
 from tests.helpers import MESHES, TINY, mesh_of, meshes, random_batch, replace, shared_step
 
 STEPS = 5
@@ -178,3 +179,18 @@ def test_bfloat16_on_a_mesh(shape):
     expected, _, _ = losses_and_state(config, mesh_of((1, 1, 1, 1)))
     # bfloat16 has 8 bits, and sums of gradients come in another order.
     np.testing.assert_allclose(losses, expected, atol=2e-3)
+
+
+def test_moments_lie_with_their_parameters():
+    mesh = mesh_of((2, 2, 1, 2))
+    optimizer = make_optimizer(TINY.optim, TINY.train.steps)
+    state = state_shardings(abstract_state(TINY), optimizer, mesh)
+    moments = [
+        part
+        for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
+        if hasattr(part, "mu")
+    ]
+    assert len(moments) == 1
+    assert moments[0].mu == moments[0].nu == state.params
+    assert moments[0].count.spec == jax.P()
+    assert state.step.spec == jax.P()

@@ -17,6 +17,7 @@ from etils import epath
 from llama_jax import loop
 from llama_jax import train as train_lib
 from llama_jax.checkpoint import Meta, find_step
+from llama_jax.cost import parameter_count
 from llama_jax.data.loader import SyntheticBatches
 from llama_jax.data.pipeline import TrainingData, open_data
 from llama_jax.data.shards import TokenDataset
@@ -541,7 +542,7 @@ def test_check_memory_tells_how_many_devices_it_takes():
     check_memory(TINY, mesh, 10**9)
     check_memory(TINY, mesh, None)
     config = replace(TINY, model__dim=8192, model__ffn_dim=22016, model__n_layers=80)
-    parameters = config.model.parameter_count()
+    parameters = parameter_count(config.model)
     with pytest.raises(UserError) as caught:
         check_memory(config, mesh, 16 * 2**30)
     devices = -(-parameters * 16 // (16 * 2**30))
@@ -661,7 +662,8 @@ def test_every_field_is_covered():
 
 def program(config):
     """The train step as text."""
-    from llama_jax.step import abstract_frozen, abstract_state, train_step
+    from llama_jax.step import abstract_state, train_step
+    from llama_jax.weights import abstract_frozen
 
     state = dataclasses.replace(abstract_state(config), frozen=abstract_frozen(config))
     shape = (config.train.global_batch, config.train.seq_len)

@@ -6,9 +6,9 @@ from typing import Any
 from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
+from llama_jax.cost import flops_by_part, parameter_count
 from llama_jax.errors import UserError
 from llama_jax.files import number, read_records
-from llama_jax.lora import flops_by_part
 
 
 def write(meta: checkpoint_lib.Meta, step_folder: epath.Path) -> str:
@@ -19,7 +19,7 @@ def write(meta: checkpoint_lib.Meta, step_folder: epath.Path) -> str:
     """
     config, model = meta.config, meta.config.model
     rows = {
-        "parameters": f"{model.parameter_count():,}",
+        "parameters": f"{parameter_count(model):,}",
         "dim, layers": f"{model.dim}, {model.n_layers}",
         "heads, kv heads": f"{model.n_heads}, {model.n_kv_heads} of size {model.head_dim}",
         "ffn": f"{model.ffn_dim}",

@@ -15,9 +15,8 @@ from etils import epath
 from llama_jax.config import Config, LoraConfig
 from llama_jax.errors import UserError
 from llama_jax.fingerprint import LayerPrints, difference
-from llama_jax.frozen import freeze, thaw
 from llama_jax.interchange.formats import Description, Source, units, with_base
-from llama_jax.lora import adapter_of, delta
+from llama_jax.lora import adapter_of, delta, freeze, thaw
 
 
 def base_fingerprint(base: Source, config: Config) -> dict[str, int]:
