@@ -6,17 +6,14 @@ honour.
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import context_parallel
+from llama_jax.attention_cudnn import CUDNN_MAX_HEAD_DIM, cudnn, deterministic
 from llama_jax.blocked_attention import SegmentIds, blocked, dense
 from llama_jax.errors import UserError
 from llama_jax.mesh import platform as _platform
 from llama_jax.splash_attention import SPLASH_LANES, splash
 from llama_jax.triton_attention import TRITON_BLOCK, TRITON_HEAD_DIMS, triton
-from llama_jax.xla_flags import deterministic
-
-CUDNN_MAX_HEAD_DIM = 128
 
 
 def attention(
@@ -73,7 +70,7 @@ def attention(
     if backend == "splash":
         return splash(q_BTNH, k_BSKH, v_BSKH, segment_ids, window, tile, backward)
     if backend == "cudnn":
-        return _cudnn(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
+        return cudnn(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
     if backend == "triton":
         ids_BT = None if segment_ids is None else segment_ids[0]
         return triton(q_BTNH, k_BSKH, v_BSKH, ids_BT)
@@ -154,26 +151,3 @@ def _triton_obstacle(segment_ids: SegmentIds | None, window: int) -> str:
     if segment_ids is not None and segment_ids[0] is not segment_ids[1]:
         return "the Triton kernel takes one array of segment ids, for queries and keys; use xla"
     return ""
-
-
-def _cudnn(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    segment_ids: SegmentIds | None,
-    window: int,
-) -> jax.Array:
-    # cuDNN itself knows no segments: JAX hands it the mask as a bias, which costs B x T x T.
-    mask = None
-    if segment_ids is not None:
-        mask = segment_ids[0][:, None, :, None] == segment_ids[1][:, None, None, :]
-    out_BTNH = jax.nn.dot_product_attention(
-        q_BTNH,
-        k_BSKH,
-        v_BSKH,
-        mask=mask,
-        is_causal=True,
-        local_window_size=(window - 1, 0) if window else None,
-        implementation="cudnn",
-    )
-    return checkpoint_name(out_BTNH, "attn_context")

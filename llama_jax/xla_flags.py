@@ -305,12 +305,6 @@ def asked(flag: str, env: Mapping[str, str] = os.environ) -> bool:
     return given(flag, env) in ("true", "1")
 
 
-def deterministic(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether XLA_FLAGS ask for programs on GPUs that give the same bits in every run."""
-    names = ("deterministic_ops", "exclude_nondeterministic_ops")
-    return any(asked(f"--xla_gpu_{name}", env) for name in names)
-
-
 def use_preset(
     name: str,
     env: MutableMapping[str, str] = os.environ,

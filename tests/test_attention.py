@@ -9,8 +9,10 @@ import pytest
 from llama_jax import attention as dispatch
 from llama_jax import blocked_attention as attention_lib
 from llama_jax import context_parallel, splash_attention
-from llama_jax.attention import attention, splash
+from llama_jax.attention import attention
+from llama_jax.attention_cudnn import deterministic
 from llama_jax.errors import UserError
+from llama_jax.splash_attention import splash
 from llama_jax.triton_attention import triton
 from tests.helpers import mesh_of
 
@@ -417,10 +419,25 @@ def test_gpu_kernels_do_not_divide_the_sequence(monkeypatch, backend):
         attention(q, k, v, backend=backend)
 
 
+@pytest.mark.parametrize("name", ["deterministic_ops", "exclude_nondeterministic_ops"])
+def test_who_asks_for_the_same_bits(name):
+    for value, asked in (
+        ("", True),
+        ("=true", True),
+        ("=1", True),
+        ("=false", False),
+        (f"=true --xla_gpu_{name}=false", False),  # XLA takes the last one
+        ("x", False),
+    ):
+        flags = f"--xla_dump_to=x --xla_gpu_{name}{value} --xla_y=1"
+        assert deterministic({"XLA_FLAGS": flags}) is asked
+    assert not deterministic({})
+
+
 def test_cudnn_is_not_taken_where_the_same_bits_are_asked_for(monkeypatch):
     monkeypatch.setattr(dispatch, "deterministic", lambda: True)
     monkeypatch.setattr(dispatch, "_platform", lambda: "gpu")
-    monkeypatch.setattr(dispatch, "_cudnn", lambda *_: "fast")
+    monkeypatch.setattr(dispatch, "cudnn", lambda *_: "fast")
     q, k, v = (jnp.asarray(x, "bfloat16") for x in inputs(0, queries=128, keys=128))
     assert attention(q, k, v).shape == q.shape
     with pytest.raises(
@@ -429,7 +446,7 @@ def test_cudnn_is_not_taken_where_the_same_bits_are_asked_for(monkeypatch):
         attention(q, k, v, backend="cudnn")
 
 
-@pytest.mark.parametrize(("platform", "chosen"), [("tpu", "splash"), ("gpu", "_cudnn")])
+@pytest.mark.parametrize(("platform", "chosen"), [("tpu", "splash"), ("gpu", "cudnn")])
 def test_auto_takes_the_fast_one(monkeypatch, platform, chosen):
     monkeypatch.setattr(dispatch, "_platform", lambda: platform)
     monkeypatch.setattr(dispatch, chosen, lambda *_: "fast")

@@ -10,7 +10,7 @@ import pytest
 from llama_jax.chips import CHIPS
 from llama_jax.errors import UserError
 from llama_jax.tpu_here import libtpu_version, tpu_here
-from llama_jax.xla_flags import HELP, NAMES, PRESETS, deterministic, use_preset
+from llama_jax.xla_flags import HELP, NAMES, PRESETS, use_preset
 from tests.helpers import ROOT, run_command
 
 GPU = [name for name, preset in PRESETS.items() if preset.variable == "XLA_FLAGS"]
@@ -63,21 +63,6 @@ def test_no_preset_changes_nothing():
     env = {}
     use_preset("none", env)
     assert env == {}
-
-
-@pytest.mark.parametrize("name", ["deterministic_ops", "exclude_nondeterministic_ops"])
-def test_who_asks_for_the_same_bits(name):
-    for value, asked in (
-        ("", True),
-        ("=true", True),
-        ("=1", True),
-        ("=false", False),
-        (f"=true --xla_gpu_{name}=false", False),  # XLA takes the last one
-        ("x", False),
-    ):
-        flags = f"--xla_dump_to=x --xla_gpu_{name}{value} --xla_y=1"
-        assert deterministic({"XLA_FLAGS": flags}) is asked
-    assert not deterministic({})
 
 
 def test_unknown_preset():
@@ -355,7 +340,7 @@ def test_xla_aborts_on_a_flag_that_it_does_not_know():
 COMPILE = """
 import os, sys
 import jax, jax.numpy as jnp
-from llama_jax.plan import parse_topology, topology_devices
+from llama_jax.topology import parse_topology, topology_devices
 from llama_jax.xla_flags import use_preset
 use_preset(sys.argv[1]) if sys.argv[1] else os.environ.update(LIBTPU_INIT_ARGS='--xla_tpu_no=1')
 devices = topology_devices(parse_topology(sys.argv[2]))
