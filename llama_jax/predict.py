@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from llama_jax.chips import Chip
 from llama_jax.hlo import CONTROL, Collective, Instruction, Module, sent, trip_count
 from llama_jax.hlo_cost import kernel_flops, products, traffic
-from llama_jax.network import Network, Torus
+from llama_jax.network import Network
+from llama_jax.topology import Torus
 
 
 @dataclasses.dataclass(frozen=True)

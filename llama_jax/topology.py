@@ -14,7 +14,6 @@ import jax
 
 from llama_jax.chips import CHIPS, Chip, chip_named
 from llama_jax.errors import UserError, first_line
-from llama_jax.network import Torus
 
 GPUS_PER_NODE = 8
 
@@ -63,6 +62,47 @@ class Topology:
 
     def __str__(self) -> str:
         return self.slice_name + (f" x {self.slices} slices" if self.slices > 1 else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Torus:
+    """The ICI network of a TPU slice.
+
+    Attributes:
+      shape: chips along each dimension.
+      wrap: which dimensions close to a ring.
+      coords: of the chip of each device of the mesh, in order.
+    """
+
+    shape: tuple[int, ...]
+    wrap: tuple[bool, ...]
+    coords: tuple[tuple[int, ...], ...]
+
+    def links(self, group: Sequence[int]) -> int:
+        """Links of a chip that a collective of these devices can keep busy, in one direction each.
+
+        Two along each dimension that the group fills and that wraps around, one along others; two
+        where the group is no box of chips, as in one ring. 0 for the devices of one chip.
+        """
+        sizes = self.extent(group)
+        if math.prod(sizes) != len({self.coords[device] for device in group}):
+            return 2
+        return sum(
+            2 if wraps and size == whole else size > 1
+            for size, whole, wraps in zip(sizes, self.shape, self.wrap, strict=True)
+        )
+
+    def hops(self, group: Sequence[int]) -> int:
+        """Links on the way between the two devices of a group that are farthest apart."""
+        return sum(
+            size // 2 if wraps and size == whole else size - 1
+            for size, whole, wraps in zip(self.extent(group), self.shape, self.wrap, strict=True)
+        )
+
+    def extent(self, group: Sequence[int]) -> list[int]:
+        """Different coordinates of a group along each dimension."""
+        chips = [self.coords[device] for device in group]
+        return [len({chip[axis] for chip in chips}) for axis in range(len(self.shape))]
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:

@@ -1,5 +1,6 @@
 import contextlib
 import importlib.util
+import itertools
 import os
 import re
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 from llama_jax.chips import CHIPS, chip_named, find_chip
 from llama_jax.errors import UserError
 from llama_jax.topology import (
+    Torus,
     captured,
     node_of,
     parse_topology,
@@ -95,6 +97,35 @@ def test_where_a_slice_wraps_around(monkeypatch, name, wrap):
 
 def name_of_slice(topology):
     return f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
+
+
+def torus(shape, wrap):
+    return Torus(shape, wrap, tuple(itertools.product(*(range(size) for size in shape))))
+
+
+CUBE = torus((4, 4, 4), (True, True, True))
+BLOCK = torus((4, 4, 2), (False, False, False))
+POD = torus((8, 16), (False, True))
+LINE, PLANE, WHOLE = range(4), range(16), range(64)  # along z, along y and z, all
+
+
+@pytest.mark.parametrize(
+    ("where", "group", "links", "hops"),
+    [
+        (CUBE, WHOLE, 6, 6),
+        (CUBE, PLANE, 4, 4),
+        (CUBE, LINE, 2, 2),
+        (CUBE, (0, 1), 1, 1),  # neighbours
+        (CUBE, (0, 1, 4), 2, 2),  # three corners of a square: a ring through others
+        (CUBE, range(0, 64, 4), 4, 4),  # every fourth: a plane across
+        (BLOCK, range(32), 3, 7),
+        (POD, range(128), 3, 15),
+        (POD, range(16), 2, 8),
+        (POD, range(0, 128, 16), 1, 7),
+    ],
+)
+def test_links_that_a_group_can_use(where, group, links, hops):
+    assert (where.links(tuple(group)), where.hops(tuple(group))) == (links, hops)
 
 
 def test_where_devices_lie_on_a_torus():
