@@ -27,6 +27,7 @@ import numpy as np
 from absl import flags
 
 from llama_jax import cli, xla_flags
+from llama_jax.chips import peak_flops
 from llama_jax.config import (
     Config,
     DataConfig,
@@ -37,7 +38,6 @@ from llama_jax.config import (
 )
 from llama_jax.cost import flops_per_token, parameter_count
 from llama_jax.mesh import make_mesh
-from llama_jax.metrics import peak_flops
 from llama_jax.sharding import check_batch
 from llama_jax.step import CompiledStep, TrainState, abstract_batch, jit_step
 from llama_jax.weights import abstract_frozen

@@ -16,6 +16,10 @@ best products.
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import jax
 
 GB = 10**9
 GIB = 2**30
@@ -184,3 +188,15 @@ def find_chip(device_kind: str) -> Chip | None:
 def chip_named(name: str) -> Chip | None:
     """The chip of a topology's name, such as `v5p`."""
     return next((chip for chip in CHIPS if chip.name == name), None)
+
+
+def peak_flops(device: "jax.Device") -> float | None:
+    """Peak bfloat16 FLOP/s of a device, or None where it is not known (CPUs, new chips)."""
+    chip = find_chip(device.device_kind)
+    return None if chip is None else chip.peak_flops
+
+
+def peak_name(device: "jax.Device") -> str:
+    """What MFU is a share of, such as `NVIDIA H200 989 TFLOP/s`."""
+    peak = peak_flops(device)
+    return device.device_kind + (f" {peak / 1e12:,.0f} TFLOP/s" if peak else "")

@@ -17,6 +17,7 @@ from llama_jax import cli, metrics, xla_flags
 from llama_jax.agreement import Peers, agreed, open_collectives
 from llama_jax.checkpoint import CHECKPOINTS, DamagedCheckpoint, Meta, load_meta
 from llama_jax.checkpointer import Checkpointer
+from llama_jax.chips import peak_flops, peak_name
 from llama_jax.config import Config
 from llama_jax.continuation import complete
 from llama_jax.data.pipeline import TrainingData, open_data
@@ -41,6 +42,7 @@ from llama_jax.guards import (
 from llama_jax.init_from import base_context, check_init, first_state, with_base, with_tokenizer
 from llama_jax.loop import Instruments, lost_evaluation, make_up, run_loop
 from llama_jax.mesh import make_mesh
+from llama_jax.metric_writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
 from llama_jax.paths import expand
 from llama_jax.processes import start_processes
 from llama_jax.profiler import Profiler
@@ -73,13 +75,13 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "llama_jax", "xla"))
 
 
-def _writers(config: Config, workdir: epath.Path, device: jax.Device) -> list[metrics.Writer]:
+def _writers(config: Config, workdir: epath.Path, device: jax.Device) -> list[Writer]:
     if jax.process_index() != 0:
         return []
     return [
-        metrics.ConsoleWriter(config.train.steps, metrics.peak_name(device)),
-        metrics.JsonlWriter(workdir / "metrics.jsonl"),
-        metrics.TensorBoardWriter(workdir / "tensorboard"),
+        ConsoleWriter(config.train.steps, peak_name(device)),
+        JsonlWriter(workdir / "metrics.jsonl"),
+        TensorBoardWriter(workdir / "tensorboard"),
     ]
 
 
@@ -227,7 +229,7 @@ def run(config: Config, workdir: epath.PathLike, began: float | None = None) -> 
             start, lost = int(state.step), lost_evaluation(state, data, config, meta)
             if start < config.train.steps or lost:
                 device = mesh.devices.flat[0]
-                speed = metrics.Speed(config, mesh.size, metrics.peak_flops(device))
+                speed = metrics.Speed(config, mesh.size, peak_flops(device))
                 log = metrics.Metrics(_writers(config, workdir, device), speed)
                 window = config.train.profile_window if jax.process_index() == 0 else range(0)
                 profiler = Profiler(window, workdir / "tensorboard")

@@ -1,5 +1,4 @@
 import json
-import types
 
 import jax.numpy as jnp
 import pytest
@@ -7,37 +6,8 @@ from etils import epath
 
 from llama_jax import metrics
 from llama_jax.cost import flops_per_token
+from llama_jax.metric_writers import ConsoleWriter, JsonlWriter, TensorBoardWriter
 from tests.helpers import TINY
-
-
-def device(kind):
-    return types.SimpleNamespace(device_kind=kind)
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", None),
-        ("NVIDIA H200", 989e12),
-        ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5", 459e12),
-        ("TPU v5p", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("cpu", None),
-        ("TPU v9", None),
-    ],
-)
-def test_peaks_are_known_or_none(kind, peak):
-    assert metrics.peak_flops(device(kind)) == peak
-
-
-def test_the_peak_has_a_name_and_a_value():
-    assert metrics.peak_name(device("NVIDIA H200")) == "NVIDIA H200 989 TFLOP/s"
-    assert metrics.peak_name(device("TPU v5 lite")) == "TPU v5 lite 197 TFLOP/s"
-    assert metrics.peak_name(device("cpu")) == "cpu"
 
 
 def test_speed_and_mfu(monkeypatch):
@@ -87,44 +57,6 @@ def test_a_step_is_logged_when_the_next_is_pushed():
     assert recorder.closed
 
 
-def test_json_lines_are_valid_whatever_the_numbers(tmp_path):
-    path = epath.Path(tmp_path / "metrics.jsonl")
-    writer = metrics.JsonlWriter(path)
-    writer.write(1, {"loss": 2.0, "mfu": None})
-    writer.write(2, {"loss": float("nan"), "mfu": 0.5})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 1, "loss": 2.0, "mfu": None},
-        {"step": 2, "loss": None, "mfu": 0.5},
-    ]
-    writer.close()
-
-
-def test_console(capsys, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    console = metrics.ConsoleWriter(100, metrics.peak_name(device("NVIDIA H200")))
-    record = {
-        "loss": 2.5,
-        "learning_rate": 3e-4,
-        "grad_norm": 0.5,
-        "tokens_per_second": 12345.6,
-        "mfu": 0.456,
-    }
-    console.write(10, record)
-    now[0] = 60.0
-    console.write(20, {**record, "mfu": None})
-    console.write(20, {"eval_loss": 3.25})
-    console.write(20, {"eval_loss": 3.25, "epochs": 0.5})
-    console.write(20, {"eval_loss": 3.25, "epochs/web": 0.125, "epochs/books": 2.0})
-    first, second, third, fourth, fifth = capsys.readouterr().out.splitlines()
-    assert "step  10/100  loss 2.5000  lr 3.00e-04  grad_norm 0.50  12,346 tokens/s" in first
-    assert "MFU 45.6% of NVIDIA H200 989 TFLOP/s" in first and "ETA -" in first
-    assert "MFU n/a" in second and second.endswith("ETA 8m00s")
-    assert third == "step  20  eval_loss 3.2500"
-    assert fourth.endswith("eval_loss 3.2500  epochs 0.50")
-    assert fifth.endswith("epochs web 0.12, books 2.00")
-
-
 def test_a_speed_that_nobody_has_measured_is_left_out(tmp_path, capsys):
     """Of a record before which no step was timed: null, `-`, and nothing in TensorBoard."""
     from tensorboardX.proto.event_pb2 import Event
@@ -134,9 +66,9 @@ def test_a_speed_that_nobody_has_measured_is_left_out(tmp_path, capsys):
     assert record["tokens_per_second"] is None and record["mfu"] is None
     folder = epath.Path(tmp_path)
     writers = [
-        metrics.ConsoleWriter(10, "x"),
-        metrics.JsonlWriter(folder / "metrics.jsonl"),
-        metrics.TensorBoardWriter(folder / "tensorboard"),
+        ConsoleWriter(10, "x"),
+        JsonlWriter(folder / "metrics.jsonl"),
+        TensorBoardWriter(folder / "tensorboard"),
     ]
     log = metrics.Metrics(writers, metrics.Speed(TINY, 1, None))
     log.write(1, record)
@@ -156,17 +88,6 @@ def framed(data):
         length = int.from_bytes(data[:8], "little")
         yield data[12 : 12 + length]
         data = data[16 + length :]
-
-
-def test_long_eta_is_in_hours(capsys, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    console = metrics.ConsoleWriter(1000, "x")
-    record = dict.fromkeys(("loss", "learning_rate", "grad_norm", "tokens_per_second"), 1.0)
-    console.write(0, {**record, "mfu": None})
-    now[0] = 60.0
-    console.write(10, {**record, "mfu": None})
-    assert capsys.readouterr().out.splitlines()[1].endswith("ETA 1h39m")
 
 
 def test_the_plot_shows_both_losses_and_the_later_record_of_a_step(tmp_path, monkeypatch):
@@ -194,22 +115,6 @@ def test_the_plot_shows_both_losses_and_the_later_record_of_a_step(tmp_path, mon
     metrics.plot_loss(epath.Path(tmp_path / "m.jsonl"), output)
     assert drawn == {"training": [(1, 5.0), (2, 4.0)], "validation": [(2, 4.5)]}
     assert output.read_bytes().startswith(b"\x89PNG")
-
-
-def test_tensorboard_files_hold_the_numbers(tmp_path):
-    from tensorboardX.proto.event_pb2 import Event
-
-    writer = metrics.TensorBoardWriter(epath.Path(tmp_path))
-    writer.write(7, {"loss": 2.5, "mfu": None})
-    writer.close()
-    data = next(tmp_path.iterdir()).read_bytes()
-    found = {}
-    while data:  # TFRecord: length (8 bytes), its checksum (4), the record, its checksum (4)
-        size = int.from_bytes(data[:8], "little")
-        event = Event.FromString(data[12 : 12 + size])
-        found |= {(event.step, v.tag): v.simple_value for v in event.summary.value}
-        data = data[16 + size :]
-    assert found == {(7, "loss"): 2.5}
 
 
 def test_a_record_that_cannot_be_written_ends_no_run(capsys):
