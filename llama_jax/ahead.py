@@ -70,7 +70,7 @@ def lower_step(config: Config, devices: list[jax.Device]) -> tuple[Any, Any, jax
     """The lowered train step for these devices, its abstract state with shardings, and its mesh.
 
     Raises:
-      UserError: the config does not divide over the mesh.
+      DoesNotDivide: the config does not divide over the mesh.
     """
     mesh = make_mesh(config.mesh, config.dcn, devices)
     train = config.train
@@ -102,7 +102,7 @@ def compile_step(
         None: where XLA_FLAGS say, or else one that is removed at the end.
 
     Raises:
-      UserError: the config does not divide over the mesh.
+      DoesNotDivide: the config does not divide over the mesh.
     """
     began = time.perf_counter()
     text, sizes = "", {}

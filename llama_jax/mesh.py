@@ -15,11 +15,15 @@ from llama_jax.errors import UserError
 AXES = ("data", "fsdp", "context", "tensor")
 
 
+class DoesNotDivide(UserError):
+    """A mesh that does not cover its devices, or over which a batch or an array does not divide."""
+
+
 def mesh_shape(config: MeshConfig, n_devices: int) -> dict[str, int]:
     """Devices along each axis, with -1 filled in.
 
     Raises:
-      UserError: the axes do not multiply to `n_devices`.
+      DoesNotDivide: the axes do not multiply to `n_devices`.
     """
     shape = dataclasses.asdict(config)
     known = math.prod(size for size in shape.values() if size != -1)
@@ -28,7 +32,7 @@ def mesh_shape(config: MeshConfig, n_devices: int) -> dict[str, int]:
         shape[free[0]] = n_devices // known
     asked = " x ".join(f"{name}={size}" for name, size in shape.items())
     if math.prod(shape.values()) != n_devices:
-        raise UserError(
+        raise DoesNotDivide(
             f"the mesh {asked} does not cover {n_devices} devices; "
             f"their product must be {n_devices} (one axis may be -1 to take what is left)"
         )
@@ -65,7 +69,8 @@ def make_mesh(
       A mesh with the axes `AXES`, all `AxisType.Auto`; axis sizes are the products of both factors.
 
     Raises:
-      UserError: the sizes do not fit the number of devices or slices.
+      DoesNotDivide: the sizes do not multiply to the number of devices.
+      UserError: `dcn` asks for another number of slices than there are.
     """
     devices = list(jax.devices() if devices is None else devices)
     dcn_sizes = dataclasses.asdict(dcn or DcnConfig())
@@ -74,7 +79,7 @@ def make_mesh(
         dcn_sizes = mesh_shape(dcn or DcnConfig(), n_slices)
     n_groups = math.prod(dcn_sizes.values())
     if len(devices) % n_groups:
-        raise UserError(f"{len(devices)} devices do not divide into dcn groups {dcn_sizes}")
+        raise DoesNotDivide(f"{len(devices)} devices do not divide into dcn groups {dcn_sizes}")
     ici_sizes = mesh_shape(config, len(devices) // n_groups)
     ici, outer = tuple(ici_sizes.values()), tuple(dcn_sizes.values())
     if n_groups == 1:

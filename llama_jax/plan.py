@@ -1,38 +1,27 @@
-"""Compiles the train step for a machine that is not here: does it fit, how fast, how long?
-
-The compiler of the target runs on this computer, ahead of time (TPU: `pip install '.[tpu]'`, GPU:
-`pip install '.[cuda13]'`). What it says of memory and collectives is exact; the time of a step is
-predicted from its schedule and the chip's data sheet, see predict.py. Compiler flags are given as
-in training: those of a TPU by default, others by --xla_preset; XLA_FLAGS, for TPUs
-LIBTPU_INIT_ARGS, are for your own.
-
-Example:
-  python -m llama_jax.plan --config=configs/7b.py --topology=v5p-128
-  python -m llama_jax.plan --config=configs/65b.py --topology=v5p:8x8x8 --json \\
-      --config.mesh.tensor=4
-  python -m llama_jax.plan --config=configs/65b.py --topology=a100-80g:256x8 --price=1.50 \\
-      --xla_preset=ampere --config.mesh.data=8 --config.model.remat=dots
-  python -m llama_jax.plan --config=configs/7b.py --topology=v5e-256 --slices=2
-  python -m llama_jax.plan --config=configs/13b.py --topology=h100:32x8 --search
-  python -m llama_jax.plan --calibration
-"""
+"""The plan of a run: what the compiler of a machine says of its step, and how long that takes."""
 
 import json
-import math
 from typing import Any
 
-import jax
-from absl import flags
-
-from llama_jax import calibration, cli, xla_flags
-from llama_jax.ahead import compile_step, with_slices
+from llama_jax import calibration
+from llama_jax.ahead import Compiled, compile_step, with_slices
+from llama_jax.candidates import what_divides
 from llama_jax.chips import GIB
 from llama_jax.config import Config
 from llama_jax.cost import flops_per_token, parameter_count
 from llama_jax.errors import UserError
-from llama_jax.hlo import parse, summarize
-from llama_jax.predict import Prediction, predict
-from llama_jax.topology import Topology, node_of, parse_topology, topology_devices, torus_of
+from llama_jax.hlo import Summary, parse, summarize
+from llama_jax.mesh import DoesNotDivide
+from llama_jax.predict import Prediction, predict_on
+from llama_jax.topology import Topology, topology_devices
+
+# What there is of a program that fits.
+_OF_A_PROGRAM = (
+    *("collectives", "collectives_by_dtype", "collectives_async", "collectives_sync"),
+    *("lookup_collectives", "flops_per_chip", "hbm_bytes_per_chip", "estimated_cycles", "seconds"),
+    *("exposed_seconds", "step_seconds", "tokens_per_second_per_chip", "mfu_6n", "mfu_attention"),
+    *("days", "chip_hours", "cost"),
+)
 
 
 def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, Any]:
@@ -52,53 +41,57 @@ def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, An
     Raises:
       UserError: as `topology_devices` and `compile_step`.
     """
-    chip, train, model = topology.chip, config.train, config.model
     config = with_slices(config, topology.slices)
-    devices = topology_devices(topology)
-    try:
-        compiled = compile_step(config, devices)
-    except UserError as error:
-        if "divide" not in str(error) and "does not cover" not in str(error):
-            raise
-        from llama_jax.search import what_divides
-
-        raise UserError(f"{error}; {what_divides(config, topology)}") from error
-    each = chip.devices_per_chip
-    sizes = {name: size * each for name, size in compiled.bytes.items()}
-    sizes["capacity"] = int(chip.hbm_bytes) * each
+    compiled = _compile(config, topology)
+    sizes = {name: size * topology.chip.devices_per_chip for name, size in compiled.bytes.items()}
+    sizes["capacity"] = int(topology.chip.hbm_bytes) * topology.chip.devices_per_chip
     result: dict[str, Any] = {
         "config": json.loads(config.to_json()),
         "topology": str(topology),
         "mesh": dict(compiled.mesh.shape),
         "chips": topology.chips,
-        "parameters": parameter_count(model),
+        "parameters": parameter_count(config.model),
         "bytes_per_chip": sizes,
         "fits": bool(compiled.text) and sizes["total"] <= sizes["capacity"],
         "sharding_constraints": compiled.constraints,
         "warnings": list(compiled.warnings),
         "compile_seconds": compiled.seconds,
-        "calibration": calibration.summary(chip.name),
+        "calibration": calibration.summary(topology.chip.name),
     }
     if not compiled.text:
-        names = "collectives collectives_by_dtype collectives_async collectives_sync "
-        names += "lookup_collectives flops_per_chip hbm_bytes_per_chip estimated_cycles seconds "
-        names += "exposed_seconds "
-        names += "step_seconds tokens_per_second_per_chip mfu_6n mfu_attention days chip_hours cost"
-        return {**result, **dict.fromkeys(names.split())}
-    summary = summarize(compiled.text)
+        return {**result, **dict.fromkeys(_OF_A_PROGRAM)}
     placed = list(compiled.mesh.devices.flat)
-    nodes = [node_of(device) for device in placed]
-    prediction = predict(parse(compiled.text), chip, nodes, torus_of(topology, placed))
-    tokens = train.tokens_per_step / topology.devices
-    each_token = flops_per_token(model, config.lora, train.seq_len)
-    if prediction.flops < each_token * tokens * 0.95:
-        found = prediction.flops / tokens / each_token
-        result["warnings"].append(f"only {found:.0%} of the FLOPs are found in the program")
-    rate = train.tokens_per_step / topology.chips / prediction.step
-    days = train.steps * prediction.step / 86_400
-    hours = days * 24 * topology.chips
+    prediction = predict_on(topology, placed, parse(compiled.text))
+    result["warnings"] += _missing_flops(config, topology, prediction)
     return {
         **result,
+        **_work(summarize(compiled.text), prediction, topology),
+        **_speed(config, topology, prediction, price),
+    }
+
+
+def _compile(config: Config, topology: Topology) -> Compiled:
+    devices = topology_devices(topology)
+    try:
+        return compile_step(config, devices)
+    except DoesNotDivide as error:
+        raise UserError(f"{error}; {what_divides(config, topology)}") from error
+
+
+def _missing_flops(config: Config, topology: Topology, prediction: Prediction) -> list[str]:
+    """A warning, where the program seems to do less than the model needs."""
+    tokens = config.train.tokens_per_step / topology.devices
+    each_token = flops_per_token(config.model, config.lora, config.train.seq_len)
+    if prediction.flops >= each_token * tokens * 0.95:
+        return []
+    found = prediction.flops / tokens / each_token
+    return [f"only {found:.0%} of the FLOPs are found in the program"]
+
+
+def _work(summary: Summary, prediction: Prediction, topology: Topology) -> dict[str, Any]:
+    """What a step sends and computes, and the seconds of each part."""
+    each = topology.chip.devices_per_chip
+    return {
         "collectives": _counted(summary.collectives),
         "collectives_by_dtype": _counted(summary.by_dtype),
         "collectives_async": _counted(summary.asynchronous),
@@ -109,13 +102,23 @@ def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, An
         "estimated_cycles": summary.cycles,  # by the compiler, without attention kernels
         "seconds": _seconds(prediction),
         "exposed_seconds": prediction.exposed_by_kind,
+    }
+
+
+def _speed(
+    config: Config, topology: Topology, prediction: Prediction, price: float
+) -> dict[str, Any]:
+    """How fast a step is, and what the whole run takes."""
+    train = config.train
+    rate = train.tokens_per_step / topology.chips / prediction.step
+    peak = topology.chip.peak_flops * topology.chip.devices_per_chip
+    days = train.steps * prediction.step / 86_400
+    hours = days * 24 * topology.chips
+    return {
         "step_seconds": prediction.step,
         "tokens_per_second_per_chip": rate,
-        "mfu_6n": (4 if config.lora.rank else 6)
-        * parameter_count(model)
-        * rate
-        / (chip.peak_flops * each),
-        "mfu_attention": each_token * rate / (chip.peak_flops * each),
+        "mfu_6n": (4 if config.lora.rank else 6) * parameter_count(config.model) * rate / peak,
+        "mfu_attention": flops_per_token(config.model, config.lora, train.seq_len) * rate / peak,
         "days": days,
         "chip_hours": hours,
         "cost": hours * price if price else None,
@@ -211,57 +214,3 @@ def _times(result: dict[str, Any]) -> list[str]:
 def _short(number: float) -> str:
     """With decimals where the number is small: fine-tuning takes hours, not years."""
     return f"{number:,.2f}" if number < 100 else f"{number:,.0f}"
-
-
-def main() -> None:
-    """The command; flags are defined below."""
-    from llama_jax import search  # which compiles plans
-
-    if _CALIBRATION.value:
-        print(calibration.table())
-        return
-    config = cli.load_config(_CONFIG)
-    if _TOPOLOGY.value is None:
-        raise UserError("--topology is missing; try --topology=v5p-128 or --topology=h100:256x8")
-    topology = parse_topology(_TOPOLOGY.value, _SLICES.value)
-    if not 0 <= _PRICE.value < math.inf:
-        raise UserError(f"--price must be a number of dollars, got {_PRICE.value}")
-    tpu = topology.chip.name if topology.chip.torus else ""
-    chosen = xla_flags.use_preset(_XLA_PRESET.value, tpu=tpu)
-    jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
-    if _SEARCH.value:
-        result = search.search(config, topology, _SEARCH_LIMIT.value, _PRICE.value)
-    else:
-        result = plan(config, topology, _PRICE.value)
-        if not result["fits"]:
-            result["would_fit"] = search.advice(config, topology, result)
-    result["xla_preset"] = chosen.preset
-    print(json.dumps(result) if _JSON.value else f"{table(result)}\nflags        {chosen}")
-
-
-if __name__ == "__main__":
-    _CONFIG = cli.config_flag()
-    _TOPOLOGY = flags.DEFINE_string(
-        "topology",
-        None,
-        "TPU slice, such as v5p-1024 or v5p:8x8x8, or nodes x GPUs, such as h100:256x8.",
-    )
-    _SLICES = flags.DEFINE_integer("slices", 1, "TPU slices; dcn must multiply to them.")
-    _PRICE = flags.DEFINE_float("price", 0.0, "Dollars per chip and hour, for the cost of the run.")
-    _SEARCH = flags.DEFINE_bool(
-        "search",
-        False,
-        "Try mesh shapes, remat policies and microbatches, a line for each; show the fastest that "
-        "fits. TPUs: up to the compiler's schedule (seconds each), the best two to the end.",
-    )
-    _SEARCH_LIMIT = flags.DEFINE_integer(
-        "search_limit", 6, "Candidates that --search tries.", lower_bound=1
-    )
-    _XLA_PRESET = flags.DEFINE_string(
-        "xla_preset", xla_flags.AUTO, f"{xla_flags.HELP} The chip is that of --topology."
-    )
-    _CALIBRATION = flags.DEFINE_bool(
-        "calibration", False, "Print measured steps beside predicted ones, and end."
-    )
-    _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
-    cli.run(main, __doc__)

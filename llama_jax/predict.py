@@ -10,11 +10,13 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
+import jax
+
 from llama_jax.chips import Chip
 from llama_jax.hlo import CONTROL, Collective, Instruction, Module, sent, trip_count
 from llama_jax.hlo_cost import kernel_flops, products, traffic
 from llama_jax.network import Network
-from llama_jax.topology import Torus
+from llama_jax.topology import Topology, Torus, node_of, torus_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +136,21 @@ class _Schedule:
         if until > now:
             totals.waits[kind] += until - now  # type: ignore[assignment]
         return max(now, until)
+
+
+def predict_on(
+    topology: Topology, devices: Sequence[jax.Device], module: Module, chip: Chip | None = None
+) -> Prediction:
+    """`predict` for the devices of a mesh on a machine.
+
+    Args:
+      topology: the machine.
+      devices: those of the mesh, in its order.
+      module: as of `predict`.
+      chip: another one than the machine's.
+    """
+    nodes = [node_of(device) for device in devices]
+    return predict(module, chip or topology.chip, nodes, torus_of(topology, devices))
 
 
 def predict(

@@ -26,8 +26,8 @@ from llama_jax.errors import UserError, first_line
 from llama_jax.estimate import TPU_PRODUCTS
 from llama_jax.hlo import parse
 from llama_jax.mesh import make_mesh
-from llama_jax.predict import predict
-from llama_jax.topology import Topology, node_of, parse_topology, topology_devices, torus_of
+from llama_jax.predict import predict_on
+from llama_jax.topology import Topology, parse_topology, topology_devices
 
 _PATIENCE = 1800  # seconds, after which the compiler of one candidate is given up
 _POLL = 0.05  # seconds
@@ -78,11 +78,11 @@ def _compile(config: Config, topology: Topology, folder: pathlib.Path) -> int | 
     """Fills a folder, in another process; returns the bytes of a program that does not fit."""
     asked = {"config": json.loads(config.to_json()), "topology": topology.slice_name}
     asked |= {"slices": topology.slices, "folder": str(folder)}
-    package = str(pathlib.Path(__file__).parent.parent)
+    package = str(pathlib.Path(__file__).parents[__name__.count(".")])  # the folder of llama_jax
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     with subprocess.Popen(
-        [sys.executable, "-m", "llama_jax.scheduled"],
+        [sys.executable, "-m", __name__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -121,8 +121,7 @@ def _read(config: Config, topology: Topology, folder: pathlib.Path) -> Scheduled
     chip = dataclasses.replace(
         topology.chip, clock=None, hbm_bandwidth=math.inf, matmul_efficiency=TPU_PRODUCTS
     )
-    nodes = [node_of(device) for device in placed]
-    result = predict(module, chip, nodes, torus_of(topology, placed))
+    result = predict_on(topology, placed, module, chip)
     fits = total <= topology.chip.hbm_bytes
     return Scheduled(total, fits, result.step, result.exposed, result.flops)
 

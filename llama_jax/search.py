@@ -13,13 +13,12 @@ from typing import Any
 import jax
 
 from llama_jax import scheduled
-from llama_jax.advice import advice as advice
 from llama_jax.candidates import candidates, options, with_dcn
-from llama_jax.candidates import what_divides as what_divides
 from llama_jax.chips import GIB
 from llama_jax.config import Config
 from llama_jax.errors import UserError, first_line
 from llama_jax.estimate import Estimate, estimate
+from llama_jax.plan import plan
 from llama_jax.topology import Topology
 
 # Of the memory, that a candidate may take by the estimate, which is right within a few percent: a
@@ -106,8 +105,6 @@ class _Try:
 
     def compile(self, price: float) -> dict[str, Any] | None:
         """Compiles it to the end; its plan, if it fits."""
-        from llama_jax.plan import plan
-
         self.told["kind"] = "compiled"
         try:
             result = plan(self.config, self.topology, price)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.errors import UserError
+from llama_jax.mesh import DoesNotDivide
 
 # `context` shards weights too, as a second fsdp axis: its devices hold different tokens of the
 # same batch, so they would otherwise hold the same weights several times.
@@ -132,8 +133,8 @@ def param_specs(
         weights are as they are. To train them so would take memory and time on each device.
 
     Raises:
-      UserError: an uncovered parameter, a stale row, an unknown mesh axis, or a dimension that does
-        not divide.
+      UserError: an uncovered parameter, a stale row or an unknown mesh axis.
+      DoesNotDivide: a dimension that does not divide.
     """
     leaves, treedef = jax.tree.flatten_with_path(params)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
@@ -200,7 +201,7 @@ def _check_divides(
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if size % parts:
             vocabulary = path in _VOCABULARY and axes == ("tensor",)
-            raise UserError(
+            raise DoesNotDivide(
                 f"{path} of shape {shape}: a dimension of {size} does not divide over "
                 f"{' x '.join(axes)} = {parts} devices" + (_pad(size, parts) if vocabulary else "")
             )
@@ -236,23 +237,23 @@ def check_batch(global_batch: int, seq_len: int, grad_accum: int, mesh: Mesh) ->
     """Checks that each microbatch divides over the mesh.
 
     Raises:
-      UserError: naming the numbers that do not divide.
+      DoesNotDivide: naming the numbers that do not divide.
     """
     rows = math.prod(mesh.shape[axis] for axis in mesh_axes(ACTIVATION_AXES["batch"]))
     micro = global_batch // grad_accum
     if micro % rows:
-        raise UserError(
+        raise DoesNotDivide(
             f"train.global_batch={global_batch} / train.grad_accum={grad_accum} = {micro} "
             f"sequences do not divide over data x fsdp = {rows} devices"
         )
     context = mesh.shape["context"]
     if context > 1 and seq_len % (2 * context):
-        raise UserError(
+        raise DoesNotDivide(
             f"train.seq_len={seq_len} does not divide into two chunks for each of "
             f"context={context} devices"
         )
     if seq_len % (context * mesh.shape["tensor"]):
-        raise UserError(
+        raise DoesNotDivide(
             f"train.seq_len={seq_len} does not divide over context x tensor = "
             f"{context * mesh.shape['tensor']} devices"
         )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import topologies
 
 from llama_jax.chips import CHIPS, Chip, chip_named
 from llama_jax.errors import UserError, first_line
@@ -183,8 +184,6 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
     Raises:
       UserError: the compiler is not installed, or knows no such slice.
     """
-    from jax.experimental import topologies
-
     chip = topology.chip
     options: dict[str, Any]
     # Read when a compiler is loaded: with less, it would not tell when it works around shardings.

@@ -64,6 +64,8 @@ def test_the_compiler_is_given_the_flags_of_the_user(compiler, monkeypatch):
         "asked = json.load(sys.stdin)\n"
         "assert os.environ['XLA_FLAGS'] == '--xla_own=1'\n"
         "assert asked['config']['model']['dim'] and asked['topology'] == 'v5p:2x2x1'\n"
+        f"assert sys.argv[1:] == ['-m', {scheduled.__name__!r}]\n"
+        f"assert os.environ['PYTHONPATH'].split(os.pathsep)[0] == {str(ROOT)!r}\n"
         "print(json.dumps({'error': 'as asked'}))"
     )
     with pytest.raises(UserError, match="as asked"):

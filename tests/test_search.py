@@ -6,12 +6,14 @@ import pytest
 from llama_jax import plan as plan_lib
 from llama_jax import scheduled as scheduled_lib
 from llama_jax import search as search_lib
+from llama_jax.advice import advice
+from llama_jax.candidates import candidates, options, what_divides
 from llama_jax.chips import chip_named
 from llama_jax.cost import frozen_bytes
 from llama_jax.errors import UserError
-from llama_jax.estimate import kept_width
+from llama_jax.estimate import estimate, kept_width
 from llama_jax.scheduled import Scheduled
-from llama_jax.search import advice, candidates, estimate, options, search, what_divides
+from llama_jax.search import search
 from llama_jax.topology import Topology, parse_topology
 from llama_jax.weights import abstract_frozen
 from tests import plans
@@ -194,7 +196,7 @@ def test_search_finds_the_fastest_that_fits(monkeypatch, capsys):
             "cost": price,
         }
 
-    monkeypatch.setattr(plan_lib, "plan", fake_plan)
+    monkeypatch.setattr(search_lib, "plan", fake_plan)
     result = search(CONFIG, EIGHT, limit=3, price=2.0)
     assert (result["fits"], result["step_seconds"], result["cost"]) == (True, 3.0, 2.0)
     assert result["options"] == options(compiled[1])
@@ -235,7 +237,7 @@ def fake_compilers(monkeypatch, *, scheduled_gib, plan_gib=None, steps=None, fai
 
     monkeypatch.setattr(scheduled_lib, "available", lambda topology: True)
     monkeypatch.setattr(scheduled_lib, "schedule", schedule)
-    monkeypatch.setattr(plan_lib, "plan", fake_plan)
+    monkeypatch.setattr(search_lib, "plan", fake_plan)
     return said
 
 
@@ -325,7 +327,7 @@ def test_where_no_candidate_compiles(monkeypatch, capsys, error):
     def fake_plan(config, topology, price):
         raise error
 
-    monkeypatch.setattr(plan_lib, "plan", fake_plan)
+    monkeypatch.setattr(search_lib, "plan", fake_plan)
     with pytest.raises(UserError, match=f"none of 2 candidates compiles: {error}"):
         search(CONFIG, EIGHT, limit=2, price=0.0)
     lines = capsys.readouterr().err.splitlines()
@@ -336,7 +338,7 @@ def test_a_missing_compiler_is_told_at_once(monkeypatch, capsys):
     def fake_plan(config, topology, price):
         raise UserError("no topology v5e:2x4: libtpu is not installed")
 
-    monkeypatch.setattr(plan_lib, "plan", fake_plan)
+    monkeypatch.setattr(search_lib, "plan", fake_plan)
     with pytest.raises(UserError, match="no topology v5e:2x4: libtpu"):
         search(CONFIG, EIGHT, limit=2, price=0.0)
     assert capsys.readouterr().err == ""
@@ -463,4 +465,4 @@ def test_what_divides():
 def test_options_are_flags():
     text = options(replace(CONFIG, model__remat="full"))
     assert "--config.mesh.fsdp=-1" in text and "--config.model.remat=full" in text
-    assert search_lib.options(CONFIG).endswith("--config.train.grad_accum=1")
+    assert options(CONFIG).endswith("--config.train.grad_accum=1")
