@@ -7,9 +7,8 @@ from typing import Any
 
 from llama_jax.candidates import accumulations, changed, divides, policies, with_dcn
 from llama_jax.chips import GIB
-from llama_jax.config import Config
+from llama_jax.config import NF4_BLOCK, Config
 from llama_jax.estimate import estimate
-from llama_jax.lora_config import NF4_BLOCK
 from llama_jax.topology import Topology
 
 # A kind of remedy, its flags, and the config and machine that they make.

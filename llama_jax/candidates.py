@@ -5,8 +5,7 @@ import math
 from collections.abc import Iterator
 
 from llama_jax.ahead import with_slices
-from llama_jax.config import Config
-from llama_jax.lora_config import NF4_BLOCK
+from llama_jax.config import NF4_BLOCK, Config
 from llama_jax.mesh import mesh_shape
 from llama_jax.topology import Topology
 

@@ -9,9 +9,10 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 from llama_jax import config as config_lib
-from llama_jax import config_flags, interrupts, paths
+from llama_jax import config_flags, interrupts
 from llama_jax.config_names import unknown_flag
 from llama_jax.errors import UserError, one_line
+from llama_jax.files import expand_place
 
 flags.disclaim_key_flags()  # flags that are defined here belong to the command that asks for them
 
@@ -48,12 +49,12 @@ def path_list_flag(name: str, default: list[str] | None, doc: str) -> flags.Flag
 
 class _PathParser(flags.ArgumentParser):
     def parse(self, argument: str) -> str:
-        return paths.expand_place(argument)
+        return expand_place(argument)
 
 
 class _PathListParser(flags.ListParser):
     def parse(self, argument: str | list[str]) -> list[str]:
-        return [paths.expand_place(item) for item in super().parse(argument)]
+        return [expand_place(item) for item in super().parse(argument)]
 
 
 def run(main: Callable[[], int | None], doc: str | None) -> None:
@@ -91,7 +92,9 @@ def run(main: Callable[[], int | None], doc: str | None) -> None:
             return interrupts.STATUS
 
     quieten_libraries()
-    os.umask(os.umask(0o077) | 0o002)  # whoever may write a shard or a cached program, trains it
+    # docs/security.md promises that nothing is writable for all, whatever the user's umask and
+    # whichever library writes: who can change a shard or a compiled program controls the run.
+    os.umask(os.umask(0o077) | 0o002)
     # absl prints the docstring of __main__ above the flags in --help.
     sys.modules["__main__"].__doc__ = doc
     app.run(guarded, flags_parser=parse)

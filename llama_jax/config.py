@@ -1,4 +1,6 @@
-"""The schema of a run: frozen dataclasses, and the `ConfigDict` that the command line overrides.
+"""Every field of a run, with its meaning and its check; and the `ConfigDict` that sets them.
+
+The groups are frozen dataclasses, in the order in which `Config` has them.
 
 A file in `configs/` starts from `default()`, changes what it must, and returns a locked
 `ml_collections.ConfigDict`. `from_config_dict` turns that into the frozen, validated `Config` that
@@ -14,7 +16,7 @@ from typing import Any, cast
 
 import ml_collections
 
-from llama_jax.config_names import unknown_field
+from llama_jax import errors
 from llama_jax.errors import (
     UserError,
     as_float32,
@@ -24,14 +26,189 @@ from llama_jax.errors import (
     require_types,
     typed,
 )
-from llama_jax.files import parse_json
-from llama_jax.lora_config import LoraConfig
-from llama_jax.model_config import COMPUTE_DTYPES, ModelConfig
-from llama_jax.paths import expand_place
+from llama_jax.files import expand_place, parse_json
 
-PACKINGS = ("concat", "best_fit")
-INIT_FORMATS = ("hf", "meta", "ckpt")
-MOST_WORKERS = 4096  # each is a process
+REMAT_POLICIES = ("none", "full", "dots")
+# Tensors inside a block that `remat = "save:..."` may keep; model.py gives them these names.
+REMAT_NAMES = ("block_in", "q", "k", "v", "attn_context", "attn_out", "mlp_gate", "mlp_up")
+ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "triton", "splash")
+ATTENTION_BACKWARDS = ("auto", "split", "fused")
+COMPUTE_DTYPES = ("bfloat16", "float32")
+ROPE_SCALINGS = ("llama3", "linear", "dynamic", "yarn")
+
+
+def _multiple_near(number: int, of: int) -> int:
+    """The multiple of twice `of` that is nearest to a number: heads have even sizes."""
+    return max(1, round(number / (2 * of))) * 2 * of
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A LLaMA (Touvron et al., 2023, arXiv:2302.13971). The defaults are those of the 7B model."""
+
+    # Rows of embedding and output head. More than the tokenizer has ids are padding, so that the
+    # vocabulary divides over mesh.tensor: they are never targets and never drawn.
+    vocab_size: int = 32_000
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = 32  # fewer than n_heads: grouped-query attention (arXiv:2305.13245)
+    ffn_dim: int = 11_008
+    explicit_head_dim: int = 0  # size of one head; 0: dim // n_heads
+    rope_theta: float = 10_000.0
+    # How RoPE is stretched to long contexts, see rope.py: llama3 | linear | dynamic | yarn.
+    rope_scaling: str = "llama3"
+    rope_scaling_factor: float = 1.0  # 1: RoPE is not stretched (but by dynamic)
+    rope_original_context: int = 8_192  # tokens before that; of llama3, dynamic and yarn
+    # llama3: wavelengths over the original context / low are stretched by the factor, those under
+    # the original context / high stay.
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    # yarn: pairs that turn less than `slow` times over the original context are stretched by the
+    # factor, those that turn more than `fast` times stay.
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
+    rope_truncate: bool = True  # yarn: its bounds are rounded to whole pairs
+    rope_attention_factor: float = 0.0  # yarn: of cos and sin; 0: 0.1 ln(factor) + 1
+    norm_eps: float = 1e-6
+    sliding_window: int = 0  # attention sees so many tokens back (arXiv:2310.06825); 0: all
+    tied_embeddings: bool = False
+    compute_dtype: str = "bfloat16"  # weights, norms, softmax and loss stay float32
+    attention: str = "auto"  # a backend of attention.py
+    # Of the splash kernel on TPUs: tokens of a tile, a multiple of 128 that divides the sequence
+    # (0: by its length and the chip), and the kernels of its gradients: auto | split | fused.
+    attention_tile: int = 0
+    attention_backward: str = "auto"
+    # none | full | dots | save:NAME,NAME | offload:NAME,NAME (to the host) | save:NAME;offload:NAME
+    remat: str = "none"
+    scan_unroll: int = 1  # layers per iteration of the scan; more compile longer, may run faster
+
+    def __post_init__(self) -> None:
+        require_types("model", self)
+        require_positive(
+            "model", self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim"
+        )
+        require_positive("model", self, "norm_eps", "scan_unroll")
+        require(
+            bool(self.explicit_head_dim) or self.dim % self.n_heads == 0,
+            f"model.dim={self.dim} is not a multiple of model.n_heads={self.n_heads}; set "
+            f"--config.model.dim={_multiple_near(self.dim, self.n_heads)}, or a size of the heads "
+            "by --config.model.explicit_head_dim",
+        )
+        require(
+            self.n_heads % self.n_kv_heads == 0,
+            f"model.n_heads={self.n_heads} is not a multiple of model.n_kv_heads="
+            f"{self.n_kv_heads}; set "
+            f"--config.model.n_kv_heads={math.gcd(self.n_heads, self.n_kv_heads)}",
+        )
+        for name in ("sliding_window", "explicit_head_dim"):
+            require(getattr(self, name) >= 0, f"model.{name} must not be negative")
+        self._check_rope()
+        require(
+            self.head_dim % 2 == 0,
+            f"RoPE needs an even head size, got {self.head_dim}; set "
+            f"--config.model.explicit_head_dim={self.head_dim + 1}",
+        )
+        require(
+            self.compute_dtype in COMPUTE_DTYPES,
+            f"model.compute_dtype must be one of {COMPUTE_DTYPES}, got {self.compute_dtype!r}",
+        )
+        require(
+            self.attention in ATTENTION_BACKENDS,
+            f"model.attention must be one of {ATTENTION_BACKENDS}, got {self.attention!r}",
+        )
+        require(
+            self.attention_tile >= 0 and self.attention_tile % 128 == 0,
+            f"model.attention_tile must be a multiple of 128, or 0, got {self.attention_tile}",
+        )
+        require(
+            self.attention_backward in ATTENTION_BACKWARDS,
+            f"model.attention_backward must be one of {ATTENTION_BACKWARDS}, got "
+            f"{self.attention_backward!r}",
+        )
+        if ":" not in self.remat:
+            require(
+                self.remat in REMAT_POLICIES,
+                f"model.remat must be one of {REMAT_POLICIES}, save:NAME,... or offload:NAME,..., "
+                f"got {self.remat!r}",
+            )
+        for part in self.remat.split(";") if ":" in self.remat else ():
+            action, _, names = part.partition(":")
+            require(
+                action in ("save", "offload"),
+                f"model.remat: {part!r} is neither save:NAME,... nor offload:NAME,...",
+            )
+            for name in names.split(","):
+                require(
+                    name in REMAT_NAMES,
+                    f"model.remat names an unknown tensor {name!r}; there are "
+                    f"{', '.join(REMAT_NAMES)}",
+                )
+        require_float32("model", self)
+
+    def _check_rope(self) -> None:
+        require_positive("model", self, "rope_theta", "rope_original_context")
+        require(
+            self.rope_scaling in ROPE_SCALINGS,
+            f"model.rope_scaling must be one of {ROPE_SCALINGS}, got {self.rope_scaling!r}",
+        )
+        require(
+            self.rope_scaling_factor >= 1,
+            f"model.rope_scaling_factor must be 1 (off) or more, got {self.rope_scaling_factor}",
+        )
+        require(
+            self.rope_original_context * self.rope_scaling_factor < 2**31,
+            f"model.rope_scaling_factor={self.rope_scaling_factor} stretches "
+            f"model.rope_original_context={self.rope_original_context} beyond 2**31 tokens",
+        )
+        for low, high in (
+            ("rope_low_freq_factor", "rope_high_freq_factor"),
+            ("rope_beta_slow", "rope_beta_fast"),
+        ):
+            require(
+                0 < getattr(self, low) < getattr(self, high),
+                f"model.{low} must be positive and less than {high}, got "
+                f"{getattr(self, low)} and {getattr(self, high)}",
+            )
+        require(
+            self.rope_attention_factor >= 0,
+            f"model.rope_attention_factor must not be negative, got {self.rope_attention_factor}",
+        )
+        require(
+            self.rope_scaling != "yarn" or self.rope_theta > 1,
+            f"model.rope_theta must be greater than 1 for yarn, got {self.rope_theta}",
+        )
+        require(
+            self.rope_scaling != "dynamic" or self.head_dim > 2,
+            "dynamic RoPE needs heads of more than 2 numbers",
+        )
+
+    @property
+    def rope_is_stretched(self) -> bool:
+        """Whether RoPE differs from the plain one; a factor of 1 switches llama3 and linear off."""
+        return self.rope_scaling_factor != 1 or self.rope_scaling in ("dynamic", "yarn")
+
+    @property
+    def rope_amplitude(self) -> float:
+        """Factor of cos and sin; only yarn has one, which sharpens attention by its square."""
+        if self.rope_scaling != "yarn":
+            return 1.0
+        return self.rope_attention_factor or 0.1 * math.log(self.rope_scaling_factor) + 1.0
+
+    @property
+    def stretched_context(self) -> int:
+        """Tokens that RoPE is stretched to: the original context times the factor."""
+        return int(self.rope_original_context * self.rope_scaling_factor)
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.explicit_head_dim or self.dim // self.n_heads
+
+    def remat_names(self, action: str) -> tuple[str, ...]:
+        """Tensors that `remat` keeps from the forward pass: `save` on the device, or `offload`."""
+        parts = dict(part.split(":") for part in self.remat.split(";") if ":" in part)
+        return tuple(parts[action].split(",")) if action in parts else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +238,20 @@ class DcnConfig(MeshConfig):
     """Slices (or hosts) along each mesh axis, over the slower data-centre network."""
 
     fsdp: int = 1
+
+
+PACKINGS = ("concat", "best_fit")
+MOST_WORKERS = 4096  # each is a process
+
+
+def _expand(config: Any, field: str, name: str) -> None:
+    """Puts the home folder in the place of a first `~` in a field of a config that is made."""
+    value = getattr(config, field)
+    try:
+        expanded = expand_place(value)
+    except UserError as error:
+        raise UserError(f"{name}={value}: {error}") from error
+    object.__setattr__(config, field, expanded)  # the dataclass is frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +451,91 @@ class TrainConfig:
         return self.global_batch * self.seq_len
 
 
+# The matrices of a layer, by the module that has them.
+MATRICES = {
+    **dict.fromkeys(("wq", "wk", "wv", "wo"), "attn"),
+    **dict.fromkeys(("w1", "w2", "w3"), "mlp"),
+}
+BASE_DTYPES = ("float32", "bfloat16", "nf4")
+NF4_BLOCK = 64  # inputs that share a scale
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a weight, with its shares of both scales, see nf4.py
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """LoRA (arXiv:2106.09685), and QLoRA (arXiv:2305.14314) where the base is in NF4."""
+
+    rank: int = 0  # of the adapters; 0: none, all weights are trained
+    alpha: float = 16.0  # an adapter's product counts alpha / rank
+    dropout: float = 0.0  # of what enters an adapter
+    targets: str = "wq,wk,wv,wo,w1,w2,w3"  # the matrices that have one
+    base_dtype: str = "bfloat16"  # of the frozen matrices: float32 | bfloat16 | nf4
+
+    def __post_init__(self) -> None:
+        require_types("lora", self)
+        require(self.rank >= 0, f"lora.rank must not be negative, got {self.rank}")
+        require(self.alpha > 0, f"lora.alpha must be positive, got {self.alpha}")
+        good = self.dropout >= 0 and as_float32(self.dropout) < 1
+        require(good, f"lora.dropout must be in [0, 1), got {self.dropout}")
+        require(
+            self.base_dtype in BASE_DTYPES,
+            f"lora.base_dtype must be one of {BASE_DTYPES}, got {self.base_dtype!r}",
+        )
+        names = self.names
+        require(
+            set(names) <= set(MATRICES) and len(set(names)) == len(names),
+            f"lora.targets must be some of {','.join(MATRICES)}, each once, got {self.targets!r}",
+        )
+        require_float32("lora", self)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The matrices that have an adapter."""
+        return tuple(name.strip() for name in self.targets.split(","))
+
+    @property
+    def scale(self) -> float:
+        """What the product of an adapter counts."""
+        return self.alpha / self.rank
+
+    def check(self, model: ModelConfig, init_from: str) -> None:
+        """Checks what depends on the rest of a config.
+
+        Raises:
+          UserError: adapters have no base, or its matrices cannot be cut into blocks; fields are
+            set, but there are no adapters.
+        """
+        if not self.rank:
+            names = (f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
+            name = next(names, "")
+            require(
+                not name,
+                f"lora.{name} is of adapters, and lora.rank is 0: "
+                "all weights would be trained; try --config.lora.rank=16",
+            )
+            return
+        require(
+            bool(init_from),
+            "lora.rank needs weights to adapt; try --config.init_from=hf:DIR",
+        )
+        if self.base_dtype != "nf4":
+            return
+        inputs = {
+            "model.dim": model.dim,
+            "model.ffn_dim": model.ffn_dim,
+            "the heads together": model.n_heads * model.head_dim,
+        }
+        for name, size in inputs.items():
+            require(
+                size % NF4_BLOCK == 0,
+                f"lora.base_dtype=nf4 has blocks of {NF4_BLOCK} inputs: {name} = {size} is no "
+                "multiple of it",
+            )
+
+
+INIT_FORMATS = ("hf", "meta", "ckpt")
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that defines a run; saved as `config.json` and inside each checkpoint."""
@@ -302,16 +578,6 @@ class Config:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
-def _expand(config: Any, field: str, name: str) -> None:
-    """Puts the home folder in the place of a first `~` in a field of a config that is made."""
-    value = getattr(config, field)
-    try:
-        expanded = expand_place(value)
-    except UserError as error:
-        raise UserError(f"{name}={value}: {error}") from error
-    object.__setattr__(config, field, expanded)  # the dataclass is frozen
-
-
 @functools.cache
 def field_types() -> dict[str, type]:
     """The type of every field by its dotted name, such as `train.steps`."""
@@ -323,6 +589,87 @@ def field_types() -> dict[str, type]:
         else:
             found[group.name] = cast(type, group.type)
     return found
+
+
+# Names from other programs, of each field; `~` behind one: its values have other units.
+FIELD_ALIASES = {
+    "model.dim": "hidden_size d_model n_embd embed_dim emb_dim width",
+    "model.n_layers": "num_layers num_hidden_layers n_layer layers depth",
+    "model.n_heads": "num_heads num_attention_heads n_head heads",
+    "model.n_kv_heads": "num_kv_heads num_key_value_heads kv_heads n_kv_head num_query_groups",
+    "model.ffn_dim": "intermediate_size d_ff ffn_hidden_size hidden_dim mlp_dim",
+    "model.explicit_head_dim": "head_dim head_size",
+    "model.vocab_size": "vocab n_vocab vocabulary vocabulary_size",
+    "model.norm_eps": "rms_norm_eps layer_norm_eps rmsnorm_eps",
+    "model.rope_theta": "theta rope_base rope_freq_base",
+    "model.tied_embeddings": "tie_word_embeddings tie_embeddings weight_tying",
+    "model.compute_dtype": "dtype precision mixed_precision bf16~ fp16~",
+    "model.attention": "attn attn_implementation attention_backend flash_attention~ flash_attn~",
+    "model.remat": "gradient_checkpointing~ activation_checkpointing~ remat_policy",
+    "model.sliding_window": "window window_size attention_window",
+    "mesh.data": "dp data_parallel ddp",
+    "mesh.fsdp": "zero zero3 sharded_data_parallel",
+    "mesh.context": "cp sp context_parallel sequence_parallel",
+    "mesh.tensor": "tp mp tensor_parallel model_parallel tensor_model_parallel_size",
+    "data.source": "data dataset dataset_name train_file train_files data_files train_data corpus",
+    "data.path": "dir folder data_dir shards dataset_path data_path",
+    "data.tokenizer": "tokenizer_path tokenizer_name tokenizer_file vocab_file tokenizer_model",
+    "data.validation_fraction": "val_fraction validation_split val_split eval_fraction",
+    "data.workers": "num_workers num_proc n_workers dataloader_num_workers",
+    "data.template": "chat_template prompt_template",
+    "data.packing": "pack",
+    "data.mixture": "weights mix blend data_mix",
+    "optim.peak_lr": "lr learning_rate max_lr base_lr peak_learning_rate max_learning_rate",
+    "optim.final_lr_fraction": "min_lr~ min_lr_ratio final_lr~ end_lr~ lr_min~",
+    "optim.warmup_steps": "warmup num_warmup_steps warmup_iters warmup_ratio~ lr_warmup_steps",
+    "optim.beta1": "b1 adam_beta1 momentum betas~",
+    "optim.beta2": "b2 adam_beta2",
+    "optim.eps": "epsilon adam_eps adam_epsilon",
+    "optim.weight_decay": "wd decay l2 adam_weight_decay",
+    "optim.clip_norm": "clip grad_clip max_grad_norm gradient_clipping clip_grad_norm max_norm "
+    "gradient_clip_val gradient_clip_norm clip_grad",
+    "train.steps": "max_steps num_steps n_steps total_steps train_steps num_train_steps iters "
+    "max_iters train_iters iterations num_iterations max_train_steps epochs~ "
+    "num_epochs~ num_train_epochs~ tokens~ max_tokens~",
+    "train.seq_len": "context_length ctx ctx_len n_ctx context_len block_size sequence_length "
+    "max_seq_len max_seq_length seq_length max_length max_position_embeddings context_size",
+    "train.global_batch": "batch_size batch bs global_batch_size train_batch_size "
+    "total_batch_size per_device_train_batch_size~ per_device_batch_size~",
+    "train.grad_accum": "gradient_accumulation_steps grad_accum_steps accumulation_steps "
+    "gradient_accumulation accumulate_grad_batches microbatches accum micro_batch_size~",
+    "train.seed": "random_seed rng_seed",
+    "train.log_every": "logging_steps log_interval log_freq log_steps print_every",
+    "train.eval_every": "eval_steps eval_interval eval_freq val_every validate_every val_interval",
+    "train.eval_batches": "eval_iters val_steps val_batches",
+    "train.checkpoint_every": "save_steps save_every save_interval save_freq ckpt_every "
+    "checkpoint_interval checkpoint_steps checkpoint_freq",
+    "train.keep_checkpoints": "save_total_limit max_to_keep keep keep_last",
+    "lora.rank": "r lora_r lora_rank",
+    "lora.alpha": "lora_alpha",
+    "lora.dropout": "lora_dropout",
+    "lora.targets": "target_modules lora_target_modules lora_targets",
+    "lora.base_dtype": "load_in_4bit~ quantization~ qlora~ bits~",
+    "init_from": "model pretrained model_name_or_path load_from resume_from base_model",
+}
+# The same for the groups of fields.
+GROUP_ALIASES = {
+    "optim": "optimizer optimiser opt adamw adam schedule",
+    "train": "training trainer loop run",
+    "data": "dataset datasets dataloader input",
+    "model": "llama network arch architecture transformer",
+    "mesh": "parallel parallelism sharding distributed",
+    "lora": "peft adapter adapters qlora",
+}
+
+
+def unknown_field(name: str, prefix: str) -> str:
+    """The message about a dotted name that no field of the config has.
+
+    Args:
+      name: such as `optim.lr`.
+      prefix: what stands before a dotted name where the user writes it, such as `--config.`.
+    """
+    return errors.unknown_field(name, field_types(), FIELD_ALIASES | GROUP_ALIASES, prefix)
 
 
 def default() -> ml_collections.ConfigDict:
@@ -390,7 +737,7 @@ def _from_dict(values: dict[str, Any]) -> Config:
 def _require_same_names(what: str, prefix: str, given: set[str], known: set[str]) -> None:
     unknown = sorted(map(str, given - known))
     if unknown:
-        mend = unknown_field(f"{prefix}{unknown[0]}", field_types(), "config.")
+        mend = unknown_field(f"{prefix}{unknown[0]}", "config.")
         raise UserError(f"unknown {what}: {', '.join(unknown)} ({mend})")
     require(given >= known, f"missing {what}: {', '.join(sorted(known - given))}")
 

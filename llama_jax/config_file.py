@@ -15,11 +15,9 @@ import ml_collections
 from etils import epath
 
 import llama_jax
-from llama_jax.config import field_types
-from llama_jax.config_names import unknown_field
+from llama_jax.config import field_types, unknown_field
 from llama_jax.errors import UserError, first_line, typed
-from llama_jax.files import read_bytes
-from llama_jax.paths import expand
+from llama_jax.files import expand, read_bytes
 
 SHIPPED = "configs"
 _MODULE = "llama_jax_config"
@@ -245,7 +243,7 @@ def _of_config_dict(error: BaseException, frames: list[types.FrameType]) -> str:
         return ""
     name = f"{prefix}.{key}" if prefix else key
     if key not in group:
-        return unknown_field(name, fields, "config.")
+        return unknown_field(name, "config.")
     if "value" not in inner:
         return ""
     if name not in fields:

@@ -2,9 +2,8 @@
 
 import math
 
+from llama_jax.config import NF4_BITS, LoraConfig, ModelConfig
 from llama_jax.lora import matrix_shapes
-from llama_jax.lora_config import NF4_BITS, LoraConfig
-from llama_jax.model_config import ModelConfig
 
 
 def parameter_count(model: ModelConfig) -> int:

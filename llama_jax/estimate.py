@@ -4,10 +4,9 @@ import dataclasses
 import math
 
 from llama_jax.chips import Chip
-from llama_jax.config import Config
+from llama_jax.config import Config, ModelConfig
 from llama_jax.cost import adapter_count, flops_by_part, frozen_bytes, parameter_count
 from llama_jax.mesh import mesh_shape
-from llama_jax.model_config import ModelConfig
 from llama_jax.topology import Topology
 from llama_jax.xla_flags import asked
 

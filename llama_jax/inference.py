@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
-from llama_jax.config import Config, LoraConfig, MeshConfig, ModelConfig
+from llama_jax.config import NF4_BLOCK, Config, LoraConfig, MeshConfig, ModelConfig
 from llama_jax.convert import no_adapters, open_base
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
@@ -18,7 +18,6 @@ from llama_jax.init_from import check_base, load_init
 from llama_jax.interchange.ckpt import IMPORTED
 from llama_jax.interchange.formats import adds_bos, special_ids, with_base
 from llama_jax.lora import Adapted
-from llama_jax.lora_config import NF4_BLOCK
 from llama_jax.mesh import AXES, make_mesh, mesh_shape
 from llama_jax.nf4 import NF4
 from llama_jax.sharding import param_shardings

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llama_jax.lora_config import LoraConfig
+from llama_jax.config import LoraConfig
 from llama_jax.nf4 import NF4, dequantize
 from llama_jax.sharding import constrain
 

@@ -19,9 +19,8 @@ import numpy as np
 from flax import struct
 
 from llama_jax import nf4
+from llama_jax.config import MATRICES, LoraConfig, ModelConfig
 from llama_jax.initializers import uniform
-from llama_jax.lora_config import MATRICES, LoraConfig
-from llama_jax.model_config import ModelConfig
 
 
 @struct.dataclass

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from llama_jax.lora_config import NF4_BLOCK
+from llama_jax.config import NF4_BLOCK
 
 GROUP = 256  # scales that share a scale
 _LEAST = np.finfo(np.float32).tiny  # in place of the scale of zeros

@@ -8,8 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from llama_jax.config import ModelConfig
 from llama_jax.mesh import platform
-from llama_jax.model_config import ModelConfig
 
 
 def rope_frequencies(config: ModelConfig, lengths: jax.Array | None = None) -> jax.Array:

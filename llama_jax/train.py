@@ -25,7 +25,7 @@ from llama_jax.data.streaming import Position, StreamingBatches
 from llama_jax.decode import Sampling
 from llama_jax.describe import describe, no_evaluation, remarks, unchecked
 from llama_jax.errors import UserError
-from llama_jax.files import write_atomically
+from llama_jax.files import expand, write_atomically
 from llama_jax.fingerprint import fingerprint
 from llama_jax.goodput import Goodput
 from llama_jax.guards import (
@@ -43,7 +43,6 @@ from llama_jax.init_from import base_context, check_init, first_state, with_base
 from llama_jax.loop import Instruments, lost_evaluation, make_up, run_loop
 from llama_jax.mesh import make_mesh
 from llama_jax.metric_writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
-from llama_jax.paths import expand
 from llama_jax.processes import start_processes
 from llama_jax.profiler import Profiler
 from llama_jax.sharding import check_batch

@@ -1,4 +1,5 @@
 import codecs
+import os
 import pwd
 import resource
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ from llama_jax.data.shards import TokenDataset
 from llama_jax.errors import UserError, boundary
 from llama_jax.files import (
     append_records,
+    expand,
+    expand_place,
     parse_json,
     read_json,
     read_records,
@@ -156,3 +159,44 @@ def test_files_of_a_user_without_a_name(tmp_path, corpus, monkeypatch):
     assert manifest.damage(epath.Path(tmp_path / "step")) == ""
     prepare(text_config(corpus, data__workers=1), tmp_path / "shards")
     assert len(TokenDataset.open(epath.Path(tmp_path / "shards"), "train").tokens(0, 10)) == 10
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+def test_home_stands_for_a_tilde_at_the_beginning_only(home):
+    expected = {
+        "~": str(home),
+        "~/": f"{home}/",
+        "~/a b/ü": f"{home}/a b/ü",
+        "~root/x": f"{os.path.expanduser('~root')}/x",
+        "": "",
+        ".": ".",
+        "/x/~/y": "/x/~/y",
+        "x~": "x~",
+        "./~": "./~",
+        "gs://bucket/~/x": "gs://bucket/~/x",
+        "s3://~/x": "s3://~/x",
+        "file:///x/y": "/x/y",
+        "FILE://localhost/x": "/x",
+    }
+    assert {path: expand(path) for path in expected} == expected
+    assert expand_place("hf:~/x") == f"hf:{home}/x"
+    assert expand_place("ckpt:file:///x") == "ckpt:/x"
+    assert expand_place("meta:gs://b/~") == "meta:gs://b/~"
+    assert expand_place("other:~/x") == "other:~/x"
+    for path in ("~no_such_user", "~no_such_user/x", "file://host/x", "file://", "file://x"):
+        with pytest.raises(UserError, match="no home folder ~no_such_user|not file:///FOLDER"):
+            expand(path)
+
+
+def test_a_path_of_a_scheme_that_cannot_be_read():
+    assert expand("gs://bucket/x") == "gs://bucket/x"
+    for place in ("https://host/x", "hf:hdfs://host/x"):
+        with pytest.raises(UserError, match=r"paths of (https|hdfs):// cannot be read"):
+            expand_place(place)

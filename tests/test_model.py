@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.config import REMAT_NAMES
 from llama_jax.cost import parameter_count
 from llama_jax.model import (
     forward,
@@ -13,7 +14,6 @@ from llama_jax.model import (
     logits,
     rms_norm,
 )
-from llama_jax.model_config import REMAT_NAMES
 from llama_jax.rope import rope, rope_frequencies, rope_tables
 from tests.helpers import TINY, mesh_of, meshes, random_batch, random_params, replace, shared_step
 

@@ -1,12 +1,10 @@
 import json
-import os
 import pathlib
 
 import pytest
 
 from llama_jax.config import Config, DataConfig, from_json
 from llama_jax.errors import UserError
-from llama_jax.paths import expand, expand_place
 from tests.helpers import ROOT, TINY, TINY_FLAGS, one_line_error, replace, run_command
 
 
@@ -16,32 +14,6 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     return tmp_path / "home"
-
-
-def test_home_stands_for_a_tilde_at_the_beginning_only(home):
-    expected = {
-        "~": str(home),
-        "~/": f"{home}/",
-        "~/a b/ü": f"{home}/a b/ü",
-        "~root/x": f"{os.path.expanduser('~root')}/x",
-        "": "",
-        ".": ".",
-        "/x/~/y": "/x/~/y",
-        "x~": "x~",
-        "./~": "./~",
-        "gs://bucket/~/x": "gs://bucket/~/x",
-        "s3://~/x": "s3://~/x",
-        "file:///x/y": "/x/y",
-        "FILE://localhost/x": "/x",
-    }
-    assert {path: expand(path) for path in expected} == expected
-    assert expand_place("hf:~/x") == f"hf:{home}/x"
-    assert expand_place("ckpt:file:///x") == "ckpt:/x"
-    assert expand_place("meta:gs://b/~") == "meta:gs://b/~"
-    assert expand_place("other:~/x") == "other:~/x"
-    for path in ("~no_such_user", "~no_such_user/x", "file://host/x", "file://", "file://x"):
-        with pytest.raises(UserError, match="no home folder ~no_such_user|not file:///FOLDER"):
-            expand(path)
 
 
 def test_paths_in_a_config_are_expanded_once_for_all(home):
@@ -131,10 +103,3 @@ def test_no_folder_is_named_tilde(run):
 def test_what_is_not_in_the_home_folder_is_named_whole(run, command, message):
     process = run_command(*command, HOME=str(run))
     assert message.format(home=run) in one_line_error(process)
-
-
-def test_a_path_of_a_scheme_that_cannot_be_read():
-    assert expand("gs://bucket/x") == "gs://bucket/x"
-    for place in ("https://host/x", "hf:hdfs://host/x"):
-        with pytest.raises(UserError, match=r"paths of (https|hdfs):// cannot be read"):
-            expand_place(place)

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
+from llama_jax.config import MATRICES
 from llama_jax.errors import UserError
 from llama_jax.interchange import peft_targets
 from llama_jax.interchange.peft_targets import Target, module_of, targets_of
-from llama_jax.lora_config import MATRICES
 
 LAYERS = 4
 ALL = {(name, layer) for name in MATRICES for layer in range(LAYERS)}

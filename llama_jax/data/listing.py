@@ -18,8 +18,7 @@ from etils import epath
 from llama_jax.data.folders import DEAD, HIDDEN, SPECIAL, TWICE, Walk
 from llama_jax.data.reading import Reading
 from llama_jax.errors import UserError
-from llama_jax.files import is_object_store
-from llama_jax.paths import expand
+from llama_jax.files import expand, is_object_store
 
 # Not what Python is written like: tests of odd syntax, generated tables, other people's packages.
 STDLIB_EXCLUDED = (

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llama_jax.config import Config, LoraConfig
+from llama_jax.config import MATRICES, Config, LoraConfig, ModelConfig
 from llama_jax.errors import UserError, boundary, require, typed
 from llama_jax.files import read_json
 from llama_jax.interchange import formats, hf, pickles, safetensors
@@ -22,8 +22,6 @@ from llama_jax.interchange.peft_targets import module_of, short_name, targets_of
 from llama_jax.interchange.safetensors import shown
 from llama_jax.interchange.weight_files import Stored
 from llama_jax.lora import matrix_shapes
-from llama_jax.lora_config import MATRICES
-from llama_jax.model_config import ModelConfig
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # What would make other adapters of the same arrays, and its values that do not.

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from llama_jax.config import MATRICES
 from llama_jax.errors import UserError, require, typed
 from llama_jax.interchange import hf
-from llama_jax.lora_config import MATRICES
 
 MATCH_SECONDS = 10  # of processor time, for the expressions of one field
 # A foreign expression may take years, and `re` has no limit; a process has one.
