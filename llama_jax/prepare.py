@@ -27,6 +27,18 @@ from llama_jax import cli
 from llama_jax.data import prepare, shard_folder
 from llama_jax.errors import UserError
 
+_CONFIG = cli.config_flag()
+_OUTPUT = cli.path_flag("output", None, "Folder to make, or an empty one; local or gs://.")
+_VERIFY = cli.path_flag(
+    "verify", None, "Check the shards in this folder, of one source or several, and stop."
+)
+_RESTART = flags.DEFINE_bool(
+    "restart", False, "Delete the unfinished work in --output, and begin again."
+)
+_BEAM = flags.DEFINE_string(
+    "beam", None, "Run on Apache Beam with these options, such as '--runner=DirectRunner'."
+)
+
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
@@ -53,7 +65,7 @@ def _stoppable() -> Iterator[None]:
 
 
 def main() -> int | None:
-    """The command; flags are defined below."""
+    """The command."""
     if _VERIFY.value:
         damaged = []
         for folder in shard_folder.source_folders(_VERIFY.value).values():
@@ -83,15 +95,4 @@ def main() -> int | None:
 
 
 if __name__ == "__main__":
-    _CONFIG = cli.config_flag()
-    _OUTPUT = cli.path_flag("output", None, "Folder to make, or an empty one; local or gs://.")
-    _VERIFY = cli.path_flag(
-        "verify", None, "Check the shards in this folder, of one source or several, and stop."
-    )
-    _RESTART = flags.DEFINE_bool(
-        "restart", False, "Delete the unfinished work in --output, and begin again."
-    )
-    _BEAM = flags.DEFINE_string(
-        "beam", None, "Run on Apache Beam with these options, such as '--runner=DirectRunner'."
-    )
     cli.run(main, __doc__)

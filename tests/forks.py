@@ -26,10 +26,11 @@ import time
 import warnings
 
 ROOT = pathlib.Path(__file__).parent.parent
-# The commands and what they import when they need it.
+# What the commands import, also when they need it. Not those that define flags when they are
+# imported: they run once more, and a flag can be defined once.
 PRELOADED = (
-    *(f"llama_jax.{name}" for name in ("train", "prepare", "generate", "evaluate", "convert")),
-    *("llama_jax.data.__main__", "llama_jax.data.show_plot"),
+    *(f"llama_jax.{name}" for name in ("train", "generate", "evaluate", "convert")),
+    *(f"llama_jax.data.{name}" for name in ("prepare", "show", "show_plot")),
     *("tensorflow", "tensorboardX", "matplotlib.pyplot", "tokenizers", "pyarrow.parquet"),
     "tests.helpers",
 )

@@ -20,6 +20,17 @@ from llama_jax.data import show, show_plot
 from llama_jax.data.show_rows import Screen
 from llama_jax.errors import UserError
 
+_SHOW = cli.path_flag(
+    "show", None, "Folder of token shards, of several sources, or a work directory of train."
+)
+_CONFIG = cli.config_flag()
+_STEP = flags.DEFINE_integer(
+    "step", 0, "First step whose batch is shown.", lower_bound=0, upper_bound=10**12
+)
+_ROWS = flags.DEFINE_integer("rows", 3, "Sequences to show.", lower_bound=0, upper_bound=10**6)
+_LINES = flags.DEFINE_integer("lines", 12, "Lines to show of one document; 0: all.", lower_bound=0)
+_PLOT = cli.path_flag("plot", None, "PNG to draw; default: plots/data.png in the folder.")
+
 
 def _print(lines: Iterable[str]) -> bool:
     """Prints lines; False if nobody reads them any more, as after `| head`."""
@@ -35,7 +46,7 @@ def _print(lines: Iterable[str]) -> bool:
 
 
 def main() -> None:
-    """The command; flags are defined below."""
+    """The command."""
     if not _SHOW.value:
         raise UserError("--show is missing; try --show=runs/tiny")
     config = cli.load_config(_CONFIG) if _CONFIG.value is not None else None
@@ -60,16 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _SHOW = cli.path_flag(
-        "show", None, "Folder of token shards, of several sources, or a work directory of train."
-    )
-    _CONFIG = cli.config_flag()
-    _STEP = flags.DEFINE_integer(
-        "step", 0, "First step whose batch is shown.", lower_bound=0, upper_bound=10**12
-    )
-    _ROWS = flags.DEFINE_integer("rows", 3, "Sequences to show.", lower_bound=0, upper_bound=10**6)
-    _LINES = flags.DEFINE_integer(
-        "lines", 12, "Lines to show of one document; 0: all.", lower_bound=0
-    )
-    _PLOT = cli.path_flag("plot", None, "PNG to draw; default: plots/data.png in the folder.")
     cli.run(main, __doc__)
