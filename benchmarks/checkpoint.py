@@ -26,7 +26,8 @@ from etils import epath
 from llama_jax import cli, manifest
 from llama_jax.checkpoint import Meta
 from llama_jax.checkpointer import Checkpointer
-from llama_jax.data.loader import SyntheticBatches, stream
+from llama_jax.data.batches import SyntheticBatches
+from llama_jax.data.loader import stream
 from llama_jax.fingerprint import fingerprint
 from llama_jax.mesh import make_mesh
 from llama_jax.step import jit_step

@@ -27,6 +27,7 @@ from etils import epath
 from llama_jax import cli
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from llama_jax.data import loader, prepare, shard_folder, show, show_plot
+from llama_jax.data.batches import Batches
 from llama_jax.data.blocks import BLOCK_BYTES, BlockSums, encode_sums
 from llama_jax.data.mixture import parse_shares
 from llama_jax.data.packing import pack_documents
@@ -133,19 +134,17 @@ def measure_loader(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator
     one = TokenDataset.open(root / "one", "train")
     shares = parse_shares("llama")
     cases = {
-        "one source": loader.Batches({"": one}, SEQ_LEN, BATCH, 0),
-        "llama mixture": loader.Batches(
-            dict.fromkeys(shares, one), SEQ_LEN, BATCH, 0, shares=shares
-        ),
+        "one source": Batches({"": one}, SEQ_LEN, BATCH, 0),
+        "llama mixture": Batches(dict.fromkeys(shares, one), SEQ_LEN, BATCH, 0, shares=shares),
     }
     steps = 300
     for name, batches in cases.items():
 
-        def bare(batches: loader.Batches = batches) -> None:
+        def bare(batches: Batches = batches) -> None:
             for step in range(steps):
                 batches.rows(step, range(BATCH))
 
-        def through_tf(batches: loader.Batches = batches) -> None:
+        def through_tf(batches: Batches = batches) -> None:
             for _ in loader.iterate(batches, range(BATCH), 0, steps):
                 pass
 
@@ -180,7 +179,7 @@ def measure_checksums(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Itera
 
     def speed(name: str, epochs: float, tf_data: bool) -> float:
         dataset = TokenDataset.open(root / name, "train")
-        batches = loader.Batches({"": dataset}, SEQ_LEN, BATCH, 0)
+        batches = Batches({"": dataset}, SEQ_LEN, BATCH, 0)
         steps = int(batches.n_sequences * epochs) // BATCH
 
         def work() -> None:
@@ -242,7 +241,7 @@ def measure_startup(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterato
         write_fake_shards(root / name, tokenizer, count, SEQ_LEN + 1, pack_len=pack_len)
         began, cpu = time.perf_counter(), time.process_time()
         dataset = TokenDataset.open(root / name, "train")
-        loader.Batches({"": dataset}, SEQ_LEN, BATCH, 0).rows(0, range(BATCH))
+        Batches({"": dataset}, SEQ_LEN, BATCH, 0).rows(0, range(BATCH))
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         yield {
             "benchmark": "startup",
@@ -286,7 +285,7 @@ def _peak_of(target: str, megabytes: int, root: str, queue: multiprocessing.Queu
         prepare.prepare(config, folder / f"prepared{megabytes}", log=lambda line: None)
     else:
         dataset = TokenDataset.open(folder / f"prepared{megabytes}", "train")
-        batches = loader.Batches({"": dataset}, SEQ_LEN, BATCH, 0)
+        batches = Batches({"": dataset}, SEQ_LEN, BATCH, 0)
         for step in range(batches.n_sequences // BATCH):
             batches.rows(step, range(BATCH))
     # Linux only: getrusage would also count what the parent had when it started this program. Pages

@@ -5,7 +5,7 @@ import jax
 from llama_jax.config import Config
 from llama_jax.cost import adapter_count, flops_by_part, parameter_count
 from llama_jax.data import shard_folder
-from llama_jax.data.loader import Batches
+from llama_jax.data.batches import Batches
 from llama_jax.data.pipeline import TrainingData
 from llama_jax.data.streaming import StreamingBatches
 from llama_jax.init_from import base_rows

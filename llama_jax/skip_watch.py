@@ -15,7 +15,7 @@ import numpy as np
 
 from llama_jax.checkpoint import DamagedCheckpoint
 from llama_jax.config import Config
-from llama_jax.data.identity import identify
+from llama_jax.data.batches import describe_batch
 from llama_jax.data.pipeline import TrainingData
 from llama_jax.errors import UserError
 from llama_jax.retention import can_rewind_to
@@ -156,6 +156,6 @@ class SkipWatch:
             )
         return UserError(
             f"steps {first} to {last} made no update: {explain(int(state.skips.reasons))}. "
-            f"Batch of step {last}: {identify(self._data.train, self._config, last)}. "
+            f"Batch of step {last}: {describe_batch(self._data.train, self._config, last)}. "
             f"Nothing was saved, {good}; {advice}"
         )

@@ -12,9 +12,10 @@ from etils import epath
 
 from llama_jax.config import DataConfig
 from llama_jax.data import conversations, show
+from llama_jax.data.batches import Batches, ValidationBatches
 from llama_jax.data.chat_template import ChatTemplate
 from llama_jax.data.conversations import examples, messages_of
-from llama_jax.data.loader import Batches, ValidationBatches, iterate
+from llama_jax.data.loader import iterate
 from llama_jax.data.pipeline import open_data
 from llama_jax.data.prepare import prepare
 from llama_jax.data.reading import Reading

@@ -11,7 +11,7 @@ from etils import epath
 
 from llama_jax import loop, manifest
 from llama_jax.checkpoint import load_meta
-from llama_jax.data.loader import ValidationBatches
+from llama_jax.data.batches import ValidationBatches
 from llama_jax.train import train
 from tests.helpers import records, replace, text_config
 

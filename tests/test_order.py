@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from llama_jax.data import loader
 from llama_jax.data import shards as shards_lib
-from llama_jax.data.loader import Batches, SyntheticBatches, iterate, stream
+from llama_jax.data.batches import Batches, SyntheticBatches
+from llama_jax.data.loader import iterate, stream
 from llama_jax.data.reading import Example
 from llama_jax.data.shard_writer import ShardWriter
 from llama_jax.data.shards import TokenDataset

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from llama_jax.checkpoint import Meta
 from llama_jax.data import show
-from llama_jax.data.loader import Batches, ValidationBatches, iterate
+from llama_jax.data.batches import Batches, ValidationBatches
+from llama_jax.data.loader import iterate
 from llama_jax.data.mixture import MAX_PERIOD, PERIOD, Schedule, shares_by_size, shares_of_samples
 from llama_jax.data.pipeline import open_data
 from llama_jax.data.prepare import prepare

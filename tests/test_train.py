@@ -18,7 +18,7 @@ from llama_jax import loop
 from llama_jax import train as train_lib
 from llama_jax.checkpoint import Meta, find_step
 from llama_jax.cost import parameter_count
-from llama_jax.data.loader import SyntheticBatches
+from llama_jax.data.batches import SyntheticBatches
 from llama_jax.data.pipeline import TrainingData, open_data
 from llama_jax.data.shards import TokenDataset
 from llama_jax.errors import UserError

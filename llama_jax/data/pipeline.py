@@ -8,7 +8,8 @@ import json
 from etils import epath
 
 from llama_jax.config import Config
-from llama_jax.data import loader, new_tokenizer
+from llama_jax.data import new_tokenizer
+from llama_jax.data.batches import Batches, BatchSource, SyntheticBatches, ValidationBatches
 from llama_jax.data.hold_out import why_none
 from llama_jax.data.mixture import parse_shares
 from llama_jax.data.prepare import prepare
@@ -46,8 +47,8 @@ class TrainingData:
       unvalidated: sources of which nothing is held out, by name: why.
     """
 
-    train: loader.BatchSource | StreamingBatches
-    validation: loader.ValidationBatches | None
+    train: BatchSource | StreamingBatches
+    validation: ValidationBatches | None
     tokenizer: Tokenizer | None
     fingerprint: str
     template: bytes = b""
@@ -82,7 +83,7 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
     train, data = config.train, config.data
     vocab_size = config.model.vocab_size
     if data.source == "synthetic":
-        batches = loader.SyntheticBatches(vocab_size, train.seq_len, train.global_batch, train.seed)
+        batches = SyntheticBatches(vocab_size, train.seq_len, train.global_batch, train.seed)
         why = {"": "random tokens have no held-out part"}
         return TrainingData(batches, None, None, f"synthetic-{vocab_size}", unvalidated=why)
     if data.streaming:
@@ -120,11 +121,11 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
         _check_template(data.template, dataset)
     _check_tokenizer(data.tokenizer, first)
     held_out = {name: TokenDataset.open(folder / name, "validation") for name in names}
-    validation = loader.ValidationBatches(held_out, train.seq_len, train.global_batch)
+    validation = ValidationBatches(held_out, train.seq_len, train.global_batch)
     former = _fingerprint(datasets)
     of_tokens = shares is not None and len(datasets) > 1
     return TrainingData(
-        loader.Batches(datasets, train.seq_len, train.global_batch, train.seed, shares),
+        Batches(datasets, train.seq_len, train.global_batch, train.seed, shares),
         validation if validation.n_sequences else None,
         first.tokenizer(),
         hashlib.sha256(f"shares of tokens {former}".encode()).hexdigest() if of_tokens else former,

@@ -16,7 +16,7 @@ from etils import epath
 from llama_jax.config import Config, DataConfig, ModelConfig, TrainConfig, from_json
 from llama_jax.data import shard_folder
 from llama_jax.data.answers import sentence, totals
-from llama_jax.data.loader import Batches
+from llama_jax.data.batches import Batches
 from llama_jax.data.packing import INDEX_DTYPE
 from llama_jax.data.pipeline import open_data
 from llama_jax.data.show_rows import Screen, counts_of_inputs, legend, show_row

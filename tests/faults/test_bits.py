@@ -11,8 +11,8 @@ import pytest
 
 from llama_jax.data import shards as shards_lib
 from llama_jax.data import show
+from llama_jax.data.batches import Batches, ValidationBatches
 from llama_jax.data.blocks import BLOCK_BYTES
-from llama_jax.data.loader import Batches, ValidationBatches
 from llama_jax.data.pipeline import open_data
 from llama_jax.data.reading import Example
 from llama_jax.data.shard_folder import (

@@ -11,7 +11,7 @@ from etils import epath
 from llama_jax import train as train_lib
 from llama_jax.checkpoint import Meta
 from llama_jax.checkpointer import Checkpointer
-from llama_jax.data.loader import SyntheticBatches
+from llama_jax.data.batches import SyntheticBatches
 from llama_jax.data.pipeline import TrainingData, open_data
 from llama_jax.data.prepare import prepare
 from llama_jax.data.tokenizer import train_tokenizer

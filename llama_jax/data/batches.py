@@ -1,0 +1,346 @@
+"""Which sequence is in which row of which step: a pure function of (seed, step).
+
+A source is cut into sequences: windows of T + 1 tokens with stride T, so that each token is once an
+input and once a target (concatenate-and-chunk, LLaMA's way), or whole documents packed by
+`prepare`. A fixed schedule says which source each row comes from; each source runs through its own
+full permutation, epoch after epoch with a new one. Nothing has to be saved or replayed to go on at
+a step, and hosts need not talk to each other: each makes its own rows.
+"""
+
+import math
+import zlib
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any, Protocol
+
+import numpy as np
+
+from llama_jax.config import Config
+from llama_jax.data.mixture import Schedule, shares_by_size
+from llama_jax.data.shards import TokenDataset
+from llama_jax.data.streaming import StreamingBatches
+from llama_jax.errors import UserError
+
+Local = dict[str, np.ndarray]
+NAMED = 6  # sequences of a source that are named
+
+
+def _mix(x: Any) -> Any:
+    """The finaliser of splitmix64 (Steele et al., 2014): scrambles 64-bit words."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Where a keyed random permutation of range(n) sends each index; O(1) memory.
+
+    A Feistel network of 8 rounds with splitmix64 as round function, over the next even number of
+    bits, walked until it lands below n. (TensorFlow's and Grain's index shuffles use 4 rounds of
+    another cipher, whose neighbours are visibly correlated.)
+
+    Args:
+      index: uint64 array, each below n.
+      n: size of the permutation.
+      key: selects the permutation, 0 <= key < 2**64.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    round_keys = _mix(np.uint64(key) ^ _mix(np.arange(8, dtype=np.uint64)))
+
+    def once(x: np.ndarray) -> np.ndarray:
+        left, right = x >> half, x & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+        return (left << half) | right
+
+    out = once(np.asarray(index, np.uint64))
+    while (outside := out >= np.uint64(n)).any():
+        out[outside] = once(out[outside])
+    return out
+
+
+class BatchSource(Protocol):
+    """Batches by step."""
+
+    def rows(self, step: int, rows: range) -> Local:
+        """Rows of the global batch of a step: `inputs`, `targets` int32, `weights` float32."""
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """Passes over each source, by name, in `step` steps."""
+
+
+class Sequences:
+    """The sequences of one split of token shards, in a new random order every epoch."""
+
+    def __init__(self, dataset: TokenDataset, seq_len: int, seed: int, name: str = "") -> None:
+        """All sequences of a split.
+
+        Args:
+          dataset: the split.
+          seq_len: T.
+          seed: selects the order, together with the name.
+          name: of the source.
+
+        Raises:
+          UserError: the split has not even two tokens, or none that counts, or is packed for
+            another T.
+        """
+        if dataset.n_tokens < 2:
+            raise UserError(
+                f"{dataset.folder} holds {dataset.n_tokens} tokens, too few to train on"
+            )
+        if dataset.pack_len not in (0, seq_len):
+            raise UserError(
+                f"{dataset.folder} is packed for train.seq_len={dataset.pack_len}, not {seq_len}; "
+                "prepare it again in another folder"
+            )
+        self._dataset, self._length = dataset, seq_len
+        self.packed = dataset.pack_len > 0
+        # Without packing: windows of T + 1 tokens with stride T.
+        windows = -(-(dataset.n_tokens - 1) // seq_len)
+        self.count = dataset.n_sequences if self.packed else windows
+        # Targets of weight 1 in an epoch.
+        self.counted = dataset.packed_targets if self.packed else dataset.n_tokens - 1
+        if not self.count or not self.counted:
+            raise UserError(
+                f"{dataset.folder} holds {dataset.n_tokens:,} tokens, and none of them counts in "
+                "the loss: leave this source out, or prepare it again from other text"
+            )
+        source = zlib.crc32(name.encode())
+        self._key = _mix(_mix(np.uint64(seed)) ^ np.uint64(source))
+
+    def order(self, draws: np.ndarray) -> np.ndarray:
+        """Which sequence each draw (uint64) shows: epoch after epoch, each a full permutation."""
+        epoch, index = np.divmod(draws, np.uint64(self.count))
+        out = np.empty_like(index)
+        for number in np.unique(epoch):
+            same = epoch == number
+            out[same] = permute(index[same], self.count, int(_mix(self._key ^ number)))
+        return out
+
+    def tokens_in(self, number: int) -> tuple[int, int]:
+        """The targets that count in a sequence, and its inputs.
+
+        Raises:
+          UserError: a damaged shard.
+        """
+        if not self.packed:
+            start = number * self._length
+            inputs = len(self._dataset.tokens(start, start + self._length + 1)) - 1
+            return inputs, inputs
+        pieces = self._dataset.pieces(number)
+        return (
+            sum(int(np.count_nonzero(counts)) for _, counts in pieces),
+            sum(len(piece) - 1 for piece, _ in pieces),
+        )
+
+    def fill(self, number: int, batch: Local, row: int) -> None:
+        """Writes a sequence into a row of a batch of zeros.
+
+        Raises:
+          UserError: a damaged shard.
+        """
+        length = self._length
+        if not self.packed:
+            found = self._dataset.tokens(number * length, (number + 1) * length + 1)
+            inputs = len(found) - 1
+            batch["inputs"][row, :inputs] = found[:-1]
+            batch["targets"][row, :inputs] = found[1:]
+            batch["weights"][row, :inputs] = 1
+            return
+        start = 0
+        for segment, (piece, counts) in enumerate(self._dataset.pieces(number), start=1):
+            stop = start + len(piece) - 1
+            batch["inputs"][row, start:stop] = piece[:-1]
+            batch["targets"][row, start:stop] = piece[1:]
+            batch["weights"][row, start:stop] = counts
+            batch["segment_ids"][row, start:stop] = segment
+            batch["positions"][row, start:stop] = np.arange(stop - start)
+            start = stop
+
+
+def _empty(rows: int, seq_len: int, packed: bool) -> Local:
+    names = ("inputs", "targets", *(("segment_ids", "positions") if packed else ()))
+    batch: Local = {name: np.zeros((rows, seq_len), np.int32) for name in names}
+    return {**batch, "weights": np.zeros((rows, seq_len), np.float32)}
+
+
+class Batches:
+    """Batches that draw from one or more sources in fixed shares."""
+
+    def __init__(
+        self,
+        datasets: Mapping[str, TokenDataset],
+        seq_len: int,
+        global_batch: int,
+        seed: int,
+        shares: Mapping[str, Fraction] | None = None,
+    ) -> None:
+        """Batches of `global_batch` sequences of `seq_len` tokens.
+
+        Args:
+          datasets: the sources, by name, of one split.
+          seq_len: T.
+          global_batch: sequences per step, over all hosts.
+          seed: selects the order.
+          shares: share of each source of the tokens that count in the loss; default: in
+            proportion to what it has, so that all sources pass through their epochs at one pace.
+
+        Raises:
+          UserError: a source has not even two tokens, or none that counts, or is packed otherwise
+            than the others.
+        """
+        self._sources = [
+            Sequences(dataset, seq_len, seed, name) for name, dataset in datasets.items()
+        ]
+        packed = {source.packed for source in self._sources}
+        if len(packed) > 1:
+            raise UserError("some sources are packed and others are not; prepare them alike")
+        self._packed = packed.pop()
+        self._length, self._batch = seq_len, global_batch
+        self.counts = {name: s.count for name, s in zip(datasets, self._sources, strict=True)}
+        self.n_sequences = sum(self.counts.values())
+        counted = {name: s.counted for name, s in zip(datasets, self._sources, strict=True)}
+        asked = {n: shares[n] for n in datasets} if shares else shares_by_size(counted)
+        means = {name: Fraction(counted[name], count) for name, count in self.counts.items()}
+        self.schedule = Schedule(asked, means, exact=bool(shares))
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """Passes over each source, by name, in `step` steps."""
+        drawn = self.schedule.drawn(step * self._batch)
+        return {name: drawn[name] / count for name, count in self.counts.items()}
+
+    def draws(self, step: int, rows: range) -> list[tuple[int, int]]:
+        """Source and sequence that each row of a step shows."""
+        samples = np.uint64(step * self._batch) + np.asarray(rows, np.uint64)
+        source, draw = self.schedule.assign(samples)
+        number = np.empty_like(draw)
+        for index in np.unique(source):
+            same = source == index
+            number[same] = self._sources[index].order(draw[same])
+        return list(zip(source.tolist(), number.tolist(), strict=True))
+
+    def count(self, step: int, rows: range) -> np.ndarray:
+        """Tokens of each source in rows of a step: targets that count, and inputs; shape (S, 2).
+
+        Raises:
+          UserError: a damaged shard.
+        """
+        found = np.zeros((len(self._sources), 2), np.int64)
+        for source, number in self.draws(step, rows):
+            found[source] += self._sources[source].tokens_in(number)
+        return found
+
+    def rows(self, step: int, rows: range) -> Local:
+        """Rows of the global batch of a step.
+
+        `inputs` and `targets` int32, `weights` float32; with packed documents also `segment_ids`
+        and `positions`. What is not a token has weight 0 and segment 0; of conversations, only
+        targets in an answer have weight 1.
+
+        Raises:
+          UserError: a damaged shard.
+        """
+        batch = _empty(len(rows), self._length, self._packed)
+        for row, (source, number) in enumerate(self.draws(step, rows)):
+            self._sources[source].fill(number, batch, row)
+        return batch
+
+
+class ValidationBatches:
+    """All sequences of the sources once, in order; rows past the end weigh 0."""
+
+    def __init__(
+        self, datasets: Mapping[str, TokenDataset], seq_len: int, global_batch: int
+    ) -> None:
+        """As `Batches`, of held-out splits; sources without held-out documents are left out."""
+        self._sources = [
+            Sequences(dataset, seq_len, 0)
+            for dataset in datasets.values()
+            if dataset.n_tokens > 1 and (dataset.packed_targets or not dataset.pack_len)
+        ]
+        self._packed = any(source.packed for source in self._sources)
+        self._ends = np.cumsum([source.count for source in self._sources])
+        self.n_sequences = int(self._ends[-1]) if self._sources else 0
+        # Evaluation sees the first few batches: a stride makes them a sample of all sources.
+        self._stride = coprime_stride(self.n_sequences)
+        self._length, self._batch = seq_len, global_batch
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """Validation is not counted in epochs."""
+        return {}
+
+    def rows(self, step: int, rows: range) -> Local:
+        """Rows of a batch, as `Batches.rows`."""
+        batch = _empty(len(rows), self._length, self._packed)
+        for row, index in enumerate(rows):
+            number = step * self._batch + index
+            if number < self.n_sequences:
+                number = number * self._stride % self.n_sequences
+                source = int(self._ends.searchsorted(number, side="right"))
+                first = int(self._ends[source - 1]) if source else 0
+                self._sources[source].fill(number - first, batch, row)
+        return batch
+
+
+def coprime_stride(n: int) -> int:
+    """A step near the golden section of n that visits every one of n places once."""
+    stride = max(1, round(n * 0.618))
+    while math.gcd(stride, n) > 1:
+        stride += 1
+    return stride
+
+
+class SyntheticBatches:
+    """Uniformly random tokens, the same for the same (seed, step, row)."""
+
+    def __init__(self, vocab_size: int, seq_len: int, global_batch: int, seed: int) -> None:
+        """Batches of `global_batch` sequences of `seq_len` random tokens."""
+        self._vocab_size, self._length, self._batch = vocab_size, seq_len, global_batch
+        self._seed = seed
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """Random tokens never repeat."""
+        return {}
+
+    def rows(self, step: int, rows: range) -> Local:
+        """Rows of the global batch of a step, as `Batches.rows`."""
+        tokens = np.stack(
+            [
+                np.random.default_rng((self._seed, step, row)).integers(
+                    0, self._vocab_size, self._length + 1, dtype=np.int32
+                )
+                for row in rows
+            ]
+        )
+        weights = np.ones((len(rows), self._length), np.float32)
+        return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+
+
+def describe_batch(source: BatchSource | StreamingBatches, config: Config, step: int) -> str:
+    """The sequences of the batch that `step` (from 1, as in the log) took.
+
+    The order is a function of the seed and the step, so the step alone names all of them; of a
+    large batch only the first few are written out.
+    """
+    number = step - 1
+    if isinstance(source, StreamingBatches):
+        try:
+            at = source.position(number)
+        except KeyError:  # long ago
+            return f"the streamed batch of step {step}"
+        return f"epoch {at.epoch}, from document {at.document}, token {at.token} on"
+    if not isinstance(source, Batches):
+        return f"random tokens of train.seed={config.train.seed}, step {number}"
+    found: dict[str, list[int]] = {}
+    for index, sequence in source.draws(number, range(config.train.global_batch)):
+        found.setdefault(source.schedule.names[index], []).append(sequence)
+    texts = []
+    for name, sequences in found.items():
+        some = ", ".join(map(str, sequences[:NAMED]))
+        more = f" and {len(sequences) - NAMED} more" if len(sequences) > NAMED else ""
+        texts.append(f"{name + ': ' if name else ''}sequences {some}{more}")
+    return f"{'; '.join(texts)}; see llama_jax.data --show=WORKDIR --step={number}"
