@@ -29,11 +29,12 @@ from llama_jax.config import Config, DataConfig, ModelConfig, OptimConfig, Train
 from llama_jax.data import loader, prepare, shard_folder, show, show_plot
 from llama_jax.data.batches import Batches
 from llama_jax.data.blocks import BLOCK_BYTES, BlockSums, encode_sums
+from llama_jax.data.documents import documents
 from llama_jax.data.mixture import parse_shares
 from llama_jax.data.packing import pack_documents
+from llama_jax.data.reading import Tally
 from llama_jax.data.shards import TokenDataset
 from llama_jax.data.show_rows import Screen
-from llama_jax.data.sources import Reading, documents
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.errors import UserError
 
@@ -212,7 +213,7 @@ def measure_checksums(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Itera
 
 def measure_tokenise(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator[dict]:
     """`prepare` (read, tokenise, hash, write) against the library's own batch call."""
-    texts = 3 * list(documents("stdlib", DataConfig(), Reading()))
+    texts = 3 * list(documents("stdlib", DataConfig(), Tally()))
     with (root / "texts.jsonl").open("w") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     library = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
@@ -251,10 +252,10 @@ def measure_startup(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterato
             "cpu_seconds": round(cpu, 3),
         }
     began = time.perf_counter()
-    look = show.open_look(root / "many")
-    show.summary(look, 0, Screen())
-    list(show.show_rows(look, 0, 3, Screen()))
-    show_plot.plot(look, epath.Path(root / "many.png"))
+    prepared = show.open_prepared(root / "many")
+    show.summary(prepared, 0, Screen())
+    list(show.show_rows(prepared, 0, 3, Screen()))
+    show_plot.plot(prepared, epath.Path(root / "many.png"))
     seconds = time.perf_counter() - began
     yield {"benchmark": "show", "shards": count, "seconds": round(seconds, 3)}
 
@@ -333,7 +334,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         data = DataConfig(source="stdlib")
-        tokenizer = train_tokenizer(documents("stdlib", data, Reading()), VOCAB)
+        tokenizer = train_tokenizer(documents("stdlib", data, Tally()), VOCAB)
         tokenizer.save(root / "tokenizer.model")
         for name in _ONLY.value:
             for record in MEASURES[name](root, tokenizer, _MEGABYTES.value):

@@ -22,10 +22,11 @@ from absl import flags
 
 from llama_jax import cli
 from llama_jax.config import DataConfig
-from llama_jax.data.reading import Reading
+from llama_jax.data.documents import documents
+from llama_jax.data.listing import named_sources
+from llama_jax.data.reading import Tally
 from llama_jax.data.shard_folder import SPLITS, source_folders, unchecked_remark
 from llama_jax.data.shards import TokenDataset
-from llama_jax.data.sources import documents, named_sources
 from llama_jax.errors import UserError
 from llama_jax.inference import InferenceModel, open_model
 from llama_jax.perplexity import Document, Totals, perplexity, shard_document, text_document
@@ -81,14 +82,14 @@ def read_texts(source: str, field: str, model: InferenceModel) -> dict[str, Iter
 
 def _texts(source: str, data: DataConfig) -> Iterator[str]:
     """Texts of a source; at the end it says what was skipped of it."""
-    reading, some = Reading(), False
+    tally, some = Tally(), False
     try:
-        for text in documents(source, data, reading):
+        for text in documents(source, data, tally):
             some = True
             yield text
     finally:  # also where no more of them are asked for; without any, an error says so
-        if some and str(reading):
-            print(reading, file=sys.stderr, flush=True)
+        if some and str(tally):
+            print(tally, file=sys.stderr, flush=True)
 
 
 def read_shards(folder: str, split: str, model: InferenceModel) -> dict[str, Iterator[Document]]:

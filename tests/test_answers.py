@@ -174,7 +174,7 @@ def test_the_report_and_the_manifest(unended, tokenizer, tmp_path):
     fine = replace(config, data__template="vicuna")
     report = prepare(fine, tmp_path / "fine", log=quiet)[0]
     assert "answers that end in no end token: 0 of 48" in str(report).splitlines()
-    shown = show.summary(show.open_look(folder / "shards"), 0, Screen(100, False))
+    shown = show.summary(show.open_prepared(folder / "shards"), 0, Screen(100, False))
     assert "the source: answers that end in no end token: 48 of 48" in shown.splitlines()
 
 

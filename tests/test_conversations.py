@@ -15,14 +15,14 @@ from llama_jax.data import conversations, show
 from llama_jax.data.batches import Batches, ValidationBatches
 from llama_jax.data.chat_template import ChatTemplate
 from llama_jax.data.conversations import examples, messages_of
+from llama_jax.data.documents import list_parts
 from llama_jax.data.loader import iterate
 from llama_jax.data.pipeline import open_data
 from llama_jax.data.prepare import prepare
-from llama_jax.data.reading import Reading
+from llama_jax.data.reading import Tally
 from llama_jax.data.shard_folder import fingerprint, read_manifest, verify
 from llama_jax.data.shards import TokenDataset
 from llama_jax.data.show_rows import Screen
-from llama_jax.data.sources import list_parts
 from llama_jax.data.templates import built_in
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.errors import UserError
@@ -73,9 +73,9 @@ def read(records, template, tmp_path, seq_len=T, **fields):
     path = tmp_path / "records.json"
     path.write_text(json.dumps(records))
     data = DataConfig(source=str(path), template="x", packing="best_fit", **fields)
-    reading = Reading()
+    tally = Tally()
     (part,) = list_parts(str(path), data)
-    return list(examples(part, data, template, seq_len, reading)), reading
+    return list(examples(part, data, template, seq_len, tally)), tally
 
 
 # Records.
@@ -98,10 +98,10 @@ def test_four_forms_of_records():
 
 
 def test_each_record_has_a_form_of_its_own(tokenizer, tmp_path):
-    found, reading = read([ALPACA, SHAREGPT, MESSAGES], built_in("vicuna", tokenizer), tmp_path)
+    found, tally = read([ALPACA, SHAREGPT, MESSAGES], built_in("vicuna", tokenizer), tmp_path)
     answers = [tokenizer.decode(one.ids[one.counts].tolist()) for one in found]
     assert [answer.strip() for answer in answers] == ["3", "Hello.", "Hello."]
-    assert not reading.skipped and not reading.changed
+    assert not tally.skipped and not tally.changed
     assert tokenizer.decode(found[0].ids.tolist()).endswith("USER: Add.\n\n1 2 ASSISTANT: 3")
     assert tokenizer.decode(found[2].ids.tolist()).startswith("Be brief. USER: Hi")
 
@@ -118,12 +118,12 @@ def test_files_of_records(ending, tokenizer, tmp_path):
     path = tmp_path / f"a{ending}"
     path.write_bytes(data)
     config = DataConfig(source=str(path), template="x", packing="best_fit")
-    reading = Reading()
+    tally = Tally()
     (part,) = list_parts(str(path), config)
     template = built_in("alpaca", tokenizer)
-    assert len(list(examples(part, config, template, T, reading))) == 2
-    assert reading.skipped == {"no text in field 'instruction'": 1}
-    where = reading.first["no text in field 'instruction'"]
+    assert len(list(examples(part, config, template, T, tally))) == 2
+    assert tally.skipped == {"no text in field 'instruction'": 1}
+    where = tally.first["no text in field 'instruction'"]
     assert where.startswith(str(path)) and ("record 2" in where) == ("jsonl" not in ending)
 
 
@@ -161,29 +161,29 @@ BAD = [
 @pytest.mark.parametrize(("record", "reason"), BAD)
 def test_a_bad_record_is_counted_and_costs_no_other(record, reason, tokenizer, tmp_path):
     template = built_in("alpaca", tokenizer)
-    found, reading = read([ALPACA, record, SHAREGPT], template, tmp_path, max_document_bytes=2000)
+    found, tally = read([ALPACA, record, SHAREGPT], template, tmp_path, max_document_bytes=2000)
     assert len(found) == 2
-    assert reading.skipped == {reason: 1} and not reading.changed
-    assert "records.json, record 2" in reading.first[reason]
+    assert tally.skipped == {reason: 1} and not tally.changed
+    assert "records.json, record 2" in tally.first[reason]
 
 
 def test_what_a_reason_does_not_say_stands_with_the_first(tokenizer, tmp_path):
     records = [turns(("human", "x"), ("bot", "y")), turns(("human", "x"), ("human", "y"))]
     records[1]["conversations"].append({"from": "gpt", "value": "z"})
-    _, reading = read([*records, MESSAGES], built_in("alpaca", tokenizer), tmp_path)
-    assert reading.first["an unknown from"].endswith("record 1: 'bot'")
-    assert reading.first["roles out of order"].endswith("record 2: user after user")
-    assert reading.first["the template does not take it"].endswith("Alpaca has no role system")
+    _, tally = read([*records, MESSAGES], built_in("alpaca", tokenizer), tmp_path)
+    assert tally.first["an unknown from"].endswith("record 1: 'bot'")
+    assert tally.first["roles out of order"].endswith("record 2: user after user")
+    assert tally.first["the template does not take it"].endswith("Alpaca has no role system")
 
 
 def test_an_answer_before_the_first_question_is_left_out(tokenizer, tmp_path):
     template = built_in("vicuna", tokenizer)
     record = turns(("gpt", "continued"), ("human", "Hi"), ("gpt", "Hello."))
     led = turns(("system", "S"), ("gpt", "a"), ("human", "Hi"), ("gpt", "Hello."))
-    found, reading = read([record, SHAREGPT, led], template, tmp_path)
+    found, tally = read([record, SHAREGPT, led], template, tmp_path)
     assert found[0].ids.tolist() == found[1].ids.tolist()
     assert "S USER: Hi ASSISTANT: Hello." in tokenizer.decode(found[2].ids.tolist())
-    assert reading.changed == {conversations.BEGINS_WITH_ANSWER: 2} and not reading.skipped
+    assert tally.changed == {conversations.BEGINS_WITH_ANSWER: 2} and not tally.skipped
 
 
 def test_what_a_template_leaves_out_is_counted(tokenizer, tmp_path):
@@ -194,18 +194,18 @@ def test_what_a_template_leaves_out_is_counted(tokenizer, tmp_path):
     )
     template = ChatTemplate(source, "the template", tokenizer, tokens)
     odd = turns(("human", " a</s>b\ufdd0\ufdd1 "), ("gpt", "c\ufdd2"))
-    found, reading = read([SHAREGPT, odd, ALPACA, MESSAGES], template, tmp_path)
-    assert len(found) == 4 and not reading.skipped
-    (what,) = reading.changed
+    found, tally = read([SHAREGPT, odd, ALPACA, MESSAGES], template, tmp_path)
+    assert len(found) == 4 and not tally.skipped
+    (what,) = tally.changed
     assert what == "a message of the system that the template does not write so"
-    assert reading.changed[what] == 1 and reading.first[what].endswith("record 4")
+    assert tally.changed[what] == 1 and tally.first[what].endswith("record 4")
 
 
 def test_a_template_that_writes_no_answer(tokenizer, tmp_path):
     source = "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}"
     template = ChatTemplate(source, "the template", tokenizer, {})
-    found, reading = read([SHAREGPT, MESSAGES], template, tmp_path)
-    assert not found and reading.skipped == {"the template writes no answer": 2}
+    found, tally = read([SHAREGPT, MESSAGES], template, tmp_path)
+    assert not found and tally.skipped == {"the template writes no answer": 2}
 
 
 def test_nothing_follows_the_last_answer(tokenizer, tmp_path):
@@ -233,23 +233,23 @@ def test_long_conversations_are_cut(name, tokenizer, llama3, tmp_path):
         (first, first + 1),
         (first - 1, 0),
     ):
-        found, reading = read([{"messages": messages}], template, tmp_path, int(seq_len))
+        found, tally = read([{"messages": messages}], template, tmp_path, int(seq_len))
         if not length:
-            assert not found and list(reading.skipped.values()) == [1]
-            assert not reading.changed
+            assert not found and list(tally.skipped.values()) == [1]
+            assert not tally.changed
             continue
         (one,) = found
         assert one.ids.tolist() == whole.ids[:length].tolist()
         assert one.counts.tolist() == whole.counts[:length].tolist()
-        assert sum(reading.changed.values()) == (length <= last)
-        assert not reading.skipped
+        assert sum(tally.changed.values()) == (length <= last)
+        assert not tally.skipped
 
 
 def test_a_truncated_answer_by_hand(tokenizer, tmp_path):
     template = built_in("llama2", tokenizer)
-    (one,), reading = read([turns(("human", "ab"), ("gpt", "42 cd"))], template, tmp_path, 20)
+    (one,), tally = read([turns(("human", "ab"), ("gpt", "42 cd"))], template, tmp_path, 20)
     assert marked(tokenizer, one.ids, one.counts) == "<s>[INST] ab [/INST][[ 42]]"
-    assert reading.changed == {"longer than train.seq_len=20, and cut there": 1}
+    assert tally.changed == {"longer than train.seq_len=20, and cut there": 1}
     assert one.text_bytes == len("<s> [INST] ab [/INST] 42")
 
 
@@ -268,13 +268,13 @@ def test_a_damaged_file(content, reason, found, tokenizer, tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(content)
     config = DataConfig(source=str(path), template="x", packing="best_fit")
-    reading = Reading()
+    tally = Tally()
     (part,) = list_parts(str(path), config)
     template = built_in("alpaca", tokenizer)
-    records = list(examples(part, config, template, T, reading))
+    records = list(examples(part, config, template, T, tally))
     assert len(records) == found
     expected = {f"{reason}; the rest of the file is left out": 1} if reason else {}
-    assert reading.skipped == expected
+    assert tally.skipped == expected
 
 
 @pytest.mark.parametrize("value", ["1" * 5000, "[" * 9_000 + "]" * 9_000])
@@ -283,10 +283,10 @@ def test_a_line_that_python_refuses_costs_itself(value, tokenizer, tmp_path):
     line = json.dumps(ALPACA)
     path.write_text(f'{line}\n{line[:-1]}, "id": {value}}}\n{line}\n')
     config = DataConfig(source=str(path), template="x", packing="best_fit")
-    reading = Reading()
+    tally = Tally()
     (part,) = list_parts(str(path), config)
-    assert len(list(examples(part, config, built_in("alpaca", tokenizer), T, reading))) == 2
-    assert reading.skipped == {"broken JSON line": 1}
+    assert len(list(examples(part, config, built_in("alpaca", tokenizer), T, tally))) == 2
+    assert tally.skipped == {"broken JSON line": 1}
 
 
 def test_a_damaged_letter_costs_its_record(tokenizer, tmp_path):
@@ -294,23 +294,21 @@ def test_a_damaged_letter_costs_its_record(tokenizer, tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(records).encode().replace(b"AB", b"A\xff"))
     config = DataConfig(source=str(path), template="x", packing="best_fit")
-    reading = Reading()
+    tally = Tally()
     (part,) = list_parts(str(path), config)
-    assert len(list(examples(part, config, built_in("alpaca", tokenizer), T, reading))) == 2
-    assert reading.skipped == {"invalid UTF-8": 1}
+    assert len(list(examples(part, config, built_in("alpaca", tokenizer), T, tally))) == 2
+    assert tally.skipped == {"invalid UTF-8": 1}
 
 
 def test_a_damaged_compressed_file(tokenizer, tmp_path):
     path = tmp_path / "a.json.gz"
     path.write_bytes(gzip.compress(json.dumps(made(200)).encode())[:-50])
     config = DataConfig(source=str(path), template="x", packing="best_fit")
-    reading = Reading()
+    tally = Tally()
     list(
-        examples(
-            list_parts(str(path), config)[0], config, built_in("alpaca", tokenizer), T, reading
-        )
+        examples(list_parts(str(path), config)[0], config, built_in("alpaca", tokenizer), T, tally)
     )
-    assert reading.skipped == {"damaged compressed file; the rest of the file is left out": 1}
+    assert tally.skipped == {"damaged compressed file; the rest of the file is left out": 1}
 
 
 def test_only_json_is_read(tmp_path):
@@ -605,13 +603,13 @@ def test_show_marks_what_counts(tokenizer, tmp_path):
     )
     config = replace(config, data__template="llama2", data__validation_fraction=0.0)
     prepare(config, tmp_path / "shards", log=quiet)
-    look = show.open_look(tmp_path / "shards")
-    lines = list(show.show_rows(look, 0, 1, Screen(width=60)))
+    prepared = show.open_prepared(tmp_path / "shards")
+    lines = list(show.show_rows(prepared, 0, 1, Screen(width=60)))
     assert "░ not in an answer, weight 0" in lines[0]
     first, rest = "  1: 0 ░ ‹BOS›[INST] ab cd [/INST]", "│  ef gh →‹EOS›"
     assert lines[3].split() == first.split() and lines[4].endswith(rest), lines
-    assert "whole conversations, packed" in show.summary(look, 0, Screen())
-    assert "of answers" in show.summary(look, 0, Screen())
+    assert "whole conversations, packed" in show.summary(prepared, 0, Screen())
+    assert "of answers" in show.summary(prepared, 0, Screen())
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"\xff"])

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from llama_jax.config import DataConfig
 from llama_jax.data import cutting
 from llama_jax.data.cutting import separator_of, text_documents
+from llama_jax.data.documents import documents, list_parts
+from llama_jax.data.documents import read as read_part
 from llama_jax.data.prepare import prepare
-from llama_jax.data.sources import Reading, documents, list_parts
-from llama_jax.data.sources import read as read_part
+from llama_jax.data.reading import Tally
 from llama_jax.errors import UserError
 from tests.helpers import text_config
 
@@ -25,15 +26,15 @@ TEXTS = st.lists(st.sampled_from(PIECES), max_size=80).map("".join)
 def cut(data, size, limit=10**7, step=100_000, chunk=1 << 20, **fields):
     """The documents of some bytes that are read in ranges of `size`, and what was counted."""
     config = DataConfig(source="x", max_document_bytes=limit, **fields)
-    reading, found = Reading(), []
+    tally, found = Tally(), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cutting, "STEP", step)
         patch.setattr(cutting, "CHUNK", chunk)
         ranges = [(at, at + size) for at in range(0, len(data), size)] if size else [(0, -1)]
         for start, stop in ranges:
             file = io.BytesIO(data)
-            found += text_documents(file, start, stop, "x", config, reading)
-    return found, reading
+            found += text_documents(file, start, stop, "x", config, tally)
+    return found, tally
 
 
 @settings(deadline=None, max_examples=300)
@@ -49,17 +50,17 @@ def cut(data, size, limit=10**7, step=100_000, chunk=1 << 20, **fields):
 def test_a_large_text_is_cut_and_nothing_is_lost(text, limit, step, size, chunk):
     """Read as one, or in ranges of any size: the same documents, that are the text together."""
     data = text.encode()
-    whole, reading = cut(data, 0, limit, step, chunk)
+    whole, tally = cut(data, 0, limit, step, chunk)
     ranges, counted = cut(data, size, limit, step, chunk)
     if len(data) > limit:  # only such a file is read in ranges
-        assert ranges == whole and counted.skipped == reading.skipped
-        assert counted.changed == reading.changed
-        assert sum(reading.changed.values()) == len(whole)
+        assert ranges == whole and counted.skipped == tally.skipped
+        assert counted.changed == tally.changed
+        assert sum(tally.changed.values()) == len(whole)
     elif text.strip():
-        assert whole == [text] and not reading.changed
+        assert whole == [text] and not tally.changed
     assert all(len(document.encode()) <= limit for document in whole)
-    blanks = reading.skipped.pop("empty", 0)
-    assert not reading.skipped
+    blanks = tally.skipped.pop("empty", 0)
+    assert not tally.skipped
     if not blanks:
         assert "".join(whole) == (text if text.strip() else "")
     else:  # documents of white space only are left out, and counted
@@ -82,7 +83,7 @@ def test_a_separator_cuts_as_split_does(text, separator, size, chunk):
         text = text.replace("a", separator)
     pieces = text.split(separator)
     expected = [piece for piece in pieces if piece.strip()]
-    for found, reading in (
+    for found, tally in (
         cut(text.encode(), 0, chunk=chunk, separator=separator),
         cut(text.encode(), size, chunk=chunk, separator=separator),
     ):
@@ -90,56 +91,56 @@ def test_a_separator_cuts_as_split_does(text, separator, size, chunk):
         # White space between two separators is counted; what follows the last one is none.
         blank = [p for p in pieces[:-1] if p and not p.strip()]
         if len(pieces) > 1:
-            assert reading.skipped["empty"] == len(blank)
+            assert tally.skipped["empty"] == len(blank)
 
 
 def test_where_a_large_text_is_cut_by_hand():
     paragraphs = [f"paragraph {n}\nof two lines\n\n" for n in range(10)]  # 27 bytes each
-    found, reading = cut("".join(paragraphs).encode(), 0, limit=200, step=50)
+    found, tally = cut("".join(paragraphs).encode(), 0, limit=200, step=50)
     # The first blank line behind bytes 50, 100, 150, 200 and 250 ends at 54, 108, 162, 216, 270.
     assert found == ["".join(paragraphs[at : at + 2]) for at in range(0, 10, 2)]
-    assert reading.changed == {cutting.BLANK_LINE: 5}
-    assert reading.first[cutting.BLANK_LINE] == "x at byte 0"
+    assert tally.changed == {cutting.BLANK_LINE: 5}
+    assert tally.first[cutting.BLANK_LINE] == "x at byte 0"
     lines = "".join(f"line {n:04}\n" for n in range(100))  # 10 bytes each, no blank line
-    found, reading = cut(lines.encode(), 0, limit=200, step=75)
+    found, tally = cut(lines.encode(), 0, limit=200, step=75)
     # The first line end behind 75, 150, 225, .. 900; from 975 on too little is left.
     assert [len(document) for document in found] == [80, *[80, 70] * 5, 80, 90]
-    assert reading.changed == {cutting.LINE_END: 13}
-    found, reading = cut("語".encode() * 100, 0, limit=50, step=25)  # no line end
+    assert tally.changed == {cutting.LINE_END: 13}
+    found, tally = cut("語".encode() * 100, 0, limit=50, step=25)  # no line end
     # The first letter behind 25, 50, .. 275, which begin at multiples of 3; 25 more reach the end.
     assert [len(document) for document in found] == [9, 8, 8] * 3 + [9, 16]
-    assert reading.changed == {cutting.LETTER: 11}
+    assert tally.changed == {cutting.LETTER: 11}
 
 
 def test_windows_line_ends_and_spaces_make_a_blank_line():
     for blank in ("\r\n\r\n", "\n \t\n", "\n\n\n\n"):
         text = blank.join(["x" * 40] * 4) + blank
-        found, reading = cut(text.encode(), 0, limit=100, step=30)
+        found, tally = cut(text.encode(), 0, limit=100, step=30)
         assert found == ["x" * 40 + blank] * 4
-        assert reading.changed == {cutting.BLANK_LINE: 4}
+        assert tally.changed == {cutting.BLANK_LINE: 4}
 
 
 def test_damage_in_a_large_text_costs_one_document():
     text = b"\n\n".join([b"x" * 50, b"y" * 50, b"\xff" * 50, b"z" * 50])
-    found, reading = cut(text, 0, limit=100, step=40)
+    found, tally = cut(text, 0, limit=100, step=40)
     assert found == ["x" * 50 + "\n\n", "y" * 50 + "\n\n", "z" * 50]
-    assert reading.skipped == {"invalid UTF-8": 1}
-    assert reading.first["invalid UTF-8"] == "x at byte 104"
+    assert tally.skipped == {"invalid UTF-8": 1}
+    assert tally.first["invalid UTF-8"] == "x at byte 104"
 
 
 def test_a_document_between_separators_that_is_too_long():
     text = "first|" + "x" * 5000 + "|last|"
     for size in (0, 700):
-        found, reading = cut(text.encode(), size, limit=100, chunk=64, separator="|")
+        found, tally = cut(text.encode(), size, limit=100, chunk=64, separator="|")
         assert found == ["first", "last"]
-        assert reading.skipped == {"longer than 100 bytes": 1}
-        assert reading.first["longer than 100 bytes"] == "x at byte 6"
-    assert reading.changed == {cutting.SEPARATOR: 2}
+        assert tally.skipped == {"longer than 100 bytes": 1}
+        assert tally.first["longer than 100 bytes"] == "x at byte 6"
+    assert tally.changed == {cutting.SEPARATOR: 2}
 
 
 def test_a_separator_that_is_not_there_is_reported():
-    found, reading = cut(b"one story", 0, separator="<|end|>")
-    assert found == ["one story"] and reading.changed == {cutting.NO_SEPARATOR: 1}
+    found, tally = cut(b"one story", 0, separator="<|end|>")
+    assert found == ["one story"] and tally.changed == {cutting.NO_SEPARATOR: 1}
 
 
 @pytest.mark.parametrize(
@@ -169,16 +170,16 @@ def test_a_large_file_takes_little_memory(tmp_path, zipped):
     size = len(data)
     del data
     config = DataConfig(source=str(path), max_document_bytes=1_000_000, part_bytes=10_000_000)
-    reading = Reading()
+    tally = Tally()
     tracemalloc.start()
-    parts = list_parts(str(path), config, reading=reading)
-    found = sum(len(text) for part in parts for text in read_part(part, config, reading))
+    parts = list_parts(str(path), config, tally=tally)
+    found = sum(len(text) for part in parts for text in read_part(part, config, tally))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert found == size and peak < 12e6
     assert len(parts) == (1 if zipped else 6)
-    assert reading.files == {"plain text": 1}  # however many parts it has
-    assert sum(reading.changed.values()) == 520
+    assert tally.files == {"plain text": 1}  # however many parts it has
+    assert sum(tally.changed.values()) == 520
 
 
 def test_several_workers_share_a_large_file(tmp_path, tokenizer):
@@ -220,10 +221,10 @@ def test_shards_of_another_separator_are_refused(tmp_path, corpus, tokenizer):
 
 def test_a_hint_at_a_separator(tmp_path):
     (tmp_path / "stories.txt").write_text("one\n<|endoftext|>\ntwo\n<|endoftext|>\n")
-    reading = Reading()
-    assert len(list(documents(str(tmp_path), DataConfig(), reading))) == 1
-    (kind,) = reading.files
+    tally = Tally()
+    assert len(list(documents(str(tmp_path), DataConfig(), tally))) == 1
+    (kind,) = tally.files
     assert kind.startswith("plain text with <|endoftext|> in it") and "data.separator" in kind
-    reading, config = Reading(), DataConfig(separator=r"\n<|endoftext|>\n")
-    assert list(documents(str(tmp_path), config, reading)) == ["one", "two"]
-    assert reading.files == {"plain text": 1} and not reading.skipped
+    tally, config = Tally(), DataConfig(separator=r"\n<|endoftext|>\n")
+    assert list(documents(str(tmp_path), config, tally)) == ["one", "two"]
+    assert tally.files == {"plain text": 1} and not tally.skipped

@@ -376,8 +376,8 @@ def test_the_manifest_of_shards(packed, tmp_path, sealed):
     def act():
         shard_folder.verify(folder)
         str(report_of(epath.Path(folder), shard_folder.read_manifest(folder)))
-        look = show.open_look(folder)
-        show.summary(look, 0, Screen(width=80, lines=0))
+        prepared = show.open_prepared(folder)
+        show.summary(prepared, 0, Screen(width=80, lines=0))
         for split in shard_folder.SPLITS:
             data = TokenDataset.open(folder, split)
             data.tokens(0, 10)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from llama_jax.config import DataConfig
 from llama_jax.data import hold_out
 from llama_jax.data import prepare as prepare_lib
+from llama_jax.data.documents import list_parts
 from llama_jax.data.pipeline import open_data
 from llama_jax.data.prepare import prepare
 from llama_jax.data.shard_folder import encode_manifest, read_manifest, verify
 from llama_jax.data.shards import TokenDataset
-from llama_jax.data.sources import list_parts
 from llama_jax.describe import no_evaluation
 from llama_jax.errors import UserError
 from tests.helpers import TINY, TINY_FLAGS, records, replace, run_command, text_config

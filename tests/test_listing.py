@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.config import DataConfig
-from llama_jax.data import folders, looking, sources
+from llama_jax.data import documents as documents_lib
+from llama_jax.data import folders, looking
+from llama_jax.data.documents import documents, list_parts
 from llama_jax.data.folders import ABOUT, DEAD, HIDDEN, OWN, SPECIAL, TWICE
-from llama_jax.data.listing import FOLDERS
+from llama_jax.data.listing import FOLDERS, list_files, named_sources
 from llama_jax.data.prepare import prepare
-from llama_jax.data.sources import Reading, documents, list_files, list_parts, named_sources
+from llama_jax.data.reading import Tally
 from llama_jax.errors import UserError
 from tests.helpers import one_line_error, run_command, start_train, text_config, write_corpus
 
@@ -31,10 +33,10 @@ def tree(folder, *names):
 
 def listed(source, own=(), folder=None):
     """Names of the files, and counts of what is left out."""
-    reading = Reading()
-    files = list_files(str(source), own, reading)
+    tally = Tally()
+    files = list_files(str(source), own, tally)
     base = folder or source
-    return [os.path.relpath(path, base) for path in files], dict(reading.left_out)
+    return [os.path.relpath(path, base) for path in files], dict(tally.left_out)
 
 
 def test_a_downloaded_folder(tmp_path):
@@ -148,7 +150,7 @@ def test_odd_names(tmp_path, monkeypatch, name, relative):
     path = name if relative else str(tmp_path / name)
 
     def read(spec):
-        return list(documents(spec, DataConfig(), Reading()))
+        return list(documents(spec, DataConfig(), Tally()))
 
     text = f"the text of {name}"
     assert named_sources(path) == {"": path} and read(path) == [text]
@@ -206,7 +208,7 @@ def test_any_name_that_exists(tmp_path_factory, name):
     (folder / name).write_text("text")
     spec = f"{folder}/{name}"
     (only,) = named_sources(spec).values()
-    assert list(documents(only, DataConfig(), Reading())) == ["text"]
+    assert list(documents(only, DataConfig(), Tally())) == ["text"]
 
 
 def shards_of(tmp_path, folder):
@@ -278,13 +280,13 @@ def test_a_streaming_run_inside_of_its_source(tmp_path):
 def test_many_files_are_looked_at_at_once(tmp_path, monkeypatch):
     """A bucket answers late: two looks must be under way together before either goes on."""
     tree(tmp_path, "a.txt", "b.txt")
-    meeting, look = threading.Barrier(2), looking.look
+    meeting, identify_file = threading.Barrier(2), looking.identify_file
 
     def slow(path, config):
         meeting.wait(60)
-        return look(path, config)
+        return identify_file(path, config)
 
-    monkeypatch.setattr(sources, "look", slow)
+    monkeypatch.setattr(documents_lib, "identify_file", slow)
     assert len(list_parts(str(tmp_path), DataConfig())) == 1
 
 

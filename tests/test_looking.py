@@ -18,9 +18,11 @@ from pyarrow import parquet
 
 from llama_jax.config import DataConfig
 from llama_jax.data import looking
+from llama_jax.data.documents import documents, list_parts
+from llama_jax.data.json_files import read_records
+from llama_jax.data.nested_fields import field_of
 from llama_jax.data.prepare import prepare
-from llama_jax.data.reading import field_of
-from llama_jax.data.sources import Reading, documents, list_parts, read_records
+from llama_jax.data.reading import Tally
 from llama_jax.errors import UserError
 from tests.helpers import one_line_error, replace, run_command, text_config
 
@@ -31,9 +33,9 @@ LIST = json.dumps(RECORDS, indent=2).encode()
 
 
 def read(source, **fields):
-    reading = Reading()
+    tally = Tally()
     config = DataConfig(source=str(source), **fields)
-    return list(documents(str(source), config, reading)), reading
+    return list(documents(str(source), config, tally)), tally
 
 
 def made(path, data):
@@ -48,15 +50,15 @@ def made(path, data):
     "name", ["a.json", "a.jsonl", "a.ndjson", "a.txt", "part-00000", "a.json.gz"]
 )
 def test_json_lines_by_any_name(tmp_path, name, zip_):
-    texts, reading = read(made(tmp_path / name, zip_(LINES)))
-    assert texts == TEXTS and reading.files == {"JSON lines": 1} and not reading.skipped
+    texts, tally = read(made(tmp_path / name, zip_(LINES)))
+    assert texts == TEXTS and tally.files == {"JSON lines": 1} and not tally.skipped
 
 
 @pytest.mark.parametrize("zip_", [bytes, gzip.compress, zstandard.compress])
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.txt", "blob", "a.json.gz"])
 def test_a_list_by_any_name(tmp_path, name, zip_):
-    texts, reading = read(made(tmp_path / name, zip_(LIST)))
-    assert texts == TEXTS and reading.files == {"JSON lists": 1} and not reading.skipped
+    texts, tally = read(made(tmp_path / name, zip_(LIST)))
+    assert texts == TEXTS and tally.files == {"JSON lists": 1} and not tally.skipped
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
@@ -69,8 +71,8 @@ def test_objects_that_follow_each_other(tmp_path):
     """As `jq .` writes them; and one alone."""
     text = "\n".join(json.dumps(record, indent=2) for record in RECORDS)
     for name in ("a.json", "a.jsonl"):
-        texts, reading = read(made(tmp_path / name, text.encode()))
-        assert texts == TEXTS and reading.files == {"JSON objects": 1}
+        texts, tally = read(made(tmp_path / name, text.encode()))
+        assert texts == TEXTS and tally.files == {"JSON objects": 1}
     for indent in (None, 2):
         one = json.dumps(RECORDS[0], indent=indent).encode()
         assert read(made(tmp_path / "a.json", one))[0] == TEXTS[:1]
@@ -106,19 +108,19 @@ def test_texts_that_only_begin_like_json(tmp_path):
         "e.txt": b'[\n  "a",\n',
         "f": b"{" + b"x" * 100_000,
     }.items():
-        texts, reading = read(made(tmp_path / name, data))
-        assert texts == [data.decode()] and reading.files == {"plain text": 1}, name
+        texts, tally = read(made(tmp_path / name, data))
+        assert texts == [data.decode()] and tally.files == {"plain text": 1}, name
 
 
 def test_a_first_line_that_is_broken_or_long(tmp_path):
     for name in ("a.json", "a.jsonl"):
-        texts, reading = read(made(tmp_path / name, b'{"text": "x\n' + LINES))
-        assert texts == TEXTS and reading.skipped == {"broken JSON line": 1}
-        assert reading.files == {"JSON lines": 1}
+        texts, tally = read(made(tmp_path / name, b'{"text": "x\n' + LINES))
+        assert texts == TEXTS and tally.skipped == {"broken JSON line": 1}
+        assert tally.files == {"JSON lines": 1}
     long = json.dumps({"text": "x" * 300_000}).encode() + b"\n"
     for name in ("a.json", "a.txt", "a.jsonl"):
-        texts, reading = read(made(tmp_path / name, long + LINES))
-        assert texts == ["x" * 300_000, *TEXTS] and reading.files == {"JSON lines": 1}
+        texts, tally = read(made(tmp_path / name, long + LINES))
+        assert texts == ["x" * 300_000, *TEXTS] and tally.files == {"JSON lines": 1}
 
 
 def test_a_long_first_line_does_not_make_all_of_a_file_be_looked_at(tmp_path, monkeypatch):
@@ -140,33 +142,33 @@ def test_a_long_first_line_does_not_make_all_of_a_file_be_looked_at(tmp_path, mo
     monkeypatch.setattr(looking, "open_stream", opened)
     long = json.dumps({"text": "x" * 300_000}).encode() + b"\n"
     path = made(tmp_path / "a.json", long + LINES * 100_000)
-    assert looking.look(epath.Path(path), DataConfig()).kind == "jsonl"
+    assert looking.identify_file(epath.Path(path), DataConfig()).kind == "jsonl"
     assert sum(map(len, given)) < 1_000_000 < path.stat().st_size
 
 
 def test_damaged_lines_are_no_reason_to_train_on_raw_json(tmp_path):
     for first in (b'{"text": "x\n', b"# made by a script\n"):
         for name in ("a.txt", "part-00000", "a.json", "a.jsonl"):
-            texts, reading = read(made(tmp_path / name, first + LINES))
-            assert texts == TEXTS and reading.skipped == {"broken JSON line": 1}, name
+            texts, tally = read(made(tmp_path / name, first + LINES))
+            assert texts == TEXTS and tally.skipped == {"broken JSON line": 1}, name
     records = [{"text": "x" * 200_000}, {"text": "y"}]
-    texts, reading = read(made(tmp_path / "blob", json.dumps(records).encode()))
-    assert texts == ["x" * 200_000, "y"] and reading.files == {"JSON lists": 1}
+    texts, tally = read(made(tmp_path / "blob", json.dumps(records).encode()))
+    assert texts == ["x" * 200_000, "y"] and tally.files == {"JSON lists": 1}
 
 
 def test_what_follows_a_list_is_not_lost_silently(tmp_path):
-    texts, reading = read(made(tmp_path / "a.json", LIST + LIST))
+    texts, tally = read(made(tmp_path / "a.json", LIST + LIST))
     assert texts == 2 * TEXTS
-    texts, reading = read(made(tmp_path / "a.json", LIST + b"oops"))
+    texts, tally = read(made(tmp_path / "a.json", LIST + b"oops"))
     assert texts == TEXTS
-    assert reading.skipped == {"broken JSON; the rest of the file is left out": 1}
+    assert tally.skipped == {"broken JSON; the rest of the file is left out": 1}
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x", "x.json", "x.txt", "x.parquet.gz"])
 def test_parquet_by_any_name(tmp_path, name):
     parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / name)
-    texts, reading = read(tmp_path)
-    assert texts == TEXTS and reading.files == {"Parquet": 1}
+    texts, tally = read(tmp_path)
+    assert texts == TEXTS and tally.files == {"Parquet": 1}
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-16-be", "utf-32-be"])
@@ -179,9 +181,9 @@ def test_byte_order_marks(tmp_path, encoding, data, zip_):
     expected = TEXTS
     if data[:1] not in b"{[":
         path, expected = tmp_path / "a.txt", [data.decode()]
-    texts, reading = read(made(path, zip_(text.encode(encoding))))
-    assert texts == expected and not reading.skipped
-    (kind,) = reading.files
+    texts, tally = read(made(path, zip_(text.encode(encoding))))
+    assert texts == expected and not tally.skipped
+    (kind,) = tally.files
     assert kind.endswith({"8": "", "1": " in UTF-16", "3": " in UTF-32"}[encoding[4]])
 
 
@@ -235,23 +237,23 @@ FOREIGN = [
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a"])
 def test_what_is_no_text_is_named_and_never_read(tmp_path, data, kind, name):
     path = made(tmp_path / name, data)
-    texts, reading = read(path)
-    assert texts == [] and not reading.files
-    ((reason, count),) = reading.left_out.items()
-    assert kind in reason and count == 1 and reading.first[reason] == str(path)
+    texts, tally = read(path)
+    assert texts == [] and not tally.files
+    ((reason, count),) = tally.left_out.items()
+    assert kind in reason and count == 1 and tally.first[reason] == str(path)
 
 
 def test_a_nul_in_a_text_is_text(tmp_path):
-    texts, reading = read(made(tmp_path / "a.jsonl", LINES + bytes(500)))
-    assert texts == TEXTS and reading.skipped == {"broken JSON line": 1}
+    texts, tally = read(made(tmp_path / "a.jsonl", LINES + bytes(500)))
+    assert texts == TEXTS and tally.skipped == {"broken JSON line": 1}
     assert read(made(tmp_path / "a.txt", b"a zero \0 in it"))[0] == ["a zero \0 in it"]
 
 
 def test_a_table_in_csv_is_plain_text(tmp_path):
     with (tmp_path / "a.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["id", "text"], [1, "words, more"]])
-    texts, reading = read(tmp_path / "a.csv")
-    assert texts == ['id,text\r\n1,"words, more"\r\n'] and reading.files == {"plain text": 1}
+    texts, tally = read(tmp_path / "a.csv")
+    assert texts == ['id,text\r\n1,"words, more"\r\n'] and tally.files == {"plain text": 1}
 
 
 def test_a_pointer_of_git_lfs(tmp_path):
@@ -267,10 +269,10 @@ def test_a_compressed_name_without_a_sign_of_it(tmp_path, name):
         "damaged compressed file": 1
     }
     config = DataConfig(template="alpaca", packing="best_fit")
-    reading = Reading()
+    tally = Tally()
     (part,) = list_parts(str(tmp_path / name), config)
-    assert list(read_records(part, config, reading)) == []
-    assert reading.skipped == {"damaged compressed file": 1}
+    assert list(read_records(part, config, tally)) == []
+    assert tally.skipped == {"damaged compressed file": 1}
     # What a web server has decompressed on the way keeps its name.
     assert read(made(tmp_path / name, LINES))[0] == TEXTS
 
@@ -281,8 +283,8 @@ def test_damage_keeps_what_came_before(tmp_path, zip_):
         json.dumps({"text": f"document {n * 7919 % 10007} " * 30}) + "\n" for n in range(20_000)
     )
     data = zip_(lines.encode())
-    texts, reading = read(made(tmp_path / "a.jsonl", data[: len(data) // 2]))
-    assert reading.skipped == {"damaged compressed file": 1}
+    texts, tally = read(made(tmp_path / "a.jsonl", data[: len(data) // 2]))
+    assert tally.skipped == {"damaged compressed file": 1}
     assert texts == [json.loads(line)["text"] for line in lines.splitlines()[: len(texts)]]
     assert zip_ in (bz2.compress, lzma.compress) or len(texts) > 1000
 
@@ -314,10 +316,10 @@ def test_nested_fields_of_files(tmp_path):
         read(made(tmp_path / "a.json", json.dumps(records).encode()), text_field="meta.text")[0]
         == TEXTS
     )
-    texts, reading = read(made(tmp_path / "a.jsonl", lines))
-    assert texts == [] and reading.first["no text in field 'text'"].endswith(": it has 'meta'")
-    reading = read(made(tmp_path / "b.jsonl", b'{"text": 5}'))[1]
-    assert reading.first["no text in field 'text'"].endswith(": it holds int, not a text")
+    texts, tally = read(made(tmp_path / "a.jsonl", lines))
+    assert texts == [] and tally.first["no text in field 'text'"].endswith(": it has 'meta'")
+    tally = read(made(tmp_path / "b.jsonl", b'{"text": 5}'))[1]
+    assert tally.first["no text in field 'text'"].endswith(": it holds int, not a text")
 
 
 def test_instructions_by_any_name(tmp_path):
@@ -332,7 +334,7 @@ def test_instructions_by_any_name(tmp_path):
     }.items():
         path = made(tmp_path / name, data.encode())
         (part,) = list_parts(str(path), config)
-        found = [found for found, _ in read_records(part, config, Reading())]
+        found = [found for found, _ in read_records(part, config, Tally())]
         assert found == [record, record], name
     with pytest.raises(UserError, match=r"a.txt is neither .json nor .jsonl.*plain text"):
         list_parts(str(made(tmp_path / "a.txt", b"words")), config)

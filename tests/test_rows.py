@@ -190,7 +190,7 @@ def test_resuming_with_other_words_for_the_same_tokenizer(config, run, tmp_path)
 
 
 def test_a_look_at_the_data(run):
-    shown = show.summary(show.open_look(run), 0, Screen(100, False))
+    shown = show.summary(show.open_prepared(run), 0, Screen(100, False))
     assert "tokens  300 ids" in shown.splitlines()
 
 

@@ -334,8 +334,8 @@ def chats(tokenizer, tmp_path_factory):
 
 def test_show_says_which_tokens_count(chats):
     folder, config = chats
-    look = show.open_look(folder, config)
-    text = show.summary(look, 4, Screen())
+    prepared = show.open_prepared(folder, config)
+    text = show.summary(prepared, 4, Screen())
     header, *rows = next(
         lines
         for index, line in enumerate(text.splitlines())
@@ -346,9 +346,9 @@ def test_show_says_which_tokens_count(chats):
     # Counted from 1,000 rows of 125 batches.
     counts, tokens = {"short": 0, "long": 0}, {"short": 0, "long": 0}
     for step in range(4, 129):
-        batch = look.batches.rows(step, range(8))
-        for row, (source, _) in enumerate(look.batches.draws(step, range(8))):
-            name = look.batches.schedule.names[source]
+        batch = prepared.batches.rows(step, range(8))
+        for row, (source, _) in enumerate(prepared.batches.draws(step, range(8))):
+            name = prepared.batches.schedule.names[source]
             counts[name] += int(batch["weights"][row].sum())
             tokens[name] += int((batch["segment_ids"][row] > 0).sum())
     for name, row in table.items():
@@ -359,7 +359,7 @@ def test_show_says_which_tokens_count(chats):
     assert tokens["short"] > 3 * tokens["long"]
     assert "asked, realised: of the tokens that count, those of answers, in the 1,000" in text
     assert "with prompts: of all tokens in the 1,000 sequences from step 4 on" in text
-    realised = show.realised_shares(look, 4)
+    realised = show.realised_shares(prepared, 4)
     assert realised["short"] == counts["short"] / sum(counts.values())
 
 

@@ -48,15 +48,15 @@ def shares_of(text):
 def test_the_table_says_what_is_there(sources, packing):
     folder, configs = sources
     config = replace(configs[packing], data__mixture="a=0.1,b=0.7,c=0.2", train__steps=50)
-    look = show.open_look(folder / packing, config)
-    text = show.summary(look, 3, PLAIN)
+    prepared = show.open_prepared(folder / packing, config)
+    text = show.summary(prepared, 3, PLAIN)
     table = shares_of(text)
     assert [row["asked"] for row in table.values()] == ["10.00%", "70.00%", "20.00%"]
     # Counted from the rows, of which 1,000 are 125 batches.
     tokens = dict.fromkeys("abc", 0)
     for step in range(3, 128):
-        weights = look.batches.rows(step, range(8))["weights"]
-        for (source, _), row in zip(look.batches.draws(step, range(8)), weights, strict=True):
+        weights = prepared.batches.rows(step, range(8))["weights"]
+        for (source, _), row in zip(prepared.batches.draws(step, range(8)), weights, strict=True):
             tokens["abc"[source]] += int(row.sum())
     for name, asked in (("a", 0.1), ("b", 0.7), ("c", 0.2)):
         share = tokens[name] / sum(tokens.values())
@@ -64,7 +64,7 @@ def test_the_table_says_what_is_there(sources, packing):
         assert share == pytest.approx(asked, rel=0.02)
     manifests = {name: read_manifest(folder / packing / name) for name in "abc"}
     total = sum(m["splits"]["train"]["tokens"] for m in manifests.values())
-    epochs = look.batches.epochs(50)
+    epochs = prepared.batches.epochs(50)
     for name, manifest in manifests.items():
         split, row = manifest["splits"]["train"], table[name]
         assert row["documents"] == f"{split['documents']:,}"
@@ -88,7 +88,7 @@ def test_the_summary_says_which_files_were_read_and_what_is_held_out(tmp_path):
     (books / "a.txt").write_text("One book of many words. " * 400)
     (books / ".hidden").write_text("not of the book")
     prepare(text_config(books), tmp_path / "shards", log=lambda line: None)
-    text = show.summary(show.open_look(tmp_path / "shards"), 0, PLAIN)
+    text = show.summary(show.open_prepared(tmp_path / "shards"), 0, PLAIN)
     assert "\nfiles in the source: 1 plain text\n" in text
     assert f"left out in the source: 1 hidden files and folders; the first: {books}/.hidden" in text
     tokens = read_manifest(tmp_path / "shards")["splits"]["validation"]["tokens"]
@@ -99,8 +99,8 @@ def test_the_summary_says_which_files_were_read_and_what_is_held_out(tmp_path):
 def test_realised_shares_are_counted_from_the_step_on(sources):
     folder, configs = sources
     config = replace(configs["concat"], data__mixture="a=1/3,b=1/3,c=1/3")
-    look = show.open_look(folder / "concat", config)
-    realised = show.realised_shares(look, 5)
+    prepared = show.open_prepared(folder / "concat", config)
+    realised = show.realised_shares(prepared, 5)
     assert sum(realised.values()) == pytest.approx(1)
     assert all(abs(share - 1 / 3) < 2 / show.WINDOW for share in realised.values())
 
@@ -108,16 +108,16 @@ def test_realised_shares_are_counted_from_the_step_on(sources):
 def test_rows_are_those_of_the_loader(sources):
     """What is printed of a row, put together again, is the row."""
     folder, configs = sources
-    look = show.open_look(folder / "best_fit", configs["best_fit"])
+    prepared = show.open_prepared(folder / "best_fit", configs["best_fit"])
     batch = configs["best_fit"].train.global_batch
-    text = "\n".join(show.show_rows(look, 7, batch + 2, PLAIN))
+    text = "\n".join(show.show_rows(prepared, 7, batch + 2, PLAIN))
     assert text.startswith(legend(True, PLAIN))
     blocks = re.split(r"\n\nstep ", text)[1:]
     assert len(blocks) == batch + 2
     assert [b.split(",")[0] for b in blocks] == ["7"] * batch + ["8"] * 2
     for index, block in enumerate(blocks):
         step, row = 7 + index // batch, index % batch
-        expected = {k: v[0] for k, v in look.batches.rows(step, range(row, row + 1)).items()}
+        expected = {k: v[0] for k, v in prepared.batches.rows(step, range(row, row + 1)).items()}
         head, *lines = block.splitlines()
         assert f"row {row}, " in head
         assert f"{int(expected['weights'].sum())} of {T} tokens count" in head
@@ -129,7 +129,7 @@ def test_rows_are_those_of_the_loader(sources):
             mine = expected["segment_ids"] == segment
             ids = [*expected["inputs"][mine], expected["targets"][mine][-1]]
             marks = {1: "‹BOS›", 2: "‹EOS›"}
-            texts = look.tokenizer.texts(ids)
+            texts = prepared.tokenizer.texts(ids)
             pieces = [marks.get(i, t) for i, t in zip(ids, texts, strict=True)]
             pieces[-1] = "→" + pieces[-1]
             assert "".join(part for _, part in shown[segment]) == visible("".join(pieces))
@@ -215,10 +215,10 @@ def test_data_cannot_command_the_terminal(tokenizer):
 
 def test_colours_only_where_they_are_wanted(sources):
     folder, configs = sources
-    look = show.open_look(folder / "concat", configs["concat"])
-    plain = [show.summary(look, 0, PLAIN), *show.show_rows(look, 0, 2, PLAIN)]
+    prepared = show.open_prepared(folder / "concat", configs["concat"])
+    plain = [show.summary(prepared, 0, PLAIN), *show.show_rows(prepared, 0, 2, PLAIN)]
     screen = dataclasses.replace(PLAIN, colour=True)
-    coloured = [show.summary(look, 0, screen), *show.show_rows(look, 0, 2, screen)]
+    coloured = [show.summary(prepared, 0, screen), *show.show_rows(prepared, 0, 2, screen)]
     assert not any("\033" in line for line in plain)
     assert [re.sub(r"\033\[[\d;]*m", "", line) for line in coloured] == plain != coloured
 
@@ -228,11 +228,11 @@ def test_colours_only_where_they_are_wanted(sources):
 
 def test_shards_without_a_config(sources, shards):
     folder, _ = sources
-    look = show.open_look(folder / "best_fit")
-    assert list(look.folders) == ["a", "b", "c"]
-    assert (look.config.train.seq_len, look.config.train.global_batch) == (T, show.BATCH)
-    assert "epochs" not in show.summary(look, 0, PLAIN)
-    one = show.open_look(shards)
+    prepared = show.open_prepared(folder / "best_fit")
+    assert list(prepared.folders) == ["a", "b", "c"]
+    assert (prepared.config.train.seq_len, prepared.config.train.global_batch) == (T, show.BATCH)
+    assert "epochs" not in show.summary(prepared, 0, PLAIN)
+    one = show.open_prepared(shards)
     assert (list(one.folders), one.config.train.seq_len) == ([""], show.SEQ_LEN)
     assert "(one)" in show.summary(one, 0, PLAIN)
 
@@ -242,9 +242,9 @@ def test_a_work_directory_has_its_own_config(sources, tmp_path):
     config = replace(configs["concat"], data__mixture="a=0.5,b=0.25,c=0.25", train__steps=9)
     (tmp_path / "config.json").write_text(config.to_json())
     shutil.copytree(folder / "concat", tmp_path / "data")
-    look = show.open_look(tmp_path)
-    assert look.config.train == config.train and look.of_a_run
-    assert {n: float(s) for n, s in look.batches.schedule.shares.items()} == {
+    prepared = show.open_prepared(tmp_path)
+    assert prepared.config.train == config.train and prepared.of_a_run
+    assert {n: float(s) for n, s in prepared.batches.schedule.shares.items()} == {
         "a": 0.5,
         "b": 0.25,
         "c": 0.25,
@@ -253,7 +253,7 @@ def test_a_work_directory_has_its_own_config(sources, tmp_path):
     shutil.rmtree(tmp_path / "data")
     elsewhere = replace(config, data__path=str(folder / "concat"))
     (tmp_path / "config.json").write_text(elsewhere.to_json())
-    assert show.open_look(tmp_path).fingerprint == look.fingerprint
+    assert show.open_prepared(tmp_path).fingerprint == prepared.fingerprint
 
 
 def test_a_config_that_was_written_for_another_source(sources):
@@ -262,9 +262,9 @@ def test_a_config_that_was_written_for_another_source(sources):
     values.unlock()
     values.model.vocab_size, values.train.seq_len = 300, 32
     config = from_config_dict(values)
-    assert list(show.open_look(folder / "concat", config).folders) == ["a", "b", "c"]
+    assert list(show.open_prepared(folder / "concat", config).folders) == ["a", "b", "c"]
     mixed = replace(config, data__mixture="c=0.5,a=0.5")
-    assert list(show.open_look(folder / "concat", mixed).folders) == ["c", "a"]
+    assert list(show.open_prepared(folder / "concat", mixed).folders) == ["c", "a"]
 
 
 @pytest.mark.parametrize(
@@ -278,26 +278,26 @@ def test_a_run_without_shards(tmp_path, field, value, message):
     config = replace(text_config(tmp_path), **{f"data__{field}": value})
     (tmp_path / "config.json").write_text(config.to_json())
     with pytest.raises(UserError, match=message):
-        show.open_look(tmp_path)
+        show.open_prepared(tmp_path)
 
 
 def test_a_damaged_config_json(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json: the config is not valid JSON"):
-        show.open_look(tmp_path)
+        show.open_prepared(tmp_path)
 
 
 def test_nothing_to_show(tmp_path, sources):
     with pytest.raises(UserError, match="nothing is no folder"):
-        show.open_look(tmp_path / "nothing")
+        show.open_prepared(tmp_path / "nothing")
     with pytest.raises(UserError, match="no token shards in"):
-        show.open_look(tmp_path)
+        show.open_prepared(tmp_path)
     folder, configs = sources
     shutil.copytree(folder / "concat" / "a", tmp_path / "a.partial")  # of a run that was killed
     with pytest.raises(UserError, match="no token shards in"):
-        show.open_look(tmp_path)
+        show.open_prepared(tmp_path)
     with pytest.raises(UserError, match="made with data.packing=best_fit, but it is concat now"):
-        show.open_look(folder / "best_fit", configs["concat"])
+        show.open_prepared(folder / "best_fit", configs["concat"])
 
 
 # The picture.
@@ -343,19 +343,19 @@ def test_the_picture_shows_every_source(sources, tmp_path, monkeypatch):
 
     folder, configs = sources
     config = replace(configs["concat"], data__mixture="a=0.1,b=0.7,c=0.2")
-    look = show.open_look(folder / "concat", config)
+    prepared = show.open_prepared(folder / "concat", config)
     seen = []
     save = figure_lib.Figure.savefig
     monkeypatch.setattr(
         figure_lib.Figure, "savefig", lambda self, *a, **k: (seen.append(self), save(self, *a, **k))
     )
-    show_plot.plot(look, show.epath.Path(tmp_path / "new" / "x.png"))
+    show_plot.plot(prepared, show.epath.Path(tmp_path / "new" / "x.png"))
     assert image.imread(tmp_path / "new" / "x.png").shape[1] == 1320
     *lengths, shares = seen[0].axes
     assert len(lengths) == 3
     for axes in lengths:
         assert sum(bar.get_height() for bar in axes.patches) == pytest.approx(100)  # none outside
-    tokens = [m["splits"]["train"]["tokens"] for m in look.manifests.values()]
+    tokens = [m["splits"]["train"]["tokens"] for m in prepared.manifests.values()]
     asked, there = ([bar.get_width() for bar in bars] for bars in shares.containers)
     assert asked == pytest.approx([10, 70, 20])
     assert there == pytest.approx([100 * count / sum(tokens) for count in tokens])

@@ -50,18 +50,18 @@ def main() -> None:
     if not _SHOW.value:
         raise UserError("--show is missing; try --show=runs/tiny")
     config = cli.load_config(_CONFIG) if _CONFIG.value is not None else None
-    look = show.open_look(_SHOW.value, config)
+    prepared = show.open_prepared(_SHOW.value, config)
     screen = Screen(
         width=min(shutil.get_terminal_size((100, 0)).columns, 120),
         lines=_LINES.value,
         colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
     )
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal of ASCII
-    reads = _print([show.summary(look, _STEP.value, screen), ""])
-    reads = reads and _print(show.show_rows(look, _STEP.value, _ROWS.value, screen))
-    path = epath.Path(_PLOT.value or look.folder / "plots" / "data.png")
+    reads = _print([show.summary(prepared, _STEP.value, screen), ""])
+    reads = reads and _print(show.show_rows(prepared, _STEP.value, _ROWS.value, screen))
+    path = epath.Path(_PLOT.value or prepared.folder / "plots" / "data.png")
     try:
-        show_plot.plot(look, path)
+        show_plot.plot(prepared, path)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; choose another file with --plot"

@@ -17,9 +17,9 @@ import numpy as np
 from llama_jax.config import DataConfig
 from llama_jax.data.answers import count_answers
 from llama_jax.data.chat_template import BEGIN, END, ChatTemplate, Encoded
-from llama_jax.data.reading import Example, Part, Reading, too_long
+from llama_jax.data.json_files import read_records
+from llama_jax.data.reading import Example, Part, Tally, too_long
 from llama_jax.data.renderer import Refused
-from llama_jax.data.sources import read_records
 from llama_jax.data.templates import end_ids
 from llama_jax.data.vocabularies import MARK
 from llama_jax.errors import UserError, first_line
@@ -129,9 +129,9 @@ def check_turns(messages: Messages) -> Messages:
 
 
 def examples(
-    part: Part, data: DataConfig, template: ChatTemplate, seq_len: int, reading: Reading
+    part: Part, data: DataConfig, template: ChatTemplate, seq_len: int, tally: Tally
 ) -> Iterator[Example]:
-    """Streams the conversations of a part as tokens; what cannot be used is counted in `reading`.
+    """Streams the conversations of a part as tokens; what cannot be used is counted in `tally`.
 
     So is what the template leaves out. One longer than a sequence is cut there, and all end with
     their last token that counts: what follows would train nothing. Each example says how many of
@@ -142,13 +142,13 @@ def examples(
       data: how to read.
       template: how to write.
       seq_len: inputs in a sequence; an example has one token more at most.
-      reading: takes the counts.
+      tally: takes the counts.
 
     Raises:
       UserError: a file cannot be opened, or the template does not say what an answer is.
     """
     ends = frozenset(end_ids(template))
-    for record, where in read_records(part, data, reading):
+    for record, where in read_records(part, data, tally):
         try:
             found = messages_of(record)
             messages = check_turns(found)
@@ -161,19 +161,19 @@ def examples(
             if not kept:
                 raise Unusable(f"all answers are beyond train.seq_len={seq_len}")
         except Unusable as error:
-            reading.skip(error.reason, f"{where}: {error.detail}" if error.detail else where)
+            tally.skip(error.reason, f"{where}: {error.detail}" if error.detail else where)
             continue
         except Refused as error:
-            reading.skip("the template does not take it", f"{where}: {first_line(error)}")
+            tally.skip("the template does not take it", f"{where}: {first_line(error)}")
             continue
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         if role := _not_written(messages, encoded.text):
-            reading.change(f"a message of the {role} that the template does not write so", where)
+            tally.change(f"a message of the {role} that the template does not write so", where)
         if len(messages) < len(found):
-            reading.change(BEGINS_WITH_ANSWER, where)
+            tally.change(BEGINS_WITH_ANSWER, where)
         if kept < last:
-            reading.change(f"longer than train.seq_len={seq_len}, and cut there", where)
+            tally.change(f"longer than train.seq_len={seq_len}, and cut there", where)
         answers, unended = count_answers(encoded, seq_len + 1, ends)
         example = _example(encoded, kept + 1, key)
         yield dataclasses.replace(example, answers=answers, unended=unended)

@@ -9,8 +9,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from etils import epath
+
 from llama_jax.config import DataConfig
-from llama_jax.data.reading import Reading, document, too_long
+from llama_jax.data.looking import DAMAGED, named
+from llama_jax.data.opening import Damaged, open_stream
+from llama_jax.data.reading import Part, Tally, document, too_long
 
 STEP = 100_000  # bytes of a document that is cut out of a large file, about
 CHUNK = 1 << 20  # bytes that are read at a time
@@ -36,8 +40,29 @@ def separator_of(config: DataConfig) -> str:
     return _ESCAPE.sub(letter, config.separator)
 
 
+def read_texts(part: Part, config: DataConfig, tally: Tally) -> Iterator[str]:
+    """Streams the documents of files of plain text, or of a range of one."""
+    position = tally.position
+    for name in part.paths:
+        path = epath.Path(name)
+        with path.open("rb") as raw:
+            opened = open_stream(raw)
+            if named(path)[1] and not opened.compression:
+                tally.skip(DAMAGED, name)  # nothing else in it says what it is
+                continue
+            texts = text_documents(opened.file, part.start, part.stop, name, config, tally)
+            try:
+                for text in texts:
+                    tally.position = position + raw.tell() - part.start
+                    yield text
+            except Damaged:
+                tally.skip(DAMAGED, name)
+            position += raw.tell() - part.start
+            tally.position = position
+
+
 def text_documents(
-    file: Any, start: int, stop: int, where: str, config: DataConfig, reading: Reading
+    file: Any, start: int, stop: int, where: str, config: DataConfig, tally: Tally
 ) -> Iterator[str]:
     """Streams the documents of a plain-text file that begin in a range of it.
 
@@ -47,24 +72,24 @@ def text_documents(
       stop: where the range ends; -1: at the end of the file.
       where: the file, for the report.
       config: where to cut, and how long a document may be.
-      reading: takes the counts.
+      tally: takes the counts.
 
     Raises:
       Damaged: the file cannot be decompressed any further.
     """
     separator = separator_of(config).encode()
     if separator:
-        yield from _at_separators(file, start, stop, separator, where, config, reading)
+        yield from _at_separators(file, start, stop, separator, where, config, tally)
         return
     limit = config.max_document_bytes
     cuts = _Cuts(file, max(0, start), limit)
     if start == 0 and stop < 0 and cuts.window.is_at_most(limit):
-        yield from document(bytes(cuts.window.data), where, config, reading)
+        yield from document(bytes(cuts.window.data), where, config, tally)
         return
     for cut in cuts.documents(start, stop):
         place = f"{where} at byte {cut.begin}"
-        for text in document(cut.data, place, config, reading, begins=cut.begin == 0):
-            reading.change(cut.how, place)
+        for text in document(cut.data, place, config, tally, begins=cut.begin == 0):
+            tally.change(cut.how, place)
             yield text
 
 
@@ -200,7 +225,7 @@ def _at_separators(
     separator: bytes,
     where: str,
     config: DataConfig,
-    reading: Reading,
+    tally: Tally,
 ) -> Iterator[str]:
     """Documents between separators, as `bytes.split` finds them; those that hold nothing are not.
 
@@ -213,17 +238,17 @@ def _at_separators(
     def found(end: int) -> Iterator[str]:
         place = f"{where} at byte {begin}"
         if long:
-            reading.skip(too_long(config), place)
+            tally.skip(too_long(config), place)
             return
         data = window.between(begin, end)
         last = window.ended and end == window.end
         if cut and (not data or (last and not data.strip())):
             return  # between two separators in a row, or behind the last one
-        for text in document(data, place, config, reading):
+        for text in document(data, place, config, tally):
             if cut:
-                reading.change(SEPARATOR, place)
+                tally.change(SEPARATOR, place)
             elif start == 0 and stop < 0:
-                reading.change(NO_SEPARATOR, where)
+                tally.change(NO_SEPARATOR, where)
             yield text
 
     while True:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
-from llama_jax.data.reading import Reading
+from llama_jax.data.reading import Tally
 from llama_jax.errors import UserError
 from llama_jax.files import is_object_store
 
@@ -48,10 +48,10 @@ class Walk:
     """Reads folders, each once, however many links lead to it."""
 
     def __init__(
-        self, own: Sequence[epath.PathLike], reading: Reading, excluded: tuple[str, ...] = ()
+        self, own: Sequence[epath.PathLike], tally: Tally, excluded: tuple[str, ...] = ()
     ) -> None:
         self._own = {_real(folder) for folder in own}
-        self._reading, self._excluded = reading, excluded
+        self._tally, self._excluded = tally, excluded
         self._seen: set[str] = set()
 
     def root(self, folder: epath.Path) -> list[epath.Path]:
@@ -71,15 +71,15 @@ class Walk:
             )
         if _real(folder) in self._seen:
             return []  # named twice
-        before = self._reading.left_out[HIDDEN]
+        before = self._tally.left_out[HIDDEN]
         files = list(self.below(folder))
         about = [path for path in files if _ABOUT.fullmatch(path.name)]
         if len(about) < len(files):
             for path in about:
-                self._reading.leave_out(ABOUT, str(path))
+                self._tally.leave_out(ABOUT, str(path))
             files = [path for path in files if not _ABOUT.fullmatch(path.name)]
         if not files:
-            hidden = self._reading.left_out[HIDDEN] > before
+            hidden = self._tally.left_out[HIDDEN] > before
             more = " but hidden ones" if hidden else " to read" if entries else ""
             raise UserError(f"data.source: the folder {folder} holds no file{more}")
         return files
@@ -91,28 +91,28 @@ class Walk:
             folder = waiting.pop()
             real = _real(folder)
             if real in self._seen:
-                self._reading.leave_out(TWICE, str(folder))
+                self._tally.leave_out(TWICE, str(folder))
                 continue
             self._seen.add(real)
             entries = _entries(folder)
             if self._is_own(real, {entry.path.name for entry in entries}):
                 if entries:  # else it was made a moment ago
-                    self._reading.leave_out(OWN, str(folder))
+                    self._tally.leave_out(OWN, str(folder))
                 continue
             for entry in entries:
                 name = entry.path.name
                 if name in self._excluded:
                     continue
                 if name.startswith("."):
-                    self._reading.leave_out(HIDDEN, str(entry.path))
+                    self._tally.leave_out(HIDDEN, str(entry.path))
                 elif entry.kind == "folder" and name in _ABOUT_FOLDERS:
-                    self._reading.leave_out(ABOUT, str(entry.path))
+                    self._tally.leave_out(ABOUT, str(entry.path))
                 elif entry.kind == "folder":
                     waiting.append(entry.path)
                 elif entry.kind == "file":
                     yield entry.path
                 else:
-                    self._reading.leave_out(entry.kind, str(entry.path))
+                    self._tally.leave_out(entry.kind, str(entry.path))
 
     def _is_own(self, real: str, names: set[str]) -> bool:
         return real in self._own or bool(_own_kind(names))

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from llama_jax.data.folders import DEAD, HIDDEN, SPECIAL, TWICE, Walk
-from llama_jax.data.reading import Reading
+from llama_jax.data.reading import Tally
 from llama_jax.errors import UserError
 from llama_jax.files import expand, is_object_store
 
@@ -126,14 +126,14 @@ def _joined(pieces: list[str], mark: str) -> int:
 
 
 def list_files(
-    source: str, own: Sequence[epath.PathLike] = (), reading: Reading | None = None, name: str = ""
+    source: str, own: Sequence[epath.PathLike] = (), tally: Tally | None = None, name: str = ""
 ) -> list[epath.Path]:
     """The files that a source names, sorted, each once.
 
     Args:
       source: `stdlib`, or a comma-separated list of files, folders and globs.
       own: folders that this run writes, which are left out of the folder that they are in.
-      reading: takes counts of what is left out of folders.
+      tally: takes counts of what is left out of folders.
       name: of the source, for errors.
 
     Raises:
@@ -142,11 +142,11 @@ def list_files(
     """
     if source == "stdlib":
         root = epath.Path(sysconfig.get_paths()["stdlib"])
-        walk = Walk((), Reading(), STDLIB_EXCLUDED)
+        walk = Walk((), Tally(), STDLIB_EXCLUDED)
         files = (path for path in walk.below(root) if path.suffix == ".py")
         return sorted(files, key=lambda path: path.parts)
-    reading = Reading() if reading is None else reading
-    walk = Walk(own, reading)
+    tally = Tally() if tally is None else tally
+    walk = Walk(own, tally)
     found: set[str] = set()
     items = [source] if _exists(_place(source)) else _split(source)
     items = list(filter(None, items))
@@ -157,11 +157,11 @@ def list_files(
         if _exists(path):
             matches = walk.root(path) if path.is_dir() else [_file(path)]
         elif _WILDCARD.search(str(path)):
-            matches = _matches(path, pattern, reading)
+            matches = _matches(path, pattern, tally)
         else:
             raise UserError(f"data.source: {pattern} does not exist{_how_to_name(pattern, name)}")
         found.update(str(match) for match in matches)
-    return _once([epath.Path(match) for match in sorted(found)], reading)
+    return _once([epath.Path(match) for match in sorted(found)], tally)
 
 
 def _exists(path: epath.Path) -> bool:
@@ -198,7 +198,7 @@ def _is_file(path: epath.Path) -> bool:
     return bool(path.is_file()) if is_object_store(path) else os.path.isfile(path)
 
 
-def _matches(path: epath.Path, pattern: str, reading: Reading) -> list[epath.Path]:
+def _matches(path: epath.Path, pattern: str, tally: Tally) -> list[epath.Path]:
     """The files that a glob matches.
 
     Raises:
@@ -214,9 +214,9 @@ def _matches(path: epath.Path, pattern: str, reading: Reading) -> list[epath.Pat
     files = [match for match in matches if match not in set(folders) and _is_file(match)]
     for reason, places in ((HIDDEN, hidden), (FOLDERS, folders)):
         for place in places:
-            reading.leave_out(reason, str(place))
+            tally.leave_out(reason, str(place))
     for place in set(matches) - set(folders) - set(files):
-        reading.leave_out(DEAD if os.path.islink(place) else SPECIAL, str(place))
+        tally.leave_out(DEAD if os.path.islink(place) else SPECIAL, str(place))
     if not files:
         what = "only folders, whose names are read with all that is below them" if folders else ""
         what = what or ("only hidden files" if hidden else "no file")
@@ -239,7 +239,7 @@ def _glob(path: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
     return [epath.Path(name) for name in matches], [epath.Path(name) for name in sorted(hidden)]
 
 
-def _once(paths: list[epath.Path], reading: Reading) -> list[epath.Path]:
+def _once(paths: list[epath.Path], tally: Tally) -> list[epath.Path]:
     """The files without those that are links to others of them."""
     folder = functools.cache(os.path.realpath)
     seen: set[str] = set()
@@ -256,7 +256,7 @@ def _once(paths: list[epath.Path], reading: Reading) -> list[epath.Path]:
             if is_link != link:
                 continue
             if real in seen:
-                reading.leave_out(TWICE, str(path))
+                tally.leave_out(TWICE, str(path))
             else:
                 kept.append(path)
             seen.add(real)

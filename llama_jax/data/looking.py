@@ -12,8 +12,9 @@ from typing import Any
 from etils import epath
 
 from llama_jax.config import DataConfig
+from llama_jax.data.nested_fields import field_of
 from llama_jax.data.opening import Damaged, Opened, open_stream
-from llama_jax.data.reading import field_of, longest_json
+from llama_jax.data.reading import longest_json
 from llama_jax.errors import UserError
 from llama_jax.files import refuse_pointer, size_of
 
@@ -41,7 +42,7 @@ _FOREIGN = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class FileKind:
     """What a file is.
 
     Attributes:
@@ -58,7 +59,7 @@ class Look:
     size: int
 
 
-def look(path: epath.Path, config: DataConfig) -> Look:
+def identify_file(path: epath.Path, config: DataConfig) -> FileKind:
     """Finds out what a file is.
 
     Raises:
@@ -72,13 +73,13 @@ def look(path: epath.Path, config: DataConfig) -> Look:
             head, ended = _read_head(opened)
             refuse_pointer(head, str(path))
             if foreign := _foreign(head, opened, named(path)[0]):
-                return Look("", foreign, False, size)
+                return FileKind("", foreign, False, size)
             kind, label = _Decision(path, config, opened, head, ended).decide()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if opened.encoding:
         label += f" in {opened.encoding}"
-    return Look(kind, label, opened.as_stored, size)
+    return FileKind(kind, label, opened.as_stored, size)
 
 
 def named(path: epath.Path) -> tuple[str, bool]:
@@ -150,7 +151,7 @@ class _Decision:
         self.ended = ended
 
     def decide(self) -> tuple[str, str]:
-        """Kind and label, as in `Look`."""
+        """Kind and label, as in `FileKind`."""
         if self.text.startswith(_PARQUET) or (self.named == "parquet" and not self.zipped):
             return "parquet", "Parquet"
         found = {b"{": self._object, b"[": self._list}.get(self.text[:1], self._neither)()

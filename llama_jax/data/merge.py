@@ -8,12 +8,12 @@ from etils import epath
 
 from llama_jax.data import shard_folder
 from llama_jax.data.part import report_name
-from llama_jax.data.reading import Part, Reading
+from llama_jax.data.reading import Part, Tally
 from llama_jax.data.tokenizer import Tokenizer
 
 
 def merge_reports(
-    settings: dict[str, Any], parts: list[Part], folder: epath.Path, listing: Reading
+    settings: dict[str, Any], parts: list[Part], folder: epath.Path, listing: Tally
 ) -> dict[str, Any]:
     """The manifest of a source whose parts are all done.
 

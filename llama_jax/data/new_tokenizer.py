@@ -7,11 +7,11 @@ from etils import epath
 
 from llama_jax.config import Config
 from llama_jax.data import shard_folder
+from llama_jax.data.documents import documents
 from llama_jax.data.mixture import parse_shares
-from llama_jax.data.reading import Reading
-from llama_jax.data.rows import check_ids, trained_size
-from llama_jax.data.sources import documents
+from llama_jax.data.reading import Tally
 from llama_jax.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_tokenizer
+from llama_jax.data.vocabulary_size import check_ids, trained_size
 from llama_jax.errors import UserError
 
 
@@ -49,27 +49,27 @@ def find_or_train(
         given = parse_shares(config.data.mixture)
         shares = {name: float(given.get(name, 0)) for name in sources}
 
-    reading = Reading()
+    tally = Tally()
 
     def sample() -> Iterator[str]:
         for name, source in sources.items():
             taken = 0
-            for text in documents(source, config.data, reading, own, name):
+            for text in documents(source, config.data, tally, own, name):
                 if taken >= shares[name] * SAMPLE_BYTES:
                     break
                 taken += len(text.encode())
                 yield text
 
-    return train(sample(), size, reading)
+    return train(sample(), size, tally)
 
 
-def train(texts: Iterable[str], size: int, reading: Reading) -> Tokenizer:
+def train(texts: Iterable[str], size: int, tally: Tally) -> Tokenizer:
     """A new tokenizer.
 
     Args:
       texts: to learn from.
       size: number of ids.
-      reading: that the texts are counted in.
+      tally: that the texts are counted in.
 
     Raises:
       UserError: there is no text, with what was met instead; or too little for so many ids.
@@ -77,5 +77,5 @@ def train(texts: Iterable[str], size: int, reading: Reading) -> Tokenizer:
     rest = iter(texts)
     first = list(itertools.islice(rest, 1))
     if not first:
-        raise UserError(f"there is no text to train a tokenizer on: {reading.why_nothing()}")
+        raise UserError(f"there is no text to train a tokenizer on: {tally.why_nothing()}")
     return train_tokenizer(itertools.chain(first, rest), size)

@@ -10,9 +10,9 @@ from etils import epath
 
 from llama_jax.config import DataConfig
 from llama_jax.data import conversations, shard_folder, templates
-from llama_jax.data.reading import Example, Part, Reading
+from llama_jax.data.documents import read
+from llama_jax.data.reading import Example, Part, Tally
 from llama_jax.data.shard_writer import ShardWriter
-from llama_jax.data.sources import read
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.files import write_atomically
 
@@ -61,14 +61,14 @@ def write_part(
         )
         for split in shard_folder.SPLITS
     }
-    reading = Reading()
+    tally = Tally()
     position = tokens = 0
     if data.template:
         template = templates.open_choice(str(path / shard_folder.TEMPLATE), tokenizer, {})
         template = dataclasses.replace(template, name=f"the chat template {data.template}")
-        stream = conversations.examples(part, data, template, pack_len, reading)
+        stream = conversations.examples(part, data, template, pack_len, tally)
     else:
-        stream = _documents(part, data, tokenizer, reading, threads)
+        stream = _documents(part, data, tokenizer, tally, threads)
     for example in stream:
         if train_tokens >= 0:
             pieces = _cut(example, train_tokens - tokens, tokenizer)
@@ -78,13 +78,13 @@ def write_part(
         for split, piece in pieces:
             writers[split].add(piece)
         tokens += len(example.ids)
-        progress(reading.position - position, len(example.ids))
-        position = reading.position
+        progress(tally.position - position, len(example.ids))
+        position = tally.position
     progress(part.size - position, 0)
     report: dict[str, Any] = {
         "splits": {split: writer.finish() for split, writer in writers.items()},
-        "skipped": reading.noted("skipped"),
-        "changed": reading.noted("changed"),
+        "skipped": tally.noted("skipped"),
+        "changed": tally.noted("changed"),
     }
     if train_tokens >= 0:
         report["train_tokens"] = train_tokens
@@ -93,10 +93,10 @@ def write_part(
 
 
 def _documents(
-    part: Part, data: DataConfig, tokenizer: Tokenizer, reading: Reading, threads: int
+    part: Part, data: DataConfig, tokenizer: Tokenizer, tally: Tally, threads: int
 ) -> Iterator[Example]:
     """Streams the documents of a part of plain text as tokens."""
-    for batch in _batches(read(part, data, reading)):
+    for batch in _batches(read(part, data, tally)):
         for text, ids in zip(batch, tokenizer.encode_documents(batch, threads), strict=True):
             raw = text.encode()
             yield Example(ids, len(raw), raw)

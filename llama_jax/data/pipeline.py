@@ -10,10 +10,12 @@ from etils import epath
 from llama_jax.config import Config
 from llama_jax.data import new_tokenizer
 from llama_jax.data.batches import Batches, BatchSource, SyntheticBatches, ValidationBatches
+from llama_jax.data.documents import documents
 from llama_jax.data.hold_out import why_none
+from llama_jax.data.listing import named_sources
 from llama_jax.data.mixture import parse_shares
 from llama_jax.data.prepare import prepare
-from llama_jax.data.rows import check_ids, trained_size
+from llama_jax.data.reading import Tally
 from llama_jax.data.shard_folder import (
     MANIFEST,
     TOKENIZER,
@@ -22,10 +24,10 @@ from llama_jax.data.shard_folder import (
     source_folders,
 )
 from llama_jax.data.shards import TokenDataset
-from llama_jax.data.sources import Reading, documents, named_sources
 from llama_jax.data.streaming import StreamingBatches
 from llama_jax.data.templates import BUILT_IN, end_ids, from_json, open_choice
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.vocabulary_size import check_ids, trained_size
 from llama_jax.errors import UserError
 
 
@@ -213,15 +215,15 @@ def _open_stream(config: Config, folder: epath.Path) -> TrainingData:
     path = epath.Path(data.tokenizer or folder / "tokenizer.model")
     if not path.exists() and not data.tokenizer:
         print(f"training a tokenizer of {size:,} ids on {data.source}", flush=True)
-        reading = Reading()
+        tally = Tally()
         texts = (
             text
             for name, source in named_sources(data.source).items()
-            for text in documents(source, data, reading, (folder.parent,), name)
+            for text in documents(source, data, tally, (folder.parent,), name)
         )
-        tokenizer = new_tokenizer.train(texts, size, reading)
-        if reading.skipped or reading.changed:
-            print("\n".join(reading.lines("skipped", "changed")), flush=True)
+        tokenizer = new_tokenizer.train(texts, size, tally)
+        if tally.skipped or tally.changed:
+            print("\n".join(tally.lines("skipped", "changed")), flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
     tokenizer = Tokenizer.load(path)

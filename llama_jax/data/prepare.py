@@ -1,8 +1,8 @@
 """Raw text to token shards, once; training then only reads.
 
-The work is a list of parts (`sources.list_parts`), each turned into its own shards by `write_part`,
-a function of its arguments alone. Who calls it does not matter: this process, a pool of processes,
-or the workers of Apache Beam; the bytes are the same.
+The work is a list of parts (`documents.list_parts`), each turned into its own shards by
+`write_part`, a function of its arguments alone. Who calls it does not matter: this process, a pool
+of processes, or the workers of Apache Beam; the bytes are the same.
 """
 
 import contextlib
@@ -15,14 +15,15 @@ from etils import epath
 
 from llama_jax.config import Config, DataConfig
 from llama_jax.data import cutting, new_tokenizer, shard_folder, templates, unfinished
+from llama_jax.data.documents import list_parts
 from llama_jax.data.hold_out import hold_out_tail
+from llama_jax.data.listing import named_sources
 from llama_jax.data.merge import merge_reports
 from llama_jax.data.mixture import parse_shares
-from llama_jax.data.reading import Part, Reading
+from llama_jax.data.reading import Part, Tally
 from llama_jax.data.report import Report, report_of
-from llama_jax.data.rows import trained_size
-from llama_jax.data.sources import list_parts, named_sources
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.vocabulary_size import trained_size
 from llama_jax.data.workers import parts_done, write_parts
 from llama_jax.errors import UserError
 from llama_jax.files import read_json, write_atomically
@@ -79,7 +80,7 @@ def prepare(
         }
         # All are listed before any is read: a misspelt glob must not wait behind days of work.
         own = (*own, output)
-        listings = {name: Reading() for name in sources}
+        listings = {name: Tally() for name in sources}
         parts = {
             name: list_parts(source, config.data, own, listings[name], name)
             for name, source in sources.items()
@@ -204,7 +205,7 @@ def _write_source(
     config: Config,
     settings: dict[str, Any],
     parts: list[Part],
-    listing: Reading,
+    listing: Tally,
     folder: epath.Path,
     tokenizer: Callable[[], Tokenizer],
     template: bytes,

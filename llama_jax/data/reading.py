@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ class Example:
     unended: int = 0
 
 
-class Reading:
+class Tally:
     """What was met while a source was listed, or one pass over a part was read.
 
     Attributes:
@@ -126,32 +126,11 @@ def longest_json(config: DataConfig) -> int:
     return 6 * config.max_document_bytes + 1024
 
 
-def field_of(record: Any, name: str) -> Any:
-    """The value of a field; `meta.text` is field `text` of `meta`, unless there is a `meta.text`.
-
-    Args:
-      record: a mapping, such as an object of JSON; anything else has no field.
-      name: of the field, or the names on the way to it, with dots between them.
-
-    Returns:
-      The value; None where there is no such field.
-    """
-    if not isinstance(record, Mapping):
-        return None
-    if name in record:
-        return record[name]
-    for dot in (place for place, letter in enumerate(name) if letter == "."):
-        value = field_of(record.get(name[:dot]), name[dot + 1 :])
-        if value is not None:
-            return value
-    return None
-
-
 def document(
     data: bytes | memoryview,
     where: str,
     config: DataConfig,
-    reading: Reading,
+    tally: Tally,
     begins: bool = True,
 ) -> Iterator[str]:
     """The text of a document's bytes, or nothing and a count of why.
@@ -160,35 +139,35 @@ def document(
       data: UTF-8.
       where: the document, for the report.
       config: how long it may be.
-      reading: takes the count.
+      tally: takes the count.
       begins: whether a byte order mark at its beginning is one, and no part of the text.
     """
     if len(data) > config.max_document_bytes:
-        reading.skip(too_long(config), where)
+        tally.skip(too_long(config), where)
         return
     try:
         text = str(data, "utf-8")
     except UnicodeDecodeError:
-        reading.skip("invalid UTF-8", where)
+        tally.skip("invalid UTF-8", where)
         return
     if begins:
         text = text.removeprefix("\ufeff")
     if not text.strip():
-        reading.skip("empty", where)
+        tally.skip("empty", where)
         return
     yield text
 
 
-def texts(values: Iterable[Any], where: str, config: DataConfig, reading: Reading) -> Iterator[str]:
+def texts(values: Iterable[Any], where: str, config: DataConfig, tally: Tally) -> Iterator[str]:
     """The texts among the values of a column, with a count of those that are none."""
     for number, value in enumerate(values):
         place = f"{where}, number {number}"
         if isinstance(value, str):
             if len(value) > config.max_document_bytes:  # without a copy of a gigantic one
-                reading.skip(too_long(config), place)
+                tally.skip(too_long(config), place)
                 continue
             value = value.encode("utf-8", "surrogatepass")
         if isinstance(value, bytes | memoryview):
-            yield from document(value, place, config, reading)
+            yield from document(value, place, config, tally)
         else:
-            reading.skip(f"no text in field {config.text_field!r}", place)
+            tally.skip(f"no text in field {config.text_field!r}", place)

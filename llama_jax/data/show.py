@@ -1,4 +1,4 @@
-"""A look at prepared data: the mixture, rows as the model sees them, and histograms.
+"""Shows prepared data: the mixture, rows as the model sees them, and histograms.
 
 Little is read, so that 10,000 shards take no longer than 30: the rows that are shown, those whose
 tokens are counted, and the lengths of documents in a few shards of each source, spread evenly.
@@ -32,7 +32,7 @@ SAMPLED_SHARDS = 32  # of a source, whose documents are measured
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class PreparedData:
     """Prepared data, opened as `train` opens it.
 
     Attributes:
@@ -56,7 +56,7 @@ class Look:
     manifests: dict[str, dict[str, Any]]
 
 
-def open_look(folder: epath.PathLike, config: Config | None = None) -> Look:
+def open_prepared(folder: epath.PathLike, config: Config | None = None) -> PreparedData:
     """Opens a folder of shards, one source or several, or a work directory of `train`.
 
     Args:
@@ -88,7 +88,7 @@ def open_look(folder: epath.PathLike, config: Config | None = None) -> Look:
     data = open_data(config, where)
     assert isinstance(data.train, Batches) and data.tokenizer is not None
     names = data.train.schedule.names
-    return Look(
+    return PreparedData(
         folder=folder,
         config=config,
         of_a_run=of_a_run,
@@ -124,28 +124,29 @@ def _reading(config: Config, where: epath.Path, names: list[str]) -> Config:
     return dataclasses.replace(config, data=data)
 
 
-def summary(look: Look, step: int, screen: Screen) -> str:
+def summary(prepared: PreparedData, step: int, screen: Screen) -> str:
     """Which data this is, its mixture as a table, and what was skipped."""
-    train, packed = look.config.train, look.config.data.packing == "best_fit"
+    train, packed = prepared.config.train, prepared.config.data.packing == "best_fit"
     how = "whole documents, packed" if packed else "documents cut every seq_len tokens"
-    if look.config.data.template:
+    if prepared.config.data.template:
         how = "whole conversations, packed; the loss is that of the answers"
     head = (
-        f"data    {look.folder}, fingerprint {look.fingerprint[:16]}",
+        f"data    {prepared.folder}, fingerprint {prepared.fingerprint[:16]}",
         f"batch   {train.global_batch:,} sequences x {train.seq_len:,} tokens: {how}; "
         f"seed {train.seed}",
-        f"tokens  {look.tokenizer.vocab_size:,} ids",
+        f"tokens  {prepared.tokenizer.vocab_size:,} ids",
     )
-    with boundary(f"a manifest in {look.folder}"):  # which may say 0 tokens, or not count answers
-        lines = _table(look, step, packed)
+    # A manifest may say 0 tokens, or not count answers.
+    with boundary(f"a manifest in {prepared.folder}"):
+        lines = _table(prepared, step, packed)
     counted, window = "tokens", f"the {WINDOW:,} sequences from step {step:,} on"
     notes = []
-    if look.config.data.template:
+    if prepared.config.data.template:
         counted = "tokens that count, those of answers,"
         notes.append(f"with prompts: of all tokens in {window}")
     notes.insert(0, f"asked, realised: of the {counted} in {window}")
     notes.append("there: of all tokens in the shards")
-    if look.of_a_run:
+    if prepared.of_a_run:
         notes.append(f"epochs: in the {train.steps:,} steps of the run")
     return "\n".join(
         [
@@ -154,14 +155,14 @@ def summary(look: Look, step: int, screen: Screen) -> str:
             screen.paint(lines[0], "bold"),
             *lines[1:],
             screen.paint("; ".join(notes), "dim"),
-            *(line for name in look.manifests for line in _remarks(look, name)),
+            *(line for name in prepared.manifests for line in _remarks(prepared, name)),
         ]
     )
 
 
-def _remarks(look: Look, name: str) -> list[str]:
+def _remarks(prepared: PreparedData, name: str) -> list[str]:
     """What the report of `prepare` said about one source."""
-    manifest, where = look.manifests[name], name or "the source"
+    manifest, where = prepared.manifests[name], name or "the source"
     files = sorted(manifest.get("files", {}).items())
     lines = [f"files in {where}: {count:,} {kind}" for kind, count in files]
     if held_out := manifest.get("held_out"):
@@ -176,19 +177,20 @@ def _remarks(look: Look, name: str) -> list[str]:
     return lines
 
 
-def _table(look: Look, step: int, packed: bool) -> list[str]:
-    asked = look.batches.schedule.shares
-    counted, tokens = count_tokens(look, step)
+def _table(prepared: PreparedData, step: int, packed: bool) -> list[str]:
+    asked = prepared.batches.schedule.shares
+    counted, tokens = count_tokens(prepared, step)
     realised, of_all = _shares(counted), _shares(tokens)
-    epochs = look.batches.epochs(look.config.train.steps)
-    all_tokens = sum(m["splits"]["train"]["tokens"] for m in look.manifests.values())
-    answers = bool(look.config.data.template)
+    epochs = prepared.batches.epochs(prepared.config.train.steps)
+    all_tokens = sum(m["splits"]["train"]["tokens"] for m in prepared.manifests.values())
+    answers = bool(prepared.config.data.template)
     header = ["source", "asked", "realised", *(["with prompts"] if answers else []), "there"]
     header += ["documents", "tokens", "bytes/token"]
     header += ["of answers"] if answers else []
-    header += ["skipped", *(["padding"] if packed else []), *(["epochs"] if look.of_a_run else [])]
+    header += ["skipped", *(["padding"] if packed else [])]
+    header += ["epochs"] if prepared.of_a_run else []
     rows = [header]
-    for name, manifest in look.manifests.items():
+    for name, manifest in prepared.manifests.items():
         split = manifest["splits"]["train"]
         cells = [
             name or "(one)",
@@ -204,9 +206,9 @@ def _table(look: Look, step: int, packed: bool) -> list[str]:
         cells.append(f"{sum(count for count, _ in manifest.get('skipped', {}).values()):,}")
         if packed:
             slots = sum(shard["sequences"] for shard in split["shards"])
-            slots *= look.config.train.seq_len
+            slots *= prepared.config.train.seq_len
             cells.append(f"{1 - (split['tokens'] - split['documents']) / slots:.2%}")
-        if look.of_a_run:
+        if prepared.of_a_run:
             cells.append(f"{epochs[name]:.2f}")
         rows.append(cells)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -215,7 +217,7 @@ def _table(look: Look, step: int, packed: bool) -> list[str]:
     ]
 
 
-def count_tokens(look: Look, step: int) -> tuple[dict[str, int], dict[str, int]]:
+def count_tokens(prepared: PreparedData, step: int) -> tuple[dict[str, int], dict[str, int]]:
     """Counts the tokens of each source in the `WINDOW` sequences from a step on.
 
     Returns:
@@ -224,7 +226,7 @@ def count_tokens(look: Look, step: int) -> tuple[dict[str, int], dict[str, int]]
     Raises:
       UserError: a damaged shard.
     """
-    batch, names = look.config.train.global_batch, look.batches.schedule.names
+    batch, names = prepared.config.train.global_batch, prepared.batches.schedule.names
     chunks, left = [], WINDOW
     while left:
         chunks += [
@@ -235,51 +237,50 @@ def count_tokens(look: Look, step: int) -> tuple[dict[str, int], dict[str, int]]
 
     # A bucket answers slowly, and many at once; each sequence may be in another shard.
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        of_chunks = pool.map(lambda chunk: look.batches.count(*chunk), chunks)
+        of_chunks = pool.map(lambda chunk: prepared.batches.count(*chunk), chunks)
         found = np.sum(list(of_chunks), axis=0)
     counted, tokens = (dict(zip(names, column.tolist(), strict=True)) for column in found.T)
     return counted, tokens
 
 
-def realised_shares(look: Look, step: int) -> dict[str, float]:
+def realised_shares(prepared: PreparedData, step: int) -> dict[str, float]:
     """Which share of the tokens that count each source has, in the `WINDOW` sequences from a step.
 
     Raises:
       UserError: a damaged shard.
     """
-    return _shares(count_tokens(look, step)[0])
+    return _shares(count_tokens(prepared, step)[0])
 
 
 def _shares(counts: dict[str, int]) -> dict[str, float]:
     return {name: count / sum(counts.values()) for name, count in counts.items()}
 
 
-def show_rows(look: Look, step: int, count: int, screen: Screen) -> Iterator[str]:
+def show_rows(prepared: PreparedData, step: int, count: int, screen: Screen) -> Iterator[str]:
     """Lines that show `count` rows of the batches from a step on, as the model sees them.
 
     Raises:
       UserError: a damaged shard.
     """
-    batch = look.config.train.global_batch
-    answers = bool(look.config.data.template)
-    yield legend(look.config.data.packing == "best_fit", screen, answers)
+    batch = prepared.config.train.global_batch
+    answers = bool(prepared.config.data.template)
+    yield legend(prepared.config.data.packing == "best_fit", screen, answers)
     for number in range(count):
         at, index = step + number // batch, number % batch
-        source, sequence = look.batches.draws(at, range(index, index + 1))[0]
-        row = {
-            name: value[0] for name, value in look.batches.rows(at, range(index, index + 1)).items()
-        }
-        name = look.batches.schedule.names[source]
+        source, sequence = prepared.batches.draws(at, range(index, index + 1))[0]
+        rows = prepared.batches.rows(at, range(index, index + 1))
+        row = {name: value[0] for name, value in rows.items()}
+        name = prepared.batches.schedule.names[source]
         used = int((row["weights"] > 0).sum())
         title = f"step {at:,}, row {index}" + (f", {name}" if name else "")
         yield ""
         yield (
             f"{screen.paint(title, 'title')}   sequence {sequence:,} of "
-            f"{look.batches.counts[name]:,}; {used:,} of {len(row['weights']):,} tokens count"
+            f"{prepared.batches.counts[name]:,}; {used:,} of {len(row['weights']):,} tokens count"
         )
         if answers:
             row["counts"] = counts_of_inputs(row)
-        yield from show_row(row, look.tokenizer, screen)
+        yield from show_row(row, prepared.tokenizer, screen)
 
 
 def document_lengths(folder: epath.Path, manifest: dict[str, Any]) -> np.ndarray:

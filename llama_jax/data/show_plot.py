@@ -5,14 +5,14 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llama_jax.data.show import Look, document_lengths
+from llama_jax.data.show import PreparedData, document_lengths
 
 ASKED, GRID = "#20639b", "#d9d9d9"
 THERE = "#f0a33c"
 INK = "#333333"
 
 
-def plot(look: Look, path: epath.Path) -> None:
+def plot(prepared: PreparedData, path: epath.Path) -> None:
     """Draws both; the lengths are of a sample of the shards.
 
     Raises:
@@ -24,26 +24,30 @@ def plot(look: Look, path: epath.Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lengths = {name: document_lengths(look.folders[name], m) for name, m in look.manifests.items()}
+    lengths = {
+        name: document_lengths(prepared.folders[name], m) for name, m in prepared.manifests.items()
+    }
     rows, several = len(lengths), len(lengths) > 1
     height = 1.3 + max(1.15 * rows, 2.2)
     figure = pyplot.figure(figsize=(11 if several else 8, height), dpi=120, layout="constrained")
     grid = figure.add_gridspec(rows, 2 if several else 1, width_ratios=(3, 2) if several else None)
-    _plot_lengths(figure, grid, look, lengths)
+    _plot_lengths(figure, grid, prepared, lengths)
     if several:
-        _plot_shares(figure.add_subplot(grid[:, 1]), look)
-    figure.suptitle(str(look.folder), color=INK, fontsize=11, x=0.01, ha="left")
+        _plot_shares(figure.add_subplot(grid[:, 1]), prepared)
+    figure.suptitle(str(prepared.folder), color=INK, fontsize=11, x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         figure.savefig(file, format="png")
     pyplot.close(figure)
 
 
-def _plot_lengths(figure: Any, grid: Any, look: Look, lengths: dict[str, np.ndarray]) -> None:
+def _plot_lengths(
+    figure: Any, grid: Any, prepared: PreparedData, lengths: dict[str, np.ndarray]
+) -> None:
     """One histogram for each source, below each other, on the same logarithmic scale."""
     from matplotlib import ticker
 
-    seq_len = look.config.train.seq_len
+    seq_len = prepared.config.train.seq_len
     longest = max(int(found.max()) for found in lengths.values())
     shortest = min(int(found.min()) for found in lengths.values())
     edges = np.geomspace(min(shortest, seq_len) * 0.9, max(longest, seq_len) * 1.1, 49)
@@ -71,17 +75,17 @@ def _plot_lengths(figure: Any, grid: Any, look: Look, lengths: dict[str, np.ndar
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if narrow else (1,)))
 
 
-def _plot_shares(axes: Any, look: Look) -> None:
+def _plot_shares(axes: Any, prepared: PreparedData) -> None:
     """Of each source, the share that was asked for beside the share of the tokens there.
 
     Of conversations, both are of the tokens in answers.
     """
-    answers = bool(look.config.data.template)
+    answers = bool(prepared.config.data.template)
     kind = "answer_tokens" if answers else "tokens"
-    tokens = {name: m["splits"]["train"][kind] for name, m in look.manifests.items()}
+    tokens = {name: m["splits"]["train"][kind] for name, m in prepared.manifests.items()}
     total = sum(tokens.values())
     place = np.arange(len(tokens))
-    asked = [100 * float(look.batches.schedule.shares[name]) for name in tokens]
+    asked = [100 * float(prepared.batches.schedule.shares[name]) for name in tokens]
     there = [100 * count / total for count in tokens.values()]
     for offset, values, label, colour in (
         (-0.19, asked, "asked", ASKED),

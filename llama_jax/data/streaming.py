@@ -17,7 +17,9 @@ from etils import epath
 
 from llama_jax.config import DataConfig
 from llama_jax.data.cutting import separator_of
-from llama_jax.data.sources import Reading, list_parts, named_sources, read
+from llama_jax.data.documents import list_parts, read
+from llama_jax.data.listing import named_sources
+from llama_jax.data.reading import Tally
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 
@@ -69,11 +71,11 @@ class StreamingBatches:
         self._config, self._tokenizer = config, tokenizer
         self._length = seq_len
         name, source = next(iter(sources.items()))
-        self.listing = Reading()
+        self.listing = Tally()
         self._parts = list_parts(source, config, own, self.listing, name)
         self._positions: dict[int, Position] = {}
         self._process, self._processes = 0, 1
-        self._reading = Reading()  # of the present pass
+        self._tally = Tally()  # of the present pass
         self._told: collections.Counter[str] = collections.Counter()
 
     def fingerprint(self) -> str:
@@ -93,13 +95,13 @@ class StreamingBatches:
 
         Each process reads all of them; going on at a position reads what comes before again.
         """
-        return self._reading.skipped.total()
+        return self._tally.skipped.total()
 
     def tell_skips(self) -> None:
         """Prints what this pass has skipped or cut, if that is more than before; process 0 does."""
-        met = self._reading.skipped + self._reading.changed
+        met = self._tally.skipped + self._tally.changed
         if self._process == 0 and met - self._told:
-            print(self._reading, flush=True)
+            print(self._tally, flush=True)
             self._told = met
 
     def start_at(self, step: int, position: Position, process: int, processes: int) -> None:
@@ -159,14 +161,14 @@ class StreamingBatches:
                 position = dataclasses.replace(position, document=number + 1, token=0)
             self.tell_skips()
             if not found and first == 0:
-                why = Reading()
-                why.skipped, why.left_out = self._reading.skipped, self.listing.left_out
-                why.first = self._reading.first | self.listing.first
+                why = Tally()
+                why.skipped, why.left_out = self._tally.skipped, self.listing.left_out
+                why.first = self._tally.first | self.listing.first
                 raise UserError(
                     f"data.source={self._config.source} has no text that process "
                     f"{self._process} of {self._processes} could train on: {why.why_nothing()}"
                 )
-            self._reading = Reading()
+            self._tally = Tally()
             position, first = Position(epoch=position.epoch + 1), 0
 
     def _encoded(self, first: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -188,7 +190,7 @@ class StreamingBatches:
 
     def _documents(self) -> Iterator[str]:
         for part in self._parts:
-            yield from read(part, self._config, self._reading)
+            yield from read(part, self._config, self._tally)
 
     def state(self, step: int) -> list[Any]:
         """`position(step)` as numbers, for a checkpoint."""

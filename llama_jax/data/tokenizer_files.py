@@ -2,7 +2,8 @@
 
 A model of 32,002 rows may come with the tokenizer.model of 32,000 ids that it was made from, and
 with its own two tokens in tokenizer.json, added_tokens.json or tokenizer_config.json. The right one
-has the most ids for which the model has rows; the rows that are left are padding (`rows`).
+has the most ids for which the model has rows; the rows that are left are padding
+(`vocabulary_size`).
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ from etils import epath
 from llama_jax import guards, loop, retention
 from llama_jax import train as train_lib
 from llama_jax.checkpoint import load_meta
-from llama_jax.data.show import open_look
+from llama_jax.data.show import open_prepared
 from llama_jax.errors import UserError
 from llama_jax.files import read_records
 from llama_jax.goodput import PHASES, Goodput
@@ -112,7 +112,7 @@ def test_bits_of_config_json(run):
         path.write_bytes(changed)
         told(lambda: guards.check_workdir(CONFIG, epath.Path(run)))
         if number % 20 == 0:
-            told(lambda: open_look(run))
+            told(lambda: open_prepared(run))
 
 
 def test_every_bit_of_goodput_json(run, capsys):

@@ -1,18 +1,17 @@
-"""Documents of Parquet files and TensorFlow Datasets; their libraries are imported when used."""
+"""Documents of Parquet files; pyarrow is imported when it is used."""
 
-import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from llama_jax.config import DataConfig
 from llama_jax.data import parquet_stream
+from llama_jax.data.nested_fields import listed_fields, nested_field
 from llama_jax.data.parquet_pages import pages
 from llama_jax.data.parquet_stream import can_stream
-from llama_jax.data.reading import Part, Reading, texts
+from llama_jax.data.reading import Part, Tally, texts
 from llama_jax.errors import UserError, boundary, first_line
 
 BATCH_ROWS = 256  # at most
@@ -43,7 +42,7 @@ def parquet_parts(path: epath.Path, size: int, config: DataConfig) -> Iterator[P
             start, total = group + 1, 0
 
 
-def read_parquet(part: Part, config: DataConfig, reading: Reading) -> Iterator[str]:
+def read_parquet(part: Part, config: DataConfig, tally: Tally) -> Iterator[str]:
     """Streams the documents of some row groups, in memory of a few times `max_document_bytes`.
 
     Left out and counted are a row group that is damaged, and the rows of a row group from a page on
@@ -59,16 +58,16 @@ def read_parquet(part: Part, config: DataConfig, reading: Reading) -> Iterator[s
             rows = file.metadata.row_group(group).num_rows
             try:
                 found, good = _values(raw, file, group, names, kind, config)
-                yield from texts(found, where, config, reading)
+                yield from texts(found, where, config, tally)
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno:  # the disk's, not the decoder's
                     raise
-                reading.skip("damaged Parquet row group", where)
+                tally.skip("damaged Parquet row group", where)
                 continue
             reason = f"in a Parquet page that unpacks to more than {_largest_page(config):,} bytes"
             for _ in range(rows - good):
-                reading.skip(f"{reason} and {PACKED} times its size", where)
-    reading.position = part.size
+                tally.skip(f"{reason} and {PACKED} times its size", where)
+    tally.position = part.size
 
 
 def _open_parquet(raw: Any, path: str, config: DataConfig) -> tuple[Any, list[str], Any]:
@@ -179,113 +178,15 @@ def _text_column(schema: Any, field: str, path: str) -> tuple[list[str], Any]:
             return None
         return {kind.field(index).name: kind.field(index).type for index in range(len(kind.names))}
 
-    names, kind = _nested(schema, field, fields)
+    names, kind = nested_field(schema, field, fields)
     if not names:
-        raise UserError(f"{path} has no column {field!r}; it has {_listed(schema, fields)}")
+        raise UserError(f"{path} has no column {field!r}; it has {listed_fields(schema, fields)}")
     value = kind.value_type if types.is_dictionary(kind) else kind
     checks = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
     if not types.is_null(value) and not any(getattr(types, f"is_{one}")(value) for one in checks):
+        inside = listed_fields(kind, fields, field)
         raise UserError(
             f"column {field!r} of {path} holds {kind}, not text"
-            + (f"; name one of {_listed(kind, fields, field)}" if types.is_struct(kind) else "")
+            + (f"; name one of {inside}" if types.is_struct(kind) else "")
         )
     return names, kind
-
-
-def _nested(
-    parent: Any, path: str, fields: Callable[[Any], dict[str, Any] | None]
-) -> tuple[list[str], Any]:
-    """Names and type of a field, `meta.text` is `text` in `meta`; a name with a dot goes first."""
-    there = fields(parent) or {}
-    if path in there:
-        return [path], there[path]
-    for name, kind in there.items():
-        if path.startswith(f"{name}."):
-            names, found = _nested(kind, path[len(name) + 1 :], fields)
-            if names:
-                return [name, *names], found
-    return [], None
-
-
-def _listed(parent: Any, fields: Callable[[Any], dict[str, Any] | None], prefix: str = "") -> str:
-    """The fields that have none of their own, as they would be named."""
-
-    def leaves(parent: Any, prefix: str) -> Iterable[str]:
-        for name, kind in (fields(parent) or {}).items():
-            name = f"{prefix}.{name}" if prefix else name
-            yield from leaves(kind, name) if fields(kind) is not None else [name]
-
-    return ", ".join(leaves(parent, prefix))
-
-
-def _tfds_builder(name: str, config: DataConfig) -> Any:
-    import tensorflow_datasets as tfds
-
-    try:
-        return tfds.builder(name, data_dir=config.tfds_data_dir or None)
-    except (tfds.core.DatasetNotFoundError, ValueError, OSError, AssertionError) as error:
-        reason = first_line(error)
-        raise UserError(f"data.source: cannot open the TFDS dataset {name}: {reason}") from error
-
-
-def tfds_parts(name: str, config: DataConfig) -> list[Part]:
-    """Cuts a split of a TFDS dataset into ranges of examples.
-
-    Raises:
-      UserError: there is no such dataset, split or feature.
-    """
-    builder = _tfds_builder(name, config)
-    splits = builder.info.splits
-    if config.tfds_split not in splits:
-        raise UserError(
-            f"data.tfds_split={config.tfds_split!r}: {name} has {', '.join(splits) or 'no splits'}"
-            + ("" if splits else "; is it in data.tfds_data_dir?")
-        )
-    _text_feature(name, builder.info.features, config.text_field)
-    split = splits[config.tfds_split]
-    total, size = split.num_examples, split.num_bytes
-    count = max(1, min(total, -(-size // config.part_bytes)))
-    edges = [total * index // count for index in range(count + 1)]
-    return [
-        Part("tfds", (name,), start, stop, size // count)
-        for start, stop in itertools.pairwise(edges)
-    ]
-
-
-def _text_feature(name: str, features: Any, field: str) -> list[str]:
-    """The keys that lead to a feature of text, as `_text_column`.
-
-    Raises:
-      UserError: there is none, or it holds something else.
-    """
-    import tensorflow_datasets as tfds
-
-    def fields(feature: Any) -> dict[str, Any] | None:
-        return dict(feature.items()) if isinstance(feature, tfds.features.FeaturesDict) else None
-
-    names, feature = _nested(features, field, fields)
-    if not names:
-        raise UserError(f"{name} has no feature {field!r}; it has {_listed(features, fields)}")
-    if fields(feature) is not None:
-        listed = _listed(feature, fields, field)
-        raise UserError(f"feature {field!r} of {name} has no text; name one of {listed}")
-    info = feature.get_tensor_info()
-    if not isinstance(info, tfds.features.TensorInfo) or info.shape or info.np_dtype != np.object_:
-        raise UserError(f"feature {field!r} of {name} is {type(feature).__name__}, not text")
-    return names
-
-
-def read_tfds(part: Part, config: DataConfig, reading: Reading) -> Iterator[str]:
-    """Documents of a range of examples, in the order of the files."""
-    import tensorflow_datasets as tfds
-
-    builder = _tfds_builder(part.paths[0], config)
-    split = f"{config.tfds_split}[{part.start}:{part.stop}]"
-    if builder.info.file_format == tfds.core.FileFormat.TFRECORD:
-        rows = tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False))
-    else:  # random-access formats cannot be read as a tf.data.Dataset
-        rows = iter(builder.as_data_source(split=split))
-    names = _text_feature(part.paths[0], builder.info.features, config.text_field)
-    values = (functools.reduce(lambda found, key: found[key], names, row) for row in rows)
-    yield from texts(values, f"{part.paths[0]} {split}", config, reading)
-    reading.position = part.size

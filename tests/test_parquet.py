@@ -1,4 +1,4 @@
-"""Parquet and TFDS as strangers write them: gigantic values and pages, nested fields."""
+"""Parquet as strangers write it: gigantic values and pages, nested fields."""
 
 import random
 import types
@@ -6,8 +6,9 @@ import types
 import pytest
 
 from llama_jax.config import DataConfig
+from llama_jax.data.documents import documents, list_parts
 from llama_jax.data.parquet_pages import pages
-from llama_jax.data.sources import Reading, documents, list_parts
+from llama_jax.data.reading import Tally
 from llama_jax.errors import UserError
 from tests.helpers import one_line_error, run_command
 
@@ -21,9 +22,9 @@ POOLS = []  # as long as there are arrays of theirs
 
 
 def read(path, **fields):
-    reading = Reading()
-    texts = list(documents(str(path), DataConfig(**fields), reading))
-    return texts, dict(reading.skipped)
+    tally = Tally()
+    texts = list(documents(str(path), DataConfig(**fields), tally))
+    return texts, dict(tally.skipped)
 
 
 def read_in_memory(path, **fields):
@@ -309,61 +310,3 @@ def test_columns_that_may_hold_text(tmp_path, kind):
     found, skipped = read(tmp_path / "x.parquet")
     assert found == ([] if kind == "null" else ["käse"])
     assert skipped == {"no text in field 'text'": 2 - len(found)}
-
-
-@pytest.fixture(scope="module", params=["tfrecord", "array_record"])
-def nested_tfds(request, tmp_path_factory):
-    """A TFDS dataset with features in features, as `wiki40b` and others have them."""
-    import numpy as np
-    import tensorflow_datasets as tfds
-
-    with tfds.core.registered.skip_registration():
-
-        class NestedText(tfds.core.GeneratorBasedBuilder):
-            VERSION = tfds.core.Version("1.0.0")
-
-            def _info(self):
-                text = tfds.features.Text()
-                features = tfds.features.FeaturesDict(
-                    {
-                        "meta": {"text": text, "n": tfds.features.Scalar(np.int32)},
-                        "meta.title": text,
-                        "turns": tfds.features.Sequence(text),
-                        "id": tfds.features.Scalar(np.int32),
-                    }
-                )
-                return tfds.core.DatasetInfo(builder=self, features=features)
-
-            def _split_generators(self, manager):
-                return {"train": self._generate_examples()}
-
-            def _generate_examples(self):
-                for n in range(5):
-                    meta = {"text": f"document {n}", "n": n}
-                    yield n, {"meta": meta, "meta.title": f"t{n}", "turns": ["a"] * n, "id": n}
-
-    folder = tmp_path_factory.mktemp("tfds")
-    NestedText(data_dir=folder, file_format=request.param).download_and_prepare()
-    return str(folder)
-
-
-def test_nested_features(nested_tfds):
-    found, skipped = read("tfds:nested_text", text_field="meta.text", tfds_data_dir=nested_tfds)
-    assert sorted(found) == [f"document {n}" for n in range(5)] and skipped == {}
-    found, skipped = read("tfds:nested_text", text_field="meta.title", tfds_data_dir=nested_tfds)
-    assert sorted(found) == [f"t{n}" for n in range(5)] and skipped == {}
-
-
-@pytest.mark.parametrize(
-    ("field", "message"),
-    [
-        ("text", "nested_text has no feature 'text'; it has .*meta.text"),
-        ("meta", "feature 'meta' of nested_text has no text; name one of .*meta.text"),
-        ("meta.n", "feature 'meta.n' of nested_text is Scalar, not text"),
-        ("turns", "feature 'turns' of nested_text is Sequence, not text"),
-        ("id", "feature 'id' of nested_text is Scalar, not text"),
-    ],
-)
-def test_features_that_hold_no_text(nested_tfds, field, message):
-    with pytest.raises(UserError, match=message):
-        read("tfds:nested_text", text_field=field, tfds_data_dir=nested_tfds)

@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.config import DataConfig
-from llama_jax.data.sources import Reading, documents, list_files, list_parts, named_sources
-from llama_jax.data.sources import read as read_part
+from llama_jax.data.documents import documents, list_parts
+from llama_jax.data.documents import read as read_part
+from llama_jax.data.listing import list_files, named_sources
+from llama_jax.data.reading import Tally
 from llama_jax.errors import UserError
 
 
@@ -16,9 +18,9 @@ def read(source, **fields):
     """Documents and skips, read as one part and again in many small ones, which must agree."""
     found = []
     for part_bytes in (1 << 30, 100):
-        reading = Reading()
+        tally = Tally()
         config = DataConfig(source=str(source), part_bytes=part_bytes, **fields)
-        found.append((list(documents(str(source), config, reading)), dict(reading.skipped)))
+        found.append((list(documents(str(source), config, tally)), dict(tally.skipped)))
     assert found[0] == found[1]
     return found[0]
 
@@ -129,15 +131,15 @@ def test_a_document_of_100_mb_is_read_in_bounded_memory(tmp_path, kind):
         del data
     del text
     (tmp_path / "b.txt").write_text("next")
-    reading = Reading()
+    tally = Tally()
     tracemalloc.start()
-    texts = [len(text) for text in documents(str(tmp_path), DataConfig(), reading)]
+    texts = [len(text) for text in documents(str(tmp_path), DataConfig(), tally)]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     if kind == "txt":
-        assert sum(texts) == 100_000_004 and max(texts) <= 10_000_000 and not reading.skipped
+        assert sum(texts) == 100_000_004 and max(texts) <= 10_000_000 and not tally.skipped
     else:
-        assert texts == [5, 4] and reading.skipped == {"longer than 10,000,000 bytes": 1}
+        assert texts == [5, 4] and tally.skipped == {"longer than 10,000,000 bytes": 1}
     # A line is read up to 6 times the limit, as JSON may escape every byte; Parquet has no lines.
     assert peak < 220e6
 
@@ -190,9 +192,7 @@ def test_a_line_belongs_to_one_part(tmp_path_factory, texts, part_bytes):
     path = tmp_path_factory.mktemp("lines") / "x.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = DataConfig(source=str(path), part_bytes=part_bytes)
-    found = [
-        t for part in list_parts(str(path), config) for t in read_part(part, config, Reading())
-    ]
+    found = [t for part in list_parts(str(path), config) for t in read_part(part, config, Tally())]
     usable = [t for t in texts if t.strip() and not any("\ud800" <= c <= "\udfff" for c in t)]
     assert found == usable
 
@@ -248,54 +248,6 @@ def test_parquet_without_the_column_or_damaged(parquet, tmp_path):
     texts, skipped = read(parquet)
     assert 1 <= skipped["damaged Parquet row group"] <= 3
     assert texts[-1] == "last"
-
-
-@pytest.fixture(scope="module", params=["tfrecord", "array_record"])
-def tfds_dir(request, tmp_path_factory):
-    """A real TFDS dataset of 100 documents, built here."""
-    import tensorflow_datasets as tfds
-
-    with tfds.core.registered.skip_registration():
-
-        class TinyText(tfds.core.GeneratorBasedBuilder):
-            VERSION = tfds.core.Version("1.0.0")
-
-            def _info(self):
-                features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
-                return tfds.core.DatasetInfo(builder=self, features=features)
-
-            def _split_generators(self, manager):
-                return {"train": self._generate_examples(100), "test": self._generate_examples(3)}
-
-            def _generate_examples(self, count):
-                for number in range(count):
-                    yield number, {"text": f"document {number}"}
-
-    folder = tmp_path_factory.mktemp("tfds")
-    TinyText(data_dir=folder, file_format=request.param).download_and_prepare()
-    return folder
-
-
-def test_tfds(tfds_dir):
-    fields = {"tfds_data_dir": str(tfds_dir)}
-    texts, skipped = read("tfds:tiny_text", **fields)
-    assert sorted(texts) == sorted(f"document {n}" for n in range(100)) and skipped == {}
-    assert len(read("tfds:tiny_text", tfds_split="test", **fields)[0]) == 3
-    config = DataConfig(source="tfds:tiny_text", part_bytes=100, **fields)
-    assert len(list_parts("tfds:tiny_text", config)) > 3
-
-
-@pytest.mark.parametrize(
-    ("source", "fields", "message"),
-    [
-        ("tfds:no_such_thing", {}, "cannot open the TFDS dataset no_such_thing"),
-        ("tfds:tiny_text", {"tfds_split": "dev"}, "data.tfds_split='dev': tiny_text has"),
-        ("tfds:tiny_text", {"text_field": "body"}, "has no feature 'body'; it has text"),
-    ],
-)
-def test_tfds_that_is_not_there(tfds_dir, source, fields, message):
-    with pytest.raises(UserError, match=message):
-        read(source, tfds_data_dir=str(tfds_dir), **fields)
 
 
 def test_named_sources():
