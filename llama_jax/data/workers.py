@@ -9,13 +9,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
 
 from llama_jax.config import DataConfig
-from llama_jax.data import beam, children
+from llama_jax.data import children
 from llama_jax.data.part import report_name, write_part
 from llama_jax.data.reading import Part
 from llama_jax.data.report import Progress
@@ -60,7 +60,8 @@ def write_parts(
     finished = parts_done(folder, len(parts))
     todo = [(index, part) for index, part in enumerate(parts) if not finished[index]]
     if beam_options is not None:
-        beam.run(functools.partial(write_part, data, pack_len, str(folder)), todo, beam_options)
+        work = functools.partial(write_part, data, pack_len, str(folder))
+        _run_on_beam(work, todo, beam_options)
         return
     bar = Progress(sum(part.size for _, part in todo))
     workers = min(data.workers or os.cpu_count() or 1, len(todo))
@@ -73,6 +74,31 @@ def write_parts(
             write_part(data, pack_len, str(folder), index, part, bar.add, threads)
     finally:
         bar.close()
+
+
+def _run_on_beam(work: Callable[..., Any], items: list[tuple[Any, ...]], options: str) -> None:
+    """Calls `work(*item)` for each item, on the workers of a pipeline.
+
+    Args:
+      work: what to do; can be pickled, and may be called twice for an item.
+      items: arguments.
+      options: pipeline options, such as `--runner=DirectRunner`.
+
+    Raises:
+      UserError: Apache Beam is not installed.
+    """
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise UserError("Apache Beam is not installed; pip install 'llama_jax[beam]'") from error
+    with beam.Pipeline(options=PipelineOptions(options.split())) as pipeline:
+        _ = (
+            pipeline
+            | beam.Create(items)
+            | beam.Reshuffle()  # so that items spread over workers
+            | beam.MapTuple(work)
+        )
 
 
 def _write_in_pool(
