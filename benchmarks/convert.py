@@ -28,10 +28,10 @@ from absl import app, flags, logging
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.config import Config, ModelConfig
-from llama_jax.convert import convert
 from llama_jax.cost import parameter_count
 from llama_jax.interchange import formats
 from llama_jax.interchange.ckpt import CkptSource
+from llama_jax.interchange.transfer import convert
 from llama_jax.step import TrainState, abstract_state
 
 ROOT = pathlib.Path(__file__).parent.parent

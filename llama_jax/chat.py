@@ -12,10 +12,11 @@ from etils import epath
 from llama_jax.data.chat_template import DEFAULT, ChatTemplate, named_templates, special_tokens
 from llama_jax.data.templates import BUILT_IN, built_in, end_ids
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_config import json_tokenizer, tokenizer_config
+from llama_jax.data.tokenizer_files import MORE_TEMPLATES
 from llama_jax.errors import UserError
 from llama_jax.files import read_bytes, text_of
 from llama_jax.inference import InferenceModel
-from llama_jax.interchange.formats import MORE_TEMPLATES, json_tokenizer, tokenizer_config
 
 
 def templates(files: Mapping[str, bytes]) -> dict[str, str]:

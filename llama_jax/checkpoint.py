@@ -25,9 +25,9 @@ import llama_jax
 from llama_jax import cli, manifest
 from llama_jax.agreement import agreed
 from llama_jax.config import Config, from_json
+from llama_jax.data.tokenizer_files import is_tokenizer_file
 from llama_jax.errors import UserError, boundary, first_line, require, typed
 from llama_jax.fingerprint import difference, fingerprint
-from llama_jax.interchange.formats import is_tokenizer_file
 from llama_jax.retention import files_named_like_steps, saved_steps
 from llama_jax.step import abstract_state
 

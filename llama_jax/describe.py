@@ -8,7 +8,7 @@ from llama_jax.data import shard_folder
 from llama_jax.data.batches import Batches
 from llama_jax.data.pipeline import TrainingData
 from llama_jax.data.streaming import StreamingBatches
-from llama_jax.init_from import base_rows
+from llama_jax.interchange.opening import base_rows
 
 
 def describe(config: Config, mesh: jax.sharding.Mesh, data: TrainingData) -> str:

@@ -11,18 +11,17 @@ from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax.config import NF4_BLOCK, Config, LoraConfig, MeshConfig, ModelConfig
-from llama_jax.convert import no_adapters, open_base
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_config import adds_bos, special_ids, with_base_files
 from llama_jax.errors import UserError
-from llama_jax.init_from import check_base, load_init
 from llama_jax.interchange.ckpt import IMPORTED
-from llama_jax.interchange.formats import adds_bos, special_ids, with_base
+from llama_jax.interchange.loading import check_base, load_init
+from llama_jax.interchange.opening import no_adapters, open_base
 from llama_jax.lora import Adapted
-from llama_jax.mesh import AXES, make_mesh, mesh_shape
+from llama_jax.mesh import make_mesh, parse_mesh
 from llama_jax.nf4 import NF4
 from llama_jax.sharding import param_shardings
-from llama_jax.step import abstract_state
-from llama_jax.weights import abstract_frozen
+from llama_jax.weights import abstract_frozen, abstract_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +67,7 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
 
     Args:
       checkpoint: a work directory, or the folder of one step.
-      mesh: as `parse_mesh`; empty: as many devices along `tensor` as it divides over.
+      mesh: as `mesh.parse_mesh`; empty: as many devices along `tensor` as it divides over.
       base: FORMAT:DIR of the weights below adapters; empty: where they were in training.
 
     Raises:
@@ -105,20 +104,20 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
         )
     files = meta.tokenizer_files
     if meta.config.lora.rank:  # what was not learnt, such as special ids, is the base's
-        files = with_base(files, open_base(meta.config.init_from, folder).description.files)
+        files = with_base_files(files, open_base(meta.config.init_from, folder).description.files)
     begins = adds_bos(files, tokenizer, str(folder))
     if begins is not None:
         tokenizer = Tokenizer(model_bytes, f"the tokenizer of {folder}", adds_bos=begins)
     devices = parse_mesh(mesh) if mesh else decoding_mesh(meta.config.model, meta.config.lora)
     with jax.set_mesh(devices):
-        shapes = abstract_state(meta.config).params
+        shapes = abstract_trained(meta.config)
         shardings = param_shardings(shapes, devices, any_vocabulary=True)
         params = checkpoint_lib.load_params(folder, meta.config, shardings)
-        params = _with_base(folder, meta, params, devices)
+        params = _weights_to_run(folder, meta, params, devices)
     return InferenceModel(folder, meta.config, params, tokenizer, devices, meta.context, files)
 
 
-def _with_base(
+def _weights_to_run(
     folder: epath.Path, meta: checkpoint_lib.Meta, params: Any, mesh: jax.sharding.Mesh
 ) -> Any:
     """Parameters of a checkpoint to compute with; adapters come with the base that they are for."""
@@ -149,27 +148,3 @@ def decoding_mesh(config: ModelConfig, lora: LoraConfig | None = None) -> jax.sh
         inputs = (config.ffn_dim, config.n_heads * config.head_dim)
         tensor = math.gcd(tensor, *(size // NF4_BLOCK for size in inputs))
     return make_mesh(MeshConfig(fsdp=1, tensor=tensor), devices=devices[:tensor])
-
-
-def parse_mesh(text: str) -> jax.sharding.Mesh:
-    """The mesh of `fsdp=2,tensor=4`: axes that are not named have size 1, and -1 takes the rest.
-
-    Raises:
-      UserError: it is not written so, or there are too few devices.
-    """
-    sizes = dict.fromkeys(AXES, 1)
-    for item in text.split(","):
-        name, _, size = item.strip().partition("=")
-        if name not in sizes or not size.removeprefix("-").isdigit():
-            raise UserError(
-                f"--mesh: {item.strip()!r} is not AXIS=DEVICES with an axis of {', '.join(AXES)}; "
-                "try --mesh=fsdp=2,tensor=2"
-            )
-        sizes[name] = int(size)
-    if sizes["context"] != 1:
-        raise UserError("--mesh: context is for training; use data, fsdp and tensor here")
-    config, devices = MeshConfig(**sizes), jax.devices()
-    if -1 not in sizes.values() and math.prod(sizes.values()) < len(devices):
-        devices = devices[: math.prod(sizes.values())]
-    mesh_shape(config, len(devices))
-    return make_mesh(config, devices=devices)

@@ -98,3 +98,27 @@ def make_mesh(
     else:
         raise UserError(f"dcn {dcn_sizes} asks for {n_groups} slices, but there are {n_slices}")
     return jax.sharding.Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parse_mesh(text: str) -> jax.sharding.Mesh:
+    """The mesh of `fsdp=2,tensor=4`: axes that are not named have size 1, and -1 takes the rest.
+
+    Raises:
+      UserError: it is not written so, or there are too few devices.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    for item in text.split(","):
+        name, _, size = item.strip().partition("=")
+        if name not in sizes or not size.removeprefix("-").isdigit():
+            raise UserError(
+                f"--mesh: {item.strip()!r} is not AXIS=DEVICES with an axis of {', '.join(AXES)}; "
+                "try --mesh=fsdp=2,tensor=2"
+            )
+        sizes[name] = int(size)
+    if sizes["context"] != 1:
+        raise UserError("--mesh: context is for training; use data, fsdp and tensor here")
+    config, devices = MeshConfig(**sizes), jax.devices()
+    if -1 not in sizes.values() and math.prod(sizes.values()) < len(devices):
+        devices = devices[: math.prod(sizes.values())]
+    mesh_shape(config, len(devices))
+    return make_mesh(config, devices=devices)

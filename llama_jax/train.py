@@ -39,7 +39,8 @@ from llama_jax.guards import (
     locked,
     record_changes,
 )
-from llama_jax.init_from import base_context, check_init, first_state, with_base, with_tokenizer
+from llama_jax.init_from import check_init, first_state, with_base, with_tokenizer
+from llama_jax.interchange.opening import base_context
 from llama_jax.loop import Instruments, lost_evaluation, make_up, run_loop
 from llama_jax.mesh import make_mesh
 from llama_jax.metric_writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer

@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from llama_jax.convert import convert, open_source
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.evaluate import evaluate, read_texts
 from llama_jax.inference import open_model
 from llama_jax.interchange.fast_tokenizer import fast_files
+from llama_jax.interchange.opening import open_source
+from llama_jax.interchange.transfer import convert
 from llama_jax.perplexity import text_document
 from tests.helpers import (
     TINY,

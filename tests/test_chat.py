@@ -8,11 +8,12 @@ import jax
 import pytest
 
 from llama_jax.chat import ChatTemplate, open_template, templates
-from llama_jax.convert import convert, open_source
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.data.vocabularies import MARK
 from llama_jax.errors import UserError
 from llama_jax.inference import InferenceModel
+from llama_jax.interchange.opening import open_source
+from llama_jax.interchange.transfer import convert
 from tests.chat_templates import (
     CONVERSATIONS,
     LLAMA2,

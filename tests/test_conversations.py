@@ -25,8 +25,8 @@ from llama_jax.data.shards import TokenDataset
 from llama_jax.data.show_rows import Screen
 from llama_jax.data.templates import built_in
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.data.tokenizer_config import special_ids
 from llama_jax.errors import UserError
-from llama_jax.interchange.formats import special_ids
 from tests.chat_templates import chat_tokenizer, marked, said
 from tests.helpers import flip_bit, released_json, replace, text_config
 

@@ -12,11 +12,13 @@ from etils import epath
 
 from benchmarks import convert as benchmark
 from llama_jax import checkpoint as checkpoint_lib
-from llama_jax.convert import convert, open_source, parse_place
 from llama_jax.cost import flops_per_token, parameter_count
 from llama_jax.errors import UserError
 from llama_jax.interchange import formats, hf_config, safetensors
-from llama_jax.interchange.hf import HfSource, HfTarget, load_hf
+from llama_jax.interchange.hf import HfSource, HfTarget
+from llama_jax.interchange.loading import load_hf
+from llama_jax.interchange.opening import open_source, parse_place
+from llama_jax.interchange.transfer import convert
 from llama_jax.sharding import param_shardings
 from llama_jax.step import abstract_state
 from tests.helpers import TINY, mesh_of, random_params, replace, shared_step

@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.convert import convert, open_source
 from llama_jax.cost import parameter_count
 from llama_jax.errors import UserError
 from llama_jax.interchange import formats
 from llama_jax.interchange import meta as meta_lib
 from llama_jax.interchange.hf import HfSource
 from llama_jax.interchange.meta import MetaSource, half_split, interleaved
+from llama_jax.interchange.opening import open_source
+from llama_jax.interchange.transfer import convert
 from llama_jax.model import logits
 from llama_jax.step import abstract_state
 from tests.helpers import random_params, replace, run_command

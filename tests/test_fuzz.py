@@ -15,7 +15,6 @@ from etils import epath
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import guards, manifest
 from llama_jax.chat import open_template
-from llama_jax.convert import convert, open_source
 from llama_jax.data import shard_folder, show
 from llama_jax.data.prepare import prepare
 from llama_jax.data.report import report_of
@@ -23,13 +22,15 @@ from llama_jax.data.shards import TokenDataset
 from llama_jax.data.show_rows import Screen
 from llama_jax.data.templates import open_choice
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_files import is_tokenizer_file
 from llama_jax.errors import UserError
 from llama_jax.fingerprint import fingerprint
 from llama_jax.inference import InferenceModel, open_model
-from llama_jax.init_from import open_init
 from llama_jax.interchange import formats, peft
 from llama_jax.interchange.ckpt import describe
 from llama_jax.interchange.hf import HfSource, HfTarget
+from llama_jax.interchange.opening import open_init, open_source
+from llama_jax.interchange.transfer import convert
 from llama_jax.metrics import plot_loss
 from llama_jax.prompts import read_messages, read_prompts
 from llama_jax.retention import dispensable_steps
@@ -285,7 +286,7 @@ def test_chats_of_a_checkpoint_with_such_files(hf, tmp_path, name):
     others = {
         file.relative_to(hf).as_posix(): file.read_bytes()
         for file in hf.rglob("*")
-        if formats.is_tokenizer_file(file.relative_to(hf).as_posix())
+        if is_tokenizer_file(file.relative_to(hf).as_posix())
     }
     if name == "tokenizer_config.json":
         del others["chat_template.jinja"]  # which would be preferred

@@ -302,7 +302,8 @@ def test_the_dtype_is_that_of_the_matrices(tmp_path, kinds, expected):
         tensors[name] = tensor.astype(getattr(ml_dtypes, kind, None) or kind)
     save_file(tensors, folder / "model.safetensors")
 
-    from llama_jax.convert import convert, open_source
+    from llama_jax.interchange.opening import open_source
+    from llama_jax.interchange.transfer import convert
 
     source = HfSource(folder)
     assert source.description.dtype == expected

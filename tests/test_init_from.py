@@ -12,12 +12,14 @@ from etils import epath
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import train as train_lib
 from llama_jax.config import LoraConfig
-from llama_jax.convert import convert, open_source
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.fingerprint import fingerprint
 from llama_jax.inference import open_model
-from llama_jax.init_from import base_context, first_state, load_init, tokenizer_file, with_tokenizer
+from llama_jax.init_from import first_state, with_tokenizer
+from llama_jax.interchange.loading import load_init
+from llama_jax.interchange.opening import base_context, open_source, tokenizer_file
+from llama_jax.interchange.transfer import convert
 from llama_jax.lora import Adapted
 from llama_jax.model import logits
 from tests.helpers import (

@@ -6,15 +6,17 @@ import pytest
 from etils import epath
 
 from llama_jax.chat import open_template, templates
-from llama_jax.convert import convert, open_source
 from llama_jax.data.chat_template import ChatTemplate
 from llama_jax.data.pipeline import TrainingData
 from llama_jax.data.templates import built_in, to_json
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_config import special_ids, with_base_files
 from llama_jax.inference import open_model
 from llama_jax.interchange.ckpt import write_adapters
-from llama_jax.interchange.formats import Description, special_ids, with_base
+from llama_jax.interchange.formats import Description
 from llama_jax.interchange.merged import base_fingerprint
+from llama_jax.interchange.opening import open_source
+from llama_jax.interchange.transfer import convert
 from tests.chat_templates import chat_tokenizer, said
 from tests.helpers import TINY, random_adapters, random_params, released_json, replace
 from tests.test_convert import Memory, exported
@@ -125,9 +127,9 @@ def test_files_of_a_base_below_a_learnt_template(own):
         "generation_config.json": b"base",
     }
     files = {"tokenizer_config.json": b"{}", own: json.dumps({"chat_template": "A"}).encode()}
-    assert with_base(files, base) == {**files, "generation_config.json": b"base"}
+    assert with_base_files(files, base) == {**files, "generation_config.json": b"base"}
     plain = {"tokenizer_config.json": b"{}"}
-    assert with_base(plain, base) == {**base, **plain}
+    assert with_base_files(plain, base) == {**base, **plain}
 
 
 @pytest.mark.parity

@@ -14,11 +14,11 @@ from llama_jax.continuation import additions
 from llama_jax.data.chat_template import ChatTemplate
 from llama_jax.data.templates import end_ids
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_config import special_ids
 from llama_jax.data.vocabularies import MARK
 from llama_jax.decode import Sampling
 from llama_jax.errors import UserError
 from llama_jax.inference import InferenceModel
-from llama_jax.interchange import formats
 from llama_jax.interchange.fast_tokenizer import fast_files
 from llama_jax.interchange.hf import HfSource
 from tests.chat_templates import said
@@ -253,16 +253,16 @@ WRONG = [
 @pytest.mark.parametrize(("values", "eos"), IDS)
 def test_ids_of_a_file(values, eos):
     files = {"generation_config.json": json.dumps(values).encode()}
-    assert formats.special_ids(files, 64)[1] == eos
+    assert special_ids(files, 64)[1] == eos
     if eos is not None:
-        assert formats.special_ids(files)[0] in (0, None)
+        assert special_ids(files)[0] in (0, None)
 
 
 @pytest.mark.parametrize(("values", "message"), WRONG)
 def test_ids_that_are_none(values, message):
     files = {"generation_config.json": json.dumps(values).encode()}
     with pytest.raises(UserError, match=f"generation_config.json: {message}|{message}") as caught:
-        formats.special_ids(files, 64)
+        special_ids(files, 64)
     assert "generation_config.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -282,7 +282,7 @@ def test_ids_of_a_folder(tmp_path):
             if file != "config.json":
                 (folder / file).write_text(json.dumps(values))
             if not message:
-                ids = formats.special_ids(HfSource(folder).description.files)
+                ids = special_ids(HfSource(folder).description.files)
                 assert ids == (None, 5 if values["eos_token_id"] == 5 else None)
                 continue
             with pytest.raises(UserError, match=message) as caught:

@@ -6,7 +6,7 @@ import pytest
 
 from llama_jax.config import DcnConfig, MeshConfig
 from llama_jax.errors import UserError
-from llama_jax.mesh import AXES, make_mesh, mesh_shape
+from llama_jax.mesh import AXES, make_mesh, mesh_shape, parse_mesh
 
 
 def test_all_axes_are_there_and_auto():
@@ -86,3 +86,32 @@ def test_dcn_that_does_not_fit():
     devices = [FakeTpu(number, number // 2) for number in range(8)]
     with pytest.raises(UserError, match="there are 4"):
         make_mesh(MeshConfig(), DcnConfig(data=2), devices)
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("tensor=2", (1, 1, 1, 2)),
+        ("fsdp=2, tensor=4", (1, 2, 1, 4)),
+        ("data=2,fsdp=-1", (2, 4, 1, 1)),
+    ],
+)
+def test_a_mesh_in_words(text, sizes):
+    assert tuple(parse_mesh(text).shape.values()) == sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tensor", "'tensor' is not AXIS=DEVICES"),
+        ("fsdp=2,model=2", "'model=2' is not AXIS=DEVICES"),
+        ("tensor=x", "'tensor=x' is not"),
+        ("fsdp=16", "does not cover 8 devices"),
+        ("context=2", "context is for training"),
+        ("tensor=0", "must be positive"),
+        ("fsdp=-1,tensor=-1", "only one mesh axis may be -1"),
+    ],
+)
+def test_no_mesh_in_words(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_mesh(text)

@@ -10,10 +10,11 @@ from etils import epath
 
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax.config import LoraConfig
-from llama_jax.convert import convert, export_adapters, import_adapters, open_source
 from llama_jax.errors import UserError
 from llama_jax.inference import open_model
 from llama_jax.interchange import peft, safetensors
+from llama_jax.interchange.opening import open_source
+from llama_jax.interchange.transfer import convert, export_adapters, import_adapters
 from llama_jax.lora import merge
 from tests import mutations
 from tests.helpers import (

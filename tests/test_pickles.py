@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from llama_jax.convert import convert
 from llama_jax.errors import UserError
 from llama_jax.interchange import peft
-from llama_jax.interchange.hf import HfSource, load_hf
+from llama_jax.interchange.hf import HfSource
+from llama_jax.interchange.loading import load_hf
 from llama_jax.interchange.meta import MetaSource
 from llama_jax.interchange.pickles import load, read_tensors
+from llama_jax.interchange.transfer import convert
 from llama_jax.sharding import param_shardings
 from llama_jax.step import abstract_state
 from tests import mutations
@@ -192,7 +193,7 @@ def test_devices_read_their_parts(folder):
 
 
 def test_a_run_begins_with_a_pickle(folder):
-    from llama_jax.init_from import load_init
+    from llama_jax.interchange.loading import load_init
 
     save_shards(taken(folder), folder)
     config = replace(HfSource(folder).description.config, init_from=f"hf:{folder}")

@@ -51,8 +51,8 @@ def test_beside_a_tokenizer(tmp_path, corpus, name):
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["consolidated.00.pth", "params.json", "tokenizer.model"])
 def test_in_metas_folder(tmp_path, name):
-    from llama_jax.convert import convert
     from llama_jax.interchange.meta import MetaSource
+    from llama_jax.interchange.transfer import convert
     from tests.helpers import random_params
     from tests.test_convert import Memory
 

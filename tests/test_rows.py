@@ -12,7 +12,6 @@ from etils import epath
 from llama_jax import train as train_lib
 from llama_jax.checkpoint import load_meta
 from llama_jax.config import LoraConfig
-from llama_jax.convert import convert, export_adapters, open_source
 from llama_jax.data import show
 from llama_jax.data.pipeline import open_data
 from llama_jax.data.prepare import prepare
@@ -24,9 +23,10 @@ from llama_jax.decode import Sampling, generate
 from llama_jax.describe import remarks
 from llama_jax.errors import UserError
 from llama_jax.inference import open_model
-from llama_jax.init_from import load_init, open_init
 from llama_jax.interchange.hf import HfSource
-from llama_jax.interchange.loading import load
+from llama_jax.interchange.loading import load, load_init
+from llama_jax.interchange.opening import open_init, open_source
+from llama_jax.interchange.transfer import convert, export_adapters
 from llama_jax.model import logits
 from llama_jax.scoring import token_logprobs
 from llama_jax.sharding import param_shardings, param_specs

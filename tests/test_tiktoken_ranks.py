@@ -8,12 +8,12 @@ import shutil
 import pytest
 from etils import epath
 
-from llama_jax.convert import convert, open_source
 from llama_jax.data.tiktoken_ranks import LLAMA3, LLAMA31, is_tiktoken, tokenizer_json
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.inference import open_model
-from llama_jax.init_from import tokenizer_file
+from llama_jax.interchange.opening import open_source, tokenizer_file
+from llama_jax.interchange.transfer import convert
 from tests.helpers import TINY, random_params, replace, text_config
 from tests.llama3_ranks import file_of, merged, ranks_of
 from tests.test_convert import Memory, exported

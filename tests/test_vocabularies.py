@@ -7,12 +7,13 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.convert import convert, open_source
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.data.vocabularies import MARK, SPACE
 from llama_jax.errors import UserError
 from llama_jax.inference import open_model
 from llama_jax.interchange.fast_tokenizer import fast_files
+from llama_jax.interchange.opening import open_source
+from llama_jax.interchange.transfer import convert
 from tests.helpers import TINY, llama3_tokenizer, released_json, replace
 from tests.test_convert import exported
 

@@ -8,9 +8,9 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
-from llama_jax.convert import convert
 from llama_jax.errors import UserError
 from llama_jax.interchange.hf import HfSource, name_of
+from llama_jax.interchange.transfer import convert
 from llama_jax.interchange.weight_files import open_weights
 from tests import mutations
 from tests.helpers import random_params

@@ -1,4 +1,6 @@
-"""Which tokenizer of a folder is its model's: folders hold several, and not all of them fit.
+"""The files of tokenizers: which they are, and which tokenizer of a folder is its model's.
+
+Folders hold several tokenizers, and not all of them fit.
 
 A model of 32,002 rows may come with the tokenizer.model of 32,000 ids that it was made from, and
 with its own two tokens in tokenizer.json, added_tokens.json or tokenizer_config.json. The right one
@@ -12,15 +14,75 @@ from typing import Any
 
 from etils import epath
 
+from llama_jax.data import tiktoken_ranks
 from llama_jax.data.tiktoken_ranks import is_tiktoken
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.data.vocabularies import model_proto
 from llama_jax.errors import UserError, boundary
-from llama_jax.files import parse_json, read_bytes, read_json
+from llama_jax.files import parse_json, read_bytes, read_json, refuse_pointer
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
 ADDED, CONFIG = "added_tokens.json", "tokenizer_config.json"
+# Files beside the weights that travel with them, whatever format lies between.
+TOKENIZER_FILES = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    "generation_config.json",
+)
+TOKENIZERS = (MODEL, JSON)
+MORE_TEMPLATES = "additional_chat_templates"  # a folder beside chat_template.jinja: NAME.jinja
+# Where Meta's repositories at Hugging Face have Llama 3's own file: as tokenizer.model beside the
+# weights, other programs would take it for SentencePiece.
+ORIGINAL = "original/tokenizer.model"
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # of sentencepiece_model.proto
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a name is in `TOKENIZER_FILES`, or a template in `MORE_TEMPLATES`; no other path."""
+    folder, _, file = name.rpartition("/")
+    template = folder == MORE_TEMPLATES and file.endswith(".jinja") and "\\" not in file
+    return name in TOKENIZER_FILES or template
+
+
+def read_files(folder: epath.Path) -> dict[str, bytes]:
+    """Contents of `TOKENIZER_FILES` in a folder, and of `MORE_TEMPLATES`.
+
+    Raises:
+      UserError: one cannot be read.
+    """
+    files = {
+        name: read_bytes(folder / name) for name in TOKENIZER_FILES if (folder / name).exists()
+    }
+    if "tokenizer.model" not in files and (folder / ORIGINAL).exists():
+        content = read_bytes(folder / ORIGINAL)
+        if is_tiktoken(content):
+            files["tokenizer.model"] = content
+    for file in sorted((folder / MORE_TEMPLATES).glob("*.jinja")):
+        files[f"{MORE_TEMPLATES}/{file.name}"] = read_bytes(file)
+    for name, content in files.items():
+        refuse_pointer(content, f"{folder}/{name}")
+    return files
+
+
+def for_transformers(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files as transformers reads them: with a tokenizer.json in place of Llama 3's own format.
+
+    Raises:
+      UserError: that is damaged.
+    """
+    model = files.get("tokenizer.model", b"")
+    if not is_tiktoken(model):
+        return dict(files)
+    found = {name: content for name, content in files.items() if name != "tokenizer.model"}
+    made = {
+        "tokenizer.json": tiktoken_ranks.tokenizer_json(model, "tokenizer.model"),
+        "tokenizer_config.json": tiktoken_ranks.config_json(),
+    }
+    if "tokenizer.json" in files:  # which may have names of its own
+        del made["tokenizer.json"]
+        if "tokenizer_config.json" not in files:
+            made["tokenizer_config.json"] = tiktoken_ranks.config_json()
+    return {**made, **found, ORIGINAL: model}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +144,15 @@ def choose(files: Mapping[str, bytes], rows: int | None, name: str) -> Choice | 
         f"model.resize_token_embeddings({least.size})), delete these tokens from {least.file}, or "
         "put the model's own tokenizer there"
     )
+
+
+def check_vocabulary(files: Mapping[str, bytes], vocab_size: int, name: str) -> None:
+    """Checks that the model has a row for each id of a tokenizer: it may have more (padding).
+
+    Raises:
+      UserError: every tokenizer has more ids than that, or one cannot be read.
+    """
+    choose(files, vocab_size, name)
 
 
 def _choices(files: Mapping[str, bytes], name: str) -> list[Choice]:
@@ -188,16 +259,12 @@ def rows_of(folder: epath.Path) -> int | None:
     return found if type(found) is int else None
 
 
-def read_files(folder: epath.Path) -> dict[str, bytes]:
-    """Contents of the files of a folder that tokenizers are read from, by name."""
-    names = (MODEL, JSON, ADDED, CONFIG)
-    return {name: read_bytes(folder / name) for name in names if (folder / name).exists()}
-
-
 def choose_in(folder: epath.Path) -> Choice | None:
     """The tokenizer of a Hugging Face folder.
 
     Raises:
       UserError: as `choose`.
     """
-    return choose(read_files(folder), rows_of(folder), str(folder))
+    names = (MODEL, JSON, ADDED, CONFIG)
+    files = {name: read_bytes(folder / name) for name in names if (folder / name).exists()}
+    return choose(files, rows_of(folder), str(folder))

@@ -22,6 +22,7 @@ from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import manifest
 from llama_jax.data import tokenizer_files
 from llama_jax.data.tokenizer import with_config
+from llama_jax.data.tokenizer_config import special_names
 from llama_jax.data.tokenizer_json import without_ends
 from llama_jax.errors import UserError, first_line
 from llama_jax.fingerprint import LayerPrints, difference, fingerprint
@@ -52,7 +53,7 @@ def describe(folder: epath.Path, meta: checkpoint_lib.Meta) -> Description:
         files.setdefault("tokenizer.json", without_ends(meta.tokenizer_model))
     elif meta.tokenizer_model:  # unless it was made of that and of tokens in other files
         files.setdefault("tokenizer.model", meta.tokenizer_model)
-    formats.check_vocabulary(files, meta.config.model.vocab_size, str(folder))
+    tokenizer_files.check_vocabulary(files, meta.config.model.vocab_size, str(folder))
     train = dataclasses.replace(meta.config.train, seq_len=meta.context)
     config = dataclasses.replace(meta.config, train=train)
     return Description(config, "float32", files, card.write(meta, folder), meta.step)
@@ -127,7 +128,7 @@ def _tokenizer_of(files: Mapping[str, bytes], rows: int) -> bytes:
     chosen = tokenizer_files.fitting(files, rows, "the source")
     if chosen is None:
         return b""
-    return with_config(chosen.content, formats.special_names(files), chosen.file)
+    return with_config(chosen.content, special_names(files), chosen.file)
 
 
 def _write_description(

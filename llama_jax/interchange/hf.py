@@ -13,16 +13,15 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from llama_jax.config import Config, ModelConfig
+from llama_jax.config import ModelConfig
 from llama_jax.data import tokenizer_files
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_config import adds_bos, special_ids, token_ids, tokenizer_config
 from llama_jax.errors import UserError
 from llama_jax.files import parse_json, read_bytes
 from llama_jax.interchange import fast_tokenizer, formats, hf_config, safetensors, weight_files
 from llama_jax.interchange.formats import Description
-from llama_jax.interchange.loading import load
 from llama_jax.interchange.weight_files import some
-from llama_jax.step import abstract_state
 
 NAMES: Mapping[str, str] = {
     "embed": "model.embed_tokens.weight",
@@ -90,19 +89,19 @@ class HfSource:
         self._shapes = formats.shapes(config.model)
         self._check(config.model)
         dtype = self._dtype(config.model)
-        files = formats.read_files(self._folder)
-        formats.check_vocabulary(files, config.model.vocab_size, str(folder))
+        files = tokenizer_files.read_files(self._folder)
+        tokenizer_files.check_vocabulary(files, config.model.vocab_size, str(folder))
         self._keep_special_ids(values, files)
-        formats.special_ids(files, config.model.vocab_size)  # which says what is wrong
+        special_ids(files, config.model.vocab_size)  # which says what is wrong
         notes: tuple[str, ...] = ()
-        if not files.keys() & formats.TOKENIZERS and (self._folder / TEKKEN).exists():
+        if not files.keys() & tokenizer_files.TOKENIZERS and (self._folder / TEKKEN).exists():
             notes = (f"{TEKKEN} is not read; put the tokenizer.json of the same model beside it",)
         computed = formats.computed_in(config, dtype)
         self.description = Description(computed, dtype, files, notes=notes)
 
     def _keep_special_ids(self, values: dict[str, Any], files: dict[str, bytes]) -> None:
         """BOS and EOS in config.json alone would be lost: our checkpoint has no place for them."""
-        bos, eos = formats.token_ids(values, f"{self._folder}/config.json", values["vocab_size"])
+        bos, eos = token_ids(values, f"{self._folder}/config.json", values["vocab_size"])
         if "generation_config.json" not in files and eos is not None:
             ids = {"bos_token_id": bos, "eos_token_id": eos}
             files["generation_config.json"] = json.dumps(ids, indent=2).encode() + b"\n"
@@ -194,11 +193,11 @@ class HfTarget:
         self._stored = stored_shapes(model)
         names = {name_of(*unit): shape for unit, shape in self._stored.items()}
         self._writer = safetensors.Writer(folder, names, self._dtype, shard_size)
-        special = formats.special_ids(description.files)
+        special = special_ids(description.files)
         text = hf_config.write(description.config, dtype, special)
         (folder / "config.json").write_text(text)
         files, reason = _with_tokenizer_config(
-            formats.for_transformers(description.files), model.vocab_size
+            tokenizer_files.for_transformers(description.files), model.vocab_size
         )
         self.notes = (
             [f"no tokenizer.json is written, only tokenizer.model: {reason}"] if reason else []
@@ -247,7 +246,10 @@ def _with_tokenizer_config(files: dict[str, bytes], rows: int) -> tuple[dict[str
       The files, and why no tokenizer.json was added; empty if one was, or none was needed.
     """
     name = "tokenizer_config.json"
-    given, chosen = formats.tokenizer_config(files), tokenizer_files.fitting(files, rows, "it")
+    given, chosen = (
+        tokenizer_config(files),
+        tokenizer_files.fitting(files, rows, "it"),
+    )
     if chosen is None or chosen.file == tokenizer_files.JSON or tokenizer_files.JSON in files:
         return files, ""
     if "tokenizer_class" in given or (name in files and not given.keys() & _OF_TOKENIZERS):
@@ -256,7 +258,7 @@ def _with_tokenizer_config(files: dict[str, bytes], rows: int) -> tuple[dict[str
             f"{name} came with it and names {which!s:.80}, by whose rules transformers reads the "
             "model: it may give other ids"
         )
-    begins = formats.adds_bos(files, Tokenizer(chosen.content), "it")
+    begins = adds_bos(files, Tokenizer(chosen.content), "it")
     tokenizer, reason = Tokenizer(chosen.content, adds_bos=begins), ""
     try:
         made = fast_tokenizer.fast_files(tokenizer)
@@ -266,27 +268,3 @@ def _with_tokenizer_config(files: dict[str, bytes], rows: int) -> tuple[dict[str
         reason = f"{error}; transformers puts a space behind special tokens, as in conversations"
     config = json.dumps({**json.loads(made[name]), **given}, ensure_ascii=False, indent=2)
     return {**files, **made, name: config.encode() + b"\n"}, reason
-
-
-def load_hf(folder: epath.PathLike, config: Config, shardings: Any) -> Any:
-    """Reads a Hugging Face folder straight into sharded float32 parameters.
-
-    Each process reads only what its devices hold; the memory beside the result is one array of one
-    layer.
-
-    Args:
-      folder: with weights and config.json.
-      config: what the caller expects; `HfSource(folder).description.config` fits.
-      shardings: a tree like the parameters.
-
-    Raises:
-      UserError: as `HfSource`, or the folder holds another model.
-    """
-    source = HfSource(folder)
-    found, wanted = formats.shapes(source.description.config.model), formats.shapes(config.model)
-    layers = source.description.config.model.n_layers
-    if found != wanted or layers != config.model.n_layers:
-        raise UserError(f"{folder} holds a model of other shapes than this config")
-
-    target = abstract_state(config).params
-    return load(source, target, shardings, lambda _, x: x.astype(np.float32))

@@ -1,57 +1,45 @@
-"""From a source straight into sharded arrays: one array of one layer is in memory at a time."""
+"""Reads a source straight into sharded arrays: one array of one layer is in memory at a time."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llama_jax.config import Config, ModelConfig
+from llama_jax.config import Config
 from llama_jax.errors import UserError
+from llama_jax.fingerprint import difference, fingerprint
+from llama_jax.interchange import formats
 from llama_jax.interchange.formats import Source, is_stacked
+from llama_jax.interchange.hf import HfSource
+from llama_jax.interchange.merged import refuse_other_base
+from llama_jax.interchange.opening import open_init
+from llama_jax.lora import freeze
 from llama_jax.nf4 import NF4
+from llama_jax.weights import abstract_frozen, abstract_trained
 
-Keep = Callable[[str, np.ndarray], Any]
-# How a model computes is the run's own choice; everything else is a property of the weights.
-_FREE = ("compute_dtype", "attention", "remat", "scan_unroll")
-
-
-def check_model(source: Source, config: Config) -> None:
-    """Checks that the weights of a source are those of the config's model.
-
-    Raises:
-      UserError: they are not, with all fields in which they differ.
-    """
-    found, wanted = source.description.config.model, config.model
-    changed = [
-        f"model.{field.name} is {getattr(found, field.name)} there, {getattr(wanted, field.name)} "
-        "in the config"
-        for field in dataclasses.fields(ModelConfig)
-        if field.name not in _FREE and getattr(found, field.name) != getattr(wanted, field.name)
-    ]
-    if changed:
-        raise UserError(f"init_from={config.init_from} is another model: {'; '.join(changed)}")
+Transform = Callable[[str, np.ndarray], Any]
 
 
-def load(source: Source, targets: Any, shardings: Any, keep: Keep) -> Any:
+def load(source: Source, targets: Any, shardings: Any, transform: Transform) -> Any:
     """Reads all parameters of a source onto a mesh; all processes call it.
 
     Args:
       source: of a model of these shapes.
       targets: shapes and dtypes: a tree like the parameters, whose leaves may be `NF4`.
       shardings: a tree like `targets`.
-      keep: (path, array or a part of it) -> what to keep of it; of NF4 it gets the whole of a
-        layer. A source with `read_part`, such as `hf.HfSource`, otherwise reads only what the
-        devices of this process hold.
+      transform: (path, array or a part of it) -> what to keep of it, such as a cast or its form in
+        NF4; for NF4 it always gets a whole layer. Otherwise a source with `read_part`, such as
+        `hf.HfSource`, reads only what the devices of this process hold.
     """
 
     def place(path: Any, target: Any, places: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if not is_stacked(name):
-            return _put(source, name, None, target, places, keep)
+            return _put(source, name, None, target, places, transform)
         piece = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), target)
         piece_places = jax.tree.map(_of_one_layer, places)
         stack = jax.jit(
@@ -60,7 +48,7 @@ def load(source: Source, targets: Any, shardings: Any, keep: Keep) -> Any:
         )()
         insert = jax.jit(_insert, donate_argnums=0, out_shardings=places)
         for layer in range(jax.tree.leaves(target)[0].shape[0]):
-            part = _put(source, name, layer, piece, piece_places, keep)
+            part = _put(source, name, layer, piece, piece_places, transform)
             stack = insert(stack, part, np.int32(layer))
         return stack
 
@@ -75,11 +63,13 @@ def _of_one_layer(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
-def _put(source: Source, path: str, layer: int | None, target: Any, places: Any, keep: Keep) -> Any:
+def _put(
+    source: Source, path: str, layer: int | None, target: Any, places: Any, transform: Transform
+) -> Any:
     """One array of one layer, on the devices."""
     read_part = getattr(source, "read_part", None)
     if isinstance(target, NF4) or read_part is None:
-        kept = keep(path, source.read(path, layer))
+        kept = transform(path, source.read(path, layer))
 
         def put(x: np.ndarray, place: Any) -> jax.Array:
             return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
@@ -89,7 +79,67 @@ def _put(source: Source, path: str, layer: int | None, target: Any, places: Any,
 
     def part(index: Any) -> np.ndarray:
         if str(index) not in seen:
-            seen[str(index)] = keep(path, read_part(path, layer, index))
+            seen[str(index)] = transform(path, read_part(path, layer, index))
         return seen[str(index)]
 
     return jax.make_array_from_callback(target.shape, places, part)
+
+
+def load_init(config: Config, shardings: Any) -> Any:
+    """Reads the weights onto a mesh, one array of one layer after another.
+
+    Args:
+      config: with `init_from`.
+      shardings: of the base where the config has adapters, else of the parameters.
+
+    Returns:
+      float32 parameters, or the base in its frozen form (`frozen`).
+
+    Raises:
+      UserError: as `open_init`.
+    """
+    source = open_init(config)
+    if config.lora.rank:
+        targets = abstract_frozen(config)
+        return load(source, targets, shardings, lambda path, x: freeze(path, x, config.lora))
+    targets = abstract_trained(config)
+    return load(source, targets, shardings, lambda _, x: x.astype(np.float32))
+
+
+def check_base(saved: dict[str, int], base: Any, config: Config, folder: epath.Path) -> None:
+    """Checks that the base is the one that a checkpoint's adapters were trained on.
+
+    Args:
+      saved: fingerprints of that one's arrays.
+      base: as `load_init` gives it.
+      config: which says where it is from.
+      folder: of the checkpoint, for the error.
+
+    Raises:
+      UserError: it is another.
+    """
+    refuse_other_base(difference(saved, fingerprint(base)), config, folder)
+
+
+def load_hf(folder: epath.PathLike, config: Config, shardings: Any) -> Any:
+    """Reads a Hugging Face folder straight into sharded float32 parameters.
+
+    Each process reads only what its devices hold; the memory beside the result is one array of one
+    layer.
+
+    Args:
+      folder: with weights and config.json.
+      config: what the caller expects; `HfSource(folder).description.config` fits.
+      shardings: a tree like the parameters.
+
+    Raises:
+      UserError: as `HfSource`, or the folder holds another model.
+    """
+    source = HfSource(folder)
+    found, wanted = formats.shapes(source.description.config.model), formats.shapes(config.model)
+    layers = source.description.config.model.n_layers
+    if found != wanted or layers != config.model.n_layers:
+        raise UserError(f"{folder} holds a model of other shapes than this config")
+
+    target = abstract_trained(config)
+    return load(source, target, shardings, lambda _, x: x.astype(np.float32))

@@ -13,9 +13,10 @@ import numpy as np
 from etils import epath
 
 from llama_jax.config import Config, LoraConfig
+from llama_jax.data.tokenizer_config import with_base_files
 from llama_jax.errors import UserError
 from llama_jax.fingerprint import LayerPrints, difference
-from llama_jax.interchange.formats import Description, Source, units, with_base
+from llama_jax.interchange.formats import Description, Source, units
 from llama_jax.lora import adapter_of, delta, freeze, thaw
 
 
@@ -69,7 +70,7 @@ class MergedSource:
         self._wanted = fingerprints
         self._prints = LayerPrints(config.model.n_layers)
         plain = dataclasses.replace(config, lora=LoraConfig(), init_from="")
-        files = with_base(description.files, base.description.files)
+        files = with_base_files(description.files, base.description.files)
         self.description = dataclasses.replace(
             description, config=plain, files=files, dtype=base.description.dtype
         )

@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from llama_jax.config import Config, ModelConfig
-from llama_jax.data import tiktoken_ranks
+from llama_jax.data import tiktoken_ranks, tokenizer_files
 from llama_jax.errors import UserError, boundary
 from llama_jax.files import read_bytes
 from llama_jax.interchange import formats, pickles
@@ -91,19 +91,19 @@ class MetaSource:
         )
         dtype = self._dtype()
         files = self._read_files(bool(params.values.get("use_scaled_rope")))
-        formats.check_vocabulary(files, self._model.vocab_size, str(folder))
+        tokenizer_files.check_vocabulary(files, self._model.vocab_size, str(folder))
         self.description = Description(formats.computed_in(config, dtype), dtype, files)
 
     def _read_files(self, scaled: bool) -> dict[str, bytes]:
         """The tokenizer's files; `scaled`: RoPE is, as from Llama 3.1 on."""
-        files = formats.read_files(self._folder)
+        files = tokenizer_files.read_files(self._folder)
         # The first LLaMA and LLaMA-2 keep the tokenizer beside the folders of the models.
-        for name in formats.TOKENIZERS:
+        for name in tokenizer_files.TOKENIZERS:
             path = self._folder.parent / name
-            if not files.keys() & formats.TOKENIZERS and path.exists():
+            if not files.keys() & tokenizer_files.TOKENIZERS and path.exists():
                 files[name] = read_bytes(path)
         model = files.get("tokenizer.model", b"")
-        if formats.is_tiktoken(model) and not scaled and "tokenizer.json" not in files:
+        if tiktoken_ranks.is_tiktoken(model) and not scaled and "tokenizer.json" not in files:
             name = f"{self._folder}/tokenizer.model"
             made = tiktoken_ranks.tokenizer_json(model, name, tiktoken_ranks.LLAMA3)
             files["tokenizer.json"] = made

@@ -14,14 +14,16 @@ from etils import epath
 from llama_jax import manifest
 from llama_jax.checkpoint import load_meta
 from llama_jax.config import Config, LoraConfig
-from llama_jax.convert import convert, export_adapters, open_source
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.fingerprint import fingerprint
 from llama_jax.inference import open_model
-from llama_jax.init_from import load_init, with_tokenizer
+from llama_jax.init_from import with_tokenizer
 from llama_jax.interchange.ckpt import write_adapters
 from llama_jax.interchange.formats import units
+from llama_jax.interchange.loading import load_init
+from llama_jax.interchange.opening import open_source
+from llama_jax.interchange.transfer import convert, export_adapters
 from llama_jax.sharding import param_shardings
 from llama_jax.step import abstract_state
 from tests.helpers import (

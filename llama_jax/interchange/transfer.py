@@ -1,0 +1,127 @@
+"""Weights from a source to a new folder of another format: all of them, or nothing."""
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from etils import epath
+
+from llama_jax import checkpoint as checkpoint_lib
+from llama_jax.cost import parameter_count
+from llama_jax.errors import UserError
+from llama_jax.files import is_object_store
+from llama_jax.fingerprint import difference
+from llama_jax.interchange import formats, peft
+from llama_jax.interchange.ckpt import CkptTarget, write_adapters
+from llama_jax.interchange.formats import Description, Source, Target
+from llama_jax.interchange.hf import DTYPES, HfTarget
+from llama_jax.interchange.merged import base_fingerprint, refuse_other_base
+from llama_jax.interchange.meta import MetaTarget
+from llama_jax.interchange.opening import open_adapters, saved_adapters
+
+
+@contextlib.contextmanager
+def _all_or_nothing(folder: epath.Path) -> Iterator[epath.Path]:
+    """A folder that is written beside its place, and gets its name when it is complete."""
+    if folder.exists():
+        raise UserError(f"{folder} exists; choose another target, or move it away")
+    partial = folder.parent / f"{folder.name}.partial"
+    if partial.exists():  # of a conversion that was killed
+        partial.rmtree()
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)
+    except BaseException:
+        partial.rmtree(missing_ok=True)
+        raise
+
+
+def export_adapters(
+    checkpoint: epath.Path, target: epath.PathLike, base: str = "", dtype: str = ""
+) -> Description:
+    """Adapters of a checkpoint in PEFT's format.
+
+    Args:
+      checkpoint: a work directory, or the folder of one step.
+      target: folder that must not exist.
+      base: FORMAT:DIR of their base, which is compared with the one that they were trained on;
+        empty: where it was in training, and it is not read.
+      dtype: of the numbers; empty: float32.
+
+    Raises:
+      UserError: there are no adapters, or for another base; the target exists.
+    """
+    step = checkpoint_lib.find_step(checkpoint, pass_over=False)
+    if base:
+        described, adapters, origin = open_adapters("ckpt", step, base)
+        found = base_fingerprint(origin, described.config)
+        changed = difference(checkpoint_lib.load_meta(step).base, found)
+        refuse_other_base(changed, described.config, step)
+    else:
+        described, adapters = saved_adapters(step)
+    with _all_or_nothing(epath.Path(target)) as partial:
+        peft.write(partial, described.config, adapters, dtype or "float32")
+    return described
+
+
+def import_adapters(folder: epath.Path, target: epath.PathLike, base: str = "") -> Description:
+    """Adapters of PEFT's format as a checkpoint.
+
+    Raises:
+      UserError: as `open_adapters`; the target exists.
+    """
+    described, adapters, origin = open_adapters("peft", folder, base)
+    with _all_or_nothing(epath.Path(target)) as partial:
+        prints = base_fingerprint(origin, described.config)
+        write_adapters(partial, described, adapters, prints)
+    return described
+
+
+def convert(source: Source, kind: str, folder: epath.PathLike, dtype: str = "") -> Description:
+    """Writes `source` to `folder` in the format `kind`; all of it, or nothing.
+
+    Args:
+      source: opened weights.
+      kind: hf, meta or ckpt.
+      folder: that must not exist.
+      dtype: of the target's weights; empty: the source's. A checkpoint always holds float32.
+
+    Returns:
+      What was written. What could not be read or written is printed, a line each.
+
+    Raises:
+      UserError: the folder exists, or the weights cannot be read, cast or written.
+    """
+    description, folder = source.description, epath.Path(folder)
+    dtype = "float32" if kind == "ckpt" else dtype or description.dtype
+    with _all_or_nothing(folder) as partial:
+        _check_space(
+            partial, description, np.dtype(DTYPES[dtype]).itemsize * (2 if kind == "meta" else 1)
+        )
+        target: Target
+        if kind == "ckpt":
+            target = CkptTarget(partial, description)
+        else:
+            make: Callable[..., Target] = HfTarget if kind == "hf" else MetaTarget
+            target = make(partial, description, dtype)
+        for path, layer in formats.units(description.config.model):
+            target.write(path, layer, source.read(path, layer))
+        target.close()
+    for note in (*description.notes, *getattr(target, "notes", ())):
+        print(f"note  {folder}: {note}")
+    return dataclasses.replace(description, dtype=dtype)
+
+
+def _check_space(folder: epath.Path, description: Description, itemsize: int) -> None:
+    if is_object_store(folder):
+        return
+    needed = parameter_count(description.config.model) * itemsize
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder.parent}: writing takes up to {needed / 1e9:.2f} GB, the disk has "
+            f"{free / 1e9:.2f} GB free"
+        )
