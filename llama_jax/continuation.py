@@ -4,7 +4,8 @@
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from llama_jax.config import ModelConfig
@@ -99,3 +100,69 @@ def additions(
             yield Addition(row, text, len(new), ended, number)
     for row in sorted(running):
         yield Addition(row, streams[row].end(), 0, True, number)
+
+
+def show_in_order(
+    prompts: Sequence[str],
+    found: Iterator[Addition],
+    write: Callable[[str], Any],
+    first: int | None = None,
+) -> Iterator[Addition]:
+    """Writes each prompt and what it got: one row as it comes, the next when that has ended.
+
+    Args:
+      prompts: texts of the rows.
+      found: what the rows get; passed on.
+      write: takes text.
+      first: rows before these, to number texts above each; None: no numbers.
+    """
+    waiting, ended, shown = list(prompts), set(), 0
+
+    def begin(row: int) -> None:
+        heading = "" if first is None else f"--- {first + row + 1} ---\n"
+        write(heading + waiting[row])
+
+    begin(0)
+    for addition in found:
+        row = addition.row
+        waiting[row] += addition.text
+        if row == shown:
+            write(addition.text)
+        if addition.ended:
+            ended.add(row)
+        while shown in ended:
+            write("\n")
+            shown += 1
+            if shown < len(prompts):
+                begin(shown)
+        yield addition
+
+
+class Stopwatch:
+    """Counts new tokens, and the time that they took after those of the very first program."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._first_seconds = 0.0
+        self._last = self._start
+        self._first_tokens = self._tokens = 0
+
+    def count(self, found: Iterator[Addition]) -> None:
+        """Takes all additions of a batch."""
+        first_batch = not self._tokens
+        for addition in found:
+            self._last = time.perf_counter()
+            self._tokens += addition.tokens
+            if first_batch and addition.part == 0:
+                self._first_tokens = self._tokens
+                self._first_seconds = self._last - self._start
+
+    def summary(self) -> str:
+        """One line."""
+        later = self._tokens - self._first_tokens
+        seconds = self._last - self._start - self._first_seconds
+        speed = f", then {later / seconds:,.1f} tokens/s" if later else ""
+        return (
+            f"{self._tokens:,} new tokens; the first after {self._first_seconds:.2f} s "
+            f"(compilation included){speed}"
+        )

@@ -22,65 +22,75 @@ Example:
 import dataclasses
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 from absl import flags
 
-from llama_jax import chat, cli
-from llama_jax.continuation import Addition, additions
-from llama_jax.converse import Conversation, converse
+from llama_jax import cli
+from llama_jax.chat import Conversation, converse, ending_turns, open_template
+from llama_jax.continuation import Addition, Stopwatch, additions, show_in_order
+from llama_jax.data.chat_template import DEFAULT
 from llama_jax.decode import Sampling, check_prompts
 from llama_jax.errors import UserError
 from llama_jax.inference import InferenceModel, open_model
-from llama_jax.prompts import Messages, read_messages, read_prompts
+from llama_jax.prompts import Request, read_messages, read_prompts
 
 # New tokens at most, where --max_tokens does not say: an answer is rarely longer.
 PROMPT_TOKENS, CHAT_TOKENS = 128, 512
 # Tokens of one program where nobody watches them come.
 UNWATCHED = 32
 
-
-def show_in_order(
-    prompts: Sequence[str],
-    found: Iterator[Addition],
-    write: Callable[[str], Any],
-    first: int | None = None,
-) -> Iterator[Addition]:
-    """Writes each prompt and what it got: one row as it comes, the next when that has ended.
-
-    Args:
-      prompts: texts of the rows.
-      found: what the rows get; passed on.
-      write: takes text.
-      first: rows before these, to number texts above each; None: no numbers.
-    """
-    waiting, ended, shown = list(prompts), set(), 0
-
-    def begin(row: int) -> None:
-        heading = "" if first is None else f"--- {first + row + 1} ---\n"
-        write(heading + waiting[row])
-
-    begin(0)
-    for addition in found:
-        row = addition.row
-        waiting[row] += addition.text
-        if row == shown:
-            write(addition.text)
-        if addition.ended:
-            ended.add(row)
-        while shown in ended:
-            write("\n")
-            shown += 1
-            if shown < len(prompts):
-                begin(shown)
-        yield addition
+_CHECKPOINT = cli.path_flag(
+    "checkpoint", None, "Work directory (its newest step), or the folder of one step."
+)
+_PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to continue; repeat it for a batch.")
+_PROMPTS = cli.path_flag("prompts", None, "File of prompts, instead of --prompt.")
+_MESSAGES = cli.path_flag(
+    "messages", None, "File of conversations, instead of --prompt: a .jsonl file."
+)
+_CHAT_TEMPLATE = cli.path_flag(
+    "chat_template",
+    None,
+    "Chat template for prompts and messages: its name in the checkpoint (default is the usual "
+    "one, and taken for --messages), or a FILE.jinja.",
+)
+_CHAT = flags.DEFINE_bool(
+    "chat", False, "Answer what is typed (or comes line by line on standard input); see /help."
+)
+_SYSTEM = flags.DEFINE_string("system", "", "With --chat: what the model is told to be.")
+_SPECIAL = flags.DEFINE_bool(
+    "special",
+    False,
+    "Names of special tokens in prompts and messages, such as </s>, are these tokens.",
+)
+_JSON = flags.DEFINE_bool("json", False, "Print a line of JSON for each prompt.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts that are continued at a time.")
+_BASE = cli.path_flag(
+    "base",
+    "",
+    "Weights below the adapters of a LoRA checkpoint, as hf:DIR, meta:DIR or ckpt:DIR; empty: "
+    "where they were in training.",
+)
+_MESH = flags.DEFINE_string(
+    "mesh",
+    "",
+    "Devices along data, fsdp, tensor, such as fsdp=2,tensor=2; empty: by the model.",
+)
+_MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens",
+    None,
+    f"New tokens at most; default: {PROMPT_TOKENS}, with --chat {CHAT_TOKENS}.",
+    lower_bound=1,
+)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token (greedy).")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: from all.")
+_TOP_P = flags.DEFINE_float("top_p", 0.95, "Draw from the likeliest tokens of this probability.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.")
 
 
 def main() -> None:
-    """The command; flags are defined below."""
+    """The command."""
     sampling = Sampling(
         max_tokens=_MAX_TOKENS.value or (CHAT_TOKENS if _CHAT.value else PROMPT_TOKENS),
         temperature=_TEMPERATURE.value,
@@ -90,11 +100,11 @@ def main() -> None:
     )
     if _BATCH_SIZE.value < 1:
         raise UserError(f"--batch_size must be at least 1, got {_BATCH_SIZE.value}")
-    asked = _read()
+    requests = _requests()
     model = open_model(_CHECKPOINT.value, _MESH.value, _BASE.value)
     if _CHAT.value or _MESSAGES.value or _CHAT_TEMPLATE.value:
-        template = chat.open_template(model, _CHAT_TEMPLATE.value or chat.DEFAULT)
-        model = chat.ending_turns(model, template)
+        template = open_template(model, _CHAT_TEMPLATE.value or DEFAULT)
+        model = ending_turns(model, template)
     if _CHAT.value:
         conversation = Conversation(
             model, template, sampling, system=_SYSTEM.value, special=_SPECIAL.value
@@ -103,47 +113,29 @@ def main() -> None:
             converse(conversation)
         return
     if _MESSAGES.value or _CHAT_TEMPLATE.value:
-        ids = [template.encode(one.messages(), special=_SPECIAL.value) for one in asked]
+        ids = [template.encode(request.messages(), special=_SPECIAL.value) for request in requests]
     else:
         encode = model.tokenizer.encode_prompt
-        ids = [encode(one.prompt, special=_SPECIAL.value) for one in asked]
+        ids = [encode(request.prompt, special=_SPECIAL.value) for request in requests]
     check_prompts(ids, model.context)  # before the first is continued
     watch = Stopwatch()
     with jax.set_mesh(model.mesh):
-        for first in range(0, len(asked), _BATCH_SIZE.value):
+        for first in range(0, len(requests), _BATCH_SIZE.value):
             rows = slice(first, first + _BATCH_SIZE.value)
             seed = sampling.seed + first  # batches differ in their draws, as rows do
             watch.count(
                 _batch(
                     model,
-                    asked[rows],
+                    requests[rows],
                     ids[rows],
                     dataclasses.replace(sampling, seed=seed),
-                    first if len(asked) > 1 else None,
+                    first if len(requests) > 1 else None,
                 )
             )
     print(watch.summary(), file=sys.stderr)
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """What the user wants continued: a prompt, or a conversation."""
-
-    prompt: str = ""
-    conversation: Messages | None = None
-
-    def messages(self) -> Messages:
-        """The conversation; a prompt is one of a single message."""
-        return self.conversation or [{"role": "user", "content": self.prompt}]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As the line of a file would have it."""
-        if self.conversation is None:
-            return {"prompt": self.prompt}
-        return {"messages": self.conversation}
-
-
-def _read() -> list[Asked]:
+def _requests() -> list[Request]:
     given = [flag.name for flag in (_PROMPT, _PROMPTS, _MESSAGES, _CHAT) if flag.present]
     if len(given) > 1:
         raise UserError(f"give one of --{' and --'.join(given)}")
@@ -152,14 +144,14 @@ def _read() -> list[Asked]:
     if _CHAT.value and _JSON.value:
         raise UserError("--json does not go with --chat; see --messages")
     if _MESSAGES.value:
-        return [Asked(conversation=messages) for messages in read_messages(_MESSAGES.value)]
+        return [Request(conversation=messages) for messages in read_messages(_MESSAGES.value)]
     prompts = read_prompts(_PROMPTS.value) if _PROMPTS.value else _PROMPT.value
-    return [Asked(prompt) for prompt in prompts]
+    return [Request(prompt) for prompt in prompts]
 
 
 def _batch(
     model: InferenceModel,
-    asked: list[Asked],
+    requests: list[Request],
     ids: list[list[int]],
     sampling: Sampling,
     first: int | None,
@@ -171,97 +163,19 @@ def _batch(
             print(text, end="", flush=True)
 
         # Of an answer, what it answers is not the beginning.
-        shown = ["" if _CHAT_TEMPLATE.value else one.prompt for one in asked]
+        shown = ["" if _CHAT_TEMPLATE.value else request.prompt for request in requests]
         found = additions(model, ids, sampling, chunk=1)
         yield from show_in_order(shown, found, write, first)
         return
-    texts, counts = [""] * len(asked), [0] * len(asked)
+    texts, counts = [""] * len(requests), [0] * len(requests)
     for addition in additions(model, ids, sampling, chunk=UNWATCHED):
         texts[addition.row] += addition.text
         counts[addition.row] += addition.tokens
         yield addition
-    for one, text, count in zip(asked, texts, counts, strict=True):
-        answer = {**one.to_dict(), "text": text, "tokens": count}
+    for request, text, count in zip(requests, texts, counts, strict=True):
+        answer = {**request.to_dict(), "text": text, "tokens": count}
         print(json.dumps(answer, ensure_ascii=False))
 
 
-class Stopwatch:
-    """Counts new tokens, and the time that they took after those of the very first program."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._first_seconds = 0.0
-        self._last = self._start
-        self._first_tokens = self._tokens = 0
-
-    def count(self, found: Iterator[Addition]) -> None:
-        """Takes all additions of a batch."""
-        first_batch = not self._tokens
-        for addition in found:
-            self._last = time.perf_counter()
-            self._tokens += addition.tokens
-            if first_batch and addition.part == 0:
-                self._first_tokens = self._tokens
-                self._first_seconds = self._last - self._start
-
-    def summary(self) -> str:
-        """One line."""
-        later = self._tokens - self._first_tokens
-        seconds = self._last - self._start - self._first_seconds
-        speed = f", then {later / seconds:,.1f} tokens/s" if later else ""
-        return (
-            f"{self._tokens:,} new tokens; the first after {self._first_seconds:.2f} s "
-            f"(compilation included){speed}"
-        )
-
-
 if __name__ == "__main__":
-    _CHECKPOINT = cli.path_flag(
-        "checkpoint", None, "Work directory (its newest step), or the folder of one step."
-    )
-    _PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to continue; repeat it for a batch.")
-    _PROMPTS = cli.path_flag("prompts", None, "File of prompts, instead of --prompt.")
-    _MESSAGES = cli.path_flag(
-        "messages", None, "File of conversations, instead of --prompt: a .jsonl file."
-    )
-    _CHAT_TEMPLATE = cli.path_flag(
-        "chat_template",
-        None,
-        "Chat template for prompts and messages: its name in the checkpoint (default is the usual "
-        "one, and taken for --messages), or a FILE.jinja.",
-    )
-    _CHAT = flags.DEFINE_bool(
-        "chat", False, "Answer what is typed (or comes line by line on standard input); see /help."
-    )
-    _SYSTEM = flags.DEFINE_string("system", "", "With --chat: what the model is told to be.")
-    _SPECIAL = flags.DEFINE_bool(
-        "special",
-        False,
-        "Names of special tokens in prompts and messages, such as </s>, are these tokens.",
-    )
-    _JSON = flags.DEFINE_bool("json", False, "Print a line of JSON for each prompt.")
-    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts that are continued at a time.")
-    _BASE = cli.path_flag(
-        "base",
-        "",
-        "Weights below the adapters of a LoRA checkpoint, as hf:DIR, meta:DIR or ckpt:DIR; empty: "
-        "where they were in training.",
-    )
-    _MESH = flags.DEFINE_string(
-        "mesh",
-        "",
-        "Devices along data, fsdp, tensor, such as fsdp=2,tensor=2; empty: by the model.",
-    )
-    _MAX_TOKENS = flags.DEFINE_integer(
-        "max_tokens",
-        None,
-        f"New tokens at most; default: {PROMPT_TOKENS}, with --chat {CHAT_TOKENS}.",
-        lower_bound=1,
-    )
-    _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token (greedy).")
-    _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: from all.")
-    _TOP_P = flags.DEFINE_float(
-        "top_p", 0.95, "Draw from the likeliest tokens of this probability."
-    )
-    _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.")
     cli.run(main, __doc__)

@@ -1,14 +1,32 @@
 """Prompts and conversations that stand in files."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
+from llama_jax.data.chat_template import Messages
 from llama_jax.errors import UserError, boundary
 
-Messages = list[dict[str, Any]]  # of a conversation: {"role": "user", "content": TEXT}
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user wants continued: a prompt, or a conversation."""
+
+    prompt: str = ""
+    conversation: Messages | None = None
+
+    def messages(self) -> Messages:
+        """The conversation; a prompt is one of a single message."""
+        return self.conversation or [{"role": "user", "content": self.prompt}]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the line of a file would have it."""
+        if self.conversation is None:
+            return {"prompt": self.prompt}
+        return {"messages": self.conversation}
 
 
 def read_prompts(path: epath.PathLike) -> list[str]:

@@ -7,12 +7,11 @@ import pytest
 
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
-from llama_jax.evaluate import evaluate, read_texts
 from llama_jax.inference import open_model
 from llama_jax.interchange.fast_tokenizer import fast_files
 from llama_jax.interchange.opening import open_source
 from llama_jax.interchange.transfer import convert
-from llama_jax.perplexity import text_document
+from llama_jax.perplexity import evaluate, read_texts, text_document
 from tests.helpers import (
     TINY,
     llama3_tokenizer,

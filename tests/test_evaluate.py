@@ -54,18 +54,6 @@ def test_perplexity_of_files_on_a_mesh(checkpoint, tokenizer, tmp_path):
     assert mesh["results"]["text"] == pytest.approx(results, rel=1e-5)
 
 
-def test_text_that_cannot_be_used_is_told(tmp_path, tokenizer, capsys):
-    from types import SimpleNamespace
-
-    from llama_jax import evaluate
-
-    (tmp_path / "x.jsonl").write_text('{"text": "good"}\n{broken\n')
-    model = SimpleNamespace(tokenizer=tokenizer)
-    found = evaluate.read_texts(f"{tmp_path}/x.jsonl", "text", model)
-    assert len(list(found[""])) == 1
-    assert capsys.readouterr().err.startswith("skipped  1 broken JSON line; the first: ")
-
-
 def test_several_sources_in_a_table(checkpoint, corpus):
     source = f"--text=one={corpus}/00*.txt; two={corpus}/01*.txt"
     process = run_command("evaluate", f"--checkpoint={checkpoint}", source, "--limit=3")

@@ -5,9 +5,8 @@ import shutil
 import jax
 import pytest
 
-from llama_jax.chat import open_template
+from llama_jax.chat import Conversation, open_template
 from llama_jax.checkpoint import load_meta
-from llama_jax.converse import Conversation
 from llama_jax.data.templates import built_in
 from llama_jax.decode import Sampling
 from llama_jax.inference import open_model

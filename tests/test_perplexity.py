@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from llama_jax.perplexity import (
     Document,
     Totals,
     perplexity,
+    read_texts,
     shard_document,
     text_document,
     windows,
@@ -87,3 +89,11 @@ def test_documents_of_texts_and_of_shards(tokenizer):
     document = text_document(text, tokenizer)
     assert document == Document([1, *tokenizer.encode(text)], text)
     assert shard_document(np.array([*document.tokens, 2], np.uint16), tokenizer) == document
+
+
+def test_text_that_cannot_be_used_is_told(tmp_path, tokenizer, capsys):
+    (tmp_path / "x.jsonl").write_text('{"text": "good"}\n{broken\n')
+    model = SimpleNamespace(tokenizer=tokenizer)
+    found = read_texts(f"{tmp_path}/x.jsonl", "text", model)
+    assert len(list(found[""])) == 1
+    assert capsys.readouterr().err.startswith("skipped  1 broken JSON line; the first: ")

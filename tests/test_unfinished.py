@@ -286,7 +286,7 @@ def test_nothing_reads_unfinished_shards(corpus, tmp_path, monkeypatch, command,
     elif command == "data":
         assert message in one_line_error(run_command("data", f"--show={out}"))
     else:
-        from llama_jax.evaluate import read_shards
+        from llama_jax.perplexity import read_shards
 
         mixed = replace(config, data__path=out, data__source="stdlib", data__mixture="a=1,b=1")
         with pytest.raises(UserError, match=message):

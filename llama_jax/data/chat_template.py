@@ -21,7 +21,6 @@ from llama_jax.data.jinja_process import BEGIN, END
 from llama_jax.data.renderer import Refused
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError, boundary, typed
-from llama_jax.prompts import Messages
 
 DEFAULT = "default"
 # The names under which a template finds the special tokens.
@@ -29,6 +28,7 @@ _TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _MARKS = re.compile(f"[{BEGIN}{END}]")
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
+Messages = list[dict[str, Any]]  # of a conversation: {"role": "user", "content": TEXT}
 Spans = list[tuple[int, int]]  # of letters: first, after the last
 
 

@@ -16,14 +16,13 @@ import numpy as np
 
 from llama_jax.config import DataConfig
 from llama_jax.data.answers import count_answers
-from llama_jax.data.chat_template import BEGIN, END, ChatTemplate, Encoded
+from llama_jax.data.chat_template import BEGIN, END, ChatTemplate, Encoded, Messages
 from llama_jax.data.json_files import read_records
 from llama_jax.data.reading import Example, Part, Tally, too_long
 from llama_jax.data.renderer import Refused
 from llama_jax.data.templates import end_ids
 from llama_jax.data.vocabularies import MARK
 from llama_jax.errors import UserError, first_line
-from llama_jax.prompts import Messages
 
 ROLES = {
     **{"human": "user", "user": "user", "system": "system"},

@@ -25,7 +25,7 @@ from llama_jax.data.shard_writer import ShardWriter
 from llama_jax.data.shards import TokenDataset
 from llama_jax.describe import unchecked
 from llama_jax.errors import UserError
-from llama_jax.evaluate import read_shards
+from llama_jax.perplexity import read_shards
 from tests.helpers import (
     TINY_FLAGS,
     flip_bit,
