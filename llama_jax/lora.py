@@ -90,21 +90,16 @@ def delta(adapter: Any, lora: LoraConfig, stacked: bool = True) -> Any:
     return lora.scale * product.reshape(*a.shape[:-1], *b.shape[first + 1 :])
 
 
-def merge(base: Any, adapters: Any, lora: LoraConfig, sign: int = 1) -> Any:
+def merge(base: Any, adapters: Any, lora: LoraConfig) -> Any:
     """The base with its adapters added to it: plain parameters, which need no adapters any more."""
 
     def add(path: tuple[Any, ...], w: jax.Array) -> jax.Array:
         adapter = adapter_of(adapters, (key.key for key in path))
         if adapter is None:
             return w
-        return (w + sign * delta(adapter, lora)).astype(w.dtype)
+        return (w + delta(adapter, lora)).astype(w.dtype)
 
     return jax.tree.map_with_path(add, base)
-
-
-def unmerge(merged: Any, adapters: Any, lora: LoraConfig) -> Any:
-    """The inverse of `merge`, up to rounding."""
-    return merge(merged, adapters, lora, sign=-1)
 
 
 def n_inputs(path: str) -> int:

@@ -25,8 +25,6 @@ import threading
 import time
 import warnings
 
-from absl import flags
-
 ROOT = pathlib.Path(__file__).parent.parent
 # What the commands import, also when they need it. Not those that define flags when they are
 # imported: they run once more, and a flag can be defined once.
@@ -206,9 +204,6 @@ def main():
     quieten_libraries()
     for name in PRELOADED:
         importlib.import_module(name)
-        # Commands have flags of the same name, and each fork defines those of its own.
-        for flag in list(flags.FLAGS.flags_by_module_dict().get(name, ())):
-            delattr(flags.FLAGS, flag.name)
     gc.freeze()  # else the collection at the end of each fork copies all of this memory
     request = _serve(requests)
     _set_environment(request["env"])
