@@ -458,40 +458,23 @@ def test_meta_computes_what_we_and_transformers_compute(tmp_path, pieces, embed_
     np.testing.assert_allclose(theirs, expected, rtol=0, atol=5e-5)
 
 
-def copied(folder, state, change=None):
-    """Saved in four pieces, though there are two kv heads: each of them in two pieces."""
+def test_more_pieces_than_kv_heads(tmp_path):
     import torch
 
-    heads = {n: t for n, t in state.items() if ".wk." in n or ".wv." in n}
-    save_meta(folder, {name: t for name, t in state.items() if name not in heads}, 4, 0)
-    for piece in range(4):
-        path = folder / f"consolidated.{piece:02d}.pth"
-        part = torch.load(path)
-        part |= {name: tensor.chunk(2)[piece // 2].clone() for name, tensor in heads.items()}
-        if piece == 3 and change:
-            part[change] += 1
-        torch.save(part, path)
-    return folder
-
-
-def test_more_pieces_than_kv_heads(tmp_path):
     state = meta_state()
     whole = MetaSource(save_meta(tmp_path / "1", state))
-    wanted = {unit: whole.read(*unit) for unit in formats.units(whole.description.config.model)}
-    # Copies of heads, as of Llama 3.1 405B in 16 pieces; and halves of heads.
-    for folder in (copied(tmp_path / "4", state), save_meta(tmp_path / "half", state, 4, 0)):
-        source = MetaSource(folder)
-        assert source.description.config == whole.description.config
-        for unit, array in wanted.items():
-            np.testing.assert_array_equal(source.read(*unit), array, str(unit))
-
-
-def test_copies_of_a_kv_head_that_differ(tmp_path):
-    name = "layers.1.attention.wv.weight"
-    source = MetaSource(copied(tmp_path / "4", meta_state(), name))
-    with pytest.raises(UserError, match=f"pieces 02 and 03 hold the same kv head.*{name}"):
-        convert(source, "ckpt", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    folder = save_meta(tmp_path / "4", state, 4, 0)  # halves of heads
+    source = MetaSource(folder)
+    assert source.description.config == whole.description.config
+    for unit in formats.units(whole.description.config.model):
+        np.testing.assert_array_equal(source.read(*unit), whole.read(*unit), str(unit))
+    for piece in range(4):  # copies of heads
+        path = folder / f"consolidated.{piece:02d}.pth"
+        heads = {n: t.chunk(2)[piece // 2].clone() for n, t in state.items() if ".wk." in n}
+        torch.save(torch.load(path) | heads, path)
+    name = "layers.0.attention.wk.weight"
+    with pytest.raises(UserError, match=rf"{name} has shape .*, params.json makes it"):
+        MetaSource(folder)
 
 
 def test_a_wrong_permutation_shows(tmp_path, monkeypatch):

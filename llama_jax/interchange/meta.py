@@ -3,11 +3,8 @@
 Meta rotates pairs (2i, 2i + 1) of a head where we rotate (i, i + H/2), so the rows of wq and wk
 stand in another order. Needs torch (`pip install '.[meta]'`), which maps the pickles into memory.
 
-There may be more pieces than kv heads: 16 of the 8 heads of Llama 3.1 405B (its release "MP16").
-Meta's reference code, where it divides weights over more devices than kv heads, gives each head to
-devices that follow one another (https://github.com/meta-llama/llama-models, `reshard_mp`); such
-copies are recognised by their shapes, checked, and read once. Files of that release were not at
-hand: should its pieces hold parts of heads instead, they are joined like all others.
+Pieces that hold copies of kv heads, because there are more pieces than heads, are refused: joined,
+they do not have the shapes that `params.json` gives.
 """
 
 import dataclasses
@@ -45,7 +42,6 @@ NAMES: Mapping[str, str] = {
 }
 # Divided along their inputs, the second axis of the file; the other matrices along the first.
 _ROW_PARALLEL = ("layers/attn/wo", "layers/mlp/w2")
-_KV_HEADS = ("layers/attn/wk", "layers/attn/wv")
 
 
 def half_split(rows: np.ndarray, head_dim: int) -> np.ndarray:
@@ -199,19 +195,12 @@ class MetaSource:
             return 0 if shape[1] == self._model.dim else 1
         return 1 if path in _ROW_PARALLEL else 0
 
-    def _copies(self, path: str, rows: int) -> int:
-        """How many pieces that follow one another hold the same kv head."""
-        copies = len(self._pieces) // self._model.n_kv_heads
-        whole_heads = rows == self._model.head_dim
-        return copies if path in _KV_HEADS and copies > 1 and whole_heads else 1
-
     def _joined(self, path: str, pieces: list[tuple[int, ...]]) -> tuple[int, ...]:
         axis = self._axis(path, pieces[0])
         if axis is None:
             return pieces[0]
         joined = list(pieces[0])
-        copies = self._copies(path, pieces[0][0])
-        joined[axis] = sum(shape[axis] for shape in pieces[::copies])
+        joined[axis] = sum(shape[axis] for shape in pieces)
         return tuple(joined)
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
@@ -219,15 +208,6 @@ class MetaSource:
         name = NAMES[path].format(layer)
         axis = self._axis(path, tuple(self._pieces[0][name].shape))
         parts = [to_numpy(piece[name]) for piece in self._pieces]
-        copies = self._copies(path, len(parts[0]))
-        for number, part in enumerate(parts):
-            first = number - number % copies
-            if copies > 1 and part.tobytes() != parts[first].tobytes():
-                raise UserError(
-                    f"{self._folder}: pieces {first:02d} and {number:02d} hold the same kv head, "
-                    f"but differ in {name}"
-                )
-        parts = parts[::copies]
         array = parts[0] if axis is None else np.concatenate(parts, axis)
         if path in ("layers/attn/wq", "layers/attn/wk"):
             array = half_split(array, self._model.head_dim)
