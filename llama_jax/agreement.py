@@ -22,7 +22,6 @@ from jax._src import distributed  # its coordinator has no public name; orbax do
 from jax.experimental import multihost_utils
 
 from llama_jax.errors import UserError, first_line, one_line
-from llama_jax.signals import Stopped
 
 # Who is dead or hangs ends the job by other means: heartbeats, and the watchdog.
 _WAIT_MS = 7 * 86_400_000
@@ -33,6 +32,10 @@ _POLL_MS = 1_000
 _LISTEN_MS = 10_000
 # Seconds that a process has to end by itself after another one has failed.
 GRACE_S = 5.0
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop while it had nothing to save; its message is the signal's name."""
 
 
 @dataclasses.dataclass(frozen=True)

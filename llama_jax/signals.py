@@ -12,9 +12,7 @@ import jax
 from jax._src import distributed  # its listener for SIGTERM has no public name
 from jax.experimental import multihost_utils
 
-
-class Stopped(KeyboardInterrupt):
-    """The run was asked to stop while it had nothing to save; its message is the signal's name."""
+from llama_jax.agreement import Stopped
 
 
 class StopRequest:

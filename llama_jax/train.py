@@ -14,7 +14,7 @@ from absl import flags
 from etils import epath
 
 from llama_jax import cli, metrics, xla_flags
-from llama_jax.agreement import Peers, agreed, open_collectives
+from llama_jax.agreement import Peers, Stopped, agreed, open_collectives
 from llama_jax.checkpoint import CHECKPOINTS, DamagedCheckpoint, Meta, load_meta
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.chips import peak_flops, peak_name
@@ -47,7 +47,7 @@ from llama_jax.metric_writers import ConsoleWriter, JsonlWriter, TensorBoardWrit
 from llama_jax.processes import start_processes
 from llama_jax.profiler import Profiler
 from llama_jax.sharding import check_batch
-from llama_jax.signals import Stopped, StopRequest
+from llama_jax.signals import StopRequest
 from llama_jax.skip_watch import SkipWatch
 from llama_jax.step import CompiledStep, TrainState, jit_step, model_weights
 from llama_jax.watchdog import Watchdog
