@@ -8,8 +8,6 @@ A step may be a link to a folder on another disk. The link is then what is renam
 the folder that it names.
 """
 
-import dataclasses
-import datetime
 import math
 import os
 import re
@@ -17,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 from etils import epath
-from orbax.checkpoint import checkpoint_managers as policies
 
 from llama_jax import manifest
 from llama_jax.config import TrainConfig
@@ -33,15 +30,6 @@ _STEP = re.compile("0|[1-9][0-9]{0,17}")
 _UNFINISHED = re.compile(
     r"[0-9]+\.(saving(\.probe)?|deleting(\.[0-9]+)?|(saving\.)?orbax-checkpoint-tmp(-[0-9]+)?)"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class SavedStep:
-    """What orbax's policies ask about a step."""
-
-    step: int
-    metrics: dict[str, float] | None
-    time: datetime.datetime = datetime.datetime.min
 
 
 def saved_steps(directory: epath.Path) -> list[int]:
@@ -80,11 +68,13 @@ def _described(directory: epath.Path, step: int, name: str) -> Any:
         return None
 
 
-def _saved_step(directory: epath.Path, step: int) -> SavedStep:
-    """The step with its validation loss, where it has one that can be compared."""
-    loss = _described(directory, step, "eval_loss")
-    usable = isinstance(loss, float) and math.isfinite(loss)
-    return SavedStep(step, {"eval_loss": loss} if usable else None)
+def _best(directory: epath.Path, steps: list[int], count: int) -> list[int]:
+    """The steps with the lowest validation loss, of equal ones the newer; all if they are few."""
+    if len(steps) <= count:
+        return steps
+    losses = {step: _described(directory, step, "eval_loss") for step in steps}
+    usable = [s for s, loss in losses.items() if isinstance(loss, float) and math.isfinite(loss)]
+    return sorted(usable, key=lambda step: losses[step], reverse=True)[-count:]
 
 
 def _rewinds(directory: epath.Path, step: int) -> list[list[int]]:
@@ -99,26 +89,15 @@ def dispensable_steps(directory: epath.Path, train: TrainConfig) -> list[int]:
 
     The newest is always among the kept, so that one good step stays whatever the config.
     """
-    rules: list[policies.PreservationPolicy] = [policies.LatestN(train.keep_checkpoints)]
+    steps = saved_steps(directory)
+    kept = set(steps[-train.keep_checkpoints :])
     if train.keep_every:
-        rules.append(policies.EveryNSteps(train.keep_every))
+        kept |= {step for step in steps if step % train.keep_every == 0}
     if train.keep_best:
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics["eval_loss"],
-            reverse=True,  # the lowest is the best
-            n=train.keep_best,
-            keep_checkpoints_without_metrics=False,
-        )
-        rules.append(best)
-    names = saved_steps(directory)
-    if names and train.max_rewinds:
-        rewinds = _rewinds(directory, names[-1])
-        rules.append(policies.CustomSteps(_needed_to_rewind(names, train, rewinds)))
-    steps = [_saved_step(directory, step) for step in names]
-    kept = policies.AnyPreservationPolicy(rules).should_preserve(
-        steps, context=policies.PreservationContext()
-    )
-    return [step.step for step, keep in zip(steps, kept, strict=True) if not keep]
+        kept |= {*_best(directory, steps, train.keep_best)}
+    if steps and train.max_rewinds:
+        kept |= {*_needed_to_rewind(steps, train, _rewinds(directory, steps[-1]))}
+    return [step for step in steps if step not in kept]
 
 
 def can_rewind_to(step: int, train: TrainConfig, rewinds: list[list[int]]) -> bool:
