@@ -82,14 +82,14 @@ def main() -> None:
                 step = int(jax.device_get(state.step))
                 if saving and number == 0:
                     meta = Meta(config, step, "benchmark", b"")
-                    blocked.append(seconds(lambda: saver.save(state, meta)))  # noqa: B023
+                    blocked.append(seconds(lambda: saver.save(state.to_items(), meta)))  # noqa: B023
             saver.wait()
             return time.perf_counter() - start, time.process_time() - cpu
 
         def save_alone(number: int) -> float:
             """CPU seconds of a save, all that it does in the background among them."""
             cpu = time.process_time()
-            saver.save(state, Meta(config, int(state.step) + number, "benchmark", b""))
+            saver.save(state.to_items(), Meta(config, int(state.step) + number, "benchmark", b""))
             saver.wait()
             return time.process_time() - cpu
 

@@ -29,6 +29,7 @@ from llama_jax import checkpoint as checkpoint_lib
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.config import Config, ModelConfig
 from llama_jax.cost import parameter_count
+from llama_jax.fingerprint import LayerPrints
 from llama_jax.interchange import formats
 from llama_jax.interchange.ckpt import CkptSource
 from llama_jax.interchange.transfer import convert
@@ -106,7 +107,15 @@ def save_trained(config: Config, workdir: pathlib.Path) -> None:
     params = jax.tree.map(numbered, abstract_state(config).params)
     state = TrainState(jax.numpy.ones((), "int32"), params, opt_state=())
     with Checkpointer(workdir, config) as saver:
-        saver.save(state, checkpoint_lib.Meta(config, 1, "none", b""))
+        saver.save(state.to_items(), checkpoint_lib.Meta(config, 1, "none", b""))
+
+
+class Unprinted(LayerPrints):
+    """Computes no fingerprints, so that none is compared."""
+
+    def add(self, path: str, layer: int | None, array: Any) -> dict[str, int]:
+        """Takes an array."""
+        return {}
 
 
 def check(folder: pathlib.Path, pairs: int = 7) -> dict[str, Any]:
@@ -117,7 +126,7 @@ def check(folder: pathlib.Path, pairs: int = 7) -> dict[str, Any]:
     for checked in (True, False) * (pairs + 1):
         source = CkptSource(checkpoint_lib.find_step(folder / "run"))
         if not checked:
-            source._wanted = {}
+            source._prints = Unprinted(model.n_layers)
         start = time.perf_counter()
         convert(source, "hf", folder / "checked")
         seconds[checked].append(time.perf_counter() - start)

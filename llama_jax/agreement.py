@@ -215,6 +215,12 @@ def from_first(text: str) -> str:
     return text if jax.process_count() == 1 else _peers.share(text)
 
 
+def say(text: str) -> None:
+    """Prints a line, on process 0 only."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
 def open_collectives() -> None:
     """Makes the connections between hosts that libraries use, while all processes are here.
 

@@ -5,16 +5,13 @@ counter and moments), `skips` (what was skipped, see `skips`), `meta` (JSON: res
 fingerprint, versions) and `tokenizer` (JSON: the tokenizer's file), and `manifest.json` (see
 `manifest`). Whoever needs only the weights reads only them. `Checkpointer` (in `checkpointer`)
 saves steps; here they are read and verified.
-
-Example:
-  python -m llama_jax.checkpoint --verify=runs/tiny
 """
 
 import base64
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -22,19 +19,19 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 import llama_jax
-from llama_jax import cli, manifest
+from llama_jax import manifest
 from llama_jax.agreement import agreed
 from llama_jax.config import Config, from_json
 from llama_jax.data.tokenizer_files import is_tokenizer_file
 from llama_jax.errors import UserError, boundary, first_line, require, typed
 from llama_jax.fingerprint import difference, fingerprint
 from llama_jax.retention import files_named_like_steps, saved_steps
-from llama_jax.step import abstract_state
+from llama_jax.sharding import placed
 
-# Bump when a saved step can no longer be read as before. 2: with `skips`.
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+FORMAT_VERSION = 2  # bump when a saved step can no longer be read as before
 CHECKPOINTS = "checkpoints"
+
+Items = dict[str, Any]  # trees of arrays, or of `jax.ShapeDtypeStruct`s, by the name of their item
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Meta:
       device_kind: of the chips that saved it, such as `NVIDIA H200`; empty for imported weights.
       eval_loss: validation loss at this step, in nats per token; None where it was not evaluated.
       fingerprint: of each array of the state, by path (see `fingerprint`); of imported weights
-        there are only those of `params`, and none if a version before imported them.
+        there are only those of `params`.
       rewinds: that led to this step, in order: [step at which, checkpoint to which].
       base: fingerprints of the base that the adapters are for (`config.init_from` says where it
         is); empty where all weights are trained.
@@ -114,25 +111,28 @@ def save_meta(folder: epath.Path, meta: Meta) -> None:
             writer.save((folder / name).absolute(), item, force=True)
 
 
-def restore_items(folder: epath.Path, items: dict[str, Any], build: Callable[..., Any]) -> Any:
+def fingerprints(items: Items) -> dict[str, int]:
+    """Fingerprints of a step's arrays, by path; those of `optimizer` are named without it."""
+    trees = {name: tree for name, tree in items.items() if name != "optimizer"}
+    return fingerprint(trees | items.get("optimizer", {}))
+
+
+def restore_items(folder: epath.Path, targets: Items) -> Items:
     """Reads items of a step onto the mesh of their targets, and checks every bit of them.
 
     Args:
       folder: of the step.
-      items: targets (shape, dtype, sharding) by item.
-      build: makes of the items read the tree whose paths have the names of the fingerprint.
+      targets: shapes, dtypes and shardings by item, as `jax.ShapeDtypeStruct`.
 
     Raises:
       UserError: the saved arrays are not those asked for.
       DamagedCheckpoint: they cannot be read, or their fingerprints are not the saved ones.
     """
     read = functools.partial(_restore_item, folder)
-    found = {name: _read_by_all(read, name, target) for name, target in items.items()}
-    prints = _read_by_all(saved_fingerprint, folder, items)
-    tree = build(found)
-    if prints:
-        refuse_changed(folder, difference(prints, fingerprint(tree)))
-    return tree
+    found = {name: _read_by_all(read, name, target) for name, target in targets.items()}
+    saved = _read_by_all(saved_fingerprint, folder)
+    refuse_changed(folder, difference(saved, fingerprints(found)))
+    return found
 
 
 def _read_by_all(read: Callable[..., Any], *arguments: Any) -> Any:
@@ -169,25 +169,17 @@ def _restore_item(folder: epath.Path, name: str, target: Any) -> Any:
             raise DamagedCheckpoint(f"{folder / name} cannot be read: {reason}") from error
 
 
-def saved_fingerprint(folder: epath.Path, items: Collection[str]) -> dict[str, int]:
+def saved_fingerprint(folder: epath.Path) -> dict[str, int]:
     """Fingerprints that were saved with a step, to compare what is read with.
 
-    Weights that a version before imported have none: their files are hashed here.
-
-    Args:
-      folder: of the step.
-      items: that are read.
-
     Raises:
-      DamagedCheckpoint: there are no fingerprints, and the files are not as they were written.
+      DamagedCheckpoint: they cannot be read.
     """
     try:
-        prints = manifest.described(folder).get("fingerprint", {})
+        with boundary(f"{folder}/meta"):
+            return manifest.described(folder)["fingerprint"]
     except UserError as error:
         raise DamagedCheckpoint(str(error)) from error
-    if not prints:
-        _refuse(folder, manifest.damage(folder, items=items))
-    return prints
 
 
 def refuse_changed(folder: epath.Path, changed: list[str]) -> None:
@@ -244,7 +236,6 @@ def find_step(checkpoint: epath.PathLike, *, pass_over: bool = True) -> epath.Pa
         items = ("params", *manifest.DESCRIPTION)
         if reason := manifest.damage(path, quick=True, items=items):
             raise DamagedCheckpoint(f"{path} does not give back what was saved: {reason}")
-        _warn_if_unverified(path)
         return path
     folder = _steps_folder(path)
     if not folder.is_dir():
@@ -253,7 +244,6 @@ def find_step(checkpoint: epath.PathLike, *, pass_over: bool = True) -> epath.Pa
     for step in reversed(steps):
         reason = manifest.damage(folder / str(step), quick=True)
         if not reason:
-            _warn_if_unverified(folder / str(step))
             return folder / str(step)
         if not pass_over:
             raise DamagedCheckpoint(
@@ -266,11 +256,6 @@ def find_step(checkpoint: epath.PathLike, *, pass_over: bool = True) -> epath.Pa
     if files := files_named_like_steps(folder):
         raise UserError(f"no good checkpoint is left in {folder}: a file is no step ({files[0]})")
     raise UserError(f"no complete checkpoint in {folder} yet")
-
-
-def _warn_if_unverified(folder: epath.Path) -> None:
-    if manifest.is_unverified(folder):
-        warn_once(f"{folder} is unverified: it was saved by a version without a manifest")
 
 
 @functools.cache  # a command may look for its step several times
@@ -294,15 +279,10 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
     tokenizer = manifest.described(folder, "tokenizer")
     with boundary(f"{folder}/meta"):
         version = meta["format_version"]
-        if version not in READABLE_VERSIONS:
-            raise UserError(
-                f"{folder} has format {version}, this version reads "
-                f"{', '.join(map(str, READABLE_VERSIONS))}"
-            )
-        found = {
-            name: typed(name, meta.get(name, kind()), kind) for name, kind in _LATER_FIELDS.items()
-        }
-        loss = meta.get("eval_loss")  # absent before manifests
+        if version != FORMAT_VERSION:
+            raise UserError(f"{folder} has format {version}, this version reads {FORMAT_VERSION}")
+        found = {name: typed(name, meta[name], kind) for name, kind in _TYPES.items()}
+        loss = meta["eval_loss"]
         for name in ("fingerprint", "base"):
             require(_are_counts(found[name].values()), f"{name} must be of numbers")
         for name, length in (("positions", 3), ("rewinds", 2)):
@@ -310,15 +290,13 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
             require(good, f"{name} must be lists of {length} numbers")
         described = Meta(
             config=from_json(typed("config", meta["config"], str)),
-            step=typed("step", meta["step"], int),
-            data_fingerprint=typed("data_fingerprint", meta["data_fingerprint"], str),
             tokenizer_model=b"",
             eval_loss=None if loss is None else float(loss),
             **found,
         )
         require(_are_counts([described.step, described.base_context]), "step is out of range")
     with boundary(f"{folder}/tokenizer"):
-        files = tokenizer.get("files", {})
+        files = tokenizer["files"]
         for name in files:  # it becomes a path again where it is exported
             if not is_tokenizer_file(name):
                 raise UserError(f"{folder} holds a file {name!r}, which is no tokenizer's")
@@ -329,13 +307,14 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
         )
 
 
-# Fields of `Meta` that steps of older versions lack: they are empty there.
-_LATER_FIELDS: dict[str, Callable[[], Any]] = {
-    "positions": list,  # since streaming
-    "device_kind": str,  # since manifests
+_TYPES: dict[str, type] = {
+    "step": int,
+    "data_fingerprint": str,
+    "positions": list,
+    "device_kind": str,
     "fingerprint": dict,
     "rewinds": list,
-    "base": dict,  # since LoRA
+    "base": dict,
     "base_context": int,
 }
 
@@ -344,38 +323,37 @@ def _are_counts(values: Iterable[Any]) -> bool:
     return all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
-def load_adapters(step_folder: epath.PathLike, config: Config) -> Any:
-    """Reads the adapters of a saved step into NumPy.
+def load_adapters(step_folder: epath.PathLike, shapes: Any) -> Any:
+    """Reads the adapters of a saved step, which have these shapes and dtypes, into NumPy.
 
     Raises:
       UserError: as `load_params`.
     """
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = jax.tree.map(lambda _: one, abstract_state(config).params)
-    return jax.device_get(load_params(step_folder, config, shardings))
+    shardings = jax.tree.map(lambda _: one, shapes)
+    return jax.device_get(load_params(step_folder, placed(shapes, shardings)))
 
 
-def load_params(step_folder: epath.PathLike, config: Config, shardings: Any) -> Any:
-    """Reads only the weights of a saved step onto the mesh of `shardings`.
+def load_params(step_folder: epath.PathLike, target: Any) -> Any:
+    """Reads only the weights of a saved step.
+
+    Args:
+      step_folder: of the step.
+      target: shapes, dtypes and shardings of the weights, as `sharding.placed` gives them.
 
     Raises:
-      UserError: the saved arrays are not those of this config.
+      UserError: the saved arrays are not those of `target`.
       DamagedCheckpoint: they cannot be read, or are not what was saved.
     """
-    target = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract_state(config).params,
-        shardings,
-    )
     folder = epath.Path(step_folder).absolute()
-    return restore_items(folder, {"params": target}, lambda found: found)["params"]
+    return restore_items(folder, {"params": target})["params"]
 
 
-def verify(path: epath.Path) -> bool:
-    """Reads every file of the steps in a work directory (or of one step) and prints how they are.
+def check_steps(path: epath.Path) -> Iterator[tuple[epath.Path, str]]:
+    """Reads every file of the steps in a work directory, or of one step.
 
-    Returns:
-      Whether no step is damaged.
+    Yields:
+      The folder of each step, and what is wrong with it; nothing if all is as it was written.
 
     Raises:
       UserError: there is no step.
@@ -388,31 +366,5 @@ def verify(path: epath.Path) -> bool:
         if not steps:
             raise UserError(f"no checkpoint in {path}: it has no saved step")
         folders = [folder / str(step) for step in steps]
-    good = True
     for folder in folders:
-        reason = manifest.damage(folder)
-        if reason:
-            print(f"{folder}: damaged: {reason}")
-            good = False
-        elif manifest.is_unverified(folder):
-            print(f"{folder}: unverified, saved by a version without a manifest")
-        else:
-            print(f"{folder}: good, every file is as it was written")
-    return good
-
-
-def main() -> int:
-    """The command; the flag is defined below."""
-    if not _VERIFY.value:
-        raise UserError("--verify is missing; try --verify=runs/tiny")
-    return 0 if verify(epath.Path(_VERIFY.value)) else 1
-
-
-if __name__ == "__main__":
-    _VERIFY = cli.path_flag(
-        "verify",
-        None,
-        "Work directory, or the folder of one step: reads every file, and says which steps are "
-        "good, damaged (exit status 1) or unverified.",
-    )
-    cli.run(main, __doc__)
+        yield folder, manifest.damage(folder)

@@ -1,52 +1,44 @@
-"""Saves the states of one run.
-
-A step is written in the background as `checkpoints/N.saving`; when all its files are there, process
-0 writes their manifest and renames the folder to `N`, as the last act. (Object stores cannot rename
-a folder: there it is `N` from the start, and counts from its manifest on.)
-"""
+"""The checkpoints of one run: finds the newest good step, restores it, and saves new ones."""
 
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
 from llama_jax import manifest, retention
-from llama_jax.agreement import Meeting, agreed
-from llama_jax.checkpoint import Meta, meta_items
+from llama_jax.agreement import agreed
+from llama_jax.checkpoint import (
+    CHECKPOINTS,
+    DamagedCheckpoint,
+    Items,
+    Meta,
+    fingerprints,
+    restore_items,
+)
 from llama_jax.config import Config
 from llama_jax.errors import UserError, first_line
+from llama_jax.events import Events
 from llama_jax.files import is_object_store
-from llama_jax.fingerprint import fingerprint
-from llama_jax.restorer import Restorer
-from llama_jax.step import TrainState
+from llama_jax.saving import SAVE_ERRORS, BackgroundSaves
 
-# What a save may fail with that is not our bug: the disk, the network, another process.
-SAVE_ERRORS = (OSError, ValueError, jax.errors.JaxRuntimeError)
-# Waiting for a save longer than this is said.
-QUIET_S = 10.0
-# Orbax counts its time-out by the wall clock, which may jump; the watchdog ends what hangs.
-_NO_TIMEOUT_S = 50 * 365 * 86_400
 _BLOCK_BYTES = 4096  # what a file takes of most disks at least
-# Parts of a layer that are stored by themselves; of smaller ones there would be too many.
-LAYER_BYTES = 2**20
 
 
-class Checkpointer(Restorer):
-    """Saves asynchronously, keeps what `train.keep_*` say; restores, as its base does.
+class Checkpointer:
+    """Saves asynchronously, keeps what `train.keep_*` say, restores, and sets damaged steps aside.
 
     Saving returns as soon as the arrays are copied to the host. A save that fails is told in one
     line, and training goes on; the run ends when more than `train.max_failed_saves` in a row or the
     last one did. As a context manager it waits on the way out, whatever else fails: a run that ends
     in an error must not lose the save before it. All processes make the same calls.
+
+    Attributes:
+      passed_over: whether a damaged step was set aside.
     """
 
     def __init__(self, workdir: epath.PathLike, config: Config) -> None:
@@ -55,22 +47,22 @@ class Checkpointer(Restorer):
         Raises:
           UserError: it cannot be written to.
         """
-        super().__init__(workdir, config)
-        self._saves, self._meeting = 0, Meeting("")
-        options = ocp.AsyncOptions(
-            timeout_secs=_NO_TIMEOUT_S,
-            # In the background it waits for folders by the wall clock, for 300 s, which may jump.
-            create_directories_asynchronously=False,
-            # Orbax waits here when all is written, and when all is committed.
-            barrier_sync_fn=lambda **_: self._meeting.wait(),
+        workdir = epath.Path(workdir).absolute()
+        self._directory = workdir / CHECKPOINTS
+        self._train = config.train
+        self._events = Events(workdir)
+        self._background = BackgroundSaves(
+            self._directory,
+            self._train.save_timeout,
+            self._events,
+            done=self._retain,
+            failed=self._give_up,
         )
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None  # of `_thread`
-        self._saving, self._began = 0, 0.0  # which step `_thread` saves, and since when
         self._failures = 0  # saves in a row
         self._unsaved = ""  # why the last save failed
         self._stuck: set[int] = set()  # old steps that could not be deleted
+        self._damaged: dict[int, str] = {}  # what is wrong with which step
+        self.passed_over = False
         problem = agreed(self._open())
         if problem:
             raise UserError(f"checkpoints cannot be saved to {self._directory}: {problem}")
@@ -86,9 +78,11 @@ class Checkpointer(Restorer):
         except OSError as error:
             return first_line(error)
         for warning in warnings:
-            self._say(warning)
+            self._events.say(warning)
         if names:
-            self._say(f"cleaned {len(names)} unfinished checkpoint folder(s): {', '.join(names)}")
+            self._events.say(
+                f"cleaned {len(names)} unfinished checkpoint folder(s): {', '.join(names)}"
+            )
         return ""
 
     def _probe(self) -> None:
@@ -107,42 +101,117 @@ class Checkpointer(Restorer):
         if error is None:
             self.close()
         else:  # the other processes may not come this way: wait for nobody
-            self._join()
-            self._orbax.close()
+            self._background.join()
+            self._background.close()
+
+    def folder(self, step: int) -> epath.Path:
+        """Where `step` is, or would be."""
+        return self._directory / str(step)
 
     def latest_step(self) -> int | None:
         """Newest complete step, or None."""
-        self._join()
+        self._background.join()
         return next(reversed(retention.saved_steps(self._directory)), None)
 
     def newest_good_step(self, fits: Callable[[int], bool] | None = None) -> int | None:
-        """The same, of all saves so far."""
-        self._join()
-        return super().newest_good_step(fits)
+        """The newest step (that fits) whose files are all as they were written; None if none is.
 
-    def _target(self, step: int) -> epath.Path:
-        """Where `step` is written."""
-        remote = is_object_store(self._directory)
-        return self.folder(step) if remote else self._directory / f"{step}{retention.SAVING}"
+        Newer, damaged ones are set aside, which is said on the console and in metrics.jsonl.
 
-    def save(self, state: TrainState, meta: Meta) -> None:
-        """Starts saving `state`; a failure is told, and raised only by the policy.
+        Raises:
+          UserError: any step fits, there are some, and none is good; nothing is changed.
+        """
+        self._background.join()
+        mine = (jax.process_index(), jax.process_count())
+        for step in self._steps(fits):
+            if step in self._damaged:
+                continue
+            reason = agreed(manifest.damage(self.folder(step), mine))
+            if reason:
+                self._damaged[step] = reason
+                continue
+            self._set_damaged_aside(step)
+            return step
+        if self._damaged and fits is None:
+            what = "; ".join(f"step {step}: {reason}" for step, reason in self._damaged.items())
+            raise UserError(
+                f"no good checkpoint is left in {self._directory} ({what}); nothing was changed. "
+                "Bring one back from a copy, or use another --workdir to start anew"
+            )
+        return None
+
+    def _steps(self, fits: Callable[[int], bool] | None) -> list[int]:
+        """Complete steps as process 0 sees them, newest first."""
+        first = jax.process_index() == 0
+        # A shared file system may show other processes a folder late.
+        steps = retention.saved_steps(self._directory)[::-1] if first else []
+        if fits is not None:
+            steps = [step for step in steps if fits(step)]
+        text = agreed(",".join(map(str, steps[:50])))
+        return [int(step) for step in text.split(",") if step]
+
+    def mark_damaged(self, step: int, reason: str) -> None:
+        """Makes `newest_good_step` pass over `step`, which could not be restored."""
+        self._damaged[step] = reason
+
+    def _set_damaged_aside(self, used: int) -> None:
+        self.passed_over |= bool(self._damaged)
+        for step in sorted(self._damaged):
+            if jax.process_index() == 0:
+                reason = self._damaged[step]
+                target = retention.set_aside(self.folder(step))
+                self._events.say(
+                    f"damaged checkpoint {step}: {reason}; set aside as {target}, going on from "
+                    f"step {used}"
+                )
+                self._events.record(
+                    used, event="checkpoint_damaged", damaged_step=step, reason=reason
+                )
+        self._damaged.clear()
+
+    def restore(self, step: int, targets: Items) -> Items:
+        """Reads the trees of `step`, by name.
+
+        Args:
+          step: a complete one.
+          targets: shapes, dtypes and shardings of what to read, as `jax.ShapeDtypeStruct`.
+
+        Raises:
+          UserError: the saved arrays are not those of `targets`.
+          DamagedCheckpoint: it cannot be read, or its fingerprint is not the saved one.
+        """
+        restored, problem = None, ""
+        try:
+            restored = restore_items(self.folder(step), targets)
+        except DamagedCheckpoint as error:
+            problem = str(error)
+        problem = agreed(problem)
+        if problem or restored is None:
+            raise DamagedCheckpoint(problem)
+        return restored
+
+    def save(self, items: Items, meta: Meta) -> None:
+        """Starts saving named trees; a failure is told, and raised only by the policy.
+
+        Args:
+          items: trees of arrays by name, such as those of `TrainState.to_items`.
+          meta: what the step says about itself; the device's kind and fingerprints are added.
 
         Raises:
           UserError: more than `train.max_failed_saves` in a row failed.
         """
         self._settle()
-        problem = agreed(self._obstacle(state))
+        problem = agreed(self._obstacle(items))
         if not problem:
             kind = jax.devices()[0].device_kind
-            meta = dataclasses.replace(meta, device_kind=kind, fingerprint=fingerprint(state))
-            if agreed(self._start(state, meta)):
+            meta = dataclasses.replace(meta, device_kind=kind, fingerprint=fingerprints(items))
+            if agreed(self._background.start(items, meta)):
                 self._settle()
         else:
             self._warn(meta.step, problem)
             self._count(problem)
 
-    def _obstacle(self, state: TrainState) -> str:
+    def _obstacle(self, items: Items) -> str:
         """Why a save cannot work, as far as that can be told before anything is written."""
         try:
             if jax.process_index() == 0:
@@ -151,7 +220,7 @@ class Checkpointer(Restorer):
                 self._probe()
             if is_object_store(self._directory):
                 return ""
-            shards = (s for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards)
+            shards = (s for leaf in jax.tree.leaves(items) for s in leaf.addressable_shards)
             needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
             free = shutil.disk_usage(self._directory).free
         except OSError as error:
@@ -160,63 +229,10 @@ class Checkpointer(Restorer):
             return ""
         return f"it takes {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
 
-    def _start(self, state: TrainState, meta: Meta) -> str:
-        """Begins a save in the background; returns why that failed, which `_finish` handles."""
-        self._saves += 1
-        self._meeting = Meeting(f"save {self._saves}")
-        self._saving, self._began = meta.step, time.monotonic()
-        description, tokenizer = meta_items(meta)
-        optimizer = {"step": state.step, "opt_state": state.opt_state}
-        failed: Exception | None = None
-        try:
-            self._orbax.save(
-                self._target(meta.step),
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params, save_args=_by_layer(state.params)),
-                    optimizer=ocp.args.StandardSave(optimizer),
-                    skips=ocp.args.StandardSave(state.skips.to_dict()),
-                    meta=ocp.args.JsonSave(description),
-                    tokenizer=ocp.args.JsonSave(tokenizer),
-                ),
-                force=True,
-            )
-        except SAVE_ERRORS as error:
-            failed = error
-        self._thread = threading.Thread(target=self._finish, args=(meta.step, failed), name="save")
-        self._thread.start()
-        return "" if failed is None else first_line(failed)
-
-    def _finish(self, step: int, failed: Exception | None) -> None:
-        """In a thread: waits for orbax, then completes the step and lets old ones go."""
-        limit = self._config.train.save_timeout
-        timer = threading.Timer(limit, self._tell_slow, (step, limit))
-        timer.daemon = True
-        if limit:
-            timer.start()
-        try:
-            if failed is not None:
-                raise failed
-            self._orbax.wait_until_finished()
-            if jax.process_index() == 0:
-                target = self._target(step)
-                manifest.write(target)
-                if target != self.folder(step):
-                    if aside := retention.complete(target, self.folder(step)):
-                        self._say(f"{self.folder(step)} was no saved step; set aside as {aside}")
-                    _sync_directory(self._directory)
-            self._meeting.wait()
-        except BaseException as error:
-            self._error = error
-            if not self._meeting.failed:  # the others do not know yet
-                with contextlib.suppress(*SAVE_ERRORS):
-                    self._meeting.wait(first_line(error))
-            self._clean()
-            self._warn(step, first_line(error))
-            return
-        finally:
-            timer.cancel()
-        if jax.process_index() == 0:
-            self._retain()
+    def _give_up(self, step: int, reason: str) -> None:
+        """In the thread of a save: it has failed."""
+        self._clean()
+        self._warn(step, reason)
 
     def _clean(self) -> None:
         """Frees what failed saves hold of a disk that may be full."""
@@ -229,20 +245,20 @@ class Checkpointer(Restorer):
     def _retain(self) -> None:
         """Lets old steps go; one that cannot be deleted is told once, and stays."""
         try:
-            steps = retention.dispensable_steps(self._directory, self._config.train)
+            steps = retention.dispensable_steps(self._directory, self._train)
         except OSError as error:
-            self._say(f"warning: old checkpoints could not be listed: {first_line(error)}")
+            self._events.say(f"warning: old checkpoints could not be listed: {first_line(error)}")
             return
         for step in steps:
             try:
                 if left := retention.remove(self.folder(step)):
-                    self._say(
+                    self._events.say(
                         f"checkpoint {step} is deleted, but not what its links lead to: "
                         f"{', '.join(left)}"
                     )
             except OSError as error:
                 if step not in self._stuck:
-                    self._say(
+                    self._events.say(
                         f"warning: an old checkpoint could not be deleted: {first_line(error)}"
                     )
                 self._stuck.add(step)
@@ -260,43 +276,30 @@ class Checkpointer(Restorer):
         try:
             manifest.amend(self.folder(step), "meta/metadata", json.dumps(described).encode())
         except OSError as error:  # the next start tries again
-            self._say(
+            self._events.say(
                 f"warning: eval_loss could not be added to checkpoint {step}: {first_line(error)}"
             )
         self._retain()
 
+    def note(self, step: int, text: str, **record: Any) -> None:
+        """Says what has happened, and adds it to metrics.jsonl."""
+        self._events.say(text)
+        self._events.record(step, **record)
+
     def _warn(self, step: int, reason: str) -> None:
-        count, limit = self._failures + 1, self._config.train.max_failed_saves
-        self._print(
+        count, limit = self._failures + 1, self._train.max_failed_saves
+        self._events.say_on_all(
             f"warning: saving step {step} to {self._directory} failed: {reason}; earlier "
             f"checkpoints are untouched, the next one is tried as usual ({count} failed in a row, "
             f"train.max_failed_saves={limit})"
         )
-        self._note(step, event="save_failed", reason=reason)
-
-    def _tell_slow(self, step: int, limit: int) -> None:
-        self._say(
-            f"warning: saving step {step} to {self._directory} takes longer than {limit:,} s "
-            "(train.save_timeout); training goes on, and waits for it at the next save"
-        )
-        self._note(step, event="save_slow", seconds=limit)
-
-    def _join(self) -> BaseException | None:
-        """Waits for the thread, and says so; returns what it failed with."""
-        if self._thread is not None:
-            self._thread.join(QUIET_S)
-            if self._thread.is_alive():
-                seconds = time.monotonic() - self._began
-                self._say(f"waiting for the save of step {self._saving}, begun {seconds:.0f} s ago")
-                self._thread.join()
-        return self._error
+        self._events.record(step, event="save_failed", reason=reason)
 
     def _settle(self) -> None:
         """Waits for the save before, and counts it if it failed."""
-        if self._thread is None:
+        begun, error = self._background.settle()
+        if not begun:
             return
-        error = self._join()
-        self._thread = self._error = None
         if error is not None and not isinstance(error, SAVE_ERRORS):
             raise error
         problem = agreed("" if error is None else first_line(error))
@@ -308,7 +311,7 @@ class Checkpointer(Restorer):
     def _count(self, problem: str) -> None:
         self._failures += 1
         self._unsaved = problem
-        if self._failures > self._config.train.max_failed_saves:
+        if self._failures > self._train.max_failed_saves:
             raise self._save_error()
 
     def _save_error(self) -> UserError:
@@ -335,27 +338,4 @@ class Checkpointer(Restorer):
         try:
             self.wait()
         finally:
-            self._orbax.close()
-
-
-def _by_layer(params: Any) -> Any:
-    """Stacks of layers are stored in parts of one layer, so that `convert` reads them one by one.
-
-    Orbax would store what a device holds as one part, which can only be read as a whole.
-    """
-
-    def save_args(path: Any, x: jax.Array) -> ocp.SaveArgs:
-        stacked = path[0].key == "layers"
-        part = x.addressable_shards[0].data.nbytes // x.shape[0]
-        return ocp.SaveArgs(shard_axes=(0,) if stacked and part >= LAYER_BYTES else ())
-
-    return jax.tree.map_with_path(save_args, params)
-
-
-def _sync_directory(directory: epath.Path) -> None:
-    """Has the disk confirm a rename."""
-    descriptor = os.open(str(directory), os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            self._background.close()

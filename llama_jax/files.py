@@ -1,7 +1,8 @@
-"""Paths as users type them, and small files of a work directory."""
+"""Paths as users type them, small files of a run, and lists by which damage to them is found."""
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import threading
@@ -208,6 +209,62 @@ def number(record: dict[str, Any], name: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if 0 <= value < 2**63 else None
+
+
+def encode_entries(entries: dict[str, dict[str, Any]]) -> str:
+    """The text of a list of files, with a checksum of its own: damage to it is not laid on them.
+
+    Args:
+      entries: size and sha256 of each file, as `entry_of` gives them, by its path; and `before`, an
+        entry that is accepted as well.
+    """
+    body = json.dumps(entries, indent=1, sort_keys=True)
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    return f'{{"format": 1, "sha256": "{digest}", "files": {body}}}\n'
+
+
+def read_entries(path: epath.Path) -> dict[str, dict[str, Any]] | None:
+    """The list of files that `encode_entries` wrote; None if it is not as it was written."""
+    try:
+        data = path.read_bytes()
+        entries = parse_json(data, path.name).get("files")
+    except (OSError, UserError):
+        return None
+    if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
+        return None
+    return entries if data == encode_entries(entries).encode() else None
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and type(entry.get("bytes")) is int
+        and isinstance(entry.get("sha256"), str)
+        and ("before" not in entry or _is_entry(entry["before"]))
+    )
+
+
+def entry_of(content: bytes) -> dict[str, Any]:
+    """What a list of files says about a file with this content."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def mismatch(name: str, found: dict[str, Any], entry: dict[str, Any]) -> str:
+    """How a file differs from its entry in a list of files; empty if it does not.
+
+    Args:
+      name: of the file, for the message.
+      found: its `bytes`, and its `sha256` if it was read.
+      entry: of the list.
+    """
+    before = entry.get("before")
+    now = {key: entry[key] for key in ("bytes", "sha256")}
+    accepted = [now] if before is None else [now, before]
+    if found["bytes"] not in [each["bytes"] for each in accepted]:
+        return f"{name} has {found['bytes']} bytes, {entry['bytes']} were written"
+    if "sha256" in found and found not in accepted:
+        return f"{name} holds other bytes than were written"
+    return ""
 
 
 def write_atomically(path: epath.Path, data: bytes) -> None:

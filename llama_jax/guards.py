@@ -1,8 +1,7 @@
-"""What is checked before a run starts or goes on: that it fits, and that it is the same run."""
+"""Whether a run may go on here: directory, config and data are its own, on all processes."""
 
 import contextlib
 import hashlib
-import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +13,6 @@ from llama_jax import files
 from llama_jax.agreement import from_first
 from llama_jax.checkpoint import CHECKPOINTS, Meta
 from llama_jax.config import Config, difference, from_json
-from llama_jax.cost import adapter_count, parameter_count
 from llama_jax.data.pipeline import TrainingData
 from llama_jax.errors import UserError
 from llama_jax.files import append_records, is_object_store, read_bytes
@@ -46,43 +44,6 @@ ADDED_TO = ("metrics.jsonl", CHANGES)
 FILES = ("config.json", "tokenizer.model", "goodput.json", *ADDED_TO)
 
 Changes = dict[str, tuple[Any, Any]]  # of a field: what it was and is
-
-
-def device_memory(device: jax.Device) -> int | None:
-    """Bytes that one device can hold; for CPU devices, their share of the machine's memory."""
-    if device.platform == "cpu":
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return total // jax.local_device_count()
-    return (device.memory_stats() or {}).get("bytes_limit")
-
-
-def check_memory(config: Config, mesh: jax.sharding.Mesh, capacity: int | None) -> None:
-    """Checks that the state and its gradients alone fit, before anything is allocated.
-
-    Raises:
-      UserError: they need more than `capacity` bytes per device.
-    """
-    if capacity is None:
-        return
-    parameters = parameter_count(config.model)
-    moment = 2 if config.optim.moment_dtype == "bfloat16" else 4
-    shards = math.prod(mesh.shape[axis] for axis in ("fsdp", "context", "tensor"))
-    # float32 weights, gradients and second moment; activations come on top.
-    whole: float = parameters * (4 + 4 + 4 + moment)
-    if config.lora.rank:
-        base = {"float32": 4, "bfloat16": 2, "nf4": 0.5}[config.lora.base_dtype]
-        whole = parameters * base + adapter_count(config.model, config.lora) * (12 + moment)
-    needed = whole / shards
-    if needed <= capacity:
-        return
-    kind = mesh.devices.flat[0].device_kind
-    devices = math.ceil(whole / capacity)
-    raise UserError(
-        f"this model has {parameters:,} parameters: weights, gradients and moments need "
-        f"{needed / 2**30:,.0f} GiB per device on this mesh, and each of the {mesh.size} {kind} "
-        f"device(s) has {capacity / 2**30:,.0f} GiB; use {devices} or more such devices with "
-        "mesh.fsdp=-1, or try --config=configs/tiny.py"
-    )
 
 
 # What the processes of a job have in common; where data and weights are may differ.

@@ -20,7 +20,7 @@ from llama_jax.interchange.opening import no_adapters, open_base
 from llama_jax.lora import Adapted
 from llama_jax.mesh import make_mesh, parse_mesh
 from llama_jax.nf4 import NF4
-from llama_jax.sharding import param_shardings
+from llama_jax.sharding import param_shardings, placed
 from llama_jax.weights import abstract_frozen, abstract_trained
 
 
@@ -112,7 +112,7 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
     with jax.set_mesh(devices):
         shapes = abstract_trained(meta.config)
         shardings = param_shardings(shapes, devices, any_vocabulary=True)
-        params = checkpoint_lib.load_params(folder, meta.config, shardings)
+        params = checkpoint_lib.load_params(folder, placed(shapes, shardings))
         params = _weights_to_run(folder, meta, params, devices)
     return InferenceModel(folder, meta.config, params, tokenizer, devices, meta.context, files)
 

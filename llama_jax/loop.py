@@ -170,7 +170,7 @@ def run_loop(
         )
         i.watchdog.beat(f"saving step {step}")
         with goodput.phase("checkpoint"):
-            saver.save(dataclasses.replace(state, frozen=None), now)
+            saver.save(state.to_items(), now)
         goodput.save()
         log.start(step)
 

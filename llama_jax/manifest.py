@@ -7,7 +7,6 @@ them: on several processes each checks its share, see `damage`.
 
 import concurrent.futures
 import hashlib
-import json
 import os
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -15,20 +14,21 @@ from typing import Any
 from etils import epath
 
 from llama_jax.errors import UserError
-from llama_jax.files import is_object_store, parse_json, read_json, size_of
+from llama_jax.files import (
+    encode_entries,
+    entry_of,
+    is_object_store,
+    mismatch,
+    read_entries,
+    read_json,
+    size_of,
+)
 
 NAME = "manifest.json"
 DESCRIPTION = ("meta", "tokenizer")  # folders of what a step says about itself, in JSON
 # A quick check reads the description and files up to this size; of larger ones the size only.
 QUICK_BYTES = 16 * 2**20
 _THREADS = 16
-
-
-def _encode(files: dict[str, dict[str, Any]]) -> str:
-    """The manifest's text, with a checksum of its own: damage to it is not laid on the others."""
-    body = json.dumps(files, indent=1, sort_keys=True)
-    digest = hashlib.sha256(body.encode()).hexdigest()
-    return f'{{"format": 1, "sha256": "{digest}", "files": {body}}}\n'
 
 
 def _files(folder: epath.Path) -> dict[str, epath.Path]:
@@ -62,7 +62,7 @@ def write(folder: epath.Path) -> None:
             name: {"bytes": size_of(path), "sha256": digest}
             for (name, path), digest in zip(files.items(), digests, strict=True)
         }
-    _replace(folder / NAME, _encode(entries).encode())
+    _replace(folder / NAME, encode_entries(entries).encode())
 
 
 def amend(folder: epath.Path, name: str, content: bytes) -> None:
@@ -80,18 +80,15 @@ def amend(folder: epath.Path, name: str, content: bytes) -> None:
       UserError: the file or the manifest is not as it was written; nothing is changed.
       OSError: it cannot be written.
     """
-    if not (folder / NAME).exists():  # saved by a version without a manifest
-        _replace(folder / name, content)
-        return
-    files = _read(folder)
+    files = read_entries(folder / NAME)
     if files is None:
         raise UserError(f"{folder / NAME} is not as it was written")
-    now, then = _entry((folder / name).read_bytes()), _entry(content)
-    if name not in files or now not in _accepted(files[name]):
+    now, then = entry_of((folder / name).read_bytes()), entry_of(content)
+    if name not in files or mismatch(name, now, files[name]):
         raise UserError(f"{folder / name} holds other bytes than were written")
-    _replace(folder / NAME, _encode({**files, name: {**then, "before": now}}).encode())
+    _replace(folder / NAME, encode_entries({**files, name: {**then, "before": now}}).encode())
     _replace(folder / name, content)
-    _replace(folder / NAME, _encode({**files, name: then}).encode())
+    _replace(folder / NAME, encode_entries({**files, name: then}).encode())
 
 
 def _replace(path: epath.Path, data: bytes) -> None:
@@ -105,38 +102,6 @@ def _replace(path: epath.Path, data: bytes) -> None:
     temporary.replace(path)
 
 
-def _entry(content: bytes) -> dict[str, Any]:
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _accepted(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a file may hold: two things while it is amended."""
-    before = entry.get("before")
-    now = {name: entry[name] for name in ("bytes", "sha256")}
-    return [now] if before is None else [now, before]
-
-
-def _read(folder: epath.Path) -> dict[str, dict[str, Any]] | None:
-    """The files that should be there; None if the manifest is not as it was written."""
-    try:
-        data = (folder / NAME).read_bytes()
-        files = parse_json(data, NAME).get("files")
-    except (OSError, UserError):
-        return None
-    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
-        return None
-    return files if data == _encode(files).encode() else None
-
-
-def _is_entry(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and type(entry.get("bytes")) is int
-        and isinstance(entry.get("sha256"), str)
-        and ("before" not in entry or _is_entry(entry["before"]))
-    )
-
-
 def described(folder: epath.Path, item: str = "meta") -> dict[str, Any]:
     """What a step says about itself, or another item in JSON, read without orbax.
 
@@ -148,16 +113,6 @@ def described(folder: epath.Path, item: str = "meta") -> dict[str, Any]:
     return read_json(folder / item / "metadata")
 
 
-def is_unverified(folder: epath.Path) -> bool:
-    """Whether the step was saved by a version that wrote no manifest."""
-    if (folder / NAME).exists():
-        return False
-    try:  # what came with manifests, a step says about itself
-        return "fingerprint" not in described(folder)
-    except UserError:
-        return False
-
-
 def damage(
     folder: epath.Path,
     part: tuple[int, int] = (0, 1),
@@ -167,7 +122,7 @@ def damage(
     """The first thing that is not as it was saved, with its file's name; empty if all is well.
 
     Args:
-      folder: a saved step; one without a manifest has nothing to compare with, see `is_unverified`.
+      folder: a saved step.
       part: (index, count) of the process: it reads every count-th file.
       quick: of large files compare the size only.
       items: folders within the step, such as `meta`; only their files are looked at. Empty: all.
@@ -185,10 +140,9 @@ def _damages(
         yield f"it is a link to {os.path.realpath(folder)}, where nothing is"
         return
     if not (folder / NAME).exists():
-        if not is_unverified(folder):
-            yield f"{NAME} is missing"
+        yield f"{NAME} is missing"
         return
-    expected = _read(folder)
+    expected = read_entries(folder / NAME)
     if expected is None:
         yield f"{NAME} is not as it was written"
         return
@@ -203,8 +157,8 @@ def _damages(
         return
     sizes = {name: size_of(found[name]) for name in expected}
     for name, size in sizes.items():
-        if size not in [entry["bytes"] for entry in _accepted(expected[name])]:
-            yield f"{name} has {size} bytes, {expected[name]['bytes']} were written"
+        if reason := mismatch(name, {"bytes": size}, expected[name]):
+            yield reason
     mine = list(expected)[part[0] :: part[1]]
     if quick:
         mine = [n for n in mine if sizes[n] <= QUICK_BYTES or n.partition("/")[0] in DESCRIPTION]
@@ -213,7 +167,7 @@ def _damages(
         for name, digest in zip(mine, digests, strict=True):
             try:
                 found_entry = {"bytes": sizes[name], "sha256": digest.result()}
-                if found_entry not in _accepted(expected[name]):
-                    yield f"{name} holds other bytes than were written"
+                if reason := mismatch(name, found_entry, expected[name]):
+                    yield reason
             except OSError as error:  # a disk that gives up
                 yield f"{name} cannot be read: {error.strerror or error}"

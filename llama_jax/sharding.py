@@ -221,6 +221,15 @@ def param_shardings(params: Any, mesh: Mesh, *, any_vocabulary: bool = False) ->
     return bind(param_specs(params, mesh, any_vocabulary=any_vocabulary), mesh)
 
 
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of a tree with the sharding of each array, as `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
 def bind(specs: Any, mesh: Mesh) -> Any:
     """The shardings of a tree of partition specs on a mesh."""
     return jax.tree.map(

@@ -7,39 +7,21 @@ same command, or the same run stopped, killed and started anew, goes back in the
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 
 from llama_jax.checkpoint import DamagedCheckpoint
+from llama_jax.checkpointer import Checkpointer
 from llama_jax.config import Config
 from llama_jax.data.batches import describe_batch
 from llama_jax.data.pipeline import TrainingData
 from llama_jax.errors import UserError
 from llama_jax.retention import can_rewind_to
+from llama_jax.sharding import placed
 from llama_jax.skips import explain, not_finite, rewound
 from llama_jax.step import TrainState
-
-
-class Saver(Protocol):
-    """What is asked of a `Checkpointer`."""
-
-    def latest_step(self) -> int | None:
-        """Newest complete step, or None."""
-
-    def newest_good_step(self, fits: Callable[[int], bool]) -> int | None:
-        """Newest undamaged step that fits, or None."""
-
-    def mark_damaged(self, step: int, reason: str) -> None:
-        """Makes `newest_good_step` pass over it."""
-
-    def restore(self, step: int, shardings: Any) -> TrainState:
-        """Reads a step."""
-
-    def note(self, step: int, text: str, **record: Any) -> None:
-        """Says it, and writes it down."""
 
 
 class SkipWatch:
@@ -50,7 +32,7 @@ class SkipWatch:
     """
 
     def __init__(
-        self, config: Config, data: TrainingData, saver: Saver, rewinds: list[list[int]]
+        self, config: Config, data: TrainingData, saver: Checkpointer, rewinds: list[list[int]]
     ) -> None:
         self._config, self._data, self._saver = config, data, saver
         self.rewinds = rewinds
@@ -96,11 +78,12 @@ class SkipWatch:
         # The base of adapters never changes: it stays where it is.
         frozen, state = state.frozen, dataclasses.replace(state, frozen=None)
         shardings = jax.tree.map(lambda array: array.sharding, state)
+        targets = placed(state, shardings).to_items()
         while (target := self._target(first)) is not None:
             for array in jax.tree.leaves(state):
                 array.delete()
             try:
-                then = self._saver.restore(target, shardings)
+                then = TrainState.from_items(self._saver.restore(target, targets))
                 break
             except DamagedCheckpoint as damaged:
                 self._saver.mark_damaged(target, str(damaged))

@@ -45,6 +45,19 @@ class TrainState:
     skips: Skips = struct.field(default_factory=no_skips)
     frozen: Any = None
 
+    def to_items(self) -> dict[str, Any]:
+        """The trees that a checkpoint holds, by the names of its items; all but the base."""
+        return {
+            "params": self.params,
+            "optimizer": {"step": self.step, "opt_state": self.opt_state},
+            "skips": self.skips.to_dict(),
+        }
+
+    @classmethod
+    def from_items(cls, items: dict[str, Any]) -> "TrainState":
+        """The state, without a base, that gave these items."""
+        return cls(params=items["params"], **items["optimizer"], skips=Skips(**items["skips"]))
+
 
 def init_state(config: Config, key: jax.Array) -> TrainState:
     """The state before the first step, without a base; the same bits on every mesh."""

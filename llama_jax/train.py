@@ -1,55 +1,45 @@
-"""Trains a LLaMA, or resumes what is in the work directory.
-
-Example:
-  python -m llama_jax.train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=200
-"""
+"""One run, from its config to its last state, and what it says before and after."""
 
 import contextlib
 import dataclasses
+import math
 import os
 import time
 
 import jax
-from absl import flags
 from etils import epath
 
-from llama_jax import cli, metrics, xla_flags
-from llama_jax.agreement import Peers, Stopped, agreed, open_collectives
-from llama_jax.checkpoint import CHECKPOINTS, DamagedCheckpoint, Meta, load_meta
+from llama_jax import metrics
+from llama_jax.agreement import Peers, agreed, open_collectives, say
+from llama_jax.checkpoint import CHECKPOINTS
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.chips import peak_flops, peak_name
 from llama_jax.config import Config
 from llama_jax.continuation import complete
+from llama_jax.cost import adapter_count, parameter_count
 from llama_jax.data.pipeline import TrainingData, open_data
-from llama_jax.data.streaming import Position, StreamingBatches
+from llama_jax.data.streaming import StreamingBatches
 from llama_jax.decode import Sampling
 from llama_jax.describe import describe, no_evaluation, remarks, unchecked
 from llama_jax.errors import UserError
 from llama_jax.files import expand, write_atomically
-from llama_jax.fingerprint import fingerprint
 from llama_jax.goodput import Goodput
 from llama_jax.guards import (
-    check_checkpoint,
-    check_memory,
     check_prepared,
     check_same_config,
     check_same_data,
     check_workdir,
-    device_memory,
     locked,
-    record_changes,
 )
-from llama_jax.init_from import check_init, first_state, with_base, with_tokenizer
-from llama_jax.interchange.opening import base_context
 from llama_jax.loop import Instruments, lost_evaluation, make_up, run_loop
 from llama_jax.mesh import make_mesh
 from llama_jax.metric_writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
-from llama_jax.processes import start_processes
 from llama_jax.profiler import Profiler
 from llama_jax.sharding import check_batch
 from llama_jax.signals import StopRequest
 from llama_jax.skip_watch import SkipWatch
-from llama_jax.step import CompiledStep, TrainState, jit_step, model_weights
+from llama_jax.start import check_init, initial_state, with_tokenizer
+from llama_jax.step import TrainState, jit_step, model_weights
 from llama_jax.watchdog import Watchdog
 
 
@@ -68,11 +58,41 @@ class Outcome:
     passed_over: bool
 
 
-def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX is told another place."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "llama_jax", "xla"))
+def device_memory(device: jax.Device) -> int | None:
+    """Bytes that one device can hold; for CPU devices, their share of the machine's memory."""
+    if device.platform == "cpu":
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total // jax.local_device_count()
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def check_memory(config: Config, mesh: jax.sharding.Mesh, capacity: int | None) -> None:
+    """Checks that the state and its gradients alone fit, before anything is allocated.
+
+    Raises:
+      UserError: they need more than `capacity` bytes per device.
+    """
+    if capacity is None:
+        return
+    parameters = parameter_count(config.model)
+    moment = 2 if config.optim.moment_dtype == "bfloat16" else 4
+    shards = math.prod(mesh.shape[axis] for axis in ("fsdp", "context", "tensor"))
+    # float32 weights, gradients and second moment; activations come on top.
+    whole: float = parameters * (4 + 4 + 4 + moment)
+    if config.lora.rank:
+        base = {"float32": 4, "bfloat16": 2, "nf4": 0.5}[config.lora.base_dtype]
+        whole = parameters * base + adapter_count(config.model, config.lora) * (12 + moment)
+    needed = whole / shards
+    if needed <= capacity:
+        return
+    kind = mesh.devices.flat[0].device_kind
+    devices = math.ceil(whole / capacity)
+    raise UserError(
+        f"this model has {parameters:,} parameters: weights, gradients and moments need "
+        f"{needed / 2**30:,.0f} GiB per device on this mesh, and each of the {mesh.size} {kind} "
+        f"device(s) has {capacity / 2**30:,.0f} GiB; use {devices} or more such devices with "
+        "mesh.fsdp=-1, or try --config=configs/tiny.py"
+    )
 
 
 def _writers(config: Config, workdir: epath.Path, device: jax.Device) -> list[Writer]:
@@ -83,74 +103,6 @@ def _writers(config: Config, workdir: epath.Path, device: jax.Device) -> list[Wr
         JsonlWriter(workdir / "metrics.jsonl"),
         TensorBoardWriter(workdir / "tensorboard"),
     ]
-
-
-def _log(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, flush=True)
-
-
-def _meta(config: Config, data: TrainingData, base: dict[str, int], context: int) -> Meta:
-    """What a fresh state would say about itself."""
-    return Meta(
-        config,
-        step=0,
-        data_fingerprint=data.fingerprint,
-        tokenizer_model=data.tokenizer.model_bytes if data.tokenizer else b"",
-        tokenizer_files=data.files,
-        base=base,
-        base_context=context,
-    )
-
-
-def initial_state(
-    compiled: CompiledStep, saver: Checkpointer, data: TrainingData, config: Config
-) -> tuple[TrainState, Meta]:
-    """The newest good checkpoint of the work directory, or a fresh state.
-
-    Returns:
-      It, and what a checkpoint of it would say about itself.
-
-    Raises:
-      UserError: the checkpoint is unreadable, or of another run or other data.
-    """
-    step = saver.newest_good_step()
-    process = (jax.process_index(), jax.process_count())
-    if step is None:
-        if isinstance(data.train, StreamingBatches):
-            data.train.start_at(0, Position(), *process)
-        state = first_state(compiled, config)
-        agreed("")  # one may read for longer than another waits in a collective
-        base = fingerprint(state.frozen) if config.lora.rank else {}
-        return state, _meta(config, data, base, base_context(config))
-    if not (saver.folder(step) / "optimizer").exists():
-        raise UserError(
-            f"checkpoint {saver.folder(step)} has weights but no optimiser state (it was converted "
-            "from elsewhere), and training cannot go on from it; begin another run with it by "
-            f"--config.init_from=ckpt:{saver.folder(step).parent.parent}"
-        )
-    saved = load_meta(saver.folder(step))
-    changes = check_checkpoint(saved, saver.folder(step), config, data)
-    if isinstance(data.train, StreamingBatches):
-        if len(saved.positions) != process[1]:
-            raise UserError(
-                f"checkpoint {saver.folder(step)} has data positions of {len(saved.positions)} "
-                f"process(es), and there are {process[1]}: streamed data can only go on with as "
-                "many"
-            )
-        data.train.start_at(step, Position(*saved.positions[process[0]]), *process)
-    _log(f"resume  from step {step}")
-    if changed := record_changes(saver.folder(step).parent.parent, step, changes):
-        _log(f"        {changed}")
-    try:
-        state = saver.restore(step, compiled.state_shardings.replace(frozen=None))
-    except DamagedCheckpoint as error:
-        saver.mark_damaged(step, str(error))
-        return initial_state(compiled, saver, data, config)
-    state = with_base(state, compiled, config, saved.base, saver.folder(step))
-    meta = _meta(config, data, saved.base, saved.base_context)
-    loss = saved.eval_loss
-    return state, dataclasses.replace(meta, step=step, rewinds=saved.rewinds, eval_loss=loss)
 
 
 def _data_of_all(config: Config, workdir: epath.Path) -> TrainingData:
@@ -214,7 +166,7 @@ def run(config: Config, workdir: epath.PathLike, began: float | None = None) -> 
             data = _data_of_all(config, workdir)
         open_collectives()
         about = [*remarks(config, data), *no_evaluation(data), *unchecked(data)]
-        _log("\n".join([describe(config, mesh, data), *about]))
+        say("\n".join([describe(config, mesh, data), *about]))
         watchdog = Watchdog(config.train.step_timeout)
         watchdog.beat("restoring", compiles=True)  # all files are read, and programs compiled
         # Outermost, since a run that ends in an error waits for its save, too.
@@ -236,7 +188,7 @@ def run(config: Config, workdir: epath.PathLike, began: float | None = None) -> 
                 instruments = Instruments(saver, log, profiler, stop, goodput, watchdog, watch)
                 try:
                     if lost:
-                        _log(f"        step {start} has no evaluation yet: it is made now")
+                        say(f"        step {start} has no evaluation yet: it is made now")
                         recorded = metrics.recorded_loss(workdir / "metrics.jsonl", start)
                         make_up(compiled, state, data, config, instruments, recorded)
                     if start < config.train.steps:
@@ -248,11 +200,11 @@ def run(config: Config, workdir: epath.PathLike, began: float | None = None) -> 
             data.train.tell_skips()
         _report(config, workdir, start, int(state.step), stop, evaluated=lost)
         if start < int(state.step):
-            _log(f"goodput      {goodput.report()}")
+            say(f"goodput      {goodput.report()}")
         if int(state.skips.total):
-            _log(f"skipped      {int(state.skips.total)} steps made no update: see metrics.jsonl")
+            say(f"skipped      {int(state.skips.total)} steps made no update: see metrics.jsonl")
         for at, to in watch.rewinds:
-            _log(f"rewound      at step {at}, to the weights of step {to}")
+            say(f"rewound      at step {at}, to the weights of step {to}")
         finished = int(state.step) == config.train.steps and not stop.cut_evaluation
         if finished:
             _print_sample(config, state, data)
@@ -271,21 +223,21 @@ def _report(
     if jax.process_index() != 0:
         return
     if (start < step or evaluated) and (warning := metrics.plot_run(workdir)):
-        _log(warning)
+        say(warning)
     if stop.name and start == step and not evaluated:
-        _log("stopped before the first step; run the same command again to start")
+        say("stopped before the first step; run the same command again to start")
     elif stop.name:
-        _log(f"stopped at step {step}, saved; run the same command again to go on")
+        say(f"stopped at step {step}, saved; run the same command again to go on")
     elif start == step:
-        _log(f"finished already: {workdir} is at step {step} of {config.train.steps}")
+        say(f"finished already: {workdir} is at step {step} of {config.train.steps}")
     else:
-        _log(f"finished at step {step}")
-    _log(f"checkpoints  {workdir / CHECKPOINTS}")
-    _log(f"loss plot    {workdir / 'plots' / 'loss.png'}")
-    _log(f"TensorBoard  tensorboard --logdir={workdir / 'tensorboard'}")
+        say(f"finished at step {step}")
+    say(f"checkpoints  {workdir / CHECKPOINTS}")
+    say(f"loss plot    {workdir / 'plots' / 'loss.png'}")
+    say(f"TensorBoard  tensorboard --logdir={workdir / 'tensorboard'}")
     if step == config.train.steps:
         asked = "--chat" if config.data.template else "--prompt=def"
-        _log(f"samples      python -m llama_jax.generate --checkpoint={workdir} {asked}")
+        say(f"samples      python -m llama_jax.generate --checkpoint={workdir} {asked}")
 
 
 def _print_sample(config: Config, state: TrainState, data: TrainingData) -> None:
@@ -300,63 +252,6 @@ def _print_sample(config: Config, state: TrainState, data: TrainingData) -> None
     try:
         text = complete(config.model, weights, data.tokenizer, [prompt], sampling, context=context)
     except UserError as error:  # the run has finished all the same
-        _log(f"no sample after {prompt!r}: {error}")
+        say(f"no sample after {prompt!r}: {error}")
         return
-    _log(f"\nwhat it writes after {prompt!r}:\n{text[0]}")
-
-
-def main() -> int:
-    """The command; flags are defined below."""
-    if not _WORKDIR.value:
-        raise UserError("--workdir is missing; try --workdir=runs/tiny")
-    began = time.monotonic()
-    run_config = cli.load_config(_CONFIG)
-    chosen = xla_flags.use_preset(_XLA_PRESET.value)
-    means = start_processes(_START_TIMEOUT.value)
-    if means:
-        _log(f"start   {jax.process_count()} processes, found by {means}")
-    if chosen.tpu:
-        _log(f"flags   {chosen}")
-    use_compilation_cache()
-    try:
-        outcome = run(run_config, _WORKDIR.value, began)
-    except Stopped as signal_name:
-        _log(f"\n{signal_name}: stopped, nothing to save; run the same command again to go on")
-        return _STOPPED_STATUS.value
-    if not outcome.finished:
-        return _STOPPED_STATUS.value
-    status = _DAMAGED_STATUS.value if outcome.passed_over else 0
-    if status:
-        _log(
-            f"exit status {status}: trained to the end, but a damaged checkpoint was passed over "
-            "on the way, see above; --damaged_status"
-        )
-    return status
-
-
-if __name__ == "__main__":
-    _CONFIG = cli.config_flag()
-    _WORKDIR = cli.path_flag(
-        "workdir", None, "Folder of the run: config, checkpoints, metrics, plots; local or gs://."
-    )
-    _XLA_PRESET = flags.DEFINE_string("xla_preset", xla_flags.AUTO, xla_flags.HELP)
-    _START_TIMEOUT = flags.DEFINE_integer(
-        "start_timeout", 300, "Seconds to wait for the other processes of the job.", lower_bound=1
-    )
-    _STOPPED_STATUS = flags.DEFINE_integer(
-        "stopped_status",
-        0,
-        "Exit status after SIGTERM, saved but not finished; launchers that restart what fails "
-        "want one that is not 0.",
-        lower_bound=0,
-        upper_bound=255,
-    )
-    _DAMAGED_STATUS = flags.DEFINE_integer(
-        "damaged_status",
-        74,
-        "Exit status after training to the end, where a damaged checkpoint was passed over; not 0, "
-        "so that somebody looks at the disk. launch/retry.sh does not restart after 74.",
-        lower_bound=0,
-        upper_bound=255,
-    )
-    cli.run(main, __doc__)
+    say(f"\nwhat it writes after {prompt!r}:\n{text[0]}")

@@ -397,6 +397,15 @@ def made_state(config, params=None, step=0):
     return TrainState(jax.numpy.full((), step, "int32"), params, opt_state)
 
 
+def restored_state(saver, step, config, shardings):
+    """The state of a saved step, on the mesh of a `TrainState` of shardings."""
+    from llama_jax.sharding import placed
+    from llama_jax.step import TrainState, abstract_state
+
+    target = placed(abstract_state(config), shardings.replace(frozen=None))
+    return TrainState.from_items(saver.restore(step, target.to_items()))
+
+
 def save_checkpoint(folder, config, params, tokenizer_model):
     """A work directory with one saved step of these weights."""
     from llama_jax.checkpoint import Meta
@@ -404,7 +413,8 @@ def save_checkpoint(folder, config, params, tokenizer_model):
 
     folder.mkdir(parents=True, exist_ok=True)
     with Checkpointer(folder, config) as checkpointer:
-        checkpointer.save(made_state(config, params), Meta(config, 0, "made up", tokenizer_model))
+        items = made_state(config, params).to_items()
+        checkpointer.save(items, Meta(config, 0, "made up", tokenizer_model))
     return folder
 
 

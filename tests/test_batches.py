@@ -1,7 +1,6 @@
 import concurrent.futures
 import hashlib
 import itertools
-import json
 import sys
 import threading
 from fractions import Fraction
@@ -19,6 +18,7 @@ from llama_jax.data.batches import (
     coprime_stride,
     permute,
 )
+from llama_jax.data.shard_folder import FORMAT_VERSION, encode_manifest
 from llama_jax.data.shards import TokenDataset
 from llama_jax.errors import UserError
 
@@ -339,14 +339,14 @@ def many_shards(folder, tokenizer, n):
     nothing = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
     train = {"documents": n, "tokens": 4 * n, "text_bytes": 0, "shards": shards}
     manifest = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "settings": {},
         "vocab_size": 300,
         "tokenizer_sha256": tokenizer.fingerprint,
         "skipped": {},
         "splits": {"train": train, "validation": nothing},
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_bytes(encode_manifest(manifest))
     return folder
 
 

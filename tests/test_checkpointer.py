@@ -1,18 +1,22 @@
-"""Saving, and saving that fails."""
+"""Saving, saving that fails, and steps that are damaged."""
 
 import dataclasses
+import json
 import shutil
 import threading
 
+import jax
+import numpy as np
 import pytest
 from etils import epath
 
-from llama_jax import checkpointer as checkpointer_lib
-from llama_jax import manifest
-from llama_jax.checkpoint import Meta
+from llama_jax import manifest, retention, saving
+from llama_jax.checkpoint import DamagedCheckpoint, Meta
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.errors import UserError
-from tests.helpers import TINY, made_state, records, replace
+from llama_jax.events import Events
+from llama_jax.saving import BackgroundSaves
+from tests.helpers import TINY, flip_bit, made_state, records, replace, restored_state
 
 CONFIG = replace(TINY, train__keep_checkpoints=2)
 META = Meta(CONFIG, 0, "data-1", b"tokenizer")
@@ -26,7 +30,7 @@ def state():
 
 def save(saver, state, *steps, **changes):
     for step in steps:
-        saver.save(state, dataclasses.replace(META, step=step, **changes))
+        saver.save(state.to_items(), dataclasses.replace(META, step=step, **changes))
 
 
 def names(workdir):
@@ -95,11 +99,11 @@ def test_failed_saves(state, run, monkeypatch, capsys, limit):
         raise FULL
 
     with monkeypatch.context() as patch:
-        patch.setattr(saver._orbax, "save", full)
+        patch.setattr(saver._background._orbax, "save", full)
         save(saver, state, *range(9, 9 + limit))
     save(saver, state, 20)
     saver.wait()
-    monkeypatch.setattr(saver._orbax, "save", full)
+    monkeypatch.setattr(saver._background._orbax, "save", full)
     save(saver, state, *range(21, 21 + limit))
     with pytest.raises(UserError, match=r"No space left on device; earlier .*step 20 is the new"):
         save(saver, state, 30)
@@ -123,7 +127,7 @@ def test_a_save_that_fails_in_the_background(state, run, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "write", full)
         save(saver, state, 12)
-        saver._join()
+        saver._background.join()
     # It is told at once, and leaves nothing on a disk that is full.
     assert "warning: saving step 12" in capsys.readouterr().out
     assert names(run) == ["4", "8"]
@@ -145,7 +149,7 @@ def test_what_a_failed_save_could_not_free_is_freed_by_the_next(state, run, monk
         patch.setattr(manifest, "write", lambda folder: (_ for _ in ()).throw(FULL))
         patch.setattr(type(epath.Path(run)), "rmtree", busy)
         save(saver, state, 12)
-        saver._join()
+        saver._background.join()
     assert names(run) == ["12.saving", "4", "8"]
     save(saver, state, 16)
     saver.close()
@@ -165,7 +169,7 @@ def test_a_disk_that_is_too_small_is_not_written_to(state, run, monkeypatch, cap
     usage = shutil.disk_usage("/")
     saver = Checkpointer(run, CONFIG)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    monkeypatch.setattr(saver._orbax, "save", lambda *_, **__: pytest.fail("written"))
+    monkeypatch.setattr(saver._background._orbax, "save", lambda *_, **__: pytest.fail("written"))
     save(saver, state, 12)
     assert "it takes 0.00 GB, the disk has 0.00 GB free" in capsys.readouterr().out
     with pytest.raises(UserError, match="the disk has 0.00 GB free"):
@@ -181,11 +185,11 @@ def test_a_bug_is_not_taken_for_a_full_disk(state, run, monkeypatch):
 
 
 def test_an_error_elsewhere_does_not_lose_the_save_before_it(state, run, monkeypatch):
-    write, join, gate = manifest.write, Checkpointer._join, threading.Event()
+    write, join, gate = manifest.write, BackgroundSaves.join, threading.Event()
     monkeypatch.setattr(manifest, "write", lambda folder: (gate.wait(), write(folder)))
     with pytest.raises(KeyError), Checkpointer(run, CONFIG) as saver:
         save(saver, state, 12)
-        monkeypatch.setattr(Checkpointer, "_join", lambda saver: (gate.set(), join(saver))[1])
+        monkeypatch.setattr(BackgroundSaves, "join", lambda save: (gate.set(), join(save))[1])
         raise KeyError
     assert names(run) == ["12", "8"]
 
@@ -193,26 +197,26 @@ def test_an_error_elsewhere_does_not_lose_the_save_before_it(state, run, monkeyp
 @pytest.mark.parametrize("limit", [0, 1])
 def test_a_slow_save_is_told(state, run, monkeypatch, capsys, limit):
     """While it goes on, and by whoever waits for it; it is no failure."""
-    write, say, gate = manifest.write, Checkpointer._say, threading.Event()
+    write, say, gate = manifest.write, Events.say, threading.Event()
     slow = f"warning: saving step 12 to {run}/checkpoints takes longer than 1 s "
     awaited = {"waiting for the save of step 12, begun ", slow if limit else "waiting"}
     said = []
 
-    def noted(saver, text):
-        say(saver, text)
+    def noted(events, text):
+        say(events, text)
         said.append(text)
         if all(any(text.startswith(start) for text in said) for start in awaited):
             gate.set()
 
     monkeypatch.setattr(manifest, "write", lambda folder: (gate.wait(), write(folder)))
-    monkeypatch.setattr(checkpointer_lib, "QUIET_S", 0.1)
-    monkeypatch.setattr(Checkpointer, "_say", noted)
+    monkeypatch.setattr(saving, "QUIET_S", 0.1)
+    monkeypatch.setattr(Events, "say", noted)
     saver = Checkpointer(run, replace(CONFIG, train__save_timeout=limit))
     save(saver, state, 12, 16)
     out = capsys.readouterr().out
     assert "waiting for the save of step 12, begun " in out
     assert (slow in out) == bool(limit)
-    monkeypatch.setattr(checkpointer_lib, "QUIET_S", 60)
+    monkeypatch.setattr(saving, "QUIET_S", 60)
     saver.close()
     assert capsys.readouterr().out == ""
     note = {"step": 12, "event": "save_slow", "seconds": 1}
@@ -239,7 +243,7 @@ def test_a_place_that_cannot_be_written_to(tmp_path):
 def test_an_old_step_that_cannot_be_deleted_keeps_no_other(state, tmp_path, monkeypatch, capsys):
     """It is told once, and tried again."""
     config = replace(CONFIG, train__keep_checkpoints=1)
-    remove, tried = checkpointer_lib.retention.remove, []
+    remove, tried = retention.remove, []
 
     def refuse(folder):
         tried.append(folder.name)
@@ -247,10 +251,79 @@ def test_an_old_step_that_cannot_be_deleted_keeps_no_other(state, tmp_path, monk
             raise PermissionError(1, "Operation not permitted")
         return remove(folder)
 
-    monkeypatch.setattr(checkpointer_lib.retention, "remove", refuse)
+    monkeypatch.setattr(retention, "remove", refuse)
     with Checkpointer(tmp_path, config) as saver:
         save(saver, state, 1, 2, 3, 4)
     assert names(tmp_path) == ["1", "4"]
     assert tried == ["1", "1", "2", "1", "3"]
     said = capsys.readouterr().out
     assert said.count("warning: an old checkpoint could not be deleted: [Errno 1]") == 1
+
+
+# Finding the newest good step, and what happens to those that are not.
+
+
+def restore(saver, step):
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: device, made_state(CONFIG))
+    return restored_state(saver, step, CONFIG, shardings)
+
+
+def damage(run, step):
+    path = max((run / "checkpoints" / str(step) / "params").rglob("d/*"), key=lambda p: p.name)
+    flip_bit(path, 8 * (path.stat().st_size // 2))
+    return path.relative_to(run / "checkpoints" / str(step)).as_posix()
+
+
+def test_a_damaged_step_is_named_and_the_one_before_is_used(state, run, capsys):
+    file = damage(run, 8)
+    with Checkpointer(run, CONFIG) as saver:
+        assert saver.newest_good_step() == 4
+        jax.tree.map(np.testing.assert_array_equal, restore(saver, 4), state)
+        save(saver, state, 8)  # its name is free again
+    reason = f"{file} holds other bytes than were written"
+    aside = run / "checkpoints" / "8.damaged"
+    said = f"damaged checkpoint 8: {reason}; set aside as {aside}, going on from step 4"
+    assert said in capsys.readouterr().out
+    assert records(run) == [
+        {"step": 4, "event": "checkpoint_damaged", "damaged_step": 8, "reason": reason}
+    ]
+    assert names(run) == ["4", "8", "8.damaged"]
+
+
+def test_damage_that_only_the_fingerprint_sees(state, run):
+    """As from a bug, or a machine that computes wrong: the files are what was written."""
+    path = run / "checkpoints" / "8" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["fingerprint"]["params/embed"] ^= 1
+    path.write_text(json.dumps(meta))
+    manifest.write(epath.Path(run / "checkpoints" / "8"))
+    with Checkpointer(run, CONFIG) as saver:
+        assert saver.newest_good_step() == 8
+        with pytest.raises(
+            DamagedCheckpoint, match="does not give back .*: params/embed "
+        ) as caught:
+            restore(saver, 8)
+        saver.mark_damaged(8, str(caught.value))
+        assert saver.newest_good_step() == 4
+    assert names(run) == ["4", "8.damaged"]
+
+
+def test_no_good_step_is_an_error_and_changes_nothing(run):
+    damage(run, 8)
+    (run / "checkpoints" / "4" / "meta" / "metadata").unlink()
+    before = {path: path.stat() for path in run.rglob("*")}
+    for _ in range(2):  # and again
+        with Checkpointer(run, CONFIG) as saver:
+            with pytest.raises(UserError, match=r"no good .*step 8: params/.*step 4: meta/meta"):
+                saver.newest_good_step()
+    after = {path: path.stat() for path in run.rglob("*")}
+    assert {p: s.st_mtime_ns for p, s in before.items() if p.is_file()} == {
+        p: s.st_mtime_ns for p, s in after.items() if p.is_file()
+    }
+    assert before.keys() == after.keys()
+
+
+def test_nothing_saved_yet(tmp_path):
+    with Checkpointer(tmp_path, CONFIG) as saver:
+        assert saver.newest_good_step() is None

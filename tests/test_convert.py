@@ -19,7 +19,7 @@ from llama_jax.interchange.hf import HfSource, HfTarget
 from llama_jax.interchange.loading import load_hf
 from llama_jax.interchange.opening import open_source, parse_place
 from llama_jax.interchange.transfer import convert
-from llama_jax.sharding import param_shardings
+from llama_jax.sharding import param_shardings, placed
 from llama_jax.step import abstract_state
 from tests.helpers import TINY, mesh_of, random_params, replace, shared_step
 
@@ -136,10 +136,9 @@ def test_hugging_face_and_back(name, tmp_path):
     assert (tmp_path / "run" / "config.json").read_text() == meta.config.to_json()
     mesh = mesh_of((1, 1, 1, 1))
     with jax.set_mesh(mesh):
-        shardings = param_shardings(abstract_state(meta.config).params, mesh)
-        jax.tree.map(
-            np.testing.assert_array_equal, load_params(step, meta.config, shardings), params
-        )
+        shapes = abstract_state(meta.config).params
+        target = placed(shapes, param_shardings(shapes, mesh))
+        jax.tree.map(np.testing.assert_array_equal, load_params(step, target), params)
     assert_same(open_source("ckpt", tmp_path / "run"), params)
 
 
@@ -153,7 +152,7 @@ def test_a_trained_checkpoint_goes_out(tmp_path, capfd):
     with jax.set_mesh(mesh):
         state = shared_step(config, mesh).init(jax.random.key(0))
         with Checkpointer(tmp_path / "run", config) as saver:
-            saver.save(state, Meta(config, 5, "data-1", b""))
+            saver.save(state.to_items(), Meta(config, 5, "data-1", b""))
     records = [
         {"step": 3, "loss": 2.5, "tokens_per_second": 1280.0, "chip_seconds": 7000.0},
         # Killed, and resumed from step 2: what was lost was paid for, too.
@@ -187,18 +186,18 @@ def test_a_trained_checkpoint_goes_out(tmp_path, capfd):
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 1, 2)])
 def test_a_trained_checkpoint_is_stored_layer_by_layer(tmp_path, monkeypatch, shape):
     """Where layers are not small; then export reads one at a time."""
-    from llama_jax import checkpointer
+    from llama_jax import saving
     from llama_jax.checkpoint import Meta, find_step, load_params
     from llama_jax.checkpointer import Checkpointer
 
     matrix = TINY.model.dim * TINY.model.ffn_dim * 4
-    monkeypatch.setattr(checkpointer, "LAYER_BYTES", matrix // mesh_of(shape).size)
+    monkeypatch.setattr(saving, "LAYER_BYTES", matrix // mesh_of(shape).size)
     mesh = mesh_of(shape)
     with jax.set_mesh(mesh):
         step = shared_step(TINY, mesh)
         state = step.init(jax.random.key(0))
         with Checkpointer(tmp_path / "run", TINY) as saver:
-            saver.save(state, Meta(TINY, 5, "data-1", b""))
+            saver.save(state.to_items(), Meta(TINY, 5, "data-1", b""))
         source = open_source("ckpt", tmp_path / "run")
         parts = {
             path: source._stores[path].chunk_layout.read_chunk.shape[0] for path in source._stores
@@ -206,7 +205,8 @@ def test_a_trained_checkpoint_is_stored_layer_by_layer(tmp_path, monkeypatch, sh
         assert parts["layers/mlp/w1"] == parts["layers/mlp/w2"] == 1
         assert parts["layers/attn/wq"] == parts["layers/mlp_norm"] == TINY.model.n_layers
         assert_same(source, jax.device_get(state.params))
-        loaded = load_params(find_step(tmp_path / "run"), TINY, step.state_shardings.params)
+        target = placed(abstract_state(TINY).params, step.state_shardings.params)
+        loaded = load_params(find_step(tmp_path / "run"), target)
     jax.tree.map(np.testing.assert_array_equal, loaded, state.params)
 
 
@@ -219,7 +219,7 @@ def test_what_is_written_is_what_orbax_writes(tmp_path):
     with jax.set_mesh(mesh):
         state = shared_step(GROUPED, mesh).init(jax.random.key(0))
         with Checkpointer(tmp_path / "orbax", GROUPED) as saver:
-            saver.save(state, Meta(GROUPED, 0, "data-1", b""))
+            saver.save(state.to_items(), Meta(GROUPED, 0, "data-1", b""))
     convert(Memory(GROUPED, jax.device_get(state.params)), "ckpt", tmp_path / "ours")
 
     def described(name):

@@ -342,13 +342,14 @@ def test_a_long_context_of_scaled_rope(tmp_path):
     params = {}
     convert(source, "ckpt", tmp_path / "run")
     from llama_jax.checkpoint import find_step, load_params
-    from llama_jax.sharding import param_shardings
+    from llama_jax.sharding import param_shardings, placed
     from tests.helpers import mesh_of
 
     mesh = mesh_of((1, 1, 1, 1))
     with jax.set_mesh(mesh):
-        shardings = param_shardings(abstract_state(config).params, mesh)
-        params = load_params(find_step(tmp_path / "run"), config, shardings)
+        shapes = abstract_state(config).params
+        shardings = param_shardings(shapes, mesh)
+        params = load_params(find_step(tmp_path / "run"), placed(shapes, shardings))
         hidden, head, _ = forward(config.model, params, tokens, positions_BT=positions)
     np.testing.assert_allclose(hidden @ head, expected, rtol=0, atol=5e-5)
 

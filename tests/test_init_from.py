@@ -16,12 +16,13 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.fingerprint import fingerprint
 from llama_jax.inference import open_model
-from llama_jax.init_from import first_state, with_tokenizer
 from llama_jax.interchange.loading import load_init
 from llama_jax.interchange.opening import base_context, open_source, tokenizer_file
 from llama_jax.interchange.transfer import convert
 from llama_jax.lora import Adapted
 from llama_jax.model import logits
+from llama_jax.start import first_state, with_tokenizer
+from llama_jax.step import abstract_state
 from tests.helpers import (
     frozen_base,
     mesh_of,
@@ -179,7 +180,7 @@ def finished(adapted, tmp_path_factory):
 def test_the_checkpoint_holds_adapters_and_names_the_base(finished, adapted, bases):
     workdir, state = finished
     folder = checkpoint_lib.find_step(workdir)
-    saved = checkpoint_lib.load_adapters(folder, adapted)
+    saved = checkpoint_lib.load_adapters(folder, abstract_state(adapted).params)
     assert set(saved["layers"]["attn"]) == {"wq", "wo"} and set(saved["layers"]) == {"attn", "mlp"}
     equal(saved, state.params)
     meta = checkpoint_lib.load_meta(folder)

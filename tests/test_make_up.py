@@ -1,6 +1,5 @@
 """An evaluation that a stop has cost is made up for when the run is started again."""
 
-import json
 import shutil
 import signal
 
@@ -179,10 +178,10 @@ def test_a_kill_between_an_evaluation_and_its_save(config, whole, tmp_path, monk
     """The run that goes on comes by there again, and finds the same number."""
     run = tmp_path / "run"
 
-    def killed(saver, state, meta):
+    def killed(saver, items, meta):
         if meta.step == 8:
             raise Killed
-        return save(saver, state, meta)
+        return save(saver, items, meta)
 
     with monkeypatch.context() as patch:
         save = loop.Checkpointer.save
@@ -220,17 +219,6 @@ def test_older_steps_go_when_the_last_turns_out_to_be_best(config, tmp_path, mon
     train(config, tmp_path / "run")
     assert eval_loss(tmp_path / "run", 8) < 5.5
     assert [path.name for path in checkpoints.iterdir()] == ["8"]
-
-
-def test_a_step_of_a_version_without_a_manifest(config, whole, stopped_at_the_end, tmp_path):
-    run = shutil.copytree(stopped_at_the_end, tmp_path / "run")
-    folder = run / "checkpoints" / "8"
-    (folder / "manifest.json").unlink()
-    described = json.loads((folder / "meta" / "metadata").read_text())
-    del described["fingerprint"], described["eval_loss"]
-    (folder / "meta" / "metadata").write_text(json.dumps(described))
-    start_again(config, run, whole)
-    assert not (folder / "manifest.json").exists()
 
 
 def test_a_full_disk_ends_no_run(config, whole, stopped_at_the_end, tmp_path, monkeypatch, capsys):

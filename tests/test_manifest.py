@@ -5,6 +5,7 @@ from etils import epath
 
 from llama_jax import manifest
 from llama_jax.errors import UserError
+from llama_jax.files import encode_entries
 from tests.helpers import flip_bit
 
 
@@ -81,14 +82,9 @@ def test_the_parts_are_the_whole(folder):
 
 def test_without_a_manifest(folder):
     (folder / "manifest.json").unlink()
-    (folder / "meta" / "metadata").write_text('{"step": 7}')
-    assert manifest.is_unverified(folder) and manifest.damage(folder) == ""
-    # A step that was saved with one must have it.
-    (folder / "meta" / "metadata").write_text('{"step": 7, "fingerprint": {}}')
-    assert not manifest.is_unverified(folder)
     assert manifest.damage(folder) == "manifest.json is missing"
-    (folder / "meta" / "metadata").write_text("{")
-    assert manifest.damage(folder) == "manifest.json is missing"
+    with pytest.raises(UserError, match="manifest.json is not as it was written"):
+        manifest.amend(folder, "meta/metadata", b"{}")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +99,7 @@ def test_names_do_not_leave_the_folder(folder):
     """A manifest made up to name a file elsewhere: nothing there is opened."""
     (folder.parent / "secret").write_text("x")
     entry = {"bytes": 1, "sha256": manifest._sha256(folder.parent / "secret")}
-    (folder / "manifest.json").write_text(manifest._encode({"../secret": entry}))
+    (folder / "manifest.json").write_text(encode_entries({"../secret": entry}))
     assert manifest.damage(folder) == "../secret is missing"
 
 

@@ -22,7 +22,7 @@ from llama_jax.data.mixture import MAX_PERIOD, PERIOD, Schedule, shares_by_size,
 from llama_jax.data.pipeline import open_data
 from llama_jax.data.prepare import prepare
 from llama_jax.data.reading import Example
-from llama_jax.data.shard_folder import fingerprint, read_manifest
+from llama_jax.data.shard_folder import encode_manifest, fingerprint, read_manifest
 from llama_jax.data.shard_writer import ShardWriter
 from llama_jax.data.shards import TokenDataset
 from llama_jax.data.show_rows import Screen
@@ -295,7 +295,7 @@ def test_a_manifest_that_does_not_count_its_answers(tokenizer, tmp_path):
     manifest = read_manifest(tmp_path / "a")
     assert manifest["splits"]["train"]["answer_tokens"] == 10
     del manifest["splits"]["train"]["shards"][0]["answer_tokens"]
-    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest | {"format_version": 1}))
+    (tmp_path / "a" / "manifest.json").write_bytes(encode_manifest(manifest))
     with pytest.raises(UserError, match=r"manifest.json is damaged: .*answer_tokens"):
         TokenDataset.open(tmp_path / "a", "train")
 

@@ -14,10 +14,10 @@ from llama_jax.data.prepare import prepare
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.inference import open_model
-from llama_jax.init_from import with_tokenizer
 from llama_jax.interchange.hf import HfSource
 from llama_jax.interchange.opening import open_source, tokenizer_file
 from llama_jax.interchange.transfer import convert
+from llama_jax.start import with_tokenizer
 from tests.chat_templates import said
 from tests.helpers import TINY, random_params, released_json, replace, save_checkpoint, text_config
 from tests.test_answers import CHATML, with_names

@@ -14,21 +14,22 @@ import numpy as np
 import pytest
 from etils import epath
 
-from llama_jax import loop
+from llama_jax import loop, start
 from llama_jax import train as train_lib
-from llama_jax.checkpoint import Meta, find_step
+from llama_jax.checkpoint import Meta, find_step, load_meta
+from llama_jax.checkpointer import Checkpointer
 from llama_jax.cost import parameter_count
 from llama_jax.data.batches import SyntheticBatches
 from llama_jax.data.pipeline import TrainingData, open_data
 from llama_jax.data.shards import TokenDataset
 from llama_jax.errors import UserError
 from llama_jax.goodput import Goodput
-from llama_jax.guards import check_memory, check_workdir
+from llama_jax.guards import check_workdir
 from llama_jax.profiler import Profiler
 from llama_jax.sharding import batch_sharding
 from llama_jax.signals import StopRequest
 from llama_jax.skip_watch import SkipWatch
-from llama_jax.train import train
+from llama_jax.train import check_memory, train
 from llama_jax.watchdog import Watchdog
 from tests.helpers import (
     LOOP_FIELDS,
@@ -50,6 +51,9 @@ class FakeState:
     params: None = None
     frozen: None = None
     skips: Any = dataclasses.field(default_factory=lambda: types.SimpleNamespace(in_row=0))
+
+    def to_items(self):
+        return {"step": self.step}
 
 
 class FakeRun:
@@ -83,9 +87,9 @@ class FakeRun:
         return True
 
     # As saver:
-    def save(self, state, meta):
-        assert state.step == meta.step
-        self.events.append(("save", state.step))
+    def save(self, items, meta):
+        assert items == {"step": meta.step}
+        self.events.append(("save", meta.step))
 
     def wait(self):
         self.events.append(("wait",))
@@ -448,13 +452,13 @@ def test_streamed_data_needs_as_many_processes(corpus, tmp_path, monkeypatch):
     config = text_config(corpus, data__streaming=True, train__steps=3)
     train(config, tmp_path / "run")
     data = open_data(config, epath.Path(tmp_path / "run" / "data"))
-    saver = train_lib.Checkpointer(tmp_path / "run", config)
-    meta = train_lib.load_meta(saver.folder(3))
+    saver = Checkpointer(tmp_path / "run", config)
+    meta = load_meta(saver.folder(3))
     assert len(meta.positions) == 1
     two = dataclasses.replace(meta, positions=meta.positions * 2)
-    monkeypatch.setattr(train_lib, "load_meta", lambda folder: two)
+    monkeypatch.setattr(start, "load_meta", lambda folder: two)
     with pytest.raises(UserError, match=r"positions of 2 process\(es\), and there are 1"):
-        train_lib.initial_state(None, saver, data, config)
+        start.initial_state(None, saver, data, config)
     saver.close()
 
 
@@ -722,7 +726,7 @@ def test_the_seed_changes_weights_and_data(tmp_path, shards, corpus):
         compiled = types.SimpleNamespace(init=init)
         saver = types.SimpleNamespace(newest_good_step=lambda: None)
         with pytest.raises(Stop):
-            train_lib.initial_state(compiled, saver, types.SimpleNamespace(train=None), c)
+            start.initial_state(compiled, saver, types.SimpleNamespace(train=None), c)
     assert seeds[0] != seeds[1]
 
 

@@ -35,7 +35,7 @@ from llama_jax.data.packing import INDEX_DTYPE
 from llama_jax.errors import UserError, boundary, require, typed
 from llama_jax.files import is_object_store, parse_json, read_bytes
 
-FORMAT_VERSION = 2  # 1: no checksum of the manifest, none of the ends of files
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 TOKENIZER = "tokenizer.model"
@@ -89,7 +89,7 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{error}; restore it or prepare the data again") from error
     version = manifest.get("format_version")
-    if version is not None and version not in (1, FORMAT_VERSION):
+    if version is not None and version != FORMAT_VERSION:
         raise UserError(
             f"{path} has format {version!r}, this version reads {FORMAT_VERSION}; prepare the "
             "data again"
@@ -99,7 +99,7 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
             _check_form(manifest)
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}; prepare the data again") from error
-    if version == FORMAT_VERSION and not _is_whole(data, manifest):
+    if not _is_whole(data, manifest):
         raise UserError(
             f"{path} is not as it was written: it is damaged, or was edited; restore it or prepare "
             "the data again"

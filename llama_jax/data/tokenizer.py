@@ -13,6 +13,7 @@ from etils import epath
 
 from llama_jax.data import tiktoken_ranks, tokenizer_process
 from llama_jax.data.hard_texts import HARD_TEXTS
+from llama_jax.data.saved_tokenizer import holds_tokenizer, read_saved
 from llama_jax.data.tokenizer_json import TokenizerJson, with_ends
 from llama_jax.data.vocabularies import MARK, SentencePiece, Vocabulary
 from llama_jax.errors import UserError
@@ -85,10 +86,8 @@ class Tokenizer:
         """
         path, name = epath.Path(path), f"tokenizer {path}"
         try:
-            if (path / "tokenizer").exists():
-                from llama_jax.checkpoint import load_meta
-
-                return cls(load_meta(path).tokenizer_model, name)
+            if holds_tokenizer(path):
+                return cls(read_saved(path), name)
             if path.is_dir():
                 from llama_jax.data import tokenizer_files
 

@@ -63,7 +63,7 @@ class CkptSource:
     """A saved step; each array is compared with its fingerprint when its last layer is read.
 
     Memory is one array of one layer, but where each device of a training held less than
-    `checkpointer.LAYER_BYTES` of it: then one stack of all layers is read at once.
+    `saving.LAYER_BYTES` of it: then one stack of all layers is read at once.
     """
 
     def __init__(self, folder: epath.Path) -> None:
@@ -73,7 +73,7 @@ class CkptSource:
           UserError: it is damaged, or its arrays are not those of its config.
         """
         meta = checkpoint_lib.load_meta(folder)
-        self._wanted = checkpoint_lib.saved_fingerprint(folder, ("params",))
+        self._wanted = checkpoint_lib.saved_fingerprint(folder)
         self._prints = LayerPrints(meta.config.model.n_layers)
         model = meta.config.model
         self.description = describe(folder, meta)
@@ -100,9 +100,8 @@ class CkptSource:
           UserError: it cannot be read, or with its last layer, the array is not what was saved.
         """
         array = self._read(path, layer)
-        if self._wanted:
-            whole = self._prints.add(f"params/{path}", layer, array)
-            checkpoint_lib.refuse_changed(self._folder, difference(self._wanted, whole))
+        whole = self._prints.add(f"params/{path}", layer, array)
+        checkpoint_lib.refuse_changed(self._folder, difference(self._wanted, whole))
         return array
 
     def _read(self, path: str, layer: int | None) -> np.ndarray:

@@ -18,6 +18,7 @@ from llama_jax.interchange.hf import TEKKEN, HfSource
 from llama_jax.interchange.merged import MergedSource
 from llama_jax.interchange.meta import MetaSource
 from llama_jax.interchange.padded import with_rows
+from llama_jax.weights import abstract_trained
 
 FORMATS = ("hf", "meta", "ckpt", "peft")
 
@@ -132,7 +133,7 @@ def saved_adapters(step: epath.Path, base: str = "") -> tuple[Description, Any]:
     described = describe(step, meta)
     config = dataclasses.replace(described.config, init_from=base or meta.config.init_from)
     described = dataclasses.replace(described, config=config)
-    return described, checkpoint_lib.load_adapters(step, config)
+    return described, checkpoint_lib.load_adapters(step, abstract_trained(config))
 
 
 def no_adapters(folder: epath.Path) -> UserError:

@@ -38,21 +38,21 @@ def broken(target, name):
 
 def broken_start(saver):
     """What orbax does at once fails, after the steps that it takes together with the others."""
-    start = saver._orbax.handler.async_save
+    start = saver._background._orbax.handler.async_save
 
     async def fails(*args, **kwargs):
         await start(*args, **kwargs)
         raise FULL
 
-    saver._orbax.handler.async_save = fails
-    return lambda: setattr(saver._orbax.handler, "async_save", start)
+    saver._background._orbax.handler.async_save = fails
+    return lambda: setattr(saver._background._orbax.handler, "async_save", start)
 
 
 # Which process fails, and how.
 FAULTS = {
     "starts": (1, broken_start),
     "writes": (1, small_files),
-    "commits": (0, lambda saver: broken(saver._orbax.handler, "finalize")),
+    "commits": (0, lambda saver: broken(saver._background._orbax.handler, "finalize")),
     "hashes": (0, lambda saver: broken(manifest, "write")),
 }
 
@@ -73,7 +73,7 @@ def main():
             nonlocal state
             # Two programs at once confuse gloo; the loop waits before a save, too.
             state, _ = jax.block_until_ready(compiled.train(state, batch))
-            saver.save(state, Meta(CONFIG, int(state.step), "made up", b""))
+            saver.save(state.to_items(), Meta(CONFIG, int(state.step), "made up", b""))
 
         train_and_save()
         saver.wait()

@@ -8,7 +8,7 @@ error: UserError, OSError, KeyError (a bug) or damage.
 import os
 import runpy
 
-from llama_jax import checkpoint, guards, init_from, loop
+from llama_jax import checkpoint, guards, loop, start
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.data import pipeline
 from llama_jax.errors import UserError
@@ -22,11 +22,11 @@ ERRORS = {
 PLACES = {
     "lock": (guards, "locked"),
     "workdir": (guards, "check_workdir"),
-    "init": (init_from, "check_init"),
+    "init": (start, "check_init"),
     "data": (pipeline, "open_data"),
     "open": (Checkpointer, "__init__"),
-    "first_state": (init_from, "first_state"),
-    "meta": (checkpoint, "load_meta"),
+    "first_state": (start, "first_state"),
+    "meta": (start, "load_meta"),
     "restore": (Checkpointer, "restore"),
     "item": (checkpoint, "_restore_item"),
     "batch": (loop, "stream"),

@@ -26,7 +26,7 @@ def late_rename(source, target, **kwargs):
     return rename(source, target, **kwargs)
 
 
-def save_on_a_full_disk(self, state, meta):
+def save_on_a_full_disk(self, items, meta):
     if meta.step == 8:
         begun.set()
         self._settle()
@@ -34,7 +34,7 @@ def save_on_a_full_disk(self, state, meta):
             shutil.disk_usage = lambda path: collections.namedtuple("U", "free")(1000)
         else:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-    return save(self, state, meta)
+    return save(self, items, meta)
 
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -22,7 +22,7 @@ from llama_jax.fingerprint import fingerprint
 from llama_jax.mesh import make_mesh
 from llama_jax.processes import start_processes
 from llama_jax.step import jit_step
-from tests.helpers import text_config
+from tests.helpers import restored_state, text_config
 
 BATCHES = 3
 
@@ -46,7 +46,7 @@ def main():
         if step is None:
             step, state = 0, compiled.init(jax.random.key(0))
         else:
-            state = saver.restore(step, compiled.state_shardings)
+            state = restored_state(saver, step, config, compiled.state_shardings)
         print("state", json.dumps([step, jax.process_count(), fingerprint(state)]), flush=True)
         shape = (config.train.global_batch, config.train.seq_len)
         data = open_data(config, epath.Path("unused")).train
@@ -58,7 +58,7 @@ def main():
                 state, _ = compiled.train(state, batch)
                 reached = number + 1
         print("batches", json.dumps(hashes), flush=True)
-        saver.save(state, Meta(config, reached, "made up", b""))
+        saver.save(state.to_items(), Meta(config, reached, "made up", b""))
         saver.wait()
 
 

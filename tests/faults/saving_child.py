@@ -14,6 +14,6 @@ with Checkpointer(sys.argv[1], CONFIG) as saver:
     for step in range(first, first + 1000):
         state = state_of(step)
         print(f"saving {step}", flush=True)
-        saver.save(state, Meta(CONFIG, step, "made up", b"tokenizer"))
+        saver.save(state.to_items(), Meta(CONFIG, step, "made up", b"tokenizer"))
         saver.wait()
         print(f"saved {step}", flush=True)

@@ -19,6 +19,7 @@ from tests.helpers import (
     mesh_of,
     random_batch,
     random_params,
+    restored_state,
     shared_step,
 )
 
@@ -52,7 +53,7 @@ def loss_of(state, name):
 
 def save(workdir, state, step):
     with Checkpointer(workdir, TINY) as saver:
-        saver.save(state, Meta(TINY, step, "made up", b"tokenizer"))
+        saver.save(state.to_items(), Meta(TINY, step, "made up", b"tokenizer"))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def restored(workdir):
     """The step that a run would go on from, and its state; what it says goes to stdout."""
     with Checkpointer(workdir, TINY) as saver:
         step = saver.newest_good_step()
-        return step, saver.restore(step, shardings("1"))
+        return step, restored_state(saver, step, TINY, shardings("1"))
 
 
 def is_found(workdir, path, capsys):
@@ -199,7 +200,7 @@ def test_from_8_devices_to_4_to_1_and_back(saved, tmp_path):
     for step, mesh in enumerate(("4", "1", "8 with two axes swapped", "8 devices"), start=8):
         with Checkpointer(workdir, TINY) as saver:
             assert saver.newest_good_step() == step
-            state = saver.restore(step, shardings(mesh))
+            state = restored_state(saver, step, TINY, shardings(mesh))
         assert len(state.params["embed"].sharding.device_set) == int(mesh.split()[0])
         assert fingerprint(state) == prints
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), expected)

@@ -11,13 +11,14 @@ import time
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
-from llama_jax import checkpointer as checkpointer_lib
-from llama_jax import loop, manifest
+from llama_jax import loop, manifest, saving
 from llama_jax import train as train_lib
-from llama_jax.checkpoint import Meta, verify
+from llama_jax.checkpoint import Meta, check_steps
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.errors import UserError
+from llama_jax.events import Events
 from llama_jax.train import train
 from tests.helpers import ROOT, TINY, made_state, random_params, records, replace, until
 
@@ -163,7 +164,7 @@ def test_training_goes_on(kind, workdir, undisturbed, monkeypatch, capsys):
         assert any(reason in line for reason in fault.reason.split("|")), line
     names = sorted(path.name for path in (workdir / "checkpoints").iterdir())
     assert names == ["10", "12", "4"]
-    assert verify(train_lib.epath.Path(workdir))
+    assert not any(reason for _, reason in check_steps(epath.Path(workdir)))
     assert [line["step"] for line in records(workdir) if "loss" in line] == list(range(1, 13))
     assert json.loads((workdir / "goodput.json").read_text())["saved_at_end"]
 
@@ -198,7 +199,7 @@ def events(workdir):
 
 def test_a_disk_that_stalls(workdir, undisturbed, monkeypatch, capsys):
     """The save of step 6 outlasts step 7 and its limit: training goes on, the next save waits."""
-    write, say, said = manifest.write, Checkpointer._say, []
+    write, say, said = manifest.write, Events.say, []
 
     def stalls(folder):
         if folder.name.startswith("6."):
@@ -207,8 +208,8 @@ def test_a_disk_that_stalls(workdir, undisturbed, monkeypatch, capsys):
         write(folder)
 
     monkeypatch.setattr(manifest, "write", stalls)
-    monkeypatch.setattr(Checkpointer, "_say", lambda s, text: (said.append(text), say(s, text)))
-    monkeypatch.setattr(checkpointer_lib, "QUIET_S", 0.2)
+    monkeypatch.setattr(Events, "say", lambda s, text: (said.append(text), say(s, text)))
+    monkeypatch.setattr(saving, "QUIET_S", 0.2)
     state = jax.device_get(train(replace(CONFIG, train__save_timeout=1), workdir))
     jax.tree.map(np.testing.assert_array_equal, state, undisturbed)
     out = capsys.readouterr().out
@@ -222,11 +223,11 @@ def test_a_disk_that_stalls(workdir, undisturbed, monkeypatch, capsys):
 
 HANGS = """
 import sys, threading
-from llama_jax import checkpointer, manifest
+from llama_jax import manifest, saving
 from llama_jax.train import train
 from tests.faults.test_disk import CONFIG
 from tests.helpers import replace
-checkpointer.QUIET_S = 1
+saving.QUIET_S = 1
 manifest.write = lambda folder: threading.Event().wait()
 every = int(sys.argv[2])
 train(replace(CONFIG, train__checkpoint_every=every, train__step_timeout=20), sys.argv[1])
@@ -273,12 +274,12 @@ def test_a_console_that_is_full_ends_no_save(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.print", full)
     state = made_state(TINY, random_params(TINY.model), 3)
     with Checkpointer(tmp_path, TINY) as saver:
-        saver.save(state, Meta(TINY, 3, "made up", b""))
+        saver.save(state.to_items(), Meta(TINY, 3, "made up", b""))
         with pytest.raises(UserError, match="No space left"):
             saver.wait()
         assert list((tmp_path / "checkpoints").iterdir()) == []
         monkeypatch.undo()
-        saver.save(state, Meta(TINY, 3, "made up", b""))
+        saver.save(state.to_items(), Meta(TINY, 3, "made up", b""))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
     assert "saving step 3" in "".join(printed)
 

@@ -18,7 +18,7 @@ from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.errors import UserError
 from llama_jax.guards import check_checkpoint, check_workdir
 from llama_jax.step import abstract_state
-from tests.helpers import TINY, field_names, replace, text_config, with_adapters
+from tests.helpers import TINY, field_names, replace, restored_state, text_config, with_adapters
 from tests.test_train import STEP_FIELDS
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -226,7 +226,7 @@ def test_moments_of_another_dtype_are_not_cast(run, config, moment_dtype):
     shardings = jax.tree.map(lambda _: place, abstract_state(other))
     with Checkpointer(run, other) as saver:
         if moment_dtype == "float32":
-            assert int(saver.restore(3, shardings).step) == 3
+            assert int(restored_state(saver, 3, other, shardings).step) == 3
         else:
             with pytest.raises(UserError, match=r"holds an array .*float32.* config .*bfloat16"):
-                saver.restore(3, shardings)
+                restored_state(saver, 3, other, shardings)

@@ -14,7 +14,7 @@ from llama_jax.data.pipeline import open_data
 from llama_jax.step import jit_step
 from tests.faults.failing_child import FAULTS
 from tests.faults.test_damage import files_of
-from tests.helpers import flip_bit, mesh_of, outputs_of, records, start, text_config
+from tests.helpers import flip_bit, mesh_of, outputs_of, records, restored_state, start, text_config
 
 DEVICES = 8
 
@@ -88,7 +88,7 @@ def test_weights_after_training_on_another_number_of_hosts(shards, tmp_path):
         mesh = mesh_of((1, 1, 1, 1))
         with jax.set_mesh(mesh), Checkpointer(workdir, config) as saver:
             assert saver.newest_good_step() == 9
-            state = saver.restore(9, jit_step(config, mesh).state_shardings)
+            state = restored_state(saver, 9, config, jit_step(config, mesh).state_shardings)
         weights[counts] = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)])
     changed, one = weights.values()
     apart = np.abs(changed - one)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llama_jax.checkpointer import Checkpointer
-from tests.helpers import TINY, made_state, random_params, replace, start
+from tests.helpers import TINY, made_state, random_params, replace, restored_state, start
 
 CONFIG = replace(TINY, model__dim=256, model__ffn_dim=688, model__n_layers=3)
 
@@ -51,7 +51,7 @@ def test_killed_inside_a_save(tmp_path, kills):
         with Checkpointer(tmp_path, CONFIG) as saver:
             step = saver.newest_good_step()
             assert step in (done, done + 1)  # renamed, but killed before it could say so
-            state = saver.restore(step, shardings)
+            state = restored_state(saver, step, CONFIG, shardings)
         jax.tree.map(np.testing.assert_array_equal, state, state_of(step))
         left = sorted((int(path.name) for path in directory.iterdir()), reverse=True)
         kept = list(range(step, max(0, step - CONFIG.train.keep_checkpoints), -1))

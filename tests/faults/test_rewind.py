@@ -10,7 +10,7 @@ from etils import epath
 
 from llama_jax import loop
 from llama_jax import train as train_lib
-from llama_jax.checkpoint import load_meta
+from llama_jax.checkpoint import DamagedCheckpoint, load_meta
 from llama_jax.checkpointer import Checkpointer
 from llama_jax.errors import UserError
 from llama_jax.mesh import make_mesh
@@ -158,10 +158,10 @@ def test_killed_before_it_is_saved_it_rewinds_again(config, rewound, tmp_path, m
     poison(monkeypatch, *BAD)
     save = Checkpointer.save
 
-    def killed(saver, state, meta):
+    def killed(saver, items, meta):
         if meta.step == AT:
             raise KeyboardInterrupt
-        save(saver, state, meta)
+        save(saver, items, meta)
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpointer, "save", killed)
@@ -235,10 +235,10 @@ def test_a_damaged_checkpoint_is_passed_over(config, tmp_path, monkeypatch, caps
     if kind == "fingerprint":
         restore = Checkpointer.restore
 
-        def unlike(saver, step, shardings):
+        def unlike(saver, step, targets):
             if step == 4:
-                raise train_lib.DamagedCheckpoint("not what was saved")
-            return restore(saver, step, shardings)
+                raise DamagedCheckpoint("not what was saved")
+            return restore(saver, step, targets)
 
         monkeypatch.setattr(Checkpointer, "restore", unlike)
     poison(monkeypatch, *BAD, before=damage)
