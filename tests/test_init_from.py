@@ -12,7 +12,7 @@ from etils import epath
 from llama_jax import checkpoint as checkpoint_lib
 from llama_jax import train as train_lib
 from llama_jax.config import LoraConfig
-from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_files import open_tokenizer
 from llama_jax.errors import UserError
 from llama_jax.fingerprint import fingerprint
 from llama_jax.inference import open_model
@@ -132,7 +132,7 @@ def test_the_tokenizer_comes_with_the_weights(config, bases, tokenizer, tmp_path
         with_tokenizer(nothing, folder)
     step = f"ckpt:{bases / 'ckpt' / 'checkpoints' / '0'}"
     begun = with_tokenizer(replace(config, init_from=step), folder)
-    assert Tokenizer.load(begun.data.tokenizer).fingerprint == tokenizer.fingerprint
+    assert open_tokenizer(begun.data.tokenizer).fingerprint == tokenizer.fingerprint
     given = replace(config, init_from=f"hf:{bases / 'hf'}", data__tokenizer="mine.model")
     assert with_tokenizer(given, folder) == given
     assert with_tokenizer(config, folder) == config
@@ -146,7 +146,7 @@ def test_a_run_goes_on_with_its_own_tokenizer_where_the_weights_are_gone(
         with_tokenizer(gone, epath.Path(tmp_path))
     tokenizer.save(tmp_path / "tokenizer.model")
     kept = with_tokenizer(gone, epath.Path(tmp_path)).data.tokenizer
-    assert Tokenizer.load(kept).fingerprint == tokenizer.fingerprint
+    assert open_tokenizer(kept).fingerprint == tokenizer.fingerprint
 
 
 @pytest.mark.parametrize("field", ["tokenizer", "path", "source"])

@@ -10,6 +10,7 @@ from etils import epath
 
 from llama_jax.data.tiktoken_ranks import LLAMA3, LLAMA31, is_tiktoken, tokenizer_json
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_files import open_tokenizer
 from llama_jax.errors import UserError
 from llama_jax.inference import open_model
 from llama_jax.interchange.opening import open_source, tokenizer_file
@@ -127,7 +128,7 @@ def test_mistrals_tekken_is_named(tmp_path, capsys):
     folder = exported(tmp_path / "hf", TINY)
     (folder / "tekken.json").write_text(json.dumps(tekken))
     with pytest.raises(UserError, match="is a tekken file of Mistral's; take the tokenizer.json"):
-        Tokenizer.load(tokenizer_file(f"hf:{folder}"))
+        open_tokenizer(tokenizer_file(f"hf:{folder}"))
     convert(open_source("hf", folder), "ckpt", tmp_path / "run")
     assert "note  " in (said := capsys.readouterr().out) and "tekken.json is not read" in said
 

@@ -12,6 +12,7 @@ from llama_jax.checkpoint import find_step, load_meta
 from llama_jax.data import tokenizer_files
 from llama_jax.data.prepare import prepare
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_files import open_tokenizer
 from llama_jax.errors import UserError
 from llama_jax.inference import open_model
 from llama_jax.interchange.hf import HfSource
@@ -177,7 +178,7 @@ def test_the_added_tokens_are_kept_everywhere(way, folders, corpus, tmp_path):
     config = text_config(corpus, init_from=f"hf:{folders / way}", model__vocab_size=304)
     begun = with_tokenizer(config, epath.Path(tmp_path))
     assert begun.data.tokenizer == tokenizer_file(f"hf:{folders / way}")
-    assert Tokenizer.load(begun.data.tokenizer).same_ids(kept)
+    assert open_tokenizer(begun.data.tokenizer).same_ids(kept)
     report = prepare(replace(begun, init_from=""), tmp_path / "shards", log=quiet)[0]
     assert report.splits["train"]["tokens"]
     assert Tokenizer.load(tmp_path / "shards" / "tokenizer.model").vocab_size == 302
@@ -188,12 +189,12 @@ def test_the_ids_are_those_of_the_tokenizers_library(folders, two_more):
     whole = tokenizers.Tokenizer.from_str(two_more.decode())
     text = "<|im_start|>user\nabc<|im_end|>\n<|im_start|>assistant\n"
     expected = whole.encode(text, add_special_tokens=False).ids
-    assert Tokenizer.load(folders / "json").encode(text, special=True) == expected
+    assert open_tokenizer(folders / "json").encode(text, special=True) == expected
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match="has no tokenizer.model and no tokenizer.json"):
-        Tokenizer.load(tmp_path)
+        open_tokenizer(tmp_path)
 
 
 @pytest.mark.parity
@@ -203,7 +204,7 @@ def test_the_ids_are_those_of_transformers(way, folders):
     import transformers
 
     theirs = transformers.AutoTokenizer.from_pretrained(folders / way)
-    ours = Tokenizer.load(tokenizer_file(f"hf:{folders / way}"))
+    ours = open_tokenizer(tokenizer_file(f"hf:{folders / way}"))
     assert len(theirs) == ours.vocab_size == 302
     for text in ("abc  def", "ghi\n\nfed", "jab é"):
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)

@@ -11,6 +11,7 @@ from llama_jax.data.documents import documents
 from llama_jax.data.mixture import parse_shares
 from llama_jax.data.reading import Tally
 from llama_jax.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_tokenizer
+from llama_jax.data.tokenizer_files import open_tokenizer
 from llama_jax.data.vocabulary_size import check_ids, trained_size
 from llama_jax.errors import UserError
 
@@ -36,7 +37,7 @@ def find_or_train(
     """
     size = trained_size(config)
     if config.data.tokenizer:
-        tokenizer = Tokenizer.load(config.data.tokenizer)
+        tokenizer = open_tokenizer(config.data.tokenizer)
         ids = tokenizer.vocab_size
         check_ids(ids, config, f"tokenizer {config.data.tokenizer} has {ids} ids")
         return tokenizer

@@ -27,6 +27,7 @@ from llama_jax.data.shards import TokenDataset
 from llama_jax.data.streaming import StreamingBatches
 from llama_jax.data.templates import BUILT_IN, end_ids, from_json, open_choice
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_files import open_tokenizer
 from llama_jax.data.vocabulary_size import check_ids, trained_size
 from llama_jax.errors import UserError
 
@@ -154,7 +155,7 @@ def _check_tokenizer(choice: str, dataset: TokenDataset) -> None:
     """
     if not choice or not epath.Path(choice).exists():
         return
-    if not Tokenizer.load(choice).same_ids(dataset.tokenizer()):
+    if not open_tokenizer(choice).same_ids(dataset.tokenizer()):
         raise UserError(
             f"the shards in {dataset.folder} were made with another tokenizer than {choice} "
             "(data.tokenizer, or that of the weights in init_from); prepare them again with this "
@@ -226,7 +227,7 @@ def _open_stream(config: Config, folder: epath.Path) -> TrainingData:
             print("\n".join(tally.lines("skipped", "changed")), flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
-    tokenizer = Tokenizer.load(path)
+    tokenizer = open_tokenizer(path)
     ids = tokenizer.vocab_size
     check_ids(ids, config, f"tokenizer {path} has {ids} ids")
     stream = StreamingBatches(data, tokenizer, config.train.seq_len, (folder.parent,))

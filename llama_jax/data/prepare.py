@@ -23,6 +23,7 @@ from llama_jax.data.mixture import parse_shares
 from llama_jax.data.reading import Part, Tally
 from llama_jax.data.report import Report, report_of
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_files import open_tokenizer
 from llama_jax.data.vocabulary_size import trained_size
 from llama_jax.data.workers import parts_done, write_parts
 from llama_jax.errors import UserError
@@ -160,7 +161,7 @@ def _template(data: DataConfig) -> bytes:
     place = epath.Path(data.tokenizer)
     beside = (place if place.is_dir() else place.parent) / "tokenizer_config.json"
     config = read_json(beside) if beside.exists() else {}
-    tokenizer = Tokenizer.load(data.tokenizer)
+    tokenizer = open_tokenizer(data.tokenizer)
     return templates.to_json(templates.open_choice(data.template, tokenizer, config))
 
 
@@ -168,7 +169,7 @@ def _settings(config: Config, source: str, template: bytes) -> dict[str, Any]:
     """What the shards depend on; another value would give other shards."""
     data = config.data
     instructions = {"template": hashlib.sha256(template).hexdigest()} if template else {}
-    given = Tokenizer.load(data.tokenizer) if data.tokenizer else None
+    given = open_tokenizer(data.tokenizer) if data.tokenizer else None
     separator = {"separator": cutting.separator_of(data)} if data.separator else {}
     return {
         **instructions,

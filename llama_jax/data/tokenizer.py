@@ -13,7 +13,6 @@ from etils import epath
 
 from llama_jax.data import tiktoken_ranks, tokenizer_process
 from llama_jax.data.hard_texts import HARD_TEXTS
-from llama_jax.data.saved_tokenizer import holds_tokenizer, read_saved
 from llama_jax.data.tokenizer_json import TokenizerJson, with_ends
 from llama_jax.data.vocabularies import MARK, SentencePiece, Vocabulary
 from llama_jax.errors import UserError
@@ -78,25 +77,13 @@ class Tokenizer:
     def load(cls, path: epath.PathLike) -> "Tokenizer":
         """Reads a `.model` file or a `tokenizer.json`, with the tokenizer_config.json beside it.
 
-        The folder of a saved step stands for its tokenizer, one of Hugging Face for the tokenizer
-        that fits its model (`tokenizer_files`).
+        `tokenizer_files.open_tokenizer` also reads folders.
 
         Raises:
           UserError: it cannot be read, or is none.
         """
         path, name = epath.Path(path), f"tokenizer {path}"
         try:
-            if holds_tokenizer(path):
-                return cls(read_saved(path), name)
-            if path.is_dir():
-                from llama_jax.data import tokenizer_files
-
-                chosen = tokenizer_files.choose_in(path)
-                if chosen is None:
-                    raise UserError(f"{path} has no tokenizer.model and no tokenizer.json")
-                if chosen.plain:
-                    return cls.load(path / chosen.file)
-                return cls(chosen.content, name)
             model_bytes = path.read_bytes()
             config, more = (
                 _beside(path, file) for file in ("tokenizer_config.json", "special_tokens_map.json")

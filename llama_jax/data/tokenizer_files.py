@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from llama_jax.data import tiktoken_ranks
+from llama_jax.data.saved_tokenizer import holds_tokenizer, read_saved
 from llama_jax.data.tiktoken_ranks import is_tiktoken
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.data.vocabularies import model_proto
@@ -268,3 +269,27 @@ def choose_in(folder: epath.Path) -> Choice | None:
     names = (MODEL, JSON, ADDED, CONFIG)
     files = {name: read_bytes(folder / name) for name in names if (folder / name).exists()}
     return choose(files, rows_of(folder), str(folder))
+
+
+def open_tokenizer(place: epath.PathLike) -> Tokenizer:
+    """Reads the tokenizer that a path stands for, as `data.tokenizer` names it.
+
+    Args:
+      place: a tokenizer's file, a folder of Hugging Face, of whose tokenizers the one that fits the
+        model is taken, or the folder of a saved step.
+
+    Raises:
+      UserError: it cannot be read, or is none.
+    """
+    path, name = epath.Path(place), f"tokenizer {place}"
+    try:
+        if holds_tokenizer(path):
+            return Tokenizer(read_saved(path), name)
+        if not path.is_dir():
+            return Tokenizer.load(path)
+        chosen = choose_in(path)
+    except OSError as error:
+        raise UserError(f"cannot read tokenizer {path}: {error.strerror or error}") from error
+    if chosen is None:
+        raise UserError(f"{path} has no tokenizer.model and no tokenizer.json")
+    return Tokenizer.load(path / chosen.file) if chosen.plain else Tokenizer(chosen.content, name)

@@ -13,7 +13,7 @@ from etils import epath
 from llama_jax import manifest
 from llama_jax.checkpoint import load_meta
 from llama_jax.config import Config, LoraConfig
-from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_files import open_tokenizer
 from llama_jax.errors import UserError
 from llama_jax.fingerprint import fingerprint
 from llama_jax.inference import open_model
@@ -100,7 +100,7 @@ def begun(place, scratch):
     mesh = mesh_of((1, 1, 1, 1))
     with jax.set_mesh(mesh):
         params = load_init(config, param_shardings(abstract_state(config).params, mesh))
-    return fingerprint(params), Tokenizer.load(config.data.tokenizer).model_bytes
+    return fingerprint(params), open_tokenizer(config.data.tokenizer).model_bytes
 
 
 def opened(place, scratch):
