@@ -23,14 +23,15 @@ import jax
 from absl import flags
 from etils import epath
 
-from llama_jax import cli, manifest
-from llama_jax.checkpoint import Meta
-from llama_jax.checkpointer import Checkpointer
+from llama_jax.checkpoint import manifest
+from llama_jax.checkpoint.checkpointer import Checkpointer
+from llama_jax.checkpoint.fingerprint import fingerprint
+from llama_jax.checkpoint.saved_step import Meta
+from llama_jax.cli import command
 from llama_jax.data.batches import SyntheticBatches
 from llama_jax.data.loader import stream
-from llama_jax.fingerprint import fingerprint
-from llama_jax.mesh import make_mesh
-from llama_jax.step import jit_step
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.train.step import jit_step
 
 _WARMUP = 5  # steps
 
@@ -60,7 +61,7 @@ def in_turns(turn: Callable[[bool], Times], pairs: int) -> Iterator[tuple[Times,
 
 def main() -> None:
     """Trains on synthetic tokens, with and without saves, and times the parts of one."""
-    config = cli.load_config(_CONFIG)
+    config = command.load_config(_CONFIG)
     train, every, pairs = config.train, _EVERY.value, _PAIRS.value
     mesh = make_mesh(config.mesh, config.dcn)
     source = SyntheticBatches(config.model.vocab_size, train.seq_len, train.global_batch, 0)
@@ -141,9 +142,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = cli.config_flag()
+    _CONFIG = command.config_flag()
     _EVERY = flags.DEFINE_integer("every", 100, "Steps between saves.", lower_bound=1)
     _PAIRS = flags.DEFINE_integer(
         "pairs", 4, "Turns with a save, each beside one without.", lower_bound=2
     )
-    cli.run(main, __doc__)
+    command.run(main, __doc__)

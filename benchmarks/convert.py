@@ -25,15 +25,15 @@ import ml_dtypes
 import numpy as np
 from absl import app, flags, logging
 
-from llama_jax import checkpoint as checkpoint_lib
-from llama_jax.checkpointer import Checkpointer
+from llama_jax.checkpoint import saved_step
+from llama_jax.checkpoint.checkpointer import Checkpointer
+from llama_jax.checkpoint.fingerprint import LayerPrints
 from llama_jax.config import Config, ModelConfig
-from llama_jax.cost import parameter_count
-from llama_jax.fingerprint import LayerPrints
 from llama_jax.interchange import formats
 from llama_jax.interchange.ckpt import CkptSource
 from llama_jax.interchange.transfer import convert
-from llama_jax.step import TrainState, abstract_state
+from llama_jax.model.cost import parameter_count
+from llama_jax.train.step import TrainState, abstract_state
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Many layers, each much smaller than all of them.
@@ -107,7 +107,7 @@ def save_trained(config: Config, workdir: pathlib.Path) -> None:
     params = jax.tree.map(numbered, abstract_state(config).params)
     state = TrainState(jax.numpy.ones((), "int32"), params, opt_state=())
     with Checkpointer(workdir, config) as saver:
-        saver.save(state.to_items(), checkpoint_lib.Meta(config, 1, "none", b""))
+        saver.save(state.to_items(), saved_step.Meta(config, 1, "none", b""))
 
 
 class Unprinted(LayerPrints):
@@ -124,7 +124,7 @@ def check(folder: pathlib.Path, pairs: int = 7) -> dict[str, Any]:
     convert(Repeated(Config(model=model)), "ckpt", folder / "run")
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for checked in (True, False) * (pairs + 1):
-        source = CkptSource(checkpoint_lib.find_step(folder / "run"))
+        source = CkptSource(saved_step.find_step(folder / "run"))
         if not checked:
             source._prints = Unprinted(model.n_layers)
         start = time.perf_counter()

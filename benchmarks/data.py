@@ -24,19 +24,22 @@ import sentencepiece
 from absl import flags
 from etils import epath
 
-from llama_jax import cli
+from llama_jax.cli import command as command_lib
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from llama_jax.data import loader, prepare, shard_folder, show, show_plot
+from llama_jax.data import loader
 from llama_jax.data.batches import Batches
-from llama_jax.data.blocks import BLOCK_BYTES, BlockSums, encode_sums
-from llama_jax.data.documents import documents
 from llama_jax.data.mixture import parse_shares
-from llama_jax.data.packing import pack_documents
-from llama_jax.data.reading import Tally
-from llama_jax.data.shards import TokenDataset
-from llama_jax.data.show_rows import Screen
-from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.data.prepare import job
+from llama_jax.data.shards import layout
+from llama_jax.data.shards.block_checksums import BLOCK_BYTES, BlockSums, encode_sums
+from llama_jax.data.shards.packing import pack_documents
+from llama_jax.data.shards.reader import TokenDataset
+from llama_jax.data.show import plot, summary
+from llama_jax.data.show.rows import Screen
+from llama_jax.data.sources.documents import documents
+from llama_jax.data.sources.part import Tally
 from llama_jax.errors import UserError
+from llama_jax.text.tokenizer import Tokenizer, train_tokenizer
 
 SEQ_LEN, BATCH, VOCAB = 2048, 64, 8192
 TRAIN = TrainConfig(seq_len=SEQ_LEN, global_batch=BATCH)
@@ -87,7 +90,7 @@ def write_fake_shards(
         for kind, array in arrays.items():
             path = epath.Path(folder) / f"{name}.{kind}"
             array.tofile(path)
-            ends[kind] = shard_folder.ends_sha256(path, array.nbytes)
+            ends[kind] = layout.ends_sha256(path, array.nbytes)
             digests[kind] = hashlib.sha256(array.tobytes()).hexdigest()
         shard = {
             "name": name,
@@ -103,13 +106,13 @@ def write_fake_shards(
             sums = BlockSums()
             sums.add(arrays["bin"].tobytes())
             content = encode_sums({"bin": sums})
-            (folder / f"{name}.{shard_folder.CRC}").write_bytes(content)
+            (folder / f"{name}.{layout.CRC}").write_bytes(content)
             shard["crc_sha256"] = hashlib.sha256(content).hexdigest()
         listed.append(shard)
-    tokenizer.save(folder / shard_folder.TOKENIZER)
+    tokenizer.save(folder / layout.TOKENIZER)
     empty: dict[str, object] = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
     manifest = {
-        "format_version": shard_folder.FORMAT_VERSION,
+        "format_version": layout.FORMAT_VERSION,
         "settings": {"pack_len": pack_len},
         "vocab_size": VOCAB,
         "tokenizer_sha256": tokenizer.fingerprint,
@@ -119,7 +122,7 @@ def write_fake_shards(
             "validation": empty,
         },
     }
-    (folder / shard_folder.MANIFEST).write_bytes(shard_folder.encode_manifest(manifest))
+    (folder / layout.MANIFEST).write_bytes(layout.encode_manifest(manifest))
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
@@ -224,7 +227,7 @@ def measure_tokenise(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterat
         theirs.append(cpu_seconds(lambda: library.encode(texts, num_threads=1)))
         output = root / f"tokenise{number}"
         ours.append(
-            cpu_seconds(lambda: prepare.prepare(config, output, log=lambda line: None))  # noqa: B023
+            cpu_seconds(lambda: job.prepare(config, output, log=lambda line: None))  # noqa: B023
         )
         ratios.append(theirs[-1] / ours[-1])
     yield {
@@ -252,10 +255,10 @@ def measure_startup(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterato
             "cpu_seconds": round(cpu, 3),
         }
     began = time.perf_counter()
-    prepared = show.open_prepared(root / "many")
-    show.summary(prepared, 0, Screen())
-    list(show.show_rows(prepared, 0, 3, Screen()))
-    show_plot.plot(prepared, epath.Path(root / "many.png"))
+    prepared = summary.open_prepared(root / "many")
+    summary.summary(prepared, 0, Screen())
+    list(summary.show_rows(prepared, 0, 3, Screen()))
+    plot.plot(prepared, epath.Path(root / "many.png"))
     seconds = time.perf_counter() - began
     yield {"benchmark": "show", "shards": count, "seconds": round(seconds, 3)}
 
@@ -264,9 +267,9 @@ def measure_verify(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator
     """GB per second of `prepare --verify`, all threads together, from the page cache."""
     write_fake_shards(root / "verify", tokenizer, 16, 50_000_000)
     began, cpu = time.perf_counter(), time.process_time()
-    assert shard_folder.verify(root / "verify") == []
+    assert layout.verify(root / "verify") == []
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    gigabytes = sum(shard_folder.file_sizes(epath.Path(root / "verify")).values()) / 1e9
+    gigabytes = sum(layout.file_sizes(epath.Path(root / "verify")).values()) / 1e9
     yield {
         "benchmark": "verify",
         "gb": round(gigabytes, 2),
@@ -283,7 +286,7 @@ def _peak_of(target: str, megabytes: int, root: str, queue: multiprocessing.Queu
             str(folder / "tokenizer.model"),
             validation_fraction=0.0,
         )
-        prepare.prepare(config, folder / f"prepared{megabytes}", log=lambda line: None)
+        job.prepare(config, folder / f"prepared{megabytes}", log=lambda line: None)
     else:
         dataset = TokenDataset.open(folder / f"prepared{megabytes}", "train")
         batches = Batches({"": dataset}, SEQ_LEN, BATCH, 0)
@@ -347,4 +350,4 @@ if __name__ == "__main__":
     _MEGABYTES = flags.DEFINE_integer(
         "megabytes", 100, "Size of the smaller corpus of the memory measurement.", lower_bound=1
     )
-    cli.run(main, __doc__)
+    command_lib.run(main, __doc__)

@@ -18,13 +18,13 @@ from collections.abc import Iterator
 
 import jax
 
-from llama_jax import cli
-from llama_jax.chat import open_template
-from llama_jax.continuation import additions
-from llama_jax.data.chat_template import ChatTemplate
-from llama_jax.data.conversations import messages_of
-from llama_jax.decode import Sampling
-from llama_jax.inference import InferenceModel, open_model
+from llama_jax.cli import command as command_lib
+from llama_jax.data.sources.conversations import messages_of
+from llama_jax.inference.chat import open_template
+from llama_jax.inference.decode import Sampling
+from llama_jax.inference.generation import additions
+from llama_jax.inference.loaded_model import InferenceModel, open_model
+from llama_jax.text.chat_template import ChatTemplate
 
 ROOT = pathlib.Path(__file__).parents[1]
 ASKED = {
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=640, help="questions to train on")
     parser.add_argument("--test", type=int, default=80, help="questions held out")
     options, flags = parser.parse_known_args()
-    cli.quieten_libraries()
+    command_lib.quieten_libraries()
     if not (pathlib.Path(options.base) / "checkpoints").exists():
         sys.exit(f"error: there is no base in {options.base}; make it with: make train")
     train, test = split(options.train, options.test, seed=0)

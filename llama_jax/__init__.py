@@ -16,6 +16,6 @@ def _is_run_as_command() -> bool:
 
 
 if _is_run_as_command():
-    from llama_jax import interrupts
+    from llama_jax.cli import interrupts
 
     interrupts.end_quietly()

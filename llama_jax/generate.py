@@ -27,29 +27,29 @@ from collections.abc import Iterator
 import jax
 from absl import flags
 
-from llama_jax import cli
-from llama_jax.chat import Conversation, converse, ending_turns, open_template
-from llama_jax.continuation import Addition, Stopwatch, additions, show_in_order
-from llama_jax.data.chat_template import DEFAULT
-from llama_jax.decode import Sampling, check_prompts
+from llama_jax.cli import command as command_lib
 from llama_jax.errors import UserError
-from llama_jax.inference import InferenceModel, open_model
-from llama_jax.prompts import Request, read_messages, read_prompts
+from llama_jax.inference.chat import Conversation, converse, ending_turns, open_template
+from llama_jax.inference.decode import Sampling, check_prompts
+from llama_jax.inference.generation import Addition, Stopwatch, additions, show_in_order
+from llama_jax.inference.loaded_model import InferenceModel, open_model
+from llama_jax.inference.prompts import Request, read_messages, read_prompts
+from llama_jax.text.chat_template import DEFAULT
 
 # New tokens at most, where --max_tokens does not say: an answer is rarely longer.
 PROMPT_TOKENS, CHAT_TOKENS = 128, 512
 # Tokens of one program where nobody watches them come.
 UNWATCHED = 32
 
-_CHECKPOINT = cli.path_flag(
+_CHECKPOINT = command_lib.path_flag(
     "checkpoint", None, "Work directory (its newest step), or the folder of one step."
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to continue; repeat it for a batch.")
-_PROMPTS = cli.path_flag("prompts", None, "File of prompts, instead of --prompt.")
-_MESSAGES = cli.path_flag(
+_PROMPTS = command_lib.path_flag("prompts", None, "File of prompts, instead of --prompt.")
+_MESSAGES = command_lib.path_flag(
     "messages", None, "File of conversations, instead of --prompt: a .jsonl file."
 )
-_CHAT_TEMPLATE = cli.path_flag(
+_CHAT_TEMPLATE = command_lib.path_flag(
     "chat_template",
     None,
     "Chat template for prompts and messages: its name in the checkpoint (default is the usual "
@@ -66,7 +66,7 @@ _SPECIAL = flags.DEFINE_bool(
 )
 _JSON = flags.DEFINE_bool("json", False, "Print a line of JSON for each prompt.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts that are continued at a time.")
-_BASE = cli.path_flag(
+_BASE = command_lib.path_flag(
     "base",
     "",
     "Weights below the adapters of a LoRA checkpoint, as hf:DIR, meta:DIR or ckpt:DIR; empty: "
@@ -178,4 +178,4 @@ def _batch(
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    command_lib.run(main, __doc__)

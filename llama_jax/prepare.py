@@ -23,13 +23,14 @@ from typing import Any
 
 from absl import flags
 
-from llama_jax import cli
-from llama_jax.data import prepare, shard_folder
+from llama_jax.cli import command as command_lib
+from llama_jax.data.prepare import job
+from llama_jax.data.shards import layout
 from llama_jax.errors import UserError
 
-_CONFIG = cli.config_flag()
-_OUTPUT = cli.path_flag("output", None, "Folder to make, or an empty one; local or gs://.")
-_VERIFY = cli.path_flag(
+_CONFIG = command_lib.config_flag()
+_OUTPUT = command_lib.path_flag("output", None, "Folder to make, or an empty one; local or gs://.")
+_VERIFY = command_lib.path_flag(
     "verify", None, "Check the shards in this folder, of one source or several, and stop."
 )
 _RESTART = flags.DEFINE_bool(
@@ -68,13 +69,13 @@ def main() -> int | None:
     """The command."""
     if _VERIFY.value:
         damaged = []
-        for folder in shard_folder.source_folders(_VERIFY.value).values():
+        for folder in layout.source_folders(_VERIFY.value).values():
             began = time.monotonic()
-            found = shard_folder.verify(folder)
+            found = layout.verify(folder)
             seconds = time.monotonic() - began
             damaged += [str(folder / name) for name in found]
             if not found:
-                gigabytes = sum(shard_folder.file_sizes(folder).values()) / 1e9
+                gigabytes = sum(layout.file_sizes(folder).values()) / 1e9
                 speed = f"{gigabytes:,.3f} GB at {gigabytes / seconds:.2f} GB/s"
                 print(f"{folder}: every file is as the manifest says ({speed})")
         if damaged:
@@ -82,10 +83,10 @@ def main() -> int | None:
         return None
     if not _OUTPUT.value:
         raise UserError("--output is missing; try --output=shards")
-    config = cli.load_config(_CONFIG)
+    config = command_lib.load_config(_CONFIG)
     try:
         with _stoppable():
-            prepare.prepare(config, _OUTPUT.value, beam_options=_BEAM.value, restart=_RESTART.value)
+            job.prepare(config, _OUTPUT.value, beam_options=_BEAM.value, restart=_RESTART.value)
     except KeyboardInterrupt as stopped:
         number = signal.Signals(*stopped.args or (signal.SIGINT,))
         with contextlib.suppress(OSError):  # the terminal may be gone
@@ -95,4 +96,4 @@ def main() -> int | None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    command_lib.run(main, __doc__)

@@ -35,7 +35,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(corpus):
     """A tokenizer of 300 ids, trained on the corpus."""
-    from llama_jax.data.tokenizer import train_tokenizer
+    from llama_jax.text.tokenizer import train_tokenizer
 
     return train_tokenizer([path.read_text() for path in sorted(corpus.iterdir())], 300)
 
@@ -43,7 +43,7 @@ def tokenizer(corpus):
 @pytest.fixture(scope="session")
 def shards(corpus, tmp_path_factory):
     """A folder of prepared shards; tests must not change it (copy it first)."""
-    from llama_jax.data.prepare import prepare
+    from llama_jax.data.prepare.job import prepare
 
     folder = tmp_path_factory.mktemp("prepared") / "shards"
     prepare(helpers.text_config(corpus), folder, log=lambda line: None)
@@ -54,7 +54,7 @@ def shards(corpus, tmp_path_factory):
 def one_device():
     """A mesh of one device."""
     from llama_jax.config import MeshConfig
-    from llama_jax.mesh import make_mesh
+    from llama_jax.parallel.mesh import make_mesh
 
     return make_mesh(MeshConfig(), devices=jax.devices()[:1])
 
@@ -63,7 +63,7 @@ def one_device():
 def shared_steps():
     """Runs in this process take their compiled step from those before, where it is the same."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llama_jax.train.jit_step", helpers.shared_step)
+        patch.setattr("llama_jax.train.run.jit_step", helpers.shared_step)
         yield
 
 

@@ -29,8 +29,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 # What the commands import, also when they need it. Not those that define flags when they are
 # imported: they run once more, and a flag can be defined once.
 PRELOADED = (
-    *(f"llama_jax.{name}" for name in ("train", "generate", "evaluate", "convert")),
-    *(f"llama_jax.data.{name}" for name in ("prepare", "show", "show_plot")),
+    *("llama_jax.cli.command", "llama_jax.train.run", "llama_jax.data.prepare.job"),
+    *(f"llama_jax.data.show.{name}" for name in ("summary", "plot")),
+    *(f"llama_jax.inference.{name}" for name in ("chat", "perplexity")),
+    "llama_jax.interchange.transfer",
     *("tensorflow", "tensorboardX", "matplotlib.pyplot", "tokenizers", "pyarrow.parquet"),
     "tests.helpers",
 )
@@ -198,7 +200,7 @@ def _set_streams(encoding):
 
 def main():
     """The server, and in each fork the command."""
-    from llama_jax.cli import quieten_libraries
+    from llama_jax.cli.command import quieten_libraries
 
     requests = socket.socket(fileno=int(sys.argv[1]))
     quieten_libraries()

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
-from llama_jax.mesh import make_mesh
-from llama_jax.step import jit_step
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.train.step import jit_step
 from tests.forks import Fork
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -185,7 +185,7 @@ def random_params(config, seed=0):
 
 def random_adapters(config, seed=1):
     """Adapters of which both matrices count, in NumPy."""
-    from llama_jax.lora import init_adapters
+    from llama_jax.model.lora import init_adapters
 
     shapes = jax.eval_shape(
         lambda key: init_adapters(config.model, config.lora, key), jax.random.key(0)
@@ -196,7 +196,7 @@ def random_adapters(config, seed=1):
 
 def frozen_base(config, params):
     """Parameters in NumPy as the base below adapters."""
-    from llama_jax.lora import freeze
+    from llama_jax.model.lora import freeze
 
     def leaf(path, x):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -388,8 +388,8 @@ def released_json(tokenizer):
 
 def made_state(config, params=None, step=0):
     """A state with these weights and fresh moments, on one device; nothing is compiled for it."""
-    from llama_jax.optim import make_optimizer
-    from llama_jax.step import TrainState
+    from llama_jax.train.optimizer import make_optimizer
+    from llama_jax.train.step import TrainState
 
     params = random_params(config.model) if params is None else params
     params = jax.tree.map(jax.numpy.asarray, params)
@@ -399,8 +399,8 @@ def made_state(config, params=None, step=0):
 
 def restored_state(saver, step, config, shardings):
     """The state of a saved step, on the mesh of a `TrainState` of shardings."""
-    from llama_jax.sharding import placed
-    from llama_jax.step import TrainState, abstract_state
+    from llama_jax.parallel.sharding import placed
+    from llama_jax.train.step import TrainState, abstract_state
 
     target = placed(abstract_state(config), shardings.replace(frozen=None))
     return TrainState.from_items(saver.restore(step, target.to_items()))
@@ -408,8 +408,8 @@ def restored_state(saver, step, config, shardings):
 
 def save_checkpoint(folder, config, params, tokenizer_model):
     """A work directory with one saved step of these weights."""
-    from llama_jax.checkpoint import Meta
-    from llama_jax.checkpointer import Checkpointer
+    from llama_jax.checkpoint.checkpointer import Checkpointer
+    from llama_jax.checkpoint.saved_step import Meta
 
     folder.mkdir(parents=True, exist_ok=True)
     with Checkpointer(folder, config) as checkpointer:
@@ -420,7 +420,7 @@ def save_checkpoint(folder, config, params, tokenizer_model):
 
 def write_manifest(folder, tokenizer, pack_len, vocab_size=None, **splits):
     """Completes a folder of shards that a `ShardWriter` has written, split by split."""
-    from llama_jax.data.shard_folder import FORMAT_VERSION, MANIFEST, TOKENIZER, encode_manifest
+    from llama_jax.data.shards.layout import FORMAT_VERSION, MANIFEST, TOKENIZER, encode_manifest
 
     nothing = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
     manifest = {

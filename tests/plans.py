@@ -11,7 +11,7 @@ import json
 import re
 import sys
 
-from llama_jax.topology import parse_topology
+from llama_jax.hardware.topology import parse_topology
 from tests.helpers import ROOT, replace, run_command
 from tests.test_config import load
 

@@ -5,8 +5,8 @@ import threading
 import jax
 import pytest
 
-from llama_jax import agreement
-from llama_jax.agreement import Meeting, agreed
+from llama_jax.parallel import multihost
+from llama_jax.parallel.multihost import Meeting, agreed
 
 
 def test_agreed_is_the_text_itself_on_one_process():
@@ -51,7 +51,7 @@ def two(monkeypatch):
     mine = threading.local()
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: mine.index)
-    monkeypatch.setattr(agreement.distributed.global_state, "client", Coordinator())
+    monkeypatch.setattr(multihost.distributed.global_state, "client", Coordinator())
 
     def run(call):
         def one(index):
@@ -89,7 +89,7 @@ def test_the_next_meeting_knows_nothing_of_it(two):
 
 def test_who_cannot_meet_does_not_try_again(two):
     meeting = Meeting("save 1")
-    agreement.distributed.global_state.client.barriers[f"llama_jax/{meeting._name}/1"].abort()
+    multihost.distributed.global_state.client.barriers[f"llama_jax/{meeting._name}/1"].abort()
     two(lambda index: index or meeting.wait())
     assert meeting.failed
 
@@ -112,8 +112,8 @@ def test_a_failed_collective_is_printed_before_the_coordinator_is_asked(monkeypa
     asked = threading.Event()
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(agreement.distributed.global_state, "client", Gone())
-    monkeypatch.setattr(agreement, "_peers", agreement._peers)  # put back at the end
-    with pytest.raises(jax.errors.JaxRuntimeError, match="reset by peer"), agreement.Peers():
+    monkeypatch.setattr(multihost.distributed.global_state, "client", Gone())
+    monkeypatch.setattr(multihost, "_peers", multihost._peers)  # put back at the end
+    with pytest.raises(jax.errors.JaxRuntimeError, match="reset by peer"), multihost.Peers():
         raise jax.errors.JaxRuntimeError("Connection reset by peer")
     assert len(said) == 1 and "Connection reset by peer" in said[0] and "Traceback" in said[0]

@@ -6,15 +6,15 @@ import pytest
 import tokenizers
 from etils import epath
 
-from llama_jax import train as train_lib
-from llama_jax.data import show
-from llama_jax.data.pipeline import open_data
-from llama_jax.data.prepare import prepare
-from llama_jax.data.shard_folder import encode_manifest, read_manifest
-from llama_jax.data.show_rows import Screen
-from llama_jax.data.templates import BUILT_IN, built_in, end_ids
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.describe import remarks
+from llama_jax.data.prepare.job import prepare
+from llama_jax.data.shards.layout import encode_manifest, read_manifest
+from llama_jax.data.show import summary
+from llama_jax.data.show.rows import Screen
+from llama_jax.data.training_data import open_data
+from llama_jax.text.templates import BUILT_IN, built_in, end_ids
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.train import run as train_lib
+from llama_jax.train.overview import remarks
 from tests.chat_templates import chat_tokenizer, said
 from tests.helpers import replace
 from tests.test_conversations import chat_config, quiet, read
@@ -174,7 +174,7 @@ def test_the_report_and_the_manifest(unended, tokenizer, tmp_path):
     fine = replace(config, data__template="vicuna")
     report = prepare(fine, tmp_path / "fine", log=quiet)[0]
     assert "answers that end in no end token: 0 of 48" in str(report).splitlines()
-    shown = show.summary(show.open_prepared(folder / "shards"), 0, Screen(100, False))
+    shown = summary.summary(summary.open_prepared(folder / "shards"), 0, Screen(100, False))
     assert "the source: answers that end in no end token: 48 of 48" in shown.splitlines()
 
 

@@ -6,14 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import attention as dispatch
-from llama_jax import blocked_attention as attention_lib
-from llama_jax import context_parallel, splash_attention
-from llama_jax.attention import attention
-from llama_jax.attention_cudnn import deterministic
 from llama_jax.errors import UserError
-from llama_jax.splash_attention import splash
-from llama_jax.triton_attention import triton
+from llama_jax.model import attention as dispatch
+from llama_jax.model import attention_splash, attention_xla, context_parallel
+from llama_jax.model.attention import attention
+from llama_jax.model.attention_cudnn import deterministic
+from llama_jax.model.attention_splash import splash
+from llama_jax.model.attention_triton import triton
 from tests.helpers import mesh_of
 
 
@@ -58,8 +57,8 @@ def causal(queries, keys, offset=0, window=0):
 @pytest.mark.parametrize("n_blocks", [1, 2, 8])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_causal_and_grouped(monkeypatch, kv_heads, n_blocks):
-    monkeypatch.setattr(attention_lib, "MAX_BLOCKS", n_blocks)
-    monkeypatch.setattr(attention_lib, "MIN_BLOCK", 1)
+    monkeypatch.setattr(attention_xla, "MAX_BLOCKS", n_blocks)
+    monkeypatch.setattr(attention_xla, "MIN_BLOCK", 1)
     q, k, v = inputs(0, k=kv_heads)
     expected = reference(q, k, v, causal(24, 24))
     np.testing.assert_allclose(attention(q, k, v), expected, atol=2e-6)
@@ -67,8 +66,8 @@ def test_causal_and_grouped(monkeypatch, kv_heads, n_blocks):
 
 @pytest.mark.parametrize("n_blocks", [1, 4])
 def test_segments_do_not_see_each_other(monkeypatch, n_blocks):
-    monkeypatch.setattr(attention_lib, "MAX_BLOCKS", n_blocks)
-    monkeypatch.setattr(attention_lib, "MIN_BLOCK", 1)
+    monkeypatch.setattr(attention_xla, "MAX_BLOCKS", n_blocks)
+    monkeypatch.setattr(attention_xla, "MIN_BLOCK", 1)
     q, k, v = inputs(1)
     ids = segments(2, 2, 24)
     mask = causal(24, 24) & (ids[:, :, None] == ids[:, None, :])
@@ -79,8 +78,8 @@ def test_segments_do_not_see_each_other(monkeypatch, n_blocks):
 @pytest.mark.parametrize("n_blocks", [1, 4, 8])
 @pytest.mark.parametrize("window", [1, 3, 5, 6, 23, 100])
 def test_a_window_hides_what_is_far_back(monkeypatch, window, n_blocks):
-    monkeypatch.setattr(attention_lib, "MAX_BLOCKS", n_blocks)
-    monkeypatch.setattr(attention_lib, "MIN_BLOCK", 1)
+    monkeypatch.setattr(attention_xla, "MAX_BLOCKS", n_blocks)
+    monkeypatch.setattr(attention_xla, "MIN_BLOCK", 1)
     q, k, v = inputs(10)
     expected = reference(q, k, v, causal(24, 24, window=window))
     np.testing.assert_allclose(attention(q, k, v, window=window), expected, atol=2e-6)
@@ -107,8 +106,8 @@ def test_queries_in_the_middle_of_the_keys(offset):
 @pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize("with_segments", [False, True])
 def test_gradients_equal_those_of_jax_nn(monkeypatch, with_segments, window, n_blocks):
-    monkeypatch.setattr(attention_lib, "MAX_BLOCKS", n_blocks)
-    monkeypatch.setattr(attention_lib, "MIN_BLOCK", 1)
+    monkeypatch.setattr(attention_xla, "MAX_BLOCKS", n_blocks)
+    monkeypatch.setattr(attention_xla, "MIN_BLOCK", 1)
     q, k, v = inputs(4)
     ids = segments(5, 2, 24)
     mask = (ids[:, None, :, None] == ids[:, None, None, :]) if with_segments else None
@@ -148,10 +147,10 @@ def test_large_scores_do_not_overflow():
 
 def test_block_counts_divide_the_length():
     for length in (1, 2, 63, 128, 200, 256, 2048, 2050):
-        count = attention_lib._n_blocks(length)
+        count = attention_xla._n_blocks(length)
         assert length % count == 0
-        assert count == 1 or length // count >= attention_lib.MIN_BLOCK
-    assert attention_lib._n_blocks(2048) == attention_lib.MAX_BLOCKS
+        assert count == 1 or length // count >= attention_xla.MIN_BLOCK
+    assert attention_xla._n_blocks(2048) == attention_xla.MAX_BLOCKS
 
 
 def test_no_square_of_scores_exists():
@@ -230,24 +229,24 @@ def test_tiles_of_splash_change_no_gradient(tile, backward, window, shape):
     ],
 )
 def test_tiles_by_the_length_and_the_chip(monkeypatch, kind, keys, tile, fused):
-    monkeypatch.setattr(splash_attention, "device_kind", lambda: kind)
-    sizes = splash_attention._tiles(keys, keys, 0, "auto")
+    monkeypatch.setattr(attention_splash, "device_kind", lambda: kind)
+    sizes = attention_splash._tiles(keys, keys, 0, "auto")
     assert {size for name, size in sizes.items() if name.startswith("block")} == {tile}
     assert sizes["use_fused_bwd_kernel"] is fused and ("block_q_dq" in sizes) is not fused
-    assert splash_attention._tiles(keys, keys, 128, "split")["block_q"] == 128
-    assert not splash_attention._tiles(keys, keys, 0, "split")["use_fused_bwd_kernel"]
-    assert splash_attention._tiles(keys, keys, 0, "fused")["use_fused_bwd_kernel"]
+    assert attention_splash._tiles(keys, keys, 128, "split")["block_q"] == 128
+    assert not attention_splash._tiles(keys, keys, 0, "split")["use_fused_bwd_kernel"]
+    assert attention_splash._tiles(keys, keys, 0, "fused")["use_fused_bwd_kernel"]
 
 
 @pytest.mark.parametrize("context", [1, 4])
 @pytest.mark.parametrize("window", [0, 1, 128, 200])
 def test_a_mask_of_tiles_is_the_mask_itself(window, context):
     """Whole tiles are answered at once; all together they are what JAX's own masks give."""
-    shape, masks = (1024, 1024), splash_attention.masks
+    shape, masks = (1024, 1024), attention_splash.masks
     ours, theirs = (
-        (splash_attention._Window(shape, window), masks.LocalMask(shape, (window - 1, 0), 0))
+        (attention_splash._Window(shape, window), masks.LocalMask(shape, (window - 1, 0), 0))
         if window
-        else (splash_attention._Causal(shape), masks.CausalMask(shape))
+        else (attention_splash._Causal(shape), masks.CausalMask(shape))
     )
     order = context_parallel.query_order(1024, context).astype(np.int32)
     ours.q_sequence = theirs.q_sequence = order

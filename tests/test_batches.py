@@ -18,8 +18,8 @@ from llama_jax.data.batches import (
     coprime_stride,
     permute,
 )
-from llama_jax.data.shard_folder import FORMAT_VERSION, encode_manifest
-from llama_jax.data.shards import TokenDataset
+from llama_jax.data.shards.layout import FORMAT_VERSION, encode_manifest
+from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.errors import UserError
 
 T, BATCH = 16, 8
@@ -204,7 +204,7 @@ def test_too_few_tokens_to_train_on(dataset):
 @pytest.fixture(scope="module")
 def three(corpus, tmp_path_factory):
     """Three sources of unequal size, concatenated and packed."""
-    from llama_jax.data.prepare import prepare
+    from llama_jax.data.prepare.job import prepare
     from tests.helpers import text_config
 
     source = f"a={corpus}/00*.txt; b={corpus}/01*.txt,{corpus}/02*.txt; c={corpus}/03*.txt"

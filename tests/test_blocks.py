@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from llama_jax.data import blocks
-from llama_jax.data.blocks import Blocks, BlockSums, decode_sums, encode_sums
+from llama_jax.data.shards import block_checksums
+from llama_jax.data.shards.block_checksums import Blocks, BlockSums, decode_sums, encode_sums
 from llama_jax.errors import UserError
 
 SIZE, BLOCK = 1000, 64
@@ -96,7 +96,7 @@ def test_threads_share_what_is_checked():
     sums = BlockSums()
     sums.add(whole.tobytes())
     of_crc = np.frombuffer(bytes.fromhex(sums.hex()), ">u4")
-    checks = Blocks(of_crc, blocks.BLOCK_BYTES, len(whole))
+    checks = Blocks(of_crc, block_checksums.BLOCK_BYTES, len(whole))
 
     def read(start):
         span = checks.unchecked(start, start + 1000)

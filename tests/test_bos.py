@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
-from llama_jax.inference import open_model
+from llama_jax.inference.loaded_model import open_model
+from llama_jax.inference.perplexity import evaluate, read_texts, text_document
 from llama_jax.interchange.fast_tokenizer import fast_files
 from llama_jax.interchange.opening import open_source
 from llama_jax.interchange.transfer import convert
-from llama_jax.perplexity import evaluate, read_texts, text_document
+from llama_jax.text.tokenizer import Tokenizer
 from tests.helpers import (
     TINY,
     llama3_tokenizer,
@@ -204,8 +204,8 @@ def test_transformers_reads_a_sentencepiece_model_so(tokenizer, tmp_path, adds):
 def test_the_loss_and_text_of_transformers(corpus, tmp_path, kind):
     import torch
 
-    from llama_jax.continuation import complete
-    from llama_jax.decode import Sampling
+    from llama_jax.inference.decode import Sampling
+    from llama_jax.inference.generation import complete
     from tests import hf_reference
 
     content, _ = byte_level(corpus, kind)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from llama_jax.calibration import RUNS, SHAPES, summary, table, uncertainty
-from llama_jax.chips import CHIPS, chip_named
+from llama_jax.hardware.chips import CHIPS, chip_named
+from llama_jax.plan.calibration import RUNS, SHAPES, summary, table, uncertainty
 from tests import plans
 from tests.helpers import run_command
 

@@ -11,7 +11,8 @@ import re
 import jax
 import pytest
 
-from llama_jax.chat import (
+from llama_jax.errors import UserError
+from llama_jax.inference.chat import (
     HELP,
     ChatTemplate,
     Conversation,
@@ -19,14 +20,13 @@ from llama_jax.chat import (
     open_template,
     templates,
 )
-from llama_jax.continuation import additions
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.data.vocabularies import MARK
-from llama_jax.decode import Sampling
-from llama_jax.errors import UserError
-from llama_jax.inference import InferenceModel
+from llama_jax.inference.decode import Sampling
+from llama_jax.inference.generation import additions
+from llama_jax.inference.loaded_model import InferenceModel
 from llama_jax.interchange.opening import open_source
 from llama_jax.interchange.transfer import convert
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer_formats import MARK
 from tests.chat_templates import (
     CONVERSATIONS,
     LLAMA2,
@@ -267,8 +267,8 @@ def test_the_command(llama3, tmp_path):
 
 
 def test_an_answer_ends_at_any_end(llama3, one_device):
-    from llama_jax.continuation import additions
-    from llama_jax.decode import Sampling
+    from llama_jax.inference.decode import Sampling
+    from llama_jax.inference.generation import additions
 
     model = model_of(llama3, {}, one_device)
     sampling = Sampling(max_tokens=30, temperature=0.0)
@@ -283,7 +283,7 @@ def test_an_answer_ends_at_any_end(llama3, one_device):
     assert dataclasses.replace(model, files={}).eos_ids == (llama3.eos_id,)
     assert answer(403) == (30, (403,))
     with jax.set_mesh(one_device):
-        from llama_jax.decode import generate
+        from llama_jax.inference.decode import generate
 
         drawn = generate(
             model.config.model,

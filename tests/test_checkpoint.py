@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from llama_jax import checkpoint as checkpoint_lib
-from llama_jax import manifest
-from llama_jax.checkpoint import Meta, find_step, load_meta, load_params
-from llama_jax.checkpointer import Checkpointer
+from llama_jax.checkpoint import manifest, saved_step
+from llama_jax.checkpoint.checkpointer import Checkpointer
+from llama_jax.checkpoint.fingerprint import fingerprint
+from llama_jax.checkpoint.saved_step import Meta, find_step, load_meta, load_params
 from llama_jax.errors import UserError
-from llama_jax.fingerprint import fingerprint
-from llama_jax.sharding import placed
-from llama_jax.step import abstract_state
+from llama_jax.parallel.sharding import placed
+from llama_jax.train.step import abstract_state
 from tests.helpers import TINY, mesh_of, random_batch, replace, restored_state, shared_step
 
 CONFIG = replace(TINY, train__keep_checkpoints=2)
@@ -184,13 +183,13 @@ def test_a_truncated_array_is_a_clear_error(saved, compiled, tmp_path):
 
 
 def test_another_format_is_refused(saved, monkeypatch):
-    monkeypatch.setattr(checkpoint_lib, "FORMAT_VERSION", 3)
+    monkeypatch.setattr(saved_step, "FORMAT_VERSION", 3)
     with pytest.raises(UserError, match="has format 2, this version reads 3"):
         load_meta(find_step(saved[0]))
 
 
 def test_weights_alone_are_not_trained_on(saved, compiled, tmp_path):
-    from llama_jax.start import initial_state
+    from llama_jax.train.start import initial_state
 
     workdir = shutil.copytree(saved[0], tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "3" / "optimizer")
@@ -203,7 +202,7 @@ def test_weights_alone_are_not_trained_on(saved, compiled, tmp_path):
 
 def test_files_of_another_tokenizer_are_kept(tmp_path):
     meta = dataclasses.replace(META, tokenizer_files={"tokenizer.json": b"{\xff}"})
-    checkpoint_lib.save_meta(tmp_path, meta)
+    saved_step.save_meta(tmp_path, meta)
     manifest.write(epath.Path(tmp_path))
     assert load_meta(tmp_path) == meta
 
@@ -213,7 +212,7 @@ def test_files_of_another_tokenizer_are_kept(tmp_path):
 )
 def test_no_file_of_a_checkpoint_leaves_its_folder(tmp_path, name):
     """They are written out where it is exported: a foreign one must not choose where."""
-    checkpoint_lib.save_meta(tmp_path, dataclasses.replace(META, tokenizer_files={name: b"x"}))
+    saved_step.save_meta(tmp_path, dataclasses.replace(META, tokenizer_files={name: b"x"}))
     manifest.write(epath.Path(tmp_path))
     with pytest.raises(UserError, match="holds a file .*, which is no tokenizer's"):
         load_meta(tmp_path)

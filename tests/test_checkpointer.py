@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from etils import epath
 
-from llama_jax import manifest, retention, saving
-from llama_jax.checkpoint import DamagedCheckpoint, Meta
-from llama_jax.checkpointer import Checkpointer
+from llama_jax.checkpoint import manifest, retention, saving
+from llama_jax.checkpoint.checkpointer import Checkpointer
+from llama_jax.checkpoint.events import Events
+from llama_jax.checkpoint.saved_step import DamagedCheckpoint, Meta
+from llama_jax.checkpoint.saving import BackgroundSaves
 from llama_jax.errors import UserError
-from llama_jax.events import Events
-from llama_jax.saving import BackgroundSaves
 from tests.helpers import TINY, flip_bit, made_state, records, replace, restored_state
 
 CONFIG = replace(TINY, train__keep_checkpoints=2)

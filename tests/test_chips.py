@@ -2,7 +2,7 @@ import types
 
 import pytest
 
-from llama_jax.chips import peak_flops, peak_name
+from llama_jax.hardware.chips import peak_flops, peak_name
 
 
 def device(kind):

@@ -21,16 +21,16 @@ from llama_jax.config import (
     from_json,
     unknown_field,
 )
-from llama_jax.cost import (
+from llama_jax.errors import UserError
+from llama_jax.model.cost import (
     adapter_count,
     attention_flops_per_token,
     flops_by_part,
     flops_per_token,
     parameter_count,
 )
-from llama_jax.errors import UserError
-from llama_jax.step import abstract_batch, abstract_state, train_step
-from llama_jax.weights import abstract_frozen
+from llama_jax.model.weights import abstract_frozen
+from llama_jax.train.step import abstract_batch, abstract_state, train_step
 from tests.helpers import ROOT, TINY, field_names, replace
 
 # Touvron et al. 2023, table 2, and the exact counts of the released weights.

@@ -2,8 +2,8 @@ import os
 
 import pytest
 
+from llama_jax.cli.config_file import find_config, load_config_file, shipped_configs
 from llama_jax.config import from_config_dict
-from llama_jax.config_file import find_config, load_config_file, shipped_configs
 from llama_jax.errors import UserError
 from tests.helpers import ROOT
 

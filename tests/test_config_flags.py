@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llama_jax.config_flags import parse_value
+from llama_jax.cli.config_flags import parse_value
 from llama_jax.errors import UserError
 from tests.helpers import TINY_FLAGS, one_line_error, run_command
 

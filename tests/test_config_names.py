@@ -1,7 +1,7 @@
 import pytest
 
+from llama_jax.cli.flag_names import unknown_flag
 from llama_jax.config import field_types
-from llama_jax.config_names import unknown_flag
 
 FIELDS = field_types()
 TRAIN = ("config", "workdir", "xla_preset", "start_timeout", "stopped_status", "damaged_status")

@@ -11,22 +11,23 @@ import zstandard
 from etils import epath
 
 from llama_jax.config import DataConfig
-from llama_jax.data import conversations, show
 from llama_jax.data.batches import Batches, ValidationBatches
-from llama_jax.data.chat_template import ChatTemplate
-from llama_jax.data.conversations import examples, messages_of
-from llama_jax.data.documents import list_parts
 from llama_jax.data.loader import iterate
-from llama_jax.data.pipeline import open_data
-from llama_jax.data.prepare import prepare
-from llama_jax.data.reading import Tally
-from llama_jax.data.shard_folder import fingerprint, read_manifest, verify
-from llama_jax.data.shards import TokenDataset
-from llama_jax.data.show_rows import Screen
-from llama_jax.data.templates import built_in
-from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
-from llama_jax.data.tokenizer_config import special_ids
+from llama_jax.data.prepare.job import prepare
+from llama_jax.data.shards.layout import fingerprint, read_manifest, verify
+from llama_jax.data.shards.reader import TokenDataset
+from llama_jax.data.show import summary
+from llama_jax.data.show.rows import Screen
+from llama_jax.data.sources import conversations
+from llama_jax.data.sources.conversations import examples, messages_of
+from llama_jax.data.sources.documents import list_parts
+from llama_jax.data.sources.part import Tally
+from llama_jax.data.training_data import open_data
 from llama_jax.errors import UserError
+from llama_jax.text.chat_template import ChatTemplate
+from llama_jax.text.templates import built_in
+from llama_jax.text.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.text.tokenizer_config import special_ids
 from tests.chat_templates import chat_tokenizer, marked, said
 from tests.helpers import flip_bit, released_json, replace, text_config
 
@@ -603,13 +604,13 @@ def test_show_marks_what_counts(tokenizer, tmp_path):
     )
     config = replace(config, data__template="llama2", data__validation_fraction=0.0)
     prepare(config, tmp_path / "shards", log=quiet)
-    prepared = show.open_prepared(tmp_path / "shards")
-    lines = list(show.show_rows(prepared, 0, 1, Screen(width=60)))
+    prepared = summary.open_prepared(tmp_path / "shards")
+    lines = list(summary.show_rows(prepared, 0, 1, Screen(width=60)))
     assert "░ not in an answer, weight 0" in lines[0]
     first, rest = "  1: 0 ░ ‹BOS›[INST] ab cd [/INST]", "│  ef gh →‹EOS›"
     assert lines[3].split() == first.split() and lines[4].endswith(rest), lines
-    assert "whole conversations, packed" in show.summary(prepared, 0, Screen())
-    assert "of answers" in show.summary(prepared, 0, Screen())
+    assert "whole conversations, packed" in summary.summary(prepared, 0, Screen())
+    assert "of answers" in summary.summary(prepared, 0, Screen())
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"\xff"])

@@ -11,16 +11,16 @@ import pytest
 from etils import epath
 
 from benchmarks import convert as benchmark
-from llama_jax import checkpoint as checkpoint_lib
-from llama_jax.cost import flops_per_token, parameter_count
+from llama_jax.checkpoint import saved_step
 from llama_jax.errors import UserError
 from llama_jax.interchange import formats, hf_config, safetensors
 from llama_jax.interchange.hf import HfSource, HfTarget
 from llama_jax.interchange.loading import load_hf
 from llama_jax.interchange.opening import open_source, parse_place
 from llama_jax.interchange.transfer import convert
-from llama_jax.sharding import param_shardings, placed
-from llama_jax.step import abstract_state
+from llama_jax.model.cost import flops_per_token, parameter_count
+from llama_jax.parallel.sharding import param_shardings, placed
+from llama_jax.train.step import abstract_state
 from tests.helpers import TINY, mesh_of, random_params, replace, shared_step
 
 GROUPED = replace(TINY, model__n_kv_heads=2)
@@ -121,7 +121,7 @@ def hf(tmp_path):
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_hugging_face_and_back(name, tmp_path):
-    from llama_jax.checkpoint import find_step, load_meta, load_params
+    from llama_jax.checkpoint.saved_step import find_step, load_meta, load_params
 
     config = FAMILY[name]
     params = random_params(config.model)
@@ -144,8 +144,8 @@ def test_hugging_face_and_back(name, tmp_path):
 
 def test_a_trained_checkpoint_goes_out(tmp_path, capfd):
     """What orbax wrote from a mesh, with its card."""
-    from llama_jax.checkpoint import Meta
-    from llama_jax.checkpointer import Checkpointer
+    from llama_jax.checkpoint.checkpointer import Checkpointer
+    from llama_jax.checkpoint.saved_step import Meta
 
     config = replace(GROUPED, data__mixture="web=0.7,books=0.3")
     mesh = mesh_of((1, 2, 1, 2))
@@ -186,9 +186,9 @@ def test_a_trained_checkpoint_goes_out(tmp_path, capfd):
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 1, 2)])
 def test_a_trained_checkpoint_is_stored_layer_by_layer(tmp_path, monkeypatch, shape):
     """Where layers are not small; then export reads one at a time."""
-    from llama_jax import saving
-    from llama_jax.checkpoint import Meta, find_step, load_params
-    from llama_jax.checkpointer import Checkpointer
+    from llama_jax.checkpoint import saving
+    from llama_jax.checkpoint.checkpointer import Checkpointer
+    from llama_jax.checkpoint.saved_step import Meta, find_step, load_params
 
     matrix = TINY.model.dim * TINY.model.ffn_dim * 4
     monkeypatch.setattr(saving, "LAYER_BYTES", matrix // mesh_of(shape).size)
@@ -212,8 +212,8 @@ def test_a_trained_checkpoint_is_stored_layer_by_layer(tmp_path, monkeypatch, sh
 
 def test_what_is_written_is_what_orbax_writes(tmp_path):
     """The description of the tree, but for where it was and how it is cut."""
-    from llama_jax.checkpoint import Meta
-    from llama_jax.checkpointer import Checkpointer
+    from llama_jax.checkpoint.checkpointer import Checkpointer
+    from llama_jax.checkpoint.saved_step import Meta
 
     mesh = mesh_of((1, 1, 1, 1))
     with jax.set_mesh(mesh):
@@ -298,7 +298,7 @@ def test_tokenizer_files_travel(tmp_path, tokenizer):
     assert (written["bos_token_id"], written["eos_token_id"]) == (1, [2, 7])
     convert(HfSource(tmp_path / "hf"), "ckpt", tmp_path / "run")
     assert (tmp_path / "run" / "tokenizer.model").read_bytes() == tokenizer.model_bytes
-    meta = checkpoint_lib.load_meta(tmp_path / "run" / "checkpoints" / "0")
+    meta = saved_step.load_meta(tmp_path / "run" / "checkpoints" / "0")
     assert meta.tokenizer_model == tokenizer.model_bytes
     source = open_source("ckpt", tmp_path / "run")
     assert source.description.files == files

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.cost import parameter_count
 from llama_jax.errors import UserError
 from llama_jax.interchange import formats
 from llama_jax.interchange import meta as meta_lib
@@ -16,8 +15,9 @@ from llama_jax.interchange.hf import HfSource
 from llama_jax.interchange.meta import MetaSource, half_split, interleaved
 from llama_jax.interchange.opening import open_source
 from llama_jax.interchange.transfer import convert
-from llama_jax.model import logits
-from llama_jax.step import abstract_state
+from llama_jax.model.cost import parameter_count
+from llama_jax.model.llama import logits
+from llama_jax.train.step import abstract_state
 from tests.helpers import random_params, replace, run_command
 from tests.test_convert import CONTEXT, FAMILY, GROUPED, Memory, assert_same
 
@@ -176,7 +176,7 @@ def test_in_and_out(name, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_generation(name, tmp_path):
     """64 tokens after prompts of unequal lengths, beyond the window; then up to one of two ends."""
-    from llama_jax.decode import Sampling, generate
+    from llama_jax.inference.decode import Sampling, generate
     from tests import hf_reference
 
     model = make(name, tmp_path / "theirs")
@@ -199,7 +199,7 @@ def test_greedy_generation(name, tmp_path):
 @pytest.mark.parametrize("window", [None, 70])
 def test_greedy_generation_beyond_the_original_context(tmp_path, monkeypatch, window):
     """Dynamic RoPE with a cache: each key keeps the theta of the step that computed it."""
-    from llama_jax import decode
+    from llama_jax.inference import decode
     from tests import hf_reference
 
     monkeypatch.setattr(decode, "PREFILL", 16)  # of longer prompts, several pieces
@@ -327,7 +327,7 @@ def test_a_long_context_of_scaled_rope(tmp_path):
     """Positions near the end of 8192, whose angles are large."""
     import torch
 
-    from llama_jax.model import forward
+    from llama_jax.model.llama import forward
 
     model = make("llama3.1", tmp_path / "theirs")
     source = HfSource(tmp_path / "theirs")
@@ -341,8 +341,8 @@ def test_a_long_context_of_scaled_rope(tmp_path):
         ).logits.numpy()
     params = {}
     convert(source, "ckpt", tmp_path / "run")
-    from llama_jax.checkpoint import find_step, load_params
-    from llama_jax.sharding import param_shardings, placed
+    from llama_jax.checkpoint.saved_step import find_step, load_params
+    from llama_jax.parallel.sharding import param_shardings, placed
     from tests.helpers import mesh_of
 
     mesh = mesh_of((1, 1, 1, 1))

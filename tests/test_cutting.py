@@ -9,12 +9,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llama_jax.config import DataConfig
-from llama_jax.data import cutting
-from llama_jax.data.cutting import separator_of, text_documents
-from llama_jax.data.documents import documents, list_parts
-from llama_jax.data.documents import read as read_part
-from llama_jax.data.prepare import prepare
-from llama_jax.data.reading import Tally
+from llama_jax.data.prepare.job import prepare
+from llama_jax.data.sources import text_files
+from llama_jax.data.sources.documents import documents, list_parts
+from llama_jax.data.sources.documents import read as read_part
+from llama_jax.data.sources.part import Tally
+from llama_jax.data.sources.text_files import separator_of, text_documents
 from llama_jax.errors import UserError
 from tests.helpers import text_config
 
@@ -28,8 +28,8 @@ def cut(data, size, limit=10**7, step=100_000, chunk=1 << 20, **fields):
     config = DataConfig(source="x", max_document_bytes=limit, **fields)
     tally, found = Tally(), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cutting, "STEP", step)
-        patch.setattr(cutting, "CHUNK", chunk)
+        patch.setattr(text_files, "STEP", step)
+        patch.setattr(text_files, "CHUNK", chunk)
         ranges = [(at, at + size) for at in range(0, len(data), size)] if size else [(0, -1)]
         for start, stop in ranges:
             file = io.BytesIO(data)
@@ -99,17 +99,17 @@ def test_where_a_large_text_is_cut_by_hand():
     found, tally = cut("".join(paragraphs).encode(), 0, limit=200, step=50)
     # The first blank line behind bytes 50, 100, 150, 200 and 250 ends at 54, 108, 162, 216, 270.
     assert found == ["".join(paragraphs[at : at + 2]) for at in range(0, 10, 2)]
-    assert tally.changed == {cutting.BLANK_LINE: 5}
-    assert tally.first[cutting.BLANK_LINE] == "x at byte 0"
+    assert tally.changed == {text_files.BLANK_LINE: 5}
+    assert tally.first[text_files.BLANK_LINE] == "x at byte 0"
     lines = "".join(f"line {n:04}\n" for n in range(100))  # 10 bytes each, no blank line
     found, tally = cut(lines.encode(), 0, limit=200, step=75)
     # The first line end behind 75, 150, 225, .. 900; from 975 on too little is left.
     assert [len(document) for document in found] == [80, *[80, 70] * 5, 80, 90]
-    assert tally.changed == {cutting.LINE_END: 13}
+    assert tally.changed == {text_files.LINE_END: 13}
     found, tally = cut("語".encode() * 100, 0, limit=50, step=25)  # no line end
     # The first letter behind 25, 50, .. 275, which begin at multiples of 3; 25 more reach the end.
     assert [len(document) for document in found] == [9, 8, 8] * 3 + [9, 16]
-    assert tally.changed == {cutting.LETTER: 11}
+    assert tally.changed == {text_files.LETTER: 11}
 
 
 def test_windows_line_ends_and_spaces_make_a_blank_line():
@@ -117,7 +117,7 @@ def test_windows_line_ends_and_spaces_make_a_blank_line():
         text = blank.join(["x" * 40] * 4) + blank
         found, tally = cut(text.encode(), 0, limit=100, step=30)
         assert found == ["x" * 40 + blank] * 4
-        assert tally.changed == {cutting.BLANK_LINE: 4}
+        assert tally.changed == {text_files.BLANK_LINE: 4}
 
 
 def test_damage_in_a_large_text_costs_one_document():
@@ -135,12 +135,12 @@ def test_a_document_between_separators_that_is_too_long():
         assert found == ["first", "last"]
         assert tally.skipped == {"longer than 100 bytes": 1}
         assert tally.first["longer than 100 bytes"] == "x at byte 6"
-    assert tally.changed == {cutting.SEPARATOR: 2}
+    assert tally.changed == {text_files.SEPARATOR: 2}
 
 
 def test_a_separator_that_is_not_there_is_reported():
     found, tally = cut(b"one story", 0, separator="<|end|>")
-    assert found == ["one story"] and tally.changed == {cutting.NO_SEPARATOR: 1}
+    assert found == ["one story"] and tally.changed == {text_files.NO_SEPARATOR: 1}
 
 
 @pytest.mark.parametrize(
@@ -204,10 +204,10 @@ def test_several_workers_share_a_large_file(tmp_path, tokenizer):
     assert shown[0] == shown[1]
     size = (tmp_path / "all.txt").stat().st_size
     counts, files, changed = shown[0]
-    assert sum(counts.values()) == -(-size // cutting.STEP) == sum(changed.values())
+    assert sum(counts.values()) == -(-size // text_files.STEP) == sum(changed.values())
     assert min(counts.values()) > 0 and files == {"plain text": 1}
     assert "files                    1  plain text" in text
-    assert f"{cutting.BLANK_LINE}; the first: {tmp_path}/all.txt at byte 0" in text
+    assert f"{text_files.BLANK_LINE}; the first: {tmp_path}/all.txt at byte 0" in text
 
 
 def test_shards_of_another_separator_are_refused(tmp_path, corpus, tokenizer):

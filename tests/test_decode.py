@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import decode
-from llama_jax.decode import Sampling, filter_logits, generate, stream
 from llama_jax.errors import UserError
-from llama_jax.model import logits
-from llama_jax.sharding import param_shardings
+from llama_jax.inference import decode
+from llama_jax.inference.decode import Sampling, filter_logits, generate, stream
+from llama_jax.model.llama import logits
+from llama_jax.parallel.sharding import param_shardings
 from tests.helpers import TINY, mesh_of, random_params, replace
 
 CONFIG = replace(TINY, model__n_kv_heads=2).model

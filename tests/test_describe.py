@@ -2,8 +2,8 @@ import re
 import types
 
 from llama_jax.config import LoraConfig
-from llama_jax.cost import flops_by_part, flops_per_token
-from llama_jax.describe import describe
+from llama_jax.model.cost import flops_by_part, flops_per_token
+from llama_jax.train.overview import describe
 from tests.helpers import TINY, mesh_of, replace, with_adapters
 
 

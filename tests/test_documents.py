@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.config import DataConfig
-from llama_jax.data.documents import documents, list_parts
-from llama_jax.data.documents import read as read_part
-from llama_jax.data.listing import list_files, named_sources
-from llama_jax.data.reading import Tally
+from llama_jax.data.sources.documents import documents, list_parts
+from llama_jax.data.sources.documents import read as read_part
+from llama_jax.data.sources.listing import list_files, named_sources
+from llama_jax.data.sources.part import Tally
 from llama_jax.errors import UserError
 
 

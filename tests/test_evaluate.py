@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.data.shard_folder import encode_manifest
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.model import logits
+from llama_jax.data.shards.layout import encode_manifest
+from llama_jax.model.llama import logits
+from llama_jax.text.tokenizer import Tokenizer
 from tests.helpers import (
     TINY,
     llama3_tokenizer,

@@ -16,15 +16,15 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from llama_jax.chat import open_template
-from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
-from llama_jax.inference import open_model
+from llama_jax.inference.chat import open_template
+from llama_jax.inference.loaded_model import open_model
 from llama_jax.interchange import bpe_rules
 from llama_jax.interchange.fast_tokenizer import fast_files
 from llama_jax.interchange.hf import HfSource
 from llama_jax.interchange.opening import open_source
 from llama_jax.interchange.transfer import convert
+from llama_jax.text.tokenizer import Tokenizer
 from tests.chat_templates import said
 from tests.helpers import TINY, random_params, replace, run_command
 from tests.test_convert import Memory, exported

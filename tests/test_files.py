@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from etils import epath
 
-from llama_jax import manifest
-from llama_jax.data.prepare import prepare
-from llama_jax.data.shards import TokenDataset
+from llama_jax.checkpoint import manifest
+from llama_jax.data.prepare.job import prepare
+from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.errors import UserError, boundary
 from llama_jax.files import (
     append_records,

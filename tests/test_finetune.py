@@ -5,12 +5,12 @@ import shutil
 import jax
 import pytest
 
-from llama_jax.chat import Conversation, open_template
-from llama_jax.checkpoint import load_meta
-from llama_jax.data.templates import built_in
-from llama_jax.decode import Sampling
-from llama_jax.inference import open_model
-from llama_jax.train import train
+from llama_jax.checkpoint.saved_step import load_meta
+from llama_jax.inference.chat import Conversation, open_template
+from llama_jax.inference.decode import Sampling
+from llama_jax.inference.loaded_model import open_model
+from llama_jax.text.templates import built_in
+from llama_jax.train.run import train
 from tests.chat_templates import said
 from tests.helpers import (
     one_line_error,

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.fingerprint import array_fingerprint, difference, fingerprint
+from llama_jax.checkpoint.fingerprint import array_fingerprint, difference, fingerprint
 from tests.helpers import TINY, mesh_of, shared_step
 
 

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.fusion import whole_gradient
+from llama_jax.model.fusion import whole_gradient
 
 
 def test_a_gradient_is_complete_before_it_is_used():

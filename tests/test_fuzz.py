@@ -12,28 +12,29 @@ import shutil
 import pytest
 from etils import epath
 
-from llama_jax import checkpoint as checkpoint_lib
-from llama_jax import guards, manifest
-from llama_jax.chat import open_template
-from llama_jax.data import shard_folder, show
-from llama_jax.data.prepare import prepare
-from llama_jax.data.report import report_of
-from llama_jax.data.shards import TokenDataset
-from llama_jax.data.show_rows import Screen
-from llama_jax.data.templates import open_choice
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.data.tokenizer_files import is_tokenizer_file
+from llama_jax.checkpoint import manifest, saved_step
+from llama_jax.checkpoint.fingerprint import fingerprint
+from llama_jax.checkpoint.retention import dispensable_steps
+from llama_jax.data.prepare.job import prepare
+from llama_jax.data.prepare.report import report_of
+from llama_jax.data.shards import layout
+from llama_jax.data.shards.reader import TokenDataset
+from llama_jax.data.show import summary
+from llama_jax.data.show.rows import Screen
 from llama_jax.errors import UserError
-from llama_jax.fingerprint import fingerprint
-from llama_jax.inference import InferenceModel, open_model
+from llama_jax.inference.chat import open_template
+from llama_jax.inference.loaded_model import InferenceModel, open_model
+from llama_jax.inference.prompts import read_messages, read_prompts
 from llama_jax.interchange import formats, peft
 from llama_jax.interchange.ckpt import describe
 from llama_jax.interchange.hf import HfSource, HfTarget
 from llama_jax.interchange.opening import open_init, open_source
 from llama_jax.interchange.transfer import convert
-from llama_jax.metrics import plot_loss
-from llama_jax.prompts import read_messages, read_prompts
-from llama_jax.retention import dispensable_steps
+from llama_jax.text.templates import open_choice
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer_files import is_tokenizer_file
+from llama_jax.train import resume
+from llama_jax.train.instruments.metrics import plot_loss
 from tests import mutations
 from tests.chat_templates import LLAMA3, WITH_SYSTEM
 from tests.helpers import (
@@ -375,11 +376,11 @@ def test_the_manifest_of_shards(packed, tmp_path, sealed):
     path = folder / "manifest.json"
 
     def act():
-        shard_folder.verify(folder)
-        str(report_of(epath.Path(folder), shard_folder.read_manifest(folder)))
-        prepared = show.open_prepared(folder)
-        show.summary(prepared, 0, Screen(width=80, lines=0))
-        for split in shard_folder.SPLITS:
+        layout.verify(folder)
+        str(report_of(epath.Path(folder), layout.read_manifest(folder)))
+        prepared = summary.open_prepared(folder)
+        summary.summary(prepared, 0, Screen(width=80, lines=0))
+        for split in layout.SPLITS:
             data = TokenDataset.open(folder, split)
             data.tokens(0, 10)
             for sequence in {0, data.n_sequences // 2, data.n_sequences - 1}:
@@ -388,7 +389,7 @@ def test_the_manifest_of_shards(packed, tmp_path, sealed):
             next(data.documents(), None)
             data.template()
 
-    none(failures(path, _sealed(path.read_bytes(), shard_folder.encode_manifest, sealed), act))
+    none(failures(path, _sealed(path.read_bytes(), layout.encode_manifest, sealed), act))
 
 
 def _sealed(content, encode, sealed):
@@ -433,8 +434,8 @@ def sealer(step):
 
 def described(run):
     """What every reader does with a step before its arrays."""
-    step = checkpoint_lib.find_step(run)
-    meta = checkpoint_lib.load_meta(step)
+    step = saved_step.find_step(run)
+    meta = saved_step.load_meta(step)
     describe(step, meta)
     dispensable_steps(epath.Path(run) / "checkpoints", replace(CONFIG, train__keep_best=1).train)
     return step, meta
@@ -502,7 +503,7 @@ def test_the_config_of_a_work_directory(run, tmp_path):
         failures(
             path,
             of_json_file(path.read_bytes()),
-            lambda: guards.check_workdir(CONFIG, epath.Path(run)),
+            lambda: resume.check_workdir(CONFIG, epath.Path(run)),
         )
     )
 
@@ -510,7 +511,7 @@ def test_the_config_of_a_work_directory(run, tmp_path):
 def test_what_a_run_wrote_of_itself(run, tmp_path):
     """Read by `convert` for the model card, and by a run that goes on."""
     step = run / "checkpoints" / "0"
-    meta = checkpoint_lib.load_meta(step)
+    meta = saved_step.load_meta(step)
     late = type(meta)(**{**vars(meta), "step": 5})
     records = [
         {"step": 1, "loss": 2.5, "tokens_per_second": 1280.0, "chip_seconds": 7.0},

@@ -3,10 +3,10 @@ import re
 import jax
 import pytest
 
-from llama_jax.continuation import Addition, Stopwatch, additions, complete, show_in_order
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.decode import Sampling, generate
-from llama_jax.inference import InferenceModel
+from llama_jax.inference.decode import Sampling, generate
+from llama_jax.inference.generation import Addition, Stopwatch, additions, complete, show_in_order
+from llama_jax.inference.loaded_model import InferenceModel
+from llama_jax.text.tokenizer import Tokenizer
 from tests.helpers import (
     TINY,
     llama3_tokenizer,
@@ -85,7 +85,7 @@ def test_one_prompt_has_no_heading():
 
 def test_tokens_per_second(monkeypatch):
     now = iter([0.0, 2.0, 2.0, 3.0, 4.0, 14.0])
-    monkeypatch.setattr("llama_jax.continuation.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("llama_jax.inference.generation.time.perf_counter", lambda: next(now))
     watch = Stopwatch()
     rows = [(0, 0), (1, 0), (0, 1), (1, 1)]
     watch.count(Addition(row, "", 5, False, part) for row, part in rows)

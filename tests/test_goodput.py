@@ -4,7 +4,7 @@ import time
 import pytest
 from etils import epath
 
-from llama_jax.goodput import PHASES, Goodput
+from llama_jax.train.instruments.goodput import PHASES, Goodput
 
 
 @pytest.fixture

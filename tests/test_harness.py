@@ -47,8 +47,8 @@ def models(corpus, tmp_path_factory):
     """The same weights in the adapter and in the harness's own model."""
     from lm_eval.models.huggingface import HFLM
 
-    from llama_jax.data.tokenizer import Tokenizer
-    from llama_jax.inference import open_model
+    from llama_jax.inference.loaded_model import open_model
+    from llama_jax.text.tokenizer import Tokenizer
     from tests import hf_reference
     from tests.helpers import TINY, llama3_tokenizer, random_params, replace, save_checkpoint
 
@@ -102,7 +102,7 @@ def tasks(corpus, tmp_path_factory):
 
 def requests_of(tasks):
     """The requests of the tasks, by kind."""
-    from llama_jax.harness import find_tasks
+    from llama_jax.inference.harness import find_tasks
 
     found, manager = find_tasks(tasks)
     kinds = {}
@@ -114,7 +114,7 @@ def requests_of(tasks):
 
 
 def test_the_same_answers_as_the_harness_own_model(models, tasks):
-    from llama_jax.harness import HarnessModel
+    from llama_jax.inference.harness import HarnessModel
 
     ours, hf, _ = models
     kinds = requests_of(tasks)
@@ -141,7 +141,7 @@ def test_the_same_answers_as_the_harness_own_model(models, tasks):
 def test_the_same_results_and_table(models, tasks):
     from lm_eval import evaluator
 
-    from llama_jax.harness import find_tasks, run_tasks, table
+    from llama_jax.inference.harness import find_tasks, run_tasks, table
 
     ours, hf, _ = models
     results = run_tasks(ours, tasks, batch_size=4, quiet=True)
@@ -158,12 +158,12 @@ def test_the_same_results_and_table(models, tasks):
 
 
 def test_few_shapes_are_compiled(models, tasks):
-    from llama_jax import decode, scoring
-    from llama_jax.harness import HarnessModel
+    from llama_jax.inference import decode, logprobs
+    from llama_jax.inference.harness import HarnessModel
 
     ours, _, _ = models
     kinds = requests_of(tasks)
-    programs = (scoring.token_logprobs, decode._prefill, decode._decode)
+    programs = (logprobs.token_logprobs, decode._prefill, decode._decode)
     for program in programs:
         program.clear_cache()
     with jax.set_mesh(ours.mesh):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.hlo import (
+from llama_jax.plan.hlo import (
     hbm_bytes,
     parse,
     read_collective,

@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llama_jax.hlo import parse
-from llama_jax.hlo_cost import flops, kernel_flops, traffic
+from llama_jax.plan.hlo import parse
+from llama_jax.plan.hlo_cost import flops, kernel_flops, traffic
 from tests.helpers import ROOT  # noqa: F401  (CPU devices)
 
 

@@ -9,15 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_jax.config import DataConfig
-from llama_jax.data import hold_out
-from llama_jax.data import prepare as prepare_lib
-from llama_jax.data.documents import list_parts
-from llama_jax.data.pipeline import open_data
-from llama_jax.data.prepare import prepare
-from llama_jax.data.shard_folder import encode_manifest, read_manifest, verify
-from llama_jax.data.shards import TokenDataset
-from llama_jax.describe import no_evaluation
+from llama_jax.data.prepare import hold_out, job
+from llama_jax.data.prepare.job import prepare
+from llama_jax.data.shards.layout import encode_manifest, read_manifest, verify
+from llama_jax.data.shards.reader import TokenDataset
+from llama_jax.data.sources.documents import list_parts
+from llama_jax.data.training_data import open_data
 from llama_jax.errors import UserError
+from llama_jax.train.overview import no_evaluation
 from tests.helpers import TINY, TINY_FLAGS, records, replace, run_command, text_config
 from tests.test_prepare import assert_same_folder, quiet
 
@@ -197,17 +196,17 @@ def test_killed_while_the_tail_is_held_out(config, tmp_path, monkeypatch, at):
         raise Killed
 
     def writes(*arguments, **options):
-        from llama_jax.data import part
+        from llama_jax.data.prepare import tokenize
 
         if at == "shard":
-            monkeypatch.setattr(part.ShardWriter, "finish", killed)
+            monkeypatch.setattr(tokenize.ShardWriter, "finish", killed)
         if at == "report":
-            monkeypatch.setattr(part, "write_atomically", killed)
+            monkeypatch.setattr(tokenize, "write_atomically", killed)
         write_part(*arguments, **options)
 
     with monkeypatch.context() as patch:
         if at == "manifest":
-            patch.setattr(prepare_lib, "merge_reports", killed)
+            patch.setattr(job, "merge_reports", killed)
         else:
             patch.setattr(hold_out, "write_part", killed if at == "begin" else writes)
         with pytest.raises(Killed):

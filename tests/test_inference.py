@@ -2,13 +2,13 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.decode import Sampling, generate
 from llama_jax.errors import UserError
-from llama_jax.inference import cast_matrices, decoding_mesh, open_model
+from llama_jax.inference.decode import Sampling, generate
+from llama_jax.inference.loaded_model import cast_matrices, decoding_mesh, open_model
+from llama_jax.inference.logprobs import Scorer, Span
 from llama_jax.interchange.opening import open_source
 from llama_jax.interchange.transfer import convert
-from llama_jax.model import logits
-from llama_jax.scoring import Scorer, Span
+from llama_jax.model.llama import logits
 from tests.helpers import TINY, random_params, replace, save_checkpoint
 
 

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 from etils import epath
 
-from llama_jax import checkpoint as checkpoint_lib
-from llama_jax import train as train_lib
+from llama_jax.checkpoint import saved_step
+from llama_jax.checkpoint.fingerprint import fingerprint
 from llama_jax.config import LoraConfig
-from llama_jax.data.tokenizer_files import open_tokenizer
 from llama_jax.errors import UserError
-from llama_jax.fingerprint import fingerprint
-from llama_jax.inference import open_model
+from llama_jax.inference.loaded_model import open_model
 from llama_jax.interchange.loading import load_init
 from llama_jax.interchange.opening import base_context, open_source, tokenizer_file
 from llama_jax.interchange.transfer import convert
-from llama_jax.lora import Adapted
-from llama_jax.model import logits
-from llama_jax.start import first_state, with_tokenizer
-from llama_jax.step import abstract_state
+from llama_jax.model.llama import logits
+from llama_jax.model.lora import Adapted
+from llama_jax.text.tokenizer_files import open_tokenizer
+from llama_jax.train import run as train_lib
+from llama_jax.train.start import first_state, with_tokenizer
+from llama_jax.train.step import abstract_state
 from tests.helpers import (
     frozen_base,
     mesh_of,
@@ -179,11 +179,11 @@ def finished(adapted, tmp_path_factory):
 
 def test_the_checkpoint_holds_adapters_and_names_the_base(finished, adapted, bases):
     workdir, state = finished
-    folder = checkpoint_lib.find_step(workdir)
-    saved = checkpoint_lib.load_adapters(folder, abstract_state(adapted).params)
+    folder = saved_step.find_step(workdir)
+    saved = saved_step.load_adapters(folder, abstract_state(adapted).params)
     assert set(saved["layers"]["attn"]) == {"wq", "wo"} and set(saved["layers"]) == {"attn", "mlp"}
     equal(saved, state.params)
-    meta = checkpoint_lib.load_meta(folder)
+    meta = saved_step.load_meta(folder)
     assert meta.base == fingerprint(state.frozen)
     assert meta.config.init_from == f"ckpt:{bases / 'ckpt'}"
     assert meta.config.train.seq_len == 16 and meta.base_context == meta.context == 64
@@ -204,7 +204,7 @@ def test_resume_is_bit_exact(finished, adapted, tmp_path):
     shutil.rmtree(workdir / "checkpoints" / "4")
     equal(train_lib.train(adapted, workdir), finished[1])
     # What was read of the base at first is known later, too.
-    assert checkpoint_lib.load_meta(checkpoint_lib.find_step(workdir)).base_context == 64
+    assert saved_step.load_meta(saved_step.find_step(workdir)).base_context == 64
 
 
 def test_another_base_is_refused(finished, adapted, bases, tmp_path):
@@ -231,7 +231,7 @@ def test_another_base_is_refused(finished, adapted, bases, tmp_path):
 
 
 def test_full_fine_tuning_does_not_change_where_it_began(config, bases, tmp_path):
-    from llama_jax.guards import check_workdir
+    from llama_jax.train.resume import check_workdir
 
     first = replace(config, init_from=f"ckpt:{bases / 'ckpt'}")
     (tmp_path / "config.json").write_text(first.to_json())
@@ -288,7 +288,7 @@ def test_two_processes_train_above_nf4_as_one(corpus, tokenizer, tmp_path):
         assert [process.returncode for process in started] == [0] * processes, outputs
         lines = (line for line in records(workdir) if "event" not in line)
         found = {one["step"]: one.get("loss", one.get("eval_loss")) for one in lines}
-        return found, checkpoint_lib.load_meta(checkpoint_lib.find_step(workdir)).base
+        return found, saved_step.load_meta(saved_step.find_step(workdir)).base
 
     expected, base = losses(1, "hf")
     assert len(expected) == 4 and expected[3] < expected[1]

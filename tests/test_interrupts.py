@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from llama_jax import interrupts
+from llama_jax.cli import interrupts
 from tests.helpers import ROOT
 
 COMMANDS = ("train", "prepare", "generate", "evaluate", "convert", "checkpoint", "data", "plan")
@@ -52,7 +52,7 @@ def test_ctrl_c_while_the_config_is_read_is_the_same(tmp_path):
 def test_an_import_by_a_program_touches_no_signal(tmp_path):
     package = tmp_path / "mine"
     package.mkdir()
-    (package / "__init__.py").write_text("import llama_jax.cli, llama_jax.config\n")
+    (package / "__init__.py").write_text("import llama_jax.cli.command, llama_jax.config\n")
     (package / "run.py").write_text(
         "import signal\nassert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
     )

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax.data import json_list
-from llama_jax.data.json_list import list_items
+from llama_jax.data.sources import json_values
+from llama_jax.data.sources.json_values import list_items
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.text(),
@@ -19,11 +19,11 @@ VALUES = st.recursive(
 def test_the_values_of_a_list(values, indent):
     text = json.dumps(values, indent=indent)
     for chunk in (1, 7, 1 << 16):
-        json_list.CHUNK = chunk
+        json_values.CHUNK = chunk
         try:
             assert list(list_items(io.StringIO(f"\n {text} "), 10**6)) == values
         finally:
-            json_list.CHUNK = 1 << 16
+            json_values.CHUNK = 1 << 16
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_only_one_value_is_in_memory():
 
     file = Counted("[" + ",".join(['{"a": "%s"}' % ("x" * 999)] * 1000) + "]")
     next(list_items(file, 10**6))
-    assert file.taken == json_list.CHUNK
+    assert file.taken == json_values.CHUNK
     # What never ends is not waited for.
     endless = Counted('["' + "x" * 10**6)
     with pytest.raises(ValueError):
         list(list_items(endless, 1000))
-    assert endless.taken == json_list.CHUNK
+    assert endless.taken == json_values.CHUNK

@@ -13,8 +13,8 @@ import time
 import pytest
 import yaml
 
-from llama_jax import processes
-from llama_jax.xla_flags import PRESETS
+from llama_jax.hardware.xla_flags import PRESETS
+from llama_jax.parallel import cluster
 from tests.helpers import ROOT, free_port, until
 from tests.test_slurm import FLAGS, tasks_of, wait_for
 
@@ -86,7 +86,7 @@ def test_local_dry_run():
             *(sys.executable, "-m", "llama_jax.train", *TRAIN, "&"),
         ]
         env = dict(word.split("=", 1) for word in words[1:5])
-        assert processes.find_job(env).processes == 2
+        assert cluster.find_job(env).processes == 2
     assert lines[2:] == ["# at most 3 restarts in a row"]
 
 
@@ -229,7 +229,7 @@ LOOPBACK = {"0100007F", "0" * 24 + "01000000", "0000000000000000FFFF00000100007F
 
 def test_local_listens_on_loopback_only(tmp_path):
     """The coordinator, which has no password; process 1 never comes."""
-    code = "from llama_jax.processes import start_processes; start_processes(100)"
+    code = "from llama_jax.parallel.cluster import start_processes; start_processes(100)"
     python = f"((JAX_PROCESS_ID)) && exec sleep 100; exec {sys.executable} -c '{code}'"
     port = int(free_port())
     process = subprocess.Popen(

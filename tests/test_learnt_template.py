@@ -5,18 +5,18 @@ import json
 import pytest
 from etils import epath
 
-from llama_jax.chat import open_template, templates
-from llama_jax.data.chat_template import ChatTemplate
-from llama_jax.data.pipeline import TrainingData
-from llama_jax.data.templates import built_in, to_json
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.data.tokenizer_config import special_ids, with_base_files
-from llama_jax.inference import open_model
+from llama_jax.data.training_data import TrainingData
+from llama_jax.inference.chat import open_template, templates
+from llama_jax.inference.loaded_model import open_model
 from llama_jax.interchange.ckpt import write_adapters
 from llama_jax.interchange.formats import Description
-from llama_jax.interchange.merged import base_fingerprint
+from llama_jax.interchange.merged_adapters import base_fingerprint
 from llama_jax.interchange.opening import open_source
 from llama_jax.interchange.transfer import convert
+from llama_jax.text.chat_template import ChatTemplate
+from llama_jax.text.templates import built_in, to_json
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer_config import special_ids, with_base_files
 from tests.chat_templates import chat_tokenizer, said
 from tests.helpers import TINY, random_adapters, random_params, released_json, replace
 from tests.test_convert import Memory, exported

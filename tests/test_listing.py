@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.config import DataConfig
-from llama_jax.data import documents as documents_lib
-from llama_jax.data import folders, looking
-from llama_jax.data.documents import documents, list_parts
-from llama_jax.data.folders import ABOUT, DEAD, HIDDEN, OWN, SPECIAL, TWICE
-from llama_jax.data.listing import FOLDERS, list_files, named_sources
-from llama_jax.data.prepare import prepare
-from llama_jax.data.reading import Tally
+from llama_jax.data.prepare.job import prepare
+from llama_jax.data.sources import documents as documents_lib
+from llama_jax.data.sources import file_kind, folder_walk
+from llama_jax.data.sources.documents import documents, list_parts
+from llama_jax.data.sources.folder_walk import ABOUT, DEAD, HIDDEN, OWN, SPECIAL, TWICE
+from llama_jax.data.sources.listing import FOLDERS, list_files, named_sources
+from llama_jax.data.sources.part import Tally
 from llama_jax.errors import UserError
 from tests.helpers import one_line_error, run_command, start_train, text_config, write_corpus
 
@@ -280,7 +280,7 @@ def test_a_streaming_run_inside_of_its_source(tmp_path):
 def test_many_files_are_looked_at_at_once(tmp_path, monkeypatch):
     """A bucket answers late: two looks must be under way together before either goes on."""
     tree(tmp_path, "a.txt", "b.txt")
-    meeting, identify_file = threading.Barrier(2), looking.identify_file
+    meeting, identify_file = threading.Barrier(2), file_kind.identify_file
 
     def slow(path, config):
         meeting.wait(60)
@@ -296,7 +296,7 @@ def test_an_unreadable_folder_is_one_line(tmp_path, monkeypatch):
     def refuses(folder):
         raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(folders.os, "scandir", refuses)
+    monkeypatch.setattr(folder_walk.os, "scandir", refuses)
     with pytest.raises(UserError, match=f"cannot read {tmp_path}: Permission denied"):
         listed(tmp_path)
 

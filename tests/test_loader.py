@@ -10,10 +10,10 @@ import pytest
 
 from llama_jax.data.batches import Batches
 from llama_jax.data.loader import iterate, local_rows, stream
-from llama_jax.data.prepare import prepare
-from llama_jax.data.shards import TokenDataset
+from llama_jax.data.prepare.job import prepare
+from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.errors import UserError
-from llama_jax.sharding import batch_sharding
+from llama_jax.parallel.sharding import batch_sharding
 from tests.helpers import mesh_of, text_config
 
 T, BATCH = 16, 8
@@ -142,8 +142,8 @@ def test_synthetic_batches_need_no_tensorflow():
         "from llama_jax.data.batches import SyntheticBatches\n"
         "from llama_jax.data.loader import stream\n"
         "from llama_jax.config import MeshConfig\n"
-        "from llama_jax.mesh import make_mesh\n"
-        "from llama_jax.sharding import batch_sharding\n"
+        "from llama_jax.parallel.mesh import make_mesh\n"
+        "from llama_jax.parallel.sharding import batch_sharding\n"
         "source = SyntheticBatches(64, 16, 8, 0)\n"
         "sharding = batch_sharding(make_mesh(MeshConfig()))\n"
         "assert len(list(stream(source, 0, 3, sharding, 8, 16))) == 3\n"

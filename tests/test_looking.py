@@ -17,12 +17,12 @@ from etils import epath
 from pyarrow import parquet
 
 from llama_jax.config import DataConfig
-from llama_jax.data import looking
-from llama_jax.data.documents import documents, list_parts
-from llama_jax.data.json_files import read_records
-from llama_jax.data.nested_fields import field_of
-from llama_jax.data.prepare import prepare
-from llama_jax.data.reading import Tally
+from llama_jax.data.prepare.job import prepare
+from llama_jax.data.sources import file_kind
+from llama_jax.data.sources.documents import documents, list_parts
+from llama_jax.data.sources.json_files import read_records
+from llama_jax.data.sources.nested_fields import field_of
+from llama_jax.data.sources.part import Tally
 from llama_jax.errors import UserError
 from tests.helpers import one_line_error, replace, run_command, text_config
 
@@ -125,7 +125,7 @@ def test_a_first_line_that_is_broken_or_long(tmp_path):
 
 def test_a_long_first_line_does_not_make_all_of_a_file_be_looked_at(tmp_path, monkeypatch):
     given = []
-    kept = looking.open_stream
+    kept = file_kind.open_stream
 
     class Counted:
         def __init__(self, file):
@@ -139,10 +139,10 @@ def test_a_long_first_line_does_not_make_all_of_a_file_be_looked_at(tmp_path, mo
         stream = kept(raw)
         return dataclasses.replace(stream, file=Counted(stream.file))
 
-    monkeypatch.setattr(looking, "open_stream", opened)
+    monkeypatch.setattr(file_kind, "open_stream", opened)
     long = json.dumps({"text": "x" * 300_000}).encode() + b"\n"
     path = made(tmp_path / "a.json", long + LINES * 100_000)
-    assert looking.identify_file(epath.Path(path), DataConfig()).kind == "jsonl"
+    assert file_kind.identify_file(epath.Path(path), DataConfig()).kind == "jsonl"
     assert sum(map(len, given)) < 1_000_000 < path.stat().st_size
 
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import loop, metrics
-from llama_jax.cost import flops_per_token
-from llama_jax.step import TrainState
-from llama_jax.train import train
+from llama_jax.model.cost import flops_per_token
+from llama_jax.train import loop
+from llama_jax.train.instruments import metrics
+from llama_jax.train.run import train
+from llama_jax.train.step import TrainState
 from tests.helpers import replace, text_config
 from tests.test_train import SHORT, FakeRun
 

@@ -9,19 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.ahead import compile_step
+from llama_jax.checkpoint.fingerprint import fingerprint
 from llama_jax.config import LoraConfig
-from llama_jax.cost import adapter_count
-from llama_jax.fingerprint import fingerprint
-from llama_jax.lora import Adapted, init_adapters, merge
-from llama_jax.model import logits
-from llama_jax.step import (
-    _dropout_key,
-    _gradients,
-    abstract_state,
-    model_weights,
-)
-from llama_jax.weights import abstract_frozen
+from llama_jax.model.cost import adapter_count
+from llama_jax.model.llama import logits
+from llama_jax.model.lora import Adapted, init_adapters, merge
+from llama_jax.model.weights import abstract_frozen
+from llama_jax.plan.compilation import compile_step
+from llama_jax.train.step import _dropout_key, _gradients, abstract_state, model_weights
 from tests.helpers import (
     MESHES,
     ROOT,

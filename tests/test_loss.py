@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from llama_jax.loss import cross_entropy
+from llama_jax.model.loss import cross_entropy
 
 B, T, D, V = 3, 12, 8, 50
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from llama_jax import loop, manifest
-from llama_jax.checkpoint import load_meta
+from llama_jax.checkpoint import manifest
+from llama_jax.checkpoint.saved_step import load_meta
 from llama_jax.data.batches import ValidationBatches
-from llama_jax.train import train
+from llama_jax.train import loop
+from llama_jax.train.run import train
 from tests.helpers import records, replace, text_config
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -167,7 +168,7 @@ def test_a_kill_before_the_record_is_written(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("llama_jax.metrics.Metrics.write", killed)
+        patch.setattr("llama_jax.train.instruments.metrics.Metrics.write", killed)
         with pytest.raises(Killed):
             train(config, run)
     assert len(evaluations(run)) == 3
@@ -256,6 +257,6 @@ def test_what_needs_no_evaluation_gets_none(config, tmp_path, monkeypatch, chang
         assert int(train(config, tmp_path / "run").step) == 5
     before = len(records(tmp_path / "run"))
     monkeypatch.setattr(loop, "make_up", lambda *_: pytest.fail("evaluated"))
-    monkeypatch.setattr("llama_jax.train.make_up", lambda *_: pytest.fail("evaluated"))
+    monkeypatch.setattr("llama_jax.train.run.make_up", lambda *_: pytest.fail("evaluated"))
     train(config, tmp_path / "run")
     assert len(records(tmp_path / "run")) > before

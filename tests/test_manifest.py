@@ -3,7 +3,7 @@ import json
 import pytest
 from etils import epath
 
-from llama_jax import manifest
+from llama_jax.checkpoint import manifest
 from llama_jax.errors import UserError
 from llama_jax.files import encode_entries
 from tests.helpers import flip_bit

@@ -9,18 +9,18 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from llama_jax import chat
-from llama_jax.continuation import additions
-from llama_jax.data.chat_template import ChatTemplate
-from llama_jax.data.templates import end_ids
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.data.tokenizer_config import special_ids
-from llama_jax.data.vocabularies import MARK
-from llama_jax.decode import Sampling
 from llama_jax.errors import UserError
-from llama_jax.inference import InferenceModel
+from llama_jax.inference import chat
+from llama_jax.inference.decode import Sampling
+from llama_jax.inference.generation import additions
+from llama_jax.inference.loaded_model import InferenceModel
 from llama_jax.interchange.fast_tokenizer import fast_files
 from llama_jax.interchange.hf import HfSource
+from llama_jax.text.chat_template import ChatTemplate
+from llama_jax.text.templates import end_ids
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer_config import special_ids
+from llama_jax.text.tokenizer_formats import MARK
 from tests.chat_templates import said
 from tests.helpers import TINY, llama3_tokenizer, random_params, released_json, replace
 from tests.test_convert import edit, exported

@@ -6,7 +6,7 @@ import pytest
 
 from llama_jax.config import DcnConfig, MeshConfig
 from llama_jax.errors import UserError
-from llama_jax.mesh import AXES, make_mesh, mesh_shape, parse_mesh
+from llama_jax.parallel.mesh import AXES, make_mesh, mesh_shape, parse_mesh
 
 
 def test_all_axes_are_there_and_auto():

@@ -2,8 +2,8 @@ import json
 
 from etils import epath
 
-from llama_jax import metric_writers
-from llama_jax.metric_writers import ConsoleWriter, JsonlWriter, TensorBoardWriter
+from llama_jax.train.instruments import writers
+from llama_jax.train.instruments.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter
 
 
 def test_json_lines_are_valid_whatever_the_numbers(tmp_path):
@@ -20,7 +20,7 @@ def test_json_lines_are_valid_whatever_the_numbers(tmp_path):
 
 def test_console(capsys, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(metric_writers.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(writers.time, "perf_counter", lambda: now[0])
     console = ConsoleWriter(100, "NVIDIA H200 989 TFLOP/s")
     record = {
         "loss": 2.5,
@@ -46,7 +46,7 @@ def test_console(capsys, monkeypatch):
 
 def test_long_eta_is_in_hours(capsys, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(metric_writers.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(writers.time, "perf_counter", lambda: now[0])
     console = ConsoleWriter(1000, "x")
     record = dict.fromkeys(("loss", "learning_rate", "grad_norm", "tokens_per_second"), 1.0)
     console.write(0, {**record, "mfu": None})

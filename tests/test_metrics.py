@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from llama_jax import metrics
-from llama_jax.cost import flops_per_token
-from llama_jax.metric_writers import ConsoleWriter, JsonlWriter, TensorBoardWriter
+from llama_jax.model.cost import flops_per_token
+from llama_jax.train.instruments import metrics
+from llama_jax.train.instruments.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter
 from tests.helpers import TINY
 
 

@@ -6,15 +6,9 @@ import numpy as np
 import pytest
 
 from llama_jax.config import REMAT_NAMES
-from llama_jax.cost import parameter_count
-from llama_jax.model import (
-    forward,
-    init_cache,
-    init_params,
-    logits,
-    rms_norm,
-)
-from llama_jax.rope import rope, rope_frequencies, rope_tables
+from llama_jax.model.cost import parameter_count
+from llama_jax.model.llama import forward, init_cache, init_params, logits, rms_norm
+from llama_jax.model.rope import rope, rope_frequencies, rope_tables
 from tests.helpers import TINY, mesh_of, meshes, random_batch, random_params, replace, shared_step
 
 CONFIG = replace(TINY, model__n_kv_heads=2).model
@@ -188,7 +182,7 @@ POLICIES = (
 
 
 def loss_of(config, params, batch):
-    from llama_jax.step import _loss_sums
+    from llama_jax.train.step import _loss_sums
 
     return _loss_sums(params, batch, config)[0]
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from llama_jax.chips import chip_named
-from llama_jax.hlo import Collective
-from llama_jax.network import Network
-from llama_jax.topology import Torus
+from llama_jax.hardware.chips import chip_named
+from llama_jax.hardware.topology import Torus
+from llama_jax.plan.hlo import Collective
+from llama_jax.plan.network import Network
 from tests.test_topology import CUBE, LINE, PLANE, WHOLE
 
 V5P, V5E = chip_named("v5p"), chip_named("v5e")

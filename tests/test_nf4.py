@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import nf4
-from llama_jax.lora import freeze, thaw
+from llama_jax.model import nf4
+from llama_jax.model.lora import freeze, thaw
 from tests.helpers import ROOT
 
 MATRICES = {"wide": (192, 128), "long": (40, 704)}  # (out, in)

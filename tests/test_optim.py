@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from llama_jax.config import OptimConfig
-from llama_jax.optim import decay_mask, make_optimizer, make_schedule
-from llama_jax.step import abstract_state
+from llama_jax.train.optimizer import decay_mask, make_optimizer, make_schedule
+from llama_jax.train.step import abstract_state
 from tests.helpers import TINY, replace
 
 

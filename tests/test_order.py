@@ -10,13 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_jax.data import loader
-from llama_jax.data import shards as shards_lib
 from llama_jax.data.batches import Batches, SyntheticBatches
 from llama_jax.data.loader import iterate, stream
-from llama_jax.data.reading import Example
-from llama_jax.data.shard_writer import ShardWriter
-from llama_jax.data.shards import TokenDataset
-from llama_jax.sharding import batch_sharding
+from llama_jax.data.shards import reader
+from llama_jax.data.shards.reader import TokenDataset
+from llama_jax.data.shards.writer import ShardWriter
+from llama_jax.data.sources.part import Example
+from llama_jax.parallel.sharding import batch_sharding
 from tests.helpers import mesh_of, until, write_manifest
 
 # Fixtures are made once and never changed.
@@ -187,12 +187,12 @@ def test_nothing_is_scanned_at_the_start(tokenizer, tmp_path, monkeypatch):
     dataset_of(tmp_path, tokenizer, [20] * 100, 50)  # in 34 shards
     opened = []
 
-    class Recorded(shards_lib._FileArray):
+    class Recorded(reader._FileArray):
         def __init__(self, path, dtype):
             opened.append(path)
             super().__init__(path, dtype)
 
-    monkeypatch.setattr(shards_lib, "_open_array", Recorded)
+    monkeypatch.setattr(reader, "_open_array", Recorded)
     dataset = TokenDataset.open(tmp_path, "train")
     batches = Batches({"": dataset}, 16, 2, 0)
     assert len(dataset._shards) == 34 and opened == []

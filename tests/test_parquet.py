@@ -6,9 +6,9 @@ import types
 import pytest
 
 from llama_jax.config import DataConfig
-from llama_jax.data.documents import documents, list_parts
-from llama_jax.data.parquet_pages import pages
-from llama_jax.data.reading import Tally
+from llama_jax.data.sources.documents import documents, list_parts
+from llama_jax.data.sources.parquet_pages import pages
+from llama_jax.data.sources.part import Tally
 from llama_jax.errors import UserError
 from tests.helpers import one_line_error, run_command
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from etils import epath
 
-from llama_jax import checkpoint as checkpoint_lib
+from llama_jax.checkpoint import saved_step
 from llama_jax.config import LoraConfig
 from llama_jax.errors import UserError
-from llama_jax.inference import open_model
+from llama_jax.inference.loaded_model import open_model
 from llama_jax.interchange import peft, safetensors
 from llama_jax.interchange.opening import open_source
 from llama_jax.interchange.transfer import convert, export_adapters, import_adapters
-from llama_jax.lora import merge
-from llama_jax.step import abstract_state
+from llama_jax.model.lora import merge
+from llama_jax.train.step import abstract_state
 from tests import mutations
 from tests.helpers import (
     ROOT,
@@ -232,12 +232,12 @@ def test_rslora_is_alpha_of_another_size(tmp_path):
 
 def test_adapters_go_round_and_keep_their_base(tmp_path, base):
     import_adapters(epath.Path(GOLDEN), tmp_path / "run", base)
-    folder = checkpoint_lib.find_step(tmp_path / "run")
-    meta = checkpoint_lib.load_meta(folder)
+    folder = saved_step.find_step(tmp_path / "run")
+    meta = saved_step.load_meta(folder)
     assert meta.config.lora == LoraConfig(rank=2, alpha=3.0, targets="wq,wv,w2")
     assert meta.config.init_from == base and "layers/attn/wq" in meta.base
     equal(
-        checkpoint_lib.load_adapters(folder, abstract_state(meta.config).params),
+        saved_step.load_adapters(folder, abstract_state(meta.config).params),
         random_adapters(CASE),
     )
     export_adapters(epath.Path(tmp_path / "run"), tmp_path / "again")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.errors import UserError
-from llama_jax.model import logits
-from llama_jax.perplexity import (
+from llama_jax.inference.logprobs import Scorer
+from llama_jax.inference.perplexity import (
     Document,
     Totals,
     perplexity,
@@ -18,7 +18,7 @@ from llama_jax.perplexity import (
     text_document,
     windows,
 )
-from llama_jax.scoring import Scorer
+from llama_jax.model.llama import logits
 from tests.helpers import TINY, random_params
 
 CONFIG = TINY.model
@@ -62,7 +62,7 @@ def test_perplexities_by_hand(monkeypatch):
             row = logits(CONFIG, PARAMS, np.array([document.tokens[begin:at]]))[0, -1]
             nll -= float(jax.nn.log_softmax(row)[document.tokens[at]])
     scorer = Scorer(CONFIG, PARAMS, context=8, batch_size=2)
-    monkeypatch.setattr("llama_jax.perplexity.BATCHES_AT_ONCE", 2)
+    monkeypatch.setattr("llama_jax.inference.perplexity.BATCHES_AT_ONCE", 2)
     done = []
     totals = perplexity(scorer, iter(documents), 3, done.append)
     # The document of BOS alone has nothing to score.

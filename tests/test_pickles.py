@@ -17,8 +17,8 @@ from llama_jax.interchange.loading import load_hf
 from llama_jax.interchange.meta import MetaSource
 from llama_jax.interchange.pickles import load, read_tensors
 from llama_jax.interchange.transfer import convert
-from llama_jax.sharding import param_shardings
-from llama_jax.step import abstract_state
+from llama_jax.parallel.sharding import param_shardings
+from llama_jax.train.step import abstract_state
 from tests import mutations
 from tests.helpers import mesh_of, random_params, replace
 from tests.test_convert import GROUPED, Memory, assert_same

@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from llama_jax import ahead
-from llama_jax import plan as plan_lib
-from llama_jax.ahead import lower_step, with_slices
-from llama_jax.chips import GIB, chip_named
-from llama_jax.cost import adapter_count, flops_by_part, parameter_count
-from llama_jax.data.pipeline import open_data
+from llama_jax.data.training_data import open_data
 from llama_jax.errors import UserError
-from llama_jax.plan import plan, table
-from llama_jax.skips import no_skips
-from llama_jax.step import abstract_state
-from llama_jax.topology import Topology
-from llama_jax.weights import abstract_frozen
+from llama_jax.hardware.chips import GIB, chip_named
+from llama_jax.hardware.topology import Topology
+from llama_jax.model.cost import adapter_count, flops_by_part, parameter_count
+from llama_jax.model.weights import abstract_frozen
+from llama_jax.plan import compilation
+from llama_jax.plan import report as plan_lib
+from llama_jax.plan.compilation import lower_step, with_slices
+from llama_jax.plan.report import plan, table
+from llama_jax.train.bad_steps import no_skips
+from llama_jax.train.step import abstract_state
 from tests import plans
 from tests.helpers import (
     ROOT,
@@ -178,7 +178,7 @@ def test_the_compilers_word_that_it_does_not_fit(eight, monkeypatch):
             raise jax.errors.JaxRuntimeError(self.message)
 
     real = lower_step(CONFIG, jax.devices())
-    monkeypatch.setattr(ahead, "lower_step", lambda *_: (Lowered(), *real[1:]))
+    monkeypatch.setattr(compilation, "lower_step", lambda *_: (Lowered(), *real[1:]))
     for message in (
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Used 97.25G of 95.74G hbm. Exceeded ..",
         "RESOURCE_EXHAUSTED: temporaries (97.25G) exceeds available HBM (95.74G).",
@@ -215,7 +215,7 @@ def test_the_compilers_word_that_it_does_not_fit(eight, monkeypatch):
 
 def test_the_heap_of_a_tpu_program_is_in_its_newest_report(tmp_path):
     with pytest.raises(UserError, match=f"not reported the program's memory in {tmp_path}"):
-        ahead.heap(tmp_path)
+        compilation.heap(tmp_path)
     for order, size in (("0001", 5169836928), ("0000", 482433696)):  # the later one comes last
         path = tmp_path / f"module_{order}.jit_x.after_optimizations-memory-usage-report.txt"
         path.write_text(
@@ -224,11 +224,11 @@ def test_the_heap_of_a_tpu_program_is_in_its_newest_report(tmp_path):
         )
         os.utime(path, (size, size))
         (tmp_path / "m.cpu_after_optimizations-memory-usage-report.txt").write_text("another")
-    assert ahead.heap(tmp_path) == 5169836928
+    assert compilation.heap(tmp_path) == 5169836928
     path.write_text("Memory Space: hbm")
     os.utime(path, (6e9, 6e9))
     with pytest.raises(UserError, match="has not reported"):
-        ahead.heap(tmp_path)
+        compilation.heap(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -243,14 +243,14 @@ def test_the_heap_of_a_tpu_program_is_in_its_newest_report(tmp_path):
 )
 def test_the_users_dump_is_where_the_report_is(monkeypatch, flags, folder):
     monkeypatch.setenv("XLA_FLAGS", flags)
-    assert ahead._dumped() == (folder and pathlib.Path(folder))
+    assert compilation._dumped() == (folder and pathlib.Path(folder))
 
 
 def test_a_step_that_is_written_to_a_folder_makes_no_other(eight, monkeypatch, tmp_path):
     """Its process may end within the compiler, and leave behind what it has made."""
     made = []
-    monkeypatch.setattr(ahead.tempfile, "mkdtemp", lambda *_: made.append(1))
-    assert ahead.compile_step(CONFIG, jax.devices(), tmp_path).text and not made
+    monkeypatch.setattr(compilation.tempfile, "mkdtemp", lambda *_: made.append(1))
+    assert compilation.compile_step(CONFIG, jax.devices(), tmp_path).text and not made
 
 
 def test_what_the_compiler_works_around_is_told(eight, monkeypatch):
@@ -264,7 +264,7 @@ def test_what_the_compiler_works_around_is_told(eight, monkeypatch):
 
     with jax.set_mesh(mesh):
         lowered = jax.jit(reshard).lower(jnp.zeros((64, 8)))
-    monkeypatch.setattr(ahead, "lower_step", lambda *_: (lowered, state, mesh))
+    monkeypatch.setattr(compilation, "lower_step", lambda *_: (lowered, state, mesh))
     result = plan(CONFIG, eight)
     assert "Involuntary full rematerialization" in result["warnings"][0]
     assert f"warning      {result['warnings'][0]}" in table(result)
@@ -415,11 +415,12 @@ def check_that_warnings_are_seen(name):
     code = f"""
 import jax, jax.numpy as jnp
 jax.config.update("jax_platforms", "cpu")
-from llama_jax import ahead, topology
+from llama_jax.hardware import topology
+from llama_jax.plan import compilation
 from llama_jax.plan import plan
 from tests.helpers import TINY, replace
 config = replace(TINY, mesh__tensor=2)
-real = ahead.lower_step
+real = compilation.lower_step
 def lower(config, devices):
     _, state, mesh = real(config, devices)
     place = jax.NamedSharding(mesh, jax.P("tensor", "fsdp"))
@@ -430,7 +431,7 @@ def lower(config, devices):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         x = jax.ShapeDtypeStruct((64, 8), jnp.float32, sharding=place)
         return jax.jit(reshard).lower(x), state, mesh
-ahead.lower_step = lower
+compilation.lower_step = lower
 print(plan(config, topology.parse_topology("{name}"))["warnings"])
 """
     env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
@@ -461,15 +462,15 @@ def test_what_is_offloaded_is_not_in_the_chips_memory():
     code = """
 import jax, json
 jax.config.update("jax_platforms", "cpu")
-from llama_jax import ahead
-from llama_jax.topology import parse_topology, topology_devices
+from llama_jax.plan import compilation
+from llama_jax.hardware.topology import parse_topology, topology_devices
 from tests.helpers import replace
 from tests.test_config import load
 config = replace(load("tiny")[0], train__global_batch=256, model__n_layers=32)
 devices = topology_devices(parse_topology("v5e:2x2"))
 for remat in ("save:block_in,q", "offload:block_in,q"):
     changed = replace(config, model__remat=remat)
-    print(json.dumps(ahead.compile_step(changed, devices).bytes))
+    print(json.dumps(compilation.compile_step(changed, devices).bytes))
 """
     env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", code]
@@ -491,14 +492,14 @@ def test_a_torus_has_gathers(name):
     code = f"""
 import jax
 jax.config.update("jax_platforms", "cpu")
-from llama_jax import ahead, hlo
-from llama_jax.topology import parse_topology, topology_devices
+from llama_jax.plan import compilation, hlo
+from llama_jax.hardware.topology import parse_topology, topology_devices
 from tests.helpers import replace
 from tests.test_config import load
 devices = topology_devices(parse_topology("{name}"))
 config = replace(load("7b")[0], model__n_layers=2, model__vocab_size=2048, model__attention="xla",
                  train__seq_len=256, train__global_batch=len(devices))
-module = hlo.parse(ahead.compile_step(config, devices).text)
+module = hlo.parse(compilation.compile_step(config, devices).text)
 for one in module.computations[module.entry].values():
     if one.opcode == "while":
         (body,) = [called for called in one.called if "ROOT" in str(module.computations[called])
@@ -547,10 +548,10 @@ def test_attention_for_eight_h100s(backend, with_segments):
     code = f"""
 import jax, jax.numpy as jnp
 jax.config.update("jax_platforms", "cpu")
-from llama_jax.attention import attention
+from llama_jax.model.attention import attention
 from llama_jax.config import MeshConfig
-from llama_jax.mesh import make_mesh
-from llama_jax.topology import parse_topology, topology_devices
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.hardware.topology import parse_topology, topology_devices
 mesh = make_mesh(MeshConfig(fsdp=4, tensor=2), devices=topology_devices(parse_topology("h100:8")))
 def loss(q, k, v, ids):
     pair = (ids, ids) if {with_segments} else None

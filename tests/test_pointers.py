@@ -2,9 +2,9 @@
 
 import pytest
 
-from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
 from llama_jax.interchange.hf import HfSource
+from llama_jax.text.tokenizer import Tokenizer
 from tests.helpers import TINY, llama3_tokenizer
 from tests.test_convert import exported
 

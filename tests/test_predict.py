@@ -2,9 +2,9 @@ import dataclasses
 
 import pytest
 
-from llama_jax.chips import chip_named
-from llama_jax.hlo import Collective, parse
-from llama_jax.predict import _Schedule, predict
+from llama_jax.hardware.chips import chip_named
+from llama_jax.plan.hlo import Collective, parse
+from llama_jax.plan.roofline import _Schedule, predict
 
 H100, V5P = chip_named("h100"), chip_named("v5p")
 GATHER = 8192 * 32000 * 2

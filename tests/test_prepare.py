@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.data import report as report_lib
-from llama_jax.data import shards as shards_lib
-from llama_jax.data import workers
-from llama_jax.data.packing import pack_documents
-from llama_jax.data.prepare import prepare
-from llama_jax.data.shard_folder import read_manifest, token_dtype, verify
-from llama_jax.data.shards import TokenDataset
+from llama_jax.data.prepare import report as report_lib
+from llama_jax.data.prepare import workers
+from llama_jax.data.prepare.job import prepare
+from llama_jax.data.shards import reader
+from llama_jax.data.shards.layout import read_manifest, token_dtype, verify
+from llama_jax.data.shards.packing import pack_documents
+from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.errors import UserError
 from tests.helpers import ROOT, replace, text_config, until
 
@@ -318,13 +318,13 @@ def test_the_progress_says_how_fast_and_how_long(monkeypatch, capsys, terminal):
 
 KILLED = """
 import sys, time
-from llama_jax.data import prepare
+from llama_jax.data.prepare import job
 from tests.helpers import text_config
 corpus, output = sys.argv[1:]
 if __name__ == "__main__":
     config = text_config(corpus, data__part_bytes=1000, data__workers=2)
-    prepare.merge_reports = lambda *_: time.sleep(3600)  # it is killed before that
-    prepare.prepare(config, output)
+    job.merge_reports = lambda *_: time.sleep(3600)  # it is killed before that
+    job.prepare(config, output)
 """
 
 
@@ -416,8 +416,8 @@ def test_files_are_read_by_ranges(shards, monkeypatch, scheme):
     path = shards / "train-00000-000.bin"
     expected = np.fromfile(path, "<u2")
     local = epath.Path(path)
-    monkeypatch.setattr(shards_lib.epath, "Path", lambda name: local)
-    array = shards_lib._FileArray(scheme + str(path), "<u2")
+    monkeypatch.setattr(reader.epath, "Path", lambda name: local)
+    array = reader._FileArray(scheme + str(path), "<u2")
     assert array._local == (not scheme)
     assert len(array) == len(expected)
     np.testing.assert_array_equal(array[5:50], expected[5:50])
@@ -431,8 +431,8 @@ def test_threads_share_a_file_of_an_object_store(shards, monkeypatch):
 
     path = shards / "train-00000-000.bin"
     expected, local = np.fromfile(path, "<u2"), epath.Path(path)
-    monkeypatch.setattr(shards_lib.epath, "Path", lambda name: local)
-    array = shards_lib._FileArray(f"memory://{path}", "<u2")
+    monkeypatch.setattr(reader.epath, "Path", lambda name: local)
+    array = reader._FileArray(f"memory://{path}", "<u2")
     file = array._file
 
     class Slow:

@@ -7,8 +7,8 @@ import sys
 import jax
 import pytest
 
-from llama_jax import processes
 from llama_jax.errors import UserError
+from llama_jax.parallel import cluster
 from tests.helpers import ROOT, free_port, outputs_of, without_gloo
 
 PLAIN = {
@@ -50,11 +50,11 @@ def start(monkeypatch):
     def run(env, machine_gpus=0, **kwargs):
         calls = []
         monkeypatch.setattr(os, "environ", dict(env))
-        monkeypatch.setattr(processes, "_machine_gpus", lambda: machine_gpus)
+        monkeypatch.setattr(cluster, "_machine_gpus", lambda: machine_gpus)
         monkeypatch.setattr(
             jax.distributed, "initialize", lambda **arguments: calls.append(arguments)
         )
-        means = processes.start_processes(**kwargs)
+        means = cluster.start_processes(**kwargs)
         assert len(calls) <= 1
         return means, calls[0] if calls else None
 
@@ -165,7 +165,7 @@ def test_half_a_description_is_an_error(start, env, message):
 def test_an_address_of_ones_own_within_a_cluster(start):
     env = {**SLURM, "JAX_COORDINATOR_ADDRESS": "node09:99"}  # JAX reads it
     assert start(env)[0] == "Slurm"
-    assert processes.find_job(env).process_zero == "node09:99"
+    assert cluster.find_job(env).process_zero == "node09:99"
     without = {**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "", "JAX_COORDINATOR_ADDRESS": "node09:99"}
     assert start(without)[1]["cluster_detection_method"] == "deactivate"
 
@@ -225,13 +225,13 @@ def test_what_jax_says_is_told_in_a_line(start, monkeypatch):
     with pytest.raises(
         UserError, match=r"found by TPU metadata .*should be defined\.; JAX_NUM_PRO"
     ):
-        processes.start_processes()
+        cluster.start_processes()
 
 
 # What follows is the real JAX, in processes of its own.
 CODE = """
 import sys, jax
-from llama_jax.processes import start_processes
+from llama_jax.parallel.cluster import start_processes
 means = start_processes(int(sys.argv[1]))
 visible = jax.config.values["jax_cuda_visible_devices"]
 print(means, jax.process_index(), jax.process_count(), jax.device_count(), visible, flush=True)

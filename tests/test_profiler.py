@@ -7,8 +7,8 @@ import jax
 import pytest
 from etils import epath
 
-from llama_jax.profiler import Profiler
-from llama_jax.train import train
+from llama_jax.train.instruments.profiler import Profiler
+from llama_jax.train.run import train
 from tests.helpers import TINY, replace
 
 pytestmark = pytest.mark.usefixtures("shared_steps")

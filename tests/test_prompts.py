@@ -3,7 +3,7 @@ import json
 import pytest
 
 from llama_jax.errors import UserError
-from llama_jax.prompts import read_messages, read_prompts
+from llama_jax.inference.prompts import read_messages, read_prompts
 
 
 def test_prompts_from_files(tmp_path):

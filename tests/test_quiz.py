@@ -13,8 +13,8 @@ import sys
 import jax
 import pytest
 
-from llama_jax.data.tokenizer import train_tokenizer
-from llama_jax.model import init_params
+from llama_jax.model.llama import init_params
+from llama_jax.text.tokenizer import train_tokenizer
 from tests.helpers import ROOT, TINY, replace, save_checkpoint
 from tests.test_config import load
 

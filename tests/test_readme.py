@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from llama_jax.config import Config
-from llama_jax.cost import parameter_count
+from llama_jax.model.cost import parameter_count
 from tests.helpers import ROOT
 from tests.test_config import load
 

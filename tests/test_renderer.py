@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from llama_jax.data import jinja_process, renderer
-from llama_jax.data.chat_template import ChatTemplate
-from llama_jax.data.renderer import Exceeded, Refused, Renderer
-from llama_jax.data.templates import end_ids
 from llama_jax.errors import UserError
+from llama_jax.text import jinja_process, template_renderer
+from llama_jax.text.chat_template import ChatTemplate
+from llama_jax.text.template_renderer import Exceeded, Refused, Renderer
+from llama_jax.text.templates import end_ids
 from tests.helpers import until
 
 MESSAGES = [{"role": "user", "content": "a"}]
@@ -151,15 +151,15 @@ def test_an_interrupt_leaves_no_answer_behind(limited, monkeypatch):
 
 
 def test_a_fork_has_a_renderer_of_its_own(monkeypatch):
-    mine = renderer.shared()
-    assert renderer.shared() is mine
+    mine = template_renderer.shared()
+    assert template_renderer.shared() is mine
     monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a fork
-    assert renderer.shared() is not mine
+    assert template_renderer.shared() is not mine
 
 
 def test_the_process_ends_with_its_parent():
     program = (
-        "from llama_jax.data.renderer import shared\n"
+        "from llama_jax.text.template_renderer import shared\n"
         "shared().check('a', 'it'); print(shared()._process.pid, flush=True)\n"
         "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -4,7 +4,7 @@ import os
 import pytest
 from etils import epath
 
-from llama_jax import retention
+from llama_jax.checkpoint import retention
 from tests.helpers import TINY, replace
 
 

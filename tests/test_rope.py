@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from llama_jax import checkpoint, decode
+from llama_jax.checkpoint import saved_step
 from llama_jax.errors import UserError
-from llama_jax.interchange import card
-from llama_jax.model import forward, logits
-from llama_jax.rope import document_lengths, rope, rope_frequencies, rope_tables
-from llama_jax.scoring import Scorer, Span
+from llama_jax.inference import decode
+from llama_jax.inference.logprobs import Scorer, Span
+from llama_jax.interchange import model_card
+from llama_jax.model.llama import forward, logits
+from llama_jax.model.rope import document_lengths, rope, rope_frequencies, rope_tables
 from tests.helpers import TINY, mesh_of, random_params, replace
 
 WIDE = replace(TINY, model__explicit_head_dim=64).model
@@ -129,7 +130,7 @@ def test_a_prompt_in_pieces_is_one_prompt(monkeypatch):
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
 def test_the_card_tells_the_kind(tmp_path, kind):
     config = replace(TINY, model__rope_scaling=kind, model__rope_scaling_factor=4.0)
-    text = card.write(checkpoint.Meta(config, 0, "", b""), epath.Path(tmp_path))
+    text = model_card.write(saved_step.Meta(config, 0, "", b""), epath.Path(tmp_path))
     assert f"| RoPE scaling | 4 ({kind}) |" in text
 
 

@@ -9,28 +9,28 @@ import numpy as np
 import pytest
 from etils import epath
 
-from llama_jax import train as train_lib
-from llama_jax.checkpoint import load_meta
+from llama_jax.checkpoint.saved_step import load_meta
 from llama_jax.config import LoraConfig
-from llama_jax.data import show
-from llama_jax.data.pipeline import open_data
-from llama_jax.data.prepare import prepare
-from llama_jax.data.shard_folder import read_manifest
-from llama_jax.data.shards import TokenDataset
-from llama_jax.data.show_rows import Screen
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.decode import Sampling, generate
-from llama_jax.describe import remarks
+from llama_jax.data.prepare.job import prepare
+from llama_jax.data.shards.layout import read_manifest
+from llama_jax.data.shards.reader import TokenDataset
+from llama_jax.data.show import summary
+from llama_jax.data.show.rows import Screen
+from llama_jax.data.training_data import open_data
 from llama_jax.errors import UserError
-from llama_jax.inference import open_model
+from llama_jax.inference.decode import Sampling, generate
+from llama_jax.inference.loaded_model import open_model
+from llama_jax.inference.logprobs import token_logprobs
 from llama_jax.interchange.hf import HfSource
 from llama_jax.interchange.loading import load, load_init
 from llama_jax.interchange.opening import open_init, open_source
 from llama_jax.interchange.transfer import convert, export_adapters
-from llama_jax.model import logits
-from llama_jax.scoring import token_logprobs
-from llama_jax.sharding import param_shardings, param_specs
-from llama_jax.step import abstract_state
+from llama_jax.model.llama import logits
+from llama_jax.parallel.sharding import param_shardings, param_specs
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.train import run as train_lib
+from llama_jax.train.overview import remarks
+from llama_jax.train.step import abstract_state
 from tests.helpers import (
     TINY,
     mesh_of,
@@ -174,7 +174,7 @@ def test_the_sample_after_training_has_no_padding(config, run, monkeypatch, caps
         seen.append(options["n_ids"])
         return generate(*args, **options)
 
-    monkeypatch.setattr("llama_jax.continuation.generate", spy)
+    monkeypatch.setattr("llama_jax.inference.generation.generate", spy)
     sampled = replace(config, train__sample_prompt="def")
     assert int(train_lib.train(sampled, run).step) == 4  # finished already
     assert seen == [IDS]
@@ -190,7 +190,7 @@ def test_resuming_with_other_words_for_the_same_tokenizer(config, run, tmp_path)
 
 
 def test_a_look_at_the_data(run):
-    shown = show.summary(show.open_prepared(run), 0, Screen(100, False))
+    shown = summary.summary(summary.open_prepared(run), 0, Screen(100, False))
     assert "tokens  300 ids" in shown.splitlines()
 
 

@@ -9,12 +9,12 @@ import time
 import jax
 import pytest
 
-from llama_jax import scheduled
-from llama_jax.chips import GIB
-from llama_jax.cost import flops_per_token, parameter_count
 from llama_jax.errors import UserError
-from llama_jax.scheduled import available, schedule
-from llama_jax.topology import parse_topology
+from llama_jax.hardware.chips import GIB
+from llama_jax.hardware.topology import parse_topology
+from llama_jax.model.cost import flops_per_token, parameter_count
+from llama_jax.plan import scheduled
+from llama_jax.plan.scheduled import available, schedule
 from tests.helpers import ROOT, TINY, replace
 from tests.test_config import load
 
@@ -116,7 +116,7 @@ def test_a_compiler_that_does_not_end_is_ended(compiler, tmp_path, monkeypatch):
 
 WATCH = """
 import os, pathlib, sys
-from llama_jax import ahead, scheduled
+from llama_jax.plan import compilation, scheduled
 pathlib.Path(sys.argv[2]).write_text(str(os.getpid()))
 scheduled._watch(pathlib.Path(sys.argv[1]), int(sys.argv[3]))
 """

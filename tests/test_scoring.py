@@ -2,10 +2,10 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax import scoring
-from llama_jax.model import logits
-from llama_jax.scoring import Scorer, Span
-from llama_jax.sharding import param_shardings
+from llama_jax.inference import logprobs as logprobs_lib
+from llama_jax.inference.logprobs import Scorer, Span
+from llama_jax.model.llama import logits
+from llama_jax.parallel.sharding import param_shardings
 from tests.helpers import TINY, mesh_of, random_params, replace
 
 CONFIG = replace(TINY, model__n_kv_heads=2).model
@@ -69,10 +69,10 @@ def test_scores_on_a_mesh(shape):
 def test_few_shapes_are_compiled():
     config = replace(TINY, model__rope_theta=7.0).model  # a model that no other test compiles
     spans = spans_of(range(4, 130), seed=1)  # the last batch is not full
-    before = scoring.token_logprobs._cache_size()
+    before = logprobs_lib.token_logprobs._cache_size()
     Scorer(config, random_params(config), 200, 4)(spans)
     # Lengths of 3..128 inputs: 16, 32, 64, 128, whatever the order and the remainder.
-    assert scoring.token_logprobs._cache_size() - before == 4
+    assert logprobs_lib.token_logprobs._cache_size() - before == 4
 
 
 def test_all_logits_never_exist():
@@ -80,9 +80,9 @@ def test_all_logits_never_exist():
     config = replace(TINY, model__vocab_size=1024).model
     ids = jax.ShapeDtypeStruct((2, 1024), "int32")
     params = jax.eval_shape(lambda: random_params(config))
-    lowered = scoring.token_logprobs.lower(config, params, ids, ids)
+    lowered = logprobs_lib.token_logprobs.lower(config, params, ids, ids)
     text = lowered.as_text()
-    assert f"2x{scoring.CHUNK}x1024xf32" in text
+    assert f"2x{logprobs_lib.CHUNK}x1024xf32" in text
     assert "2x1024x1024xf32" not in text
 
 

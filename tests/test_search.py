@@ -3,19 +3,19 @@ import dataclasses
 import jax
 import pytest
 
-from llama_jax import plan as plan_lib
-from llama_jax import scheduled as scheduled_lib
-from llama_jax import search as search_lib
-from llama_jax.advice import advice
-from llama_jax.candidates import candidates, options, what_divides
-from llama_jax.chips import chip_named
-from llama_jax.cost import frozen_bytes
 from llama_jax.errors import UserError
-from llama_jax.estimate import estimate, kept_width
-from llama_jax.scheduled import Scheduled
-from llama_jax.search import search
-from llama_jax.topology import Topology, parse_topology
-from llama_jax.weights import abstract_frozen
+from llama_jax.hardware.chips import chip_named
+from llama_jax.hardware.topology import Topology, parse_topology
+from llama_jax.model.cost import frozen_bytes
+from llama_jax.model.weights import abstract_frozen
+from llama_jax.plan import report
+from llama_jax.plan import scheduled as scheduled_lib
+from llama_jax.plan import search as search_lib
+from llama_jax.plan.advice import advice
+from llama_jax.plan.candidates import candidates, options, what_divides
+from llama_jax.plan.estimate import estimate, kept_width
+from llama_jax.plan.scheduled import Scheduled
+from llama_jax.plan.search import search
 from tests import plans
 from tests.helpers import TINY, replace
 from tests.test_config import load
@@ -179,7 +179,7 @@ def test_candidates_cut_a_batch_into_any_microbatches_that_divide_it():
 
 @pytest.fixture
 def on_cpus(monkeypatch):
-    monkeypatch.setattr(plan_lib, "topology_devices", lambda topology: jax.devices())
+    monkeypatch.setattr(report, "topology_devices", lambda topology: jax.devices())
 
 
 def test_search_finds_the_fastest_that_fits(monkeypatch, capsys):

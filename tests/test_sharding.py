@@ -10,11 +10,11 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from llama_jax import sharding
 from llama_jax.errors import UserError
-from llama_jax.mesh import AXES
-from llama_jax.sharding import PARAM_SPECS, activation_spec, constrain, param_specs
-from llama_jax.step import abstract_state, train_step
+from llama_jax.parallel import sharding
+from llama_jax.parallel.mesh import AXES
+from llama_jax.parallel.sharding import PARAM_SPECS, activation_spec, constrain, param_specs
+from llama_jax.train.step import abstract_state, train_step
 from tests.helpers import QUICK, ROOT, TINY, mesh_of, random_batch, replace
 from tests.test_config import load
 
@@ -163,14 +163,14 @@ def test_check_batch():
 COMPILE = """
 import sys
 import jax
-from llama_jax import model
-from llama_jax.step import abstract_state, jit_step
+from llama_jax.model import llama
+from llama_jax.train.step import abstract_state, jit_step
 from tests.helpers import ROOT, TINY, mesh_of, random_batch, replace
 
 changes, packed, unpinned, shapes = eval(sys.argv[1])
 config = replace(TINY, **changes)
 if unpinned:
-    model.reshard = lambda x, names, gradient_names: model.constrain(x, *names)
+    llama.reshard = lambda x, names, gradient_names: llama.constrain(x, *names)
 batch = random_batch(config, 0)
 if packed:
     batch |= {"positions": batch["inputs"], "segment_ids": batch["inputs"]}

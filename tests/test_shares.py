@@ -14,21 +14,21 @@ from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_jax.checkpoint import Meta
-from llama_jax.data import show
+from llama_jax.checkpoint.saved_step import Meta
 from llama_jax.data.batches import Batches, ValidationBatches
 from llama_jax.data.loader import iterate
 from llama_jax.data.mixture import MAX_PERIOD, PERIOD, Schedule, shares_by_size, shares_of_samples
-from llama_jax.data.pipeline import open_data
-from llama_jax.data.prepare import prepare
-from llama_jax.data.reading import Example
-from llama_jax.data.shard_folder import encode_manifest, fingerprint, read_manifest
-from llama_jax.data.shard_writer import ShardWriter
-from llama_jax.data.shards import TokenDataset
-from llama_jax.data.show_rows import Screen
-from llama_jax.describe import describe
+from llama_jax.data.prepare.job import prepare
+from llama_jax.data.shards.layout import encode_manifest, fingerprint, read_manifest
+from llama_jax.data.shards.reader import TokenDataset
+from llama_jax.data.shards.writer import ShardWriter
+from llama_jax.data.show import summary
+from llama_jax.data.show.rows import Screen
+from llama_jax.data.sources.part import Example
+from llama_jax.data.training_data import open_data
 from llama_jax.errors import UserError
-from llama_jax.guards import check_checkpoint
+from llama_jax.train.overview import describe
+from llama_jax.train.resume import check_checkpoint
 from tests.helpers import mesh_of, replace, text_config, write_manifest
 
 HALF = {"a": Fraction(1, 2), "b": Fraction(1, 2)}
@@ -334,8 +334,8 @@ def chats(tokenizer, tmp_path_factory):
 
 def test_show_says_which_tokens_count(chats):
     folder, config = chats
-    prepared = show.open_prepared(folder, config)
-    text = show.summary(prepared, 4, Screen())
+    prepared = summary.open_prepared(folder, config)
+    text = summary.summary(prepared, 4, Screen())
     header, *rows = next(
         lines
         for index, line in enumerate(text.splitlines())
@@ -359,7 +359,7 @@ def test_show_says_which_tokens_count(chats):
     assert tokens["short"] > 3 * tokens["long"]
     assert "asked, realised: of the tokens that count, those of answers, in the 1,000" in text
     assert "with prompts: of all tokens in the 1,000 sequences from step 4 on" in text
-    realised = show.realised_shares(prepared, 4)
+    realised = summary.realised_shares(prepared, 4)
     assert realised["short"] == counts["short"] / sum(counts.values())
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from llama_jax.config import default, from_config_dict
-from llama_jax.data import show, show_plot
-from llama_jax.data.prepare import prepare
-from llama_jax.data.shard_folder import read_manifest
-from llama_jax.data.show_rows import Screen, legend, pieces, show_row, visible
+from llama_jax.data.prepare.job import prepare
+from llama_jax.data.shards.layout import read_manifest
+from llama_jax.data.show import plot as plot_lib
+from llama_jax.data.show import summary
+from llama_jax.data.show.rows import Screen, legend, pieces, show_row, visible
 from llama_jax.errors import UserError
 from tests.helpers import one_line_error, replace, run_command, text_config
 
@@ -48,8 +49,8 @@ def shares_of(text):
 def test_the_table_says_what_is_there(sources, packing):
     folder, configs = sources
     config = replace(configs[packing], data__mixture="a=0.1,b=0.7,c=0.2", train__steps=50)
-    prepared = show.open_prepared(folder / packing, config)
-    text = show.summary(prepared, 3, PLAIN)
+    prepared = summary.open_prepared(folder / packing, config)
+    text = summary.summary(prepared, 3, PLAIN)
     table = shares_of(text)
     assert [row["asked"] for row in table.values()] == ["10.00%", "70.00%", "20.00%"]
     # Counted from the rows, of which 1,000 are 125 batches.
@@ -88,7 +89,7 @@ def test_the_summary_says_which_files_were_read_and_what_is_held_out(tmp_path):
     (books / "a.txt").write_text("One book of many words. " * 400)
     (books / ".hidden").write_text("not of the book")
     prepare(text_config(books), tmp_path / "shards", log=lambda line: None)
-    text = show.summary(show.open_prepared(tmp_path / "shards"), 0, PLAIN)
+    text = summary.summary(summary.open_prepared(tmp_path / "shards"), 0, PLAIN)
     assert "\nfiles in the source: 1 plain text\n" in text
     assert f"left out in the source: 1 hidden files and folders; the first: {books}/.hidden" in text
     tokens = read_manifest(tmp_path / "shards")["splits"]["validation"]["tokens"]
@@ -99,18 +100,18 @@ def test_the_summary_says_which_files_were_read_and_what_is_held_out(tmp_path):
 def test_realised_shares_are_counted_from_the_step_on(sources):
     folder, configs = sources
     config = replace(configs["concat"], data__mixture="a=1/3,b=1/3,c=1/3")
-    prepared = show.open_prepared(folder / "concat", config)
-    realised = show.realised_shares(prepared, 5)
+    prepared = summary.open_prepared(folder / "concat", config)
+    realised = summary.realised_shares(prepared, 5)
     assert sum(realised.values()) == pytest.approx(1)
-    assert all(abs(share - 1 / 3) < 2 / show.WINDOW for share in realised.values())
+    assert all(abs(share - 1 / 3) < 2 / summary.WINDOW for share in realised.values())
 
 
 def test_rows_are_those_of_the_loader(sources):
     """What is printed of a row, put together again, is the row."""
     folder, configs = sources
-    prepared = show.open_prepared(folder / "best_fit", configs["best_fit"])
+    prepared = summary.open_prepared(folder / "best_fit", configs["best_fit"])
     batch = configs["best_fit"].train.global_batch
-    text = "\n".join(show.show_rows(prepared, 7, batch + 2, PLAIN))
+    text = "\n".join(summary.show_rows(prepared, 7, batch + 2, PLAIN))
     assert text.startswith(legend(True, PLAIN))
     blocks = re.split(r"\n\nstep ", text)[1:]
     assert len(blocks) == batch + 2
@@ -215,10 +216,10 @@ def test_data_cannot_command_the_terminal(tokenizer):
 
 def test_colours_only_where_they_are_wanted(sources):
     folder, configs = sources
-    prepared = show.open_prepared(folder / "concat", configs["concat"])
-    plain = [show.summary(prepared, 0, PLAIN), *show.show_rows(prepared, 0, 2, PLAIN)]
+    prepared = summary.open_prepared(folder / "concat", configs["concat"])
+    plain = [summary.summary(prepared, 0, PLAIN), *summary.show_rows(prepared, 0, 2, PLAIN)]
     screen = dataclasses.replace(PLAIN, colour=True)
-    coloured = [show.summary(prepared, 0, screen), *show.show_rows(prepared, 0, 2, screen)]
+    coloured = [summary.summary(prepared, 0, screen), *summary.show_rows(prepared, 0, 2, screen)]
     assert not any("\033" in line for line in plain)
     assert [re.sub(r"\033\[[\d;]*m", "", line) for line in coloured] == plain != coloured
 
@@ -228,13 +229,13 @@ def test_colours_only_where_they_are_wanted(sources):
 
 def test_shards_without_a_config(sources, shards):
     folder, _ = sources
-    prepared = show.open_prepared(folder / "best_fit")
+    prepared = summary.open_prepared(folder / "best_fit")
     assert list(prepared.folders) == ["a", "b", "c"]
-    assert (prepared.config.train.seq_len, prepared.config.train.global_batch) == (T, show.BATCH)
-    assert "epochs" not in show.summary(prepared, 0, PLAIN)
-    one = show.open_prepared(shards)
-    assert (list(one.folders), one.config.train.seq_len) == ([""], show.SEQ_LEN)
-    assert "(one)" in show.summary(one, 0, PLAIN)
+    assert (prepared.config.train.seq_len, prepared.config.train.global_batch) == (T, summary.BATCH)
+    assert "epochs" not in summary.summary(prepared, 0, PLAIN)
+    one = summary.open_prepared(shards)
+    assert (list(one.folders), one.config.train.seq_len) == ([""], summary.SEQ_LEN)
+    assert "(one)" in summary.summary(one, 0, PLAIN)
 
 
 def test_a_work_directory_has_its_own_config(sources, tmp_path):
@@ -242,7 +243,7 @@ def test_a_work_directory_has_its_own_config(sources, tmp_path):
     config = replace(configs["concat"], data__mixture="a=0.5,b=0.25,c=0.25", train__steps=9)
     (tmp_path / "config.json").write_text(config.to_json())
     shutil.copytree(folder / "concat", tmp_path / "data")
-    prepared = show.open_prepared(tmp_path)
+    prepared = summary.open_prepared(tmp_path)
     assert prepared.config.train == config.train and prepared.of_a_run
     assert {n: float(s) for n, s in prepared.batches.schedule.shares.items()} == {
         "a": 0.5,
@@ -253,7 +254,7 @@ def test_a_work_directory_has_its_own_config(sources, tmp_path):
     shutil.rmtree(tmp_path / "data")
     elsewhere = replace(config, data__path=str(folder / "concat"))
     (tmp_path / "config.json").write_text(elsewhere.to_json())
-    assert show.open_prepared(tmp_path).fingerprint == prepared.fingerprint
+    assert summary.open_prepared(tmp_path).fingerprint == prepared.fingerprint
 
 
 def test_a_config_that_was_written_for_another_source(sources):
@@ -262,9 +263,9 @@ def test_a_config_that_was_written_for_another_source(sources):
     values.unlock()
     values.model.vocab_size, values.train.seq_len = 300, 32
     config = from_config_dict(values)
-    assert list(show.open_prepared(folder / "concat", config).folders) == ["a", "b", "c"]
+    assert list(summary.open_prepared(folder / "concat", config).folders) == ["a", "b", "c"]
     mixed = replace(config, data__mixture="c=0.5,a=0.5")
-    assert list(show.open_prepared(folder / "concat", mixed).folders) == ["c", "a"]
+    assert list(summary.open_prepared(folder / "concat", mixed).folders) == ["c", "a"]
 
 
 @pytest.mark.parametrize(
@@ -278,26 +279,26 @@ def test_a_run_without_shards(tmp_path, field, value, message):
     config = replace(text_config(tmp_path), **{f"data__{field}": value})
     (tmp_path / "config.json").write_text(config.to_json())
     with pytest.raises(UserError, match=message):
-        show.open_prepared(tmp_path)
+        summary.open_prepared(tmp_path)
 
 
 def test_a_damaged_config_json(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json: the config is not valid JSON"):
-        show.open_prepared(tmp_path)
+        summary.open_prepared(tmp_path)
 
 
 def test_nothing_to_show(tmp_path, sources):
     with pytest.raises(UserError, match="nothing is no folder"):
-        show.open_prepared(tmp_path / "nothing")
+        summary.open_prepared(tmp_path / "nothing")
     with pytest.raises(UserError, match="no token shards in"):
-        show.open_prepared(tmp_path)
+        summary.open_prepared(tmp_path)
     folder, configs = sources
     shutil.copytree(folder / "concat" / "a", tmp_path / "a.partial")  # of a run that was killed
     with pytest.raises(UserError, match="no token shards in"):
-        show.open_prepared(tmp_path)
+        summary.open_prepared(tmp_path)
     with pytest.raises(UserError, match="made with data.packing=best_fit, but it is concat now"):
-        show.open_prepared(folder / "best_fit", configs["concat"])
+        summary.open_prepared(folder / "best_fit", configs["concat"])
 
 
 # The picture.
@@ -305,23 +306,23 @@ def test_nothing_to_show(tmp_path, sources):
 
 def test_lengths_of_documents(shards):
     manifest = read_manifest(shards)
-    lengths = show.document_lengths(shards, manifest)
+    lengths = summary.document_lengths(shards, manifest)
     split = manifest["splits"]["train"]
-    assert len(split["shards"]) < show.SAMPLED_SHARDS
+    assert len(split["shards"]) < summary.SAMPLED_SHARDS
     assert (len(lengths), lengths.sum()) == (split["documents"], split["tokens"])
 
 
 def test_lengths_are_of_a_few_shards_spread_evenly(shards, monkeypatch):
     manifest = read_manifest(shards)
     listed = manifest["splits"]["train"]["shards"]
-    monkeypatch.setattr(show, "SAMPLED_SHARDS", 3)
-    lengths = show.document_lengths(shards, manifest)
+    monkeypatch.setattr(summary, "SAMPLED_SHARDS", 3)
+    lengths = summary.document_lengths(shards, manifest)
     chosen = [listed[0], listed[round((len(listed) - 1) / 2)], listed[-1]]
     assert (len(lengths), lengths.sum()) == (
         sum(shard["documents"] for shard in chosen),
         sum(shard["tokens"] for shard in chosen),
     )
-    np.testing.assert_array_equal(lengths, show.document_lengths(shards, manifest))
+    np.testing.assert_array_equal(lengths, summary.document_lengths(shards, manifest))
 
 
 def test_a_damaged_index(shards, tmp_path):
@@ -331,10 +332,10 @@ def test_a_damaged_index(shards, tmp_path):
     starts[1] = starts[2] + 5
     starts.tofile(path)
     with pytest.raises(UserError, match=r"train-00000-000.idx is damaged; check with"):
-        show.document_lengths(folder, read_manifest(folder))
+        summary.document_lengths(folder, read_manifest(folder))
     path.unlink()
     with pytest.raises(UserError, match=r"cannot read .*train-00000-000.idx"):
-        show.document_lengths(folder, read_manifest(folder))
+        summary.document_lengths(folder, read_manifest(folder))
 
 
 def test_the_picture_shows_every_source(sources, tmp_path, monkeypatch):
@@ -343,13 +344,13 @@ def test_the_picture_shows_every_source(sources, tmp_path, monkeypatch):
 
     folder, configs = sources
     config = replace(configs["concat"], data__mixture="a=0.1,b=0.7,c=0.2")
-    prepared = show.open_prepared(folder / "concat", config)
+    prepared = summary.open_prepared(folder / "concat", config)
     seen = []
     save = figure_lib.Figure.savefig
     monkeypatch.setattr(
         figure_lib.Figure, "savefig", lambda self, *a, **k: (seen.append(self), save(self, *a, **k))
     )
-    show_plot.plot(prepared, show.epath.Path(tmp_path / "new" / "x.png"))
+    plot_lib.plot(prepared, summary.epath.Path(tmp_path / "new" / "x.png"))
     assert image.imread(tmp_path / "new" / "x.png").shape[1] == 1320
     *lengths, shares = seen[0].axes
     assert len(lengths) == 3

@@ -10,8 +10,8 @@ import pytest
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from llama_jax.agreement import Stopped
-from llama_jax.signals import StopRequest
+from llama_jax.parallel.multihost import Stopped
+from llama_jax.train.instruments.signals import StopRequest
 
 
 def test_the_first_signal_asks_and_the_second_kills(capsys):

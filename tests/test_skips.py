@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.skips import (
+from llama_jax.train.bad_steps import (
     GROUPS,
     LOSS,
     SPIKE,
@@ -16,7 +16,7 @@ from llama_jax.skips import (
     not_finite,
     rewound,
 )
-from llama_jax.step import abstract_state, init_state, jit_step
+from llama_jax.train.step import abstract_state, init_state, jit_step
 from tests.helpers import TINY, mesh_of, random_batch, random_params, replace
 
 GRADS = {"embed": jnp.ones(4), "layers": {"attn": {"wq": jnp.ones(2)}, "mlp_norm": jnp.ones(3)}}

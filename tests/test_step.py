@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.optim import make_optimizer
-from llama_jax.step import abstract_batch, abstract_state, state_shardings
+from llama_jax.train.optimizer import make_optimizer
+from llama_jax.train.step import abstract_batch, abstract_state, state_shardings
 from tests.helpers import MESHES, TINY, mesh_of, meshes, random_batch, replace, shared_step
 
 STEPS = 5
@@ -90,7 +90,7 @@ def test_metrics_of_a_step():
     }
     assert metrics["objective"] == pytest.approx(metrics["loss"])
     assert int(state.step) == STEPS
-    from llama_jax.optim import make_schedule
+    from llama_jax.train.optimizer import make_schedule
 
     schedule = make_schedule(TINY.optim, TINY.train.steps)
     assert metrics["learning_rate"] == pytest.approx(float(schedule(STEPS - 1)))

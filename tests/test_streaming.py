@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.config import DataConfig
-from llama_jax.data.documents import documents
-from llama_jax.data.reading import Tally
+from llama_jax.data.sources.documents import documents
+from llama_jax.data.sources.part import Tally
 from llama_jax.data.streaming import Position, StreamingBatches
 from llama_jax.errors import UserError
 

@@ -7,11 +7,11 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from llama_jax.data.chat_template import ChatTemplate, special_tokens
-from llama_jax.data.renderer import Refused
-from llama_jax.data.templates import BUILT_IN, built_in, end_ids, open_choice, to_json
-from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import UserError
+from llama_jax.text.chat_template import ChatTemplate, special_tokens
+from llama_jax.text.template_renderer import Refused
+from llama_jax.text.templates import BUILT_IN, built_in, end_ids, open_choice, to_json
+from llama_jax.text.tokenizer import Tokenizer
 from tests.chat_templates import (
     LLAMA2,
     LLAMA3,

@@ -3,8 +3,8 @@
 import pytest
 
 from llama_jax.config import DataConfig
-from llama_jax.data.documents import documents, list_parts
-from llama_jax.data.reading import Tally
+from llama_jax.data.sources.documents import documents, list_parts
+from llama_jax.data.sources.part import Tally
 from llama_jax.errors import UserError
 
 

@@ -8,13 +8,13 @@ import shutil
 import pytest
 from etils import epath
 
-from llama_jax.data.tiktoken_ranks import LLAMA3, LLAMA31, is_tiktoken, tokenizer_json
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.data.tokenizer_files import open_tokenizer
 from llama_jax.errors import UserError
-from llama_jax.inference import open_model
+from llama_jax.inference.loaded_model import open_model
 from llama_jax.interchange.opening import open_source, tokenizer_file
 from llama_jax.interchange.transfer import convert
+from llama_jax.text.tiktoken_ranks import LLAMA3, LLAMA31, is_tiktoken, tokenizer_json
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer_files import open_tokenizer
 from tests.helpers import TINY, random_params, replace, text_config
 from tests.llama3_ranks import file_of, merged, ranks_of
 from tests.test_convert import Memory, exported
@@ -134,8 +134,8 @@ def test_mistrals_tekken_is_named(tmp_path, capsys):
 
 
 def test_shards_are_made_with_it(content, corpus, tmp_path):
-    from llama_jax.data.prepare import prepare
-    from llama_jax.data.shards import TokenDataset
+    from llama_jax.data.prepare.job import prepare
+    from llama_jax.data.shards.reader import TokenDataset
 
     (tmp_path / "tokenizer.model").write_bytes(content)
     config = text_config(corpus, data__tokenizer=str(tmp_path / "tokenizer.model"))
@@ -193,18 +193,18 @@ def test_names_of_the_config_beside_it(content, tmp_path):
 
 
 def test_checkpoints_from_before_have_it_beside_them(content, tmp_path):
-    from llama_jax import checkpoint as checkpoint_lib
+    from llama_jax.checkpoint import saved_step
 
     size = Tokenizer(content).vocab_size
     config = replace(TINY, model__vocab_size=size)
     convert(Memory(config, random_params(config.model)), "ckpt", tmp_path / "run")
     folder = epath.Path(tmp_path / "run" / "checkpoints" / "0")
-    meta = checkpoint_lib.load_meta(folder)
+    meta = saved_step.load_meta(folder)
     old = {"tokenizer.model": content}
     shutil.rmtree(folder / "meta")
     shutil.rmtree(folder / "tokenizer")
-    checkpoint_lib.save_meta(folder, dataclasses.replace(meta, tokenizer_files=old))
-    from llama_jax import manifest
+    saved_step.save_meta(folder, dataclasses.replace(meta, tokenizer_files=old))
+    from llama_jax.checkpoint import manifest
 
     manifest.write(folder)
     assert open_model(tmp_path / "run").tokenizer.bos_id == size - 256

@@ -5,8 +5,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.errors import UserError
+from llama_jax.text.tokenizer import Tokenizer, train_tokenizer
 
 # Any text but surrogates, which are no characters, and U+2581, with which SentencePiece writes
 # spaces (documented at `Tokenizer`).

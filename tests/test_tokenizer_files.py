@@ -7,18 +7,18 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
-from llama_jax.chat import open_template
-from llama_jax.checkpoint import find_step, load_meta
-from llama_jax.data import tokenizer_files
-from llama_jax.data.prepare import prepare
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.data.tokenizer_files import open_tokenizer
+from llama_jax.checkpoint.saved_step import find_step, load_meta
+from llama_jax.data.prepare.job import prepare
 from llama_jax.errors import UserError
-from llama_jax.inference import open_model
+from llama_jax.inference.chat import open_template
+from llama_jax.inference.loaded_model import open_model
 from llama_jax.interchange.hf import HfSource
 from llama_jax.interchange.opening import open_source, tokenizer_file
 from llama_jax.interchange.transfer import convert
-from llama_jax.start import with_tokenizer
+from llama_jax.text import tokenizer_files
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer_files import open_tokenizer
+from llama_jax.train.start import with_tokenizer
 from tests.chat_templates import said
 from tests.helpers import TINY, random_params, released_json, replace, save_checkpoint, text_config
 from tests.test_answers import CHATML, with_names

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from llama_jax.chips import CHIPS, chip_named, find_chip
 from llama_jax.errors import UserError
-from llama_jax.topology import (
+from llama_jax.hardware.chips import CHIPS, chip_named, find_chip
+from llama_jax.hardware.topology import (
     Torus,
     captured,
     node_of,

@@ -14,23 +14,23 @@ import numpy as np
 import pytest
 from etils import epath
 
-from llama_jax import loop, start
-from llama_jax import train as train_lib
-from llama_jax.checkpoint import Meta, find_step, load_meta
-from llama_jax.checkpointer import Checkpointer
-from llama_jax.cost import parameter_count
+from llama_jax.checkpoint.checkpointer import Checkpointer
+from llama_jax.checkpoint.saved_step import Meta, find_step, load_meta
 from llama_jax.data.batches import SyntheticBatches
-from llama_jax.data.pipeline import TrainingData, open_data
-from llama_jax.data.shards import TokenDataset
+from llama_jax.data.shards.reader import TokenDataset
+from llama_jax.data.training_data import TrainingData, open_data
 from llama_jax.errors import UserError
-from llama_jax.goodput import Goodput
-from llama_jax.guards import check_workdir
-from llama_jax.profiler import Profiler
-from llama_jax.sharding import batch_sharding
-from llama_jax.signals import StopRequest
-from llama_jax.skip_watch import SkipWatch
-from llama_jax.train import check_memory, train
-from llama_jax.watchdog import Watchdog
+from llama_jax.model.cost import parameter_count
+from llama_jax.parallel.sharding import batch_sharding
+from llama_jax.train import loop, start
+from llama_jax.train import run as train_lib
+from llama_jax.train.instruments.goodput import Goodput
+from llama_jax.train.instruments.profiler import Profiler
+from llama_jax.train.instruments.signals import StopRequest
+from llama_jax.train.instruments.watchdog import Watchdog
+from llama_jax.train.resume import check_workdir
+from llama_jax.train.rewind import SkipWatch
+from llama_jax.train.run import check_memory, train
 from tests.helpers import (
     LOOP_FIELDS,
     TINY,
@@ -389,7 +389,7 @@ def test_a_damaged_config_json_is_refused(tmp_path):
 
 def test_a_checkpoint_of_other_data_is_refused(finished, config, corpus, tmp_path):
     workdir = shutil.copytree(finished[0], tmp_path / "run")
-    from llama_jax.data.prepare import prepare
+    from llama_jax.data.prepare.job import prepare
 
     other = replace(config, data__validation_fraction=0.4)
     prepare(other, tmp_path / "other", log=lambda line: None)
@@ -501,7 +501,7 @@ def test_a_mixture_of_other_sources(corpus, tmp_path, source, mixture, message):
 
 
 def test_a_mixture_of_shards_prepared_elsewhere(corpus, tmp_path):
-    from llama_jax.data.prepare import prepare
+    from llama_jax.data.prepare.job import prepare
 
     named = text_config(f"a={corpus}/00*.txt; b={corpus}/01*.txt")
     prepare(named, tmp_path / "shards", log=lambda line: None)
@@ -666,8 +666,8 @@ def test_every_field_is_covered():
 
 def program(config):
     """The train step as text."""
-    from llama_jax.step import abstract_state, train_step
-    from llama_jax.weights import abstract_frozen
+    from llama_jax.model.weights import abstract_frozen
+    from llama_jax.train.step import abstract_state, train_step
 
     state = dataclasses.replace(abstract_state(config), frozen=abstract_frozen(config))
     shape = (config.train.global_batch, config.train.seq_len)
@@ -700,7 +700,7 @@ def test_the_field_changes_the_step(base_program, field):
 @pytest.mark.parametrize("axis", ["data", "fsdp", "context", "tensor"])
 def test_dcn_factors_change_the_mesh(axis):
     from llama_jax.config import DcnConfig, MeshConfig
-    from llama_jax.mesh import make_mesh
+    from llama_jax.parallel.mesh import make_mesh
 
     mesh = make_mesh(MeshConfig(), DcnConfig(**{axis: 2}))
     expected = {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.model import logits
-from llama_jax.optim import make_optimizer
-from llama_jax.step import TrainState, _gradients, jit_step
+from llama_jax.model.llama import logits
+from llama_jax.train.optimizer import make_optimizer
+from llama_jax.train.step import TrainState, _gradients, jit_step
 from tests.helpers import ROOT, TINY, mesh_of, random_batch, random_params, replace
 
 STEPS = 20

@@ -10,12 +10,11 @@ import sys
 
 import pytest
 
-from llama_jax.data import prepare as prepare_lib
-from llama_jax.data import unfinished, workers
-from llama_jax.data.pipeline import open_data
-from llama_jax.data.prepare import prepare
-from llama_jax.data.shard_folder import source_folders, verify
-from llama_jax.data.shards import TokenDataset
+from llama_jax.data.prepare import job, unfinished, workers
+from llama_jax.data.prepare.job import prepare
+from llama_jax.data.shards.layout import source_folders, verify
+from llama_jax.data.shards.reader import TokenDataset
+from llama_jax.data.training_data import open_data
 from llama_jax.errors import UserError
 from llama_jax.files import locked
 from tests.helpers import (
@@ -162,7 +161,7 @@ def test_what_would_fail_at_the_end_is_told_at_the_start(
     out = tmp_path / "in" / "shards"
     source = f"a={corpus}/00*.txt; shards={corpus}/01*.txt" if named else str(corpus)
     message = block(out, kind)
-    monkeypatch.setattr(prepare_lib, "list_parts", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(job, "list_parts", lambda *_: pytest.fail("it began"))
     before = sorted(map(str, tmp_path.rglob("*")))
     with pytest.raises(UserError, match=message):
         prepare(config_of(source), out.parent if named else out, log=quiet)
@@ -172,7 +171,7 @@ def test_what_would_fail_at_the_end_is_told_at_the_start(
 def test_a_read_only_place_is_told_at_the_start(corpus, tmp_path, monkeypatch):
     out = tmp_path / "volume"
     out.mkdir()
-    monkeypatch.setattr(prepare_lib, "list_parts", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(job, "list_parts", lambda *_: pytest.fail("it began"))
     with mounted(out, "-t", "tmpfs", "-o", "ro", "tmpfs") as made:
         if not made:
             out.chmod(0o555)
@@ -286,7 +285,7 @@ def test_nothing_reads_unfinished_shards(corpus, tmp_path, monkeypatch, command,
     elif command == "data":
         assert message in one_line_error(run_command("data", f"--show={out}"))
     else:
-        from llama_jax.perplexity import read_shards
+        from llama_jax.inference.perplexity import read_shards
 
         mixed = replace(config, data__path=out, data__source="stdlib", data__mixture="a=1,b=1")
         with pytest.raises(UserError, match=message):
@@ -404,8 +403,8 @@ def test_killed_before_the_first_part(corpus, tmp_path, monkeypatch):
 
 HOLDS = """
 import sys
-from llama_jax.data import workers
-from llama_jax.data.prepare import prepare
+from llama_jax.data.prepare import workers
+from llama_jax.data.prepare.job import prepare
 from tests.test_unfinished import config_of
 def stands(*arguments):
     print("it holds", flush=True)

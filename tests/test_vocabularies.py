@@ -7,13 +7,13 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.data.vocabularies import MARK, SPACE
 from llama_jax.errors import UserError
-from llama_jax.inference import open_model
+from llama_jax.inference.loaded_model import open_model
 from llama_jax.interchange.fast_tokenizer import fast_files
 from llama_jax.interchange.opening import open_source
 from llama_jax.interchange.transfer import convert
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer_formats import MARK, SPACE
 from tests.helpers import TINY, llama3_tokenizer, released_json, replace
 from tests.test_convert import exported
 
@@ -78,8 +78,8 @@ def test_documents_are_from_bos_to_eos(llama3):
 
 
 def test_shards_and_batches_of_a_tokenizer_json(llama3, corpus, tmp_path):
-    from llama_jax.data.prepare import prepare
-    from llama_jax.data.shards import TokenDataset
+    from llama_jax.data.prepare.job import prepare
+    from llama_jax.data.shards.reader import TokenDataset
     from tests.helpers import replace, text_config
 
     llama3.save(tmp_path / "tokenizer.json")

@@ -4,12 +4,13 @@ import threading
 
 import pytest
 
-from llama_jax.watchdog import Watchdog
+from llama_jax.train.instruments.watchdog import Watchdog
 from tests.helpers import ROOT
 
 
 def run(code):
-    code = f"import os, signal, time\nfrom llama_jax.watchdog import Watchdog\n{code}"
+    imports = "import os, signal, time\nfrom llama_jax.train.instruments.watchdog import Watchdog"
+    code = f"{imports}\n{code}"
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
@@ -101,7 +102,7 @@ def test_its_end_calls_it_off(given_up):
 def test_a_stopped_process_did_not_hang():
     """It is stopped for longer than it may be silent, and counts none of that."""
     process = run("""
-from llama_jax import watchdog
+from llama_jax.train.instruments import watchdog
 watchdog.TICK_S = 0.1
 if os.fork() == 0:
     while open(f"/proc/{os.getppid()}/stat").read().split()[2] != "T":

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from llama_jax.chips import CHIPS
 from llama_jax.errors import UserError
-from llama_jax.tpu_here import libtpu_version, tpu_here
-from llama_jax.xla_flags import HELP, NAMES, PRESETS, use_preset
+from llama_jax.hardware.chips import CHIPS
+from llama_jax.hardware.local_tpu import libtpu_version, tpu_here
+from llama_jax.hardware.xla_flags import HELP, NAMES, PRESETS, use_preset
 from tests.helpers import ROOT, run_command
 
 GPU = [name for name, preset in PRESETS.items() if preset.variable == "XLA_FLAGS"]
@@ -220,7 +220,8 @@ def test_chips_without_their_library(tmp_path, monkeypatch):
     bus = fake_bus(tmp_path, ("0x1ae0", "0x0062"))
     env = {"TPU_LIBRARY_PATH": str(tmp_path / "missing")}
     for version, chip in (("", ""), (NEW, "v5p")):
-        monkeypatch.setattr("llama_jax.tpu_here.libtpu_version", lambda version=version: version)
+        installed = "llama_jax.hardware.local_tpu.libtpu_version"
+        monkeypatch.setattr(installed, lambda version=version: version)
         assert tpu_here(env, bus) == chip
 
 
@@ -235,7 +236,8 @@ def test_a_bus_that_cannot_be_read(tmp_path):
 def test_a_machine_without_a_tpu_and_without_jax():
     """`auto` asks no backend: JAX is not even imported."""
     code = (
-        "import os, sys; from llama_jax.xla_flags import use_preset; before = dict(os.environ);"
+        "import os, sys; from llama_jax.hardware.xla_flags import use_preset;"
+        "before = dict(os.environ);"
         "chosen = use_preset('auto');"
         "print(chosen, before == dict(os.environ), 'jax' in sys.modules)"
     )
@@ -247,17 +249,17 @@ def test_a_machine_without_a_tpu_and_without_jax():
 
 COMMAND = """
 import os, runpy, sys
-import llama_jax.topology, llama_jax.xla_flags
+import llama_jax.hardware.topology, llama_jax.hardware.xla_flags
 from llama_jax.errors import UserError
 
 def stop(topology):
     raise UserError(f"{topology}: {os.environ.get('LIBTPU_INIT_ARGS')}")
 
-llama_jax.topology.topology_devices = stop
+llama_jax.hardware.topology.topology_devices = stop
 tpu, module, *sys.argv[1:] = sys.argv[1:]
-llama_jax.xla_flags.libtpu_version = lambda: "0.0.42.1"
+llama_jax.hardware.xla_flags.libtpu_version = lambda: "0.0.42.1"
 if tpu:
-    llama_jax.xla_flags.tpu_here = lambda env: tpu
+    llama_jax.hardware.xla_flags.tpu_here = lambda env: tpu
 try:
     runpy.run_module(f"llama_jax.{module}", run_name="__main__", alter_sys=True)
 finally:
@@ -323,7 +325,7 @@ def test_every_setting_has_its_reason_and_source_once():
 @pytest.mark.parametrize("name", GPU)
 def test_this_jaxlib_knows_the_flags(name):
     # Set as train sets them: after JAX is imported, before a backend starts.
-    code = f"import jax; from llama_jax.xla_flags import use_preset; use_preset({name!r})"
+    code = f"import jax; from llama_jax.hardware.xla_flags import use_preset; use_preset({name!r})"
     process = run(f"{code}; print(jax.jit(lambda x: x + 1)(1))")
     assert process.returncode == 0, process.stderr
     assert process.stdout == "2\n"
@@ -340,8 +342,8 @@ def test_xla_aborts_on_a_flag_that_it_does_not_know():
 COMPILE = """
 import os, sys
 import jax, jax.numpy as jnp
-from llama_jax.topology import parse_topology, topology_devices
-from llama_jax.xla_flags import use_preset
+from llama_jax.hardware.topology import parse_topology, topology_devices
+from llama_jax.hardware.xla_flags import use_preset
 use_preset(sys.argv[1]) if sys.argv[1] else os.environ.update(LIBTPU_INIT_ARGS='--xla_tpu_no=1')
 devices = topology_devices(parse_topology(sys.argv[2]))
 mesh = jax.sharding.Mesh(devices, ('x',))

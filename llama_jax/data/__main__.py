@@ -15,21 +15,22 @@ from collections.abc import Iterable
 from absl import flags
 from etils import epath
 
-from llama_jax import cli
-from llama_jax.data import show, show_plot
-from llama_jax.data.show_rows import Screen
+from llama_jax.cli import command as command_lib
+from llama_jax.data.show import plot as plot_lib
+from llama_jax.data.show import summary
+from llama_jax.data.show.rows import Screen
 from llama_jax.errors import UserError
 
-_SHOW = cli.path_flag(
+_SHOW = command_lib.path_flag(
     "show", None, "Folder of token shards, of several sources, or a work directory of train."
 )
-_CONFIG = cli.config_flag()
+_CONFIG = command_lib.config_flag()
 _STEP = flags.DEFINE_integer(
     "step", 0, "First step whose batch is shown.", lower_bound=0, upper_bound=10**12
 )
 _ROWS = flags.DEFINE_integer("rows", 3, "Sequences to show.", lower_bound=0, upper_bound=10**6)
 _LINES = flags.DEFINE_integer("lines", 12, "Lines to show of one document; 0: all.", lower_bound=0)
-_PLOT = cli.path_flag("plot", None, "PNG to draw; default: plots/data.png in the folder.")
+_PLOT = command_lib.path_flag("plot", None, "PNG to draw; default: plots/data.png in the folder.")
 
 
 def _print(lines: Iterable[str]) -> bool:
@@ -49,19 +50,19 @@ def main() -> None:
     """The command."""
     if not _SHOW.value:
         raise UserError("--show is missing; try --show=runs/tiny")
-    config = cli.load_config(_CONFIG) if _CONFIG.value is not None else None
-    prepared = show.open_prepared(_SHOW.value, config)
+    config = command_lib.load_config(_CONFIG) if _CONFIG.value is not None else None
+    prepared = summary.open_prepared(_SHOW.value, config)
     screen = Screen(
         width=min(shutil.get_terminal_size((100, 0)).columns, 120),
         lines=_LINES.value,
         colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
     )
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal of ASCII
-    reads = _print([show.summary(prepared, _STEP.value, screen), ""])
-    reads = reads and _print(show.show_rows(prepared, _STEP.value, _ROWS.value, screen))
+    reads = _print([summary.summary(prepared, _STEP.value, screen), ""])
+    reads = reads and _print(summary.show_rows(prepared, _STEP.value, _ROWS.value, screen))
     path = epath.Path(_PLOT.value or prepared.folder / "plots" / "data.png")
     try:
-        show_plot.plot(prepared, path)
+        plot_lib.plot(prepared, path)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; choose another file with --plot"
@@ -71,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    command_lib.run(main, __doc__)

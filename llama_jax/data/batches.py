@@ -17,7 +17,7 @@ import numpy as np
 
 from llama_jax.config import Config
 from llama_jax.data.mixture import Schedule, shares_by_size
-from llama_jax.data.shards import TokenDataset
+from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.data.streaming import StreamingBatches
 from llama_jax.errors import UserError
 

@@ -16,12 +16,12 @@ import numpy as np
 from etils import epath
 
 from llama_jax.config import DataConfig
-from llama_jax.data.cutting import separator_of
-from llama_jax.data.documents import list_parts, read
-from llama_jax.data.listing import named_sources
-from llama_jax.data.reading import Tally
-from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.sources.documents import list_parts, read
+from llama_jax.data.sources.listing import named_sources
+from llama_jax.data.sources.part import Tally
+from llama_jax.data.sources.text_files import separator_of
 from llama_jax.errors import UserError
+from llama_jax.text.tokenizer import Tokenizer
 
 BATCH_DOCUMENTS = 16  # tokenised at once
 KEPT_POSITIONS = 64  # steps whose position is remembered; more than are ever made ahead

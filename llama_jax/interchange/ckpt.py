@@ -18,16 +18,15 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from llama_jax import checkpoint as checkpoint_lib
-from llama_jax import manifest
-from llama_jax.data import tokenizer_files
-from llama_jax.data.tokenizer import with_config
-from llama_jax.data.tokenizer_config import special_names
-from llama_jax.data.tokenizer_json import without_ends
+from llama_jax.checkpoint import manifest, saved_step
+from llama_jax.checkpoint.fingerprint import LayerPrints, difference, fingerprint
 from llama_jax.errors import UserError, first_line
-from llama_jax.fingerprint import LayerPrints, difference, fingerprint
-from llama_jax.interchange import card, formats
+from llama_jax.interchange import formats, model_card
 from llama_jax.interchange.formats import Description, is_stacked
+from llama_jax.text import tokenizer_files
+from llama_jax.text.tokenizer import with_config
+from llama_jax.text.tokenizer_config import special_names
+from llama_jax.text.tokenizer_json import without_ends
 
 _CHUNK_SIZE = 2**25  # bytes
 # What tensorstore raises for files that are damaged or missing.
@@ -42,7 +41,7 @@ def _array_spec(params: epath.Path, path: str) -> dict[str, Any]:
     return {"driver": "zarr", "kvstore": store}
 
 
-def describe(folder: epath.Path, meta: checkpoint_lib.Meta) -> Description:
+def describe(folder: epath.Path, meta: saved_step.Meta) -> Description:
     """What a saved step holds beside its weights.
 
     Raises:
@@ -56,7 +55,7 @@ def describe(folder: epath.Path, meta: checkpoint_lib.Meta) -> Description:
     tokenizer_files.check_vocabulary(files, meta.config.model.vocab_size, str(folder))
     train = dataclasses.replace(meta.config.train, seq_len=meta.context)
     config = dataclasses.replace(meta.config, train=train)
-    return Description(config, "float32", files, card.write(meta, folder), meta.step)
+    return Description(config, "float32", files, model_card.write(meta, folder), meta.step)
 
 
 class CkptSource:
@@ -72,8 +71,8 @@ class CkptSource:
         Raises:
           UserError: it is damaged, or its arrays are not those of its config.
         """
-        meta = checkpoint_lib.load_meta(folder)
-        self._wanted = checkpoint_lib.saved_fingerprint(folder)
+        meta = saved_step.load_meta(folder)
+        self._wanted = saved_step.saved_fingerprint(folder)
         self._prints = LayerPrints(meta.config.model.n_layers)
         model = meta.config.model
         self.description = describe(folder, meta)
@@ -101,7 +100,7 @@ class CkptSource:
         """
         array = self._read(path, layer)
         whole = self._prints.add(f"params/{path}", layer, array)
-        checkpoint_lib.refuse_changed(self._folder, difference(self._wanted, whole))
+        saved_step.refuse_changed(self._folder, difference(self._wanted, whole))
         return array
 
     def _read(self, path: str, layer: int | None) -> np.ndarray:
@@ -132,7 +131,7 @@ def _tokenizer_of(files: Mapping[str, bytes], rows: int) -> bytes:
 
 def _write_description(
     workdir: epath.Path, description: Description, base: dict[str, int]
-) -> tuple[epath.Path, checkpoint_lib.Meta]:
+) -> tuple[epath.Path, saved_step.Meta]:
     """Starts a work directory with one step; returns the step's folder and what it says."""
     files = dict(description.files)
     config = description.config
@@ -142,16 +141,16 @@ def _write_description(
         del files["tokenizer.model"]
     if tokenizer:
         (workdir / "tokenizer.model").write_bytes(tokenizer)
-    meta = checkpoint_lib.Meta(config, 0, IMPORTED, tokenizer, tokenizer_files=files, base=base)
-    folder = workdir / checkpoint_lib.CHECKPOINTS / "0"
+    meta = saved_step.Meta(config, 0, IMPORTED, tokenizer, tokenizer_files=files, base=base)
+    folder = workdir / saved_step.CHECKPOINTS / "0"
     folder.mkdir(parents=True)
-    checkpoint_lib.save_meta(folder, meta)
+    saved_step.save_meta(folder, meta)
     return folder, meta
 
 
-def _complete(folder: epath.Path, meta: checkpoint_lib.Meta, prints: dict[str, int]) -> None:
+def _complete(folder: epath.Path, meta: saved_step.Meta, prints: dict[str, int]) -> None:
     """Seals a step whose arrays are written and have these fingerprints."""
-    checkpoint_lib.save_meta(folder, dataclasses.replace(meta, fingerprint=prints))
+    saved_step.save_meta(folder, dataclasses.replace(meta, fingerprint=prints))
     manifest.write(folder)
 
 

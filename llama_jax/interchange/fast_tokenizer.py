@@ -20,13 +20,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llama_jax.data.hard_texts import HARD_TEXTS
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.data.tokenizer_json import with_ends
-from llama_jax.data.tokenizer_parts import beginning, special_token
-from llama_jax.data.vocabularies import SPACE, model_proto
 from llama_jax.errors import UserError, first_line
 from llama_jax.interchange import bpe_rules
+from llama_jax.text.hard_texts import HARD_TEXTS
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer_formats import SPACE, model_proto
+from llama_jax.text.tokenizer_json import with_ends
+from llama_jax.text.tokenizer_parts import beginning, special_token
 
 _KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}  # of trainer_spec.model_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # of a piece

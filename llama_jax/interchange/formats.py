@@ -10,7 +10,7 @@ import numpy as np
 
 from llama_jax.config import Config, ModelConfig
 from llama_jax.errors import UserError
-from llama_jax.weights import abstract_trained
+from llama_jax.model.weights import abstract_trained
 
 # How a model computes is the run's own choice; everything else is a property of the weights.
 _FREE = ("compute_dtype", "attention", "remat", "scan_unroll")

@@ -14,14 +14,14 @@ import numpy as np
 from etils import epath
 
 from llama_jax.config import ModelConfig
-from llama_jax.data import tokenizer_files
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.data.tokenizer_config import adds_bos, special_ids, token_ids, tokenizer_config
 from llama_jax.errors import UserError
 from llama_jax.files import parse_json, read_bytes
 from llama_jax.interchange import fast_tokenizer, formats, hf_config, safetensors, weight_files
 from llama_jax.interchange.formats import Description
 from llama_jax.interchange.weight_files import some
+from llama_jax.text import tokenizer_files
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer_config import adds_bos, special_ids, token_ids, tokenizer_config
 
 NAMES: Mapping[str, str] = {
     "embed": "model.embed_tokens.weight",

@@ -9,17 +9,17 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llama_jax.checkpoint.fingerprint import difference, fingerprint
 from llama_jax.config import Config
 from llama_jax.errors import UserError
-from llama_jax.fingerprint import difference, fingerprint
 from llama_jax.interchange import formats
 from llama_jax.interchange.formats import Source, is_stacked
 from llama_jax.interchange.hf import HfSource
-from llama_jax.interchange.merged import refuse_other_base
+from llama_jax.interchange.merged_adapters import refuse_other_base
 from llama_jax.interchange.opening import open_init
-from llama_jax.lora import freeze
-from llama_jax.nf4 import NF4
-from llama_jax.weights import abstract_frozen, abstract_trained
+from llama_jax.model.lora import freeze
+from llama_jax.model.nf4 import NF4
+from llama_jax.model.weights import abstract_frozen, abstract_trained
 
 Transform = Callable[[str, np.ndarray], Any]
 

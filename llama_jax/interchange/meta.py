@@ -16,7 +16,6 @@ import numpy as np
 from etils import epath
 
 from llama_jax.config import Config, ModelConfig
-from llama_jax.data import tiktoken_ranks, tokenizer_files
 from llama_jax.errors import UserError, boundary
 from llama_jax.files import read_bytes
 from llama_jax.interchange import formats, pickles
@@ -25,6 +24,7 @@ from llama_jax.interchange.fields import Fields
 from llama_jax.interchange.formats import Description
 from llama_jax.interchange.hf import DTYPES, groups
 from llama_jax.interchange.pickles import import_torch, to_numpy
+from llama_jax.text import tiktoken_ranks, tokenizer_files
 
 NAMES: Mapping[str, str] = {
     "embed": "tok_embeddings.weight",

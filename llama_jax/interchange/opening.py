@@ -5,20 +5,20 @@ from typing import Any
 
 from etils import epath
 
-from llama_jax import checkpoint as checkpoint_lib
+from llama_jax.checkpoint import saved_step
 from llama_jax.config import Config
-from llama_jax.data.tiktoken_ranks import is_tiktoken
-from llama_jax.data.tokenizer_files import ORIGINAL, choose_in
 from llama_jax.errors import UserError
 from llama_jax.files import read_bytes
 from llama_jax.interchange import peft
 from llama_jax.interchange.ckpt import CkptSource, describe
 from llama_jax.interchange.formats import Description, Source, check_model
 from llama_jax.interchange.hf import TEKKEN, HfSource
-from llama_jax.interchange.merged import MergedSource
+from llama_jax.interchange.merged_adapters import MergedSource
 from llama_jax.interchange.meta import MetaSource
-from llama_jax.interchange.padded import with_rows
-from llama_jax.weights import abstract_trained
+from llama_jax.interchange.padded_vocabulary import with_rows
+from llama_jax.model.weights import abstract_trained
+from llama_jax.text.tiktoken_ranks import is_tiktoken
+from llama_jax.text.tokenizer_files import ORIGINAL, choose_in
 
 FORMATS = ("hf", "meta", "ckpt", "peft")
 
@@ -66,8 +66,8 @@ def open_source(kind: str, folder: epath.Path, context: int = 0, base: str = "")
         whole = dataclasses.replace(config.lora, base_dtype="float32")
         config = dataclasses.replace(config, lora=whole)
         return MergedSource(origin, adapters, config, {}, described)
-    step = checkpoint_lib.find_step(folder, pass_over=False)
-    meta = checkpoint_lib.load_meta(step)
+    step = saved_step.find_step(folder, pass_over=False)
+    meta = saved_step.load_meta(step)
     if not meta.config.lora.rank:
         if base:
             raise no_adapters(step)
@@ -127,13 +127,13 @@ def saved_adapters(step: epath.Path, base: str = "") -> tuple[Description, Any]:
     Raises:
       UserError: it has none.
     """
-    meta = checkpoint_lib.load_meta(step)
+    meta = saved_step.load_meta(step)
     if not meta.config.lora.rank:
         raise UserError(f"{step} has no adapters: its run trained all weights")
     described = describe(step, meta)
     config = dataclasses.replace(described.config, init_from=base or meta.config.init_from)
     described = dataclasses.replace(described, config=config)
-    return described, checkpoint_lib.load_adapters(step, abstract_trained(config))
+    return described, saved_step.load_adapters(step, abstract_trained(config))
 
 
 def no_adapters(folder: epath.Path) -> UserError:
@@ -193,7 +193,7 @@ def tokenizer_file(init_from: str) -> str:
     kind, _, folder = init_from.partition(":")
     places = [epath.Path(folder)]
     if kind == "ckpt" and (places[0] / "params").exists():  # a step, as `Tokenizer.load` reads it
-        return folder if checkpoint_lib.load_meta(folder).tokenizer_model else ""
+        return folder if saved_step.load_meta(folder).tokenizer_model else ""
     if kind == "hf":
         chosen = choose_in(places[0])
         if chosen is not None:
@@ -221,8 +221,8 @@ def _kept_tokenizer(workdir: epath.Path) -> str:
     file = workdir / "tokenizer.model"
     if not file.exists():
         return ""
-    step = checkpoint_lib.find_step(workdir, pass_over=False)
-    if read_bytes(file) != checkpoint_lib.load_meta(step).tokenizer_model:
+    step = saved_step.find_step(workdir, pass_over=False)
+    if read_bytes(file) != saved_step.load_meta(step).tokenizer_model:
         raise UserError(
             f"{file} is not the tokenizer of {step}: it is damaged or replaced; name the step "
             f"itself, which holds its own: init_from=ckpt:{step}"

@@ -21,7 +21,7 @@ from llama_jax.interchange import formats, hf, pickles, safetensors
 from llama_jax.interchange.peft_targets import module_of, short_name, targets_of
 from llama_jax.interchange.safetensors import shown
 from llama_jax.interchange.weight_files import Stored
-from llama_jax.lora import matrix_shapes
+from llama_jax.model.lora import matrix_shapes
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # What would make other adapters of the same arrays, and its values that do not.

@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from etils import epath
 
-from llama_jax import checkpoint as checkpoint_lib
-from llama_jax.cost import parameter_count
+from llama_jax.checkpoint import saved_step
+from llama_jax.checkpoint.fingerprint import difference
 from llama_jax.errors import UserError
 from llama_jax.files import is_object_store
-from llama_jax.fingerprint import difference
 from llama_jax.interchange import formats, peft
 from llama_jax.interchange.ckpt import CkptTarget, write_adapters
 from llama_jax.interchange.formats import Description, Source, Target
 from llama_jax.interchange.hf import DTYPES, HfTarget
-from llama_jax.interchange.merged import base_fingerprint, refuse_other_base
+from llama_jax.interchange.merged_adapters import base_fingerprint, refuse_other_base
 from llama_jax.interchange.meta import MetaTarget
 from llama_jax.interchange.opening import open_adapters, saved_adapters
+from llama_jax.model.cost import parameter_count
 
 
 @contextlib.contextmanager
@@ -54,11 +54,11 @@ def export_adapters(
     Raises:
       UserError: there are no adapters, or for another base; the target exists.
     """
-    step = checkpoint_lib.find_step(checkpoint, pass_over=False)
+    step = saved_step.find_step(checkpoint, pass_over=False)
     if base:
         described, adapters, origin = open_adapters("ckpt", step, base)
         found = base_fingerprint(origin, described.config)
-        changed = difference(checkpoint_lib.load_meta(step).base, found)
+        changed = difference(saved_step.load_meta(step).base, found)
         refuse_other_base(changed, described.config, step)
     else:
         described, adapters = saved_adapters(step)

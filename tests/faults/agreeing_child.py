@@ -8,11 +8,12 @@ import time
 
 import jax
 
-from llama_jax import agreement, cli
-from llama_jax.agreement import Peers, agreed, from_first
+from llama_jax.cli import command
 from llama_jax.errors import UserError
-from llama_jax.processes import start_processes
-from llama_jax.signals import StopRequest
+from llama_jax.parallel import multihost
+from llama_jax.parallel.cluster import start_processes
+from llama_jax.parallel.multihost import Peers, agreed, from_first
+from llama_jax.train.instruments.signals import StopRequest
 
 
 def keys_left(client):
@@ -31,7 +32,7 @@ def texts(me, peers):
         assert agreed("") == ""
         assert from_first(f"{me} {number}") == f"0 {number}"
     if me == 0:
-        print("keys", keys_left(agreement._client()), flush=True)
+        print("keys", keys_left(multihost._client()), flush=True)
     agreed("")
 
 
@@ -77,4 +78,4 @@ def main():
     print("through", flush=True)
 
 
-cli.run(main, __doc__)
+command.run(main, __doc__)

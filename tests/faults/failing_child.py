@@ -10,13 +10,13 @@ from unittest import mock
 
 import jax
 
-from llama_jax import manifest
-from llama_jax.checkpoint import Meta
-from llama_jax.checkpointer import Checkpointer
+from llama_jax.checkpoint import manifest
+from llama_jax.checkpoint.checkpointer import Checkpointer
+from llama_jax.checkpoint.saved_step import Meta
 from llama_jax.errors import UserError
-from llama_jax.mesh import make_mesh
-from llama_jax.processes import start_processes
-from llama_jax.step import jit_step
+from llama_jax.parallel.cluster import start_processes
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.train.step import jit_step
 from tests.helpers import TINY, random_batch, replace
 
 CONFIG = replace(TINY, train__max_failed_saves=9)

@@ -8,27 +8,28 @@ error: UserError, OSError, KeyError (a bug) or damage.
 import os
 import runpy
 
-from llama_jax import checkpoint, guards, loop, start
-from llama_jax.checkpointer import Checkpointer
-from llama_jax.data import pipeline
+from llama_jax.checkpoint import saved_step
+from llama_jax.checkpoint.checkpointer import Checkpointer
+from llama_jax.data import training_data
 from llama_jax.errors import UserError
+from llama_jax.train import loop, resume, start
 
 ERRORS = {
     "UserError": UserError("made to fail,\n  on two lines"),
     "OSError": OSError(28, "No space left on device"),
     "KeyError": KeyError("a bug"),
-    "damage": checkpoint.DamagedCheckpoint("made to be damaged"),
+    "damage": saved_step.DamagedCheckpoint("made to be damaged"),
 }
 PLACES = {
-    "lock": (guards, "locked"),
-    "workdir": (guards, "check_workdir"),
+    "lock": (resume, "locked"),
+    "workdir": (resume, "check_workdir"),
     "init": (start, "check_init"),
-    "data": (pipeline, "open_data"),
+    "data": (training_data, "open_data"),
     "open": (Checkpointer, "__init__"),
     "first_state": (start, "first_state"),
     "meta": (start, "load_meta"),
     "restore": (Checkpointer, "restore"),
-    "item": (checkpoint, "_restore_item"),
+    "item": (saved_step, "_restore_item"),
     "batch": (loop, "stream"),
 }
 

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 
-from llama_jax import checkpointer
+from llama_jax.checkpoint import checkpointer
 
 HOW = sys.argv.pop(1)
 rename, save, begun = os.rename, checkpointer.Checkpointer.save, threading.Event()

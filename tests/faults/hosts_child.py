@@ -14,14 +14,14 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from llama_jax.checkpoint import Meta
-from llama_jax.checkpointer import Checkpointer
+from llama_jax.checkpoint.checkpointer import Checkpointer
+from llama_jax.checkpoint.fingerprint import fingerprint
+from llama_jax.checkpoint.saved_step import Meta
 from llama_jax.data.loader import stream
-from llama_jax.data.pipeline import open_data
-from llama_jax.fingerprint import fingerprint
-from llama_jax.mesh import make_mesh
-from llama_jax.processes import start_processes
-from llama_jax.step import jit_step
+from llama_jax.data.training_data import open_data
+from llama_jax.parallel.cluster import start_processes
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.train.step import jit_step
 from tests.helpers import restored_state, text_config
 
 BATCHES = 3

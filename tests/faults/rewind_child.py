@@ -9,17 +9,17 @@ import sys
 
 import pytest
 
-from llama_jax import train as train_lib
+from llama_jax.checkpoint.fingerprint import fingerprint
 from llama_jax.config import from_json
-from llama_jax.fingerprint import fingerprint
-from llama_jax.processes import start_processes
+from llama_jax.parallel.cluster import start_processes
+from llama_jax.train import run
 from tests.faults.test_rewind import BAD, poison
 
 start_processes(120)
 config = from_json(pathlib.Path(sys.argv[2]).read_text())
 with pytest.MonkeyPatch.context() as patch:
     poison(patch, *BAD)
-    state = train_lib.train(config, sys.argv[1])
+    state = run.train(config, sys.argv[1])
 print(
     "state", json.dumps([int(state.step), int(state.skips.total), fingerprint(state)]), flush=True
 )

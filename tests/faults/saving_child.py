@@ -5,8 +5,8 @@ Started by test_kill_in_save.py, as `python -m tests.faults.saving_child WORKDIR
 
 import sys
 
-from llama_jax.checkpoint import Meta
-from llama_jax.checkpointer import Checkpointer
+from llama_jax.checkpoint.checkpointer import Checkpointer
+from llama_jax.checkpoint.saved_step import Meta
 from tests.faults.test_kill_in_save import CONFIG, state_of
 
 with Checkpointer(sys.argv[1], CONFIG) as saver:

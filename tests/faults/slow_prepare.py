@@ -11,10 +11,10 @@ import pathlib
 import runpy
 import time
 
-from llama_jax.data import part, workers
+from llama_jax.data.prepare import tokenize, workers
 
 FROM, UNTIL = int(os.environ["SLOW_FROM"]), pathlib.Path(os.environ["SLOW_UNTIL"])
-write_part = part.write_part
+write_part = tokenize.write_part
 
 
 @functools.wraps(write_part)  # so that a pool finds it in its workers under the name of the other
@@ -26,7 +26,7 @@ def slow(data, pack_len, folder, index, *rest, **options):
     return write_part(data, pack_len, folder, index, *rest, **options)
 
 
-part.write_part = workers.write_part = slow
+tokenize.write_part = workers.write_part = slow
 if __name__ == "__main__":
     # Without alter_sys: workers import the main module, which must be this one.
     runpy.run_module(os.environ["SLOW_COMMAND"], run_name="__main__")

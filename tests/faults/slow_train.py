@@ -10,9 +10,10 @@ import os
 import runpy
 import time
 
-from llama_jax import manifest, step
-from llama_jax.checkpointer import Checkpointer
-from llama_jax.data import pipeline
+from llama_jax.checkpoint import manifest
+from llama_jax.checkpoint.checkpointer import Checkpointer
+from llama_jax.data import training_data
+from llama_jax.train import step
 
 PHASE, SECONDS = os.environ["SLOW_PHASE"], float(os.environ["SLOW_SECONDS"])
 UNTIL = os.environ["SLOW_UNTIL"]
@@ -50,7 +51,7 @@ def slow_step(name):
 if PHASE == "save":  # of process 0, when all is written
     manifest.write = slow(manifest.write)
 elif PHASE == "data":
-    pipeline.open_data = slow(pipeline.open_data)
+    training_data.open_data = slow(training_data.open_data)
 elif PHASE == "restore":
     Checkpointer.restore = slow(Checkpointer.restore)
 else:

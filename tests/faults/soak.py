@@ -22,11 +22,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from llama_jax.checkpoint import CHECKPOINTS, find_step, load_meta
-from llama_jax.checkpointer import Checkpointer
-from llama_jax.processes import MEETING_S
-from llama_jax.retention import saved_steps
-from llama_jax.step import jit_step
+from llama_jax.checkpoint.checkpointer import Checkpointer
+from llama_jax.checkpoint.retention import saved_steps
+from llama_jax.checkpoint.saved_step import CHECKPOINTS, find_step, load_meta
+from llama_jax.parallel.cluster import MEETING_S
+from llama_jax.train.step import jit_step
 from tests.helpers import mesh_of, outputs_of, records, restored_state, start_train, write_corpus
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)  # kills are what cannot be prepared for

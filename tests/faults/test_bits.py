@@ -9,23 +9,18 @@ import types
 import numpy as np
 import pytest
 
-from llama_jax.data import shards as shards_lib
-from llama_jax.data import show
 from llama_jax.data.batches import Batches, ValidationBatches
-from llama_jax.data.blocks import BLOCK_BYTES
-from llama_jax.data.pipeline import open_data
-from llama_jax.data.reading import Example
-from llama_jax.data.shard_folder import (
-    SPLITS,
-    encode_manifest,
-    read_manifest,
-    verify,
-)
-from llama_jax.data.shard_writer import ShardWriter
-from llama_jax.data.shards import TokenDataset
-from llama_jax.describe import unchecked
+from llama_jax.data.shards import reader as shards_lib
+from llama_jax.data.shards.block_checksums import BLOCK_BYTES
+from llama_jax.data.shards.layout import SPLITS, encode_manifest, read_manifest, verify
+from llama_jax.data.shards.reader import TokenDataset
+from llama_jax.data.shards.writer import ShardWriter
+from llama_jax.data.show import summary
+from llama_jax.data.sources.part import Example
+from llama_jax.data.training_data import open_data
 from llama_jax.errors import UserError
-from llama_jax.perplexity import read_shards
+from llama_jax.inference.perplexity import read_shards
+from llama_jax.train.overview import unchecked
 from tests.helpers import (
     TINY_FLAGS,
     flip_bit,
@@ -229,7 +224,7 @@ def test_a_look_at_the_lengths_checks_the_index(folders, tmp_path):
     path, manifest = folder / "train-00000-000.idx", read_manifest(folder)
     flip_bit(path, 8 * (8 * 30))  # document 30 begins a token earlier or later
     with pytest.raises(UserError, match=rf"{path.name} is damaged; check with .*--verify"):
-        show.document_lengths(folder, manifest)
+        summary.document_lengths(folder, manifest)
 
 
 @pytest.mark.parametrize("file", ["train-00000-001.bin", "train-00000-000.crc.json"])

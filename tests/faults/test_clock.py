@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax import loop
-from llama_jax.train import train
+from llama_jax.train import loop
+from llama_jax.train.run import train
 from tests.faults.test_disk import CONFIG
 from tests.helpers import records, replace, until
 

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.checkpoint import Meta
-from llama_jax.checkpointer import Checkpointer
+from llama_jax.checkpoint.checkpointer import Checkpointer
+from llama_jax.checkpoint.fingerprint import fingerprint
+from llama_jax.checkpoint.saved_step import Meta
 from llama_jax.errors import UserError
-from llama_jax.fingerprint import fingerprint
 from tests.helpers import (
     TINY,
     flip_bit,

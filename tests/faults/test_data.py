@@ -12,15 +12,15 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax import loop
 from llama_jax.config import DataConfig
-from llama_jax.data.prepare import prepare
-from llama_jax.data.reading import Example
-from llama_jax.data.shard_folder import SPLITS, verify
-from llama_jax.data.shard_writer import ShardWriter
-from llama_jax.data.shards import TokenDataset
+from llama_jax.data.prepare.job import prepare
+from llama_jax.data.shards.layout import SPLITS, verify
+from llama_jax.data.shards.reader import TokenDataset
+from llama_jax.data.shards.writer import ShardWriter
+from llama_jax.data.sources.part import Example
 from llama_jax.errors import UserError
-from llama_jax.train import train
+from llama_jax.train import loop
+from llama_jax.train.run import train
 from tests.faults.test_damage import cut, delete, empty, zero
 from tests.helpers import flip_bit, one_line_error, start_train, text_config, until, write_manifest
 

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from etils import epath
 
-from llama_jax import loop, manifest, saving
-from llama_jax import train as train_lib
-from llama_jax.checkpoint import Meta, check_steps
-from llama_jax.checkpointer import Checkpointer
+from llama_jax.checkpoint import manifest, saving
+from llama_jax.checkpoint.checkpointer import Checkpointer
+from llama_jax.checkpoint.events import Events
+from llama_jax.checkpoint.saved_step import Meta, check_steps
 from llama_jax.errors import UserError
-from llama_jax.events import Events
-from llama_jax.train import train
+from llama_jax.train import loop
+from llama_jax.train import run as train_lib
+from llama_jax.train.run import train
 from tests.helpers import ROOT, TINY, made_state, random_params, records, replace, until
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -223,7 +224,7 @@ def test_a_disk_that_stalls(workdir, undisturbed, monkeypatch, capsys):
 
 HANGS = """
 import sys, threading
-from llama_jax import manifest, saving
+from llama_jax.checkpoint import manifest, saving
 from llama_jax.train import train
 from tests.faults.test_disk import CONFIG
 from tests.helpers import replace
@@ -233,7 +234,7 @@ every = int(sys.argv[2])
 train(replace(CONFIG, train__checkpoint_every=every, train__step_timeout=20), sys.argv[1])
 """
 BROKEN = """
-from llama_jax.skip_watch import SkipWatch
+from llama_jax.train.rewind import SkipWatch
 steps = []
 def stuck(self, read):
     steps.append(read)

@@ -10,21 +10,21 @@ import jax
 import pytest
 from etils import epath
 
-from llama_jax import manifest
-from llama_jax.checkpoint import load_meta
+from llama_jax.checkpoint import manifest
+from llama_jax.checkpoint.fingerprint import fingerprint
+from llama_jax.checkpoint.saved_step import load_meta
 from llama_jax.config import Config, LoraConfig
-from llama_jax.data.tokenizer_files import open_tokenizer
 from llama_jax.errors import UserError
-from llama_jax.fingerprint import fingerprint
-from llama_jax.inference import open_model
+from llama_jax.inference.loaded_model import open_model
 from llama_jax.interchange.ckpt import write_adapters
 from llama_jax.interchange.formats import units
 from llama_jax.interchange.loading import load_init
 from llama_jax.interchange.opening import open_source
 from llama_jax.interchange.transfer import convert, export_adapters
-from llama_jax.sharding import param_shardings
-from llama_jax.start import with_tokenizer
-from llama_jax.step import abstract_state
+from llama_jax.parallel.sharding import param_shardings
+from llama_jax.text.tokenizer_files import open_tokenizer
+from llama_jax.train.start import with_tokenizer
+from llama_jax.train.step import abstract_state
 from tests.helpers import (
     TINY,
     flip_bit,
@@ -44,8 +44,8 @@ STEPS = (4, 8)
 
 
 def save(workdir, step, seed, tokenizer):
-    from llama_jax.checkpoint import Meta
-    from llama_jax.checkpointer import Checkpointer
+    from llama_jax.checkpoint.checkpointer import Checkpointer
+    from llama_jax.checkpoint.saved_step import Meta
 
     workdir.mkdir(exist_ok=True)
     with Checkpointer(workdir, CONFIG) as saver:
@@ -57,7 +57,7 @@ def save(workdir, step, seed, tokenizer):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tokenizer, corpus):
     """A run with steps 4 and 8, one of other weights and another tokenizer, and an imported one."""
-    from llama_jax.data.tokenizer import train_tokenizer
+    from llama_jax.text.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("exports")
     for step in STEPS:

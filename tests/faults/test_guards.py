@@ -8,16 +8,16 @@ import jax
 import pytest
 from etils import epath
 
-from llama_jax import train as train_lib
-from llama_jax.checkpoint import Meta
-from llama_jax.checkpointer import Checkpointer
+from llama_jax.checkpoint.checkpointer import Checkpointer
+from llama_jax.checkpoint.saved_step import Meta
 from llama_jax.data.batches import SyntheticBatches
-from llama_jax.data.pipeline import TrainingData, open_data
-from llama_jax.data.prepare import prepare
-from llama_jax.data.tokenizer import train_tokenizer
+from llama_jax.data.prepare.job import prepare
+from llama_jax.data.training_data import TrainingData, open_data
 from llama_jax.errors import UserError
-from llama_jax.guards import check_checkpoint, check_workdir
-from llama_jax.step import abstract_state
+from llama_jax.text.tokenizer import train_tokenizer
+from llama_jax.train import run as train_lib
+from llama_jax.train.resume import check_checkpoint, check_workdir
+from llama_jax.train.step import abstract_state
 from tests.helpers import TINY, field_names, replace, restored_state, text_config, with_adapters
 from tests.test_train import STEP_FIELDS
 
@@ -78,7 +78,7 @@ def check_both(saved, config, tmp_path):
 
 def test_every_field_of_the_config_is_in_one_list():
     """The lists above, and what is free because it does not touch the run at all."""
-    from llama_jax.guards import RESUMABLE
+    from llama_jax.train.resume import RESUMABLE
 
     listed = {*FREE, *OF_DATA, *REFUSED}
     rest = {name.replace("__", ".") for name in field_names("__") - listed}

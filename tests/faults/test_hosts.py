@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from llama_jax import manifest
-from llama_jax.checkpointer import Checkpointer
-from llama_jax.data.pipeline import open_data
-from llama_jax.step import jit_step
+from llama_jax.checkpoint import manifest
+from llama_jax.checkpoint.checkpointer import Checkpointer
+from llama_jax.data.training_data import open_data
+from llama_jax.train.step import jit_step
 from tests.faults.failing_child import FAULTS
 from tests.faults.test_damage import files_of
 from tests.helpers import flip_bit, mesh_of, outputs_of, records, restored_state, start, text_config

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.checkpointer import Checkpointer
+from llama_jax.checkpoint.checkpointer import Checkpointer
 from tests.helpers import TINY, made_state, random_params, replace, restored_state, start
 
 CONFIG = replace(TINY, model__dim=256, model__ffn_dim=688, model__n_layers=3)

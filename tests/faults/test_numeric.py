@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import loop
-from llama_jax import train as train_lib
-from llama_jax.checkpoint import find_step
+from llama_jax.checkpoint.saved_step import find_step
 from llama_jax.errors import UserError
-from llama_jax.skips import explain
+from llama_jax.train import loop
+from llama_jax.train import run as train_lib
+from llama_jax.train.bad_steps import explain
 from tests.helpers import TINY, mesh_of, random_batch, records, replace, shared_step, text_config
 
 pytestmark = pytest.mark.usefixtures("shared_steps")

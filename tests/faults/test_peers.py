@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from llama_jax.checkpoint import load_meta
+from llama_jax.checkpoint.saved_step import load_meta
 from tests.faults.test_stopping import ENDLESS, LONG_EVALUATION, end_all, start_slow
 from tests.helpers import free_port, outputs_of, read_until, records, start, start_train
 
@@ -175,7 +175,7 @@ def test_an_empty_source(tmp_path):
 
 
 def test_different_data_on_two_hosts(corpus, shards, tmp_path):
-    from llama_jax.data.prepare import prepare
+    from llama_jax.data.prepare.job import prepare
     from tests.helpers import text_config
 
     other = text_config(corpus, data__validation_fraction=0.4)

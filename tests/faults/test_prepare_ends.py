@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from llama_jax.data.prepare import prepare
+from llama_jax.data.prepare.job import prepare
 from tests.helpers import ROOT, TINY_FLAGS, text_config, until, write_corpus
 from tests.test_prepare import assert_same_folder, quiet
 

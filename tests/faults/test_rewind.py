@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from etils import epath
 
-from llama_jax import loop
-from llama_jax import train as train_lib
-from llama_jax.checkpoint import DamagedCheckpoint, load_meta
-from llama_jax.checkpointer import Checkpointer
+from llama_jax.checkpoint.checkpointer import Checkpointer
+from llama_jax.checkpoint.retention import saved_steps
+from llama_jax.checkpoint.saved_step import DamagedCheckpoint, load_meta
 from llama_jax.errors import UserError
-from llama_jax.mesh import make_mesh
-from llama_jax.retention import saved_steps
-from llama_jax.skips import LOSS
-from llama_jax.step import TrainState
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.train import loop
+from llama_jax.train import run as train_lib
+from llama_jax.train.bad_steps import LOSS
+from llama_jax.train.step import TrainState
 from tests.faults import test_hosts
 from tests.helpers import flip_bit, records, replace, shared_step, text_config
 from tests.test_train import stop_after

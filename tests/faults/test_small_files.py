@@ -8,16 +8,18 @@ import shutil
 import pytest
 from etils import epath
 
-from llama_jax import guards, loop, retention
-from llama_jax import train as train_lib
-from llama_jax.checkpoint import load_meta
-from llama_jax.data.show import open_prepared
+from llama_jax.checkpoint import retention
+from llama_jax.checkpoint.saved_step import load_meta
+from llama_jax.data.show.summary import open_prepared
 from llama_jax.errors import UserError
 from llama_jax.files import read_records
-from llama_jax.goodput import PHASES, Goodput
-from llama_jax.interchange import card
-from llama_jax.metrics import plot_loss
-from llama_jax.train import train
+from llama_jax.interchange import model_card
+from llama_jax.train import loop
+from llama_jax.train import resume as resume_lib
+from llama_jax.train import run as train_lib
+from llama_jax.train.instruments.goodput import PHASES, Goodput
+from llama_jax.train.instruments.metrics import plot_loss
+from llama_jax.train.run import train
 from tests.helpers import TINY, TINY_FLAGS, one_line_error, records, replace, run_command
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -110,7 +112,7 @@ def test_bits_of_config_json(run):
     path = run / "config.json"
     for number, changed in enumerate(flips(path.read_bytes(), 5)):
         path.write_bytes(changed)
-        told(lambda: guards.check_workdir(CONFIG, epath.Path(run)))
+        told(lambda: resume_lib.check_workdir(CONFIG, epath.Path(run)))
         if number % 20 == 0:
             told(lambda: open_prepared(run))
 
@@ -145,7 +147,7 @@ def test_every_bit_of_metrics_jsonl(run, tmp_path):
     count = itertools.count()
     for changed in flips(content):
         path.write_bytes(changed)
-        assert "## Training" in card.write(meta, step)
+        assert "## Training" in model_card.write(meta, step)
         if next(count) % 1000 == 0:
             plot_loss(epath.Path(path), epath.Path(tmp_path / "loss.png"))
 
@@ -162,7 +164,7 @@ def test_numbers_that_cannot_be_are_left_out(run):
     text = "\n".join(map(json.dumps, lines)) + '\n{"step": 7, "loss": NaN}\n{"step": 8, "lo'
     (run / "metrics.jsonl").write_text(text)
     step = epath.Path(run / "checkpoints" / "12")
-    text = card.write(load_meta(step), step)
+    text = model_card.write(load_meta(step), step)
     assert "| training loss | 2.5000 nats per token |" in text
     assert "| speed | 100 tokens/s (median) |" in text and "| chip-hours | 1.00 of " in text
     assert "| left out below | 5 damaged line(s) of metrics.jsonl |" in text

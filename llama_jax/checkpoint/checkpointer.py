@@ -1,0 +1,341 @@
+"""The checkpoints of one run: finds the newest good step, restores it, and saves new ones."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+
+from llama_jax.checkpoint import manifest, retention
+from llama_jax.checkpoint.events import Events
+from llama_jax.checkpoint.saved_step import (
+    CHECKPOINTS,
+    DamagedCheckpoint,
+    Items,
+    Meta,
+    fingerprints,
+    restore_items,
+)
+from llama_jax.checkpoint.saving import SAVE_ERRORS, BackgroundSaves
+from llama_jax.config import Config
+from llama_jax.errors import UserError, first_line
+from llama_jax.files import is_object_store
+from llama_jax.parallel.multihost import agreed
+
+_BLOCK_BYTES = 4096  # what a file takes of most disks at least
+
+
+class Checkpointer:
+    """Saves asynchronously, keeps what `train.keep_*` say, restores, and sets damaged steps aside.
+
+    Saving returns as soon as the arrays are copied to the host. A save that fails is told in one
+    line, and training goes on; the run ends when more than `train.max_failed_saves` in a row or the
+    last one did. As a context manager it waits on the way out, whatever else fails: a run that ends
+    in an error must not lose the save before it. All processes make the same calls.
+
+    Attributes:
+      passed_over: whether a damaged step was set aside.
+    """
+
+    def __init__(self, workdir: epath.PathLike, config: Config) -> None:
+        """Opens the directory, and removes what unfinished saves have left there.
+
+        Raises:
+          UserError: it cannot be written to.
+        """
+        workdir = epath.Path(workdir).absolute()
+        self._directory = workdir / CHECKPOINTS
+        self._train = config.train
+        self._events = Events(workdir)
+        self._background = BackgroundSaves(
+            self._directory,
+            self._train.save_timeout,
+            self._events,
+            done=self._retain,
+            failed=self._give_up,
+        )
+        self._failures = 0  # saves in a row
+        self._unsaved = ""  # why the last save failed
+        self._stuck: set[int] = set()  # old steps that could not be deleted
+        self._damaged: dict[int, str] = {}  # what is wrong with which step
+        self.passed_over = False
+        problem = agreed(self._open())
+        if problem:
+            raise UserError(f"checkpoints cannot be saved to {self._directory}: {problem}")
+
+    def _open(self) -> str:
+        if jax.process_index() > 0:
+            return ""
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            warnings: list[str] = []
+            names = retention.clean(self._directory, warnings.append)
+            self._probe()
+        except OSError as error:
+            return first_line(error)
+        for warning in warnings:
+            self._events.say(warning)
+        if names:
+            self._events.say(
+                f"cleaned {len(names)} unfinished checkpoint folder(s): {', '.join(names)}"
+            )
+        return ""
+
+    def _probe(self) -> None:
+        """Raises OSError where no folder can be made, or not a block be written."""
+        probe = self._directory / f"0{retention.SAVING}.probe"  # removed at the next start, if left
+        probe.mkdir(exist_ok=True)
+        try:
+            (probe / "block").write_bytes(bytes(_BLOCK_BYTES))
+        finally:
+            probe.rmtree()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        if error is None:
+            self.close()
+        else:  # the other processes may not come this way: wait for nobody
+            self._background.join()
+            self._background.close()
+
+    def folder(self, step: int) -> epath.Path:
+        """Where `step` is, or would be."""
+        return self._directory / str(step)
+
+    def latest_step(self) -> int | None:
+        """Newest complete step, or None."""
+        self._background.join()
+        return next(reversed(retention.saved_steps(self._directory)), None)
+
+    def newest_good_step(self, fits: Callable[[int], bool] | None = None) -> int | None:
+        """The newest step (that fits) whose files are all as they were written; None if none is.
+
+        Newer, damaged ones are set aside, which is said on the console and in metrics.jsonl.
+
+        Raises:
+          UserError: any step fits, there are some, and none is good; nothing is changed.
+        """
+        self._background.join()
+        mine = (jax.process_index(), jax.process_count())
+        for step in self._steps(fits):
+            if step in self._damaged:
+                continue
+            reason = agreed(manifest.damage(self.folder(step), mine))
+            if reason:
+                self._damaged[step] = reason
+                continue
+            self._set_damaged_aside(step)
+            return step
+        if self._damaged and fits is None:
+            what = "; ".join(f"step {step}: {reason}" for step, reason in self._damaged.items())
+            raise UserError(
+                f"no good checkpoint is left in {self._directory} ({what}); nothing was changed. "
+                "Bring one back from a copy, or use another --workdir to start anew"
+            )
+        return None
+
+    def _steps(self, fits: Callable[[int], bool] | None) -> list[int]:
+        """Complete steps as process 0 sees them, newest first."""
+        first = jax.process_index() == 0
+        # A shared file system may show other processes a folder late.
+        steps = retention.saved_steps(self._directory)[::-1] if first else []
+        if fits is not None:
+            steps = [step for step in steps if fits(step)]
+        text = agreed(",".join(map(str, steps[:50])))
+        return [int(step) for step in text.split(",") if step]
+
+    def mark_damaged(self, step: int, reason: str) -> None:
+        """Makes `newest_good_step` pass over `step`, which could not be restored."""
+        self._damaged[step] = reason
+
+    def _set_damaged_aside(self, used: int) -> None:
+        self.passed_over |= bool(self._damaged)
+        for step in sorted(self._damaged):
+            if jax.process_index() == 0:
+                reason = self._damaged[step]
+                target = retention.set_aside(self.folder(step))
+                self._events.say(
+                    f"damaged checkpoint {step}: {reason}; set aside as {target}, going on from "
+                    f"step {used}"
+                )
+                self._events.record(
+                    used, event="checkpoint_damaged", damaged_step=step, reason=reason
+                )
+        self._damaged.clear()
+
+    def restore(self, step: int, targets: Items) -> Items:
+        """Reads the trees of `step`, by name.
+
+        Args:
+          step: a complete one.
+          targets: shapes, dtypes and shardings of what to read, as `jax.ShapeDtypeStruct`.
+
+        Raises:
+          UserError: the saved arrays are not those of `targets`.
+          DamagedCheckpoint: it cannot be read, or its fingerprint is not the saved one.
+        """
+        restored, problem = None, ""
+        try:
+            restored = restore_items(self.folder(step), targets)
+        except DamagedCheckpoint as error:
+            problem = str(error)
+        problem = agreed(problem)
+        if problem or restored is None:
+            raise DamagedCheckpoint(problem)
+        return restored
+
+    def save(self, items: Items, meta: Meta) -> None:
+        """Starts saving named trees; a failure is told, and raised only by the policy.
+
+        Args:
+          items: trees of arrays by name, such as those of `TrainState.to_items`.
+          meta: what the step says about itself; the device's kind and fingerprints are added.
+
+        Raises:
+          UserError: more than `train.max_failed_saves` in a row failed.
+        """
+        self._settle()
+        problem = agreed(self._obstacle(items))
+        if not problem:
+            kind = jax.devices()[0].device_kind
+            meta = dataclasses.replace(meta, device_kind=kind, fingerprint=fingerprints(items))
+            if agreed(self._background.start(items, meta)):
+                self._settle()
+        else:
+            self._warn(meta.step, problem)
+            self._count(problem)
+
+    def _obstacle(self, items: Items) -> str:
+        """Why a save cannot work, as far as that can be told before anything is written."""
+        try:
+            if jax.process_index() == 0:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                self._clean()
+                self._probe()
+            if is_object_store(self._directory):
+                return ""
+            shards = (s for leaf in jax.tree.leaves(items) for s in leaf.addressable_shards)
+            needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
+            free = shutil.disk_usage(self._directory).free
+        except OSError as error:
+            return first_line(error)
+        if free >= needed:
+            return ""
+        return f"it takes {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
+
+    def _give_up(self, step: int, reason: str) -> None:
+        """In the thread of a save: it has failed."""
+        self._clean()
+        self._warn(step, reason)
+
+    def _clean(self) -> None:
+        """Frees what failed saves hold of a disk that may be full."""
+        if jax.process_index() == 0:
+            # Tensorstore may write a while after orbax has given up, and keep a folder from being
+            # removed; the next save and the next start try again.
+            with contextlib.suppress(OSError):
+                retention.clean(self._directory)
+
+    def _retain(self) -> None:
+        """Lets old steps go; one that cannot be deleted is told once, and stays."""
+        try:
+            steps = retention.dispensable_steps(self._directory, self._train)
+        except OSError as error:
+            self._events.say(f"warning: old checkpoints could not be listed: {first_line(error)}")
+            return
+        for step in steps:
+            try:
+                if left := retention.remove(self.folder(step)):
+                    self._events.say(
+                        f"checkpoint {step} is deleted, but not what its links lead to: "
+                        f"{', '.join(left)}"
+                    )
+            except OSError as error:
+                if step not in self._stuck:
+                    self._events.say(
+                        f"warning: an old checkpoint could not be deleted: {first_line(error)}"
+                    )
+                self._stuck.add(step)
+
+    def add_evaluation(self, step: int, eval_loss: float) -> None:
+        """Adds the validation loss to a saved step, as if it had been saved with it.
+
+        Args:
+          step: a complete one.
+          eval_loss: nats per token.
+        """
+        if jax.process_index() > 0:
+            return
+        described = {**manifest.described(self.folder(step)), "eval_loss": eval_loss}
+        try:
+            manifest.amend(self.folder(step), "meta/metadata", json.dumps(described).encode())
+        except OSError as error:  # the next start tries again
+            self._events.say(
+                f"warning: eval_loss could not be added to checkpoint {step}: {first_line(error)}"
+            )
+        self._retain()
+
+    def note(self, step: int, text: str, **record: Any) -> None:
+        """Says what has happened, and adds it to metrics.jsonl."""
+        self._events.say(text)
+        self._events.record(step, **record)
+
+    def _warn(self, step: int, reason: str) -> None:
+        count, limit = self._failures + 1, self._train.max_failed_saves
+        self._events.say_on_all(
+            f"warning: saving step {step} to {self._directory} failed: {reason}; earlier "
+            f"checkpoints are untouched, the next one is tried as usual ({count} failed in a row, "
+            f"train.max_failed_saves={limit})"
+        )
+        self._events.record(step, event="save_failed", reason=reason)
+
+    def _settle(self) -> None:
+        """Waits for the save before, and counts it if it failed."""
+        begun, error = self._background.settle()
+        if not begun:
+            return
+        if error is not None and not isinstance(error, SAVE_ERRORS):
+            raise error
+        problem = agreed("" if error is None else first_line(error))
+        if problem:
+            self._count(problem)
+        else:
+            self._failures, self._unsaved = 0, ""
+
+    def _count(self, problem: str) -> None:
+        self._failures += 1
+        self._unsaved = problem
+        if self._failures > self._train.max_failed_saves:
+            raise self._save_error()
+
+    def _save_error(self) -> UserError:
+        last = self.latest_step()
+        kept = f"step {last} is the newest checkpoint" if last is not None else "there is none yet"
+        return UserError(
+            f"saving to {self._directory} failed: {self._unsaved}; earlier checkpoints are "
+            f"untouched ({kept}). Free some space or choose another --workdir, then run the same "
+            "command to go on"
+        )
+
+    def wait(self) -> None:
+        """Blocks until all saves are on disk.
+
+        Raises:
+          UserError: the last one failed.
+        """
+        self._settle()
+        if self._unsaved:
+            raise self._save_error()
+
+    def close(self) -> None:
+        """Waits, and frees orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._background.close()

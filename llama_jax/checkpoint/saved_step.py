@@ -1,0 +1,370 @@
+"""Checkpoints that describe themselves: weights, optimiser, data position, config and tokenizer.
+
+A saved step is the folder `checkpoints/N/` with five orbax items: `params`, `optimizer` (step
+counter and moments), `skips` (what was skipped, see `skips`), `meta` (JSON: resolved config, data
+fingerprint, versions) and `tokenizer` (JSON: the tokenizer's file), and `manifest.json` (see
+`manifest`). Whoever needs only the weights reads only them. `Checkpointer` (in `checkpointer`)
+saves steps; here they are read and verified.
+"""
+
+import base64
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+import llama_jax
+from llama_jax.checkpoint import manifest
+from llama_jax.checkpoint.fingerprint import difference, fingerprint
+from llama_jax.checkpoint.retention import files_named_like_steps, saved_steps
+from llama_jax.config import Config, from_json
+from llama_jax.errors import UserError, boundary, first_line, require, typed
+from llama_jax.parallel.multihost import agreed
+from llama_jax.parallel.sharding import placed
+from llama_jax.text.tokenizer_files import is_tokenizer_file
+
+FORMAT_VERSION = 2  # bump when a saved step can no longer be read as before
+CHECKPOINTS = "checkpoints"
+
+Items = dict[str, Any]  # trees of arrays, or of `jax.ShapeDtypeStruct`s, by the name of their item
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What a saved step says about itself.
+
+    Attributes:
+      config: the resolved config of the run.
+      step: optimiser steps taken; the data position is a function of it.
+      data_fingerprint: sha256 of the token shards, or of the synthetic source's parameters.
+      tokenizer_model: SentencePiece model or tokenizer.json; empty for synthetic data.
+      positions: of each process in streamed data (`data.streaming.Position`); else empty.
+      tokenizer_files: of imported weights, by name, for tokenizers that are not SentencePiece and
+        for the way back (see `interchange`).
+      device_kind: of the chips that saved it, such as `NVIDIA H200`; empty for imported weights.
+      eval_loss: validation loss at this step, in nats per token; None where it was not evaluated.
+      fingerprint: of each array of the state, by path (see `fingerprint`); of imported weights
+        there are only those of `params`.
+      rewinds: that led to this step, in order: [step at which, checkpoint to which].
+      base: fingerprints of the base that the adapters are for (`config.init_from` says where it
+        is); empty where all weights are trained.
+      base_context: longest sequence, in tokens, that the weights which the run began with were
+        made for; 0: it began with random ones.
+    """
+
+    config: Config
+    step: int
+    data_fingerprint: str
+    tokenizer_model: bytes
+    positions: list[list[int]] = dataclasses.field(default_factory=list)
+    tokenizer_files: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    device_kind: str = ""
+    eval_loss: float | None = None
+    fingerprint: dict[str, int] = dataclasses.field(default_factory=dict)
+    rewinds: list[list[int]] = dataclasses.field(default_factory=list)
+    base: dict[str, int] = dataclasses.field(default_factory=dict)
+    base_context: int = 0
+
+    @property
+    def context(self) -> int:
+        """Longest sequence that the weights are for, in tokens; training on short ones keeps it."""
+        return max(self.config.train.seq_len, self.base_context)
+
+
+class DamagedCheckpoint(UserError):
+    """A saved step is not as it was written."""
+
+
+def meta_items(meta: Meta) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The items `meta` and `tokenizer` of a step."""
+    description = {
+        "format_version": FORMAT_VERSION,
+        "step": meta.step,
+        "data_fingerprint": meta.data_fingerprint,
+        "positions": meta.positions,
+        "device_kind": meta.device_kind,
+        "eval_loss": meta.eval_loss,
+        "fingerprint": meta.fingerprint,
+        "rewinds": meta.rewinds,
+        "base": meta.base,
+        "base_context": meta.base_context,
+        "config": meta.config.to_json(),
+        "versions": {"llama_jax": llama_jax.__version__, "jax": jax.__version__},
+    }
+    files = {name: base64.b64encode(file).decode() for name, file in meta.tokenizer_files.items()}
+    tokenizer = {"sentencepiece": base64.b64encode(meta.tokenizer_model).decode(), "files": files}
+    return description, tokenizer
+
+
+def save_meta(folder: epath.Path, meta: Meta) -> None:
+    """Writes what a step says about itself, into a folder whose arrays come from elsewhere.
+
+    Its manifest is yet to be written.
+    """
+    for name, item in zip(("meta", "tokenizer"), meta_items(meta), strict=True):
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+            writer.save((folder / name).absolute(), item, force=True)
+
+
+def fingerprints(items: Items) -> dict[str, int]:
+    """Fingerprints of a step's arrays, by path; those of `optimizer` are named without it."""
+    trees = {name: tree for name, tree in items.items() if name != "optimizer"}
+    return fingerprint(trees | items.get("optimizer", {}))
+
+
+def restore_items(folder: epath.Path, targets: Items) -> Items:
+    """Reads items of a step onto the mesh of their targets, and checks every bit of them.
+
+    Args:
+      folder: of the step.
+      targets: shapes, dtypes and shardings by item, as `jax.ShapeDtypeStruct`.
+
+    Raises:
+      UserError: the saved arrays are not those asked for.
+      DamagedCheckpoint: they cannot be read, or their fingerprints are not the saved ones.
+    """
+    read = functools.partial(_restore_item, folder)
+    found = {name: _read_by_all(read, name, target) for name, target in targets.items()}
+    saved = _read_by_all(saved_fingerprint, folder)
+    refuse_changed(folder, difference(saved, fingerprints(found)))
+    return found
+
+
+def _read_by_all(read: Callable[..., Any], *arguments: Any) -> Any:
+    """Reads what all processes read, and raises the damage that one of them finds on all.
+
+    The others would wait for it in what they do together after that.
+    """
+    found, problem = None, ""
+    try:
+        found = read(*arguments)
+    except DamagedCheckpoint as error:
+        problem = str(error)
+    if problem := agreed(problem):
+        raise DamagedCheckpoint(problem)
+    return found
+
+
+def _restore_item(folder: epath.Path, name: str, target: Any) -> Any:
+    """Reads one item of a step; as `restore_items`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            saved = checkpointer.metadata(folder / name).item_metadata
+            _check_same_arrays(folder / name, saved, target)
+            # The handler's own: all processes would wait in the other one for who has failed.
+            handler = ocp.StandardCheckpointHandler()
+            return handler.restore(
+                (folder / name).absolute(), args=ocp.args.StandardRestore(target)
+            )
+        except Exception as error:  # orbax raises a bare one, or finds no arrays
+            reason = manifest.damage(folder, items=[name])
+            if isinstance(error, UserError) and not reason:
+                raise
+            reason = reason or first_line(error.__cause__ or error)
+            raise DamagedCheckpoint(f"{folder / name} cannot be read: {reason}") from error
+
+
+def saved_fingerprint(folder: epath.Path) -> dict[str, int]:
+    """Fingerprints that were saved with a step, to compare what is read with.
+
+    Raises:
+      DamagedCheckpoint: they cannot be read.
+    """
+    try:
+        with boundary(f"{folder}/meta"):
+            return manifest.described(folder)["fingerprint"]
+    except UserError as error:
+        raise DamagedCheckpoint(str(error)) from error
+
+
+def refuse_changed(folder: epath.Path, changed: list[str]) -> None:
+    """Raises `DamagedCheckpoint` if arrays are not those that a step's fingerprints are of.
+
+    Args:
+      folder: of the step.
+      changed: names of these arrays.
+    """
+    if changed:
+        raise DamagedCheckpoint(
+            f"{folder} does not give back what was saved: {', '.join(changed)} (fingerprint)"
+        )
+
+
+def _refuse(folder: epath.Path, reason: str) -> None:
+    if reason:
+        raise DamagedCheckpoint(f"{folder} is damaged: {reason}")
+
+
+def _check_same_arrays(folder: epath.Path, saved: Any, target: Any) -> None:
+    """Orbax casts silently to the dtype asked for; here another dtype or shape is an error."""
+    expected = jax.tree.leaves(target)
+    arrays = jax.tree.leaves(saved)
+    if len(arrays) != len(expected):
+        raise UserError(f"{folder} holds {len(arrays)} arrays, this config has {len(expected)}")
+    have = sorted((tuple(a.shape), str(a.dtype)) for a in arrays)
+    want = sorted((tuple(a.shape), str(a.dtype)) for a in expected)
+    if have != want:
+        difference = next((h, w) for h, w in zip(have, want, strict=True) if h != w)
+        raise UserError(f"{folder} holds an array {difference[0]}, this config {difference[1]}")
+
+
+def _steps_folder(path: epath.Path) -> epath.Path:
+    """Where the steps of a work directory are, which may be named itself."""
+    return path if path.name == CHECKPOINTS else path / CHECKPOINTS
+
+
+def find_step(checkpoint: epath.PathLike, *, pass_over: bool = True) -> epath.Path:
+    """The step folder that a user means: the newest of a work directory, or the folder itself.
+
+    Of a work directory, steps with files that are missing or cut are passed over, with a warning.
+
+    Args:
+      checkpoint: the work directory, or the folder of a step.
+      pass_over: False: a damaged step is an error, as where an older one would be published.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = epath.Path(checkpoint)
+    if (path / "params").exists():
+        # Orbax, which may read it, has many lines for what is broken in a small file.
+        items = ("params", *manifest.DESCRIPTION)
+        if reason := manifest.damage(path, quick=True, items=items):
+            raise DamagedCheckpoint(f"{path} does not give back what was saved: {reason}")
+        return path
+    folder = _steps_folder(path)
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint in {path}: it is neither a work directory nor a saved step")
+    steps = saved_steps(folder)
+    for step in reversed(steps):
+        reason = manifest.damage(folder / str(step), quick=True)
+        if not reason:
+            return folder / str(step)
+        if not pass_over:
+            raise DamagedCheckpoint(
+                f"{folder / str(step)} is damaged: {reason}; bring it back from a copy, or name "
+                "the folder of an older step"
+            )
+        print(f"warning: {folder / str(step)} is damaged: {reason}", file=sys.stderr)
+    if steps:
+        raise UserError(f"no good checkpoint is left in {folder}")
+    if files := files_named_like_steps(folder):
+        raise UserError(f"no good checkpoint is left in {folder}: a file is no step ({files[0]})")
+    raise UserError(f"no complete checkpoint in {folder} yet")
+
+
+@functools.cache  # a command may look for its step several times
+def warn_once(text: str) -> None:
+    """Prints a warning to stderr, the first time that it is given."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def load_meta(step_folder: epath.PathLike) -> Meta:
+    """Reads what a saved step says about itself.
+
+    Raises:
+      UserError: the folder is no saved step, or of a newer format.
+      DamagedCheckpoint: what it says is not what was written.
+    """
+    folder = epath.Path(step_folder).absolute()
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a readable checkpoint: there is no such folder")
+    _refuse(folder, manifest.damage(folder, items=manifest.DESCRIPTION))
+    meta = manifest.described(folder)
+    tokenizer = manifest.described(folder, "tokenizer")
+    with boundary(f"{folder}/meta"):
+        version = meta["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(f"{folder} has format {version}, this version reads {FORMAT_VERSION}")
+        found = {name: typed(name, meta[name], kind) for name, kind in _TYPES.items()}
+        loss = meta["eval_loss"]
+        for name in ("fingerprint", "base"):
+            require(_are_counts(found[name].values()), f"{name} must be of numbers")
+        for name, length in (("positions", 3), ("rewinds", 2)):
+            good = all(len(entry) == length and _are_counts(entry) for entry in found[name])
+            require(good, f"{name} must be lists of {length} numbers")
+        described = Meta(
+            config=from_json(typed("config", meta["config"], str)),
+            tokenizer_model=b"",
+            eval_loss=None if loss is None else float(loss),
+            **found,
+        )
+        require(_are_counts([described.step, described.base_context]), "step is out of range")
+    with boundary(f"{folder}/tokenizer"):
+        files = tokenizer["files"]
+        for name in files:  # it becomes a path again where it is exported
+            if not is_tokenizer_file(name):
+                raise UserError(f"{folder} holds a file {name!r}, which is no tokenizer's")
+        return dataclasses.replace(
+            described,
+            tokenizer_model=base64.b64decode(tokenizer["sentencepiece"]),
+            tokenizer_files={name: base64.b64decode(file) for name, file in files.items()},
+        )
+
+
+_TYPES: dict[str, type] = {
+    "step": int,
+    "data_fingerprint": str,
+    "positions": list,
+    "device_kind": str,
+    "fingerprint": dict,
+    "rewinds": list,
+    "base": dict,
+    "base_context": int,
+}
+
+
+def _are_counts(values: Iterable[Any]) -> bool:
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def load_adapters(step_folder: epath.PathLike, shapes: Any) -> Any:
+    """Reads the adapters of a saved step, which have these shapes and dtypes, into NumPy.
+
+    Raises:
+      UserError: as `load_params`.
+    """
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda _: one, shapes)
+    return jax.device_get(load_params(step_folder, placed(shapes, shardings)))
+
+
+def load_params(step_folder: epath.PathLike, target: Any) -> Any:
+    """Reads only the weights of a saved step.
+
+    Args:
+      step_folder: of the step.
+      target: shapes, dtypes and shardings of the weights, as `sharding.placed` gives them.
+
+    Raises:
+      UserError: the saved arrays are not those of `target`.
+      DamagedCheckpoint: they cannot be read, or are not what was saved.
+    """
+    folder = epath.Path(step_folder).absolute()
+    return restore_items(folder, {"params": target})["params"]
+
+
+def check_steps(path: epath.Path) -> Iterator[tuple[epath.Path, str]]:
+    """Reads every file of the steps in a work directory, or of one step.
+
+    Yields:
+      The folder of each step, and what is wrong with it; nothing if all is as it was written.
+
+    Raises:
+      UserError: there is no step.
+    """
+    if (path / "params").exists() or (path / manifest.NAME).exists():
+        folders = [path]
+    else:
+        folder = _steps_folder(path)
+        steps = saved_steps(folder)
+        if not steps:
+            raise UserError(f"no checkpoint in {path}: it has no saved step")
+        folders = [folder / str(step) for step in steps]
+    for folder in folders:
+        yield folder, manifest.damage(folder)

@@ -1,0 +1,188 @@
+"""Saves in the background: writes a step, seals it with its manifest and gives it its name.
+
+A step is written as `checkpoints/N.saving`; when all its files are there, process 0 writes their
+manifest and renames the folder to `N`, as the last act. (Object stores cannot rename a folder:
+there it is `N` from the start, and counts from its manifest on.)
+"""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from llama_jax.checkpoint import manifest, retention
+from llama_jax.checkpoint.events import Events
+from llama_jax.checkpoint.saved_step import Items, Meta, meta_items
+from llama_jax.errors import first_line
+from llama_jax.files import is_object_store
+from llama_jax.parallel.multihost import Meeting
+
+# What a save may fail with that is not our bug: the disk, the network, another process.
+SAVE_ERRORS = (OSError, ValueError, jax.errors.JaxRuntimeError)
+# Waiting for a save longer than this is said.
+QUIET_S = 10.0
+# Parts of a layer that are stored by themselves; of smaller ones there would be too many.
+LAYER_BYTES = 2**20
+
+
+class BackgroundSaves:
+    """Writes steps in a thread, one at a time; all processes make the same calls."""
+
+    def __init__(
+        self,
+        directory: epath.Path,
+        limit_s: int,
+        events: Events,
+        done: Callable[[], None],
+        failed: Callable[[int, str], None],
+    ) -> None:
+        """Starts orbax's threads.
+
+        Args:
+          directory: of the steps.
+          limit_s: seconds after which a save that still runs is reported; 0: never.
+          events: which report it.
+          done: called in the thread on process 0 when a step is complete.
+          failed: called in the thread with a step, and the reason why it could not be saved.
+        """
+        self._directory, self._limit_s, self._events = directory, limit_s, events
+        self._done, self._failed = done, failed
+        self._saves, self._meeting = 0, Meeting("")
+        options = ocp.AsyncOptions(
+            # Orbax's limits follow the wall clock, which may jump (docs/reliability.md): 50 years.
+            timeout_secs=50 * 365 * 86_400,
+            create_directories_asynchronously=False,
+            # Orbax waits here when all is written, and when all is committed.
+            barrier_sync_fn=lambda **_: self._meeting.wait(),
+        )
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None  # of `_thread`
+        self._step, self._began = 0, 0.0  # which step `_thread` saves, and since when
+
+    def _target(self, step: int) -> epath.Path:
+        """Where `step` is written."""
+        name = str(step) if is_object_store(self._directory) else f"{step}{retention.SAVING}"
+        return self._directory / name
+
+    def start(self, items: Items, meta: Meta) -> str:
+        """Begins a save; returns why that failed, which the thread handles as well."""
+        self._saves += 1
+        self._meeting = Meeting(f"save {self._saves}")
+        self._step, self._began = meta.step, time.monotonic()
+        description, tokenizer = meta_items(meta)
+        arrays = {
+            name: ocp.args.StandardSave(
+                tree, save_args=_by_layer(tree) if name == "params" else None
+            )
+            for name, tree in items.items()
+        }
+        failed: Exception | None = None
+        try:
+            self._orbax.save(
+                self._target(meta.step),
+                args=ocp.args.Composite(
+                    **arrays,
+                    meta=ocp.args.JsonSave(description),
+                    tokenizer=ocp.args.JsonSave(tokenizer),
+                ),
+                force=True,
+            )
+        except SAVE_ERRORS as error:
+            failed = error
+        self._thread = threading.Thread(target=self._finish, args=(meta.step, failed), name="save")
+        self._thread.start()
+        return "" if failed is None else first_line(failed)
+
+    def _finish(self, step: int, failed: Exception | None) -> None:
+        """In a thread: waits for orbax, then completes the step."""
+        timer = threading.Timer(self._limit_s, self._report_slow, (step,))
+        timer.daemon = True
+        if self._limit_s:
+            timer.start()
+        try:
+            if failed is not None:
+                raise failed
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                self._complete(step)
+            self._meeting.wait()
+        except BaseException as error:
+            self._error = error
+            if not self._meeting.failed:  # the others do not know yet
+                with contextlib.suppress(*SAVE_ERRORS):
+                    self._meeting.wait(first_line(error))
+            self._failed(step, first_line(error))
+            return
+        finally:
+            timer.cancel()
+        if jax.process_index() == 0:
+            self._done()
+
+    def _complete(self, step: int) -> None:
+        """Writes the manifest of a step whose files are there, and gives it its name."""
+        target, folder = self._target(step), self._directory / str(step)
+        manifest.write(target)
+        if target != folder:
+            if aside := retention.complete(target, folder):
+                self._events.say(f"{folder} was no saved step; set aside as {aside}")
+            _sync_directory(self._directory)
+
+    def _report_slow(self, step: int) -> None:
+        self._events.say(
+            f"warning: saving step {step} to {self._directory} takes longer than "
+            f"{self._limit_s:,} s (train.save_timeout); training goes on, and waits for it at the "
+            "next save"
+        )
+        self._events.record(step, event="save_slow", seconds=self._limit_s)
+
+    def join(self) -> BaseException | None:
+        """Waits for the thread, and says so; returns what it failed with."""
+        if self._thread is not None:
+            self._thread.join(QUIET_S)
+            if self._thread.is_alive():
+                seconds = time.monotonic() - self._began
+                self._events.say(
+                    f"waiting for the save of step {self._step}, begun {seconds:.0f} s ago"
+                )
+                self._thread.join()
+        return self._error
+
+    def settle(self) -> tuple[bool, BaseException | None]:
+        """Waits for the save before; returns whether there was one, and what it failed with."""
+        begun, error = self._thread is not None, self.join()
+        self._thread = self._error = None
+        return begun, error
+
+    def close(self) -> None:
+        """Frees orbax's threads."""
+        self._orbax.close()
+
+
+def _by_layer(params: Any) -> Any:
+    """Stacks of layers are stored in parts of one layer, so that `convert` reads them one by one.
+
+    Orbax would store what a device holds as one part, which can only be read as a whole.
+    """
+
+    def save_args(path: Any, x: jax.Array) -> ocp.SaveArgs:
+        stacked = path[0].key == "layers"
+        part = x.addressable_shards[0].data.nbytes // x.shape[0]
+        return ocp.SaveArgs(shard_axes=(0,) if stacked and part >= LAYER_BYTES else ())
+
+    return jax.tree.map_with_path(save_args, params)
+
+
+def _sync_directory(directory: epath.Path) -> None:
+    """Has the disk confirm a rename."""
+    descriptor = os.open(str(directory), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,129 @@
+"""The flags of a config: `--config=FILE` and `--config.GROUP.FIELD=VALUE`."""
+
+import contextlib
+import re
+from typing import Any
+
+import ml_collections
+from absl import flags
+
+from llama_jax.cli.config_file import load_config_file
+from llama_jax.config import Config, field_types, from_config_dict, require_fields
+from llama_jax.errors import UserError, boundary
+
+PREFIX = "config."
+_SHOWN = 60  # letters of a value in a message
+
+
+def define() -> flags.FlagHolder:
+    """Defines `--config` and a flag for each field, which holds the text of its value."""
+    holder = flags.DEFINE_string(
+        "config",
+        None,
+        "Config file, or the name of one in configs/, such as tiny; --config.GROUP.FIELD=VALUE "
+        "overrides a field.",
+    )
+    for name, kind in field_types().items():
+        flag: flags.Flag[str] = flags.Flag(
+            parser=flags.ArgumentParser(),
+            serializer=flags.ArgumentSerializer(),
+            name=PREFIX + name,
+            default=None,
+            help_string=f"The field {name} of the config ({_KINDS[kind]}).",
+            boolean=kind is bool,  # may stand without a value
+        )
+        flags.DEFINE_flag(flag, module_name=__name__)
+    return holder
+
+
+def overrides() -> dict[str, Any]:
+    """The fields that flags set: dotted name -> value.
+
+    Raises:
+      UserError: a value is not of its field's type.
+    """
+    found = {name: flags.FLAGS[PREFIX + name] for name in field_types()}
+    given = {name: str(flag.value) for name, flag in found.items() if flag.present}
+    return {name: parse_value(name, text) for name, text in given.items()}
+
+
+def load(file: str) -> Config:
+    """The validated config of a file, with the fields that flags set.
+
+    Args:
+      file: the value of `--config`.
+
+    Raises:
+      UserError: the file, a flag or their combination is not valid.
+    """
+    given = overrides()
+    # A copy that may be changed, where references between fields stay references.
+    config = ml_collections.ConfigDict(load_config_file(file), type_safe=False)
+    try:
+        require_fields(config)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    for name, value in given.items():
+        group, _, field = name.rpartition(".")
+        place = config.get(group) if group else config
+        if isinstance(place, ml_collections.ConfigDict) and field in place:
+            place[field] = value
+    try:
+        with boundary(file):
+            return from_config_dict(config)
+    except UserError as error:
+        raise UserError(f"{error}{_origins(str(error), file, given)}") from error
+
+
+def parse_value(name: str, text: str) -> Any:
+    """The value of a field from its text on the command line.
+
+    Args:
+      name: dotted name of the field.
+      text: what stands behind `=`.
+
+    Raises:
+      UserError: it is not of the field's type.
+    """
+    kind = field_types()[name]
+    with contextlib.suppress(ValueError, KeyError):
+        if kind is bool:
+            return _BOOLS[text.strip().lower()]
+        return kind(text)
+    mend = ""
+    if kind is int:
+        with contextlib.suppress(ValueError, ArithmeticError):
+            number = float(text.replace(",", ""))
+            if number.is_integer() and abs(number) < 2**63:
+                mend = f"; did you mean {int(number)}?"
+    elif kind is float:
+        with contextlib.suppress(ValueError):
+            mend = f"; did you mean {float(text.replace(',', '.'))!r}?"
+    shown = repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
+    raise UserError(f"--{PREFIX}{name} must be of type {_KINDS[kind]}, got {shown}{mend}")
+
+
+def _origins(message: str, file: str, given: dict[str, Any]) -> str:
+    """Where the values come from that a message names; empty where it is clear."""
+    names = re.findall(r"(?<![\w.])(?:[a-z]+\.)?\w+", re.sub(r"--config\.\S+", "", message))
+    named = [name for name in dict.fromkeys(names) if name in field_types()]
+    flagged = [name for name in named if name in given]
+    if len(named) == len(flagged) < 2:
+        return ""
+    others = [name for name in named if name not in given]
+    parts = [f"{' and '.join(others)} from {file}"] if others else []
+    if flagged:
+        parts.append(f"{' and '.join(flagged)} from the command line")
+    return f" ({', '.join(parts)})"
+
+
+_BOOLS = {
+    **dict.fromkeys(("true", "t", "1"), True),
+    **dict.fromkeys(("false", "f", "0"), False),
+}
+_KINDS = {
+    int: "int, a whole number",
+    float: "float, a number",
+    bool: "bool, true or false",
+    str: "str, a text",
+}

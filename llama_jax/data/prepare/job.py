@@ -1,0 +1,260 @@
+"""Raw text to token shards, once; training then only reads.
+
+The work is a list of parts (`documents.list_parts`), each turned into its own shards by
+`write_part`, a function of its arguments alone. Who calls it does not matter: this process, a pool
+of processes, or the workers of Apache Beam; the bytes are the same.
+"""
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from llama_jax.config import Config, DataConfig
+from llama_jax.data.mixture import parse_shares
+from llama_jax.data.prepare import new_tokenizer, unfinished
+from llama_jax.data.prepare.hold_out import hold_out_tail
+from llama_jax.data.prepare.merge_reports import merge_reports
+from llama_jax.data.prepare.report import Report, report_of
+from llama_jax.data.prepare.workers import parts_done, write_parts
+from llama_jax.data.shards import layout
+from llama_jax.data.sources import text_files
+from llama_jax.data.sources.documents import list_parts
+from llama_jax.data.sources.listing import named_sources
+from llama_jax.data.sources.part import Part, Tally
+from llama_jax.data.vocabulary_size import trained_size
+from llama_jax.errors import UserError
+from llama_jax.files import read_json, write_atomically
+from llama_jax.text import templates
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer_files import open_tokenizer
+
+Log = Callable[[str], None]
+
+
+def prepare(
+    config: Config,
+    output: epath.PathLike,
+    *,
+    beam_options: str | None = None,
+    restart: bool = False,
+    log: Log = print,
+    own: Sequence[epath.PathLike] = (),
+) -> list[Report]:
+    """Writes the token shards of `config.data` to `output`, or finds that they are there.
+
+    Named sources get a folder each. Shards are written where they stay, and the manifest, which
+    comes last, completes a folder; the same call goes on with what is finished of one that was
+    killed.
+
+    Args:
+      config: `data` says what to read, `data.tokenizer_size` or else `model.vocab_size` how many
+        ids a new tokenizer gets.
+      output: the folder to make, or an empty one.
+      beam_options: run on Apache Beam with these pipeline options, such as
+        `--runner=DataflowRunner --project=P`; None: on this machine.
+      restart: delete unfinished work in `output` and begin again.
+      log: takes lines for the user.
+      own: further folders that this run writes, which are no part of a source that they lie in.
+
+    Returns:
+      A report for each source.
+
+    Raises:
+      UserError: no usable text, an unreadable source or tokenizer, an `output` that cannot be
+        written, holds something else or unfinished work of other settings, another process that
+        prepares there, or a full disk. What was in `output` before is still there.
+    """
+    output = epath.Path(output)
+    sources = named_sources(config.data.source)
+    _check_mixture(config.data.mixture, sources)
+    template = _template(config.data)
+    settings = {name: _settings(config, source, template) for name, source in sources.items()}
+    folders = {name: output / name for name in sources}
+    with contextlib.ExitStack() as stack:
+        if not all(map(unfinished.is_tidy, folders.values())):  # others may read what is complete
+            stack.enter_context(unfinished.held(output, list(sources)))
+        manifests = {
+            name: _finished(folder, settings[name])
+            for name, folder in folders.items()
+            if unfinished.is_complete(folder)
+        }
+        # All are listed before any is read: a misspelt glob must not wait behind days of work.
+        own = (*own, output)
+        listings = {name: Tally() for name in sources}
+        parts = {
+            name: list_parts(source, config.data, own, listings[name], name)
+            for name, source in sources.items()
+            if name not in manifests
+        }
+        tokenizer = functools.cache(
+            lambda: new_tokenizer.find_or_train(config, sources, output, log, own)
+        )
+        with unfinished.system_errors(output), _abandoned(folders, parts):
+            for name, listed in parts.items():
+                unfinished.begin(folders[name], settings[name], listed, config, restart, log)
+            for name, folder in folders.items():
+                if name:
+                    log(f"source {name}: {sources[name]}")
+                if name in manifests:
+                    log(f"{folder} is prepared already")
+                    continue
+                manifests[name] = _write_source(
+                    config,
+                    settings[name],
+                    parts[name],
+                    listings[name],
+                    folder,
+                    tokenizer,
+                    template,
+                    beam_options,
+                    log,
+                )
+                log(str(report_of(folder, manifests[name])))
+    reports = [report_of(folder, manifests[name]) for name, folder in folders.items()]
+    if len(reports) > 1:
+        total = sum(report.splits["train"]["tokens"] for report in reports)
+        for name, report in zip(sources, reports, strict=True):
+            tokens = report.splits["train"]["tokens"]
+            log(f"{name:<20}{tokens:>18,} tokens to train on{tokens / total:>9.2%} of all")
+    return reports
+
+
+@contextlib.contextmanager
+def _abandoned(folders: dict[str, epath.Path], parts: dict[str, list[Part]]) -> Iterator[None]:
+    """Removes the work of sources that cannot be used, unless parts of it help another try."""
+    try:
+        yield
+    except UserError:
+        for name, listed in parts.items():
+            unfinished.abandon(folders[name], len(listed))
+        raise
+
+
+def _check_mixture(mixture: str, sources: dict[str, str]) -> None:
+    """Shares of sources that are not there would be noticed when training starts, and not before.
+
+    Raises:
+      UserError: bad shares, or one of an unknown source.
+    """
+    unknown = set(parse_shares(mixture) if mixture else ()) - set(sources)
+    if unknown and "" not in sources:
+        raise UserError(
+            f"data.mixture names {', '.join(sorted(unknown))}, but the sources are "
+            f"{', '.join(sources)}"
+        )
+
+
+def _template(data: DataConfig) -> bytes:
+    """The chat template of instruction data as the shards keep it; nothing for plain text.
+
+    Raises:
+      UserError: there is no such template, or no tokenizer for it.
+    """
+    if not data.template:
+        return b""
+    if not data.tokenizer:
+        raise UserError(
+            "data.template needs the tokenizer of the model in data.tokenizer: its tokenizer.model "
+            "or tokenizer.json"
+        )
+    place = epath.Path(data.tokenizer)
+    beside = (place if place.is_dir() else place.parent) / "tokenizer_config.json"
+    config = read_json(beside) if beside.exists() else {}
+    tokenizer = open_tokenizer(data.tokenizer)
+    return templates.to_json(templates.open_choice(data.template, tokenizer, config))
+
+
+def _settings(config: Config, source: str, template: bytes) -> dict[str, Any]:
+    """What the shards depend on; another value would give other shards."""
+    data = config.data
+    instructions = {"template": hashlib.sha256(template).hexdigest()} if template else {}
+    given = open_tokenizer(data.tokenizer) if data.tokenizer else None
+    separator = {"separator": text_files.separator_of(data)} if data.separator else {}
+    return {
+        **instructions,
+        **separator,
+        "source": source,
+        "text_field": data.text_field,
+        "tfds_split": data.tfds_split,
+        "validation_fraction": data.validation_fraction,
+        "max_document_bytes": data.max_document_bytes,
+        "vocab_size": given.vocab_size if given else trained_size(config),
+        "pack_len": config.train.seq_len if data.packing == "best_fit" else 0,
+        "tokenizer": given.fingerprint if given else "trained",
+    }
+
+
+def _finished(folder: epath.Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a complete folder.
+
+    Raises:
+      UserError: it is damaged, or of other settings.
+    """
+    manifest = layout.read_manifest(folder)
+    if changed := unfinished.changes(manifest["settings"], settings):
+        raise UserError(
+            f"{folder} holds shards made with another {', '.join(changed)}; choose another "
+            "folder, or delete this one if you don't need it"
+        )
+    with contextlib.suppress(OSError):  # it may be read only
+        unfinished.tidy(folder, manifest)
+    return manifest
+
+
+def _write_source(
+    config: Config,
+    settings: dict[str, Any],
+    parts: list[Part],
+    listing: Tally,
+    folder: epath.Path,
+    tokenizer: Callable[[], Tokenizer],
+    template: bytes,
+    beam_options: str | None,
+    log: Log,
+) -> dict[str, Any]:
+    """Completes a folder of unfinished work; returns its manifest.
+
+    Raises:
+      UserError: no usable text, or an unreadable source or tokenizer.
+      OSError: the disk is full, or cannot be written.
+    """
+    if not (folder / layout.TOKENIZER).exists():
+        write_atomically(folder / layout.TOKENIZER, tokenizer().model_bytes)
+    if template:
+        write_atomically(folder / layout.TEMPLATE, template)
+    try:
+        write_parts(config.data, settings["pack_len"], parts, folder, beam_options)
+        held_out = hold_out_tail(config.data, settings["pack_len"], parts, folder, log)
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            done = sum(parts_done(folder, len(parts)))
+            log(f"{done} of {len(parts)} parts are done in {folder}")
+        raise
+    manifest = merge_reports(settings, parts, folder, listing)
+    if not manifest["splits"]["train"]["documents"]:
+        unfinished.clear(folder)  # which would only fail again
+        what = "conversation" if template else "text"
+        raise UserError(
+            f"data.source={settings['source']} has no {what} to train on {_reasons(manifest)}"
+        )
+    if held_out:
+        manifest["held_out"] = held_out
+    unfinished.complete(folder, manifest)
+    return manifest
+
+
+def _reasons(manifest: dict[str, Any]) -> str:
+    """Why a source has nothing to train on: what was met instead, and where the first of each."""
+    noted = [
+        (f"{count} {why}{' left out' if kind == 'left_out' else ''}", first)
+        for kind in ("skipped", "left_out")
+        for why, (count, first) in manifest[kind].items()
+    ]
+    if "template" in manifest["settings"]:
+        return f"({', '.join(f'{what}; the first: {first}' for what, first in noted)})"
+    counts = ", ".join(what for what, _ in noted)
+    return f"({counts or 'no documents'})" + "".join(f"; the first: {first}" for _, first in noted)

@@ -1,0 +1,322 @@
+"""A folder of shards while it is made: whether it can be, who holds it, and what is done of it.
+
+Shards are written where they will stay: a volume, a link or an existing folder cannot be replaced
+by another one at the end. `plan.json` comes first and says what the work is. A report for each part
+(`part-00000.json`) says that it is done. The manifest comes last and completes the folder; only
+then are the plan and the reports removed, the plan last.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from etils import epath
+
+from llama_jax.config import Config
+from llama_jax.data.prepare.workers import parts_done
+from llama_jax.data.shards.layout import (
+    MANIFEST,
+    PLAN,
+    TEMPLATE,
+    TOKENIZER,
+    encode_manifest,
+    token_dtype,
+)
+from llama_jax.data.sources.part import Part
+from llama_jax.errors import UserError, boundary
+from llama_jax.files import is_object_store, locked, read_json, write_atomically
+
+# What `prepare` writes, and what a killed `write_atomically` leaves of it.
+_OURS = re.compile(
+    r"((?P<shard>(train|validation)-\d+-\d+)\.\w+(\.json)?|part-\d+\.json"
+    rf"|{re.escape(PLAN)}|{re.escape(MANIFEST)}|{re.escape(TOKENIZER)}|{re.escape(TEMPLATE)})"
+    r"(?P<torn>\.tmp-.+)?"
+)
+# What an empty volume has, besides hidden files.
+_OF_VOLUMES = ("lost+found", "System Volume Information", "$RECYCLE.BIN")
+_COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".parquet")
+_COMPRESSION = 3  # of text, about
+_BYTES_PER_TOKEN = 4  # of text, about
+
+Log = Callable[[str], None]
+
+
+def is_complete(folder: epath.Path) -> bool:
+    """Whether a folder has its manifest."""
+    return (folder / MANIFEST).exists()
+
+
+def is_tidy(folder: epath.Path) -> bool:
+    """Whether it is complete, and nothing of the unfinished work is left."""
+    return is_complete(folder) and not (folder / PLAN).exists()
+
+
+@contextlib.contextmanager
+def held(output: epath.Path, names: list[str]) -> Iterator[None]:
+    """Makes the folders of all sources and holds them; those that stay empty are removed again.
+
+    Args:
+      output: folder of all.
+      names: of the sources, which have a folder each; "" is the only source.
+
+    Raises:
+      UserError: a folder cannot be made or written, holds something else, or another process
+        prepares in it.
+    """
+    folders = list(dict.fromkeys([output, *(output / name for name in names)]))
+    for folder in folders:
+        _check_place(folder)
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            missing = _missing(folder)
+            with system_errors(folder):
+                stack.enter_context(
+                    locked(
+                        folder,
+                        f"another process prepares shards in {folder}; wait for its end, or choose "
+                        "another folder",
+                    )
+                )
+            stack.callback(_remove_empty, missing)
+        _check_contents(output, names)
+        yield
+
+
+def _check_place(folder: epath.Path) -> None:
+    """Checks that a folder is there or can be made.
+
+    Raises:
+      UserError: something else is there, or a link leads nowhere.
+    """
+    if is_object_store(folder):
+        return
+    path = pathlib.Path(folder)
+    with system_errors(folder):
+        for place in (path.absolute(), *path.absolute().parents):
+            if place.is_dir():
+                return
+            if place.exists():
+                what = "it" if place == path.absolute() else str(place)
+                raise UserError(f"{folder} cannot be a folder of shards: {what} is a file")
+            if place.is_symlink():
+                raise UserError(
+                    f"{folder} cannot be a folder of shards: {place} is a link to "
+                    f"{os.readlink(place)}, which does not exist; make that folder first"
+                )
+
+
+def _check_contents(output: epath.Path, names: list[str]) -> None:
+    """Checks that the folders hold shards, unfinished work, or nothing; and that they take files.
+
+    Raises:
+      UserError: they do not.
+    """
+    if "" not in names:
+        for name in (MANIFEST, PLAN):
+            if (output / name).exists():
+                raise UserError(
+                    f"{output} holds the shards of one source without a name; choose another "
+                    "folder for sources with names"
+                )
+    for name in names:
+        folder = output / name
+        if is_complete(folder):
+            continue
+        with system_errors(folder):
+            if not (folder / PLAN).exists() and (other := _foreign(folder)):
+                raise UserError(
+                    f"{folder} is not empty and holds no token shards, but {other}; choose another "
+                    "folder"
+                )
+            if not is_object_store(folder):
+                tempfile.TemporaryFile(dir=folder).close()
+
+
+def _foreign(folder: epath.Path) -> str:
+    """The first name in a folder that is neither of an empty volume nor of a killed first write."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    for name in names:
+        if not name.startswith((".", f"{PLAN}.tmp-")) and name not in _OF_VOLUMES:
+            return name
+    return ""
+
+
+def _missing(folder: epath.Path) -> list[pathlib.Path]:
+    """Of a folder and those it lies in, the ones that do not exist, the folder first."""
+    if is_object_store(folder):
+        return []
+    path = pathlib.Path(folder)
+    return [place for place in (path, *path.parents) if not place.exists()]
+
+
+def _remove_empty(folders: list[pathlib.Path]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def system_errors(place: epath.Path) -> Iterator[None]:
+    """Turns what the system refuses into a `UserError` that names the place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk is full: cannot write {place}; free some space, and the same command "
+                "goes on where it was"
+            ) from error
+        raise UserError(f"cannot write {place}: {error.strerror or error}") from error
+
+
+def begin(
+    folder: epath.Path,
+    settings: dict[str, Any],
+    parts: list[Part],
+    config: Config,
+    restart: bool,
+    log: Log,
+) -> None:
+    """Writes down what the work in a folder is, or finds that it is the work that was begun there.
+
+    Raises:
+      UserError: parts of other work are done, and `restart` does not allow to delete them.
+    """
+    plan = {
+        "settings": settings,
+        "shard_tokens": config.data.shard_tokens,
+        "part_bytes": config.data.part_bytes,
+        "parts": [dataclasses.asdict(part) for part in parts],
+    }
+    folder.mkdir(parents=True, exist_ok=True)  # of a bucket
+    path = folder / PLAN
+    done = len(list(folder.glob("part-*.json")))
+    if path.exists() and restart:
+        clear(folder)
+        log(f"the unfinished work in {folder} is deleted")
+    elif path.exists():
+        mend = f"delete it (llama_jax.prepare --output={folder} --restart does)"
+        try:
+            with boundary(f"{path}"):
+                changed = _changes(read_json(path), json.loads(json.dumps(plan)))
+        except UserError as error:
+            raise UserError(f"cannot go on in {folder}: {error}; {mend}") from error
+        if not changed:
+            log(f"going on in {folder}: {done} of {len(parts)} parts are done")
+            finished = parts_done(folder, len(parts))
+            todo = [part for part, is_done in zip(parts, finished, strict=True) if not is_done]
+            _warn_of_space(folder, todo, settings["vocab_size"], log)
+            return
+        if done:
+            raise UserError(
+                f"{folder} holds unfinished work, {done} parts of it done, with another "
+                f"{', '.join(changed)}; put the old value back to go on with it, or {mend}"
+            )
+        clear(folder)
+        log(
+            f"no part of the work begun in {folder} was done; it begins again with the new settings"
+        )
+    before = folder.parent / f"{folder.name}.partial"
+    if before.is_dir():
+        log(
+            f"warning: {before} holds unfinished work of an earlier version, which this one "
+            "cannot use; delete it if you don't need it"
+        )
+    write_atomically(path, json.dumps(plan).encode())
+    _warn_of_space(folder, parts, settings["vocab_size"], log)
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What makes two plans differ, each with what it was and is."""
+    changed = changes(old["settings"], new["settings"])
+    changed += changes(*({"shard_tokens": plan["shard_tokens"]} for plan in (old, new)))
+    if not changed and old["parts"] != new["parts"]:  # which follow from all else
+        changed = changes(*({"part_bytes": plan["part_bytes"]} for plan in (old, new)))
+        changed = changed or ["list of files, or sizes of these"]
+    return changed
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The settings of other values, each as `name (was 1, is 2)`; of checksums the name alone."""
+    found = []
+    for name in {**old, **new}:
+        was, now = old.get(name), new.get(name)
+        if was == now:
+            continue
+        if any(
+            isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in (was, now)
+        ):
+            found.append(name)
+        else:
+            found.append(f"{name} (was {_shown(was)}, is {_shown(now)})")
+    return found
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else repr(value)
+
+
+def complete(folder: epath.Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest, and removes what only unfinished work needs."""
+    write_atomically(folder / MANIFEST, encode_manifest(manifest))
+    tidy(folder, manifest)
+
+
+def tidy(folder: epath.Path, manifest: dict[str, Any]) -> None:
+    """Removes what a complete folder does not need, the plan last, if it is there."""
+    if is_tidy(folder):
+        return
+    shards = {shard["name"] for split in manifest["splits"].values() for shard in split["shards"]}
+    for path, match in _our_files(folder):
+        kept = match["shard"] in shards or path.name in (MANIFEST, TOKENIZER, TEMPLATE)
+        if path.name != PLAN and (match["torn"] or not kept):
+            path.unlink()
+    (folder / PLAN).unlink(missing_ok=True)
+
+
+def abandon(folder: epath.Path, n_parts: int) -> None:
+    """Removes work that has failed, unless a part of it is done, which helps another try."""
+    if not is_complete(folder) and not any(parts_done(folder, n_parts)):
+        clear(folder)
+
+
+def clear(folder: epath.Path) -> None:
+    """Removes unfinished work, and nothing else; the plan last, which says that it is that."""
+    for path, _ in _our_files(folder):
+        if path.name != PLAN:
+            path.unlink()
+    (folder / PLAN).unlink(missing_ok=True)
+
+
+def _our_files(folder: epath.Path) -> list[tuple[epath.Path, re.Match[str]]]:
+    found = ((path, _OURS.fullmatch(path.name)) for path in list(folder.iterdir()))
+    return [(path, match) for path, match in found if match]
+
+
+def _warn_of_space(folder: epath.Path, parts: list[Part], vocab_size: int, log: Log) -> None:
+    """Warns where a disk has less space free than the shards of parts will take, about.
+
+    Not an error: how much of a file is text, nobody knows before it is read, and what is done when
+    the disk is full is kept.
+    """
+    if is_object_store(folder):
+        return
+    text = sum(
+        part.size * (_COMPRESSION if part.paths[0].endswith(_COMPRESSED) else 1) for part in parts
+    )
+    needed = text / _BYTES_PER_TOKEN * token_dtype(vocab_size).itemsize
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        log(
+            f"warning: the shards may take about {needed / 1e9:,.2f} GB, and {folder} has "
+            f"{free / 1e9:,.2f} GB free; if the disk gets full, free some space, and the same "
+            "command goes on where it was"
+        )

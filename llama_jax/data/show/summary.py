@@ -1,0 +1,308 @@
+"""Shows prepared data: the mixture, rows as the model sees them, and histograms.
+
+Little is read, so that 10,000 shards take no longer than 30: the rows that are shown, those whose
+tokens are counted, and the lengths of documents in a few shards of each source, spread evenly.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from llama_jax.config import Config, DataConfig, ModelConfig, TrainConfig, from_json
+from llama_jax.data.batches import Batches
+from llama_jax.data.shards import layout
+from llama_jax.data.shards.packing import INDEX_DTYPE
+from llama_jax.data.show.rows import Screen, counts_of_inputs, legend, show_row
+from llama_jax.data.training_data import open_data
+from llama_jax.errors import UserError, boundary
+from llama_jax.files import read_bytes
+from llama_jax.text.answer_ends import sentence, totals
+from llama_jax.text.tokenizer import Tokenizer
+
+SEQ_LEN, BATCH = 256, 4  # where no config says it
+WINDOW = 1000  # sequences whose tokens are counted
+CHUNK = 16  # of them are read at a time
+THREADS = 16
+SAMPLED_SHARDS = 32  # of a source, whose documents are measured
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedData:
+    """Prepared data, opened as `train` opens it.
+
+    Attributes:
+      folder: what the user named.
+      config: of the run, or made up.
+      of_a_run: whether the config is one that somebody wrote.
+      batches: as the model sees them.
+      tokenizer: of the shards.
+      fingerprint: of the data.
+      folders: of each source, by name.
+      manifests: the same.
+    """
+
+    folder: epath.Path
+    config: Config
+    of_a_run: bool
+    batches: Batches
+    tokenizer: Tokenizer
+    fingerprint: str
+    folders: dict[str, epath.Path]
+    manifests: dict[str, dict[str, Any]]
+
+
+def open_prepared(folder: epath.PathLike, config: Config | None = None) -> PreparedData:
+    """Opens a folder of shards, one source or several, or a work directory of `train`.
+
+    Args:
+      folder: where it is.
+      config: how to read it; default: that of the work directory, else a batch of 4 x 256 tokens.
+
+    Raises:
+      UserError: there is nothing to show, or it is damaged, or not what the config says.
+    """
+    folder = epath.Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; name one of token shards, or a work directory")
+    where = folder
+    path = folder / "config.json"
+    if path.exists():
+        try:
+            saved = from_json(read_bytes(path))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        config = config or saved
+        for field, does in (("streaming", "tokenises while it trains"), ("source", "is synthetic")):
+            if getattr(saved.data, field) in (True, "synthetic"):
+                raise UserError(f"the data of {folder} {does}: there are no token shards to show")
+        where = epath.Path(saved.data.path or folder / "data")
+    folders = layout.source_folders(where)
+    manifests = {name: layout.read_manifest(path) for name, path in folders.items()}
+    of_a_run = config is not None
+    config = _reading(config or _made_up(folders, manifests), where, list(folders))
+    data = open_data(config, where)
+    assert isinstance(data.train, Batches) and data.tokenizer is not None
+    names = data.train.schedule.names
+    return PreparedData(
+        folder=folder,
+        config=config,
+        of_a_run=of_a_run,
+        batches=data.train,
+        tokenizer=data.tokenizer,
+        fingerprint=data.fingerprint,
+        folders={name: folders[name] for name in names},
+        manifests={name: manifests[name] for name in names},
+    )
+
+
+def _made_up(folders: dict[str, epath.Path], manifests: dict[str, dict[str, Any]]) -> Config:
+    """A config for shards of which nothing else is known."""
+    name, manifest = next(iter(manifests.items()))
+    pack_len = manifest["settings"].get("pack_len", 0)
+    template = str(folders[name] / layout.TEMPLATE) if "template_sha256" in manifest else ""
+    return Config(
+        model=ModelConfig(vocab_size=manifest["vocab_size"]),
+        data=DataConfig(packing="best_fit" if pack_len else "concat", template=template),
+        train=TrainConfig(seq_len=pack_len or SEQ_LEN, global_batch=BATCH),
+    )
+
+
+def _reading(config: Config, where: epath.Path, names: list[str]) -> Config:
+    """The config, to read these shards and never to make any."""
+    data = dataclasses.replace(config.data, path=str(where), streaming=False)
+    there = names != [""]
+    if there:  # what was prepared counts, not what is written in a config of something else
+        source = "shards" if data.mixture else "; ".join(f"{name}=shards" for name in names)
+        data = dataclasses.replace(data, source=source)
+    elif data.source == "synthetic":
+        data = dataclasses.replace(data, source="shards")
+    return dataclasses.replace(config, data=data)
+
+
+def summary(prepared: PreparedData, step: int, screen: Screen) -> str:
+    """Which data this is, its mixture as a table, and what was skipped."""
+    train, packed = prepared.config.train, prepared.config.data.packing == "best_fit"
+    how = "whole documents, packed" if packed else "documents cut every seq_len tokens"
+    if prepared.config.data.template:
+        how = "whole conversations, packed; the loss is that of the answers"
+    head = (
+        f"data    {prepared.folder}, fingerprint {prepared.fingerprint[:16]}",
+        f"batch   {train.global_batch:,} sequences x {train.seq_len:,} tokens: {how}; "
+        f"seed {train.seed}",
+        f"tokens  {prepared.tokenizer.vocab_size:,} ids",
+    )
+    # A manifest may say 0 tokens, or not count answers.
+    with boundary(f"a manifest in {prepared.folder}"):
+        lines = _table(prepared, step, packed)
+    counted, window = "tokens", f"the {WINDOW:,} sequences from step {step:,} on"
+    notes = []
+    if prepared.config.data.template:
+        counted = "tokens that count, those of answers,"
+        notes.append(f"with prompts: of all tokens in {window}")
+    notes.insert(0, f"asked, realised: of the {counted} in {window}")
+    notes.append("there: of all tokens in the shards")
+    if prepared.of_a_run:
+        notes.append(f"epochs: in the {train.steps:,} steps of the run")
+    return "\n".join(
+        [
+            *head,
+            "",
+            screen.paint(lines[0], "bold"),
+            *lines[1:],
+            screen.paint("; ".join(notes), "dim"),
+            *(line for name in prepared.manifests for line in _remarks(prepared, name)),
+        ]
+    )
+
+
+def _remarks(prepared: PreparedData, name: str) -> list[str]:
+    """What the report of `prepare` said about one source."""
+    manifest, where = prepared.manifests[name], name or "the source"
+    files = sorted(manifest.get("files", {}).items())
+    lines = [f"files in {where}: {count:,} {kind}" for kind, count in files]
+    if held_out := manifest.get("held_out"):
+        lines.append(f"held out of {where}: {held_out['tokens']:,} {held_out['why']}")
+    for kind in ("left_out", "skipped", "changed"):
+        for reason, (count, first) in sorted(manifest.get(kind, {}).items()):
+            said = kind.replace("_", " ")
+            lines.append(f"{said} in {where}: {count:,} {reason}; the first: {first}")
+    answers, unended = totals(manifest["splits"])
+    if answers:
+        lines.append(f"{where}: {sentence(answers, unended)}")
+    return lines
+
+
+def _table(prepared: PreparedData, step: int, packed: bool) -> list[str]:
+    asked = prepared.batches.schedule.shares
+    counted, tokens = count_tokens(prepared, step)
+    realised, of_all = _shares(counted), _shares(tokens)
+    epochs = prepared.batches.epochs(prepared.config.train.steps)
+    all_tokens = sum(m["splits"]["train"]["tokens"] for m in prepared.manifests.values())
+    answers = bool(prepared.config.data.template)
+    header = ["source", "asked", "realised", *(["with prompts"] if answers else []), "there"]
+    header += ["documents", "tokens", "bytes/token"]
+    header += ["of answers"] if answers else []
+    header += ["skipped", *(["padding"] if packed else [])]
+    header += ["epochs"] if prepared.of_a_run else []
+    rows = [header]
+    for name, manifest in prepared.manifests.items():
+        split = manifest["splits"]["train"]
+        cells = [
+            name or "(one)",
+            *(f"{float(share):.2%}" for share in (asked[name], realised[name])),
+            *([f"{of_all[name]:.2%}"] if answers else []),
+            f"{split['tokens'] / all_tokens:.2%}",
+            f"{split['documents']:,}",
+            f"{split['tokens']:,}",
+            f"{split['text_bytes'] / split['tokens']:.2f}",
+        ]
+        if answers:
+            cells.append(f"{split['answer_tokens'] / split['tokens']:.2%}")
+        cells.append(f"{sum(count for count, _ in manifest.get('skipped', {}).values()):,}")
+        if packed:
+            slots = sum(shard["sequences"] for shard in split["shards"])
+            slots *= prepared.config.train.seq_len
+            cells.append(f"{1 - (split['tokens'] - split['documents']) / slots:.2%}")
+        if prepared.of_a_run:
+            cells.append(f"{epochs[name]:.2f}")
+        rows.append(cells)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+
+
+def count_tokens(prepared: PreparedData, step: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Counts the tokens of each source in the `WINDOW` sequences from a step on.
+
+    Returns:
+      Of each source, the targets of weight 1, and all tokens that are inputs.
+
+    Raises:
+      UserError: a damaged shard.
+    """
+    batch, names = prepared.config.train.global_batch, prepared.batches.schedule.names
+    chunks, left = [], WINDOW
+    while left:
+        chunks += [
+            (step, range(first, min(first + CHUNK, batch, left)))
+            for first in range(0, min(batch, left), CHUNK)
+        ]
+        step, left = step + 1, left - min(batch, left)
+
+    # A bucket answers slowly, and many at once; each sequence may be in another shard.
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        of_chunks = pool.map(lambda chunk: prepared.batches.count(*chunk), chunks)
+        found = np.sum(list(of_chunks), axis=0)
+    counted, tokens = (dict(zip(names, column.tolist(), strict=True)) for column in found.T)
+    return counted, tokens
+
+
+def realised_shares(prepared: PreparedData, step: int) -> dict[str, float]:
+    """Which share of the tokens that count each source has, in the `WINDOW` sequences from a step.
+
+    Raises:
+      UserError: a damaged shard.
+    """
+    return _shares(count_tokens(prepared, step)[0])
+
+
+def _shares(counts: dict[str, int]) -> dict[str, float]:
+    return {name: count / sum(counts.values()) for name, count in counts.items()}
+
+
+def show_rows(prepared: PreparedData, step: int, count: int, screen: Screen) -> Iterator[str]:
+    """Lines that show `count` rows of the batches from a step on, as the model sees them.
+
+    Raises:
+      UserError: a damaged shard.
+    """
+    batch = prepared.config.train.global_batch
+    answers = bool(prepared.config.data.template)
+    yield legend(prepared.config.data.packing == "best_fit", screen, answers)
+    for number in range(count):
+        at, index = step + number // batch, number % batch
+        source, sequence = prepared.batches.draws(at, range(index, index + 1))[0]
+        rows = prepared.batches.rows(at, range(index, index + 1))
+        row = {name: value[0] for name, value in rows.items()}
+        name = prepared.batches.schedule.names[source]
+        used = int((row["weights"] > 0).sum())
+        title = f"step {at:,}, row {index}" + (f", {name}" if name else "")
+        yield ""
+        yield (
+            f"{screen.paint(title, 'title')}   sequence {sequence:,} of "
+            f"{prepared.batches.counts[name]:,}; {used:,} of {len(row['weights']):,} tokens count"
+        )
+        if answers:
+            row["counts"] = counts_of_inputs(row)
+        yield from show_row(row, prepared.tokenizer, screen)
+
+
+def document_lengths(folder: epath.Path, manifest: dict[str, Any]) -> np.ndarray:
+    """Tokens of documents, BOS and EOS included, from at most `SAMPLED_SHARDS` shards.
+
+    Raises:
+      UserError: an index is missing or damaged.
+    """
+    listed = manifest["splits"]["train"]["shards"]
+    chosen = np.unique(np.linspace(0, len(listed) - 1, SAMPLED_SHARDS).round().astype(int))
+    found = []
+    for number in chosen.tolist():
+        shard = listed[number]
+        path = folder / f"{shard['name']}.idx"
+        try:
+            content = path.read_bytes()
+            starts = np.frombuffer(content, INDEX_DTYPE)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {error}") from error
+        lengths = np.diff(starts, append=shard["tokens"])
+        changed = hashlib.sha256(content).hexdigest() != shard["index_sha256"]
+        if changed or len(starts) != shard["documents"] or (lengths < 2).any():
+            raise UserError(f"{path} is damaged; check with llama_jax.prepare --verify")
+        found.append(lengths)
+    return np.concatenate(found)

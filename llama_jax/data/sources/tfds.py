@@ -1,0 +1,87 @@
+"""Documents of TensorFlow Datasets; the library is imported when it is used."""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from llama_jax.config import DataConfig
+from llama_jax.data.sources.nested_fields import listed_fields, nested_field
+from llama_jax.data.sources.part import Part, Tally, texts
+from llama_jax.errors import UserError, first_line
+
+
+def _tfds_builder(name: str, config: DataConfig) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder(name, data_dir=config.tfds_data_dir or None)
+    except (tfds.core.DatasetNotFoundError, ValueError, OSError, AssertionError) as error:
+        reason = first_line(error)
+        raise UserError(f"data.source: cannot open the TFDS dataset {name}: {reason}") from error
+
+
+def tfds_parts(name: str, config: DataConfig) -> list[Part]:
+    """Cuts a split of a TFDS dataset into ranges of examples.
+
+    Raises:
+      UserError: there is no such dataset, split or feature.
+    """
+    builder = _tfds_builder(name, config)
+    splits = builder.info.splits
+    if config.tfds_split not in splits:
+        raise UserError(
+            f"data.tfds_split={config.tfds_split!r}: {name} has {', '.join(splits) or 'no splits'}"
+            + ("" if splits else "; is it in data.tfds_data_dir?")
+        )
+    _text_feature(name, builder.info.features, config.text_field)
+    split = splits[config.tfds_split]
+    total, size = split.num_examples, split.num_bytes
+    count = max(1, min(total, -(-size // config.part_bytes)))
+    edges = [total * index // count for index in range(count + 1)]
+    return [
+        Part("tfds", (name,), start, stop, size // count)
+        for start, stop in itertools.pairwise(edges)
+    ]
+
+
+def _text_feature(name: str, features: Any, field: str) -> list[str]:
+    """The keys that lead to a feature of text, as in a Parquet file.
+
+    Raises:
+      UserError: there is none, or it holds something else.
+    """
+    import tensorflow_datasets as tfds
+
+    def fields(feature: Any) -> dict[str, Any] | None:
+        return dict(feature.items()) if isinstance(feature, tfds.features.FeaturesDict) else None
+
+    names, feature = nested_field(features, field, fields)
+    if not names:
+        listed = listed_fields(features, fields)
+        raise UserError(f"{name} has no feature {field!r}; it has {listed}")
+    if fields(feature) is not None:
+        listed = listed_fields(feature, fields, field)
+        raise UserError(f"feature {field!r} of {name} has no text; name one of {listed}")
+    info = feature.get_tensor_info()
+    if not isinstance(info, tfds.features.TensorInfo) or info.shape or info.np_dtype != np.object_:
+        raise UserError(f"feature {field!r} of {name} is {type(feature).__name__}, not text")
+    return names
+
+
+def read_tfds(part: Part, config: DataConfig, tally: Tally) -> Iterator[str]:
+    """Documents of a range of examples, in the order of the files."""
+    import tensorflow_datasets as tfds
+
+    builder = _tfds_builder(part.paths[0], config)
+    split = f"{config.tfds_split}[{part.start}:{part.stop}]"
+    if builder.info.file_format == tfds.core.FileFormat.TFRECORD:
+        rows = tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False))
+    else:  # random-access formats cannot be read as a tf.data.Dataset
+        rows = iter(builder.as_data_source(split=split))
+    names = _text_feature(part.paths[0], builder.info.features, config.text_field)
+    values = (functools.reduce(lambda found, key: found[key], names, row) for row in rows)
+    yield from texts(values, f"{part.paths[0]} {split}", config, tally)
+    tally.position = part.size

@@ -1,0 +1,235 @@
+"""From a config to batches: prepares the shards where there are none, opens them, splits them."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+
+from etils import epath
+
+from llama_jax.config import Config
+from llama_jax.data.batches import Batches, BatchSource, SyntheticBatches, ValidationBatches
+from llama_jax.data.mixture import parse_shares
+from llama_jax.data.prepare import new_tokenizer
+from llama_jax.data.prepare.hold_out import why_none
+from llama_jax.data.prepare.job import prepare
+from llama_jax.data.shards.layout import (
+    MANIFEST,
+    TOKENIZER,
+    no_shards,
+    read_manifest,
+    source_folders,
+)
+from llama_jax.data.shards.reader import TokenDataset
+from llama_jax.data.sources.documents import documents
+from llama_jax.data.sources.listing import named_sources
+from llama_jax.data.sources.part import Tally
+from llama_jax.data.streaming import StreamingBatches
+from llama_jax.data.vocabulary_size import check_ids, trained_size
+from llama_jax.errors import UserError
+from llama_jax.text.templates import BUILT_IN, end_ids, from_json, open_choice
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer_files import open_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """Batches to train and to validate on, and who they are.
+
+    Attributes:
+      train: batches by step.
+      validation: None without held-out documents.
+      tokenizer: None for synthetic data.
+      fingerprint: changes whenever the tokens do.
+      template: the chat template of instruction data, in the form of a tokenizer_config.json; empty
+        for plain text.
+      answers: that were prepared of instruction data, and how many of them end in no end token.
+      former_fingerprint: of the same tokens in versions whose mixtures had shares of sequences;
+        empty: nothing has changed since.
+      unchecked: folders of shards of an earlier version, whose blocks have no checksums.
+      unvalidated: sources of which nothing is held out, by name: why.
+    """
+
+    train: BatchSource | StreamingBatches
+    validation: ValidationBatches | None
+    tokenizer: Tokenizer | None
+    fingerprint: str
+    template: bytes = b""
+    answers: tuple[int, int] = (0, 0)
+    former_fingerprint: str = ""
+    unchecked: tuple[str, ...] = ()
+    unvalidated: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def files(self) -> dict[str, bytes]:
+        """What belongs beside the tokenizer in a checkpoint, by name: a chat template, its ends."""
+        if not self.template or self.tokenizer is None:
+            return {}
+        ends = end_ids(from_json(self.template, self.tokenizer))
+        ids = {"bos_token_id": self.tokenizer.bos_id, "eos_token_id": ends}
+        return {
+            "tokenizer_config.json": self.template,
+            "generation_config.json": json.dumps(ids).encode() + b"\n",
+        }
+
+
+def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
+    """Opens the token shards, preparing them first where there are none.
+
+    Args:
+      config: of the run.
+      default_folder: `data` in the work directory, which is no part of a source that it lies in.
+
+    Raises:
+      UserError: source, shards or tokenizer are missing, damaged or of another vocabulary.
+    """
+    train, data = config.train, config.data
+    vocab_size = config.model.vocab_size
+    if data.source == "synthetic":
+        batches = SyntheticBatches(vocab_size, train.seq_len, train.global_batch, train.seed)
+        why = {"": "random tokens have no held-out part"}
+        return TrainingData(batches, None, None, f"synthetic-{vocab_size}", unvalidated=why)
+    if data.streaming:
+        return _open_stream(config, default_folder)
+    shares = parse_shares(data.mixture) if data.mixture else None
+    folder = epath.Path(data.path or default_folder)
+    names = _source_names(config, list(shares or ()), folder)
+    missing = [name for name in names if not (folder / name / MANIFEST).exists()]
+    if missing and data.path:
+        raise no_shards(folder / missing[0])
+    if missing:
+        prepare(config, folder, own=(default_folder.parent,))
+    datasets = {name: TokenDataset.open(folder / name, "train") for name in names}
+    first = datasets[names[0]]
+    packed = data.packing == "best_fit"
+    for dataset in datasets.values():
+        if bool(dataset.pack_len) != packed:
+            how = "best_fit" if dataset.pack_len else "concat"
+            raise UserError(
+                f"the shards in {dataset.folder} were made with data.packing={how}, but it is "
+                f"{data.packing} now; use --config.data.packing={how}, or prepare other shards"
+            )
+        ids = dataset.vocab_size
+        check_ids(ids, config, f"the shards in {dataset.folder} have a vocabulary of {ids}")
+        if dataset.tokenizer_sha256 != first.tokenizer_sha256:
+            raise UserError(
+                f"{first.folder} and {dataset.folder} were made with different tokenizers; "
+                "prepare them together, or with the same data.tokenizer"
+            )
+        if dataset.template_sha256 != first.template_sha256:
+            raise UserError(
+                f"{first.folder} and {dataset.folder} were made with different chat templates; "
+                "prepare them together"
+            )
+        _check_template(data.template, dataset)
+    _check_tokenizer(data.tokenizer, first)
+    held_out = {name: TokenDataset.open(folder / name, "validation") for name in names}
+    validation = ValidationBatches(held_out, train.seq_len, train.global_batch)
+    former = _fingerprint(datasets)
+    of_tokens = shares is not None and len(datasets) > 1
+    return TrainingData(
+        Batches(datasets, train.seq_len, train.global_batch, train.seed, shares),
+        validation if validation.n_sequences else None,
+        first.tokenizer(),
+        hashlib.sha256(f"shares of tokens {former}".encode()).hexdigest() if of_tokens else former,
+        first.template(),
+        (
+            sum(dataset.answers for dataset in datasets.values()),
+            sum(dataset.unended for dataset in datasets.values()),
+        ),
+        former_fingerprint=former if of_tokens else "",
+        unchecked=tuple(str(dataset.folder) for dataset in datasets.values() if dataset.unchecked),
+        unvalidated={
+            name: why_none(read_manifest(folder / name))
+            for name in names
+            if not held_out[name].n_tokens
+        },
+    )
+
+
+def _check_tokenizer(choice: str, dataset: TokenDataset) -> None:
+    """Compares the tokenizer that is asked for with that of shards; a file may be gone since.
+
+    Raises:
+      UserError: their ids are not of the same pieces.
+    """
+    if not choice or not epath.Path(choice).exists():
+        return
+    if not open_tokenizer(choice).same_ids(dataset.tokenizer()):
+        raise UserError(
+            f"the shards in {dataset.folder} were made with another tokenizer than {choice} "
+            "(data.tokenizer, or that of the weights in init_from); prepare them again with this "
+            f"one, or name their own if it is meant: {dataset.folder / TOKENIZER}"
+        )
+
+
+def _check_template(choice: str, dataset: TokenDataset) -> None:
+    """Compares the template that is asked for with that of shards; a file may be gone since.
+
+    Raises:
+      UserError: they are not the same.
+    """
+    made = dataset.template()
+    if not choice or not made:
+        same = not choice and not made
+    elif choice in BUILT_IN or epath.Path(choice).exists():
+        given = open_choice(choice, dataset.tokenizer(), {})
+        same = given.source == json.loads(made)["chat_template"]
+    else:
+        same = True
+    if not same:
+        was = "another" if choice and made else "a" if made else "no"
+        raise UserError(
+            f"the shards in {dataset.folder} were made with {was} chat template, but data.template "
+            f"is {choice or 'empty'} now; put back the value of then, or prepare other shards"
+        )
+
+
+def _source_names(config: Config, mixed: list[str], folder: epath.Path) -> list[str]:
+    """Names of the sources to open: those of the mixture, which must be those of the source."""
+    named = list(named_sources(config.data.source))
+    there = [name for name in named if (folder / name / MANIFEST).exists()]
+    if not there and (folder / MANIFEST).exists():
+        named = [""]  # a path with '=' in it was one source, and is gone now
+    if named == [""] and mixed and config.data.path:  # shards that were prepared elsewhere
+        there = list(source_folders(folder))
+        named = mixed if set(mixed) <= set(there) else there
+    if mixed and set(mixed) != set(named):
+        unknown = sorted(set(mixed) - set(named)) or sorted(set(named) - set(mixed))
+        raise UserError(
+            f"data.mixture has shares for {', '.join(mixed)}, but the sources are "
+            f"{', '.join(name or 'one without a name' for name in named)}: see {unknown[0]!r}"
+        )
+    return mixed or named
+
+
+def _fingerprint(datasets: dict[str, TokenDataset]) -> str:
+    if len(datasets) == 1:
+        return next(iter(datasets.values())).fingerprint
+    parts = [f"{name} {dataset.fingerprint}" for name, dataset in datasets.items()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _open_stream(config: Config, folder: epath.Path) -> TrainingData:
+    """A stream of the source, with a tokenizer that is trained once and then kept in `folder`."""
+    data, size = config.data, trained_size(config)
+    path = epath.Path(data.tokenizer or folder / "tokenizer.model")
+    if not path.exists() and not data.tokenizer:
+        print(f"training a tokenizer of {size:,} ids on {data.source}", flush=True)
+        tally = Tally()
+        texts = (
+            text
+            for name, source in named_sources(data.source).items()
+            for text in documents(source, data, tally, (folder.parent,), name)
+        )
+        tokenizer = new_tokenizer.train(texts, size, tally)
+        if tally.skipped or tally.changed:
+            print("\n".join(tally.lines("skipped", "changed")), flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(path)
+    tokenizer = open_tokenizer(path)
+    ids = tokenizer.vocab_size
+    check_ids(ids, config, f"tokenizer {path} has {ids} ids")
+    stream = StreamingBatches(data, tokenizer, config.train.seq_len, (folder.parent,))
+    why = {"": "data.streaming holds nothing out; prepare shards to have a validation"}
+    return TrainingData(stream, None, tokenizer, stream.fingerprint(), unvalidated=why)

@@ -1,0 +1,386 @@
+"""Decoding with a KV cache: batches of unequal prompts, token after token, on any mesh.
+
+Long prompts fill the cache piece by piece, so that no scores of prompt x prompt exist; a model with
+a sliding window keeps little more than its window.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from llama_jax.config import ModelConfig
+from llama_jax.errors import UserError, as_float32
+from llama_jax.model.llama import KVCache, forward, init_cache
+from llama_jax.parallel.sharding import ACTIVATION_AXES, constrain, mesh_axes
+
+PREFILL = 512  # tokens of each prompt that enter the cache at once
+# Slots that the cache has beyond a sliding window: what is behind the window is moved out when they
+# are full, and not at each token.
+ROOM = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+      max_tokens: new tokens at most.
+      temperature: divides the logits; 0 takes the most likely token (greedy).
+      top_k: only the k most likely tokens; 0: all.
+      top_p: only the most likely tokens that together have this probability (nucleus sampling,
+        arXiv:1904.09751); 1: all.
+      seed: of the random draws.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise UserError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
+        if self.top_k < 0:
+            raise UserError(f"top_k must be 0 (all) or positive, got {self.top_k}")
+        if self.temperature and not 0 < as_float32(self.temperature) < math.inf:
+            raise UserError(
+                f"temperature={self.temperature} is {as_float32(self.temperature)} in float32, in "
+                "which it is used"
+            )
+        if not -(2**31) <= self.seed < 2**32:
+            raise UserError(f"seed must be in [-2**31, 2**32), got {self.seed}")
+        if max(self.top_k, self.max_tokens) >= 2**31:
+            raise UserError("top_k and max_tokens must be less than 2**31")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be in (0, 1], got {self.top_p}")
+
+
+def filter_logits(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Sets the logits of tokens outside of top-k and top-p to -inf; the likeliest always stays."""
+    vocab = logits_BV.shape[-1]
+    order_BV = jnp.argsort(-logits_BV, axis=-1)
+    sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
+    probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+    k = jnp.where(top_k > 0, top_k, vocab)
+    keep_BV = (jnp.arange(vocab) < k) & (before_BV < top_p)
+    keep_BV = keep_BV.at[:, 0].set(True)
+    rank_BV = jnp.argsort(order_BV, axis=-1)
+    return jnp.where(jnp.take_along_axis(keep_BV, rank_BV, axis=-1), logits_BV, -jnp.inf)
+
+
+def _draw(
+    logits_BV: jax.Array, key: jax.Array, knobs: tuple[jax.Array, ...], n_ids: jax.Array
+) -> jax.Array:
+    """Draws a token for each row; rows of the model from `n_ids` on have no chance."""
+    temperature, top_k, top_p = knobs
+    logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < n_ids, logits_BV, -jnp.inf)
+    scaled_BV = logits_BV / jnp.where(temperature > 0, temperature, 1.0)
+    drawn_B = jax.random.categorical(key, filter_logits(scaled_BV, top_k, top_p))
+    return jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+
+
+@struct.dataclass
+class Decoding:
+    """Where a batch of rows stands between two tokens.
+
+    Attributes:
+      cache: keys and values so far; rows are padded on the left.
+      logits_BV: of the next token, float32.
+      position_B: of the next token in its row.
+      done_B: whether the row has ended.
+      step: tokens drawn so far.
+    """
+
+    cache: KVCache
+    logits_BV: jax.Array
+    position_B: jax.Array
+    done_B: jax.Array
+    step: jax.Array
+
+    def constrained(self) -> "Decoding":
+        """Pinned to the mesh, so that what one program returns the next takes as it is."""
+        kv = (None, "batch", None, "heads", "head_dim")
+        cache = dataclasses.replace(
+            self.cache,
+            k=constrain(self.cache.k, *kv),
+            v=constrain(self.cache.v, *kv),
+            segment_ids=constrain(self.cache.segment_ids, "batch", None),
+            index=constrain(self.cache.index),
+        )
+        return Decoding(
+            cache=cache,
+            logits_BV=constrain(self.logits_BV, "batch", None),
+            position_B=constrain(self.position_B, "batch"),
+            done_B=constrain(self.done_B, "batch"),
+            step=constrain(self.step),
+        )
+
+
+def cache_slots(config: ModelConfig, width: int, max_tokens: int) -> int:
+    """Slots of the cache for prompts of `width` and so many new tokens."""
+    everything = width + max_tokens
+    if not config.sliding_window:
+        return everything
+    return min(everything, config.sliding_window + max(ROOM, min(width, PREFILL)))
+
+
+def _extend(
+    config: ModelConfig,
+    params: Any,
+    cache: KVCache,
+    *arrays: jax.Array,
+    lengths_B: jax.Array | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """Takes tokens_BT, positions_BT, segment_ids_BT into the cache; logits after the last.
+
+    Where RoPE goes by the length of the sequence, this is `lengths_B`, or ends with these tokens;
+    the keys in the cache stay as they are, as in transformers.
+    """
+    tokens_BT, positions_BT, segment_ids_BT = arrays
+    if config.sliding_window:
+        full = cache.index + tokens_BT.shape[1] > cache.segment_ids.shape[1]
+        forget = functools.partial(_forget, config.sliding_window)
+        cache = jax.lax.cond(full, forget, lambda cache: cache, cache)
+    hidden_BTD, head_DV, new_cache = forward(
+        config,
+        params,
+        tokens_BT,
+        positions_BT=positions_BT,
+        segment_ids_BT=segment_ids_BT,
+        cache=cache,
+        lengths_B=lengths_B,
+    )
+    assert new_cache is not None
+    last_BD = hidden_BTD[:, -1]
+    logits_BV = jnp.einsum("BD,DV->BV", last_BD, head_DV, preferred_element_type=jnp.float32)
+    return logits_BV, new_cache
+
+
+def _forget(window: int, cache: KVCache) -> KVCache:
+    """Moves the last `window` tokens to the front; later slots are not seen until written anew."""
+    shift = cache.index - window
+    return KVCache(
+        k=jnp.roll(cache.k, -shift, axis=2),
+        v=jnp.roll(cache.v, -shift, axis=2),
+        segment_ids=jnp.roll(cache.segment_ids, -shift, axis=1),
+        index=jnp.full_like(cache.index, window),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill(
+    config: ModelConfig, slots: int, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array
+) -> Decoding:
+    """Fills a cache with left-padded prompts; rows of length 0 have ended."""
+    batch, width = tokens_BT.shape
+    pad_B1 = (width - lengths_B)[:, None]
+    index_1T = jnp.arange(width)[None]
+    arrays = (
+        tokens_BT,
+        jnp.maximum(index_1T - pad_B1, 0),
+        (index_1T >= pad_B1).astype(jnp.int32),
+    )
+    start = Decoding(
+        cache=init_cache(config, batch, slots),
+        logits_BV=jnp.zeros((batch, config.vocab_size), jnp.float32),
+        position_B=lengths_B,
+        done_B=lengths_B == 0,
+        step=jnp.zeros((), jnp.int32),
+    ).constrained()
+
+    def body(state: Decoding, piece: tuple[jax.Array, ...]) -> tuple[Decoding, None]:
+        logits_BV, cache = _extend(config, params, state.cache, *piece, lengths_B=lengths_B)
+        return dataclasses.replace(state, cache=cache, logits_BV=logits_BV).constrained(), None
+
+    size = min(width, PREFILL)  # both are powers of two
+    pieces = tuple(x.reshape(batch, width // size, size).swapaxes(0, 1) for x in arrays)
+    return jax.lax.scan(body, start, pieces)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _decode(
+    config: ModelConfig,
+    count: int,
+    params: Any,
+    state: Decoding,
+    eos_ids: jax.Array,
+    limit: jax.Array,
+    key: jax.Array,
+    knobs: tuple[jax.Array, ...],
+    n_ids: jax.Array,
+) -> tuple[jax.Array, Decoding]:
+    """Draws up to `count` tokens for each row, until all rows have ended or `limit` steps are done.
+
+    Returns:
+      New tokens, B x count, of which as many count as `step` went on; and the new state.
+    """
+    batch, begin = state.done_B.shape[0], state.step
+
+    def more(carry: tuple[Decoding, jax.Array]) -> jax.Array:
+        state, _ = carry
+        return (state.step < jnp.minimum(limit, begin + count)) & ~jnp.all(state.done_B)
+
+    def body(carry: tuple[Decoding, jax.Array]) -> tuple[Decoding, jax.Array]:
+        state, out_BT = carry
+        # The key of a draw is that of its step, however the steps are cut into programs.
+        token_B = _draw(state.logits_BV, jax.random.fold_in(key, state.step), knobs, n_ids)
+        arrays = (token_B[:, None], state.position_B[:, None], jnp.ones((batch, 1), jnp.int32))
+        logits_BV, cache = _extend(config, params, state.cache, *arrays)
+        new = Decoding(
+            cache=cache,
+            logits_BV=logits_BV,
+            position_B=state.position_B + 1,
+            done_B=state.done_B | (token_B[:, None] == eos_ids).any(axis=1),
+            step=state.step + 1,
+        )
+        return new.constrained(), out_BT.at[:, state.step - begin].set(token_B)
+
+    out_BT = jnp.zeros((batch, count), jnp.int32)
+    state, out_BT = jax.lax.while_loop(more, body, (state.constrained(), out_BT))
+    return out_BT, state
+
+
+def round_up(length: int) -> int:
+    """To a power of two, so that prompts of many lengths share few compiled programs."""
+    return max(16, 1 << (length - 1).bit_length())
+
+
+def batch_multiple() -> int:
+    """What the mesh divides a batch by; 1 without a mesh.
+
+    Raises:
+      UserError: the mesh divides the sequence, which neither decoding nor scoring does.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    if mesh.shape["context"] > 1:
+        raise UserError(
+            f"the mesh has context={mesh.shape['context']}, which is for training; "
+            "use data, fsdp and tensor here"
+        )
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(ACTIVATION_AXES["batch"]))
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], context: int) -> int:
+    """The length of the longest prompt.
+
+    Raises:
+      UserError: no prompt, an empty one, or one that leaves no room for a new token.
+    """
+    if not prompts:
+        raise UserError("there is no prompt")
+    longest = max(len(prompt) for prompt in prompts)
+    if min(len(prompt) for prompt in prompts) == 0:
+        raise UserError("a prompt is empty; begin it with the BOS token at least")
+    if longest >= context:
+        raise UserError(
+            f"a prompt has {longest} tokens, but the model's context is {context}; "
+            "shorten it to leave room for an answer"
+        )
+    return longest
+
+
+def stream(
+    config: ModelConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    context: int,
+    eos_id: int | Sequence[int],
+    n_ids: int | None = None,
+    chunk: int = 1,
+    rows: int = 1,
+) -> Iterator[list[list[int]]]:
+    """Continues a batch of prompts of unequal lengths, a few tokens at a time.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      prompts: token ids, each at least one (BOS).
+      sampling: how to draw; tokens do not depend on `chunk`.
+      context: longest sequence the model was trained on, in tokens; generation stops there.
+      eos_id: a row ends after this token, or after any of these.
+      n_ids: ids of the tokenizer. The model may have more rows, which pad its vocabulary and are
+        never drawn; None: every row has an id.
+      chunk: tokens drawn by one program; more cost fewer dispatches.
+      rows: of the program, at least; what is more than the prompts is padding.
+
+    Yields:
+      The next tokens of each row, EOS included where it came; none for a row that has ended.
+
+    Raises:
+      UserError: as `check_prompts`.
+    """
+    longest = check_prompts(prompts, context)
+    width, multiple = round_up(longest), batch_multiple()
+    rows = -(-max(rows, len(prompts)) // multiple) * multiple
+    tokens_BT, lengths_B = np.zeros((rows, width), np.int32), np.zeros((rows,), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, width - len(prompt) :] = prompt
+        lengths_B[row] = len(prompt)
+    limit = min(sampling.max_tokens, context - longest)
+    eos_ids = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
+    fixed = (
+        jnp.array(eos_ids, jnp.int32),
+        jnp.int32(limit),
+        jax.random.key(sampling.seed),
+        (
+            jnp.float32(sampling.temperature),
+            jnp.int32(sampling.top_k),
+            jnp.float32(sampling.top_p),
+        ),
+        jnp.int32(config.vocab_size if n_ids is None else n_ids),
+    )
+    slots = cache_slots(config, width, round_up(sampling.max_tokens))
+    state = _prefill(config, slots, params, tokens_BT, lengths_B)
+    done, step = [False] * len(prompts), 0
+    while not all(done) and step < limit:
+        out_BT, state = _decode(config, chunk, params, state, *fixed)
+        rows_BT, reached = jax.device_get((out_BT, state.step))
+        found = []
+        for row in range(len(prompts)):
+            new = [] if done[row] else rows_BT[row, : int(reached) - step].tolist()
+            end = next((place for place, token in enumerate(new) if token in eos_ids), None)
+            if end is not None:
+                new, done[row] = new[: end + 1], True
+            found.append(new)
+        step = int(reached)
+        yield found
+
+
+def generate(
+    config: ModelConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    context: int,
+    eos_id: int | Sequence[int],
+    n_ids: int | None = None,
+) -> list[list[int]]:
+    """All new tokens of each row, from one program; the rest as `stream`."""
+    parts = stream(
+        config,
+        params,
+        prompts,
+        sampling,
+        context=context,
+        eos_id=eos_id,
+        n_ids=n_ids,
+        chunk=round_up(sampling.max_tokens),
+    )
+    return [list(itertools.chain(*row)) for row in zip(*parts, strict=True)]

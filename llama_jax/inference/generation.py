@@ -1,0 +1,168 @@
+"""Text that goes on: what `decode` draws as token ids, as text.
+
+`complete` gives whole texts, for a sample after training; `additions` gives what comes as it comes.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from llama_jax.config import ModelConfig
+from llama_jax.inference.decode import Sampling, generate, stream
+from llama_jax.inference.loaded_model import InferenceModel
+from llama_jax.text.tokenizer import Tokenizer
+
+
+def complete(
+    config: ModelConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    context: int,
+) -> list[str]:
+    """Continues texts; returns each prompt with its continuation.
+
+    Raises:
+      UserError: as `decode.stream`.
+    """
+    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    new = generate(
+        config,
+        params,
+        ids,
+        sampling,
+        context=context,
+        eos_id=tokenizer.eos_id,
+        n_ids=tokenizer.vocab_size,
+    )
+    special = (tokenizer.bos_id, tokenizer.eos_id)
+    return [
+        tokenizer.decode([token for token in (*prompt, *answer) if token not in special])
+        for prompt, answer in zip(ids, new, strict=True)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Addition:
+    """What a row got.
+
+    Attributes:
+      row: of which prompt.
+      text: new text, of whole characters.
+      tokens: how many new tokens that came with.
+      ended: nothing follows.
+      part: how many programs drew tokens of the batch before.
+    """
+
+    row: int
+    text: str
+    tokens: int
+    ended: bool
+    part: int
+
+
+def additions(
+    model: InferenceModel, prompts: Sequence[Sequence[int]], sampling: Sampling, *, chunk: int
+) -> Iterator[Addition]:
+    """Continues prompts of token ids, and decodes what comes.
+
+    Raises:
+      UserError: as `decode.stream`.
+    """
+    tokenizer = model.tokenizer
+    streams = [tokenizer.stream() for _ in prompts]
+    for begun, prompt in zip(streams, prompts, strict=True):
+        for token in prompt:
+            begun.add(token)
+        begun.end()  # what half a character the prompt ends with is not ours to show
+    running = set(range(len(prompts)))
+    parts = stream(
+        model.config.model,
+        model.params,
+        prompts,
+        sampling,
+        context=model.context,
+        eos_id=model.eos_ids,
+        n_ids=tokenizer.vocab_size,
+        chunk=chunk,
+    )
+    number = 0
+    for number, part in enumerate(parts):
+        for row in sorted(running):
+            new = part[row]
+            text = "".join(streams[row].add(token) for token in new)
+            ended = bool(new) and new[-1] in model.eos_ids
+            if ended:
+                running.remove(row)
+            yield Addition(row, text, len(new), ended, number)
+    for row in sorted(running):
+        yield Addition(row, streams[row].end(), 0, True, number)
+
+
+def show_in_order(
+    prompts: Sequence[str],
+    found: Iterator[Addition],
+    write: Callable[[str], Any],
+    first: int | None = None,
+) -> Iterator[Addition]:
+    """Writes each prompt and what it got: one row as it comes, the next when that has ended.
+
+    Args:
+      prompts: texts of the rows.
+      found: what the rows get; passed on.
+      write: takes text.
+      first: rows before these, to number texts above each; None: no numbers.
+    """
+    waiting, ended, shown = list(prompts), set(), 0
+
+    def begin(row: int) -> None:
+        heading = "" if first is None else f"--- {first + row + 1} ---\n"
+        write(heading + waiting[row])
+
+    begin(0)
+    for addition in found:
+        row = addition.row
+        waiting[row] += addition.text
+        if row == shown:
+            write(addition.text)
+        if addition.ended:
+            ended.add(row)
+        while shown in ended:
+            write("\n")
+            shown += 1
+            if shown < len(prompts):
+                begin(shown)
+        yield addition
+
+
+class Stopwatch:
+    """Counts new tokens, and the time that they took after those of the very first program."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._first_seconds = 0.0
+        self._last = self._start
+        self._first_tokens = self._tokens = 0
+
+    def count(self, found: Iterator[Addition]) -> None:
+        """Takes all additions of a batch."""
+        first_batch = not self._tokens
+        for addition in found:
+            self._last = time.perf_counter()
+            self._tokens += addition.tokens
+            if first_batch and addition.part == 0:
+                self._first_tokens = self._tokens
+                self._first_seconds = self._last - self._start
+
+    def summary(self) -> str:
+        """One line."""
+        later = self._tokens - self._first_tokens
+        seconds = self._last - self._start - self._first_seconds
+        speed = f", then {later / seconds:,.1f} tokens/s" if later else ""
+        return (
+            f"{self._tokens:,} new tokens; the first after {self._first_seconds:.2f} s "
+            f"(compilation included){speed}"
+        )

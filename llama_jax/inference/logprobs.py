@@ -1,0 +1,149 @@
+"""Log-probabilities of given tokens: batched, in few shapes, and never all logits at once."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.config import ModelConfig
+from llama_jax.inference.decode import batch_multiple, round_up
+from llama_jax.model.llama import forward
+from llama_jax.model.loss import from_chunks, n_chunks_of, to_chunks
+from llama_jax.parallel.sharding import constrain
+
+CHUNK = 128  # positions whose logits exist at once
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def token_logprobs(
+    config: ModelConfig,
+    params: Any,
+    inputs_BT: jax.Array,
+    targets_BT: jax.Array,
+    lengths_B: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """log p(target | inputs up to there), float32, and whether it is the likeliest; both B T.
+
+    Padding belongs on the right, where nothing before it sees it; `lengths_B` are without it.
+    """
+    hidden_BTD, head_DV, _ = forward(config, params, inputs_BT, lengths_B=lengths_B)
+    head_DV = constrain(head_DV, "embed", "vocab")  # gathered once, not once per chunk
+
+    def score(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden, targets = chunk
+        logits = jnp.einsum("BTD,DV->BTV", hidden, head_DV, preferred_element_type=jnp.float32)
+        logits = constrain(logits, "batch", "seq", "vocab")
+        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        logprob = target - jax.nn.logsumexp(logits, axis=-1)
+        return logprob, jnp.argmax(logits, axis=-1) == targets
+
+    n_chunks = n_chunks_of(CHUNK, inputs_BT.shape[1])
+    chunks = (to_chunks(hidden_BTD, n_chunks), to_chunks(targets_BT, n_chunks))
+    logprob_CBT, greedy_CBT = jax.lax.map(score, chunks)
+    return from_chunks(logprob_CBT), from_chunks(greedy_CBT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Tokens of which the last `scored` are scored, given all before each."""
+
+    tokens: Sequence[int]
+    scored: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scored < len(self.tokens):
+            raise ValueError(f"of {len(self.tokens)} tokens, {self.scored} cannot be scored")
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Of the scored tokens of a span, in their order.
+
+    Attributes:
+      logprobs: log-probability of each, in nats, float32.
+      greedy: whether each was the likeliest.
+    """
+
+    logprobs: np.ndarray
+    greedy: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Scores spans in batches of one size and of lengths that are powers of two.
+
+    Call it inside `jax.set_mesh`.
+
+    Attributes:
+      config: the model.
+      params: its parameters.
+      context: most tokens that the model sees at once.
+      batch_size: spans at a time; rounded up to what the mesh divides.
+    """
+
+    config: ModelConfig
+    params: Any
+    context: int
+    batch_size: int
+
+    def __call__(
+        self, spans: Sequence[Span], progress: Callable[[int], Any] = lambda count: None
+    ) -> list[Score]:
+        """The score of each span.
+
+        Args:
+          spans: each of at most `context` + 1 tokens, of which the last is only a target.
+          progress: gets the number of spans done since the last call.
+
+        Raises:
+          ValueError: a longer span.
+          UserError: the mesh divides the sequence.
+        """
+        if spans and max(len(span.tokens) for span in spans) > self.context + 1:
+            raise ValueError(f"a span has more than {self.context} + 1 tokens")
+        multiple = batch_multiple()
+        size = -(-self.batch_size // multiple) * multiple
+        # The longest come first: what does not fit into memory fails at once.
+        order = sorted(range(len(spans)), key=lambda index: -len(spans[index].tokens))
+        batches = [order[first : first + size] for first in range(0, len(order), size)]
+        found: dict[int, Score] = {}
+        waiting: list[tuple[list[int], Any]] = []
+
+        def take() -> None:
+            batch, arrays = waiting.pop(0)
+            for index, logprobs, greedy in zip(batch, *jax.device_get(arrays), strict=False):
+                stop = len(spans[index].tokens) - 1
+                part = slice(stop - spans[index].scored, stop)
+                found[index] = Score(logprobs[part], greedy[part])
+            progress(len(batch))
+
+        for batch in batches:
+            padded = self._pad([spans[index].tokens for index in batch], size)
+            arrays = token_logprobs(self.config, self.params, *padded)
+            waiting.append((batch, arrays))
+            if len(waiting) > 1:  # the next batch runs while this one is taken apart
+                take()
+        while waiting:
+            take()
+        return [found[index] for index in range(len(spans))]
+
+    def _pad(
+        self, rows: list[Sequence[int]], size: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Inputs and targets, B T, and the lengths of the inputs, B."""
+        width = round_up(max(map(len, rows)) - 1)
+        mesh = jax.sharding.get_abstract_mesh()
+        tensor = 1 if mesh.empty else mesh.shape["tensor"]
+        width = -(-width // tensor) * tensor  # which divides the residual stream
+        inputs_BT = np.zeros((size, width), np.int32)
+        targets_BT = np.zeros((size, width), np.int32)
+        lengths_B = np.zeros((size,), np.int32)
+        for row, tokens in enumerate(rows):
+            lengths_B[row] = len(tokens) - 1
+            inputs_BT[row, : len(tokens) - 1] = tokens[:-1]
+            targets_BT[row, : len(tokens) - 1] = tokens[1:]
+        return inputs_BT, targets_BT, lengths_B

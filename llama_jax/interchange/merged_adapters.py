@@ -1,0 +1,94 @@
+"""A base with adapters added to it, as a source of plain weights.
+
+The base is taken as it lay below the adapters in training: in `lora.base_dtype`, with the error of
+NF4 if it was quantised, because that is what the adapters were trained to add to.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from llama_jax.checkpoint.fingerprint import LayerPrints, difference
+from llama_jax.config import Config, LoraConfig
+from llama_jax.errors import UserError
+from llama_jax.interchange.formats import Description, Source, units
+from llama_jax.model.lora import adapter_of, delta, freeze, thaw
+from llama_jax.text.tokenizer_config import with_base_files
+
+
+def base_fingerprint(base: Source, config: Config) -> dict[str, int]:
+    """The fingerprint of a base in its frozen form, one array of one layer after another."""
+    prints = LayerPrints(config.model.n_layers)
+    for path, layer in units(config.model):
+        prints.add(path, layer, freeze(path, base.read(path, layer), config.lora))
+    return prints.found
+
+
+def refuse_other_base(changed: list[str], config: Config, adapters: epath.PathLike) -> None:
+    """Raises UserError if arrays of a base are others than those that adapters were trained on.
+
+    Args:
+      changed: names of these arrays.
+      config: which says where the base is from.
+      adapters: what to call them in the error.
+    """
+    if not changed:
+        return
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    raise UserError(
+        f"the adapters of {adapters} were trained on another base than {config.init_from} is "
+        f"({changed[0]}{more} differ by fingerprint); name the weights that they belong to by "
+        "--config.init_from or --base, or train in another --workdir"
+    )
+
+
+class MergedSource:
+    """Weights of a base with adapters; each array of the base is compared by its fingerprint."""
+
+    def __init__(
+        self,
+        base: Source,
+        adapters: Any,
+        config: Config,
+        fingerprints: Mapping[str, int],
+        description: Description,
+    ) -> None:
+        """Wraps a base.
+
+        Args:
+          base: opened, of the config's model.
+          adapters: in NumPy, as `lora.init_adapters` makes them.
+          config: with the `lora` that they were trained with.
+          fingerprints: of the base's arrays in their frozen form; empty: not known.
+          description: of the adapters; what it becomes here has none.
+        """
+        self._base, self._adapters, self._config = base, adapters, config
+        self._wanted = fingerprints
+        self._prints = LayerPrints(config.model.n_layers)
+        plain = dataclasses.replace(config, lora=LoraConfig(), init_from="")
+        files = with_base_files(description.files, base.description.files)
+        self.description = dataclasses.replace(
+            description, config=plain, files=files, dtype=base.description.dtype
+        )
+
+    def read(self, path: str, layer: int | None) -> np.ndarray:
+        """The array `path` of our tree, for a stacked one that of `layer`.
+
+        Raises:
+          UserError: with its last layer, the array is not that of the base of the adapters.
+        """
+        lora = self._config.lora
+        frozen = freeze(path, self._base.read(path, layer), lora)
+        if self._wanted:
+            whole = self._prints.add(path, layer, frozen)
+            changed = difference(self._wanted, whole)
+            refuse_other_base(changed, self._config, "this checkpoint")
+        array, adapter = thaw(frozen), adapter_of(self._adapters, path.split("/"))
+        if adapter is None:
+            return array
+        ours = jax.tree.map(lambda x: x[layer], adapter)
+        return (array + delta(ours, lora, stacked=False)).astype(np.float32)

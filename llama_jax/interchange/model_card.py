@@ -1,0 +1,108 @@
+"""The model card of an export: what was trained, on what, and how it ended."""
+
+import statistics
+from typing import Any
+
+from etils import epath
+
+from llama_jax.checkpoint import saved_step
+from llama_jax.errors import UserError
+from llama_jax.files import number, read_records
+from llama_jax.model.cost import flops_by_part, parameter_count
+
+
+def write(meta: saved_step.Meta, step_folder: epath.Path) -> str:
+    """A README.md for the weights of one step.
+
+    Losses, speed and chip-hours come from `metrics.jsonl` of its work directory, where that is
+    still there.
+    """
+    config, model = meta.config, meta.config.model
+    rows = {
+        "parameters": f"{parameter_count(model):,}",
+        "dim, layers": f"{model.dim}, {model.n_layers}",
+        "heads, kv heads": f"{model.n_heads}, {model.n_kv_heads} of size {model.head_dim}",
+        "ffn": f"{model.ffn_dim}",
+        "vocabulary": f"{model.vocab_size:,}" + (", tied" if model.tied_embeddings else ""),
+        "context": f"{meta.context:,} tokens",
+        "RoPE theta": f"{model.rope_theta:,.0f}",
+    }
+    if model.rope_is_stretched:
+        rows["RoPE scaling"] = f"{model.rope_scaling_factor:g} ({model.rope_scaling})"
+    if model.sliding_window:
+        rows["sliding window"] = f"{model.sliding_window:,} tokens"
+    lines = [
+        *("---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""),
+        *("# A LLaMA trained with llama_jax", "", "## Model", "", *_table(rows), "", "## Training"),
+        "",
+    ]
+    if meta.step == 0:
+        lines.append("None here: the weights were imported, or are the initial ones.")
+    else:
+        lines += _table(_training(meta, step_folder.parent.parent / "metrics.jsonl"))
+    text = config.to_json().rstrip()
+    return "\n".join([*lines, "", "## Config", "", "```json", text, "```", ""])
+
+
+def _training(meta: saved_step.Meta, metrics: epath.Path) -> dict[str, str]:
+    config, step = meta.config, meta.step
+    train, optim = config.train, config.optim
+    tokens = step * train.tokens_per_step
+    flops = tokens * sum(flops_by_part(config.model, config.lora, train.seq_len).values())
+    rows = {
+        "steps": f"{step:,} of {train.steps:,}",
+        "tokens seen": f"{tokens:,} ({train.global_batch:,} x {train.seq_len:,} a step)",
+        "data": config.data.source,
+        "mixture": config.data.mixture or "by size",
+        "optimiser": f"AdamW, peak {optim.peak_lr:g}, {optim.warmup_steps:,} warm-up steps, cosine",
+        "compute": f"{flops:.2e} FLOPs (6 per weight, and causal attention)",
+    }
+    try:
+        last, damaged = _last_values(metrics, step)
+    except UserError as error:
+        saved_step.warn_once(f"the model card has no losses: {error}")
+        return rows
+    if damaged:
+        rows["left out below"] = f"{damaged} damaged line(s) of metrics.jsonl"
+    for name, title in (("loss", "training loss"), ("eval_loss", "validation loss")):
+        if name in last:
+            rows[title] = f"{last[name]:.4f} nats per token"
+    if last.get("speed"):
+        rows["speed"] = f"{last['speed']:,.0f} tokens/s (median)"
+    if last.get("chip_seconds"):
+        kind = f" of {meta.device_kind}" if meta.device_kind else ""
+        rows["chip-hours"] = (
+            f"{last['chip_seconds'] / 3600:,.2f}{kind}, "
+            "with evaluation, saving and steps that were lost and repeated"
+        )
+    return rows
+
+
+def _last_values(metrics: epath.Path, step: int) -> tuple[dict[str, Any], int]:
+    """What the log says up to a step, and how many of its lines are damaged and left out.
+
+    Newest loss and eval_loss; the median of tokens/s, the sum of chip-seconds.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    found: dict[str, Any] = {}
+    rates = []
+    chip_seconds = 0.0
+    if not metrics.exists():
+        return found, 0
+    records, damaged = read_records(metrics)
+    for record in records:
+        if record["step"] > step:
+            continue
+        losses = {name: number(record, name) for name in ("loss", "eval_loss")}
+        found |= {name: loss for name, loss in losses.items() if loss is not None}
+        if rate := number(record, "tokens_per_second"):
+            rates.append(rate)
+        chip_seconds += number(record, "chip_seconds") or 0.0
+    found["speed"] = statistics.median(rates) if rates else None
+    return {**found, "chip_seconds": chip_seconds}, damaged
+
+
+def _table(rows: dict[str, str]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]

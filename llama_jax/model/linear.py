@@ -1,0 +1,149 @@
+"""Products of activations and weights, trained, frozen or with an adapter, and SwiGLU's gate.
+
+Letters of equations as in model.py; r is the rank of an adapter.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llama_jax.config import LoraConfig
+from llama_jax.model.nf4 import NF4, dequantize
+from llama_jax.parallel.sharding import constrain
+
+
+def weight(
+    module: nn.Module,
+    name: str,
+    init: nn.initializers.Initializer,
+    shape: tuple[int, ...],
+    dtype: Any,
+) -> Any:
+    """The parameter `name` of a module in the compute dtype; one in NF4 as it is."""
+    held: Any = module.get_variable("params", name)
+    if isinstance(held, NF4):
+        return held
+    return module.param(name, init, shape).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`einsum(equation, x, w)` of activations and a weight.
+
+    Its gradient is the usual one, but with the product for the weight written as x, d_out: in JAX's
+    own order XLA:CPU first transposes d_out, which in an MLP is the larger of the two.
+    """
+    return jnp.einsum(equation, x, w)
+
+
+def _project_forward(
+    equation: str, x: jax.Array, w: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return jnp.einsum(equation, x, w), (x, w)
+
+
+def _project_backward(
+    equation: str, saved: tuple[jax.Array, jax.Array], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    operands, out_axes = equation.split("->")
+    x_axes, w_axes = operands.split(",")
+    d_x = jnp.einsum(f"{out_axes},{w_axes}->{x_axes}", d_out, w)
+    return d_x, jnp.einsum(f"{x_axes},{out_axes}->{w_axes}", x, d_out)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project_frozen(equation: str, x: jax.Array, w: Any) -> jax.Array:
+    """`project` with a weight that has no gradient, an array or NF4.
+
+    What stays for the backward pass is the weight as it is held, and no x: a matrix in NF4 exists
+    in x's dtype only while one product takes place, whatever `model.remat` says.
+    """
+    return jnp.einsum(equation, x, _as_array(w, x.dtype))
+
+
+def _as_array(w: Any, dtype: Any) -> jax.Array:
+    return dequantize(w, dtype) if isinstance(w, NF4) else w
+
+
+def _frozen_forward(equation: str, x: jax.Array, w: Any) -> tuple[jax.Array, Any]:
+    return project_frozen(equation, x, w), w
+
+
+def _frozen_backward(equation: str, w: Any, d_out: jax.Array) -> tuple[jax.Array, None]:
+    operands, out_axes = equation.split("->")
+    x_axes, w_axes = operands.split(",")
+    d_x = jnp.einsum(f"{out_axes},{w_axes}->{x_axes}", d_out, _as_array(w, d_out.dtype))
+    return d_x, None
+
+
+project_frozen.defvjp(_frozen_forward, _frozen_backward)
+
+
+@jax.custom_vjp
+def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, the elementwise part of SwiGLU; only the two inputs are kept."""
+    return jax.nn.silu(gate) * up
+
+
+def _gated_silu_forward(
+    gate: jax.Array, up: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    # A product that reads silu(gate) * up computes it once per tile, if it is fused in.
+    return jax.lax.optimization_barrier(gated_silu(gate, up)), (gate, up)
+
+
+def _gated_silu_backward(
+    saved: tuple[jax.Array, jax.Array], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    gate, up = saved
+    # d_gate and d_up can take the place of gate and up, if they are not made in the product before.
+    d_out = jax.lax.optimization_barrier(d_out)
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    d_gate = d_out * up * (sigmoid + silu * (1 - sigmoid))
+    # Without the barrier XLA:CPU recomputes the exponentials inside the transposed copies that the
+    # weight gradients read, which takes longer than the matrix products themselves.
+    return jax.lax.optimization_barrier((d_gate, d_out * silu))
+
+
+gated_silu.defvjp(_gated_silu_forward, _gated_silu_backward)
+
+
+def adapter_equations(equation: str) -> tuple[str, str]:
+    """The equations of x A and of (x A) B, for that of x W: `BTD,DNH->BTNH` has `BTD,Dr->BTr`."""
+    operands, out_axes = equation.split("->")
+    x_axes, w_axes = operands.split(",")
+    inputs = "".join(axis for axis in w_axes if axis in x_axes)
+    outputs = "".join(axis for axis in w_axes if axis not in x_axes)
+    middle = "".join(axis for axis in x_axes if axis not in inputs) + "r"
+    return f"{x_axes},{inputs}r->{middle}", f"{middle},r{outputs}->{out_axes}"
+
+
+def project_named(
+    module: nn.Module, lora: LoraConfig | None, name: str, equation: str, x: jax.Array, w: Any
+) -> jax.Array:
+    """`project` with the weight `name` of a module.
+
+    With `lora` that weight is frozen, and where it has an adapter the product of that is added:
+    scale (dropout(x) A) B (arXiv:2106.09685; dropout as in PEFT, each adapter with a mask of its
+    own).
+    """
+    if lora is None:
+        return project(equation, x, w)
+    out = project_frozen(equation, x, w)
+    if not module.has_variable("adapters", name):
+        return out
+    adapter: Any = module.get_variable("adapters", name)
+    if lora.dropout and module.has_rng("dropout"):
+        keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - lora.dropout, x.shape)
+        x = jnp.where(keep, x / (1 - lora.dropout), jnp.zeros_like(x))
+    into, out_of = adapter_equations(equation)
+    middle_BTr = constrain(project(into, x, adapter["a"].astype(x.dtype)), "batch", "seq", None)
+    return out + lora.scale * project(out_of, middle_BTr, adapter["b"].astype(x.dtype))

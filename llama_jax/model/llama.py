@@ -1,0 +1,306 @@
+"""The LLaMA (arXiv:2302.13971) as pure functions in flax.linen.
+
+Shapes are in the names; einsum letters are the same letters:
+  B batch   T query position   S key position   D model   V vocab   L layers
+  N query heads   K kv heads   G = N / K   H head dim   F ffn
+
+Parameters are a plain nested dict of float32 arrays with Meta's names; the layers are stacked on a
+leading axis L. The model knows no mesh and no files: `constrain` only names dimensions.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.ad_checkpoint import checkpoint_name
+
+from llama_jax.config import LoraConfig, ModelConfig
+from llama_jax.model.attention import attention
+from llama_jax.model.fusion import whole_gradient
+from llama_jax.model.initializers import normal
+from llama_jax.model.linear import gated_silu, project_named, weight
+from llama_jax.model.lora import Adapted
+from llama_jax.model.rope import rope, rope_tables
+from llama_jax.parallel.sharding import constrain, reshard
+
+# Standard deviation of the initial weights, as in GPT-2 (the LLaMA paper gives none); projections
+# back into the residual stream are scaled by 1 / sqrt(2 L), which keeps its variance near 1.
+INIT_STD = 0.02
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far, for decoding.
+
+    Attributes:
+      k: L B S K H (B S K H inside a layer), after RoPE.
+      v: L B S K H.
+      segment_ids: B S; 0 marks padding and slots that are not filled yet.
+      index: number of filled slots, the same for each row.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    segment_ids: jax.Array
+    index: jax.Array
+
+
+def init_cache(config: ModelConfig, batch: int, length: int) -> KVCache:
+    """An empty cache for `batch` rows of up to `length` tokens."""
+    shape = (config.n_layers, batch, length, config.n_kv_heads, config.head_dim)
+    zeros = jnp.zeros(shape, config.compute_dtype)
+    segment_ids = jnp.zeros((batch, length), jnp.int32)
+    return KVCache(k=zeros, v=zeros, segment_ids=segment_ids, index=jnp.zeros((), jnp.int32))
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis, in float32 (arXiv:1910.07467); keeps x's dtype."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * inverse * scale).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with RoPE; several query heads may share a kv head."""
+
+    config: ModelConfig
+    lora: LoraConfig | None = None
+
+    @nn.compact
+    def __call__(self, x_BTD, rope_BT1h, segment_ids_BT, cache):
+        """x_BTD -> x_BTD; a cache is (k, v, segment_ids, index), and new (k, v) come back."""
+        c, dtype = self.config, self.config.compute_dtype
+        project = functools.partial(project_named, self, self.lora)
+        into, out_of = normal(INIT_STD), normal(INIT_STD / (2 * c.n_layers) ** 0.5)
+        wq_DNH = weight(self, "wq", into, (c.dim, c.n_heads, c.head_dim), dtype)
+        wk_DKH = weight(self, "wk", into, (c.dim, c.n_kv_heads, c.head_dim), dtype)
+        wv_DKH = weight(self, "wv", into, (c.dim, c.n_kv_heads, c.head_dim), dtype)
+        wo_NHD = weight(self, "wo", out_of, (c.n_heads, c.head_dim, c.dim), dtype)
+
+        q_BTNH = rope(project("wq", "BTD,DNH->BTNH", x_BTD, wq_DNH), *rope_BT1h)
+        k_BTKH = rope(project("wk", "BTD,DKH->BTKH", x_BTD, wk_DKH), *rope_BT1h)
+        v_BTKH = project("wv", "BTD,DKH->BTKH", x_BTD, wv_DKH)
+        q_BTNH = checkpoint_name(constrain(q_BTNH, "batch", "seq", "heads", "head_dim"), "q")
+        k_BTKH = checkpoint_name(constrain(k_BTKH, "batch", "seq", "heads", "head_dim"), "k")
+        v_BTKH = checkpoint_name(constrain(v_BTKH, "batch", "seq", "heads", "head_dim"), "v")
+
+        if cache is None:
+            keys, values, offset = k_BTKH, v_BTKH, 0
+            segments = None if segment_ids_BT is None else (segment_ids_BT, segment_ids_BT)
+        else:
+            k_BSKH, v_BSKH, segment_ids_BS, offset = cache
+            keys = jax.lax.dynamic_update_slice(k_BSKH, k_BTKH, (0, offset, 0, 0))
+            values = jax.lax.dynamic_update_slice(v_BSKH, v_BTKH, (0, offset, 0, 0))
+            segments = (segment_ids_BT, segment_ids_BS)
+        out_BTNH = attention(
+            q_BTNH,
+            keys,
+            values,
+            q_offset=offset,
+            segment_ids=segments,
+            window=c.sliding_window,
+            backend=c.attention,
+            tile=c.attention_tile,
+            backward=c.attention_backward,
+        )
+        out_BTD = project("wo", "BTNH,NHD->BTD", whole_gradient(out_BTNH), wo_NHD)
+        return out_BTD, (None if cache is None else (keys, values))
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x), arXiv:2002.05202."""
+
+    config: ModelConfig
+    lora: LoraConfig | None = None
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        """x_BTD -> x_BTD."""
+        c, dtype = self.config, self.config.compute_dtype
+        project = functools.partial(project_named, self, self.lora)
+        into, out_of = normal(INIT_STD), normal(INIT_STD / (2 * c.n_layers) ** 0.5)
+        w1_DF = weight(self, "w1", into, (c.dim, c.ffn_dim), dtype)
+        w3_DF = weight(self, "w3", into, (c.dim, c.ffn_dim), dtype)
+        w2_FD = weight(self, "w2", out_of, (c.ffn_dim, c.dim), dtype)
+        gate_BTF = checkpoint_name(project("w1", "BTD,DF->BTF", x_BTD, w1_DF), "mlp_gate")
+        up_BTF = checkpoint_name(project("w3", "BTD,DF->BTF", x_BTD, w3_DF), "mlp_up")
+        hidden_BTF = constrain(gated_silu(gate_BTF, up_BTF), "batch", "seq", "ffn")
+        return project("w2", "BTF,FD->BTD", hidden_BTF, w2_FD)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the body of the layer scan."""
+
+    config: ModelConfig
+    lora: LoraConfig | None = None
+
+    @nn.compact
+    def __call__(self, x_BTD, layer_cache, rope_BT1h, segment_ids_BT, cache_segments):
+        """One step of the scan: the carry x_BTD, and this layer's part of the cache."""
+        c = self.config
+        # With a cache there may be one token, which is not to be divided.
+        residual = ("batch", "residual_seq" if layer_cache is None else "seq", "embed")
+        whole = ("batch", "seq", "embed")
+        x_BTD = checkpoint_name(x_BTD, "block_in")
+        cache = None if layer_cache is None else (*layer_cache, *cache_segments)
+        attn_norm_D = self.param("attn_norm", nn.initializers.ones, (c.dim,))
+        normed_BTD = whole_gradient(rms_norm(x_BTD, attn_norm_D, c.norm_eps))
+        normed_BTD = reshard(normed_BTD, whole, residual)
+        out_BTD, new_cache = Attention(c, self.lora, name="attn")(
+            normed_BTD, rope_BT1h, segment_ids_BT, cache
+        )
+        x_BTD = x_BTD + checkpoint_name(reshard(out_BTD, residual, whole), "attn_out")
+        mlp_norm_D = self.param("mlp_norm", nn.initializers.ones, (c.dim,))
+        normed_BTD = whole_gradient(rms_norm(x_BTD, mlp_norm_D, c.norm_eps))
+        normed_BTD = reshard(normed_BTD, whole, residual)
+        out_BTD = SwiGLU(c, self.lora, name="mlp")(normed_BTD)
+        return x_BTD + reshard(out_BTD, residual, whole), new_cache
+
+
+def _remat(block: Any, config: ModelConfig) -> Any:
+    """Wraps the block so that only what `config.remat` names is kept for the backward pass."""
+    policies = jax.checkpoint_policies
+    if config.remat == "none":
+        return block
+    if config.remat == "full":
+        policy = policies.nothing_saveable
+    elif config.remat == "dots":
+        policy = policies.dots_with_no_batch_dims_saveable
+    else:
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=config.remat_names("save"),
+            names_which_can_be_offloaded=config.remat_names("offload"),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    # prevent_cse is needless inside a scan, and costs speed.
+    return nn.remat(block, policy=policy, prevent_cse=False)
+
+
+class Llama(nn.Module):
+    """The decoder, from token ids to the last hidden state and the output matrix.
+
+    It stops short of logits, which training never needs all at once (see `loss.py`):
+    `logits_BTV = hidden_BTD @ head_DV`.
+    """
+
+    config: ModelConfig
+    lora: LoraConfig | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+        cache: KVCache | None = None,
+        lengths_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, KVCache | None]:
+        """Runs all layers.
+
+        Args:
+          tokens_BT: token ids.
+          positions_BT: position of each token in its document, for RoPE; default 0..T-1, after what
+            the cache holds.
+          segment_ids_BT: id of each token's document; tokens see only their own. Required with a
+            cache, where 0 marks padding.
+          cache: what earlier calls returned, or `init_cache`.
+          lengths_B: as of `rope_tables`.
+
+        Returns:
+          hidden_BTD (after the final norm) and head_DV, both in the compute dtype, and the new
+          cache (None without one).
+        """
+        c = self.config
+        embed_VD = self.param("embed", normal(INIT_STD), (c.vocab_size, c.dim))
+        # Gathered over fsdp before the look-up: XLA's gather from a table that is sharded on both
+        # axes falls back to replicating it ("involuntary full rematerialization").
+        table_VD = constrain(embed_VD.astype(c.compute_dtype), "vocab", "embed")
+        residual = ("batch", "residual_seq" if cache is None else "seq", "embed")
+        x_BTD = constrain(jnp.take(table_VD, tokens_BT, axis=0), *residual)
+
+        start = 0 if cache is None else cache.index
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]) + start, tokens_BT.shape)
+        rope_BT1h = rope_tables(positions_BT, c, lengths_B)
+
+        cache_segments: tuple[Any, ...] = ()
+        if cache is not None:
+            assert segment_ids_BT is not None, "a cache needs segment_ids"
+            segment_ids_BS = jax.lax.dynamic_update_slice(
+                cache.segment_ids, segment_ids_BT, (0, start)
+            )
+            cache_segments = (segment_ids_BS, start)
+        layers = nn.scan(
+            _remat(Block, c),
+            variable_axes={"params": 0, "adapters": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.n_layers,
+            unroll=min(c.scan_unroll, c.n_layers),
+        )(c, self.lora, name="layers")
+        layer_cache = None if cache is None else (cache.k, cache.v)
+        x_BTD, kv = layers(x_BTD, layer_cache, rope_BT1h, segment_ids_BT, cache_segments)
+
+        final_norm_D = self.param("final_norm", nn.initializers.ones, (c.dim,))
+        hidden_BTD = rms_norm(x_BTD, final_norm_D, c.norm_eps)
+        hidden_BTD = reshard(hidden_BTD, ("batch", "seq", "embed"), residual)
+        if c.tied_embeddings:
+            head_DV = embed_VD.T.astype(c.compute_dtype)
+        else:
+            head_DV = self.param("lm_head", normal(INIT_STD), (c.dim, c.vocab_size))
+            head_DV = head_DV.astype(c.compute_dtype)
+        if cache is not None:
+            index = cache.index + tokens_BT.shape[1]
+            cache = KVCache(k=kv[0], v=kv[1], segment_ids=segment_ids_BS, index=index)
+        return hidden_BTD, head_DV, cache
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """Random initial parameters, float32: a plain nested dict of 12 arrays (11 if tied)."""
+    # Parameters depend on no input; two tokens are enough, for which kernels have no use.
+    config = dataclasses.replace(config, attention="xla")
+    return Llama(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+def forward(
+    config: ModelConfig,
+    params: Any,
+    tokens_BT: jax.Array,
+    *,
+    positions_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    cache: KVCache | None = None,
+    lengths_B: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, KVCache | None]:
+    """`Llama.__call__` as a pure function of its parameters: hidden_BTD, head_DV, cache.
+
+    Parameters may be `Adapted`; these have dropout where there is a key.
+    """
+    adapted = isinstance(params, Adapted)
+    variables = {"params": params.base if adapted else params}
+    if adapted:
+        variables["adapters"] = params.adapters
+    out: Any = Llama(config, params.lora if adapted else None).apply(
+        variables,
+        tokens_BT,
+        positions_BT=positions_BT,
+        segment_ids_BT=segment_ids_BT,
+        cache=cache,
+        lengths_B=lengths_B,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+    )
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config: ModelConfig, params: Any, tokens_BT: jax.Array) -> jax.Array:
+    """Next-token logits B T V in float32, for small inputs and comparisons."""
+    hidden_BTD, head_DV, _ = forward(config, params, tokens_BT)
+    return jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)

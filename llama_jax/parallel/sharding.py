@@ -1,0 +1,268 @@
+"""Where every array lives: one table for parameters, one for activations, and no silent default.
+
+A LLaMA of any depth is 12 tensors, because its layers are stacked on a leading axis. The table has
+a row for each, from which those of its adapter follow (`lora`) and those of its parts in NF4
+(`nf4`); a parameter without a row, a row without a parameter, or a dimension that its mesh
+axes do not divide is an error that names the path.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.errors import UserError
+from llama_jax.parallel.mesh import DoesNotDivide
+
+# `context` shards weights too, as a second fsdp axis: its devices hold different tokens of the
+# same batch, so they would otherwise hold the same weights several times.
+SHARD = ("fsdp", "context")
+
+PARAM_SPECS: Mapping[str, P] = {
+    # Letters as in model.py: V vocab, D model, L layers, N query heads, K kv heads, H head, F ffn.
+    "embed": P("tensor", SHARD),  # V D
+    "layers/attn_norm": P(),  # L D
+    "layers/attn/wq": P(None, SHARD, "tensor", None),  # L D N H
+    "layers/attn/wk": P(None, SHARD, "tensor", None),  # L D K H
+    "layers/attn/wv": P(None, SHARD, "tensor", None),  # L D K H
+    "layers/attn/wo": P(None, "tensor", None, SHARD),  # L N H D
+    "layers/mlp_norm": P(),  # L D
+    "layers/mlp/w1": P(None, SHARD, "tensor"),  # L D F
+    "layers/mlp/w2": P(None, "tensor", SHARD),  # L F D
+    "layers/mlp/w3": P(None, SHARD, "tensor"),  # L D F
+    "final_norm": P(),  # D
+    "lm_head": P(SHARD, "tensor"),  # D V
+}
+
+_VOCABULARY = {"embed": 0, "lm_head": 1}  # which dimension is V
+
+ACTIVATION_AXES: Mapping[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "seq": "context",
+    # Of the residual stream: norms and sums divide over tensor too, and what stays for the backward
+    # pass with them (Megatron's sequence parallelism, arXiv:2205.05198).
+    "residual_seq": ("context", "tensor"),
+    "embed": None,
+    "heads": "tensor",
+    "head_dim": None,
+    "ffn": "tensor",
+    "vocab": "tensor",
+}
+
+BATCH_SPEC = P(ACTIVATION_AXES["batch"], ACTIVATION_AXES["seq"])  # B T
+
+
+def activation_spec(*names: str | None) -> P:
+    """The spec of an activation whose dimensions are `names` (rows of `ACTIVATION_AXES`).
+
+    Raises:
+      ValueError: an unknown name, or two dimensions on one mesh axis.
+    """
+    entries = []
+    for name in names:
+        if name is not None and name not in ACTIVATION_AXES:
+            raise ValueError(f"unknown activation axis {name!r}; known: {list(ACTIVATION_AXES)}")
+        entries.append(None if name is None else ACTIVATION_AXES[name])
+    used = [axis for entry in entries for axis in mesh_axes(entry)]
+    if len(used) != len(set(used)):
+        raise ValueError(f"activation axes {names} put two dimensions on one mesh axis: {used}")
+    return P(*entries)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pins an activation to its place on the mesh of `jax.set_mesh`; without a mesh, returns it.
+
+    Inside `jax.shard_map` the axes that it took over are left out: x is one device's part of them.
+    """
+    spec = activation_spec(*names)
+    if len(names) != x.ndim:
+        raise ValueError(f"constrain got {len(names)} axis names for an array of shape {x.shape}")
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    free = [
+        tuple(axis for axis in mesh_axes(entry) if axis not in mesh.manual_axes) for entry in spec
+    ]
+    for place, name in enumerate(names):  # rows that do not divide are not divided, see param_specs
+        if name == "vocab" and x.shape[place] % math.prod(mesh.shape[axis] for axis in free[place]):
+            free[place] = ()
+    return jax.lax.with_sharding_constraint(x, P(*(axes or None for axes in free)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def reshard(x: jax.Array, names: tuple[str, ...], gradient_names: tuple[str, ...]) -> jax.Array:
+    """`constrain` of an activation to one place, and of its gradient to another."""
+    return constrain(x, *names)
+
+
+def _reshard_forward(
+    x: jax.Array, names: tuple[str, ...], gradient_names: tuple[str, ...]
+) -> tuple[jax.Array, None]:
+    return constrain(x, *names), None
+
+
+def _reshard_backward(
+    names: tuple[str, ...], gradient_names: tuple[str, ...], _: None, d_out: jax.Array
+) -> tuple[jax.Array]:
+    return (constrain(d_out, *gradient_names),)
+
+
+reshard.defvjp(_reshard_forward, _reshard_backward)
+
+
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one dimension of a spec."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def param_specs(
+    params: Any, mesh: Mesh | jax.sharding.AbstractMesh, *, any_vocabulary: bool = False
+) -> Any:
+    """The partition spec of each parameter, as a tree like `params`.
+
+    Args:
+      params: nested dict of arrays or `ShapeDtypeStruct`s.
+      mesh: the mesh whose axis sizes must divide the dimensions.
+      any_vocabulary: leave a vocabulary whole that `tensor` does not divide: for inference, where
+        weights are as they are. To train them so would take memory and time on each device.
+
+    Raises:
+      UserError: an uncovered parameter, a stale row or an unknown mesh axis.
+      DoesNotDivide: a dimension that does not divide.
+    """
+    leaves, treedef = jax.tree.flatten_with_path(params)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    tied = {"lm_head"} - set(paths)  # a model with tied embeddings has no head of its own
+    known = {path if path in PARAM_SPECS else path.rpartition("/")[0] for path in paths}
+    stale = set(PARAM_SPECS) - known - tied
+    if stale and not any(path.endswith("/a") for path in paths):  # not every matrix has an adapter
+        raise UserError(f"sharding table: no parameter for row(s) {', '.join(sorted(stale))}")
+    specs = []
+    for path, (_, leaf) in zip(paths, leaves, strict=True):
+        spec = _row(path)
+        if spec is None:
+            raise UserError(f"sharding table: no row for parameter {path} {leaf.shape}")
+        if any_vocabulary and path in _VOCABULARY:
+            spec = _undivided(spec, path, leaf.shape, mesh)
+        _check_divides(path, leaf.shape, spec, mesh)
+        specs.append(spec)
+    return jax.tree.unflatten(treedef, specs)
+
+
+def _undivided(
+    spec: P, path: str, shape: tuple[int, ...], mesh: Mesh | jax.sharding.AbstractMesh
+) -> P:
+    """The spec without the axes of the vocabulary, if they do not divide it."""
+    place = _VOCABULARY[path]
+    if shape[place] % math.prod(mesh.shape[axis] for axis in mesh_axes(spec[place])) == 0:
+        return spec
+    return P(*(None if number == place else entry for number, entry in enumerate(spec)))
+
+
+def _row(path: str) -> P | None:
+    """The row of a parameter; those of an adapter and of parts in NF4 follow from their matrix."""
+    if path in PARAM_SPECS:
+        return PARAM_SPECS[path]
+    matrix, _, part = path.rpartition("/")
+    if matrix not in PARAM_SPECS:
+        return None
+    row = PARAM_SPECS[matrix]
+    split = 3 if matrix.endswith("/wo") else 2  # behind L and the inputs: heads and head size
+    inputs, outputs = row[1:split], row[split:]
+    return {
+        "a": P(None, *inputs, None),
+        "b": P(None, None, *outputs),
+        "codes": P(None, inputs[0], *outputs),
+        "scales": P(None, inputs[0], *outputs),
+        "groups": P(),
+        "offset": P(),
+    }.get(part)
+
+
+def _check_divides(
+    path: str, shape: tuple[int, ...], spec: P, mesh: Mesh | jax.sharding.AbstractMesh
+) -> None:
+    if len(spec) > len(shape):
+        raise UserError(f"{path} has shape {shape}, but its spec {spec} has more dimensions")
+    used = [axis for entry in spec for axis in mesh_axes(entry)]
+    if len(used) != len(set(used)):
+        raise UserError(f"{path}: its spec {spec} uses a mesh axis twice")
+    for size, entry in zip(shape, spec, strict=False):
+        axes = mesh_axes(entry)
+        for axis in axes:
+            if axis not in mesh.shape:
+                raise UserError(f"{path}: the mesh {dict(mesh.shape)} has no axis {axis!r}")
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if size % parts:
+            vocabulary = path in _VOCABULARY and axes == ("tensor",)
+            raise DoesNotDivide(
+                f"{path} of shape {shape}: a dimension of {size} does not divide over "
+                f"{' x '.join(axes)} = {parts} devices" + (_pad(size, parts) if vocabulary else "")
+            )
+
+
+def _pad(rows: int, parts: int) -> str:
+    """What to do about a vocabulary that does not divide: a size that does, in blocks of 64."""
+    block = math.lcm(64, parts)
+    return (
+        f"; model.vocab_size={-(-rows // block) * block} does (rows beyond the tokenizer's ids are "
+        "padding), or use a mesh with another tensor"
+    )
+
+
+def param_shardings(params: Any, mesh: Mesh, *, any_vocabulary: bool = False) -> Any:
+    """`param_specs` bound to the mesh, for `jit` and restoring."""
+    return bind(param_specs(params, mesh, any_vocabulary=any_vocabulary), mesh)
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of a tree with the sharding of each array, as `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def bind(specs: Any, mesh: Mesh) -> Any:
+    """The shardings of a tree of partition specs on a mesh."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where a batch of shape (global_batch, seq_len) lives."""
+    return NamedSharding(mesh, BATCH_SPEC)
+
+
+def check_batch(global_batch: int, seq_len: int, grad_accum: int, mesh: Mesh) -> None:
+    """Checks that each microbatch divides over the mesh.
+
+    Raises:
+      DoesNotDivide: naming the numbers that do not divide.
+    """
+    rows = math.prod(mesh.shape[axis] for axis in mesh_axes(ACTIVATION_AXES["batch"]))
+    micro = global_batch // grad_accum
+    if micro % rows:
+        raise DoesNotDivide(
+            f"train.global_batch={global_batch} / train.grad_accum={grad_accum} = {micro} "
+            f"sequences do not divide over data x fsdp = {rows} devices"
+        )
+    context = mesh.shape["context"]
+    if context > 1 and seq_len % (2 * context):
+        raise DoesNotDivide(
+            f"train.seq_len={seq_len} does not divide into two chunks for each of "
+            f"context={context} devices"
+        )
+    if seq_len % (context * mesh.shape["tensor"]):
+        raise DoesNotDivide(
+            f"train.seq_len={seq_len} does not divide over context x tensor = "
+            f"{context * mesh.shape['tensor']} devices"
+        )

@@ -1,0 +1,86 @@
+"""Compiles the train step for a machine that is not here: does it fit, how fast, how long?
+
+The compiler of the target runs on this computer, ahead of time (TPU: `pip install '.[tpu]'`, GPU:
+`pip install '.[cuda13]'`). What it says of memory and collectives is exact; the time of a step is
+predicted from its schedule and the chip's data sheet, see predict.py. Compiler flags are given as
+in training: those of a TPU by default, others by --xla_preset; XLA_FLAGS, for TPUs
+LIBTPU_INIT_ARGS, are for your own.
+
+Example:
+  python -m llama_jax.plan --config=configs/7b.py --topology=v5p-128
+  python -m llama_jax.plan --config=configs/65b.py --topology=v5p:8x8x8 --json \\
+      --config.mesh.tensor=4
+  python -m llama_jax.plan --config=configs/65b.py --topology=a100-80g:256x8 --price=1.50 \\
+      --xla_preset=ampere --config.mesh.data=8 --config.model.remat=dots
+  python -m llama_jax.plan --config=configs/7b.py --topology=v5e-256 --slices=2
+  python -m llama_jax.plan --config=configs/13b.py --topology=h100:32x8 --search
+  python -m llama_jax.plan --calibration
+"""
+
+import json
+import math
+
+import jax
+from absl import flags
+
+from llama_jax.cli import command as command_lib
+from llama_jax.errors import UserError
+from llama_jax.hardware import xla_flags
+from llama_jax.hardware.topology import parse_topology
+from llama_jax.plan import calibration
+from llama_jax.plan.advice import advice
+from llama_jax.plan.report import plan, table
+from llama_jax.plan.search import search
+
+_CONFIG = command_lib.config_flag()
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "TPU slice, such as v5p-1024 or v5p:8x8x8, or nodes x GPUs, such as h100:256x8.",
+)
+_SLICES = flags.DEFINE_integer("slices", 1, "TPU slices; dcn must multiply to them.")
+_PRICE = flags.DEFINE_float("price", 0.0, "Dollars per chip and hour, for the cost of the run.")
+_SEARCH = flags.DEFINE_bool(
+    "search",
+    False,
+    "Try mesh shapes, remat policies and microbatches, a line for each; show the fastest that "
+    "fits. TPUs: up to the compiler's schedule (seconds each), the best two to the end.",
+)
+_SEARCH_LIMIT = flags.DEFINE_integer(
+    "search_limit", 6, "Candidates that --search tries.", lower_bound=1
+)
+_XLA_PRESET = flags.DEFINE_string(
+    "xla_preset", xla_flags.AUTO, f"{xla_flags.HELP} The chip is that of --topology."
+)
+_CALIBRATION = flags.DEFINE_bool(
+    "calibration", False, "Print measured steps beside predicted ones, and end."
+)
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+
+
+def main() -> None:
+    """The command; flags are defined above."""
+    if _CALIBRATION.value:
+        print(calibration.table())
+        return
+    config = command_lib.load_config(_CONFIG)
+    if _TOPOLOGY.value is None:
+        raise UserError("--topology is missing; try --topology=v5p-128 or --topology=h100:256x8")
+    topology = parse_topology(_TOPOLOGY.value, _SLICES.value)
+    if not 0 <= _PRICE.value < math.inf:
+        raise UserError(f"--price must be a number of dollars, got {_PRICE.value}")
+    tpu = topology.chip.name if topology.chip.torus else ""
+    chosen = xla_flags.use_preset(_XLA_PRESET.value, tpu=tpu)
+    jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
+    if _SEARCH.value:
+        result = search(config, topology, _SEARCH_LIMIT.value, _PRICE.value)
+    else:
+        result = plan(config, topology, _PRICE.value)
+        if not result["fits"]:
+            result["would_fit"] = advice(config, topology, result)
+    result["xla_preset"] = chosen.preset
+    print(json.dumps(result) if _JSON.value else f"{table(result)}\nflags        {chosen}")
+
+
+if __name__ == "__main__":
+    command_lib.run(main, __doc__)

@@ -1,0 +1,225 @@
+"""Memory and time of a train step by a page of arithmetic: enough to sort candidates by."""
+
+import dataclasses
+import math
+
+from llama_jax.config import Config, ModelConfig
+from llama_jax.hardware.chips import Chip
+from llama_jax.hardware.topology import Topology
+from llama_jax.hardware.xla_flags import asked
+from llama_jax.model.cost import adapter_count, flops_by_part, frozen_bytes, parameter_count
+from llama_jax.parallel.mesh import mesh_shape
+
+NF4_TRAFFIC = 6.0  # bytes that move when a weight is unpacked, as compiled for GPUs
+# Of the peak, that products reach in a step. Of GPUs it is a share of what large ones reach alone;
+# a TPU's is by the compiler's cycles of our own programs (0.77 to 0.85).
+_GPU_PRODUCTS, TPU_PRODUCTS = 0.9, 0.8
+# Of the network's or the compute's time, whichever is shorter, that does not run beside the other.
+_GPU_EXPOSED, _TPU_EXPOSED = 0.2, 0.15
+# Matrix products of the attention kernels' backward pass, beside two forward (see hlo_cost).
+_GPU_BACKWARD, _TPU_BACKWARD = 5, 7
+_GPU_HOP = 2e-6  # seconds that a ring's shortest message takes for each GPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """By hand, without a compiler: bytes of one device, seconds of a step.
+
+    Attributes:
+      total: bytes of state and temporaries, as `plan` counts them.
+      seconds: those of a step.
+    """
+
+    total: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """How a config lies on a machine.
+
+    Attributes:
+      sizes: devices along each axis of the mesh, slices included.
+      tensor: devices that share a matrix product.
+      shards: devices over which the state is divided beside `tensor`.
+      tokens: of one device in one microbatch.
+    """
+
+    sizes: dict[str, int]
+    tensor: int
+    shards: int
+    tokens: float
+
+
+def estimate(config: Config, topology: Topology) -> Estimate:
+    """Memory and time of a step, as far as a page of arithmetic goes.
+
+    Raises:
+      UserError: the mesh does not cover the devices.
+    """
+    outer = dataclasses.asdict(config.dcn)
+    mesh = mesh_shape(config.mesh, topology.devices // math.prod(outer.values()))
+    sizes = {axis: mesh[axis] * outer[axis] for axis in mesh}
+    shards = sizes["fsdp"] * sizes["context"]
+    train = config.train
+    tokens = train.tokens_per_step / train.grad_accum / (sizes["data"] * shards)
+    parts = _Parts(sizes, sizes["tensor"], shards, tokens)
+    compute = _compute_seconds(config, topology, parts)
+    hidden, waited = _network_seconds(config, topology, parts)
+    share = _TPU_EXPOSED if topology.chip.torus else _GPU_EXPOSED
+    seconds = max(compute, hidden) + share * min(compute, hidden) + waited
+    return Estimate(_bytes(config, topology.chip, parts), seconds)
+
+
+def _bytes(config: Config, chip: Chip, parts: _Parts) -> float:
+    model, train, tensor, tokens = config.model, config.train, parts.tensor, parts.tokens
+    trained, frozen, _ = _weights(config)
+    moments = 4 + (2 if config.optim.moment_dtype == "bfloat16" else 4)
+    state = (4 + moments + 4 * (1 + (train.grad_accum > 1))) * trained + frozen
+    state /= parts.shards * tensor
+    layer = 2 * parameter_count(model) / model.n_layers / tensor
+    # Between the layers the sequence is divided over `tensor`.
+    kept = tokens * 2 * (model.dim + kept_width(model, chip)) / tensor * model.n_layers
+    # A GPU's loop over microbatches can have two of them in memory at once.
+    doubled = asked("--xla_gpu_enable_while_loop_double_buffering")
+    if not chip.torus and train.grad_accum > 1 and doubled:
+        kept *= 1.5 if train.grad_accum == 2 else 2
+    # Both fitted, to programs of 7B and 65B for v5p and v4, and 7B to 65B for H100 and A100.
+    wide = 4.5 if chip.torus else 6
+    working = tokens * 2 * (8 * model.dim + wide * model.ffn_dim) / tensor
+    chunk = min(1.0, train.loss_chunk / train.seq_len)
+    logits = tokens * chunk * model.vocab_size / tensor * 12
+    heads = 2 * model.vocab_size * model.dim / tensor * 4
+    total = state + kept + max(working, logits)
+    # Of frozen weights a layer is unpacked or gathered; of trained ones there are gradients too,
+    # which a TPU adds up one after another.
+    return total + (layer if config.lora.rank or chip.torus else 3 * layer + heads)
+
+
+def _compute_seconds(config: Config, topology: Topology, parts: _Parts) -> float:
+    model, train, chip = config.model, config.train, topology.chip
+    tokens = train.tokens_per_step / topology.devices
+    each = flops_by_part(model, config.lora, train.seq_len)
+    products = sum(flops for part, flops in each.items() if part != "attention scores")
+    again, kernels = _recomputed(model)
+    speed = TPU_PRODUCTS if chip.torus else _GPU_PRODUCTS * chip.matmul_efficiency
+    seconds = (products + again) * tokens / (speed * chip.peak_flops)
+    # Products of a kernel skip the half of the square that the causal mask hides.
+    square = model.n_layers * model.n_heads * model.head_dim * train.seq_len
+    backward = _TPU_BACKWARD if chip.torus else _GPU_BACKWARD
+    flops = (2 + 2 * kernels + backward) * square * tokens
+    seconds += flops / (chip.attention_efficiency * chip.peak_flops)
+    if config.lora.rank and config.lora.base_dtype == "nf4":
+        unpacked = parameter_count(model) / parts.tensor
+        seconds += _passes(config) * NF4_TRAFFIC * unpacked / chip.hbm_bandwidth
+    return seconds
+
+
+def _network_seconds(config: Config, topology: Topology, parts: _Parts) -> tuple[float, float]:
+    """Of what can run beside compute, and of what compute waits for."""
+    model, train, chip = config.model, config.train, topology.chip
+    trained, _, gathered = _weights(config)
+    shards, tensor, data = parts.shards, parts.tensor, parts.sizes["data"]
+    passes = _passes(config)
+    local = _fast_network(topology)
+    inside = max(1, local // tensor)  # devices of the fast network beside those of `tensor`
+    hidden = waited = 0.0
+    if shards > 1:
+        speed = _bandwidth(topology, min(shards, inside))
+        if shards > inside:
+            cards = max(1, min(shards, inside))
+            speed = min(chip.link_bandwidth, cards * chip.network_bandwidth)
+        # A TPU adds up gradients by all-reduces in bfloat16, which send them twice.
+        reduced = 4.0 * trained * train.grad_accum if chip.torus else 0.0
+        hidden += (passes * gathered + reduced) / tensor / speed
+    if tensor > 1:  # two all-reduces of the activations a layer, forward and backward
+        moved = 8 * parts.tokens * train.grad_accum * model.dim * 2 * model.n_layers
+        waited = moved / _bandwidth(topology, min(tensor, local))
+        if not chip.torus:
+            hidden, waited = hidden + waited, 0.0
+    if data > 1:
+        outside = data * shards * tensor > local
+        speed = chip.network_bandwidth if outside else _bandwidth(topology, data)
+        hidden += 2 * 4 * trained / (shards * tensor) / speed
+    if not chip.torus:  # a ring of many GPUs takes time for the shortest message
+        hidden += 16 * model.n_layers * train.grad_accum * shards * _GPU_HOP
+    return hidden, waited
+
+
+def _bandwidth(topology: Topology, members: int) -> float:
+    """Bytes/s into a device, one direction, where so many devices of the fast network are a group.
+
+    On a torus the group has the links of the dimensions that it fills, two each where they wrap
+    around; a group that fills none is a ring of its own, of two links, or a line of one.
+    """
+    chip = topology.chip
+    if not chip.torus:
+        return chip.link_bandwidth
+    chips = max(1, members // chip.devices_per_chip)
+    links = 0
+    for size, wraps in sorted(zip(topology.shape, topology.wrap, strict=True), reverse=True):
+        if size > 1 and chips % size == 0:
+            chips //= size
+            links += 2 if wraps else 1
+    if chips > 1:  # part of a dimension is left over: one ring through all
+        links = min(links, 2) or 1
+    return chip.link_bandwidth * max(1, links) / (2 * len(topology.shape))
+
+
+def _passes(config: Config) -> int:
+    """How often a step gathers the weights."""
+    return (2 + (config.model.remat != "none")) * config.train.grad_accum
+
+
+def _weights(config: Config) -> tuple[float, float, float]:
+    """Number of trained weights, bytes of frozen ones, bytes that a gather of all of them moves."""
+    if not config.lora.rank:
+        count = parameter_count(config.model)
+        return count, 0.0, 2.0 * count
+    frozen = frozen_bytes(config.model, config.lora)
+    adapters = adapter_count(config.model, config.lora)
+    return adapters, frozen, frozen + 4.0 * adapters
+
+
+def _fast_network(topology: Topology) -> int:
+    """Devices that the fast network joins."""
+    chip = topology.chip
+    size = math.prod(topology.shape) if chip.torus else topology.shape[1]
+    return size * chip.devices_per_chip
+
+
+def kept_width(model: ModelConfig, chip: Chip) -> float:
+    """Elements that a layer keeps of each token, beside its input."""
+    heads, kv, dim, ffn = (
+        model.n_heads * model.head_dim,
+        model.n_kv_heads * model.head_dim,
+        model.dim,
+        model.ffn_dim,
+    )
+    widths = {"q": heads, "k": kv, "v": kv, "attn_context": heads, "attn_out": dim}
+    widths |= {"mlp_gate": ffn, "mlp_up": ffn, "block_in": 0}
+    if model.remat == "none" and chip.torus:  # XLA keeps float32 copies and every step of the MLP
+        return 3 * heads + 2 * kv + 7.5 * dim + 5 * ffn
+    if model.remat in ("none", "dots"):
+        # Also what is between the matrix products: norms, and gate times up.
+        extra = 3 * dim + ffn if model.remat == "none" else 0
+        return sum(widths.values()) + extra
+    offloaded = dim if "block_in" in model.remat_names("offload") else 0
+    return sum(widths[name] for name in model.remat_names("save")) - offloaded
+
+
+def _recomputed(model: ModelConfig) -> tuple[float, bool]:
+    """FLOPs of a token's products that the backward pass does again; whether the kernel runs too.
+
+    The last product of a block is not needed again, nor is the output head's.
+    """
+    if model.remat == "none":
+        return 0.0, False
+    if model.remat == "dots":
+        return 0.0, True
+    heads, kv = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+    widths = {"q": heads, "k": kv, "v": kv, "attn_out": heads}
+    widths |= {"mlp_gate": model.ffn_dim, "mlp_up": model.ffn_dim}
+    saved = {*model.remat_names("save"), *model.remat_names("offload")}
+    again = sum(width for name, width in widths.items() if name not in saved)
+    return 2.0 * model.n_layers * model.dim * again, "attn_context" not in saved

@@ -1,0 +1,349 @@
+"""Hugging Face's `tokenizer.json`, and what the `tokenizer_config.json` beside it adds."""
+
+import contextlib
+import functools
+import itertools
+import json
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llama_jax.errors import UserError, boundary, first_line
+from llama_jax.files import parse_json
+from llama_jax.text import tokenizer_parts
+from llama_jax.text.tokenizer_formats import MARK, SPACE, byte_of_letter, is_marker
+
+# Where nothing says which tokens begin and end a text, these do, if they are added tokens: an
+# ordinary piece of such a name is what the model reads where a text is about such names.
+BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
+EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
+# Our addition to a tokenizer.json of which tokenizer_config.json says more:
+# {"bos": NAME, "eos": NAME, "added": [token, ...]}.
+ENDS = "llama_jax"
+# A post-processor adds special tokens, which templates write themselves, and would cut spaces off
+# the spans of tokens.
+_NOTHING_ADDED: dict[str, Any] = {"post_processor": None}
+_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+_ALTERNATIVE = re.compile(r"(?:\\.|[^\\|])+")  # of a pattern
+
+
+class _NoEnds(UserError):
+    """What a tokenizer.json lacks; the name of the file is put before it."""
+
+
+def _whole(described: str) -> Any:
+    """The library's tokenizer; saved so, it would else cut or pad what it encodes."""
+    import tokenizers
+
+    found = tokenizers.Tokenizer.from_str(described)
+    found.no_truncation()
+    found.no_padding()
+    return found
+
+
+class TokenizerJson:
+    """A `tokenizer.json`: LLaMA-3's byte-level BPE, or a SentencePiece model in this format."""
+
+    def __init__(self, model_bytes: bytes, name: str) -> None:
+        """Parses the JSON; raises `UserError` where it is none, or BOS and EOS are unknown."""
+        self._name = name
+        try:
+            described = parse_json(model_bytes, "it")
+            if "model" not in described and {"vocab", "config"} <= described.keys():
+                raise UserError(
+                    "it is a tekken file of Mistral's; take the tokenizer.json of the same model"
+                )
+            ends = described.pop(ENDS, {})
+            self._json = json.dumps(described)
+            self._tokenizer = _whole(self._json)
+            self._complete(ends)
+        except ImportError as error:
+            raise UserError(
+                f"{name} is a tokenizer.json, which the tokenizers library reads: "
+                "pip install 'llama_jax[hf]'"
+            ) from error
+        except _NoEnds as error:
+            raise UserError(f"{name} {error}") from error
+        except BaseException as error:  # the library raises a bare Exception, and panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"{name} is not a tokenizer.json: {first_line(error)}") from error
+        kinds = {one.get("type") for one in tokenizer_parts.decoders(described.get("decoder"))}
+        self._byte_level, self._byte_fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
+
+    def _complete(self, ends: dict[str, Any]) -> None:
+        """Adds what `with_ends` wrote down, and finds BOS and EOS."""
+        import tokenizers
+
+        tokenizer = self._tokenizer
+        for token in ends.get("added", ()):
+            flags = {key: value for key, value in token.items() if key in _FLAGS}
+            tokenizer.add_tokens([tokenizers.AddedToken(**flags)])
+            if tokenizer.token_to_id(token["content"]) != token["id"]:
+                raise _NoEnds(
+                    f"has another id for {token['content']!r} than tokenizer_config.json says"
+                )
+        example = tokenizer.encode("a")
+        marked = zip(example.ids, example.special_tokens_mask, strict=True)
+        self.prefix = tuple(one for one, _ in itertools.takewhile(lambda pair: pair[1], marked))
+        begins = [tokenizer.id_to_token(token) for token in self.prefix[:1]]
+        self.bos_id = self._end(ends.get("bos"), (*begins, *BOS_NAMES))
+        self.eos_id = self._end(ends.get("eos"), EOS_NAMES)
+        known = tokenizer.get_added_tokens_decoder()
+        special = {token for token, one in known.items() if one.special}
+        for token in {self.bos_id, self.eos_id} - special:
+            content = tokenizer.id_to_token(token)
+            tokenizer.add_special_tokens([tokenizers.AddedToken(content, normalized=False)])
+        if ends.get("added") or not special >= {self.bos_id, self.eos_id}:
+            self._json = tokenizer.to_str()
+        self._added = tokenizer.get_added_tokens_decoder()
+        tokenizer.encode_special_tokens = True  # their names in a text are text
+        self.size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.adds_space = self._pieces("a").startswith(SPACE)
+
+    def _end(self, given: str | None, known: Sequence[str]) -> int:
+        """The id of BOS or EOS: of the name that is given, else found among added tokens."""
+        tokenizer = self._tokenizer
+        if given is not None:
+            found = tokenizer.token_to_id(given)
+            if found is None:
+                raise _NoEnds(f"has no token {given!r}, which tokenizer_config.json names")
+            return found
+        added = tokenizer.get_added_tokens_decoder()
+        for special in (True, False):
+            of_name = {one.content: at for at, one in added.items() if one.special == special}
+            found = next((of_name[name] for name in known if name in of_name), None)
+            if found is not None:
+                return found
+        piece = next((name for name in known if tokenizer.token_to_id(name) is not None), None)
+        but = "" if piece is None else f" ({piece!r} is an ordinary piece, no added token)"
+        raise _NoEnds(
+            f"has no BOS or no EOS token of a known name{but}; put the tokenizer_config.json that "
+            "names them beside it"
+        )
+
+    def _pieces(self, text: str) -> str:
+        return "".join(self._tokenizer.encode(text, add_special_tokens=False).tokens)
+
+    @functools.cached_property
+    def special_names(self) -> list[str]:
+        """See `Vocabulary`."""
+        return [token.content for token in self._added.values() if token.special]
+
+    @functools.cached_property
+    def marker_names(self) -> list[str]:
+        """See `Vocabulary`."""
+        added = self._added.values()
+        return [
+            *(one.content for one in added if one.special or is_marker(one.content)),
+            *filter(is_marker, self._cut_names),
+        ]
+
+    def normalizes_to_marker(self, text: str) -> bool:
+        """See `Vocabulary`."""
+        markers = set(self.marker_names)
+        names = [one.content for one in self._added.values() if one.normalized]
+        if self._tokenizer.normalizer is None or markers.isdisjoint(names):
+            return False
+        normal = self._tokenizer.normalizer.normalize_str(text)
+        return any(name in normal for name in markers.intersection(names))
+
+    @functools.cached_property
+    def _normalized_markers(self) -> dict[str, int]:
+        """Ids of those that are looked for when a text is normalized, and marks are out."""
+        added = {
+            one.content: token
+            for token, one in self._added.items()
+            if one.normalized and not one.special and is_marker(one.content)
+        }
+        cut = {name: self._tokenizer.token_to_id(name) for name in self._cut_names}
+        return added | {name: token for name, token in cut.items() if is_marker(name)}
+
+    @functools.cached_property
+    def _cut_names(self) -> list[str]:
+        """Pieces that are cut out of a text by their names: the user-defined ones of an export."""
+        for pattern in tokenizer_parts.split_patterns(json.loads(self._json).get("pre_tokenizer")):
+            names = [re.sub(r"\\(.)", r"\1", one) for one in _ALTERNATIVE.findall(pattern)]
+            if all(self._tokenizer.token_to_id(name) is not None for name in names):
+                return names
+        return []
+
+    @functools.cached_property
+    def _parsing(self) -> Any:
+        """The same tokenizer, that takes the names of special tokens for these."""
+        return _whole(json.dumps({**json.loads(self._json), **_NOTHING_ADDED}))
+
+    def _dropping_marks(self, described: dict[str, Any], left_out: Container[str] = ()) -> Any:
+        """As `_parsing`, but marks are taken out where no token was found; without some tokens."""
+        drop = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}
+        rest = [described["normalizer"]] if described.get("normalizer") else []
+        described["normalizer"] = {"type": "Sequence", "normalizers": [drop, *rest]}
+        tokens = described.get("added_tokens") or []
+        described["added_tokens"] = [one for one in tokens if one["content"] not in left_out]
+        for token in described["added_tokens"]:
+            if token["special"]:  # else looked for once more when the marks are out
+                token["normalized"] = False
+        return _whole(json.dumps(described))
+
+    @functools.cached_property
+    def _parsing_marked(self) -> Any:
+        return self._dropping_marks(json.loads(self._json) | _NOTHING_ADDED)
+
+    @functools.cached_property
+    def _plain_marked(self) -> Any:
+        described = tokenizer_parts.without_space(json.loads(self._json)) | _NOTHING_ADDED
+        if self._cut_names:
+            described["model"]["ignore_merges"] = False
+        return self._dropping_marks(described, self._normalized_markers)
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """See `Vocabulary`."""
+        if special:
+            return self.encode_spans(text)[0]
+        return self._encoded(self._tokenizer, text).ids
+
+    def _encoded(self, tokenizer: Any, text: str) -> Any:
+        with self._reading():
+            return tokenizer.encode(text, add_special_tokens=False)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the library raises a bare one
+            raise UserError(f"{self._name} cannot read a text: {first_line(error)}") from error
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """See `Vocabulary`."""
+        if MARK not in text:
+            found = self._encoded(self._parsing, text)
+            return found.ids, found.offsets
+        # Behind a mark, a text would not be seen to begin, and got no space.
+        skipped = len(text) - len(text.lstrip(MARK))
+        text = text[skipped:]
+        found = self._encoded(self._parsing_marked, text)
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        markers = set(self._normalized_markers.values())
+        for token, (start, stop) in zip(found.ids, found.offsets, strict=True):
+            if token in markers and MARK in text[start:stop]:  # a name, to be read as text
+                again = self._encoded(self._plain_marked, text[start:stop])
+                ids += again.ids
+                spans += [(start + first, start + last) for first, last in again.offsets]
+            else:
+                ids.append(token)
+                spans.append((start, stop))
+        return ids, [(skipped + start, skipped + stop) for start, stop in spans]
+
+    def encode_documents(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
+        """See `Vocabulary`; more than one thread is as many as the library likes."""
+        if threads == 1:  # never its thread pool, which does not survive a fork
+            rows = [self.encode(text, False) for text in texts]
+        else:
+            with self._reading():
+                found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            rows = [one.ids for one in found]
+        return [np.array([self.bos_id, *row, self.eos_id], np.int32) for row in rows]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Vocabulary`."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def piece(self, token: int) -> str:
+        """See `Vocabulary`."""
+        return self._tokenizer.id_to_token(token) or ""
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """See `Vocabulary`."""
+        if token in self._added:
+            added = self._added[token]
+            return None if added.special else added.content.encode()
+        piece = self._tokenizer.id_to_token(token)
+        if piece is None:
+            return None
+        if self._byte_level:
+            letters = byte_of_letter()
+            if all(letter in letters for letter in piece):
+                return bytes(letters[letter] for letter in piece)
+            return piece.encode()  # as the library decodes what is no such piece
+        if self._byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(SPACE, " ").encode()
+
+
+def end_names(config: Mapping[str, Any], name: str) -> dict[str, str]:
+    """Which tokens a `tokenizer_config.json` calls `bos` and `eos`.
+
+    Raises:
+      UserError: a token is neither text nor an object with its text.
+    """
+    found = {}
+    for end in ("bos", "eos"):
+        token = config.get(f"{end}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None and not isinstance(token, str):
+            raise UserError(f"{name}: {end}_token={config[f'{end}_token']!r} is no token")
+        if token is not None:
+            found[end] = token
+    return found
+
+
+def _config_tokens(config: Mapping[str, Any], described: dict[str, Any]) -> list[dict[str, Any]]:
+    """`added_tokens_decoder` of a tokenizer_config.json, where tokenizer.json says less."""
+    known = {one["content"]: one["special"] for one in described.get("added_tokens") or ()}
+    given = config.get("added_tokens_decoder") or {}
+    tokens = [{**token, "id": int(number)} for number, token in given.items()]
+    missing = [
+        one for one in tokens if known.get(one["content"]) not in (True, one.get("special", False))
+    ]
+    return sorted(missing, key=lambda one: one["id"])
+
+
+def with_ends(model_bytes: bytes, config: Mapping[str, Any], name: str) -> bytes:
+    """A tokenizer.json that says which tokens its `tokenizer_config.json` calls BOS and EOS.
+
+    Unchanged where it is found by itself. Where the config names EOS alone (as Qwen's), and there
+    is no BOS of a known name, documents begin with EOS.
+
+    Raises:
+      UserError: it is not a tokenizer.json, or the config is malformed.
+    """
+    if not any(config.get(key) for key in ("bos_token", "eos_token", "added_tokens_decoder")):
+        return model_bytes
+    try:
+        described = parse_json(model_bytes, "it")
+    except UserError as error:
+        raise UserError(f"{name} is not a tokenizer.json: {error}") from error
+    beside = "its tokenizer_config.json"
+    with boundary(f"{name}, or {beside},"):
+        ends = end_names(config, beside)
+        added = _config_tokens(config, described)
+    try:
+        found = TokenizerJson(model_bytes, name)
+        same = all(found.piece(getattr(found, f"{end}_id")) == ends[end] for end in ends)
+        if same and not added:
+            return model_bytes
+    except UserError:
+        if not ends and not added:
+            return model_bytes
+    more = {**ends, **({"added": added} if added else {})}
+    made = json.dumps({ENDS: more, **described}).encode()
+    if "eos" in ends and "bos" not in ends:
+        try:
+            TokenizerJson(made, name)
+        except UserError:
+            made = json.dumps({ENDS: {"bos": ends["eos"], **more}, **described}).encode()
+    return made
+
+
+def without_ends(model_bytes: bytes) -> bytes:
+    """The tokenizer.json that other programs read: `with_ends` undone."""
+    described = parse_json(model_bytes, "the tokenizer")
+    if ENDS not in described:
+        return model_bytes
+    del described[ENDS]
+    return json.dumps(described).encode()

@@ -1,0 +1,83 @@
+"""Trains a LLaMA, or resumes what is in the work directory.
+
+Example:
+  python -m llama_jax.train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=200
+"""
+
+import os
+import time
+
+import jax
+from absl import flags
+
+from llama_jax.cli import command as command_lib
+from llama_jax.errors import UserError
+from llama_jax.hardware import xla_flags
+from llama_jax.parallel.cluster import start_processes
+from llama_jax.parallel.multihost import Stopped, say
+from llama_jax.train.run import run
+
+_CONFIG = command_lib.config_flag()
+_WORKDIR = command_lib.path_flag(
+    "workdir", None, "Folder of the run: config, checkpoints, metrics, plots; local or gs://."
+)
+_XLA_PRESET = flags.DEFINE_string("xla_preset", xla_flags.AUTO, xla_flags.HELP)
+_START_TIMEOUT = flags.DEFINE_integer(
+    "start_timeout", 300, "Seconds to wait for the other processes of the job.", lower_bound=1
+)
+_STOPPED_STATUS = flags.DEFINE_integer(
+    "stopped_status",
+    0,
+    "Exit status after SIGTERM, saved but not finished; launchers that restart what fails "
+    "want one that is not 0.",
+    lower_bound=0,
+    upper_bound=255,
+)
+_DAMAGED_STATUS = flags.DEFINE_integer(
+    "damaged_status",
+    74,
+    "Exit status after training to the end, where a damaged checkpoint was passed over; not 0, "
+    "so that somebody looks at the disk. launch/retry.sh does not restart after 74.",
+    lower_bound=0,
+    upper_bound=255,
+)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX is told another place."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "llama_jax", "xla"))
+
+
+def main() -> int:
+    """Runs the command; returns its exit status."""
+    if not _WORKDIR.value:
+        raise UserError("--workdir is missing; try --workdir=runs/tiny")
+    began = time.monotonic()
+    run_config = command_lib.load_config(_CONFIG)
+    chosen = xla_flags.use_preset(_XLA_PRESET.value)
+    means = start_processes(_START_TIMEOUT.value)
+    if means:
+        say(f"start   {jax.process_count()} processes, found by {means}")
+    if chosen.tpu:
+        say(f"flags   {chosen}")
+    use_compilation_cache()
+    try:
+        outcome = run(run_config, _WORKDIR.value, began)
+    except Stopped as signal_name:
+        say(f"\n{signal_name}: stopped, nothing to save; run the same command again to go on")
+        return _STOPPED_STATUS.value
+    if not outcome.finished:
+        return _STOPPED_STATUS.value
+    status = _DAMAGED_STATUS.value if outcome.passed_over else 0
+    if status:
+        say(
+            f"exit status {status}: trained to the end, but a damaged checkpoint was passed over "
+            "on the way, see above; --damaged_status"
+        )
+    return status
+
+
+if __name__ == "__main__":
+    command_lib.run(main, __doc__)

@@ -1,0 +1,250 @@
+"""How a run is going: its speed, its MFU, and a record of each logged step.
+
+`metrics.jsonl` has one JSON object per line. A logged step has `step`, `loss`, `learning_rate`,
+`grad_norm` and the other metrics of `step.train_step`, `epochs`, `goodput`, and
+
+- `tokens_per_second`, of all devices, and `mfu`: of the steps since the record before, and of
+  nothing else. Saving, evaluation, going back to a checkpoint, profiling and steps that compile are
+  left out. Null where no step was timed, as in the record of a first step; `mfu` also where the
+  device's peak is not known.
+- `chip_seconds`: all time since the record before, whatever it was spent on, times devices.
+
+An evaluation has `step`, `eval_loss` and `epochs`; what else happens has an `event`.
+"""
+
+import contextlib
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from llama_jax.config import Config
+from llama_jax.errors import first_line
+from llama_jax.files import number, read_records
+from llama_jax.model.cost import flops_per_token
+from llama_jax.train.instruments.compile_counter import compiled_programs
+from llama_jax.train.instruments.writers import Writer
+
+
+@dataclasses.dataclass
+class Speed:
+    """Tokens per second, model FLOPs utilisation and the time of all chips, between two readings.
+
+    Tokens per second and MFU are of steps only. What else takes time between two readings (saving,
+    evaluation, going back to a checkpoint, compiling) is cut out with `count` and `restart`. MFU is
+    FLOPs of the model (6 per weight in a matrix product, plus causal attention; see
+    `cost.flops_per_token`) over what all devices could do at their peak.
+    """
+
+    config: Config
+    devices: int
+    peak: float | None
+
+    def __post_init__(self) -> None:
+        self._steps, self._seconds = 0, 0.0  # of the steps that are counted and not yet read
+        self.restart()
+        self._read_at = self._since
+
+    def restart(self, at: float | None = None) -> None:
+        """Starts the clock; the time since the last `count` belongs to no step.
+
+        Args:
+          at: when, by `time.perf_counter`; None: now.
+        """
+        self._since = time.perf_counter() if at is None else at
+        self._compiled = compiled_programs()
+
+    def count(self, steps: int, finished: float | None = None) -> None:
+        """Counts steps that took the time since the clock was started, and starts it again.
+
+        They are left out if a program was compiled meanwhile.
+
+        Args:
+          steps: how many.
+          finished: when the last of them was done, by `time.perf_counter`; None: now.
+        """
+        now = time.perf_counter() if finished is None else finished
+        if steps > 0 and compiled_programs() == self._compiled:
+            self._steps += steps
+            self._seconds += now - self._since
+        self.restart(now)
+
+    def read(self, steps: int, finished: float | None = None) -> dict[str, float | None]:
+        """The speed since the reading before; counts `steps` steps first, if any, see `count`.
+
+        Returns:
+          `tokens_per_second` (all devices) and `mfu`: None if no step was counted; `mfu` also if
+          no peak is known. `chip_seconds`: all time since the reading before, whatever it was spent
+          on, times devices.
+        """
+        if steps:
+            self.count(steps, finished)
+        now = time.perf_counter()
+        chip_seconds = (now - self._read_at) * self.devices
+        self._read_at = now
+        rate = mfu = None
+        if self._steps:
+            rate = self._steps * self.config.train.tokens_per_step / max(self._seconds, 1e-9)
+        self._steps, self._seconds = 0, 0.0
+        if rate is not None and self.peak is not None:
+            config = self.config
+            flops = flops_per_token(config.model, config.lora, config.train.seq_len)
+            mfu = rate * flops / (self.peak * self.devices)
+        return {"tokens_per_second": rate, "mfu": mfu, "chip_seconds": chip_seconds}
+
+
+@dataclasses.dataclass
+class _Pending:
+    """What is written of a step when the next one runs.
+
+    Attributes:
+      step: its number.
+      metrics: device arrays and numbers.
+      finished: when the step was seen to be done, by `time.perf_counter`; None: not yet.
+    """
+
+    step: int
+    metrics: dict[str, Any]
+    finished: float | None
+
+
+class Metrics:
+    """Logs the *previous* step: reading it while the next one runs keeps the device busy."""
+
+    def __init__(self, writers: list[Writer], speed: Speed) -> None:
+        self._writers = writers
+        self._speed = speed
+        self._pending: _Pending | None = None
+        self._counted = 0  # the last step that `Speed` has counted, or that belongs to no interval
+        self._pushed = 0  # the last step that was pushed; the pending one, if there is one
+
+    def start(self, step: int) -> None:
+        """Counts the steps that were pushed, and starts the clock for those after `step`.
+
+        It is called when the device is idle: before anything slow that is not training, and again
+        after it. The time between belongs to no step, and neither does a step that was not pushed.
+        """
+        finished = self._pending.finished if self._pending else None
+        self._speed.count(self._pushed - self._counted, finished)
+        self._speed.restart()
+        self._counted = self._pushed = step
+
+    def push(self, step: int, metrics: dict[str, Any] | None) -> dict[str, float | None] | None:
+        """Writes what was pushed before, then keeps `metrics` (device arrays; None: no log).
+
+        Returns:
+          What was written, if anything was.
+        """
+        written = self.flush()
+        if metrics is not None:
+            finished = time.perf_counter() if _is_finished(metrics) else None
+            self._pending = _Pending(step, metrics, finished)
+        self._pushed = step
+        return written
+
+    def flush(self) -> dict[str, float | None] | None:
+        """Writes the pending step, waiting for the device if need be; returns what it wrote."""
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        read = jax.device_get(pending.metrics)
+        values: dict[str, float | None] = {name: float(value) for name, value in read.items()}
+        steps = max(pending.step - self._counted, 0)
+        self._counted += steps
+        values |= self._speed.read(steps, pending.finished)
+        self.write(pending.step, values)
+        return values
+
+    def write(self, step: int, record: dict[str, float | None]) -> None:
+        """Writes a record at once (evaluations); a disk that is full or gone ends no run."""
+        for writer in self._writers:
+            try:
+                writer.write(step, record)
+            except OSError as error:  # `JsonlWriter` keeps the record until it can be written
+                with contextlib.suppress(OSError):  # of the console, too
+                    print(f"warning: step {step} could not be logged: {error}", flush=True)
+
+    def close(self) -> None:
+        """Writes what is pending and closes the writers."""
+        self.flush()
+        for writer in self._writers:
+            with contextlib.suppress(OSError):
+                writer.close()
+
+
+def _is_finished(metrics: dict[str, Any]) -> bool:
+    """Whether the step that gives these numbers is done, without waiting for it.
+
+    Backends that run a step before they return from its call have finished the previous one long
+    before it is read.
+    """
+
+    def ready(value: Any) -> bool:
+        is_ready = getattr(value, "is_ready", None)  # of an array on a device
+        if is_ready is not None:
+            return is_ready()
+        return isinstance(value, float | int | np.generic | np.ndarray)
+
+    return all(map(ready, metrics.values()))
+
+
+def recorded_loss(jsonl: epath.Path, step: int) -> float | None:
+    """The last `eval_loss` that a `metrics.jsonl` has of a step, if it has one."""
+    found = None
+    for record in read_records(jsonl)[0] if jsonl.exists() else ():
+        if number(record, "step") == step and "eval_loss" in record:
+            found = number(record, "eval_loss")
+    return found
+
+
+def plot_loss(jsonl: epath.Path, output: epath.Path) -> int:
+    """Draws training and validation loss of a `metrics.jsonl` as a PNG.
+
+    Returns:
+      How many lines of the file are damaged and left out; the plot says it, too.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records, damaged = read_records(jsonl)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    for name, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
+        # A resumed run repeats steps that were lost; the later record counts.
+        pairs = ((record["step"], number(record, name)) for record in records)
+        points = {step: loss for step, loss in pairs if loss is not None}
+        if points:
+            axes.plot(*zip(*sorted(points.items()), strict=True), style, label=label, markersize=4)
+    title = f"LLaMA training ({damaged} damaged lines left out)" if damaged else "LLaMA training"
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    if axes.has_data():
+        axes.legend()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("wb") as file:
+        figure.savefig(file, format="png", bbox_inches="tight")
+    pyplot.close(figure)
+    return damaged
+
+
+def plot_run(workdir: epath.Path) -> str:
+    """Draws `plots/loss.png` of a work directory; whatever is wrong with it ends no run.
+
+    Returns:
+      A warning, if one is due; else nothing.
+    """
+    jsonl = workdir / "metrics.jsonl"
+    try:
+        damaged = plot_loss(jsonl, workdir / "plots" / "loss.png")
+    except Exception as error:  # the run is saved: nothing that a plot meets may end it
+        return f"warning: the loss could not be plotted: {first_line(error)}"
+    if damaged:
+        return f"warning: {damaged} damaged line(s) of {jsonl} are left out of the plot"
+    return ""

@@ -1,0 +1,122 @@
+"""What is about to be trained, in a few lines."""
+
+import jax
+
+from llama_jax.config import Config
+from llama_jax.data.batches import Batches
+from llama_jax.data.shards import layout
+from llama_jax.data.streaming import StreamingBatches
+from llama_jax.data.training_data import TrainingData
+from llama_jax.interchange.opening import base_rows
+from llama_jax.model.cost import adapter_count, flops_by_part, parameter_count
+
+
+def describe(config: Config, mesh: jax.sharding.Mesh, data: TrainingData) -> str:
+    """The run, with every derived quantity."""
+    train = config.train
+    tokens = train.steps * train.tokens_per_step
+    flops = sum(flops_by_part(config.model, config.lora, train.seq_len).values())
+    shape = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return "\n".join(
+        (
+            f"model   {parameter_count(config.model):,} parameters, {config.model.compute_dtype}",
+            *_describe_start(config),
+            f"mesh    {shape} on {mesh.size} {mesh.devices.flat[0].device_kind} device(s), "
+            f"{jax.process_count()} process(es)",
+            f"batch   {train.global_batch} sequences x {train.seq_len} = "
+            f"{train.tokens_per_step:,} tokens, in {train.grad_accum} microbatch(es)",
+            f"run     {train.steps:,} steps = {tokens:,} tokens, {flops * tokens:.2e} FLOPs",
+            *_describe_flops(config),
+            *_describe_data(config, data),
+        )
+    )
+
+
+def remarks(config: Config, data: TrainingData) -> list[str]:
+    """Lines on what a user should know of the data before the run: padding, answers without end."""
+    rows, ids = config.model.vocab_size, data.tokenizer.vocab_size if data.tokenizer else 0
+    found = []
+    if 0 < ids < rows:
+        found.append(
+            f"vocab   {ids:,} ids, {rows:,} rows: {rows - ids:,} are padding, and never drawn"
+        )
+    if config.lora.rank and ids > (known := base_rows(config)):
+        found.append(
+            f"warning {config.init_from} has no rows for the last {ids - known:,} ids, and "
+            "adapters do not train the rows that are added: the model cannot learn these tokens; "
+            "train all weights (lora.rank=0), or use the tokenizer of the base"
+        )
+    answers, unended = data.answers
+    if unended:
+        found.append(
+            f"warning {unended:,} of {answers:,} answers end in no end token, so the model does "
+            f"not learn to stop there: the chat template {config.data.template} trains no token "
+            "that ends them; let it write eos_token, or another special token of the tokenizer, "
+            "at the end of the answer (inside {% generation %}), and prepare the data again"
+        )
+    return found
+
+
+def no_evaluation(data: TrainingData) -> list[str]:
+    """Lines on what the run is not evaluated on, and why."""
+    reasons = "; ".join(f"{name}: {why}" if name else why for name, why in data.unvalidated.items())
+    if data.validation is None:
+        return [
+            f"eval    none, because there is no validation data ({reasons}): eval_loss is not "
+            "logged, and train.keep_best has nothing to go by"
+        ]
+    return [f"eval    without some sources ({reasons})"] if reasons else []
+
+
+def unchecked(data: TrainingData) -> list[str]:
+    """A line on shards whose damage the run cannot find, if there are some."""
+    if not data.unchecked:
+        return []
+    return [f"warning {layout.unchecked_remark(data.unchecked)}"]
+
+
+def _describe_start(config: Config) -> list[str]:
+    """What is trained, where that is not random weights."""
+    lora = config.lora
+    if not lora.rank:
+        return [f"begin   {config.init_from}"] if config.init_from else []
+    return [
+        f"LoRA    {adapter_count(config.model, lora):,} parameters are trained: rank {lora.rank} "
+        f"for {lora.targets}",
+        f"base    {config.init_from}, frozen in {lora.base_dtype}",
+    ]
+
+
+def _describe_flops(config: Config) -> list[str]:
+    """A table of where the FLOPs of a step go."""
+    tokens = config.train.tokens_per_step
+    parts = flops_by_part(config.model, config.lora, config.train.seq_len)
+    total = sum(parts.values())
+    rows = [
+        f"{name:<23}{flops:>9.2e}{flops * tokens:>11.2e}{flops / total:>9.1%}"
+        for name, flops in (*parts.items(), ("total", total))
+    ]
+    frozen = ", 4 per frozen one" if config.lora.rank else ""
+    rule = f"(6 per weight of a matrix product{frozen}; attention's causal half; "
+    rule += "recomputation not counted)"
+    head = f"FLOPs   {'':<23}{'a token':>9}{'a step':>11}{'share':>9}"
+    return [head, *(" " * 8 + row for row in (*rows, rule))]
+
+
+def _describe_data(config: Config, data: TrainingData) -> list[str]:
+    """Which files are streamed, or how often each source will have been seen at the end."""
+    if isinstance(data.train, StreamingBatches):
+        listing = data.train.listing
+        read = [f"data    {count:,} {kind}" for kind, count in sorted(listing.files.items())]
+        return [*read, *listing.lines("left_out")]
+    epochs = data.train.epochs(config.train.steps)
+    if not epochs:
+        return []
+    lines = []
+    if config.data.mixture and isinstance(data.train, Batches):
+        shares = data.train.schedule.shares.items()
+        kind = "of tokens in answers" if config.data.template else "of tokens"
+        listed = ", ".join(f"{name} {100 * float(share):.4g}%" for name, share in shares)
+        lines.append(f"data    shares {kind}: {listed}")
+    seen = ", ".join(f"{name or 'the source'} {value:.2f}" for name, value in epochs.items())
+    return [*lines, f"data    epochs at the end: {seen}"]

@@ -1,0 +1,244 @@
+"""Whether a run may go on here: directory, config and data are its own, on all processes."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+from llama_jax import files
+from llama_jax.checkpoint.saved_step import CHECKPOINTS, Meta
+from llama_jax.config import Config, difference, from_json
+from llama_jax.data.training_data import TrainingData
+from llama_jax.errors import UserError
+from llama_jax.files import append_records, is_object_store, read_bytes
+from llama_jax.parallel.multihost import from_first
+
+# Fields that may change when a run is resumed: where and how often, not what is trained.
+RESUMABLE = (
+    *("mesh.", "dcn.", "model.attention", "model.remat", "model.scan_unroll", "data.path"),
+    *("data.tfds_data_dir", "data.workers", "data.part_bytes", "data.shard_tokens"),
+    # Where the tokenizer is and how it was made; what it is, the checkpoint knows.
+    *("data.accept_other_data", "data.tokenizer", "data.tokenizer_size"),
+    *("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every"),
+    *("train.keep_checkpoints", "train.sample_prompt", "train.profile_steps"),
+    *("train.step_timeout", "train.save_timeout"),
+    # What is done about a fault must be free to change when one has happened.
+    *("train.max_skipped", "train.spike_factor", "train.norm_stats"),
+    *("train.max_rewinds", "train.rewind_steps"),
+    *("train.keep_every", "train.keep_best", "train.max_failed_saves"),
+)
+# Fields that say which text is trained on, free to change when told so.
+OTHER_DATA = (
+    *("data.source", "data.text_field", "data.tfds_split", "data.mixture", "data.packing"),
+    "data.separator",
+    *("data.validation_fraction", "data.max_document_bytes", "data.template"),
+)
+ACCEPT_DATA = "--config.data.accept_other_data=True"
+CHANGES = "changes.jsonl"  # what a run went on with although it had changed, a line for each time
+# Files of a work directory, and those of them that grow by lines.
+ADDED_TO = ("metrics.jsonl", CHANGES)
+FILES = ("config.json", "tokenizer.model", "goodput.json", *ADDED_TO)
+
+Changes = dict[str, tuple[Any, Any]]  # of a field: what it was and is
+
+
+# What the processes of a job have in common; where data and weights are may differ.
+_OF_ALL = ("model.", "mesh.", "dcn.", "optim.", "lora.", "train.", "data.streaming")
+
+
+def check_same_config(config: Config) -> None:
+    """Checks that all processes of the job train the same; all of them call it.
+
+    Raises:
+      UserError: this one has another config than process 0.
+    """
+    first, me = from_json(from_first(config.to_json())), jax.process_index()
+    changed = [
+        f"{name} is {theirs} on process 0 and {ours} on process {me}"
+        for name, (theirs, ours) in difference(first, config).items()
+        if name.startswith(_OF_ALL)
+    ]
+    if changed:
+        raise UserError(
+            f"the processes of this job have different configs ({'; '.join(changed)}); start all "
+            "of them with the same config"
+        )
+
+
+def check_prepared(config: Config, folder: epath.Path) -> None:
+    """Checks that this process sees the folder in which process 0 has prepared the data.
+
+    Raises:
+      UserError: it is not there.
+    """
+    data = config.data
+    own = not data.path and data.source != "synthetic" and not (data.streaming and data.tokenizer)
+    if own and not folder.exists():
+        raise UserError(
+            f"process 0 has prepared the data in {folder}, and it is not there on process "
+            f"{jax.process_index()}; --workdir must be on a file system that all hosts share"
+        )
+
+
+def check_same_data(fingerprint: str) -> None:
+    """Checks that all processes of the job have the same data; all of them call it.
+
+    Raises:
+      UserError: this one has other data than process 0.
+    """
+    first = from_first(fingerprint)
+    if first != fingerprint:
+        raise UserError(
+            f"the processes of this job have different data: {first} on process 0, {fingerprint} "
+            f"on process {jax.process_index()}; copy the same shards to all hosts, or name a "
+            "folder that they share"
+        )
+
+
+def check_workdir(config: Config, workdir: epath.Path) -> None:
+    """Refuses a directory whose `config.json` is of another run.
+
+    Raises:
+      UserError: the run in `workdir` trains something else.
+    """
+    _check_places(workdir, config)
+    path = workdir / "config.json"
+    if path.exists():
+        try:
+            saved = from_json(read_bytes(path))
+        except UserError as error:
+            raise UserError(
+                f"{path}: {error}; use another --workdir, or remove the file if the run is yours: "
+                "its checkpoints hold the config, too"
+            ) from error
+        changed = _refused(difference(saved, config), config)
+        if changed:
+            raise UserError(
+                f"{workdir} holds a run of another config ({_listed(changed)}); "
+                f"{_mend(changed, 'use another --workdir, or the same values')}"
+            )
+
+
+def _check_places(workdir: epath.Path, config: Config) -> None:
+    """Checks that a run can write where it will, so that nothing in the way ends it later.
+
+    Raises:
+      UserError: a folder lies where a run keeps a file, a file lies where it keeps a folder, or
+        a file that it adds to cannot be written to.
+    """
+    if is_object_store(workdir):
+        return
+    folders = [CHECKPOINTS, "tensorboard", "plots"]
+    if config.data.source != "synthetic" and not config.data.path:
+        folders.append("data")
+    for name in (*FILES, *folders):
+        path, wanted = workdir / name, "folder" if name in folders else "file"
+        found = _kind(path)
+        if found == "link":  # through which a file can be made, but no folder
+            place = os.path.realpath(path)
+            found = "file" if os.path.isdir(os.path.dirname(place)) else f"link to {place}"
+        if found and found != wanted:
+            raise UserError(
+                f"{path} is a {found}, and a run keeps a {wanted} of that name; move it away, or "
+                "use another --workdir"
+            )
+        if found and name in ADDED_TO and os.path.exists(path) and not os.access(path, os.W_OK):
+            raise UserError(f"{path} cannot be written to; change its mode or owner")
+
+
+def _kind(path: epath.Path) -> str:
+    """What lies there: `folder`, `file`, `link` to where nothing is, or nothing."""
+    if os.path.isdir(path):
+        return "folder"
+    return "file" if os.path.exists(path) else "link" * os.path.islink(path)
+
+
+@contextlib.contextmanager
+def locked(workdir: epath.Path) -> Iterator[None]:
+    """Holds the work directory for this process, as `files.locked`.
+
+    Raises:
+      UserError: another process trains in it, or it cannot be made.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(
+                files.locked(
+                    workdir,
+                    f"another process trains in {workdir}; wait for its end, or use another "
+                    "--workdir",
+                )
+            )
+        except OSError as error:
+            found = f"it is a {_kind(workdir)}" if _kind(workdir) else error.strerror
+            raise UserError(f"{workdir} cannot be a work directory: {found}") from error
+        yield
+
+
+def _refused(changes: Changes, config: Config) -> Changes:
+    """Those that would train something else than before."""
+    allowed = RESUMABLE + (OTHER_DATA if config.data.accept_other_data else ())
+    if config.lora.rank:  # where the base is; what it is, the checkpoint knows
+        allowed += ("init_from",)
+    return {name: values for name, values in changes.items() if not name.startswith(allowed)}
+
+
+def _listed(changes: Changes) -> str:
+    return "; ".join(f"{name} is {was}, now {now}" for name, (was, now) in changes.items())
+
+
+def _mend(changes: Changes, otherwise: str) -> str:
+    """What to do; the flag, if it would allow all of them."""
+    if all(name.startswith(OTHER_DATA) for name in changes):
+        return f"{otherwise}, or go on with the other data by {ACCEPT_DATA}"
+    return otherwise
+
+
+def check_checkpoint(
+    saved: Meta, folder: epath.PathLike, config: Config, data: TrainingData
+) -> Changes:
+    """Compares this run with what a checkpoint says of itself: config.json may be lost or edited.
+
+    Returns:
+      What has changed and may: fields of the config, and `data fingerprint`.
+
+    Raises:
+      UserError: anything else has changed, field by field; or the data, without the flag for that.
+    """
+    changes = difference(saved.config, config)
+    refused = _refused(changes, config)
+    model = data.tokenizer.model_bytes if data.tokenizer else b""
+    if saved.tokenizer_model != model:  # no flag: weights know tokens by their numbers
+        shas = (hashlib.sha256(each).hexdigest()[:16] for each in (saved.tokenizer_model, model))
+        refused["tokenizer's sha256"] = (next(shas), next(shas))
+    if refused:
+        mend = _mend(refused, "use the same values, or another --workdir")
+        raise UserError(f"checkpoint {folder} is of another run ({_listed(refused)}); {mend}")
+    if saved.data_fingerprint != data.fingerprint:
+        if not config.data.accept_other_data:
+            if saved.data_fingerprint == data.former_fingerprint:
+                raise UserError(
+                    f"checkpoint {folder} was trained by a version that took data.mixture as shares"
+                    " of sequences; they are shares of tokens now, which gives other batches: use "
+                    f"another --workdir, or go on with these by {ACCEPT_DATA}"
+                )
+            raise UserError(
+                f"checkpoint {folder} was trained on data {saved.data_fingerprint}, but this is "
+                f"data {data.fingerprint}; restore those shards, use another --workdir, or go on "
+                f"with these by {ACCEPT_DATA}"
+            )
+        changes["data fingerprint"] = (saved.data_fingerprint, data.fingerprint)
+    return changes
+
+
+def record_changes(workdir: epath.Path, step: int, changes: Changes) -> str:
+    """Writes down that the run went on at `step` in spite of these; returns a line for the log."""
+    if not changes:
+        return ""
+    if jax.process_index() == 0:
+        append_records(workdir / CHANGES, [{"step": step, "changes": changes}])
+    return f"changed since: {_listed(changes)}"

@@ -1,0 +1,144 @@
+"""A run that makes no more updates goes back to a checkpoint, or ends and says why.
+
+Going back is PaLM's remedy for loss spikes (arXiv:2204.02311, section 5.1): weights and moments are
+those of a checkpoint from before them, the data go on, so that the batches around the spike are
+never met. When and where to is a function of the numbers in the states and of nothing else: the
+same command, or the same run stopped, killed and started anew, goes back in the same way.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from llama_jax.checkpoint.checkpointer import Checkpointer
+from llama_jax.checkpoint.retention import can_rewind_to
+from llama_jax.checkpoint.saved_step import DamagedCheckpoint
+from llama_jax.config import Config
+from llama_jax.data.batches import describe_batch
+from llama_jax.data.training_data import TrainingData
+from llama_jax.errors import UserError
+from llama_jax.parallel.sharding import placed
+from llama_jax.train.bad_steps import explain, not_finite, rewound
+from llama_jax.train.step import TrainState
+
+
+class SkipWatch:
+    """Looks at what the loop has read anyway: it never makes the device wait.
+
+    Attributes:
+      rewinds: that led to the present state, as in `checkpoint.Meta`.
+    """
+
+    def __init__(
+        self, config: Config, data: TrainingData, saver: Checkpointer, rewinds: list[list[int]]
+    ) -> None:
+        self._config, self._data, self._saver = config, data, saver
+        self.rewinds = rewinds
+
+    def at_start(self, state: TrainState) -> dict[str, float | None] | None:
+        """What the loop would have read of this step, had the run not been stopped after it."""
+        if int(state.step) % self._config.train.log_every:
+            return None
+        return {"skipped_in_row": int(state.skips.in_row)}
+
+    def stuck(self, read: Mapping[str, float | None] | None) -> int:
+        """Updates in a row that were skipped by a step that was logged; 0: too few to stop for."""
+        in_row = int((read or {}).get("skipped_in_row") or 0)
+        return in_row if in_row >= self._config.train.max_skipped else 0
+
+    def before_save(self, state: TrainState) -> None:
+        """Looks at the state itself, as saving is about to do.
+
+        Raises:
+          UserError: `train.max_skipped` updates in a row were skipped by then, and the run cannot
+            be rewound; or the weights or moments are not finite.
+        """
+        in_row = int(state.skips.in_row)
+        first = int(state.skips.last) - in_row + 1 if in_row else 0
+        if in_row and not_finite(state):
+            raise self._error(state, first)
+        if in_row >= self._config.train.max_skipped and self._target(first) is None:
+            raise self._error(state, first)
+
+    def rewind(self, state: TrainState, in_row: int) -> TrainState:
+        """An older checkpoint's weights, moments and counts, with the data where they are now.
+
+        Args:
+          state: the present one; it is deleted, since there is no room for two.
+          in_row: what `stuck` said of the step before it.
+
+        Raises:
+          UserError: there is no checkpoint to go back to, or it was done `train.max_rewinds` times.
+        """
+        now, reasons = int(state.step), int(state.skips.reasons)
+        first = now - in_row
+        error = self._error(state, first)
+        # The base of adapters never changes: it stays where it is.
+        frozen, state = state.frozen, dataclasses.replace(state, frozen=None)
+        shardings = jax.tree.map(lambda array: array.sharding, state)
+        targets = placed(state, shardings).to_items()
+        while (target := self._target(first)) is not None:
+            for array in jax.tree.leaves(state):
+                array.delete()
+            try:
+                then = TrainState.from_items(self._saver.restore(target, targets))
+                break
+            except DamagedCheckpoint as damaged:
+                self._saver.mark_damaged(target, str(damaged))
+        else:
+            raise error
+        go_on = jax.jit(rewound, out_shardings=(shardings.step, shardings.skips))
+        step, skips = go_on(then.skips, then.step, np.int32(now), np.int32(reasons))
+        self.rewinds = [*self.rewinds, [now, target]]
+        why = explain(reasons)
+        self._saver.note(
+            now,
+            f"rewound at step {now} to the weights of step {target}, passing over {now - target} "
+            f"batches: steps from {first} on made no update: {why} (train.max_rewinds: "
+            f"{len(self.rewinds)} of {self._config.train.max_rewinds})",
+            **{"event": "rewound", "from": now, "to": target, "passed_over": now - target},
+            reasons=why,
+        )
+        return TrainState(step, then.params, then.opt_state, skips, frozen)
+
+    def _target(self, first: int) -> int | None:
+        """The checkpoint to go back to where `first` is the first of the skipped steps, if any."""
+        train = self._config.train
+        if len(self.rewinds) >= train.max_rewinds:
+            return None
+        return self._saver.newest_good_step(
+            lambda step: (
+                step + train.rewind_steps <= first and can_rewind_to(step, train, self.rewinds)
+            )
+        )
+
+    def _error(self, state: TrainState, first: int) -> UserError:
+        """What is known: when, why, on which text, what is still good, and how to go on."""
+        last, train = int(state.skips.last), self._config.train
+        broken = not_finite(state)
+        saved = self._saver.latest_step()
+        good = "there is no checkpoint yet" if saved is None else f"the last checkpoint is {saved}"
+        if broken:
+            advice = (
+                f"{' and '.join(broken)} are not finite: no batch does that, a faulty device or "
+                "program may. Run the same command to go on from the checkpoint"
+            )
+        else:
+            advice = (
+                "weights and moments are finite, as before these steps. Look at the batches and at "
+                "optim.peak_lr; to pass over more of them, raise --config.train.max_skipped"
+            )
+        if self.rewinds and len(self.rewinds) >= train.max_rewinds:
+            advice += f"; train.max_rewinds={train.max_rewinds} rewinds were made"
+        elif train.max_rewinds:
+            advice += (
+                f"; to rewind to, there is no good checkpoint of step {first - train.rewind_steps} "
+                f"or before (train.rewind_steps={train.rewind_steps})"
+            )
+        return UserError(
+            f"steps {first} to {last} made no update: {explain(int(state.skips.reasons))}. "
+            f"Batch of step {last}: {describe_batch(self._data.train, self._config, last)}. "
+            f"Nothing was saved, {good}; {advice}"
+        )

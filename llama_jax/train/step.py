@@ -1,0 +1,291 @@
+"""One optimiser step and one evaluation step: pure functions, un-jitted, no I/O.
+
+A batch is a dict of arrays of shape (global_batch, seq_len): `inputs` and `targets` (int32 token
+ids, targets one ahead of inputs) and `weights` (float32, 0 where the target does not count); with
+packed documents also `segment_ids` and `positions` (int32).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from llama_jax.config import Config
+from llama_jax.model.llama import forward
+from llama_jax.model.loss import Sums, cross_entropy
+from llama_jax.model.weights import abstract_frozen, combined, init_trained
+from llama_jax.parallel.sharding import (
+    batch_sharding,
+    bind,
+    constrain,
+    param_shardings,
+    param_specs,
+)
+from llama_jax.train.bad_steps import Skips, choose, count, group_norms, judge, no_skips
+from llama_jax.train.optimizer import make_optimizer, make_schedule
+
+Batch = dict[str, jax.Array]
+_DROPOUT = 0x64726F70  # keeps its keys apart from those of the initial adapters
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a step changes.
+
+    Attributes:
+      step: batches that were taken, int32: optimiser steps, and those that were skipped.
+      params: nested dict of float32 arrays.
+      opt_state: state of `optim.make_optimizer`.
+      skips: the steps that made no update.
+      frozen: with LoRA the base, in the form of `lora.freeze`, which no step changes and no
+        checkpoint holds; `params` are then the adapters. None without.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    skips: Skips = struct.field(default_factory=no_skips)
+    frozen: Any = None
+
+    def to_items(self) -> dict[str, Any]:
+        """The trees that a checkpoint holds, by the names of its items; all but the base."""
+        return {
+            "params": self.params,
+            "optimizer": {"step": self.step, "opt_state": self.opt_state},
+            "skips": self.skips.to_dict(),
+        }
+
+    @classmethod
+    def from_items(cls, items: dict[str, Any]) -> "TrainState":
+        """The state, without a base, that gave these items."""
+        return cls(params=items["params"], **items["optimizer"], skips=Skips(**items["skips"]))
+
+
+def init_state(config: Config, key: jax.Array) -> TrainState:
+    """The state before the first step, without a base; the same bits on every mesh."""
+    params = init_trained(config, key)
+    opt_state = make_optimizer(config.optim, config.train.steps).init(params)
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
+
+
+def model_weights(state: TrainState, config: Config) -> Any:
+    """What `model.forward` takes: the parameters, or the base with its adapters."""
+    return combined(state.params, state.frozen, config)
+
+
+def _dropout_key(config: Config, step: jax.Array) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(config.train.seed), _DROPOUT)
+    return jax.random.fold_in(key, step)
+
+
+def _loss_sums(params: Any, batch: Batch, config: Config) -> Sums:
+    """Objective, cross-entropy and weight, summed over the tokens of a (micro)batch."""
+    hidden_BTD, head_DV, _ = forward(
+        config.model,
+        params,
+        batch["inputs"],
+        positions_BT=batch.get("positions"),
+        segment_ids_BT=batch.get("segment_ids"),
+        dropout_key=batch.get("dropout_key"),
+    )
+    return cross_entropy(
+        hidden_BTD,
+        head_DV,
+        batch["targets"],
+        batch["weights"],
+        chunk=config.train.loss_chunk,
+        z_loss=config.train.z_loss,
+    )
+
+
+def _microbatches(batch: Batch, count: int) -> Batch:
+    """B T -> A B/A T. Microbatch a takes the rows a, a + A, ..: each device splits its own rows."""
+
+    def split(x_BT: jax.Array) -> jax.Array:
+        x_ABT = x_BT.reshape(x_BT.shape[0] // count, count, *x_BT.shape[1:]).swapaxes(0, 1)
+        return constrain(x_ABT, None, "batch", "seq")
+
+    return jax.tree.map(split, batch)
+
+
+def _gradients(
+    params: Any,
+    batch: Batch,
+    config: Config,
+    frozen: Any = None,
+    dropout_key: jax.Array | None = None,
+) -> tuple[Sums, Any]:
+    """Mean objective, mean loss, weight and mean gradient of a batch, in `grad_accum` microbatches.
+
+    Microbatches live inside the step, not in `optax.MultiSteps`: sums are divided by the weight of
+    the whole batch, which stays right when microbatches have unequal masks, where MultiSteps takes
+    the mean of their means; and a step is one dispatch, whatever the accumulation. The weight comes
+    with the loss, in one sum over devices; asked for ahead, it would be a collective of its own,
+    which nothing keeps from running beside those of the layers.
+    """
+
+    def sums_and_gradients(microbatch: Batch) -> tuple[Sums, Any]:
+        def objective(params: Any) -> tuple[jax.Array, Sums]:
+            sums = _loss_sums(combined(params, frozen, config), microbatch, config)
+            return sums[0], sums
+
+        grads, sums = jax.grad(objective, has_aux=True)(params)
+        return sums, grads
+
+    def body(total: tuple[Sums, Any], microbatch: Batch) -> tuple[tuple[Sums, Any], None]:
+        return jax.tree.map(jnp.add, total, sums_and_gradients(microbatch)), None
+
+    count = config.train.grad_accum
+    keys = {}
+    if dropout_key is not None:  # each microbatch has its own
+        keys["dropout_key"] = dropout_key if count == 1 else jax.random.split(dropout_key, count)
+    if count == 1:
+        sums, grads = sums_and_gradients({**batch, **keys})
+    else:
+        zero = jnp.zeros((), jnp.float32)
+        start = ((zero, zero, zero), jax.tree.map(jnp.zeros_like, params))
+        microbatches = {**_microbatches(batch, count), **keys}
+        (sums, grads), _ = jax.lax.scan(body, start, microbatches)
+    objective, entropy, weight = sums
+    scale = 1 / jnp.maximum(weight, 1.0)
+    means = (objective * scale, entropy * scale, weight)
+    return means, jax.tree.map(lambda gradient: gradient * scale, grads)
+
+
+def train_step(
+    state: TrainState, batch: Batch, *, config: Config
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimiser step on a global batch, skipped if its loss or gradient is not fit to follow.
+
+    Returns:
+      The next state, and metrics as float32 scalars: `loss` (mean cross-entropy per weighted token,
+      in nats), `objective` (loss plus z-loss), `grad_norm` (before clipping), `learning_rate`,
+      `tokens` (sum of the weights), `skipped` (steps so far) and `skipped_in_row`; with
+      `train.norm_stats` also `grad_norm/GROUP` and `update_norm/GROUP` of each group of weights.
+    """
+    train, skips = config.train, state.skips
+    key = _dropout_key(config, state.step) if config.lora.rank and config.lora.dropout else None
+    means, grads = _gradients(state.params, batch, config, state.frozen, key)
+    objective, loss, tokens = means
+    grad_norm = optax.tree.norm(grads)
+    reasons = judge(skips, objective, grads, grad_norm, train.spike_factor)
+    optimizer = make_optimizer(config.optim, train.steps)
+    skip = reasons != 0
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, skip=skip)
+    # Selected here and not by the caller, so that it is part of AdamW's one pass over the state.
+    params = choose(skip, state.params, optax.apply_updates(state.params, updates))
+    after = count(skips, reasons, state.step, objective, grad_norm)
+    metrics = {
+        "loss": loss,
+        "objective": objective,
+        "grad_norm": grad_norm,
+        # Of the update that is made: the schedule counts updates, not batches.
+        "learning_rate": make_schedule(config.optim, train.steps)(state.step - skips.total),
+        "tokens": tokens,
+        "skipped": after.total.astype(jnp.float32),
+        "skipped_in_row": after.in_row.astype(jnp.float32),
+    }
+    if train.norm_stats:
+        moved = choose(skip, jax.tree.map(jnp.zeros_like, updates), updates)
+        for kind, tree in (("grad_norm", grads), ("update_norm", moved)):
+            metrics |= {f"{kind}/{name}": norm for name, norm in group_norms(tree).items()}
+    return TrainState(state.step + 1, params, opt_state, after, state.frozen), metrics
+
+
+def eval_step(params: Any, batch: Batch, *, config: Config) -> tuple[jax.Array, jax.Array]:
+    """Summed cross-entropy and summed weight of a batch; sum both over batches, then divide.
+
+    `params` are what `model_weights` gives.
+    """
+    _, entropy, weight = _loss_sums(params, batch, config)
+    return entropy, weight
+
+
+@struct.dataclass
+class CompiledStep:
+    """Jitted `init_state`, `train_step` and `eval_step` for one config on one mesh.
+
+    Attributes:
+      state_shardings: where each array of the `TrainState` lives.
+      batch_sharding: where a batch lives.
+      init: key -> TrainState without a base; the state never exists unsharded.
+      train: (state, batch) -> (state, metrics); the given state is donated.
+      evaluate: (params, batch) -> (summed loss, summed weight).
+    """
+
+    state_shardings: Any
+    batch_sharding: Any
+    init: Any
+    train: Any
+    evaluate: Any
+
+
+def abstract_state(config: Config) -> TrainState:
+    """Shapes and dtypes of the state as it is saved, without a base; allocates nothing."""
+    return jax.eval_shape(lambda key: init_state(config, key), jax.random.key(0))
+
+
+def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the global batches that `data.loader` makes of the config's data."""
+    dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    if config.data.packing == "best_fit" and config.data.source != "synthetic":
+        dtypes |= {"segment_ids": jnp.int32, "positions": jnp.int32}
+    shape = (config.train.global_batch, config.train.seq_len)
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+
+
+def state_shardings(state: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """Shardings for a whole `TrainState`: moments lie with their parameters, counters everywhere.
+
+    Args:
+      state: abstract `TrainState` (from `jax.eval_shape`).
+      optimizer: the optimiser that made `state.opt_state`.
+      mesh: the mesh.
+
+    Raises:
+      UserError: as `param_specs`.
+    """
+    specs = param_specs(state.params, mesh)
+    opt_specs = optax.tree.map_params(
+        optimizer,
+        lambda _, spec: spec,
+        state.opt_state,
+        specs,
+        transform_non_params=lambda _: jax.P(),
+    )
+    skips = jax.tree.map(lambda _: jax.P(), state.skips)
+    return bind(state.replace(step=jax.P(), params=specs, opt_state=opt_specs, skips=skips), mesh)
+
+
+def jit_step(config: Config, mesh: Mesh) -> CompiledStep:
+    """Binds the pure functions to a mesh; call inside `jax.set_mesh(mesh)`.
+
+    Raises:
+      UserError: a parameter does not divide over the mesh.
+    """
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    saved = state_shardings(abstract_state(config), optimizer, mesh)
+    frozen = abstract_frozen(config)
+    states = saved.replace(frozen=None if frozen is None else param_shardings(frozen, mesh))
+    batch = batch_sharding(mesh)
+    replicated = jax.sharding.NamedSharding(mesh, jax.P())
+    return CompiledStep(
+        state_shardings=states,
+        batch_sharding=batch,
+        init=jax.jit(functools.partial(init_state, config), out_shardings=saved),
+        train=jax.jit(
+            functools.partial(train_step, config=config),
+            in_shardings=(states, batch),
+            out_shardings=(states, replicated),
+            donate_argnums=0,
+        ),
+        evaluate=jax.jit(
+            functools.partial(eval_step, config=config),
+            in_shardings=(model_weights(states, config), batch),
+            out_shardings=replicated,
+        ),
+    )
