@@ -1,1 +1,16 @@
-"""From raw text to batches: sources -> tokenizer -> shards -> loader. Knows no model."""
+"""Raw text to batches.
+
+  __main__.py         the command: shows prepared data
+  sources/            files of strangers to documents
+  prepare/            documents to token shards
+  shards/             the format of token shards
+  show/               looks at prepared data
+  training_data.py    from a config to opened batches
+  vocabulary_size.py  how many ids a trained tokenizer gets, and whether they fit the model
+  mixture.py          exact shares of several sources
+  batches.py          which sequence is in which row of which step
+  streaming.py        the same without shards
+  loader.py           batches to devices, through tf.data
+
+Rule: knows no model and no checkpoint.
+"""

@@ -1,1 +1,21 @@
-"""A room."""
+"""The LLaMA as pure functions.
+
+  llama.py             norm, attention, SwiGLU, block, decoder; the legend of dimensions
+  linear.py            products of activations and weights, with their adapters; gated SiLU
+  rope.py              rotary position embeddings, and how they are stretched
+  attention.py         one function over the backends
+  attention_xla.py     blocks of queries and keys in plain XLA
+  attention_splash.py  the splash kernel of TPUs
+  attention_cudnn.py   cuDNN's kernel
+  attention_triton.py  a Triton kernel
+  context_parallel.py  attention over a sequence that is divided over devices
+  fusion.py            a border that keeps XLA from merging a gradient into its consumers
+  loss.py              cross-entropy in chunks, without all logits at once
+  initializers.py      random numbers, the same bits on every mesh
+  weights.py           what a run trains, and what it keeps frozen
+  lora.py              adapters above a frozen base
+  nf4.py               the 4-bit format of QLoRA
+  cost.py              parameters and FLOPs by arithmetic
+
+Rule: no files, no clock; devices only by the names of dimensions.
+"""

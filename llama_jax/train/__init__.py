@@ -1,1 +1,17 @@
-"""A room."""
+"""A run.
+
+  __main__.py   the command
+  run.py        one run from a config to the last state
+  start.py      where it begins: the newest checkpoint, given weights or random ones
+  resume.py     whether it may go on here
+  overview.py   what it says before it begins
+  loop.py       evaluate, save, next batch, step, log: the order is a contract
+  step.py       one step of the optimiser, as a pure function, and its binding to a mesh
+  optimizer.py  AdamW, schedule, weight decay
+  bad_steps.py  which updates are skipped, on the device
+  rewind.py     back to an older checkpoint, on the host
+  instruments/  measures and watches a run
+
+Rule: the only room where devices, clock, disk and processes meet. `plan` imports step and
+optimizer; nothing else imports this room.
+"""
