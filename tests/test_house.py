@@ -38,102 +38,7 @@ COMMANDS = ("prepare", "generate", "evaluate", "convert")
 # Above all rooms: what commands share.
 ABOVE = ("cli",)
 MOST_ENTRIES = 20
-OPTIONAL = ("harness",)  # the other side of a library that may not be there
-
-# What is not so yet; each change that moves or unties something strikes it here.
-UNSORTED = [
-    "advice",
-    "agreement",
-    "ahead",
-    "attention",
-    "blocked_attention",
-    "calibration",
-    "candidates",
-    "chat",
-    "checkpointer",
-    "chips",
-    "compiles",
-    "config_file",
-    "config_flags",
-    "config_names",
-    "context_parallel",
-    "continuation",
-    "converse",
-    "decode",
-    "describe",
-    "estimate",
-    "fingerprint",
-    "frozen",
-    "fusion",
-    "goodput",
-    "guards",
-    "harness",
-    "hlo",
-    "hlo_cost",
-    "inference",
-    "init_from",
-    "interrupts",
-    "linear",
-    "loop",
-    "lora",
-    "lora_config",
-    "loss",
-    "manifest",
-    "mesh",
-    "metrics",
-    "model_config",
-    "network",
-    "nf4",
-    "optim",
-    "paths",
-    "perplexity",
-    "predict",
-    "processes",
-    "profiler",
-    "prompts",
-    "restorer",
-    "retention",
-    "rope",
-    "scheduled",
-    "scoring",
-    "search",
-    "sharding",
-    "signals",
-    "skip_watch",
-    "skips",
-    "splash_attention",
-    "step",
-    "topology",
-    "tpu_here",
-    "triton_attention",
-    "watchdog",
-    "xla_flags",
-]
-UNSORTED_IN_DATA = [
-    "data.answers",
-    "data.chat_template",
-    "data.children",
-    "data.hard_texts",
-    "data.jinja_process",
-    "data.renderer",
-    "data.templates",
-    "data.tiktoken_ranks",
-    "data.tokenizer",
-    "data.tokenizer_files",
-    "data.tokenizer_json",
-    "data.tokenizer_parts",
-    "data.tokenizer_process",
-    "data.vocabularies",
-]
-UNSORTED_ROOMS = ["checkpoint", "cli", "model", "plan", "train"]  # files with the names of rooms
-# Imports that close circles.
-CIRCLES = [
-    ("data.tokenizer", "checkpoint"),
-    ("data.tokenizer", "data.tokenizer_files"),
-    ("plan", "search"),
-]
-IMPORTED_COMMANDS = [("inference", "convert"), ("init_from", "convert")]
-WITHOUT_MAP = ["data", "interchange"]
+OPTIONAL = ("inference.harness",)  # the other side of a library that may not be there
 
 
 @functools.cache
@@ -173,10 +78,6 @@ def room_of(module: str) -> str:
     return module.split(".")[0]
 
 
-def is_sorted(module: str) -> bool:
-    return module not in [*UNSORTED, *UNSORTED_ROOMS, *UNSORTED_IN_DATA]
-
-
 def is_command(module: str) -> bool:
     return module in COMMANDS or module.endswith("__main__")
 
@@ -197,8 +98,7 @@ def test_rooms_import_only_rooms_below():
         f"{module} imports {other}"
         for module, others in imports().items()
         for other in sorted(others)
-        if module and other and is_sorted(module) and is_sorted(other)
-        if not may_import(module, other)
+        if module and other and not may_import(module, other)
     ]
     assert not wrong
 
@@ -208,30 +108,25 @@ def test_nobody_imports_a_command():
         f"{module} imports {other}"
         for module, others in imports().items()
         for other in others
-        if is_command(other) and (module, other) not in IMPORTED_COMMANDS
+        if is_command(other)
     ]
     assert not wrong
 
 
 def test_there_is_no_circle():
-    left = {name: set(others) for name, others in imports().items()}
-    for module, other in CIRCLES:
-        left[module].remove(other)
-    list(graphlib.TopologicalSorter(left).static_order())  # raises CycleError, with its names
+    list(graphlib.TopologicalSorter(imports()).static_order())  # raises CycleError, with its names
 
 
 def test_the_top_is_read_at_one_glance():
     entries = {path.stem for path in PACKAGE.iterdir() if path.name != "__pycache__"}
-    entries -= {*UNSORTED}
-    known = {"__init__", *GROUND, *COMMANDS, *ABOVE, *BELOW}
-    assert entries <= known
-    assert len(known) <= MOST_ENTRIES
+    assert entries == {"__init__", *GROUND, *COMMANDS, *ABOVE, *BELOW}
+    assert len(entries) <= MOST_ENTRIES
 
 
 ROOMS = [name for name, file in modules().items() if name and file.stem == "__init__"]
 
 
-@pytest.mark.parametrize("room", [name for name in ROOMS if name not in WITHOUT_MAP])
+@pytest.mark.parametrize("room", ROOMS)
 def test_a_room_begins_with_its_map(room):
     """Its docstring names each file, and that is all there is: it imports nothing."""
     file = modules()[room]
