@@ -9,7 +9,7 @@ Batch: 2,048 sequences x 2,048 tokens = 4,194,304 tokens a step, 238,419 steps =
 Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 194 GiB in all,
 divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
 Expect: the paper took 135,168 A100-80GB hours, 2,055 tokens/s/GPU by its own figures.
-Fits, as the compilers of these machines say (tests/plans.py checks it):
+Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/13b.py --topology=v5p-256 \\
       --config.model.remat=save:q,k,v,attn_context,attn_out,mlp_gate,mlp_up \\
       --config.train.grad_accum=2

@@ -9,7 +9,7 @@ Batch: 2,048 sequences x 2,048 tokens = 4,194,304 tokens a step, 333,786 steps =
 Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 485 GiB in all,
 divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
 Expect: the paper took 530,432 A100-80GB hours, 733 tokens/s/GPU by its own figures.
-Fits, as the compilers of these machines say (tests/plans.py checks it):
+Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/33b.py --topology=v5p-512 --config.mesh.data=4 \\
       --config.model.remat=save:q,k,v,attn_context,attn_out,mlp_gate,mlp_up \\
       --config.train.grad_accum=2

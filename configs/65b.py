@@ -9,7 +9,7 @@ Batch: 2,048 sequences x 2,048 tokens = 4,194,304 tokens a step, 333,786 steps =
 Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 973 GiB in all,
 divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
 Expect: the paper took 1,022,362 A100-80GB hours, 380 tokens/s/GPU by its own figures.
-Fits, as the compilers of these machines say (tests/plans.py checks it):
+Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/65b.py --topology=v5p-1024 \\
       --config.model.remat=save:mlp_gate,mlp_up,attn_out,q
     88.8 of 95.7 GiB a chip; predicted 9.93 s a step, 825 tokens/s/chip,

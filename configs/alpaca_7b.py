@@ -9,7 +9,7 @@ betas 0.9 and 0.999 and no decay, peak rate 2e-5, warm-up over 3% and cosine to 
 Ours are the 40 packed sequences, for 128 padded records, which are taken to be of 160 tokens each:
 look at what `prepare` says of your data and at the epochs in the log. It needs 8 GPUs of 80 GB or
 less; `lora` in docs/lora.md needs one.
-Fits, as the compilers of these machines say (tests/plans.py checks it):
+Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/alpaca_7b.py --topology=v5p-16
     15.5 of 95.7 GiB a chip; predicted 0.76 s a step, 3,390 tokens/s/chip,
     MFU 29.9% (6N), 0.26 hours, 2.04 chip hours.

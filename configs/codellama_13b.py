@@ -11,7 +11,7 @@ Recipe: the tokens are the paper's, which continues LLaMA-2 at 4,096 tokens and 
 16,384; here it is one stage at 16,384, whose batch, peak rate and schedule are ours.
 16 ids more than LLaMA-2: the infilling tokens (prefix, middle, suffix, end).
 The Python variant of 13B has the 32,000 ids of LLaMA-2: --config.model.vocab_size=32_000.
-Fits, as the compilers of these machines say (tests/plans.py checks it):
+Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/codellama_13b.py --topology=v5p-256 \\
       --config.model.remat=save:q,k,v,attn_context,attn_out,mlp_gate,mlp_up \\
       --config.train.grad_accum=2

@@ -10,7 +10,7 @@ divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
 Recipe: the tokens are the paper's, which continues LLaMA-2 at 4,096 tokens and then fine-tunes at
 16,384; here it is one stage at 16,384, whose batch, peak rate and schedule are ours.
 No infilling at this size, so the vocabulary stays at 32,000.
-Fits, as the compilers of these machines say (tests/plans.py checks it):
+Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/codellama_34b.py --topology=v5p-512 \\
       --config.model.remat=save:mlp_up,attn_out,q
     75.5 of 95.7 GiB a chip; predicted 15.13 s a step, 1,083 tokens/s/chip,

@@ -10,7 +10,7 @@ divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
 Recipe: the tokens are the paper's, which continues LLaMA-2 at 4,096 tokens and then fine-tunes at
 16,384; here it is one stage at 16,384, whose batch, peak rate and schedule are ours.
 Python and Instruct of 70B were released at theta 1e4 and 4,096 tokens.
-Fits, as the compilers of these machines say (tests/plans.py checks it):
+Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/codellama_70b.py --topology=v5p-512 \\
       --config.model.remat=save:attn_out,q
     72.2 of 95.7 GiB a chip; predicted 30.00 s a step, 546 tokens/s/chip,

@@ -7,7 +7,7 @@ Batch: 16 sequences x 512 tokens = 8,192 tokens a step, 1,875 steps.
 Recipe of arXiv:2305.14314 (appendix B): as guanaco_7b_qlora.py, but the rate is 1e-4 and the
 dropout 0.05. Ours is the rank, 16 for 64: adapters, gradients and moments are float32 on the
 device, 12 GiB at rank 64, for which the paper pages moments to the host. Alpha stays 16.
-Fits, as the compilers of these machines say (tests/plans.py checks it):
+Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/guanaco_65b_qlora.py --topology=v5e:4x4 \\
       --config.train.grad_accum=1
     6.7 of 15.8 GiB a chip; predicted 12.32 s a step, 42 tokens/s/chip,

@@ -8,7 +8,7 @@ Recipe of arXiv:2305.14314 (appendix B): NF4 with double quantisation, adapters 
 16 with dropout 0.1 on all matrices, constant rate 2e-4, beta2 0.999, clipping at 0.3, 16 records a
 step. Ours are packed sequences, for padded records of as many tokens at most, and the template: the
 paper's "### Human" and "### Assistant" is a Jinja file of three lines, should you want it.
-Fits, as the compilers of these machines say (tests/plans.py checks it):
+Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/guanaco_7b_qlora.py --topology=v5e:2x2
     4.0 of 15.8 GiB a chip; predicted 2.44 s a step, 838 tokens/s/chip,
     MFU 11.5% (4N), 1.27 hours, 5.09 chip hours.

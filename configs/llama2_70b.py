@@ -10,7 +10,7 @@ divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
 Recipe, all of the paper (section 2.2, table 1): tokens, batch, peak rate, AdamW with betas 0.9 and
 0.95 and eps 1e-5, 2,000 warm-up steps, cosine to a tenth, decay 0.1, clipping at 1.0. Its mixture
 of data is not published.
-Fits, as the compilers of these machines say (tests/plans.py checks it):
+Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/llama2_70b.py --topology=v5p-1024 \\
       --config.model.remat=save:mlp_up,attn_out,q
     70.8 of 95.7 GiB a chip; predicted 11.22 s a step, 730 tokens/s/chip,

@@ -10,7 +10,7 @@ divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
 Recipe, all of the paper (section 2.2, table 1): tokens, batch, peak rate, AdamW with betas 0.9 and
 0.95 and eps 1e-5, 2,000 warm-up steps, cosine to a tenth, decay 0.1, clipping at 1.0. Its mixture
 of data is not published.
-Fits, as the compilers of these machines say (tests/plans.py checks it):
+Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/llama2_7b.py --topology=v5p-128 \\
       --config.model.remat=save:q,k,v,attn_context,attn_out,mlp_gate,mlp_up \\
       --config.train.grad_accum=4

@@ -10,7 +10,7 @@ divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
 Recipe: the stage that stretches the context to 128K, with 0.8T tokens (section 3.4.2 of the paper,
 which does so in six steps; here it is one). The peak rate is that of its table 3, which is of the
 whole training. Not published for this stage, and ours: batch, rate, betas, decay, clipping.
-Fits, as the compilers of these machines say (tests/plans.py checks it):
+Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/llama3_1_8b.py --topology=v5p-128 \\
       --config.model.remat=save:q,k,v,attn_context --config.mesh.context=2
     70.7 of 95.7 GiB a chip; predicted 55.38 s a step, 1,183 tokens/s/chip,

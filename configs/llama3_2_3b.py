@@ -10,7 +10,7 @@ divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
 Recipe: ours, in the form of Llama 3.1's stage that stretches the context to 128K, with 0.8T tokens.
 None is published: the released weights were pruned from a larger model and distilled.
 The embedding is the output matrix too; wavelengths are stretched 32 times.
-Fits, as the compilers of these machines say (tests/plans.py checks it):
+Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/llama3_2_3b.py --topology=v5p-128 \\
       --config.model.remat=save:q,k,v,attn_context --config.mesh.context=2
     47.7 of 95.7 GiB a chip; predicted 34.06 s a step, 1,924 tokens/s/chip,

@@ -11,7 +11,7 @@ Recipe: the peak rate is that of the paper, table 3, and 15T tokens are its roun
 published for this size, and LLaMA's here: batch, warm-up, final rate, betas, decay, clipping. For
 405B the paper has 8,000 warm-up steps, a cosine to 1% of the peak, and a batch that grows from 4M
 to 16M tokens. Its mixture of data is given by kinds only.
-Fits, as the compilers of these machines say (tests/plans.py checks it):
+Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/llama3_70b.py --topology=v5p-1024 \\
       --config.model.remat=save:mlp_up,attn_out,q
     73.3 of 95.7 GiB a chip; predicted 12.57 s a step, 651 tokens/s/chip,

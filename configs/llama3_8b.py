@@ -11,7 +11,7 @@ Recipe: the peak rate is that of the paper, table 3, and 15T tokens are its roun
 published for this size, and LLaMA's here: batch, warm-up, final rate, betas, decay, clipping. For
 405B the paper has 8,000 warm-up steps, a cosine to 1% of the peak, and a batch that grows from 4M
 to 16M tokens. Its mixture of data is given by kinds only.
-Fits, as the compilers of these machines say (tests/plans.py checks it):
+Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/llama3_8b.py --topology=v5p-128 \\
       --config.model.remat=save:q,k,v,attn_context,attn_out,mlp_gate,mlp_up \\
       --config.train.grad_accum=4

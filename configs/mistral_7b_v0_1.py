@@ -9,7 +9,7 @@ Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 
 divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
 Recipe: the paper gives none; tokens, batch and peak rate are ours.
 Attention sees 4,096 tokens back.
-Fits, as the compilers of these machines say (tests/plans.py checks it):
+Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/mistral_7b_v0_1.py --topology=v5p-128 \\
       --config.model.remat=save:q,k,v,attn_context,mlp_up --config.train.grad_accum=2
     63.6 of 95.7 GiB a chip; predicted 20.32 s a step, 3,224 tokens/s/chip,

@@ -4,7 +4,7 @@
 
 Batch: 8 sequences x 256 tokens = 2,048 tokens a step, 850 steps = 1.7M tokens.
 Expect: under 9 minutes on two CPU cores, and a validation loss of about 3.8 nats per token.
-Fits, as the compilers of these machines say (tests/plans.py checks it):
+Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/tiny.py --topology=v5e:2x2
     0.0 of 15.8 GiB a chip; predicted 0.00 s a step, 347,394 tokens/s/chip,
     MFU 5.6% (6N), 0 days, 0.0 chip hours.

@@ -5,7 +5,7 @@
 
 Batch: 8 sequences x 256 tokens = 2,048 tokens a step, 300 steps = 0.6M tokens.
 `make quiz` writes the questions, trains, and prints answers before and after (examples/quiz.py).
-Fits, as the compilers of these machines say (tests/plans.py checks it):
+Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/tiny_quiz.py --topology=v5e:2x2
     0.0 of 15.8 GiB a chip; predicted 0.00 s a step, 346,716 tokens/s/chip,
     MFU 5.6% (6N), 0 days, 0.0 chip hours.

@@ -8,7 +8,7 @@ Recipe of github.com/lm-sys/FastChat: 3 epochs of 70,000 conversations, 128 a st
 warm-up over 3% and cosine to 0, no decay; AdamW with betas 0.9 and 0.999, clipping at 1.0. Ours are
 the 80 packed sequences, for 128 padded conversations, which are taken to be of 1,280 tokens each:
 look at what `prepare` says of your data and at the epochs in the log.
-Fits, as the compilers of these machines say (tests/plans.py checks it):
+Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/vicuna_7b.py --topology=v5p-16
     23.2 of 95.7 GiB a chip; predicted 5.35 s a step, 3,827 tokens/s/chip,
     MFU 33.7% (6N), 2.44 hours, 19.5 chip hours.

@@ -19,7 +19,7 @@ from llama_jax.train import run as train_lib
 from llama_jax.train.resume import check_checkpoint, check_workdir
 from llama_jax.train.step import abstract_state
 from tests.helpers import TINY, field_names, replace, restored_state, text_config, with_adapters
-from tests.test_train import STEP_FIELDS
+from tests.train.test_run import STEP_FIELDS
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 

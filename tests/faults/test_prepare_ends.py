@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from llama_jax.data.prepare.job import prepare
+from tests.data.prepare.test_job import assert_same_folder, quiet
 from tests.helpers import ROOT, TINY_FLAGS, text_config, until, write_corpus
-from tests.test_prepare import assert_same_folder, quiet
 
 SLOW = "tests.faults.slow_prepare"
 

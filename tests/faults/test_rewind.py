@@ -19,7 +19,7 @@ from llama_jax.train.bad_steps import LOSS
 from llama_jax.train.step import TrainState
 from tests.faults import test_hosts
 from tests.helpers import flip_bit, records, replace, shared_step, text_config
-from tests.test_train import stop_after
+from tests.train.test_run import stop_after
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
