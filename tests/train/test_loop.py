@@ -66,7 +66,7 @@ def test_the_loop_waits_for_nothing_but_the_previous_step(log_every):
     events = []
 
     def outputs(step):
-        skips = types.SimpleNamespace(in_row=Output(events, step))
+        skips = types.SimpleNamespace(in_row=Output(events, step), to_dict=dict)
         return TrainState(*(Output(events, step) for _ in range(3)), skips)
 
     def dispatch(state, batch):
@@ -241,7 +241,7 @@ def timed_run(monkeypatch, config, inline, start=0, compiles_at=()):
             if dispatched in compiles_at:
                 jax.jit(lambda x: x + dispatched)(device_zero)  # a program that is new
         number = device.step()
-        state = TrainState(number, number, number, types.SimpleNamespace(in_row=number))
+        state = TrainState(number, number, number, types.SimpleNamespace(in_row=number, to_dict=dict))
         return state, {"loss": number}
 
     def save(state, meta):
@@ -266,7 +266,7 @@ def timed_run(monkeypatch, config, inline, start=0, compiles_at=()):
     log = metrics.Metrics([Recorder()], metrics.Speed(config, DEVICES, 1e9))
     run.start, run.push, run.flush, run.write = log.start, log.push, log.flush, log.write
     zero = np.int32(start)
-    run.run(TrainState(zero, zero, zero, types.SimpleNamespace(in_row=zero)))
+    run.run(TrainState(zero, zero, zero, types.SimpleNamespace(in_row=zero, to_dict=dict)))
     log.close()
     return found, times[-1]
 
