@@ -29,7 +29,7 @@ from llama_jax.checkpoint.fingerprint import fingerprint
 from llama_jax.checkpoint.saved_step import Meta
 from llama_jax.cli import command
 from llama_jax.data.batches import SyntheticBatches
-from llama_jax.data.loader import stream
+from llama_jax.data.loader import device_batches
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.train.step import jit_step
 
@@ -70,7 +70,7 @@ def main() -> None:
         state = compiled.init(jax.random.key(0))
         shape = (train.global_batch, train.seq_len)
         count = every * 2 * pairs + 2 * _WARMUP
-        batches = stream(source, 0, count, compiled.batch_sharding, *shape)
+        batches = device_batches(source, 0, count, compiled.batch_sharding, *shape)
         saver = Checkpointer(folder, config)
         blocked: list[float] = []
 
@@ -101,7 +101,7 @@ def main() -> None:
         newest = epath.Path(saver.folder(saver.latest_step() or 0))
         files = [path for path in pathlib.Path(newest).rglob("*") if path.is_file()]
         on_disk = sum(path.stat().st_size for path in files)
-        hashing = min(seconds(lambda: manifest.damage(newest)) for _ in range(3))
+        hashing = min(seconds(lambda: manifest.first_damage(newest)) for _ in range(3))
         saver.close()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     plain = [without[0] for without, _ in times]

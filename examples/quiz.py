@@ -22,7 +22,7 @@ from llama_jax.cli import command as command_lib
 from llama_jax.data.sources.conversations import messages_of
 from llama_jax.inference.chat import open_template
 from llama_jax.inference.decode import Sampling
-from llama_jax.inference.generation import additions
+from llama_jax.inference.generation import new_texts
 from llama_jax.inference.loaded_model import InferenceModel, open_model
 from llama_jax.text.chat_template import ChatTemplate
 
@@ -102,8 +102,8 @@ def answers(model: InferenceModel, template: ChatTemplate, asked: list[Question]
     texts = [""] * len(asked)
     with jax.set_mesh(model.mesh):
         sampling = Sampling(max_tokens=16, temperature=0.0)
-        for addition in additions(model, ids, sampling, chunk=16):
-            texts[addition.row] += addition.text
+        for piece in new_texts(model, ids, sampling, chunk=16):
+            texts[piece.row] += piece.text
     return [text.strip() for text in texts]
 
 

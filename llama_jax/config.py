@@ -742,7 +742,7 @@ def _require_same_names(what: str, prefix: str, given: set[str], known: set[str]
     require(given >= known, f"missing {what}: {', '.join(sorted(known - given))}")
 
 
-def difference(left: Config, right: Config) -> dict[str, tuple[Any, Any]]:
+def changed_fields(left: Config, right: Config) -> dict[str, tuple[Any, Any]]:
     """Fields in which two configs differ: dotted name -> (left value, right value)."""
     found = {}
     for group, values in dataclasses.asdict(left).items():

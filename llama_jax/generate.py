@@ -29,9 +29,9 @@ from absl import flags
 
 from llama_jax.cli import command as command_lib
 from llama_jax.errors import UserError
-from llama_jax.inference.chat import Conversation, converse, ending_turns, open_template
+from llama_jax.inference.chat import Conversation, converse, open_template, with_turn_ends
 from llama_jax.inference.decode import Sampling, check_prompts
-from llama_jax.inference.generation import Addition, Stopwatch, additions, show_in_order
+from llama_jax.inference.generation import NewText, Stopwatch, new_texts, show_in_order
 from llama_jax.inference.loaded_model import InferenceModel, open_model
 from llama_jax.inference.prompts import Request, read_messages, read_prompts
 from llama_jax.text.chat_template import DEFAULT
@@ -104,7 +104,7 @@ def main() -> None:
     model = open_model(_CHECKPOINT.value, _MESH.value, _BASE.value)
     if _CHAT.value or _MESSAGES.value or _CHAT_TEMPLATE.value:
         template = open_template(model, _CHAT_TEMPLATE.value or DEFAULT)
-        model = ending_turns(model, template)
+        model = with_turn_ends(model, template)
     if _CHAT.value:
         conversation = Conversation(
             model, template, sampling, system=_SYSTEM.value, special=_SPECIAL.value
@@ -155,7 +155,7 @@ def _batch(
     ids: list[list[int]],
     sampling: Sampling,
     first: int | None,
-) -> Iterator[Addition]:
+) -> Iterator[NewText]:
     """Continues one batch, and writes it; passes on what came."""
     if not _JSON.value:
 
@@ -164,11 +164,11 @@ def _batch(
 
         # Of an answer, what it answers is not the beginning.
         shown = ["" if _CHAT_TEMPLATE.value else request.prompt for request in requests]
-        found = additions(model, ids, sampling, chunk=1)
+        found = new_texts(model, ids, sampling, chunk=1)
         yield from show_in_order(shown, found, write, first)
         return
     texts, counts = [""] * len(requests), [0] * len(requests)
-    for addition in additions(model, ids, sampling, chunk=UNWATCHED):
+    for addition in new_texts(model, ids, sampling, chunk=UNWATCHED):
         texts[addition.row] += addition.text
         counts[addition.row] += addition.tokens
         yield addition

@@ -196,14 +196,14 @@ def random_adapters(config, seed=1):
 
 def frozen_base(config, params):
     """Parameters in NumPy as the base below adapters."""
-    from llama_jax.model.lora import freeze
+    from llama_jax.model.lora import to_frozen
 
     def leaf(path, x):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if not name.startswith("layers/"):
-            return freeze(name, x, config.lora)
+            return to_frozen(name, x, config.lora)
         return jax.tree.map(
-            lambda *layers: np.stack(layers), *(freeze(name, one, config.lora) for one in x)
+            lambda *layers: np.stack(layers), *(to_frozen(name, one, config.lora) for one in x)
         )
 
     return jax.tree.map_with_path(leaf, params)

@@ -15,7 +15,7 @@ from llama_jax.config import (
     Config,
     LoraConfig,
     ModelConfig,
-    difference,
+    changed_fields,
     field_types,
     from_config_dict,
     from_json,
@@ -406,13 +406,13 @@ def test_head_size_must_be_even():
 
 def test_difference_names_what_changed():
     other = replace(TINY, optim__peak_lr=0.5, train__seed=7, init_from="hf:there")
-    found = difference(TINY, other)
+    found = changed_fields(TINY, other)
     assert found == {
         "optim.peak_lr": (1e-2, 0.5),
         "train.seed": (0, 7),
         "init_from": ("", "hf:there"),
     }
-    assert difference(TINY, dataclasses.replace(TINY)) == {}
+    assert changed_fields(TINY, dataclasses.replace(TINY)) == {}
 
 
 def test_the_fields_are_those_of_the_config():

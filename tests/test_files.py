@@ -156,7 +156,7 @@ def test_files_of_a_user_without_a_name(tmp_path, corpus, monkeypatch):
     (tmp_path / "step" / "meta").mkdir(parents=True)
     (tmp_path / "step" / "meta" / "metadata").write_text("{}")
     manifest.write(epath.Path(tmp_path / "step"))
-    assert manifest.damage(epath.Path(tmp_path / "step")) == ""
+    assert manifest.first_damage(epath.Path(tmp_path / "step")) == ""
     prepare(text_config(corpus, data__workers=1), tmp_path / "shards")
     assert len(TokenDataset.open(epath.Path(tmp_path / "shards"), "train").tokens(0, 10)) == 10
 

@@ -126,7 +126,7 @@ class Checkpointer:
         for step in self._steps(fits):
             if step in self._damaged:
                 continue
-            reason = agreed(manifest.damage(self.folder(step), mine))
+            reason = agreed(manifest.first_damage(self.folder(step), mine))
             if reason:
                 self._damaged[step] = reason
                 continue
@@ -272,7 +272,7 @@ class Checkpointer:
         """
         if jax.process_index() > 0:
             return
-        described = {**manifest.described(self.folder(step)), "eval_loss": eval_loss}
+        described = {**manifest.read_description(self.folder(step)), "eval_loss": eval_loss}
         try:
             manifest.amend(self.folder(step), "meta/metadata", json.dumps(described).encode())
         except OSError as error:  # the next start tries again

@@ -128,6 +128,6 @@ def _own_mesh() -> Mesh:
     return Mesh(np.array([device]), ("own",), axis_types=(AxisType.Auto,))
 
 
-def difference(saved: Mapping[str, int], found: dict[str, int]) -> list[str]:
+def changed_arrays(saved: Mapping[str, int], found: dict[str, int]) -> list[str]:
     """Names of the arrays of `found` whose fingerprint is not the saved one, or was not saved."""
     return [name for name, value in found.items() if saved.get(name) != value]

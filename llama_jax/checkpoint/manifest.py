@@ -2,7 +2,7 @@
 
 It is written when all else in the folder is, and before the folder gets its final name; hashing
 reads the files once, in threads. What it costs for 65B (780 GB of weights and moments) is reading
-them: on several processes each checks its share, see `damage`.
+them: on several processes each checks its share, see `first_damage`.
 """
 
 import concurrent.futures
@@ -102,7 +102,7 @@ def _replace(path: epath.Path, data: bytes) -> None:
     temporary.replace(path)
 
 
-def described(folder: epath.Path, item: str = "meta") -> dict[str, Any]:
+def read_description(folder: epath.Path, item: str = "meta") -> dict[str, Any]:
     """What a step says about itself, or another item in JSON, read without orbax.
 
     Orbax lets all processes wait for each other there, and one alone may want to know.
@@ -113,7 +113,7 @@ def described(folder: epath.Path, item: str = "meta") -> dict[str, Any]:
     return read_json(folder / item / "metadata")
 
 
-def damage(
+def first_damage(
     folder: epath.Path,
     part: tuple[int, int] = (0, 1),
     quick: bool = False,

@@ -63,7 +63,7 @@ def _is_file(entry: epath.Path) -> bool:
 def _described(directory: epath.Path, step: int, name: str) -> Any:
     """What a step says about itself; None where it cannot."""
     try:
-        return manifest.described(directory / str(step))[name]
+        return manifest.read_description(directory / str(step))[name]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

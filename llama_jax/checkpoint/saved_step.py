@@ -20,7 +20,7 @@ from etils import epath
 
 import llama_jax
 from llama_jax.checkpoint import manifest
-from llama_jax.checkpoint.fingerprint import difference, fingerprint
+from llama_jax.checkpoint.fingerprint import changed_arrays, fingerprint
 from llama_jax.checkpoint.retention import files_named_like_steps, saved_steps
 from llama_jax.config import Config, from_json
 from llama_jax.errors import UserError, boundary, first_line, require, typed
@@ -131,7 +131,7 @@ def restore_items(folder: epath.Path, targets: Items) -> Items:
     read = functools.partial(_restore_item, folder)
     found = {name: _read_by_all(read, name, target) for name, target in targets.items()}
     saved = _read_by_all(saved_fingerprint, folder)
-    refuse_changed(folder, difference(saved, fingerprints(found)))
+    raise_if_changed(folder, changed_arrays(saved, fingerprints(found)))
     return found
 
 
@@ -162,7 +162,7 @@ def _restore_item(folder: epath.Path, name: str, target: Any) -> Any:
                 (folder / name).absolute(), args=ocp.args.StandardRestore(target)
             )
         except Exception as error:  # orbax raises a bare one, or finds no arrays
-            reason = manifest.damage(folder, items=[name])
+            reason = manifest.first_damage(folder, items=[name])
             if isinstance(error, UserError) and not reason:
                 raise
             reason = reason or first_line(error.__cause__ or error)
@@ -177,12 +177,12 @@ def saved_fingerprint(folder: epath.Path) -> dict[str, int]:
     """
     try:
         with boundary(f"{folder}/meta"):
-            return manifest.described(folder)["fingerprint"]
+            return manifest.read_description(folder)["fingerprint"]
     except UserError as error:
         raise DamagedCheckpoint(str(error)) from error
 
 
-def refuse_changed(folder: epath.Path, changed: list[str]) -> None:
+def raise_if_changed(folder: epath.Path, changed: list[str]) -> None:
     """Raises `DamagedCheckpoint` if arrays are not those that a step's fingerprints are of.
 
     Args:
@@ -234,7 +234,7 @@ def find_step(checkpoint: epath.PathLike, *, pass_over: bool = True) -> epath.Pa
     if (path / "params").exists():
         # Orbax, which may read it, has many lines for what is broken in a small file.
         items = ("params", *manifest.DESCRIPTION)
-        if reason := manifest.damage(path, quick=True, items=items):
+        if reason := manifest.first_damage(path, quick=True, items=items):
             raise DamagedCheckpoint(f"{path} does not give back what was saved: {reason}")
         return path
     folder = _steps_folder(path)
@@ -242,7 +242,7 @@ def find_step(checkpoint: epath.PathLike, *, pass_over: bool = True) -> epath.Pa
         raise UserError(f"no checkpoint in {path}: it is neither a work directory nor a saved step")
     steps = saved_steps(folder)
     for step in reversed(steps):
-        reason = manifest.damage(folder / str(step), quick=True)
+        reason = manifest.first_damage(folder / str(step), quick=True)
         if not reason:
             return folder / str(step)
         if not pass_over:
@@ -274,9 +274,9 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
     folder = epath.Path(step_folder).absolute()
     if not folder.is_dir():
         raise UserError(f"{folder} is not a readable checkpoint: there is no such folder")
-    _refuse(folder, manifest.damage(folder, items=manifest.DESCRIPTION))
-    meta = manifest.described(folder)
-    tokenizer = manifest.described(folder, "tokenizer")
+    _refuse(folder, manifest.first_damage(folder, items=manifest.DESCRIPTION))
+    meta = manifest.read_description(folder)
+    tokenizer = manifest.read_description(folder, "tokenizer")
     with boundary(f"{folder}/meta"):
         version = meta["format_version"]
         if version != FORMAT_VERSION:
@@ -367,4 +367,4 @@ def check_steps(path: epath.Path) -> Iterator[tuple[epath.Path, str]]:
             raise UserError(f"no checkpoint in {path}: it has no saved step")
         folders = [folder / str(step) for step in steps]
     for folder in folders:
-        yield folder, manifest.damage(folder)
+        yield folder, manifest.first_damage(folder)

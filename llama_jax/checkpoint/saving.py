@@ -21,7 +21,7 @@ from llama_jax.checkpoint.events import Events
 from llama_jax.checkpoint.saved_step import Items, Meta, meta_items
 from llama_jax.errors import first_line
 from llama_jax.files import is_object_store
-from llama_jax.parallel.multihost import Meeting
+from llama_jax.parallel.multihost import Barrier
 
 # What a save may fail with that is not our bug: the disk, the network, another process.
 SAVE_ERRORS = (OSError, ValueError, jax.errors.JaxRuntimeError)
@@ -53,13 +53,13 @@ class BackgroundSaves:
         """
         self._directory, self._limit_s, self._events = directory, limit_s, events
         self._done, self._failed = done, failed
-        self._saves, self._meeting = 0, Meeting("")
+        self._saves, self._barrier = 0, Barrier("")
         options = ocp.AsyncOptions(
             # Orbax's limits follow the wall clock, which may jump (docs/reliability.md): 50 years.
             timeout_secs=50 * 365 * 86_400,
             create_directories_asynchronously=False,
             # Orbax waits here when all is written, and when all is committed.
-            barrier_sync_fn=lambda **_: self._meeting.wait(),
+            barrier_sync_fn=lambda **_: self._barrier.wait(),
         )
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         self._thread: threading.Thread | None = None
@@ -74,7 +74,7 @@ class BackgroundSaves:
     def start(self, items: Items, meta: Meta) -> str:
         """Begins a save; returns why that failed, which the thread handles as well."""
         self._saves += 1
-        self._meeting = Meeting(f"save {self._saves}")
+        self._barrier = Barrier(f"save {self._saves}")
         self._step, self._began = meta.step, time.monotonic()
         description, tokenizer = meta_items(meta)
         arrays = {
@@ -112,12 +112,12 @@ class BackgroundSaves:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 self._complete(step)
-            self._meeting.wait()
+            self._barrier.wait()
         except BaseException as error:
             self._error = error
-            if not self._meeting.failed:  # the others do not know yet
+            if not self._barrier.failed:  # the others do not know yet
                 with contextlib.suppress(*SAVE_ERRORS):
-                    self._meeting.wait(first_line(error))
+                    self._barrier.wait(first_line(error))
             self._failed(step, first_line(error))
             return
         finally:

@@ -31,7 +31,7 @@ def local_rows(sharding: jax.sharding.NamedSharding, global_batch: int, seq_len:
     return range(first, last)
 
 
-def iterate(
+def host_batches(
     source: BatchSource | StreamingBatches, rows: range, start: int, stop: int
 ) -> Iterator[Local]:
     """The batches of the steps start..stop, made ahead by tf.data.
@@ -84,7 +84,7 @@ def iterate(
         raise
 
 
-def stream(
+def device_batches(
     source: BatchSource | StreamingBatches,
     start: int,
     stop: int,
@@ -101,7 +101,7 @@ def stream(
     """
     rows = local_rows(sharding, global_batch, seq_len)
     ahead: dict[str, jax.Array] | None = None
-    for local in iterate(source, rows, start, stop):
+    for local in host_batches(source, rows, start, stop):
         batch = {
             name: jax.make_array_from_process_local_data(sharding, array, (global_batch, seq_len))
             for name, array in local.items()

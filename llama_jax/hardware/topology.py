@@ -213,7 +213,7 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
             "target_config": target_config(chip),
         }
     try:
-        with _environment(variables), captured():
+        with _environment(variables), captured_stderr():
             described = topologies.get_topology_desc(**options)
     except Exception as error:  # JAX and the plugins raise what they like
         reason = first_line(error)
@@ -284,7 +284,7 @@ def node_of(device: jax.Device) -> int:
 
 
 @contextlib.contextmanager
-def captured() -> Iterator[list[str]]:
+def captured_stderr() -> Iterator[list[str]]:
     """Keeps what a C++ library writes to standard error: its lines, when the block has ended."""
     sys.stderr.flush()
     lines: list[str] = []

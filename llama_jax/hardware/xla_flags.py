@@ -294,15 +294,15 @@ class Choice:
         return f"; libtpu warns of its continuation fusion{instead}"
 
 
-def given(flag: str, env: Mapping[str, str] = os.environ) -> str | None:
+def flag_value(flag: str, env: Mapping[str, str] = os.environ) -> str | None:
     """The value that XLA_FLAGS give a flag, `true` where it stands alone; the last one counts."""
     parts = [one.partition("=") for one in env.get("XLA_FLAGS", "").split()]
     return {name: value if sign else "true" for name, sign, value in parts}.get(flag)
 
 
-def asked(flag: str, env: Mapping[str, str] = os.environ) -> bool:
+def is_switched_on(flag: str, env: Mapping[str, str] = os.environ) -> bool:
     """Whether XLA_FLAGS switch a flag on."""
-    return given(flag, env) in ("true", "1")
+    return flag_value(flag, env) in ("true", "1")
 
 
 def use_preset(

@@ -18,7 +18,7 @@ from etils import epath
 from llama_jax.errors import UserError
 from llama_jax.files import read_bytes, text_of
 from llama_jax.inference.decode import Sampling
-from llama_jax.inference.generation import additions
+from llama_jax.inference.generation import new_texts
 from llama_jax.inference.loaded_model import InferenceModel
 from llama_jax.text.chat_template import (
     DEFAULT,
@@ -96,7 +96,7 @@ def _tokenizer(model: InferenceModel) -> Tokenizer:
     return json_tokenizer(model.files, str(model.folder))
 
 
-def ending_turns(model: InferenceModel, template: ChatTemplate) -> InferenceModel:
+def with_turn_ends(model: InferenceModel, template: ChatTemplate) -> InferenceModel:
     """The model, for which a token that ends a turn of the template ends an answer, too."""
     return dataclasses.replace(model, turn_ends=tuple(end_ids(template)[1:]))
 
@@ -118,9 +118,9 @@ class Conversation:
         system: str = "",
         special: bool = False,
     ) -> None:
-        """Begins one; arguments as `ChatTemplate.encode` and `continuation.additions`."""
+        """Begins one; arguments as `ChatTemplate.encode` and `generation.new_texts`."""
         self._model, self._template, self._sampling = (
-            ending_turns(model, template),
+            with_turn_ends(model, template),
             template,
             sampling,
         )
@@ -176,13 +176,13 @@ class Conversation:
         parts: list[str] = []
         tokens, self.cut = 0, ""
         try:
-            for addition in additions(self._model, [ids], sampling, chunk=1):
-                parts.append(addition.text)
-                tokens += addition.tokens
-                if addition.ended and not addition.tokens:  # no token ended it
+            for piece in new_texts(self._model, [ids], sampling, chunk=1):
+                parts.append(piece.text)
+                tokens += piece.tokens
+                if piece.ended and not piece.tokens:  # no token ended it
                     full = tokens < sampling.max_tokens
                     self.cut = "the context is full" if full else f"--max_tokens={tokens}"
-                yield addition.text
+                yield piece.text
         finally:
             self.messages = [*kept, {"role": "assistant", "content": "".join(parts)}]
 

@@ -1,6 +1,6 @@
 """Text that goes on: what `decode` draws as token ids, as text.
 
-`complete` gives whole texts, for a sample after training; `additions` gives what comes as it comes.
+`complete` gives whole texts, for a sample after training; `new_texts` gives what comes as it comes.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def complete(
 
 
 @dataclasses.dataclass(frozen=True)
-class Addition:
+class NewText:
     """What a row got.
 
     Attributes:
@@ -64,9 +64,9 @@ class Addition:
     part: int
 
 
-def additions(
+def new_texts(
     model: InferenceModel, prompts: Sequence[Sequence[int]], sampling: Sampling, *, chunk: int
-) -> Iterator[Addition]:
+) -> Iterator[NewText]:
     """Continues prompts of token ids, and decodes what comes.
 
     Raises:
@@ -97,17 +97,17 @@ def additions(
             ended = bool(new) and new[-1] in model.eos_ids
             if ended:
                 running.remove(row)
-            yield Addition(row, text, len(new), ended, number)
+            yield NewText(row, text, len(new), ended, number)
     for row in sorted(running):
-        yield Addition(row, streams[row].end(), 0, True, number)
+        yield NewText(row, streams[row].end(), 0, True, number)
 
 
 def show_in_order(
     prompts: Sequence[str],
-    found: Iterator[Addition],
+    found: Iterator[NewText],
     write: Callable[[str], Any],
     first: int | None = None,
-) -> Iterator[Addition]:
+) -> Iterator[NewText]:
     """Writes each prompt and what it got: one row as it comes, the next when that has ended.
 
     Args:
@@ -123,19 +123,19 @@ def show_in_order(
         write(heading + waiting[row])
 
     begin(0)
-    for addition in found:
-        row = addition.row
-        waiting[row] += addition.text
+    for piece in found:
+        row = piece.row
+        waiting[row] += piece.text
         if row == shown:
-            write(addition.text)
-        if addition.ended:
+            write(piece.text)
+        if piece.ended:
             ended.add(row)
         while shown in ended:
             write("\n")
             shown += 1
             if shown < len(prompts):
                 begin(shown)
-        yield addition
+        yield piece
 
 
 class Stopwatch:
@@ -147,13 +147,13 @@ class Stopwatch:
         self._last = self._start
         self._first_tokens = self._tokens = 0
 
-    def count(self, found: Iterator[Addition]) -> None:
+    def count(self, found: Iterator[NewText]) -> None:
         """Takes all additions of a batch."""
         first_batch = not self._tokens
-        for addition in found:
+        for piece in found:
             self._last = time.perf_counter()
-            self._tokens += addition.tokens
-            if first_batch and addition.part == 0:
+            self._tokens += piece.tokens
+            if first_batch and piece.part == 0:
                 self._first_tokens = self._tokens
                 self._first_seconds = self._last - self._start
 

@@ -19,7 +19,7 @@ import tensorstore as ts
 from etils import epath
 
 from llama_jax.checkpoint import manifest, saved_step
-from llama_jax.checkpoint.fingerprint import LayerPrints, difference, fingerprint
+from llama_jax.checkpoint.fingerprint import LayerPrints, changed_arrays, fingerprint
 from llama_jax.errors import UserError, first_line
 from llama_jax.interchange import formats, model_card
 from llama_jax.interchange.formats import Description, is_stacked
@@ -100,7 +100,7 @@ class CkptSource:
         """
         array = self._read(path, layer)
         whole = self._prints.add(f"params/{path}", layer, array)
-        saved_step.refuse_changed(self._folder, difference(self._wanted, whole))
+        saved_step.raise_if_changed(self._folder, changed_arrays(self._wanted, whole))
         return array
 
     def _read(self, path: str, layer: int | None) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llama_jax.checkpoint.fingerprint import difference, fingerprint
+from llama_jax.checkpoint.fingerprint import changed_arrays, fingerprint
 from llama_jax.config import Config
 from llama_jax.errors import UserError
 from llama_jax.interchange import formats
@@ -17,7 +17,7 @@ from llama_jax.interchange.formats import Source, is_stacked
 from llama_jax.interchange.hf import HfSource
 from llama_jax.interchange.merged_adapters import refuse_other_base
 from llama_jax.interchange.opening import open_init
-from llama_jax.model.lora import freeze
+from llama_jax.model.lora import to_frozen
 from llama_jax.model.nf4 import NF4
 from llama_jax.model.weights import abstract_frozen, abstract_trained
 
@@ -101,7 +101,7 @@ def load_init(config: Config, shardings: Any) -> Any:
     source = open_init(config)
     if config.lora.rank:
         targets = abstract_frozen(config)
-        return load(source, targets, shardings, lambda path, x: freeze(path, x, config.lora))
+        return load(source, targets, shardings, lambda path, x: to_frozen(path, x, config.lora))
     targets = abstract_trained(config)
     return load(source, targets, shardings, lambda _, x: x.astype(np.float32))
 
@@ -118,7 +118,7 @@ def check_base(saved: dict[str, int], base: Any, config: Config, folder: epath.P
     Raises:
       UserError: it is another.
     """
-    refuse_other_base(difference(saved, fingerprint(base)), config, folder)
+    refuse_other_base(changed_arrays(saved, fingerprint(base)), config, folder)
 
 
 def load_hf(folder: epath.PathLike, config: Config, shardings: Any) -> Any:

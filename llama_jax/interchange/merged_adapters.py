@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from llama_jax.checkpoint.fingerprint import LayerPrints, difference
+from llama_jax.checkpoint.fingerprint import LayerPrints, changed_arrays
 from llama_jax.config import Config, LoraConfig
 from llama_jax.errors import UserError
 from llama_jax.interchange.formats import Description, Source, units
-from llama_jax.model.lora import adapter_of, delta, freeze, thaw
+from llama_jax.model.lora import adapter_of, delta, to_float32, to_frozen
 from llama_jax.text.tokenizer_config import with_base_files
 
 
@@ -24,7 +24,7 @@ def base_fingerprint(base: Source, config: Config) -> dict[str, int]:
     """The fingerprint of a base in its frozen form, one array of one layer after another."""
     prints = LayerPrints(config.model.n_layers)
     for path, layer in units(config.model):
-        prints.add(path, layer, freeze(path, base.read(path, layer), config.lora))
+        prints.add(path, layer, to_frozen(path, base.read(path, layer), config.lora))
     return prints.found
 
 
@@ -82,12 +82,12 @@ class MergedSource:
           UserError: with its last layer, the array is not that of the base of the adapters.
         """
         lora = self._config.lora
-        frozen = freeze(path, self._base.read(path, layer), lora)
+        frozen = to_frozen(path, self._base.read(path, layer), lora)
         if self._wanted:
             whole = self._prints.add(path, layer, frozen)
-            changed = difference(self._wanted, whole)
+            changed = changed_arrays(self._wanted, whole)
             refuse_other_base(changed, self._config, "this checkpoint")
-        array, adapter = thaw(frozen), adapter_of(self._adapters, path.split("/"))
+        array, adapter = to_float32(frozen), adapter_of(self._adapters, path.split("/"))
         if adapter is None:
             return array
         ours = jax.tree.map(lambda x: x[layer], adapter)

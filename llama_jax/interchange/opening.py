@@ -15,7 +15,7 @@ from llama_jax.interchange.formats import Description, Source, check_model
 from llama_jax.interchange.hf import TEKKEN, HfSource
 from llama_jax.interchange.merged_adapters import MergedSource
 from llama_jax.interchange.meta import MetaSource
-from llama_jax.interchange.padded_vocabulary import with_rows
+from llama_jax.interchange.padded_vocabulary import with_padded_vocabulary
 from llama_jax.model.weights import abstract_trained
 from llama_jax.text.tiktoken_ranks import is_tiktoken
 from llama_jax.text.tokenizer_files import ORIGINAL, choose_in
@@ -106,7 +106,7 @@ def open_adapters(kind: str, folder: epath.Path, base: str = "") -> tuple[Descri
     if kind == "ckpt":
         described, adapters = saved_adapters(folder, base)
         origin = open_base(described.config.init_from, folder)
-        origin = with_rows(origin, described.config.model.vocab_size)
+        origin = with_padded_vocabulary(origin, described.config.model.vocab_size)
         check_model(origin, described.config)
         return described, adapters, origin
     lora, name = peft.read_config(folder)
@@ -149,7 +149,9 @@ def open_init(config: Config) -> Source:
     Raises:
       UserError: it cannot be read, or holds another model.
     """
-    source = with_rows(open_source(*init_place(config.init_from)), config.model.vocab_size)
+    source = with_padded_vocabulary(
+        open_source(*init_place(config.init_from)), config.model.vocab_size
+    )
     check_model(source, config)
     return source
 

@@ -10,7 +10,7 @@ from llama_jax.interchange.formats import Source
 _AXES = {"embed": 0, "lm_head": 1}  # of the vocabulary, in our arrays
 
 
-def with_rows(source: Source, rows: int) -> Source:
+def with_padded_vocabulary(source: Source, rows: int) -> Source:
     """The source, with rows added up to so many; as it is where it has them."""
     found = source.description.config.model.vocab_size
     return PaddedSource(source, rows) if rows > found else source

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from llama_jax.checkpoint import saved_step
-from llama_jax.checkpoint.fingerprint import difference
+from llama_jax.checkpoint.fingerprint import changed_arrays
 from llama_jax.errors import UserError
 from llama_jax.files import is_object_store
 from llama_jax.interchange import formats, peft
@@ -58,7 +58,7 @@ def export_adapters(
     if base:
         described, adapters, origin = open_adapters("ckpt", step, base)
         found = base_fingerprint(origin, described.config)
-        changed = difference(saved_step.load_meta(step).base, found)
+        changed = changed_arrays(saved_step.load_meta(step).base, found)
         refuse_other_base(changed, described.config, step)
     else:
         described, adapters = saved_adapters(step)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from llama_jax.errors import UserError
 from llama_jax.model import context_parallel
-from llama_jax.model.attention_cudnn import CUDNN_MAX_HEAD_DIM, cudnn, deterministic
-from llama_jax.model.attention_splash import SPLASH_LANES, splash
-from llama_jax.model.attention_triton import TRITON_BLOCK, TRITON_HEAD_DIMS, triton
-from llama_jax.model.attention_xla import SegmentIds, blocked, dense
+from llama_jax.model.attention_cudnn import CUDNN_MAX_HEAD_DIM, cudnn_attention, deterministic
+from llama_jax.model.attention_splash import SPLASH_LANES, splash_attention
+from llama_jax.model.attention_triton import TRITON_BLOCK, TRITON_HEAD_DIMS, triton_attention
+from llama_jax.model.attention_xla import SegmentIds, blocked_attention, dense_attention
 from llama_jax.parallel.mesh import platform as _platform
 
 
@@ -55,7 +55,7 @@ def attention(
       UserError: one that cannot compute this here; says what would work.
     """
     if not (isinstance(q_offset, int) and q_offset == 0 and q_BTNH.shape[1] == k_BSKH.shape[1]):
-        return dense(q_BTNH, k_BSKH, v_BSKH, q_offset, segment_ids, window)
+        return dense_attention(q_BTNH, k_BSKH, v_BSKH, q_offset, segment_ids, window)
     platform = _platform()
     if backend == "auto":
         fast = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
@@ -68,15 +68,15 @@ def attention(
     if obstacle:
         raise UserError(f"model.attention={backend}: {obstacle}")
     if backend == "splash":
-        return splash(q_BTNH, k_BSKH, v_BSKH, segment_ids, window, tile, backward)
+        return splash_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids, window, tile, backward)
     if backend == "cudnn":
-        return cudnn(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
+        return cudnn_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
     if backend == "triton":
         ids_BT = None if segment_ids is None else segment_ids[0]
-        return triton(q_BTNH, k_BSKH, v_BSKH, ids_BT)
+        return triton_attention(q_BTNH, k_BSKH, v_BSKH, ids_BT)
     if _context_size() > 1 and _divides(q_BTNH):
         return context_parallel.attend(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
-    return blocked(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
+    return blocked_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
 
 
 def _context_size() -> int:

@@ -22,7 +22,7 @@ def deterministic(env: Mapping[str, str] = os.environ) -> bool:
     return any(given.get(f"--xla_gpu_{name}") in ("true", "1") for name in names)
 
 
-def cudnn(
+def cudnn_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,

@@ -80,7 +80,7 @@ def _tiles(queries: int, keys: int, tile: int, backward: str) -> dict[str, Any]:
     return {**blocks, "use_fused_bwd_kernel": fused}
 
 
-def splash(
+def splash_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,

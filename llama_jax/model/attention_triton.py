@@ -15,7 +15,7 @@ TRITON_BLOCK = 128  # the kernel works on tiles of so many queries and keys
 TRITON_HEAD_DIMS = (16, 128)  # smaller ones its matrix unit does not take, larger ones do not fit
 
 
-def triton(
+def triton_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,

@@ -20,7 +20,7 @@ MIN_BLOCK = 64  # smaller ones make matrix products too small to be fast
 MASKED = float(jnp.finfo(jnp.float32).min)
 
 
-def blocked(
+def blocked_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
@@ -34,7 +34,7 @@ def blocked(
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 
 
-def dense(
+def dense_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,

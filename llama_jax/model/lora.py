@@ -28,7 +28,7 @@ class Adapted:
     """A base with adapters: what `model.forward` takes in place of plain parameters.
 
     Attributes:
-      base: parameters, in the form of `freeze`.
+      base: parameters, in the form of `to_frozen`.
       adapters: see `init_adapters`.
       lora: what the adapters were made by.
     """
@@ -118,15 +118,15 @@ def frozen_dtype(path: str, lora: LoraConfig) -> Any:
     return np.dtype(np.float32 if whole else ml_dtypes.bfloat16)
 
 
-def freeze(path: str, array: np.ndarray, lora: LoraConfig) -> Any:
+def to_frozen(path: str, array: np.ndarray, lora: LoraConfig) -> Any:
     """An array of the base, of one layer where it is stacked, as it is kept."""
     if is_quantized(path, lora):
         return nf4.quantize(array, n_inputs(path))
     return np.ascontiguousarray(array).astype(frozen_dtype(path, lora))
 
 
-def thaw(frozen: Any) -> np.ndarray:
-    """The float32 numbers that `freeze` kept."""
+def to_float32(frozen: Any) -> np.ndarray:
+    """The float32 numbers that `to_frozen` kept."""
     if isinstance(frozen, nf4.NF4):
         return np.asarray(nf4.dequantize(jax.tree.map(jnp.asarray, frozen), jnp.float32))
     return frozen.astype(np.float32)

@@ -65,7 +65,7 @@ class Peers:
     """The processes of a job, which fail together: what ends one is raised on all.
 
     While this is entered, an error or a stop that leaves it on one process is published at the
-    coordinator. The others raise it where they wait for each other (`agreed`, `from_first`), or
+    coordinator. The others raise it where they wait for each other (`agreed`, `broadcast_text`), or
     where they can be interrupted. Where they can do neither, such as in a collective in which the
     process that failed does not take part, they print it and end with status 1 after `GRACE_S`.
 
@@ -206,7 +206,7 @@ def agreed(text: str) -> str:
     return found[min(found)] if found else ""
 
 
-def from_first(text: str) -> str:
+def broadcast_text(text: str) -> str:
     """The text of process 0, on all processes; all of them call it.
 
     Raises:
@@ -282,7 +282,7 @@ def _end(problem: Problem) -> None:
     os._exit(1)
 
 
-class Meeting:
+class Barrier:
     """Where threads of all processes wait for each other while they do one thing in several stages.
 
     It takes no part of the devices, whose collectives are the main thread's, but JAX's coordinator.

@@ -8,7 +8,13 @@ from typing import Any
 from llama_jax.config import NF4_BLOCK, Config
 from llama_jax.hardware.chips import GIB
 from llama_jax.hardware.topology import Topology
-from llama_jax.plan.candidates import accumulations, changed, divides, policies, with_dcn
+from llama_jax.plan.candidates import (
+    divides,
+    microbatch_counts,
+    remat_policies,
+    with_dcn,
+    with_options,
+)
 from llama_jax.plan.estimate import estimate
 
 # A kind of remedy, its flags, and the config and machine that they make.
@@ -49,8 +55,8 @@ def _remedies(config: Config, topology: Topology, mesh: dict[str, int]) -> Itera
     meshes = list(_meshes(config, topology, inner))
     if topology.chip.torus:  # fsdp over the whole slice has all links: it costs nothing
         yield from (one for one in meshes if one[0] == "fsdp")
-    for remat in reversed(policies()):  # those that keep as much do not fit either
-        one = changed(config, inner, remat, here)
+    for remat in reversed(remat_policies()):  # those that keep as much do not fit either
+        one = with_options(config, inner, remat, here)
         yield "remat", f"--config.model.remat={remat}", one, topology
     for text, one in _accumulated(config, inner):
         yield "accumulate", text, one, topology
@@ -83,7 +89,7 @@ def _meshes(config: Config, topology: Topology, inner: dict[str, int]) -> Iterat
             continue
         for remat in dict.fromkeys((config.model.remat, "full")):
             more = [f"--config.model.remat={remat}"] if remat != config.model.remat else []
-            one = changed(config, sizes, remat, config.train.grad_accum)
+            one = with_options(config, sizes, remat, config.train.grad_accum)
             yield kind, " ".join(flags + more), one, topology
 
 
@@ -96,16 +102,16 @@ def _larger(config: Config, topology: Topology, inner: dict[str, int]) -> Iterat
         bigger = dataclasses.replace(topology, shape=shape)
         wide = {**inner, "fsdp": inner["fsdp"] * times}
         if divides(config, wide, config.train.grad_accum, config.dcn.data):
-            one = changed(config, wide, config.model.remat, config.train.grad_accum)
+            one = with_options(config, wide, config.model.remat, config.train.grad_accum)
             yield "chips", f"--topology={bigger.slice_name}: {bigger.chips} chips", one, bigger
 
 
 def _accumulated(config: Config, sizes: dict[str, int]) -> Iterator[tuple[str, Config]]:
     """Full rematerialisation in more and more microbatches, as flags and as a config."""
     remat = "" if config.model.remat == "full" else "--config.model.remat=full "
-    for accum in accumulations(config):
+    for accum in microbatch_counts(config):
         if accum > config.train.grad_accum and divides(config, sizes, accum, config.dcn.data):
-            one = changed(config, sizes, "full", accum)
+            one = with_options(config, sizes, "full", accum)
             yield f"{remat}--config.train.grad_accum={accum}", one
 
 

@@ -14,7 +14,7 @@ OURS = "llama_jax"
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class MeasuredRun:
     """A measured step, and what is predicted for it.
 
     Attributes:
@@ -48,13 +48,15 @@ _H200 = "benchmarks/README.md, one H200"
 _SHORT = "8 layers, 8 x 2048 tokens, save:q,k,v,attn_context,mlp_gate,mlp_up"
 
 
-def _on_h200(model: str, details: str, measured: float, predicted: float, note: str = "") -> Run:
-    return Run("h200", f"{model}, 1 chip", details, OURS, measured, predicted, _H200, note)
+def _on_h200(
+    model: str, details: str, measured: float, predicted: float, note: str = ""
+) -> MeasuredRun:
+    return MeasuredRun("h200", f"{model}, 1 chip", details, OURS, measured, predicted, _H200, note)
 
 
 # 692 and 905 tokens/s/chip, at 4 sequences of 4,096 tokens a chip.
 RUNS = (
-    Run(
+    MeasuredRun(
         chip="v5p",
         model="Llama 2 70B, 512 chips",
         details="4 x 4096 tokens a chip, save_dot_except_mlpwi",
@@ -64,7 +66,7 @@ RUNS = (
         source=_TIERING,
         note="program compiled at e591f30 with JAX 0.10.0",
     ),
-    Run(
+    MeasuredRun(
         chip="v6e",
         model="Llama 2 70B, 256 chips",
         details="4 x 4096 tokens a chip, full remat",
@@ -96,7 +98,7 @@ RUNS = (
     ),
 )
 SHAPES = (
-    Run(
+    MeasuredRun(
         chip="v5p",
         model="Llama 2 70B, 512 chips",
         details="4 x 4096 tokens a chip, save:q,k,v,attn_out",
@@ -106,7 +108,7 @@ SHAPES = (
         source=_TIERING,
         note="theirs, save_dot_except_mlpwi, keeps the MLP's output too",
     ),
-    Run(
+    MeasuredRun(
         chip="v6e",
         model="Llama 2 70B, 256 chips",
         details="4 x 4096 tokens a chip, full remat",
@@ -116,7 +118,7 @@ SHAPES = (
         source=_TIERING,
         note="theirs waits for all gradients' all-reduces",
     ),
-    Run(
+    MeasuredRun(
         chip="v5p",
         model="Llama 3.1 405B, 512 chips",
         details="2 x 8192 tokens a chip, full remat",
@@ -126,7 +128,7 @@ SHAPES = (
         source="AI-Hypercomputer tpu-recipes training/v5p/Llama3.1-405B-MaxText",
         note="theirs keeps more, in the host's memory",
     ),
-    Run(
+    MeasuredRun(
         chip="v6e",
         model="Llama 3.1 70B, 256 chips",
         details="4 x 8192 tokens a chip, offload:block_in,q,k,v",
@@ -139,7 +141,7 @@ SHAPES = (
 )
 
 
-def runs_of(chip: str) -> list[Run]:
+def runs_of(chip: str) -> list[MeasuredRun]:
     """The runs whose predictions tell the uncertainty for a chip: of its own, or of its unit."""
     return [run for run in RUNS if run.chip == _UNIT.get(chip, chip)]
 
@@ -180,7 +182,7 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def _rows(runs: tuple[Run, ...]) -> list[str]:
+def _rows(runs: tuple[MeasuredRun, ...]) -> list[str]:
     lines = []
     for run in runs:
         lines.append(

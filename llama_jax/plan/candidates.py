@@ -42,12 +42,12 @@ def with_dcn(config: Config, topology: Topology) -> Config:
     return dataclasses.replace(config, dcn=dataclasses.replace(config.dcn, **sizes))
 
 
-def policies() -> list[str]:
+def remat_policies() -> list[str]:
     """Remat policies, from the one that keeps least."""
     return ["full", *(f"save:{','.join(names)}" for names in _SETS), "none"]
 
 
-def changed(config: Config, sizes: dict[str, int], remat: str, accum: int) -> Config:
+def with_options(config: Config, sizes: dict[str, int], remat: str, accum: int) -> Config:
     """The config on another mesh, with another remat policy and number of microbatches."""
     return dataclasses.replace(
         config,
@@ -74,7 +74,7 @@ def divides(config: Config, sizes: dict[str, int], accum: int, outer: int) -> bo
     )
 
 
-def accumulations(config: Config) -> list[int]:
+def microbatch_counts(config: Config) -> list[int]:
     """Numbers of microbatches that the global batch divides into, from 1 on."""
     batch = config.train.global_batch
     return [size for size in range(1, batch + 1) if batch % size == 0]
@@ -85,7 +85,7 @@ def candidates(config: Config, topology: Topology) -> Iterator[Config]:
     outer = math.prod(dataclasses.asdict(config.dcn).values())
     inner = topology.devices // outer
     context = config.mesh.context if config.mesh.context > 0 else 1
-    accums = [size for size in accumulations(config) if size <= MOST_MICROBATCHES]
+    accums = [size for size in microbatch_counts(config) if size <= MOST_MICROBATCHES]
     for tensor in TENSOR_SIZES:
         rest, left = divmod(inner, tensor * context)
         for fsdp in (size for size in range(1, rest + 1) if not left and rest % size == 0):
@@ -93,11 +93,11 @@ def candidates(config: Config, topology: Topology) -> Iterator[Config]:
             for accum in accums:
                 if not divides(config, sizes, accum, config.dcn.data):
                     continue
-                for remat in policies():
-                    yield changed(config, sizes, remat, accum)
+                for remat in remat_policies():
+                    yield with_options(config, sizes, remat, accum)
 
 
-def options(config: Config, remat: bool = True) -> str:
+def flags_for(config: Config, remat: bool = True) -> str:
     """The flags that make a candidate of the config file."""
     mesh = " ".join(
         f"--config.mesh.{axis}={size}" for axis, size in dataclasses.asdict(config.mesh).items()
@@ -111,7 +111,7 @@ def what_divides(config: Config, topology: Topology) -> str:
     found = [one for one in candidates(config, topology) if one.model.remat == "full"]
     if found:
         best = min(found, key=lambda one: (one.mesh.tensor, one.train.grad_accum, one.mesh.data))
-        return f"try {options(best, remat=False)}"
+        return f"try {flags_for(best, remat=False)}"
     batch = config.train.global_batch
     sizes = [size for size in range(1, topology.devices) if batch % size == 0]
     return f"its {batch} sequences divide over {sizes[-1] if sizes else 1} devices"

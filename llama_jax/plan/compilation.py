@@ -14,8 +14,8 @@ import jax
 from llama_jax.config import Config
 from llama_jax.errors import UserError, one_line
 from llama_jax.hardware.chips import GIB
-from llama_jax.hardware.topology import captured
-from llama_jax.hardware.xla_flags import given
+from llama_jax.hardware.topology import captured_stderr
+from llama_jax.hardware.xla_flags import flag_value
 from llama_jax.model.weights import abstract_frozen
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import check_batch
@@ -114,7 +114,7 @@ def compile_step(
         if folder
         else tempfile.TemporaryDirectory(prefix="llama_jax_plan_")
     )
-    with captured() as said, place as written_to:
+    with captured_stderr() as said, place as written_to:
         lowered, state, mesh = lower_step(config, devices)
         constraints = lowered.as_text().count("sdy.sharding_constraint")
         tpu = mesh.devices.flat[0].platform == "tpu"
@@ -128,7 +128,7 @@ def compile_step(
             written = memory.output_size_in_bytes - memory.alias_size_in_bytes
             beside = memory.temp_size_in_bytes + written
             if tpu:
-                beside = heap(pathlib.Path(written_to)) - arguments
+                beside = heap_bytes(pathlib.Path(written_to)) - arguments
             sizes = {
                 "arguments": arguments,
                 "temporaries": beside,
@@ -154,11 +154,11 @@ def compile_step(
 
 def _dumped() -> pathlib.Path | None:
     """The folder of this machine to which XLA_FLAGS ask for all programs; "-" is no folder."""
-    folder = given("--xla_dump_to")
+    folder = flag_value("--xla_dump_to")
     return pathlib.Path(folder) if folder and folder != "-" and "://" not in folder else None
 
 
-def heap(folder: pathlib.Path) -> int:
+def heap_bytes(folder: pathlib.Path) -> int:
     """Bytes of a TPU's main memory that a program allocates, as its compiler reports them.
 
     `memory_analysis` has no such figure: its sum of temporaries counts twice what shares memory,

@@ -6,7 +6,7 @@ import math
 from llama_jax.config import Config, ModelConfig
 from llama_jax.hardware.chips import Chip
 from llama_jax.hardware.topology import Topology
-from llama_jax.hardware.xla_flags import asked
+from llama_jax.hardware.xla_flags import is_switched_on
 from llama_jax.model.cost import adapter_count, flops_by_part, frozen_bytes, parameter_count
 from llama_jax.parallel.mesh import mesh_shape
 
@@ -81,7 +81,7 @@ def _bytes(config: Config, chip: Chip, parts: _Parts) -> float:
     # Between the layers the sequence is divided over `tensor`.
     kept = tokens * 2 * (model.dim + kept_width(model, chip)) / tensor * model.n_layers
     # A GPU's loop over microbatches can have two of them in memory at once.
-    doubled = asked("--xla_gpu_enable_while_loop_double_buffering")
+    doubled = is_switched_on("--xla_gpu_enable_while_loop_double_buffering")
     if not chip.torus and train.grad_accum > 1 and doubled:
         kept *= 1.5 if train.grad_accum == 2 else 2
     # Both fitted, to programs of 7B and 65B for v5p and v4, and 7B to 65B for H100 and A100.

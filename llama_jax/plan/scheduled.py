@@ -24,7 +24,7 @@ from llama_jax.config import Config, from_json
 from llama_jax.errors import UserError, first_line
 from llama_jax.hardware.topology import Topology, parse_topology, topology_devices
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.plan.compilation import compile_step, heap
+from llama_jax.plan.compilation import compile_step, heap_bytes
 from llama_jax.plan.estimate import TPU_PRODUCTS
 from llama_jax.plan.hlo import parse
 from llama_jax.plan.roofline import predict_on
@@ -113,7 +113,7 @@ def _compile(config: Config, topology: Topology, folder: pathlib.Path) -> int | 
 
 
 def _read(config: Config, topology: Topology, folder: pathlib.Path) -> Scheduled:
-    total = heap(folder)
+    total = heap_bytes(folder)
     module = parse(next(folder.glob(_PROGRAM)).read_text())
     placed = list(make_mesh(config.mesh, config.dcn, topology_devices(topology)).devices.flat)
     # Without cycles, products at the peak: the compiler's estimates of memory traffic are of

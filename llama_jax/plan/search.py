@@ -17,7 +17,7 @@ from llama_jax.errors import UserError, first_line
 from llama_jax.hardware.chips import GIB
 from llama_jax.hardware.topology import Topology
 from llama_jax.plan import scheduled
-from llama_jax.plan.candidates import candidates, options, with_dcn
+from llama_jax.plan.candidates import candidates, flags_for, with_dcn
 from llama_jax.plan.estimate import Estimate, estimate
 from llama_jax.plan.report import plan
 
@@ -63,7 +63,8 @@ def search(config: Config, topology: Topology, limit: int, price: float) -> dict
     if not quick:
         chosen.sort(key=lambda pair: pair[0].seconds)
     tries = [
-        _Try(f"{number}/{len(chosen)}", topology, *pair) for number, pair in enumerate(chosen, 1)
+        _Candidate(f"{number}/{len(chosen)}", topology, *pair)
+        for number, pair in enumerate(chosen, 1)
     ]
     best = _finals(tries, price) if quick else _fastest(tries, len(tries), price)
     if best is None:
@@ -74,7 +75,7 @@ def search(config: Config, topology: Topology, limit: int, price: float) -> dict
     return {**best, "tried": [one.told for one in tries]}
 
 
-class _Try:
+class _Candidate:
     """One candidate, and what is known of it.
 
     Attributes:
@@ -86,7 +87,7 @@ class _Try:
     def __init__(self, number: str, topology: Topology, guess: Estimate, config: Config):
         self.number, self.topology, self.guess, self.config = number, topology, guess, config
         self.told: dict[str, Any] = {
-            **{"options": options(config), "kind": "compiled", "fits": False, "total": None},
+            **{"options": flags_for(config), "kind": "compiled", "fits": False, "total": None},
             **{"step_seconds": None, "mfu_6n": None, "scheduled_seconds": None},
             "estimate": dataclasses.asdict(guess),
         }
@@ -132,7 +133,7 @@ class _Try:
         print(f"{self.number} {self.told['options']}: {said}", file=sys.stderr, flush=True)
 
 
-def _finals(tries: list[_Try], price: float) -> dict[str, Any] | None:
+def _finals(tries: list[_Candidate], price: float) -> dict[str, Any] | None:
     """Schedules all candidates, and compiles those with the best schedules to the end.
 
     The second is the best in the fewest microbatches: what each microbatch costs beside its matrix
@@ -150,7 +151,7 @@ def _finals(tries: list[_Try], price: float) -> dict[str, Any] | None:
     return _fastest(fitting, FINALS, price)
 
 
-def _fastest(tries: list[_Try], wanted: int, price: float) -> dict[str, Any] | None:
+def _fastest(tries: list[_Candidate], wanted: int, price: float) -> dict[str, Any] | None:
     """The fastest plan among the first candidates that fit, as many as are wanted."""
     plans: list[dict[str, Any]] = []
     for one in tries:

@@ -75,7 +75,9 @@ def group_norms(tree: Any) -> dict[str, jax.Array]:
     return {name: jnp.sqrt(sums[name]) for name in GROUPS if name in sums}
 
 
-def judge(skips: Skips, loss: jax.Array, grads: Any, grad_norm: jax.Array, factor: float) -> Any:
+def skip_reasons(
+    skips: Skips, loss: jax.Array, grads: Any, grad_norm: jax.Array, factor: float
+) -> Any:
     """Why this step is to be skipped, as bits; 0: it is not.
 
     The square of a norm beyond 1.8e19 is no float32, so such a gradient counts as infinite.
@@ -108,10 +110,10 @@ def _bound(usual: jax.Array, factor: float) -> jax.Array:
     return median + factor * jnp.maximum(spread, _LEAST_SPREAD * median)
 
 
-def count(
+def updated(
     skips: Skips, reasons: jax.Array, step: jax.Array, loss: jax.Array, grad_norm: jax.Array
 ) -> Skips:
-    """The counts after a step (from 0) that `judge` gave these reasons to skip, or none."""
+    """The counts after a step (from 0) that `skip_reasons` gave these reasons to skip, or none."""
     skip = reasons != 0
     place = (step - skips.total) % WINDOW
     return Skips(
@@ -143,7 +145,7 @@ def rewound(
     return now, dataclasses.replace(then, total=passed, in_row=none, last=now, reasons=reasons)
 
 
-def choose(skip: jax.Array | bool, before: Any, after: Any) -> Any:
+def select(skip: jax.Array | bool, before: Any, after: Any) -> Any:
     """`before` where the step is skipped: a selection, since 0 * NaN would be NaN."""
     return jax.tree.map(lambda old, new: jnp.where(skip, old, new), before, after)
 
@@ -162,7 +164,7 @@ def explain(reasons: int) -> str:
 def not_finite(state: Any) -> list[str]:
     """Which weights, by group, and moments of a `TrainState` are not finite; waits for them.
 
-    What `choose` guards can only get there by a fault of a machine, or of ours.
+    What `select` guards can only get there by a fault of a machine, or of ours.
     """
 
     @jax.jit

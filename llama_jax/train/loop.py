@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.saved_step import Meta
 from llama_jax.config import Config
-from llama_jax.data.loader import stream
+from llama_jax.data.loader import device_batches
 from llama_jax.data.streaming import StreamingBatches
 from llama_jax.data.training_data import TrainingData
 from llama_jax.parallel.multihost import compile_together
@@ -22,7 +22,7 @@ from llama_jax.train.instruments.goodput import Goodput
 from llama_jax.train.instruments.profiler import Profiler
 from llama_jax.train.instruments.signals import StopRequest
 from llama_jax.train.instruments.watchdog import Watchdog
-from llama_jax.train.rewind import SkipWatch
+from llama_jax.train.rewind import Rewinder
 from llama_jax.train.step import CompiledStep, TrainState, model_weights
 
 
@@ -45,7 +45,7 @@ def evaluate(
     count = min(train.eval_batches, math.ceil(data.validation.n_sequences / train.global_batch))
     total, weight = 0.0, 0.0
     shape = (train.global_batch, train.seq_len)
-    batches = stream(data.validation, 0, count, compiled.batch_sharding, *shape)
+    batches = device_batches(data.validation, 0, count, compiled.batch_sharding, *shape)
     for number, batch in enumerate(batches, start=1):
         watchdog.beat(f"evaluation, batch {number} of {count}", compiles=number == 1)
         if number == 1:
@@ -125,7 +125,7 @@ class Instruments:
     stop: StopRequest
     goodput: Goodput
     watchdog: Watchdog
-    watch: SkipWatch
+    watch: Rewinder
 
 
 def run_loop(
@@ -154,7 +154,7 @@ def run_loop(
     watch = i.watch
     start = int(state.step)
     shape = (train.global_batch, train.seq_len)
-    batches = stream(data.train, start, train.steps, compiled.batch_sharding, *shape)
+    batches = device_batches(data.train, start, train.steps, compiled.batch_sharding, *shape)
 
     def pause(step: int) -> None:
         """Takes what follows, until `log.start`, out of the speed of the steps."""
@@ -180,10 +180,10 @@ def run_loop(
     read, rewound = watch.at_start(state), False
     for step in range(start, train.steps + 1):
         i.watchdog.beat(f"step {step + 1}", compiles=step == start)
-        if profiler.turns(step + 1):
+        if profiler.must_toggle(step + 1):
             read = log.flush() or read
             pause(step)
-            profiler.turn(step + 1, state)
+            profiler.toggle(step + 1, state)
             log.start(step)
         last = stop.asked() or step == train.steps
         if step > start:
@@ -221,7 +221,7 @@ def run_loop(
         else:
             read = log.push(step + 1, None) or read
         # Of each step that was logged, as soon as the next one runs: nothing else decides.
-        in_row, read = watch.stuck(read), None
+        in_row, read = watch.skipped_in_a_row(read), None
         if in_row:
             log.flush()
             pause(step + 1)

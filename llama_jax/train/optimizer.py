@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from llama_jax.config import OptimConfig
-from llama_jax.train.bad_steps import choose
+from llama_jax.train.bad_steps import select
 
 # Named, not inferred from the rank: under the layer scan a norm's scale is a matrix (L, D).
 NO_DECAY = ("attn_norm", "mlp_norm", "final_norm")
@@ -70,14 +70,14 @@ def _scale_by_adam(config: OptimConfig) -> optax.GradientTransformationExtraArgs
     ) -> tuple[Any, optax.ScaleByAdamState]:
         mu = optax.tree.update_moment(grads, state.mu, config.beta1, 1)
         nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, config.beta2, 2)
-        mu, nu = choose(skip, (state.mu, state.nu), (mu, nu))
+        mu, nu = select(skip, (state.mu, state.nu), (mu, nu))
         count = optax.safe_increment(state.count)
         updates = jax.tree.map(
             lambda m, v: m / (jnp.sqrt(v) + config.eps),
             optax.tree.bias_correction(mu, config.beta1, count),
             optax.tree.bias_correction(nu, config.beta2, count),
         )
-        count = choose(skip, state.count, count)
+        count = select(skip, state.count, count)
         return updates, optax.ScaleByAdamState(count, optax.tree.cast(mu, dtype), nu)
 
     init = optax.scale_by_adam(mu_dtype=dtype).init
@@ -92,6 +92,6 @@ def _scale_by_learning_rate(schedule: optax.Schedule) -> optax.GradientTransform
         updates: Any, state: Any, params: Any = None, *, skip: jax.Array | bool = False, **_: Any
     ) -> tuple[Any, Any]:
         updates, after = scale.update(updates, state, params)
-        return updates, choose(skip, state, after)
+        return updates, select(skip, state, after)
 
     return optax.GradientTransformationExtraArgs(scale.init, update)

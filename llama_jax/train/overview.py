@@ -11,7 +11,7 @@ from llama_jax.interchange.opening import base_rows
 from llama_jax.model.cost import adapter_count, flops_by_part, parameter_count
 
 
-def describe(config: Config, mesh: jax.sharding.Mesh, data: TrainingData) -> str:
+def overview(config: Config, mesh: jax.sharding.Mesh, data: TrainingData) -> str:
     """The run, with every derived quantity."""
     train = config.train
     tokens = train.steps * train.tokens_per_step

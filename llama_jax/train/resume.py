@@ -11,11 +11,11 @@ from etils import epath
 
 from llama_jax import files
 from llama_jax.checkpoint.saved_step import CHECKPOINTS, Meta
-from llama_jax.config import Config, difference, from_json
+from llama_jax.config import Config, changed_fields, from_json
 from llama_jax.data.training_data import TrainingData
 from llama_jax.errors import UserError
 from llama_jax.files import append_records, is_object_store, read_bytes
-from llama_jax.parallel.multihost import from_first
+from llama_jax.parallel.multihost import broadcast_text
 
 # Fields that may change when a run is resumed: where and how often, not what is trained.
 RESUMABLE = (
@@ -56,10 +56,10 @@ def check_same_config(config: Config) -> None:
     Raises:
       UserError: this one has another config than process 0.
     """
-    first, me = from_json(from_first(config.to_json())), jax.process_index()
+    first, me = from_json(broadcast_text(config.to_json())), jax.process_index()
     changed = [
         f"{name} is {theirs} on process 0 and {ours} on process {me}"
-        for name, (theirs, ours) in difference(first, config).items()
+        for name, (theirs, ours) in changed_fields(first, config).items()
         if name.startswith(_OF_ALL)
     ]
     if changed:
@@ -90,7 +90,7 @@ def check_same_data(fingerprint: str) -> None:
     Raises:
       UserError: this one has other data than process 0.
     """
-    first = from_first(fingerprint)
+    first = broadcast_text(fingerprint)
     if first != fingerprint:
         raise UserError(
             f"the processes of this job have different data: {first} on process 0, {fingerprint} "
@@ -115,7 +115,7 @@ def check_workdir(config: Config, workdir: epath.Path) -> None:
                 f"{path}: {error}; use another --workdir, or remove the file if the run is yours: "
                 "its checkpoints hold the config, too"
             ) from error
-        changed = _refused(difference(saved, config), config)
+        changed = _refused(changed_fields(saved, config), config)
         if changed:
             raise UserError(
                 f"{workdir} holds a run of another config ({_listed(changed)}); "
@@ -209,7 +209,7 @@ def check_checkpoint(
     Raises:
       UserError: anything else has changed, field by field; or the data, without the flag for that.
     """
-    changes = difference(saved.config, config)
+    changes = changed_fields(saved.config, config)
     refused = _refused(changes, config)
     model = data.tokenizer.model_bytes if data.tokenizer else b""
     if saved.tokenizer_model != model:  # no flag: weights know tokens by their numbers

@@ -24,7 +24,7 @@ from llama_jax.train.bad_steps import explain, not_finite, rewound
 from llama_jax.train.step import TrainState
 
 
-class SkipWatch:
+class Rewinder:
     """Looks at what the loop has read anyway: it never makes the device wait.
 
     Attributes:
@@ -43,7 +43,7 @@ class SkipWatch:
             return None
         return {"skipped_in_row": int(state.skips.in_row)}
 
-    def stuck(self, read: Mapping[str, float | None] | None) -> int:
+    def skipped_in_a_row(self, read: Mapping[str, float | None] | None) -> int:
         """Updates in a row that were skipped by a step that was logged; 0: too few to stop for."""
         in_row = int((read or {}).get("skipped_in_row") or 0)
         return in_row if in_row >= self._config.train.max_skipped else 0
@@ -67,7 +67,7 @@ class SkipWatch:
 
         Args:
           state: the present one; it is deleted, since there is no room for two.
-          in_row: what `stuck` said of the step before it.
+          in_row: what `skipped_in_a_row` said of the step before it.
 
         Raises:
           UserError: there is no checkpoint to go back to, or it was done `train.max_rewinds` times.

@@ -35,7 +35,7 @@ from llama_jax.train.instruments.writers import (
     Writer,
 )
 from llama_jax.train.loop import Instruments, lost_evaluation, make_up, run_loop
-from llama_jax.train.overview import describe, no_evaluation, remarks, unchecked
+from llama_jax.train.overview import no_evaluation, overview, remarks, unchecked
 from llama_jax.train.resume import (
     check_prepared,
     check_same_config,
@@ -43,7 +43,7 @@ from llama_jax.train.resume import (
     check_workdir,
     locked,
 )
-from llama_jax.train.rewind import SkipWatch
+from llama_jax.train.rewind import Rewinder
 from llama_jax.train.start import check_init, initial_state, with_tokenizer
 from llama_jax.train.step import TrainState, jit_step, model_weights
 
@@ -171,13 +171,13 @@ def run(config: Config, workdir: epath.PathLike, began: float | None = None) -> 
             data = _data_of_all(config, workdir)
         open_collectives()
         about = [*remarks(config, data), *no_evaluation(data), *unchecked(data)]
-        say("\n".join([describe(config, mesh, data), *about]))
+        say("\n".join([overview(config, mesh, data), *about]))
         watchdog = Watchdog(config.train.step_timeout)
         watchdog.beat("restoring", compiles=True)  # all files are read, and programs compiled
         # Outermost, since a run that ends in an error waits for its save, too.
         with watchdog, Checkpointer(workdir, config) as saver:
             state, meta = initial_state(compiled, saver, data, config)
-            watch = SkipWatch(config, data, saver, meta.rewinds)
+            watch = Rewinder(config, data, saver, meta.rewinds)
             # Only now: a run that is refused leaves the other one's as it was.
             if jax.process_index() == 0:
                 write_atomically(workdir / "config.json", config.to_json().encode())

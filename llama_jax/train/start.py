@@ -104,7 +104,7 @@ def initial_state(
     except DamagedCheckpoint as error:
         saver.mark_damaged(step, str(error))
         return initial_state(compiled, saver, data, config)
-    state = with_base(state, compiled, config, saved.base, saver.folder(step))
+    state = with_frozen_base(state, compiled, config, saved.base, saver.folder(step))
     meta = _meta(config, data, saved.base, saved.base_context)
     loss = saved.eval_loss
     return state, dataclasses.replace(meta, step=step, rewinds=saved.rewinds, eval_loss=loss)
@@ -139,7 +139,7 @@ def first_state(compiled: CompiledStep, config: Config) -> TrainState:
     return state
 
 
-def with_base(
+def with_frozen_base(
     state: TrainState,
     compiled: CompiledStep,
     config: Config,

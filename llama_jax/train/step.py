@@ -25,7 +25,7 @@ from llama_jax.parallel.sharding import (
     param_shardings,
     param_specs,
 )
-from llama_jax.train.bad_steps import Skips, choose, count, group_norms, judge, no_skips
+from llama_jax.train.bad_steps import Skips, group_norms, no_skips, select, skip_reasons, updated
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 
 Batch = dict[str, jax.Array]
@@ -41,7 +41,7 @@ class TrainState:
       params: nested dict of float32 arrays.
       opt_state: state of `optim.make_optimizer`.
       skips: the steps that made no update.
-      frozen: with LoRA the base, in the form of `lora.freeze`, which no step changes and no
+      frozen: with LoRA the base, in the form of `lora.to_frozen`, which no step changes and no
         checkpoint holds; `params` are then the adapters. None without.
     """
 
@@ -172,13 +172,13 @@ def train_step(
     means, grads = _gradients(state.params, batch, config, state.frozen, key)
     objective, loss, tokens = means
     grad_norm = optax.tree.norm(grads)
-    reasons = judge(skips, objective, grads, grad_norm, train.spike_factor)
+    reasons = skip_reasons(skips, objective, grads, grad_norm, train.spike_factor)
     optimizer = make_optimizer(config.optim, train.steps)
     skip = reasons != 0
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, skip=skip)
     # Selected here and not by the caller, so that it is part of AdamW's one pass over the state.
-    params = choose(skip, state.params, optax.apply_updates(state.params, updates))
-    after = count(skips, reasons, state.step, objective, grad_norm)
+    params = select(skip, state.params, optax.apply_updates(state.params, updates))
+    after = updated(skips, reasons, state.step, objective, grad_norm)
     metrics = {
         "loss": loss,
         "objective": objective,
@@ -190,7 +190,7 @@ def train_step(
         "skipped_in_row": after.in_row.astype(jnp.float32),
     }
     if train.norm_stats:
-        moved = choose(skip, jax.tree.map(jnp.zeros_like, updates), updates)
+        moved = select(skip, jax.tree.map(jnp.zeros_like, updates), updates)
         for kind, tree in (("grad_norm", grads), ("update_norm", moved)):
             metrics |= {f"{kind}/{name}": norm for name, norm in group_norms(tree).items()}
     return TrainState(state.step + 1, params, opt_state, after, state.frozen), metrics

@@ -86,7 +86,7 @@ def test_the_rename_is_the_last_act(state, tmp_path, monkeypatch):
         ("5.saving", ["3", "5.saving"]),
     ]
     assert names(tmp_path) == ["5"]
-    assert manifest.damage(epath.Path(tmp_path / "checkpoints" / "5")) == ""
+    assert manifest.first_damage(epath.Path(tmp_path / "checkpoints" / "5")) == ""
     assert (tmp_path / "checkpoints" / "5" / "manifest.json").exists()
 
 

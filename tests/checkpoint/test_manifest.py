@@ -24,9 +24,9 @@ def test_it_lists_every_file(folder):
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert list(files) == ["a", "d/b", "d/e/c", "meta/metadata"]
     assert files["d/b"]["bytes"] == 1000 and files["d/e/c"]["bytes"] == 0
-    assert manifest.damage(folder) == ""
+    assert manifest.first_damage(folder) == ""
     manifest.write(folder)  # again: it is not in itself
-    assert manifest.damage(folder) == ""
+    assert manifest.first_damage(folder) == ""
 
 
 def test_every_bit_of_every_file(folder):
@@ -38,21 +38,21 @@ def test_every_bit_of_every_file(folder):
             bad = bytearray(good)
             bad[position // 8] ^= 1 << position % 8
             path.write_bytes(bad)
-            assert manifest.damage(folder).startswith(name), (name, position)
+            assert manifest.first_damage(folder).startswith(name), (name, position)
         path.write_bytes(good)
-    assert manifest.damage(folder) == ""
+    assert manifest.first_damage(folder) == ""
 
 
 def test_missing_cut_and_grown(folder):
     data = (folder / "d" / "b").read_bytes()
     (folder / "d" / "b").unlink()
-    assert manifest.damage(folder) == "d/b is missing"
+    assert manifest.first_damage(folder) == "d/b is missing"
     (folder / "d" / "b").write_bytes(data[:10])
-    assert manifest.damage(folder) == "d/b has 10 bytes, 1000 were written"
+    assert manifest.first_damage(folder) == "d/b has 10 bytes, 1000 were written"
     (folder / "d" / "b").write_bytes(data + b"\0")
-    assert manifest.damage(folder) == "d/b has 1001 bytes, 1000 were written"
+    assert manifest.first_damage(folder) == "d/b has 1001 bytes, 1000 were written"
     (folder / "d" / "b").write_bytes(bytes(1000))
-    assert manifest.damage(folder) == "d/b holds other bytes than were written"
+    assert manifest.first_damage(folder) == "d/b holds other bytes than were written"
 
 
 def test_a_file_that_cannot_be_read(folder, monkeypatch):
@@ -60,29 +60,29 @@ def test_a_file_that_cannot_be_read(folder, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(manifest, "_sha256", fail)
-    assert manifest.damage(folder) == "a cannot be read: Input/output error"
+    assert manifest.first_damage(folder) == "a cannot be read: Input/output error"
 
 
 def test_a_quick_check_reads_small_files_only(folder, monkeypatch):
     monkeypatch.setattr(manifest, "QUICK_BYTES", 100)
     (folder / "d" / "b").write_bytes(bytes(1000))
-    assert manifest.damage(folder, quick=True) == ""
+    assert manifest.first_damage(folder, quick=True) == ""
     (folder / "a").write_bytes(b"xyz")
-    assert manifest.damage(folder, quick=True) == "a holds other bytes than were written"
+    assert manifest.first_damage(folder, quick=True) == "a holds other bytes than were written"
 
 
 def test_the_parts_are_the_whole(folder):
     for name in ("a", "d/b", "meta/metadata"):
         good = (folder / name).read_bytes()
         (folder / name).write_bytes(bytes(255 - b for b in good))
-        found = [manifest.damage(folder, (index, 3)) for index in range(3)]
+        found = [manifest.first_damage(folder, (index, 3)) for index in range(3)]
         assert sorted(map(bool, found)) == [False, False, True], name
         (folder / name).write_bytes(good)
 
 
 def test_without_a_manifest(folder):
     (folder / "manifest.json").unlink()
-    assert manifest.damage(folder) == "manifest.json is missing"
+    assert manifest.first_damage(folder) == "manifest.json is missing"
     with pytest.raises(UserError, match="manifest.json is not as it was written"):
         manifest.amend(folder, "meta/metadata", b"{}")
 
@@ -92,7 +92,7 @@ def test_without_a_manifest(folder):
 )
 def test_a_manifest_that_is_none(folder, text):
     (folder / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
-    assert manifest.damage(folder) == "manifest.json is not as it was written"
+    assert manifest.first_damage(folder) == "manifest.json is not as it was written"
 
 
 def test_names_do_not_leave_the_folder(folder):
@@ -100,7 +100,7 @@ def test_names_do_not_leave_the_folder(folder):
     (folder.parent / "secret").write_text("x")
     entry = {"bytes": 1, "sha256": manifest._sha256(folder.parent / "secret")}
     (folder / "manifest.json").write_text(encode_entries({"../secret": entry}))
-    assert manifest.damage(folder) == "../secret is missing"
+    assert manifest.first_damage(folder) == "../secret is missing"
 
 
 def test_an_amended_file_is_verified_at_every_moment(folder, monkeypatch):
@@ -111,7 +111,7 @@ def test_an_amended_file_is_verified_at_every_moment(folder, monkeypatch):
 
     def noted(path, data):
         replace_file(path, data)
-        seen.append(((folder / name).read_bytes(), manifest.damage(folder)))
+        seen.append(((folder / name).read_bytes(), manifest.first_damage(folder)))
         if len(seen) in (1, 3):
             raise KeyboardInterrupt
 
@@ -125,7 +125,7 @@ def test_an_amended_file_is_verified_at_every_moment(folder, monkeypatch):
     # Only what it was made to be is good now.
     assert '"before"' not in (folder / manifest.NAME).read_text()
     (folder / name).write_bytes(old)
-    assert manifest.damage(folder) != ""
+    assert manifest.first_damage(folder) != ""
 
 
 def test_damage_is_found_while_a_file_is_amended(folder, monkeypatch):
@@ -141,11 +141,11 @@ def test_damage_is_found_while_a_file_is_amended(folder, monkeypatch):
         manifest.amend(folder, name, b"new")
     monkeypatch.undo()
     flip_bit(folder / name, 5)
-    assert manifest.damage(folder) == f"{name} holds other bytes than were written"
+    assert manifest.first_damage(folder) == f"{name} holds other bytes than were written"
     with pytest.raises(UserError, match=f"{name} holds other bytes than were written"):
         manifest.amend(folder, name, b"newer")
     flip_bit(folder / name, 5)
     flip_bit(folder / manifest.NAME, 900)
-    assert manifest.damage(folder) == "manifest.json is not as it was written"
+    assert manifest.first_damage(folder) == "manifest.json is not as it was written"
     with pytest.raises(UserError, match="manifest.json is not as it was written"):
         manifest.amend(folder, name, b"newer")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax.data.batches import Batches
-from llama_jax.data.loader import iterate, local_rows, stream
+from llama_jax.data.loader import device_batches, host_batches, local_rows
 from llama_jax.data.prepare.job import prepare
 from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.errors import UserError
@@ -35,9 +35,9 @@ def packed(corpus, tmp_path_factory):
 
 
 def test_going_on_at_a_step_gives_the_same_batches(batches):
-    whole = list(iterate(batches, range(BATCH), 0, 12))
+    whole = list(host_batches(batches, range(BATCH), 0, 12))
     assert len(whole) == 12
-    for step, batch in enumerate(iterate(batches, range(BATCH), 7, 12), start=7):
+    for step, batch in enumerate(host_batches(batches, range(BATCH), 7, 12), start=7):
         for name, value in batch.items():
             np.testing.assert_array_equal(value, whole[step][name])
 
@@ -46,7 +46,7 @@ def test_going_on_at_a_step_gives_the_same_batches(batches):
 def test_device_batches_lie_where_the_step_wants_them(batches, shape):
     mesh = mesh_of(shape)
     sharding = batch_sharding(mesh)
-    found = list(stream(batches, 2, 5, sharding, BATCH, T))
+    found = list(device_batches(batches, 2, 5, sharding, BATCH, T))
     assert len(found) == 3
     for step, batch in enumerate(found, start=2):
         expected = batches.rows(step, range(BATCH))
@@ -82,7 +82,7 @@ def test_a_damaged_shard_is_a_clear_error_through_tf_data(batches):
                 raise UserError("train-00001.bin is damaged")
             return batches.rows(step, rows)
 
-    found = iterate(Damaged(), range(BATCH), 0, 5)
+    found = host_batches(Damaged(), range(BATCH), 0, 5)
     with pytest.raises(UserError, match=r"^train-00001.bin is damaged$"):
         for _ in range(3):
             next(found)
@@ -99,7 +99,7 @@ def test_no_tuner_is_left_to_sleep_at_the_end(batches, monkeypatch):
         return numpy_iterator(dataset)
 
     monkeypatch.setattr(tf.data.Dataset, "as_numpy_iterator", as_numpy_iterator)
-    assert len(list(iterate(batches, range(BATCH), 0, 3))) == 3
+    assert len(list(host_batches(batches, range(BATCH), 0, 3))) == 3
     assert tuned == [False]
 
 
@@ -107,7 +107,7 @@ def test_a_shard_that_is_cut_while_it_is_read(shards, tmp_path):
     """A file stays open; what it no longer holds must not become padding of weight 0."""
     folder = shutil.copytree(shards, tmp_path / "shards")
     batches = Batches({"": TokenDataset.open(folder, "train")}, T, BATCH, seed=0)
-    found = iterate(batches, range(BATCH), 0, 100)
+    found = host_batches(batches, range(BATCH), 0, 100)
     next(found)
     for path in folder.glob("train-*.bin"):
         os.truncate(path, 101)  # half a token more than 50
@@ -127,7 +127,7 @@ def test_a_disk_that_gives_up_names_the_file(packed, monkeypatch, kind):
         return pread(file, size, offset)
 
     monkeypatch.setattr(os, "pread", fails)
-    found = iterate(Batches(packed, T, BATCH, seed=0), range(BATCH), 0, 100)
+    found = host_batches(Batches(packed, T, BATCH, seed=0), range(BATCH), 0, 100)
     next(found)
     broken.append(True)
     name = rf"best_fit/[abc]/train-\d{{5}}-\d{{3}}.{kind}"

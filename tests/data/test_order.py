@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llama_jax.data import loader
 from llama_jax.data.batches import Batches, SyntheticBatches
-from llama_jax.data.loader import iterate, stream
+from llama_jax.data.loader import device_batches, host_batches
 from llama_jax.data.shards import reader
 from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.data.shards.writer import ShardWriter
@@ -117,7 +117,7 @@ def test_batches_do_not_depend_on_restarts(three, seed, start, more):
     """Through tf.data, of a new object, from any step on."""
     batches = Batches(three, 16, 6, seed)
     again = Batches(three, 16, 6, seed)
-    found = list(iterate(again, range(6), start + more, start + 6))
+    found = list(host_batches(again, range(6), start + more, start + 6))
     assert len(found) == 6 - more
     for step, batch in enumerate(found, start + more):
         for name, value in batches.rows(step, range(6)).items():
@@ -149,7 +149,7 @@ def test_batches_do_not_depend_on_worker_threads(three, monkeypatch, threads):
             return batches.rows(step, rows)
 
     monkeypatch.setattr(loader, "PREFETCH", threads)
-    for step, batch in enumerate(iterate(Uneven(), range(6), 0, 9)):
+    for step, batch in enumerate(host_batches(Uneven(), range(6), 0, 9)):
         np.testing.assert_array_equal(batch["inputs"], batches.rows(step, range(6))["inputs"])
 
 
@@ -161,7 +161,7 @@ def test_batches_are_made_ahead_of_their_use(three):
             made.append(step)
             return batches.rows(step, rows)
 
-    found = iterate(Counted(), range(6), 0, 100)
+    found = host_batches(Counted(), range(6), 0, 100)
     next(found)
     until(lambda: max(made) >= loader.PREFETCH)
     assert max(made) < 10  # ahead, but not without end
@@ -176,7 +176,7 @@ def test_the_next_batch_goes_to_the_device_before_this_one_is_used():
             return super().rows(step, rows)
 
     sharding = batch_sharding(mesh_of((1, 2, 1, 1)))
-    found = stream(Counted(64, 16, 8, 0), 0, 4, sharding, 8, 16)
+    found = device_batches(Counted(64, 16, 8, 0), 0, 4, sharding, 8, 16)
     for expected in ([0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3]):
         next(found)
         assert made == expected

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llama_jax.checkpoint.saved_step import Meta
 from llama_jax.data.batches import Batches, ValidationBatches
-from llama_jax.data.loader import iterate
+from llama_jax.data.loader import host_batches
 from llama_jax.data.mixture import MAX_PERIOD, PERIOD, Schedule, shares_by_size, shares_of_samples
 from llama_jax.data.prepare.job import prepare
 from llama_jax.data.shards.layout import encode_manifest, fingerprint, read_manifest
@@ -27,7 +27,7 @@ from llama_jax.data.show.rows import Screen
 from llama_jax.data.sources.part import Example
 from llama_jax.data.training_data import open_data
 from llama_jax.errors import UserError
-from llama_jax.train.overview import describe
+from llama_jax.train.overview import overview
 from llama_jax.train.resume import check_checkpoint
 from tests.helpers import mesh_of, replace, text_config, write_manifest
 
@@ -218,9 +218,9 @@ def test_shares_are_a_function_of_the_step_on_any_number_of_hosts(tokenizer, tmp
     shares = {"a": Fraction(1, 2000), "b": Fraction(1, 3), "c": Fraction(3997, 6000)}
     batches = Batches(sources, 20, 12, 0, shares)
     assert batches.schedule.period == PERIOD  # so that some samples are left over
-    straight = list(iterate(batches, range(12), 40, 60))
+    straight = list(host_batches(batches, range(12), 40, 60))
     again = Batches(sources, 20, 12, 0, shares)
-    for step, batch in enumerate(iterate(again, range(12), 50, 60), start=50):
+    for step, batch in enumerate(host_batches(again, range(12), 50, 60), start=50):
         parts = [again.rows(step, range(first, first + 4)) for first in (0, 4, 8)]
         for name, value in batch.items():
             np.testing.assert_array_equal(value, straight[step - 40][name])
@@ -367,10 +367,10 @@ def test_a_run_says_its_shares(chats):
     folder, config = chats
     data = open_data(replace(config, data__mixture="short=3,long=1"), epath.Path(folder))
     mesh = mesh_of((1, 1, 1, 1))
-    text = describe(replace(config, data__mixture="short=3,long=1"), mesh, data)
+    text = overview(replace(config, data__mixture="short=3,long=1"), mesh, data)
     assert "data    shares of tokens in answers: short 75%, long 25%" in text
     by_size = replace(config, data__mixture="")
-    assert "shares of" not in describe(by_size, mesh, open_data(by_size, epath.Path(folder)))
+    assert "shares of" not in overview(by_size, mesh, open_data(by_size, epath.Path(folder)))
 
 
 def test_a_run_with_shares_of_sequences_does_not_go_on_silently(chats):

@@ -12,7 +12,7 @@ from llama_jax.cli import command
 from llama_jax.errors import UserError
 from llama_jax.parallel import multihost
 from llama_jax.parallel.cluster import start_processes
-from llama_jax.parallel.multihost import Peers, agreed, from_first
+from llama_jax.parallel.multihost import Peers, agreed, broadcast_text
 from llama_jax.train.instruments.signals import StopRequest
 
 
@@ -30,7 +30,7 @@ def texts(me, peers):
         text = agreed(mine)
         assert text.startswith(f"{first}, ünïcode xxx") and text.endswith("/\udcff")
         assert agreed("") == ""
-        assert from_first(f"{me} {number}") == f"0 {number}"
+        assert broadcast_text(f"{me} {number}") == f"0 {number}"
     if me == 0:
         print("keys", keys_left(multihost._client()), flush=True)
     agreed("")

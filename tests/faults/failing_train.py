@@ -30,7 +30,7 @@ PLACES = {
     "meta": (start, "load_meta"),
     "restore": (Checkpointer, "restore"),
     "item": (saved_step, "_restore_item"),
-    "batch": (loop, "stream"),
+    "batch": (loop, "device_batches"),
 }
 
 
@@ -38,7 +38,7 @@ def fail(*_, **__):
     raise ERRORS[os.environ["FAIL_WITH"]]
 
 
-def third_fails(*arguments, stream=loop.stream):
+def third_fails(*arguments, stream=loop.device_batches):
     batches = stream(*arguments)
     yield next(batches)
     yield next(batches)
@@ -48,7 +48,7 @@ def third_fails(*arguments, stream=loop.stream):
 if os.environ["FAIL_PROCESS"] == os.environ["JAX_PROCESS_ID"]:
     stage = os.environ["FAIL_STAGE"]
     if stage == "step":
-        loop.stream = third_fails
+        loop.device_batches = third_fails
     else:
         setattr(*PLACES[stage], fail)
 runpy.run_module("llama_jax.train", run_name="__main__", alter_sys=True)

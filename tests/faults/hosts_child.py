@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.fingerprint import fingerprint
 from llama_jax.checkpoint.saved_step import Meta
-from llama_jax.data.loader import stream
+from llama_jax.data.loader import device_batches
 from llama_jax.data.training_data import open_data
 from llama_jax.parallel.cluster import start_processes
 from llama_jax.parallel.mesh import make_mesh
@@ -50,7 +50,7 @@ def main():
         print("state", json.dumps([step, jax.process_count(), fingerprint(state)]), flush=True)
         shape = (config.train.global_batch, config.train.seq_len)
         data = open_data(config, epath.Path("unused")).train
-        batches = stream(data, step, step + BATCHES, compiled.batch_sharding, *shape)
+        batches = device_batches(data, step, step + BATCHES, compiled.batch_sharding, *shape)
         hashes, reached = {}, step + 1
         for number, batch in enumerate(batches, start=step):
             hashes[number] = sha(batch)

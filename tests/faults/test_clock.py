@@ -18,7 +18,7 @@ YEARS_S = 20 * 365 * 86_400
 
 def trained(workdir, monkeypatch, jump):
     """The batches, losses and last state of a run, with a jump before each batch."""
-    stream, folder = loop.stream, workdir / "checkpoints"
+    stream, folder = loop.device_batches, workdir / "checkpoints"
     batches = []
 
     def noted(source, start, *rest):
@@ -30,7 +30,7 @@ def trained(workdir, monkeypatch, jump):
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "stream", noted)
+        patch.setattr(loop, "device_batches", noted)
         config = replace(CONFIG, train__save_timeout=120, train__step_timeout=120)
         state = jax.device_get(train(config, workdir))
     losses = [(line["step"], line["loss"]) for line in records(workdir) if "loss" in line]

@@ -57,7 +57,7 @@ def undisturbed(shards, tmp_path_factory):
 def test_a_shard_is_lost_in_the_middle_of_a_run(shards, undisturbed, tmp_path, monkeypatch, fault):
     """The file is named; when it is mended the same command ends where an undisturbed one does."""
     folder = shutil.copytree(shards, tmp_path / "shards")
-    stream = loop.stream
+    stream = loop.device_batches
 
     def disturbed(source, start, *rest):
         for number, batch in enumerate(stream(source, start, *rest), start + 1):
@@ -70,7 +70,7 @@ def test_a_shard_is_lost_in_the_middle_of_a_run(shards, undisturbed, tmp_path, m
 
     message = "ends early" if fault == "cut" else "Input/output error; when it can be read again"
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "stream", disturbed)
+        patch.setattr(loop, "device_batches", disturbed)
         with pytest.raises(UserError, match=rf"train-00000-00\d.bin.*{message}"):
             train(config_on(folder), tmp_path / "run")
     for path in shards.iterdir():

@@ -128,7 +128,7 @@ def undisturbed(tmp_path_factory):
 
 def during(monkeypatch, workdir, first, begin, last, end):
     """Runs `begin` and `end` as these batches are taken, between the saves in the background."""
-    stream, folder = loop.stream, workdir / "checkpoints"
+    stream, folder = loop.device_batches, workdir / "checkpoints"
     warn, failed = Checkpointer._warn, set()
 
     def warned(saver, step, reason):
@@ -145,7 +145,7 @@ def during(monkeypatch, workdir, first, begin, last, end):
                 end()
             yield batch
 
-    monkeypatch.setattr(loop, "stream", disturbed)
+    monkeypatch.setattr(loop, "device_batches", disturbed)
     monkeypatch.setattr(Checkpointer, "_warn", warned)
 
 
@@ -234,14 +234,14 @@ every = int(sys.argv[2])
 train(replace(CONFIG, train__checkpoint_every=every, train__step_timeout=20), sys.argv[1])
 """
 BROKEN = """
-from llama_jax.train.rewind import SkipWatch
+from llama_jax.train.rewind import Rewinder
 steps = []
 def stuck(self, read):
     steps.append(read)
     if len(steps) == 10:
         raise KeyError
     return 0
-SkipWatch.stuck = stuck
+Rewinder.skipped_in_a_row = stuck
 """
 
 

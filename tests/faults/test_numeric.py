@@ -106,7 +106,7 @@ def bad_from(monkeypatch, first, last):
     Returns:
       A dict that gets the time at which each of them was handed out.
     """
-    stream, handed = loop.stream, {}
+    stream, handed = loop.device_batches, {}
 
     def poisoning(source, start, stop, *rest):
         for step, batch in enumerate(stream(source, start, stop, *rest), start=start + 1):
@@ -115,7 +115,7 @@ def bad_from(monkeypatch, first, last):
                 batch = {**batch, "weights": batch["weights"] * jnp.nan}
             yield batch
 
-    monkeypatch.setattr(loop, "stream", poisoning)
+    monkeypatch.setattr(loop, "device_batches", poisoning)
     return handed
 
 

@@ -49,7 +49,7 @@ def config(corpus, shards):
 
 def poison(monkeypatch, *bad, before=lambda step: None):
     """The weights of the batches of these steps (from 1) are not numbers."""
-    stream = loop.stream
+    stream = loop.device_batches
 
     def poisoning(source, start, stop, *rest):
         for step, batch in enumerate(stream(source, start, stop, *rest), start=start + 1):
@@ -59,7 +59,7 @@ def poison(monkeypatch, *bad, before=lambda step: None):
                     batch = {**batch, "weights": batch["weights"] * jnp.nan}
             yield batch
 
-    monkeypatch.setattr(loop, "stream", poisoning)
+    monkeypatch.setattr(loop, "device_batches", poisoning)
 
 
 def run(config, workdir):
@@ -100,7 +100,9 @@ def test_it_goes_on_from_the_old_weights_with_the_new_batches(config, rewound, t
                 skips = dataclasses.replace(twin.skips, **placed)
                 at = jax.device_put(np.int32(AT), place)
                 twin = TrainState(at, twin.params, twin.opt_state, skips)
-            batch = next(loop.stream(data.train, step, step + 1, compiled.batch_sharding, *shape))
+            batch = next(
+                loop.device_batches(data.train, step, step + 1, compiled.batch_sharding, *shape)
+            )
             twin, _ = compiled.train(twin, batch)
     assert int(state.step) == STEPS
     assert_same(state, jax.device_get(twin))

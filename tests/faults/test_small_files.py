@@ -266,7 +266,7 @@ def test_times_of_a_version_before_are_added_to(run, capsys):
 
 def test_small_files_that_become_folders_end_no_run(tmp_path, monkeypatch, capsys):
     """In the middle of it; the weights are those of a run that was left alone."""
-    run, stream = tmp_path / "run", loop.stream
+    run, stream = tmp_path / "run", loop.device_batches
 
     def disturbed(source, start, *rest):
         for step, batch in enumerate(stream(source, start, *rest), start=start + 1):
@@ -278,7 +278,7 @@ def test_small_files_that_become_folders_end_no_run(tmp_path, monkeypatch, capsy
                 (run / "metrics.jsonl").rmdir()
             yield batch
 
-    monkeypatch.setattr(loop, "stream", disturbed)
+    monkeypatch.setattr(loop, "device_batches", disturbed)
     assert int(train(CONFIG, run).step) == 12
     said = capsys.readouterr().out
     assert "warning: step 5 could not be logged: " in said

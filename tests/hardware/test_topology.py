@@ -12,7 +12,7 @@ from llama_jax.errors import UserError
 from llama_jax.hardware.chips import CHIPS, chip_named, find_chip
 from llama_jax.hardware.topology import (
     Torus,
-    captured,
+    captured_stderr,
     node_of,
     parse_topology,
     target_config,
@@ -219,7 +219,7 @@ def test_the_environment_stays_as_it_was(name, monkeypatch):
 
 
 def test_what_a_library_writes_is_kept():
-    with captured() as said:
+    with captured_stderr() as said:
         os.write(2, b"one\ntwo\n")
         assert said == []
     assert said == ["one", "two"]

@@ -21,7 +21,7 @@ from llama_jax.inference.chat import (
     templates,
 )
 from llama_jax.inference.decode import Sampling
-from llama_jax.inference.generation import additions
+from llama_jax.inference.generation import new_texts
 from llama_jax.inference.loaded_model import InferenceModel
 from llama_jax.interchange.opening import open_source
 from llama_jax.interchange.transfer import convert
@@ -268,7 +268,7 @@ def test_the_command(llama3, tmp_path):
 
 def test_an_answer_ends_at_any_end(llama3, one_device):
     from llama_jax.inference.decode import Sampling
-    from llama_jax.inference.generation import additions
+    from llama_jax.inference.generation import new_texts
 
     model = model_of(llama3, {}, one_device)
     sampling = Sampling(max_tokens=30, temperature=0.0)
@@ -277,7 +277,7 @@ def test_an_answer_ends_at_any_end(llama3, one_device):
         files = {"generation_config.json": json.dumps({"eos_token_id": ends}).encode()}
         changed = dataclasses.replace(model, files=files)
         with jax.set_mesh(one_device):
-            found = list(additions(changed, [[llama3.bos_id, 7, 8]], sampling, chunk=4))
+            found = list(new_texts(changed, [[llama3.bos_id, 7, 8]], sampling, chunk=4))
         return sum(one.tokens for one in found), changed.eos_ids
 
     assert dataclasses.replace(model, files={}).eos_ids == (llama3.eos_id,)
@@ -384,7 +384,7 @@ def test_each_answer_sees_the_whole_conversation(open_conversation):
     # The same as asked for at once; the second draws are those of the next seed.
     ids = talk._template.encode(messages)
     sampling = dataclasses.replace(SAMPLING, seed=1)
-    assert second == "".join(a.text for a in additions(talk._model, [ids], sampling, chunk=1))
+    assert second == "".join(a.text for a in new_texts(talk._model, [ids], sampling, chunk=1))
 
 
 def test_the_same_question_is_answered_anew(open_conversation):

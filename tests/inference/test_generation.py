@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from llama_jax.inference.decode import Sampling, generate
-from llama_jax.inference.generation import Addition, Stopwatch, additions, complete, show_in_order
+from llama_jax.inference.generation import NewText, Stopwatch, complete, new_texts, show_in_order
 from llama_jax.inference.loaded_model import InferenceModel
 from llama_jax.text.tokenizer import Tokenizer
 from tests.helpers import (
@@ -48,7 +48,7 @@ def test_what_comes_piece_by_piece_is_the_whole(kind, tokenizer, corpus, one_dev
     )
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     with jax.set_mesh(one_device):
-        found = list(additions(model, ids, sampling, chunk=1))
+        found = list(new_texts(model, ids, sampling, chunk=1))
         whole = complete(model.config.model, model.params, tokenizer, prompts, sampling, context=64)
     texts = ["".join(a.text for a in found if a.row == row) for row in range(24)]
     # Of a character that is cut off, SentencePiece marks each byte, and Python's decoder the rest.
@@ -62,11 +62,11 @@ def test_what_comes_piece_by_piece_is_the_whole(kind, tokenizer, corpus, one_dev
 
 def test_a_row_that_ends_first_waits_for_its_turn():
     found = [
-        Addition(0, "a", 1, False, 0),
-        Addition(1, "x", 1, True, 0),
-        Addition(0, "b", 1, True, 1),
-        Addition(2, "y", 1, False, 1),
-        Addition(2, "z", 1, True, 2),
+        NewText(0, "a", 1, False, 0),
+        NewText(1, "x", 1, True, 0),
+        NewText(0, "b", 1, True, 1),
+        NewText(2, "y", 1, False, 1),
+        NewText(2, "z", 1, True, 2),
     ]
     written = []
     passed = list(show_in_order(["A", "B", "C"], iter(found), written.append, first=4))
@@ -79,7 +79,7 @@ def test_a_row_that_ends_first_waits_for_its_turn():
 
 def test_one_prompt_has_no_heading():
     written = []
-    list(show_in_order(["A"], iter([Addition(0, "a", 1, True, 0)]), written.append))
+    list(show_in_order(["A"], iter([NewText(0, "a", 1, True, 0)]), written.append))
     assert written == ["A", "a", "\n"]
 
 
@@ -88,8 +88,8 @@ def test_tokens_per_second(monkeypatch):
     monkeypatch.setattr("llama_jax.inference.generation.time.perf_counter", lambda: next(now))
     watch = Stopwatch()
     rows = [(0, 0), (1, 0), (0, 1), (1, 1)]
-    watch.count(Addition(row, "", 5, False, part) for row, part in rows)
-    watch.count(iter([Addition(0, "", 50, False, 0)]))
+    watch.count(NewText(row, "", 5, False, part) for row, part in rows)
+    watch.count(iter([NewText(0, "", 50, False, 0)]))
     # 60 tokens in the 12 seconds after the first program
     assert watch.summary() == (
         "70 new tokens; the first after 2.00 s (compilation included), then 5.0 tokens/s"

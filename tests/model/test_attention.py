@@ -11,8 +11,8 @@ from llama_jax.model import attention as dispatch
 from llama_jax.model import attention_splash, attention_xla, context_parallel
 from llama_jax.model.attention import attention
 from llama_jax.model.attention_cudnn import deterministic
-from llama_jax.model.attention_splash import splash
-from llama_jax.model.attention_triton import triton
+from llama_jax.model.attention_splash import splash_attention
+from llama_jax.model.attention_triton import triton_attention
 from tests.helpers import mesh_of
 
 
@@ -177,7 +177,7 @@ def test_splash_in_interpret_mode(with_segments, window):
     pair = (ids, ids) if with_segments else None
     if with_segments:
         mask = mask & (ids[:, :, None] == ids[:, None, :])
-    out = splash(q, k, v, pair, window, interpret=True)
+    out = splash_attention(q, k, v, pair, window, interpret=True)
     np.testing.assert_allclose(out, reference(q, k, v, mask), atol=1e-5)
 
 
@@ -188,7 +188,7 @@ def test_gradients_of_splash_in_interpret_mode():
     def loss(function):
         return jax.grad(lambda *x: jnp.vdot(function(*x), cotangent), (0, 1, 2))(q, k, v)
 
-    got = loss(lambda q, k, v: splash(q, k, v, None, 0, interpret=True))
+    got = loss(lambda q, k, v: splash_attention(q, k, v, None, 0, interpret=True))
     for ours, expected in zip(got, loss(lambda q, k, v: attention(q, k, v)), strict=True):
         np.testing.assert_allclose(ours, expected, atol=2e-5)
 
@@ -206,7 +206,7 @@ def test_tiles_of_splash_change_no_gradient(tile, backward, window, shape):
         return jax.grad(lambda *x: jnp.vdot(function(*x, (ids, ids)), cotangent), (0, 1, 2))
 
     def tiled(q, k, v, pair):
-        return splash(q, k, v, pair, window, tile=tile, backward=backward, interpret=True)
+        return splash_attention(q, k, v, pair, window, tile=tile, backward=backward, interpret=True)
 
     with jax.set_mesh(mesh_of(shape)) if shape else contextlib.nullcontext():
         got = jax.jit(gradients(tiled))(q, k, v)
@@ -262,7 +262,9 @@ def test_splash_on_a_mesh(shape):
     q, k, v = inputs(15, batch=4, queries=256, keys=256, n=4, k=2, h=16)
     ids = segments(16, 4, 256)
     with jax.set_mesh(mesh_of(shape)):
-        out = jax.jit(lambda q, k, v: splash(q, k, v, (ids, ids), 0, interpret=True))(q, k, v)
+        out = jax.jit(lambda q, k, v: splash_attention(q, k, v, (ids, ids), 0, interpret=True))(
+            q, k, v
+        )
     mask = causal(256, 256) & (ids[:, :, None] == ids[:, None, :])
     np.testing.assert_allclose(out, reference(q, k, v, mask), atol=1e-5)
 
@@ -276,7 +278,7 @@ def test_triton_in_interpret_mode(with_segments, shape):
     if with_segments:
         mask = mask & (ids[:, :, None] == ids[:, None, :])
     with jax.set_mesh(mesh_of(shape)) if shape else contextlib.nullcontext():
-        out = jax.jit(lambda q, k, v: triton(q, k, v, ids, interpret=True))(q, k, v)
+        out = jax.jit(lambda q, k, v: triton_attention(q, k, v, ids, interpret=True))(q, k, v)
     np.testing.assert_allclose(out, reference(q, k, v, mask), atol=1e-5)
 
 
@@ -290,7 +292,7 @@ def test_gradients_of_triton_in_interpret_mode(with_segments):
     def loss(function):
         return jax.grad(lambda *x: jnp.vdot(function(*x), cotangent), (0, 1, 2))(q, k, v)
 
-    got = loss(lambda q, k, v: triton(q, k, v, ids, interpret=True))
+    got = loss(lambda q, k, v: triton_attention(q, k, v, ids, interpret=True))
     expected = loss(lambda q, k, v: attention(q, k, v, segment_ids=pair))
     for ours, want in zip(got, expected, strict=True):
         np.testing.assert_allclose(ours, want, atol=2e-5)
@@ -299,7 +301,7 @@ def test_gradients_of_triton_in_interpret_mode(with_segments):
 def test_triton_gets_segments(monkeypatch):
     seen = {}
     monkeypatch.setattr(dispatch, "_platform", lambda: "gpu")
-    monkeypatch.setattr(dispatch, "triton", lambda q, k, v, ids: seen.update(ids=ids))
+    monkeypatch.setattr(dispatch, "triton_attention", lambda q, k, v, ids: seen.update(ids=ids))
     ids = segments(26, 2, 128)
     attention(*inputs(0, queries=128, keys=128, h=16), segment_ids=(ids, ids), backend="triton")
     assert seen["ids"] is ids
@@ -436,7 +438,7 @@ def test_who_asks_for_the_same_bits(name):
 def test_cudnn_is_not_taken_where_the_same_bits_are_asked_for(monkeypatch):
     monkeypatch.setattr(dispatch, "deterministic", lambda: True)
     monkeypatch.setattr(dispatch, "_platform", lambda: "gpu")
-    monkeypatch.setattr(dispatch, "cudnn", lambda *_: "fast")
+    monkeypatch.setattr(dispatch, "cudnn_attention", lambda *_: "fast")
     q, k, v = (jnp.asarray(x, "bfloat16") for x in inputs(0, queries=128, keys=128))
     assert attention(q, k, v).shape == q.shape
     with pytest.raises(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llama_jax.model import nf4
-from llama_jax.model.lora import freeze, thaw
+from llama_jax.model.lora import to_float32, to_frozen
 from tests.helpers import ROOT
 
 MATRICES = {"wide": (192, 128), "long": (40, 704)}  # (out, in)
@@ -81,11 +81,11 @@ def test_heads_as_inputs_and_as_outputs_are_one_matrix():
     flat = nf4.quantize(weight.T, 1)
     for shape, path in [((8, 16, 192), "layers/attn/wo"), ((128, 12, 16), "layers/attn/wq")]:
         lora = type("", (), {"base_dtype": "nf4"})
-        held = freeze(path, weight.T.reshape(shape), lora)
+        held = to_frozen(path, weight.T.reshape(shape), lora)
         assert held.codes.reshape(64, 192).tolist() == flat.codes.tolist()
         assert held.groups.tolist() == flat.groups.tolist()
-        assert thaw(held).shape == shape
-        assert thaw(held).reshape(128, 192).tolist() == thaw(flat).tolist()
+        assert to_float32(held).shape == shape
+        assert to_float32(held).reshape(128, 192).tolist() == to_float32(flat).tolist()
 
 
 def test_abstract_is_what_quantize_gives():
@@ -100,7 +100,7 @@ def test_abstract_is_what_quantize_gives():
 def test_a_block_of_zeros_stays_zero():
     weight = matrix("wide").T.copy()
     weight[:64] = 0
-    values = thaw(nf4.quantize(weight, 1))
+    values = to_float32(nf4.quantize(weight, 1))
     assert np.isfinite(values).all() and np.abs(values[:64]).max() == 0
 
 

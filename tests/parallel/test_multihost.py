@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from llama_jax.parallel import multihost
-from llama_jax.parallel.multihost import Meeting, agreed
+from llama_jax.parallel.multihost import Barrier, agreed
 
 
 def test_agreed_is_the_text_itself_on_one_process():
@@ -14,7 +14,7 @@ def test_agreed_is_the_text_itself_on_one_process():
 
 
 def test_a_meeting_of_one_process():
-    meeting = Meeting("save 1")
+    meeting = Barrier("save 1")
     meeting.wait()
     assert not meeting.failed
     with pytest.raises(OSError, match=r"^no space$"):
@@ -70,7 +70,7 @@ def two(monkeypatch):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_problem_is_known_to_all_at_the_stage_where_it_is(two, stage, process):
-    meetings = [Meeting("save 1"), Meeting("save 1")]
+    meetings = [Barrier("save 1"), Barrier("save 1")]
 
     def work(index):
         for each in range(1, 4):
@@ -83,12 +83,12 @@ def test_a_problem_is_known_to_all_at_the_stage_where_it_is(two, stage, process)
 
 
 def test_the_next_meeting_knows_nothing_of_it(two):
-    two(lambda index: Meeting("save 1").wait("no space" if index else ""))
-    assert two(lambda index: Meeting("save 2").wait()) == [None, None]
+    two(lambda index: Barrier("save 1").wait("no space" if index else ""))
+    assert two(lambda index: Barrier("save 2").wait()) == [None, None]
 
 
 def test_who_cannot_meet_does_not_try_again(two):
-    meeting = Meeting("save 1")
+    meeting = Barrier("save 1")
     multihost.distributed.global_state.client.barriers[f"llama_jax/{meeting._name}/1"].abort()
     two(lambda index: index or meeting.wait())
     assert meeting.failed

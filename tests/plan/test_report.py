@@ -215,7 +215,7 @@ def test_the_compilers_word_that_it_does_not_fit(eight, monkeypatch):
 
 def test_the_heap_of_a_tpu_program_is_in_its_newest_report(tmp_path):
     with pytest.raises(UserError, match=f"not reported the program's memory in {tmp_path}"):
-        compilation.heap(tmp_path)
+        compilation.heap_bytes(tmp_path)
     for order, size in (("0001", 5169836928), ("0000", 482433696)):  # the later one comes last
         path = tmp_path / f"module_{order}.jit_x.after_optimizations-memory-usage-report.txt"
         path.write_text(
@@ -224,11 +224,11 @@ def test_the_heap_of_a_tpu_program_is_in_its_newest_report(tmp_path):
         )
         os.utime(path, (size, size))
         (tmp_path / "m.cpu_after_optimizations-memory-usage-report.txt").write_text("another")
-    assert compilation.heap(tmp_path) == 5169836928
+    assert compilation.heap_bytes(tmp_path) == 5169836928
     path.write_text("Memory Space: hbm")
     os.utime(path, (6e9, 6e9))
     with pytest.raises(UserError, match="has not reported"):
-        compilation.heap(tmp_path)
+        compilation.heap_bytes(tmp_path)
 
 
 @pytest.mark.parametrize(

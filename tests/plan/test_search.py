@@ -12,7 +12,7 @@ from llama_jax.plan import report
 from llama_jax.plan import scheduled as scheduled_lib
 from llama_jax.plan import search as search_lib
 from llama_jax.plan.advice import advice
-from llama_jax.plan.candidates import candidates, options, what_divides
+from llama_jax.plan.candidates import candidates, flags_for, what_divides
 from llama_jax.plan.estimate import estimate, kept_width
 from llama_jax.plan.scheduled import Scheduled
 from llama_jax.plan.search import search
@@ -199,7 +199,7 @@ def test_search_finds_the_fastest_that_fits(monkeypatch, capsys):
     monkeypatch.setattr(search_lib, "plan", fake_plan)
     result = search(CONFIG, EIGHT, limit=3, price=2.0)
     assert (result["fits"], result["step_seconds"], result["cost"]) == (True, 3.0, 2.0)
-    assert result["options"] == options(compiled[1])
+    assert result["options"] == flags_for(compiled[1])
     assert [one["step_seconds"] for one in result["tried"]] == [2.0, 3.0, 4.0]
     guesses = [one["estimate"]["seconds"] for one in result["tried"]]
     assert guesses == sorted(guesses)
@@ -259,9 +259,9 @@ def test_a_search_for_tpus_schedules_all_and_compiles_the_best(monkeypatch, caps
     assert [one["step_seconds"] for one in result["tried"][:3]] == [5.0, 5.0, None]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 8
-    assert lines[0].startswith(f"1/6 {options(first[0])}: about 8")
+    assert lines[0].startswith(f"1/6 {flags_for(first[0])}: about 8")
     assert lines[0].endswith(" GiB, fits, about 2.000 s")
-    assert lines[6] == f"1/6 {options(first[0])}: 80.00 GiB, fits, 5.000 s, MFU 50.0%"
+    assert lines[6] == f"1/6 {flags_for(first[0])}: 80.00 GiB, fits, 5.000 s, MFU 50.0%"
 
 
 def test_of_few_microbatches_one_is_compiled_too(monkeypatch):
@@ -285,7 +285,7 @@ def test_a_search_for_tpus_takes_the_fastest_plan(monkeypatch):
     said = fake_compilers(monkeypatch, scheduled_gib=lambda remat: 80, steps={second: 4.0})
     result = search(LARGE, SLICE, limit=6, price=0.0)
     assert said["compiled"][1].model.remat == second
-    assert result["options"] == options(said["compiled"][1]) and result["step_seconds"] == 4.0
+    assert result["options"] == flags_for(said["compiled"][1]) and result["step_seconds"] == 4.0
 
 
 def test_what_does_not_fit_its_schedule_is_not_compiled(monkeypatch, capsys):
@@ -306,7 +306,7 @@ def test_a_plan_that_does_not_fit_makes_room_for_the_next(monkeypatch):
     )
     result = search(LARGE, SLICE, limit=6, price=0.0)
     assert said["compiled"] == said["scheduled"][:3]
-    assert result["options"] == options(said["compiled"][1])
+    assert result["options"] == flags_for(said["compiled"][1])
     assert not result["tried"][0]["fits"] and result["tried"][0]["kind"] == "compiled"
 
 
@@ -463,6 +463,6 @@ def test_what_divides():
 
 
 def test_options_are_flags():
-    text = options(replace(CONFIG, model__remat="full"))
+    text = flags_for(replace(CONFIG, model__remat="full"))
     assert "--config.mesh.fsdp=-1" in text and "--config.model.remat=full" in text
-    assert options(CONFIG).endswith("--config.train.grad_accum=1")
+    assert flags_for(CONFIG).endswith("--config.train.grad_accum=1")

@@ -12,7 +12,7 @@ import tokenizers
 from llama_jax.errors import UserError
 from llama_jax.inference import chat
 from llama_jax.inference.decode import Sampling
-from llama_jax.inference.generation import additions
+from llama_jax.inference.generation import new_texts
 from llama_jax.inference.loaded_model import InferenceModel
 from llama_jax.interchange.fast_tokenizer import fast_files
 from llama_jax.interchange.hf import HfSource
@@ -211,15 +211,15 @@ def test_answers_stop_there(all_kinds, one_device):
 
     def drawn(model):
         with jax.set_mesh(one_device):
-            parts = list(additions(model, [[found.bos_id, 7, 8]], sampling, chunk=4))
+            parts = list(new_texts(model, [[found.bos_id, 7, 8]], sampling, chunk=4))
         return sum(one.tokens for one in parts)
 
     assert drawn(model) == 30
     template = template_of(found)
-    turned = chat.ending_turns(model, template)
+    turned = chat.with_turn_ends(model, template)
     assert turned.eos_ids == (found.eos_id, found.encode(END, special=True)[0])
     files = {"generation_config.json": json.dumps({"eos_token_id": [5]}).encode()}
-    changed = chat.ending_turns(dataclasses.replace(model, files=files), template)
+    changed = chat.with_turn_ends(dataclasses.replace(model, files=files), template)
     assert changed.eos_ids == (5, found.encode(END, special=True)[0])
 
 

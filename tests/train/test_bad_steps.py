@@ -8,13 +8,13 @@ from llama_jax.train.bad_steps import (
     LOSS,
     SPIKE,
     WINDOW,
-    count,
     explain,
     group_norms,
-    judge,
     no_skips,
     not_finite,
     rewound,
+    skip_reasons,
+    updated,
 )
 from llama_jax.train.step import abstract_state, init_state, jit_step
 from tests.helpers import TINY, mesh_of, random_batch, random_params, replace
@@ -23,7 +23,7 @@ GRADS = {"embed": jnp.ones(4), "layers": {"attn": {"wq": jnp.ones(2)}, "mlp_norm
 
 
 def judged(skips, loss=2.0, grads=GRADS, norm=3.0, factor=0.0):
-    return int(judge(skips, jnp.float32(loss), grads, jnp.float32(norm), factor))
+    return int(skip_reasons(skips, jnp.float32(loss), grads, jnp.float32(norm), factor))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -47,7 +47,7 @@ def test_a_norm_that_overflows_only_in_sum_is_not_finite():
 def filled(updates, rng=None):
     rng = rng or np.random.default_rng(0)
     skips = no_skips()
-    advance = jax.jit(count)
+    advance = jax.jit(updated)
     for step in range(updates):
         loss, norm = 2 + 0.01 * rng.standard_normal(2).astype(np.float32)
         skips = advance(skips, jnp.int32(0), jnp.int32(step), loss, norm)
@@ -84,7 +84,7 @@ def test_the_window_holds_the_last_updates_and_no_skipped_step():
     for step in range(WINDOW + 3):
         reasons = jnp.int32(SPIKE if step in (5, 6, 70) else 0)
         value = jnp.float32(1e9 if step in (5, 6, 70) else step)
-        skips = count(skips, reasons, jnp.int32(step), value, value)
+        skips = updated(skips, reasons, jnp.int32(step), value, value)
         if step == 6:
             assert (int(skips.total), int(skips.in_row), int(skips.last)) == (2, 2, 7)
     assert (int(skips.total), int(skips.in_row), int(skips.last)) == (3, 0, 71)
@@ -94,13 +94,13 @@ def test_the_window_holds_the_last_updates_and_no_skipped_step():
 def test_a_rewind_is_a_longer_skip():
     """What follows the updates goes on as at the checkpoint, what follows the batches does not."""
     then, at = filled(WINDOW + 5), WINDOW + 5
-    then = count(then, jnp.int32(SPIKE), jnp.int32(at), jnp.float32(9), jnp.float32(9))
+    then = updated(then, jnp.int32(SPIKE), jnp.int32(at), jnp.float32(9), jnp.float32(9))
     step, skips = rewound(then, jnp.int32(at + 1), jnp.int32(at + 40), jnp.int32(LOSS))
     assert (int(step), int(skips.total)) == (at + 40, 1 + 39)
     assert (int(skips.in_row), int(skips.last), int(skips.reasons)) == (0, at + 40, LOSS)
     none, value = jnp.int32(0), jnp.float32(7)
-    on = count(skips, none, step, value, value)
-    expected = count(then, none, jnp.int32(at + 1), value, value)
+    on = updated(skips, none, step, value, value)
+    expected = updated(then, none, jnp.int32(at + 1), value, value)
     assert on.losses.tolist() == expected.losses.tolist()
     assert on.grad_norms.tolist() == expected.grad_norms.tolist()
 

@@ -122,7 +122,7 @@ def compiled_before_each_batch(
     config, workdir, names, monkeypatch, change=lambda step, batch: batch
 ):
     """Trains; what was compiled between the batches: [before the first, .., after the last]."""
-    stream = loop.stream
+    stream = loop.device_batches
     marks = []
 
     def marking(source, start, stop, *rest):
@@ -132,7 +132,7 @@ def compiled_before_each_batch(
                 batch = change(step, batch)
             yield batch
 
-    monkeypatch.setattr(loop, "stream", marking)
+    monkeypatch.setattr(loop, "device_batches", marking)
     train(config, workdir)
     ends = [0, *marks, len(names)]
     return [names[a:b] for a, b in itertools.pairwise(ends)]
@@ -241,7 +241,9 @@ def timed_run(monkeypatch, config, inline, start=0, compiles_at=()):
             if dispatched in compiles_at:
                 jax.jit(lambda x: x + dispatched)(device_zero)  # a program that is new
         number = device.step()
-        state = TrainState(number, number, number, types.SimpleNamespace(in_row=number, to_dict=dict))
+        state = TrainState(
+            number, number, number, types.SimpleNamespace(in_row=number, to_dict=dict)
+        )
         return state, {"loss": number}
 
     def save(state, meta):

@@ -46,7 +46,7 @@ def whole(config, tmp_path_factory):
 
 def stop_in_evaluation(patch, number):
     """SIGTERM comes in the evaluation of this number, from 1."""
-    stream, seen = loop.stream, []
+    stream, seen = loop.device_batches, []
 
     def stopping(source, *rest):
         if isinstance(source, ValidationBatches):
@@ -55,7 +55,7 @@ def stop_in_evaluation(patch, number):
                 signal.raise_signal(signal.SIGTERM)
         yield from stream(source, *rest)
 
-    patch.setattr(loop, "stream", stopping)
+    patch.setattr(loop, "device_batches", stopping)
 
 
 def evaluations(workdir):
@@ -74,7 +74,7 @@ def eval_loss(workdir, step):
 
 def good(workdir):
     folders = [epath.Path(path) for path in (workdir / "checkpoints").iterdir()]
-    return [manifest.damage(folder) for folder in folders] == [""] * len(folders)
+    return [manifest.first_damage(folder) for folder in folders] == [""] * len(folders)
 
 
 def start_again(config, workdir, whole, times=2):
@@ -244,7 +244,7 @@ def test_a_full_disk_ends_no_run(config, whole, stopped_at_the_end, tmp_path, mo
 def test_what_needs_no_evaluation_gets_none(config, tmp_path, monkeypatch, changes):
     """A step between two evaluations, and a run without held-out text."""
     config = replace(config, **changes)
-    stream = loop.stream
+    stream = loop.device_batches
 
     def stopping(source, start, *rest):
         for step, batch in enumerate(stream(source, start, *rest), start=start):
@@ -253,7 +253,7 @@ def test_what_needs_no_evaluation_gets_none(config, tmp_path, monkeypatch, chang
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "stream", stopping)
+        patch.setattr(loop, "device_batches", stopping)
         assert int(train(config, tmp_path / "run").step) == 5
     before = len(records(tmp_path / "run"))
     monkeypatch.setattr(loop, "make_up", lambda *_: pytest.fail("evaluated"))

@@ -3,14 +3,14 @@ import types
 
 from llama_jax.config import LoraConfig
 from llama_jax.model.cost import flops_by_part, flops_per_token
-from llama_jax.train.overview import describe
+from llama_jax.train.overview import overview
 from tests.helpers import TINY, mesh_of, replace, with_adapters
 
 
 def test_the_flops_of_a_step_by_part():
     config = replace(TINY, train__steps=10)
     train = types.SimpleNamespace(epochs=lambda step: {"": 0.5})
-    text = describe(config, mesh_of((1, 8, 1, 1)), types.SimpleNamespace(train=train))
+    text = overview(config, mesh_of((1, 8, 1, 1)), types.SimpleNamespace(train=train))
     rows = {
         name: (float(token), float(step), float(share))
         for name, token, step, share in re.findall(
@@ -32,7 +32,7 @@ def test_the_flops_of_a_step_by_part():
 def test_adapters_and_their_base_are_told():
     config = with_adapters(replace(TINY, train__steps=10))
     train = types.SimpleNamespace(epochs=lambda step: {})
-    text = describe(config, mesh_of((1, 1, 1, 1)), types.SimpleNamespace(train=train))
+    text = overview(config, mesh_of((1, 1, 1, 1)), types.SimpleNamespace(train=train))
     count = 2 * 2 * (4 * 2 * 32 + 3 * (32 + 48))  # layers, rank, inputs and outputs
     assert f"LoRA    {count:,} parameters are trained: rank 2 for wq,wk,wv,wo,w1,w2,w3" in text
     assert "base    hf:there, frozen in bfloat16" in text and "4 per frozen one" in text
@@ -40,7 +40,7 @@ def test_adapters_and_their_base_are_told():
     frozen = sum(parts.values()) - parts["attention scores"]
     total = frozen * 4 / 6 + parts["attention scores"] + 6 * count
     assert f"{total * 10 * 32 * 16:.2e} FLOPs" in text
-    assert "begin   hf:there" in describe(
+    assert "begin   hf:there" in overview(
         replace(TINY, init_from="hf:there"),
         mesh_of((1, 1, 1, 1)),
         types.SimpleNamespace(train=train),

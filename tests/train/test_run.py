@@ -29,7 +29,7 @@ from llama_jax.train.instruments.profiler import Profiler
 from llama_jax.train.instruments.signals import StopRequest
 from llama_jax.train.instruments.watchdog import Watchdog
 from llama_jax.train.resume import check_workdir
-from llama_jax.train.rewind import SkipWatch
+from llama_jax.train.rewind import Rewinder
 from llama_jax.train.run import check_memory, train
 from tests.helpers import (
     LOOP_FIELDS,
@@ -115,7 +115,7 @@ class FakeRun:
 
     def run(self, state=FakeState(0)):
         profiler = Profiler(self.config.train.profile_window, epath.Path("none"))
-        watch = (Goodput(None), Watchdog(0), SkipWatch(self.config, self.data, self, []))
+        watch = (Goodput(None), Watchdog(0), Rewinder(self.config, self.data, self, []))
         instruments = loop.Instruments(self, self, profiler, self.stop, *watch)
         state = loop.run_loop(self.compiled, state, self.data, self.config, instruments, META)
         return state.step
@@ -299,7 +299,7 @@ def test_stopped_and_resumed_equals_one_go(finished, config, tmp_path, monkeypat
     whole_dir, whole = finished
     shutil.copytree(whole_dir / "data", tmp_path / "run" / "data")
     counted = {"steps": 0}
-    stream = loop.stream
+    stream = loop.device_batches
 
     def stop_after_three(source, start, stop, *rest):
         for batch in stream(source, start, stop, *rest):
@@ -309,11 +309,11 @@ def test_stopped_and_resumed_equals_one_go(finished, config, tmp_path, monkeypat
                     signal.raise_signal(signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(loop, "stream", stop_after_three)
+    monkeypatch.setattr(loop, "device_batches", stop_after_three)
     first = train(config, tmp_path / "run")
     assert int(first.step) == 3
     assert find_step(tmp_path / "run").name == "3"
-    monkeypatch.setattr(loop, "stream", stream)
+    monkeypatch.setattr(loop, "device_batches", stream)
     other = replace(
         config,
         **dict(
@@ -414,7 +414,7 @@ def test_synthetic_data_trains_too(tmp_path, capsys):
 
 def stop_after(monkeypatch, steps):
     """Sends SIGTERM once so many batches were taken."""
-    stream = loop.stream
+    stream = loop.device_batches
 
     def stopping(source, start, *rest):
         for step, batch in enumerate(stream(source, start, *rest), start=start):
@@ -422,7 +422,7 @@ def stop_after(monkeypatch, steps):
                 signal.raise_signal(signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(loop, "stream", stopping)
+    monkeypatch.setattr(loop, "device_batches", stopping)
 
 
 def losses(workdir):

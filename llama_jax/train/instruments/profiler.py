@@ -28,11 +28,11 @@ class Profiler:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._steps: list[int] = []
 
-    def turns(self, step: int) -> bool:
+    def must_toggle(self, step: int) -> bool:
         """Whether a trace must start before `step`, or end before it."""
         return (step in self._window) != (self._folder is not None)
 
-    def turn(self, step: int, state: Any) -> None:
+    def toggle(self, step: int, state: Any) -> None:
         """Starts or ends the trace, once the device has done the steps before `step`."""
         jax.block_until_ready(state)
         if step not in self._window:

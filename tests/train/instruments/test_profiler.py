@@ -63,8 +63,8 @@ class Recorder:
 
     def run(self, profiler, first, last):
         for step in range(first, last + 1):
-            if profiler.turns(step):
-                profiler.turn(step, None)
+            if profiler.must_toggle(step):
+                profiler.toggle(step, None)
             if step < last:
                 with profiler.step(step):
                     self.events.append(step)
