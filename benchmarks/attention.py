@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from llama_jax.cli import command as command_lib
+from llama_jax.cli import command
 from llama_jax.errors import UserError
 from llama_jax.model.attention import attention
 
@@ -137,4 +137,4 @@ if __name__ == "__main__":
     )
     _BACKENDS = flags.DEFINE_list("backends", ["xla", "cudnn", "triton"], "Of attention.py.")
     _ROUNDS = flags.DEFINE_integer("rounds", 20, "Timed calls.", lower_bound=1)
-    command_lib.run(main, __doc__)
+    command.run(main, __doc__)

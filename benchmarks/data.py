@@ -24,7 +24,7 @@ import sentencepiece
 from absl import flags
 from etils import epath
 
-from llama_jax.cli import command as command_lib
+from llama_jax.cli import command
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from llama_jax.data import loader
 from llama_jax.data.batches import Batches
@@ -350,4 +350,4 @@ if __name__ == "__main__":
     _MEGABYTES = flags.DEFINE_integer(
         "megabytes", 100, "Size of the smaller corpus of the memory measurement.", lower_bound=1
     )
-    command_lib.run(main, __doc__)
+    command.run(main, __doc__)

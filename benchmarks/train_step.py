@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from llama_jax.cli import command as command_lib
+from llama_jax.cli import command
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from llama_jax.hardware import xla_flags
 from llama_jax.hardware.chips import peak_flops
@@ -182,18 +182,18 @@ def measure(config: Config, warmup: int, steps: int, kernels: int = 0) -> dict[s
 
 def main() -> None:
     """The command."""
-    config = PEER_SHAPE if _CONFIG.value is None else command_lib.load_config(_CONFIG)
+    config = PEER_SHAPE if _CONFIG.value is None else command.load_config(_CONFIG)
     chosen = xla_flags.use_preset(_XLA_PRESET.value)
     measured = measure(config, _WARMUP.value, _STEPS.value, _KERNELS.value)
     print(json.dumps({**measured, "xla_preset": chosen.preset}))
 
 
 if __name__ == "__main__":
-    _CONFIG = command_lib.config_flag()
+    _CONFIG = command.config_flag()
     _STEPS = flags.DEFINE_integer("steps", 30, "Timed steps.", lower_bound=1)
     _WARMUP = flags.DEFINE_integer("warmup", 10, "Steps before, not counted.", lower_bound=0)
     _XLA_PRESET = flags.DEFINE_string("xla_preset", xla_flags.AUTO, xla_flags.HELP)
     _KERNELS = flags.DEFINE_integer(
         "kernels", 0, "List so many of an accelerator's longest kernels.", lower_bound=0
     )
-    command_lib.run(main, __doc__)
+    command.run(main, __doc__)

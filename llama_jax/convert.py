@@ -30,15 +30,15 @@ import time
 import numpy as np
 from absl import flags
 
-from llama_jax.cli import command as command_lib
+from llama_jax.cli import command
 from llama_jax.errors import UserError
 from llama_jax.interchange.hf import DTYPES
 from llama_jax.interchange.opening import open_source, parse_place
 from llama_jax.interchange.transfer import convert, export_adapters, import_adapters
 from llama_jax.model.cost import parameter_count
 
-_SOURCE = command_lib.path_flag("source", None, "What to read, as FORMAT:DIR.")
-_TARGET = command_lib.path_flag("target", None, "What to write, as FORMAT:DIR; must not exist.")
+_SOURCE = command.path_flag("source", None, "What to read, as FORMAT:DIR.")
+_TARGET = command.path_flag("target", None, "What to write, as FORMAT:DIR; must not exist.")
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
@@ -51,7 +51,7 @@ _CONTEXT = flags.DEFINE_integer(
     "Longest sequence in tokens, for a meta source; 0: by the family's habit.",
     lower_bound=0,
 )
-_BASE = command_lib.path_flag(
+_BASE = command.path_flag(
     "base",
     "",
     "Weights below the adapters of a source, as FORMAT:DIR; default: where these say it was.",
@@ -91,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_lib.run(main, __doc__)
+    command.run(main, __doc__)

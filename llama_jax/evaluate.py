@@ -14,22 +14,22 @@ import sys
 
 from absl import flags
 
-from llama_jax.cli import command as command_lib
+from llama_jax.cli import command
 from llama_jax.data.shards.layout import SPLITS
 from llama_jax.errors import UserError
 from llama_jax.inference.loaded_model import open_model
 from llama_jax.inference.perplexity import evaluate, read_shards, read_texts, table, to_json
 
-_CHECKPOINT = command_lib.path_flag(
+_CHECKPOINT = command.path_flag(
     "checkpoint", None, "Work directory (its newest step), or the folder of one step."
 )
 _TEXT = flags.DEFINE_string(
     "text", None, "Text to score: files, folders, globs; NAME=FILES; NAME=FILES for several."
 )
 _TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Of a JSON line or a Parquet table.")
-_SHARDS = command_lib.path_flag("shards", None, "Folder of token shards to score.")
+_SHARDS = command.path_flag("shards", None, "Folder of token shards to score.")
 _SPLIT = flags.DEFINE_enum("split", "validation", SPLITS, "Of the shards.")
-_TASKS = command_lib.path_list_flag("tasks", None, "Tasks of the harness, or paths of task files.")
+_TASKS = command.path_list_flag("tasks", None, "Tasks of the harness, or paths of task files.")
 _NUM_FEWSHOT = flags.DEFINE_integer(
     "num_fewshot", None, "Examples before each question; default: the task's own number."
 )
@@ -38,7 +38,7 @@ _STRIDE = flags.DEFINE_integer(
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Windows or requests at a time.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Documents of each source or task at most.")
-_BASE = command_lib.path_flag(
+_BASE = command.path_flag(
     "base",
     "",
     "Weights below the adapters of a LoRA checkpoint, as hf:DIR, meta:DIR or ckpt:DIR; empty: "
@@ -98,4 +98,4 @@ def _tasks(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command_lib.run(main, __doc__)
+    command.run(main, __doc__)

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 import jax
 from absl import flags
 
-from llama_jax.cli import command as command_lib
+from llama_jax.cli import command
 from llama_jax.errors import UserError
 from llama_jax.inference.chat import Conversation, converse, open_template, with_turn_ends
 from llama_jax.inference.decode import Sampling, check_prompts
@@ -41,15 +41,15 @@ PROMPT_TOKENS, CHAT_TOKENS = 128, 512
 # Tokens of one program where nobody watches them come.
 UNWATCHED = 32
 
-_CHECKPOINT = command_lib.path_flag(
+_CHECKPOINT = command.path_flag(
     "checkpoint", None, "Work directory (its newest step), or the folder of one step."
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to continue; repeat it for a batch.")
-_PROMPTS = command_lib.path_flag("prompts", None, "File of prompts, instead of --prompt.")
-_MESSAGES = command_lib.path_flag(
+_PROMPTS = command.path_flag("prompts", None, "File of prompts, instead of --prompt.")
+_MESSAGES = command.path_flag(
     "messages", None, "File of conversations, instead of --prompt: a .jsonl file."
 )
-_CHAT_TEMPLATE = command_lib.path_flag(
+_CHAT_TEMPLATE = command.path_flag(
     "chat_template",
     None,
     "Chat template for prompts and messages: its name in the checkpoint (default is the usual "
@@ -66,7 +66,7 @@ _SPECIAL = flags.DEFINE_bool(
 )
 _JSON = flags.DEFINE_bool("json", False, "Print a line of JSON for each prompt.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts that are continued at a time.")
-_BASE = command_lib.path_flag(
+_BASE = command.path_flag(
     "base",
     "",
     "Weights below the adapters of a LoRA checkpoint, as hf:DIR, meta:DIR or ckpt:DIR; empty: "
@@ -178,4 +178,4 @@ def _batch(
 
 
 if __name__ == "__main__":
-    command_lib.run(main, __doc__)
+    command.run(main, __doc__)

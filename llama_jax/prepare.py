@@ -23,14 +23,14 @@ from typing import Any
 
 from absl import flags
 
-from llama_jax.cli import command as command_lib
+from llama_jax.cli import command
 from llama_jax.data.prepare import job
 from llama_jax.data.shards import layout
 from llama_jax.errors import UserError
 
-_CONFIG = command_lib.config_flag()
-_OUTPUT = command_lib.path_flag("output", None, "Folder to make, or an empty one; local or gs://.")
-_VERIFY = command_lib.path_flag(
+_CONFIG = command.config_flag()
+_OUTPUT = command.path_flag("output", None, "Folder to make, or an empty one; local or gs://.")
+_VERIFY = command.path_flag(
     "verify", None, "Check the shards in this folder, of one source or several, and stop."
 )
 _RESTART = flags.DEFINE_bool(
@@ -83,7 +83,7 @@ def main() -> int | None:
         return None
     if not _OUTPUT.value:
         raise UserError("--output is missing; try --output=shards")
-    config = command_lib.load_config(_CONFIG)
+    config = command.load_config(_CONFIG)
     try:
         with _stoppable():
             job.prepare(config, _OUTPUT.value, beam_options=_BEAM.value, restart=_RESTART.value)
@@ -96,4 +96,4 @@ def main() -> int | None:
 
 
 if __name__ == "__main__":
-    command_lib.run(main, __doc__)
+    command.run(main, __doc__)

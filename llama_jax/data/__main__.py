@@ -15,22 +15,22 @@ from collections.abc import Iterable
 from absl import flags
 from etils import epath
 
-from llama_jax.cli import command as command_lib
+from llama_jax.cli import command
 from llama_jax.data.show import plot as plot_lib
 from llama_jax.data.show import summary
 from llama_jax.data.show.rows import Screen
 from llama_jax.errors import UserError
 
-_SHOW = command_lib.path_flag(
+_SHOW = command.path_flag(
     "show", None, "Folder of token shards, of several sources, or a work directory of train."
 )
-_CONFIG = command_lib.config_flag()
+_CONFIG = command.config_flag()
 _STEP = flags.DEFINE_integer(
     "step", 0, "First step whose batch is shown.", lower_bound=0, upper_bound=10**12
 )
 _ROWS = flags.DEFINE_integer("rows", 3, "Sequences to show.", lower_bound=0, upper_bound=10**6)
 _LINES = flags.DEFINE_integer("lines", 12, "Lines to show of one document; 0: all.", lower_bound=0)
-_PLOT = command_lib.path_flag("plot", None, "PNG to draw; default: plots/data.png in the folder.")
+_PLOT = command.path_flag("plot", None, "PNG to draw; default: plots/data.png in the folder.")
 
 
 def _print(lines: Iterable[str]) -> bool:
@@ -50,7 +50,7 @@ def main() -> None:
     """The command."""
     if not _SHOW.value:
         raise UserError("--show is missing; try --show=runs/tiny")
-    config = command_lib.load_config(_CONFIG) if _CONFIG.value is not None else None
+    config = command.load_config(_CONFIG) if _CONFIG.value is not None else None
     prepared = summary.open_prepared(_SHOW.value, config)
     screen = Screen(
         width=min(shutil.get_terminal_size((100, 0)).columns, 120),
@@ -72,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_lib.run(main, __doc__)
+    command.run(main, __doc__)

@@ -23,7 +23,7 @@ import math
 import jax
 from absl import flags
 
-from llama_jax.cli import command as command_lib
+from llama_jax.cli import command
 from llama_jax.errors import UserError
 from llama_jax.hardware import xla_flags
 from llama_jax.hardware.topology import parse_topology
@@ -32,7 +32,7 @@ from llama_jax.plan.advice import advice
 from llama_jax.plan.report import plan, table
 from llama_jax.plan.search import search
 
-_CONFIG = command_lib.config_flag()
+_CONFIG = command.config_flag()
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
@@ -63,7 +63,7 @@ def main() -> None:
     if _CALIBRATION.value:
         print(calibration.table())
         return
-    config = command_lib.load_config(_CONFIG)
+    config = command.load_config(_CONFIG)
     if _TOPOLOGY.value is None:
         raise UserError("--topology is missing; try --topology=v5p-128 or --topology=h100:256x8")
     topology = parse_topology(_TOPOLOGY.value, _SLICES.value)
@@ -83,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_lib.run(main, __doc__)
+    command.run(main, __doc__)

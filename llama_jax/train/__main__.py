@@ -10,15 +10,15 @@ import time
 import jax
 from absl import flags
 
-from llama_jax.cli import command as command_lib
+from llama_jax.cli import command
 from llama_jax.errors import UserError
 from llama_jax.hardware import xla_flags
 from llama_jax.parallel.cluster import start_processes
 from llama_jax.parallel.multihost import Stopped, say
 from llama_jax.train.run import run
 
-_CONFIG = command_lib.config_flag()
-_WORKDIR = command_lib.path_flag(
+_CONFIG = command.config_flag()
+_WORKDIR = command.path_flag(
     "workdir", None, "Folder of the run: config, checkpoints, metrics, plots; local or gs://."
 )
 _XLA_PRESET = flags.DEFINE_string("xla_preset", xla_flags.AUTO, xla_flags.HELP)
@@ -55,7 +55,7 @@ def main() -> int:
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; try --workdir=runs/tiny")
     began = time.monotonic()
-    run_config = command_lib.load_config(_CONFIG)
+    run_config = command.load_config(_CONFIG)
     chosen = xla_flags.use_preset(_XLA_PRESET.value)
     means = start_processes(_START_TIMEOUT.value)
     if means:
@@ -80,4 +80,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    command_lib.run(main, __doc__)
+    command.run(main, __doc__)

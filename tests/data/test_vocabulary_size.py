@@ -28,7 +28,7 @@ from llama_jax.interchange.transfer import convert, export_adapters
 from llama_jax.model.llama import logits
 from llama_jax.parallel.sharding import param_shardings, param_specs
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train import run as train_lib
+from llama_jax.train import run as run_lib
 from llama_jax.train.overview import remarks
 from llama_jax.train.step import abstract_state
 from tests.data.sources.test_conversations import quiet
@@ -72,7 +72,7 @@ def config(corpus, tokenizer, tmp_path_factory):
 def run(config, tmp_path_factory):
     """A finished run from scratch."""
     workdir = tmp_path_factory.mktemp("rows") / "run"
-    train_lib.train(config, workdir)
+    run_lib.train(config, workdir)
     return workdir
 
 
@@ -176,7 +176,7 @@ def test_the_sample_after_training_has_no_padding(config, run, monkeypatch, caps
 
     monkeypatch.setattr("llama_jax.inference.generation.generate", spy)
     sampled = replace(config, train__sample_prompt="def")
-    assert int(train_lib.train(sampled, run).step) == 4  # finished already
+    assert int(run_lib.train(sampled, run).step) == 4  # finished already
     assert seen == [IDS]
     assert "no sample after 'def': the mesh has context=2" in capsys.readouterr().out
 
@@ -184,9 +184,9 @@ def test_the_sample_after_training_has_no_padding(config, run, monkeypatch, caps
 def test_resuming_with_other_words_for_the_same_tokenizer(config, run, tmp_path):
     workdir = shutil.copytree(run, tmp_path / "run")
     again = replace(config, data__tokenizer="", data__tokenizer_size=IDS)
-    assert int(train_lib.train(again, workdir).step) == 4
+    assert int(run_lib.train(again, workdir).step) == 4
     with pytest.raises(UserError, match="model.vocab_size is 320, now 384"):
-        train_lib.train(replace(config, model__vocab_size=384), workdir)
+        run_lib.train(replace(config, model__vocab_size=384), workdir)
 
 
 def test_a_look_at_the_data(run):
@@ -237,7 +237,7 @@ def test_fine_tuning_and_back(config, base, rows, rank, tmp_path):
         model__vocab_size=rows,
         lora=LoraConfig(rank=rank, base_dtype="float32") if rank else LoraConfig(),
     )
-    train_lib.train(tuned, tmp_path / "run")
+    run_lib.train(tuned, tmp_path / "run")
     meta = load_meta(tmp_path / "run" / "checkpoints" / "4")
     assert Tokenizer(meta.tokenizer_model).vocab_size == IDS
     model = open_model(tmp_path / "run", "tensor=2")

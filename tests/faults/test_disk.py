@@ -19,7 +19,7 @@ from llama_jax.checkpoint.events import Events
 from llama_jax.checkpoint.saved_step import Meta, check_steps
 from llama_jax.errors import UserError
 from llama_jax.train import loop
-from llama_jax.train import run as train_lib
+from llama_jax.train import run as run_lib
 from llama_jax.train.run import train
 from tests.helpers import ROOT, TINY, made_state, random_params, records, replace, until
 
@@ -288,7 +288,7 @@ def test_a_console_that_is_full_ends_no_save(tmp_path, monkeypatch):
 def test_a_place_that_is_read_only_is_told_before_the_first_step(workdir, monkeypatch):
     fault = ReadOnly(workdir)
     fault.begin()
-    monkeypatch.setattr(train_lib, "run_loop", lambda *_: pytest.fail("it started"))
+    monkeypatch.setattr(run_lib, "run_loop", lambda *_: pytest.fail("it started"))
     began = time.monotonic()
     with pytest.raises(
         UserError, match=f"cannot be saved to {workdir}/checkpoints: .*{fault.reason}"

@@ -15,7 +15,7 @@ from llama_jax.data.prepare.job import prepare
 from llama_jax.data.training_data import TrainingData, open_data
 from llama_jax.errors import UserError
 from llama_jax.text.tokenizer import train_tokenizer
-from llama_jax.train import run as train_lib
+from llama_jax.train import run as run_lib
 from llama_jax.train.resume import check_checkpoint, check_workdir
 from llama_jax.train.step import abstract_state
 from tests.helpers import TINY, field_names, replace, restored_state, text_config, with_adapters
@@ -152,7 +152,7 @@ def config(corpus):
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("guards") / "run"
-    train_lib.train(config, workdir)
+    run_lib.train(config, workdir)
     return workdir
 
 
@@ -165,7 +165,7 @@ def test_the_checkpoint_knows_its_config_where_the_file_does_not(run, config, tm
     else:
         (workdir / "config.json").write_text(other.to_json())
     with pytest.raises(UserError, match=r"checkpoints/3 is of another run \(optim.peak_lr is 0.01"):
-        train_lib.train(replace(other, train__log_every=7), workdir)
+        run_lib.train(replace(other, train__log_every=7), workdir)
     if lost:
         assert not (workdir / "config.json").exists()
     else:
@@ -176,7 +176,7 @@ def test_a_run_that_goes_on_writes_its_config(run, config, tmp_path):
     workdir = shutil.copytree(run, tmp_path / "run")
     (workdir / "config.json").unlink()
     changed = replace(config, train__log_every=7)
-    train_lib.train(changed, workdir)
+    run_lib.train(changed, workdir)
     assert (workdir / "config.json").read_text() == changed.to_json()
 
 
@@ -195,7 +195,7 @@ def test_another_tokenizer_of_the_same_size_is_refused(run, config, corpus, tmp_
     assert open_data(told, epath.Path("unused")).tokenizer is not None
     message = r"another run \(tokenizer's sha256 is \w{16}, now \w{16}"
     with pytest.raises(UserError, match=message) as caught:
-        train_lib.train(told, workdir)
+        run_lib.train(told, workdir)
     print(caught.value)
     kept = (run / "tokenizer.model").read_bytes()
     assert (workdir / "tokenizer.model").read_bytes() == kept
@@ -206,9 +206,9 @@ def test_other_data_are_written_down_with_the_step(run, config, tmp_path, capsys
     other = replace(config, data__validation_fraction=0.4, data__path=str(tmp_path / "shards"))
     prepare(other, tmp_path / "shards", log=lambda line: None)
     with pytest.raises(UserError, match=r"validation_fraction is 0.2, now 0.4.*accept_other_data"):
-        train_lib.train(other, workdir)
+        run_lib.train(other, workdir)
     assert not (workdir / "changes.jsonl").exists()
-    train_lib.train(replace(other, data__accept_other_data=True), workdir)
+    run_lib.train(replace(other, data__accept_other_data=True), workdir)
     line = json.loads((workdir / "changes.jsonl").read_text())
     fingerprints = [open_data(c, run / "data").fingerprint for c in (config, other)]
     assert line["step"] == 3

@@ -12,7 +12,7 @@ import pytest
 from llama_jax.checkpoint.saved_step import find_step
 from llama_jax.errors import UserError
 from llama_jax.train import loop
-from llama_jax.train import run as train_lib
+from llama_jax.train import run as run_lib
 from llama_jax.train.bad_steps import explain
 from tests.helpers import TINY, mesh_of, random_batch, records, replace, shared_step, text_config
 
@@ -136,7 +136,7 @@ def run_config(corpus, shards):
 def test_a_run_passes_over_a_bad_batch(run_config, tmp_path, monkeypatch, capsys):
     """It is counted in the log and in the checkpoint, over a resume."""
     bad_from(monkeypatch, 4, 5)
-    state = jax.device_get(train_lib.train(run_config, tmp_path))
+    state = jax.device_get(run_lib.train(run_config, tmp_path))
     out = capsys.readouterr().out
     lines = [line for line in records(tmp_path) if "loss" in line]
     assert [line["skipped"] for line in lines] == [0, 0, 0, 1, *[2] * 8]
@@ -147,7 +147,7 @@ def test_a_run_passes_over_a_bad_batch(run_config, tmp_path, monkeypatch, capsys
         for step in (4, 8, 12):
             if step > last and (folder := tmp_path / "checkpoints" / str(step)).exists():
                 folder.rename(tmp_path / f"{last}-{step}")
-    again = jax.device_get(train_lib.train(run_config, tmp_path))
+    again = jax.device_get(run_lib.train(run_config, tmp_path))
     assert "resume  from step 4" in capsys.readouterr().out
     jax.tree.map(np.testing.assert_array_equal, again, state)
     assert (int(again.skips.total), int(again.skips.last)) == (2, 5)
@@ -166,14 +166,14 @@ def test_bad_batches_in_a_row_stop_the_run(
     )
     handed = bad_from(monkeypatch, 6, 12)
     with pytest.raises(UserError) as caught:
-        train_lib.train(config, tmp_path)
+        run_lib.train(config, tmp_path)
     message = str(caught.value)
     print(f"told {time.monotonic() - handed[8]:.2f} s after the third batch: {message}")
     assert message.startswith(
         f"steps 6 to {stopped} made no update: the loss is not finite; gradients are not finite "
         f"in embed, attn, mlp, norms, lm_head. Batch of step {stopped}: sequences "
     )
-    data = train_lib.open_data(config, tmp_path / "data")
+    data = run_lib.open_data(config, tmp_path / "data")
     first = data.train.draws(stopped - 1, range(1))[0][1]
     assert f"sequences {first}, " in message and " and 2 more; see " in message
     assert f"--show=WORKDIR --step={stopped - 1}. " in message
@@ -182,12 +182,12 @@ def test_bad_batches_in_a_row_stop_the_run(
     assert find_step(tmp_path).name == str(checkpoint_every)
     # Told to pass over them, it does.
     patient = replace(config, train__max_skipped=99)
-    assert int(train_lib.train(patient, tmp_path).skips.total) == 7
+    assert int(run_lib.train(patient, tmp_path).skips.total) == 7
 
 
 def test_a_bad_state_is_never_saved(run_config, tmp_path, monkeypatch):
     """A weight that a fault of the machine has changed, between a step and the next."""
-    jit_step_ = train_lib.jit_step
+    jit_step_ = run_lib.jit_step
 
     def faulty(config, mesh):
         compiled = jit_step_(config, mesh)
@@ -204,10 +204,10 @@ def test_a_bad_state_is_never_saved(run_config, tmp_path, monkeypatch):
 
         return dataclasses.replace(compiled, train=train)
 
-    monkeypatch.setattr(train_lib, "jit_step", faulty)
+    monkeypatch.setattr(run_lib, "jit_step", faulty)
     # One bad step is fewer than train.max_skipped, but its state would be saved.
     with pytest.raises(UserError, match=r"steps 8 to 8 .* is 4; weights of norms are not finite"):
-        train_lib.train(run_config, tmp_path)
+        run_lib.train(run_config, tmp_path)
     assert find_step(tmp_path).name == "4"
 
 

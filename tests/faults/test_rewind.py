@@ -14,7 +14,7 @@ from llama_jax.checkpoint.saved_step import DamagedCheckpoint, load_meta
 from llama_jax.errors import UserError
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.train import loop
-from llama_jax.train import run as train_lib
+from llama_jax.train import run as run_lib
 from llama_jax.train.bad_steps import LOSS
 from llama_jax.train.step import TrainState
 from tests.faults import test_hosts
@@ -63,7 +63,7 @@ def poison(monkeypatch, *bad, before=lambda step: None):
 
 
 def run(config, workdir):
-    return jax.device_get(train_lib.train(config, workdir))
+    return jax.device_get(run_lib.train(config, workdir))
 
 
 def rewinds(workdir):
@@ -87,7 +87,7 @@ def test_it_goes_on_from_the_old_weights_with_the_new_batches(config, rewound, t
     """A twin by hand: it trains to the checkpoint, leaves out what follows, and trains on."""
     state, _ = rewound
     mesh = make_mesh(config.mesh)
-    data = train_lib.open_data(config, epath.Path(tmp_path))
+    data = run_lib.open_data(config, epath.Path(tmp_path))
     with jax.set_mesh(mesh):
         compiled = shared_step(config, mesh)
         twin = compiled.init(jax.random.key(config.train.seed))
@@ -252,7 +252,7 @@ def test_a_damaged_checkpoint_is_passed_over(config, tmp_path, monkeypatch, caps
 
 
 def test_weights_that_a_fault_has_broken_are_left_behind_too(config, tmp_path, monkeypatch):
-    jit_step_ = train_lib.jit_step
+    jit_step_ = run_lib.jit_step
 
     def faulty(config, mesh):
         compiled = jit_step_(config, mesh)
@@ -269,7 +269,7 @@ def test_weights_that_a_fault_has_broken_are_left_behind_too(config, tmp_path, m
 
         return dataclasses.replace(compiled, train=train)
 
-    monkeypatch.setattr(train_lib, "jit_step", faulty)
+    monkeypatch.setattr(run_lib, "jit_step", faulty)
     often = replace(config, train__log_every=1, train__checkpoint_every=4)
     state = run(often, tmp_path)
     assert [(r["from"], r["to"]) for r in rewinds(tmp_path)] == [(8, 4)]

@@ -16,7 +16,7 @@ from llama_jax.files import read_records
 from llama_jax.interchange import model_card
 from llama_jax.train import loop
 from llama_jax.train import resume as resume_lib
-from llama_jax.train import run as train_lib
+from llama_jax.train import run as run_lib
 from llama_jax.train.instruments.goodput import PHASES, Goodput
 from llama_jax.train.instruments.metrics import plot_loss
 from llama_jax.train.run import train
@@ -198,7 +198,7 @@ def in_the_way(workdir, name, how):
 )
 def test_what_is_in_the_way_is_told_before_the_first_step(run, name, how, monkeypatch):
     in_the_way(run, name, how)
-    monkeypatch.setattr(train_lib, "run_loop", lambda *_: pytest.fail("it started"))
+    monkeypatch.setattr(run_lib, "run_loop", lambda *_: pytest.fail("it started"))
     with pytest.raises(UserError, match=rf"{name} is a {how}.* a run keeps a f") as caught:
         train(CONFIG, run)
     assert "\n" not in str(caught.value)

@@ -16,7 +16,7 @@ from llama_jax.hardware.topology import Topology
 from llama_jax.model.cost import adapter_count, flops_by_part, parameter_count
 from llama_jax.model.weights import abstract_frozen
 from llama_jax.plan import compilation
-from llama_jax.plan import report as plan_lib
+from llama_jax.plan import report as report_lib
 from llama_jax.plan.compilation import lower_step, with_slices
 from llama_jax.plan.report import plan, table
 from llama_jax.train.bad_steps import no_skips
@@ -45,7 +45,7 @@ CONFIG = replace(TINY, train__global_batch=32, mesh__tensor=2)
 @pytest.fixture
 def eight(monkeypatch):
     """Eight CPU devices in the place of a v5e slice."""
-    monkeypatch.setattr(plan_lib, "topology_devices", lambda topology: jax.devices())
+    monkeypatch.setattr(report_lib, "topology_devices", lambda topology: jax.devices())
     return Topology(chip_named("v5e"), (2, 4))
 
 
@@ -104,7 +104,7 @@ def test_the_parts_of_the_memory(eight):
 
 
 def test_a_chip_of_two_devices(monkeypatch):
-    monkeypatch.setattr(plan_lib, "topology_devices", lambda topology: jax.devices())
+    monkeypatch.setattr(report_lib, "topology_devices", lambda topology: jax.devices())
     one = plan(CONFIG, Topology(chip_named("v5e"), (2, 4)))
     two = plan(CONFIG, Topology(chip_named("tpu7x"), (2, 2, 1)))
     assert two["chips"] == 4
@@ -145,7 +145,7 @@ def test_what_it_costs(eight):
 
 def test_a_plan_of_adapters(monkeypatch):
     """What there is of weights, which FLOPs count, hours and dollars."""
-    monkeypatch.setattr(plan_lib, "topology_devices", lambda topology: jax.devices()[:1])
+    monkeypatch.setattr(report_lib, "topology_devices", lambda topology: jax.devices()[:1])
     one, config = (
         Topology(chip_named("v5e"), (1, 1)),
         replace(with_adapters(TINY), lora__targets="wq"),

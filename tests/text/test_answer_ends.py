@@ -13,7 +13,7 @@ from llama_jax.data.show.rows import Screen
 from llama_jax.data.training_data import open_data
 from llama_jax.text.templates import BUILT_IN, built_in, end_ids
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train import run as train_lib
+from llama_jax.train import run as run_lib
 from llama_jax.train.overview import remarks
 from tests.data.sources.test_conversations import chat_config, quiet, read
 from tests.helpers import replace
@@ -189,9 +189,9 @@ def test_a_run_warns_once_of_shards_that_were_prepared_before(
 
     config, folder, _ = unended
     here = replace(config, data__path=str(folder / "shards"), mesh__fsdp=8)
-    monkeypatch.setattr(train_lib, "Checkpointer", reached)  # what follows needs no test here
+    monkeypatch.setattr(run_lib, "Checkpointer", reached)  # what follows needs no test here
     with pytest.raises(Reached):
-        train_lib.train(here, tmp_path / "run")
+        run_lib.train(here, tmp_path / "run")
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert warning.startswith("warning 48 of 48 answers end in no end token")
     assert f"the chat template {config.data.template}" in warning and "eos_token" in warning

@@ -23,7 +23,7 @@ from llama_jax.errors import UserError
 from llama_jax.model.cost import parameter_count
 from llama_jax.parallel.sharding import batch_sharding
 from llama_jax.train import loop, start
-from llama_jax.train import run as train_lib
+from llama_jax.train import run as run_lib
 from llama_jax.train.instruments.goodput import Goodput
 from llama_jax.train.instruments.profiler import Profiler
 from llama_jax.train.instruments.signals import StopRequest
@@ -206,7 +206,7 @@ def test_restoring_is_watched(tmp_path, monkeypatch):
         assert beats == [(("restoring",), {"compiles": True})]
         raise UserError("seen")
 
-    monkeypatch.setattr(train_lib, "initial_state", restore)
+    monkeypatch.setattr(run_lib, "initial_state", restore)
     with pytest.raises(UserError, match="seen"):
         train(TINY, tmp_path)
 
@@ -355,8 +355,8 @@ def test_init_is_all_that_comes_before_the_loop(tmp_path, monkeypatch):
         offset = 10_000.0
         return open_data(*arguments)
 
-    monkeypatch.setattr(train_lib, "open_data", slow)
-    train_lib.run(replace(TINY, train__steps=3), tmp_path, time.monotonic() - 100_000)
+    monkeypatch.setattr(run_lib, "open_data", slow)
+    run_lib.run(replace(TINY, train__steps=3), tmp_path, time.monotonic() - 100_000)
     seconds = json.loads((tmp_path / "goodput.json").read_text())["seconds"]
     assert 110_000 < seconds["init"] < 111_000
     assert sum(seconds.values()) - seconds["init"] < 1_000
@@ -735,6 +735,6 @@ def test_what_to_try_next(capsys, template, flag):
     data = dataclasses.replace(TINY.data, packing="best_fit", source="x.json", template=template)
     config = replace(TINY, data=data)
     ended = types.SimpleNamespace(name="")
-    train_lib._report(config, epath.Path("runs/x"), 20, 20, ended)
+    run_lib._report(config, epath.Path("runs/x"), 20, 20, ended)
     expected = f"python -m llama_jax.generate --checkpoint=runs/x {flag}\n"
     assert capsys.readouterr().out.endswith(expected)

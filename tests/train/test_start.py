@@ -20,7 +20,7 @@ from llama_jax.interchange.transfer import convert
 from llama_jax.model.llama import logits
 from llama_jax.model.lora import Adapted
 from llama_jax.text.tokenizer_files import open_tokenizer
-from llama_jax.train import run as train_lib
+from llama_jax.train import run as run_lib
 from llama_jax.train.start import first_state, with_tokenizer
 from llama_jax.train.step import abstract_state
 from tests.helpers import (
@@ -158,7 +158,7 @@ def test_weights_that_are_not_there_are_missed_before_data_are_prepared(
     changes = {f"data__{field}": given[field]} if field in given else {}
     wrong = replace(config, init_from="hf:/no/where", **changes)
     with pytest.raises(UserError, match="init_from=hf:/no/where: /no/where does not exist"):
-        train_lib.train(wrong, tmp_path / "run")
+        run_lib.train(wrong, tmp_path / "run")
     assert not (tmp_path / "run" / "data").exists()
 
 
@@ -174,7 +174,7 @@ def adapted(config, bases):
 @pytest.fixture(scope="module")
 def finished(adapted, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("lora") / "run"
-    return workdir, train_lib.train(adapted, workdir)
+    return workdir, run_lib.train(adapted, workdir)
 
 
 def test_the_checkpoint_holds_adapters_and_names_the_base(finished, adapted, bases):
@@ -202,7 +202,7 @@ def test_resume_is_bit_exact(finished, adapted, tmp_path):
     """Dropout, too: its masks are those of the step."""
     workdir = shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "4")
-    equal(train_lib.train(adapted, workdir), finished[1])
+    equal(run_lib.train(adapted, workdir), finished[1])
     # What was read of the base at first is known later, too.
     assert saved_step.load_meta(saved_step.find_step(workdir)).base_context == 64
 
@@ -212,7 +212,7 @@ def test_another_base_is_refused(finished, adapted, bases, tmp_path):
     other = f"ckpt:{bases / 'other'}"
     message = r"trained on another base than ckpt:\S+other is \(final_norm differ by fingerprint\)"
     with pytest.raises(UserError, match=message):
-        train_lib.train(replace(adapted, init_from=other), workdir)
+        run_lib.train(replace(adapted, init_from=other), workdir)
     with pytest.raises(UserError, match=message):
         open_model(workdir, base=other)
     with pytest.raises(UserError, match=message):
