@@ -29,7 +29,7 @@ from llama_jax.errors import (
 from llama_jax.files import expand_place, parse_json
 
 REMAT_POLICIES = ("none", "full", "dots")
-# Tensors inside a block that `remat = "save:..."` may keep; model.py gives them these names.
+# Tensors inside a block that `remat = "save:..."` may keep; model/llama.py gives them these names.
 REMAT_NAMES = ("block_in", "q", "k", "v", "attn_context", "attn_out", "mlp_gate", "mlp_up")
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "triton", "splash")
 ATTENTION_BACKWARDS = ("auto", "split", "fused")

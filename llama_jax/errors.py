@@ -20,7 +20,7 @@ ALIKE, _MUCH_ALIKE = 0.6, 0.75
 class UserError(ValueError):
     """A mistake in the input (config, files, flags), told in one line.
 
-    Commands print its message without a traceback and exit with status 1 (see `cli.py`); in a
+    Commands print its message without a traceback and exit with status 1 (see `cli.command`); in a
     notebook it is an ordinary `ValueError`. Anything else that escapes is a bug of ours and keeps
     its traceback.
     """

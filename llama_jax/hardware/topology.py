@@ -226,7 +226,7 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
 
 @contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Sets variables for as long: `processes` would take those of TPUs for a host of theirs."""
+    """Sets variables inside the block only: left set, they make it look like a TPU host."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ |= variables
     try:

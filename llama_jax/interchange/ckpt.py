@@ -2,7 +2,7 @@
 
 Orbax saves and restores whole arrays; underneath are zarr arrays in an OCDBT database, which
 tensorstore reads and writes in parts. What is written here is a step without optimiser state that
-`checkpoint.load_params` reads like any other.
+`saved_step.load_params` reads like any other.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 transformers 5 would read tokenizer.model by itself, but by rules of its own (it adds no space to a
 text that begins with one). Here the rules are written down, and what they give is compared with
-SentencePiece before a file is made. As in `vocabularies.SentencePiece`, a text's own beginning gets
+SentencePiece before a file is made. As in `SentencePiece`, a text's own beginning gets
 a space, and what follows a special token gets none. (The files that were released beside LLaMA put
 one there, too.) So a chat template gives the same ids by either file.
 

@@ -144,7 +144,7 @@ def no_adapters(folder: epath.Path) -> UserError:
 def open_init(config: Config) -> Source:
     """The source that `config.init_from` names, if it is the model of the config.
 
-    It may have fewer rows than `model.vocab_size`; they are added (`interchange.padded`).
+    It may have fewer rows than `model.vocab_size`; they are added (`padded_vocabulary`).
 
     Raises:
       UserError: it cannot be read, or holds another model.

@@ -1,6 +1,6 @@
 """Causal, grouped-query attention; one function over the backends.
 
-Shape letters as in model.py. Every backend computes the same: none takes a mask that it cannot
+Shape letters as in llama.py. Every backend computes the same: none takes a mask that it cannot
 honour.
 """
 

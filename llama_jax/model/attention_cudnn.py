@@ -1,6 +1,6 @@
 """Attention by cuDNN, on NVIDIA GPUs.
 
-Shape letters as in model.py.
+Shape letters as in llama.py.
 """
 
 import os

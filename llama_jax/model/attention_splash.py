@@ -1,6 +1,6 @@
 """The splash (sparse flash) attention kernel that comes with JAX, for TPUs: tiles, masks, a mesh.
 
-Shape letters as in model.py.
+Shape letters as in llama.py.
 """
 
 import math

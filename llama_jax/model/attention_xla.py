@@ -1,6 +1,6 @@
 """Attention in plain XLA operations, for every platform.
 
-Shape letters as in model.py; Q and C are the queries and keys of one block.
+Shape letters as in llama.py; Q and C are the queries and keys of one block.
 """
 
 import functools

@@ -6,7 +6,7 @@ cut into two chunks per device, and device i takes the chunks i and 2C - 1 - i: 
 as many keys on every device. Outside of attention each device keeps its contiguous part of the
 sequence; queries are exchanged on the way in and their results on the way out, one chunk each.
 
-Shape letters as in model.py; C is the size of the `context` axis, and Q the tokens of a chunk. All
+Shape letters as in llama.py; C is the size of the `context` axis, and Q the tokens of a chunk. All
 functions but `attend` run inside `jax.shard_map`.
 """
 

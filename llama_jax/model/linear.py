@@ -1,6 +1,6 @@
 """Products of activations and weights, trained, frozen or with an adapter, and SwiGLU's gate.
 
-Letters of equations as in model.py; r is the rank of an adapter.
+Letters of equations as in llama.py; r is the rank of an adapter.
 """
 
 import functools

@@ -25,7 +25,7 @@ from llama_jax.model.initializers import uniform
 
 @struct.dataclass
 class Adapted:
-    """A base with adapters: what `model.forward` takes in place of plain parameters.
+    """A base with adapters: what `llama.forward` takes in place of plain parameters.
 
     Attributes:
       base: parameters, in the form of `to_frozen`.

@@ -31,5 +31,5 @@ def abstract_frozen(config: Config) -> Any:
 
 
 def combined(trained: Any, frozen: Any, config: Config) -> Any:
-    """What `model.forward` takes: the trained parameters, or the base with its adapters."""
+    """What `llama.forward` takes: the trained parameters, or the base with its adapters."""
     return Adapted(frozen, trained, config.lora) if config.lora.rank else trained

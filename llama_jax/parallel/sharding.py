@@ -23,7 +23,7 @@ from llama_jax.parallel.mesh import DoesNotDivide
 SHARD = ("fsdp", "context")
 
 PARAM_SPECS: Mapping[str, P] = {
-    # Letters as in model.py: V vocab, D model, L layers, N query heads, K kv heads, H head, F ffn.
+    # Letters of llama.py: V vocab, D model, L layers, N query heads, K kv heads, H head, F ffn.
     "embed": P("tensor", SHARD),  # V D
     "layers/attn_norm": P(),  # L D
     "layers/attn/wq": P(None, SHARD, "tensor", None),  # L D N H

@@ -2,7 +2,7 @@
 
 The compiler of the target runs on this computer, ahead of time (TPU: `pip install '.[tpu]'`, GPU:
 `pip install '.[cuda13]'`). What it says of memory and collectives is exact; the time of a step is
-predicted from its schedule and the chip's data sheet, see predict.py. Compiler flags are given as
+predicted from its schedule and the chip's data sheet, see roofline.py. Compiler flags are given as
 in training: those of a TPU by default, others by --xla_preset; XLA_FLAGS, for TPUs
 LIBTPU_INIT_ARGS, are for your own.
 

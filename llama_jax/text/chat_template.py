@@ -1,10 +1,9 @@
 """Chat templates: from the messages of a conversation to the text that a model was tuned on.
 
 A template is Jinja. It is rendered as `apply_chat_template` of transformers renders it, but within
-limits (see `renderer`): it is the code of others. For training it also says which tokens the model
-is to write:
-those that it has between `{% generation %}` and `{% endgeneration %}`, or, where it has no such
-tags, what an answer adds to the prompt for it.
+limits (see `template_renderer`): it is the code of others. For training it also says which tokens
+the model is to write: those that it has between `{% generation %}` and `{% endgeneration %}`, or,
+where it has no such tags, what an answer adds to the prompt for it.
 """
 
 import contextlib
@@ -76,7 +75,7 @@ class ChatTemplate:
 
         Raises:
           Refused: the template does not take such messages.
-          UserError: it is not Jinja, or takes more time or memory than `renderer` allows.
+          UserError: it is not Jinja, or takes more time or memory than `template_renderer` allows.
         """
         return _MARKS.sub("", self._render(messages, prompt))
 

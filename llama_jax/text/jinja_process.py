@@ -1,4 +1,4 @@
-"""The process that renders chat templates: `renderer` starts it, and talks to its pipes.
+"""The process that renders chat templates: `template_renderer` starts it, and talks to its pipes.
 
 A template is the code of others. Jinja's sandbox keeps it from the machine, but bounds neither its
 time nor its memory; the limits of a process do, whatever the template computes. The file imports

@@ -9,7 +9,7 @@ What counts as a spike (`train.spike_factor`) is told by medians of the last `WI
 were not skipped, so that no bad step has a part in judging the next one. All of it is decided on
 the device and kept in the state: a run that goes on from a checkpoint skips the same steps again.
 
-A rewind (`rewound`; when and where to, see `skip_watch`) is a longer skip: the weights go back to a
+A rewind (`rewound`; when and where to, see `rewind`) is a longer skip: the weights go back to a
 checkpoint, the data do not, and all batches between are passed over.
 """
 

@@ -28,7 +28,7 @@ class Rewinder:
     """Looks at what the loop has read anyway: it never makes the device wait.
 
     Attributes:
-      rewinds: that led to the present state, as in `checkpoint.Meta`.
+      rewinds: that led to the present state, as in `saved_step.Meta`.
     """
 
     def __init__(

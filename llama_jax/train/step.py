@@ -39,7 +39,7 @@ class TrainState:
     Attributes:
       step: batches that were taken, int32: optimiser steps, and those that were skipped.
       params: nested dict of float32 arrays.
-      opt_state: state of `optim.make_optimizer`.
+      opt_state: state of `optimizer.make_optimizer`.
       skips: the steps that made no update.
       frozen: with LoRA the base, in the form of `lora.to_frozen`, which no step changes and no
         checkpoint holds; `params` are then the adapters. None without.
@@ -73,7 +73,7 @@ def init_state(config: Config, key: jax.Array) -> TrainState:
 
 
 def model_weights(state: TrainState, config: Config) -> Any:
-    """What `model.forward` takes: the parameters, or the base with its adapters."""
+    """What `llama.forward` takes: the parameters, or the base with its adapters."""
     return combined(state.params, state.frozen, config)
 
 

@@ -1,6 +1,6 @@
 """One process of test_hosts.py: trains and saves, while one of the two fails to in all ways it can.
 
-Usage: python -m tests.faults.failing_child WORKDIR, with the environment of `processes`.
+Usage: python -m tests.faults.failing_child WORKDIR, with the environment of `parallel.cluster`.
 """
 
 import resource

@@ -10,9 +10,8 @@ import runpy
 
 from llama_jax.checkpoint import saved_step
 from llama_jax.checkpoint.checkpointer import Checkpointer
-from llama_jax.data import training_data
 from llama_jax.errors import UserError
-from llama_jax.train import loop, resume, start
+from llama_jax.train import loop, run, start
 
 ERRORS = {
     "UserError": UserError("made to fail,\n  on two lines"),
@@ -21,10 +20,10 @@ ERRORS = {
     "damage": saved_step.DamagedCheckpoint("made to be damaged"),
 }
 PLACES = {
-    "lock": (resume, "locked"),
-    "workdir": (resume, "check_workdir"),
-    "init": (start, "check_init"),
-    "data": (training_data, "open_data"),
+    "lock": (run, "locked"),
+    "workdir": (run, "check_workdir"),
+    "init": (run, "check_init"),
+    "data": (run, "open_data"),
     "open": (Checkpointer, "__init__"),
     "first_state": (start, "first_state"),
     "meta": (start, "load_meta"),
@@ -38,8 +37,8 @@ def fail(*_, **__):
     raise ERRORS[os.environ["FAIL_WITH"]]
 
 
-def third_fails(*arguments, stream=loop.device_batches):
-    batches = stream(*arguments)
+def third_fails(*arguments, device_batches=loop.device_batches):
+    batches = device_batches(*arguments)
     yield next(batches)
     yield next(batches)
     fail()

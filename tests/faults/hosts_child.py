@@ -2,7 +2,7 @@
 of the batches that come next, trains on them if it is told to, saves the step that is reached.
 
 Usage: python -m tests.faults.hosts_child WORKDIR SHARDS [train], with the environment of
-`processes`.
+`parallel.cluster`.
 """
 
 import hashlib

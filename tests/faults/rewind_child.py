@@ -1,6 +1,7 @@
 """One process of test_rewind.py: trains on batches of which some are bad, and says how that ended.
 
-Usage: python -m tests.faults.rewind_child WORKDIR CONFIG_JSON, with the environment of `processes`.
+Usage: python -m tests.faults.rewind_child WORKDIR CONFIG_JSON, with the environment of a
+`parallel.cluster`.
 """
 
 import json

@@ -12,8 +12,7 @@ import time
 
 from llama_jax.checkpoint import manifest
 from llama_jax.checkpoint.checkpointer import Checkpointer
-from llama_jax.data import training_data
-from llama_jax.train import step
+from llama_jax.train import run
 
 PHASE, SECONDS = os.environ["SLOW_PHASE"], float(os.environ["SLOW_SECONDS"])
 UNTIL = os.environ["SLOW_UNTIL"]
@@ -39,19 +38,19 @@ def slow(function):
 
 
 def slow_step(name):
-    jit_step = step.jit_step
+    jit_step = run.jit_step
 
     def patched(*args):
         compiled = jit_step(*args)
         return dataclasses.replace(compiled, **{name: slow(getattr(compiled, name))})
 
-    step.jit_step = patched
+    run.jit_step = patched
 
 
 if PHASE == "save":  # of process 0, when all is written
     manifest.write = slow(manifest.write)
 elif PHASE == "data":
-    training_data.open_data = slow(training_data.open_data)
+    run.open_data = slow(run.open_data)
 elif PHASE == "restore":
     Checkpointer.restore = slow(Checkpointer.restore)
 else:

@@ -16,7 +16,7 @@ and the same for `validation`. The first number is the part of the source, the s
 shards. A document lies in one shard.
 
 What is checked when: at the start, `check_files` hashes .pack, .crc.json, tokenizer and template
-whole, and of the other files the ends. `shards` checks a block of .bin or .mask when it is first
+whole, and of the other files the ends. `reader` checks a block of .bin or .mask when it is first
 read, and .idx whenever it is read. Earlier versions wrote no .crc.json: of their shards, only
 `verify` checks the middle of .bin and .mask.
 """

@@ -1,4 +1,4 @@
-"""Token shards: a reader of ranges, documents and packed sequences (format: `shard_folder`)."""
+"""Token shards: a reader of ranges, documents and packed sequences (format: `layout`)."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Writes token shards; `shards` describes the format and reads it."""
+"""Writes token shards; `layout` describes the format, `reader` reads it."""
 
 import hashlib
 from typing import Any
