@@ -26,7 +26,7 @@ from etils import epath
 from llama_jax.checkpoint import manifest
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.fingerprint import fingerprint
-from llama_jax.checkpoint.saved_step import Meta
+from llama_jax.checkpoint.saved_step import StepMeta
 from llama_jax.cli import command
 from llama_jax.data.batches import SyntheticBatches
 from llama_jax.data.loader import device_batches
@@ -82,7 +82,7 @@ def main() -> None:
                 state, _ = compiled.train(state, next(batches))
                 step = int(jax.device_get(state.step))
                 if saving and number == 0:
-                    meta = Meta(config, step, "benchmark", b"")
+                    meta = StepMeta(config, step, "benchmark", b"")
                     blocked.append(seconds(lambda: saver.save(state.to_items(), meta)))  # noqa: B023
             saver.wait()
             return time.perf_counter() - start, time.process_time() - cpu
@@ -90,7 +90,9 @@ def main() -> None:
         def save_alone(number: int) -> float:
             """CPU seconds of a save, all that it does in the background among them."""
             cpu = time.process_time()
-            saver.save(state.to_items(), Meta(config, int(state.step) + number, "benchmark", b""))
+            saver.save(
+                state.to_items(), StepMeta(config, int(state.step) + number, "benchmark", b"")
+            )
             saver.wait()
             return time.process_time() - cpu
 

@@ -107,7 +107,7 @@ def save_trained(config: Config, workdir: pathlib.Path) -> None:
     params = jax.tree.map(numbered, abstract_state(config).params)
     state = TrainState(jax.numpy.ones((), "int32"), params, opt_state=())
     with Checkpointer(workdir, config) as saver:
-        saver.save(state.to_items(), saved_step.Meta(config, 1, "none", b""))
+        saver.save(state.to_items(), saved_step.StepMeta(config, 1, "none", b""))
 
 
 class Unprinted(LayerPrints):

@@ -36,7 +36,7 @@ from llama_jax.data.shards.packing import pack_documents
 from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.data.show import plot, summary
 from llama_jax.data.show.rows import Screen
-from llama_jax.data.sources.documents import documents
+from llama_jax.data.sources.documents import read_source
 from llama_jax.data.sources.part import Tally
 from llama_jax.errors import UserError
 from llama_jax.text.tokenizer import Tokenizer, train_tokenizer
@@ -216,7 +216,7 @@ def measure_checksums(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Itera
 
 def measure_tokenise(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator[dict]:
     """`prepare` (read, tokenise, hash, write) against the library's own batch call."""
-    texts = 3 * list(documents("stdlib", DataConfig(), Tally()))
+    texts = 3 * list(read_source("stdlib", DataConfig(), Tally()))
     with (root / "texts.jsonl").open("w") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     library = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
@@ -337,7 +337,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         data = DataConfig(source="stdlib")
-        tokenizer = train_tokenizer(documents("stdlib", data, Tally()), VOCAB)
+        tokenizer = train_tokenizer(read_source("stdlib", data, Tally()), VOCAB)
         tokenizer.save(root / "tokenizer.model")
         for name in _ONLY.value:
             for record in MEASURES[name](root, tokenizer, _MEGABYTES.value):

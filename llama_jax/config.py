@@ -20,11 +20,11 @@ from llama_jax import errors
 from llama_jax.errors import (
     UserError,
     as_float32,
+    check_type,
     require,
     require_float32,
     require_positive,
     require_types,
-    typed,
 )
 from llama_jax.files import expand_place, parse_json
 
@@ -551,7 +551,7 @@ class Config:
     init_from: str = ""
 
     def __post_init__(self) -> None:
-        typed("init_from", self.init_from, str)
+        check_type("init_from", self.init_from, str)
         _expand(self, "init_from", "init_from")
         kind, _, folder = self.init_from.partition(":")
         require(
@@ -726,10 +726,10 @@ def _from_dict(values: dict[str, Any]) -> Config:
     for field in dataclasses.fields(Config):
         name, group = field.name, field.type
         if not dataclasses.is_dataclass(group):
-            built[name] = typed(name, values[name], group)
+            built[name] = check_type(name, values[name], group)
             continue
         types = {inner.name: inner.type for inner in dataclasses.fields(group)}
-        fields = {n: typed(f"{name}.{n}", values[name][n], types[n]) for n in types}
+        fields = {n: check_type(f"{name}.{n}", values[name][n], types[n]) for n in types}
         built[name] = cast(Any, group)(**fields)
     return Config(**built)
 

@@ -60,7 +60,7 @@ def require_types(group: str, config: Any, *, wide: tuple[str, ...] = ()) -> Non
     """
     for field in dataclasses.fields(config):
         name, value = f"{group}.{field.name}", getattr(config, field.name)
-        typed(name, value, field.type)
+        check_type(name, value, field.type)
         if field.type is int:
             bits = 63 if field.name in wide else 31
             require(abs(value) < 2**bits, f"{name} must be less than 2**{bits}, got {value}")
@@ -92,7 +92,7 @@ def as_float32(value: float) -> float:
     return rounded if abs(rounded) >= _SMALLEST_NORMAL else 0.0
 
 
-def typed(name: str, value: Any, wanted: Any) -> Any:
+def check_type(name: str, value: Any, wanted: Any) -> Any:
     """The value, if it has the type of its field; an int may stand for a float.
 
     Raises:
@@ -106,7 +106,7 @@ def typed(name: str, value: Any, wanted: Any) -> Any:
 
 
 @contextlib.contextmanager
-def boundary(name: str) -> Iterator[None]:
+def as_user_error(name: str) -> Iterator[None]:
     """Raises `UserError` where the code inside fails on malformed content.
 
     A parser of files that others wrote runs inside one. The parser still checks what it can name;

@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from llama_jax.errors import UserError, boundary, first_line
+from llama_jax.errors import UserError, as_user_error, first_line
 
 _FORMATS = ("hf", "meta", "ckpt", "peft", "gguf")  # of weights, in FORMAT:DIR
 
@@ -68,7 +68,7 @@ def is_object_store(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def refuse_pointer(content: bytes, name: str) -> None:
+def refuse_lfs_pointer(content: bytes, name: str) -> None:
     """Raises `UserError` where a file is only the pointer that Git LFS leaves in its place.
 
     Args:
@@ -92,10 +92,10 @@ def parse_json(content: bytes | str, name: str) -> dict[str, Any]:
       UserError: it is not JSON, not an object, or nested too deeply.
     """
     beginning = content[:100]
-    refuse_pointer(
+    refuse_lfs_pointer(
         beginning if isinstance(beginning, bytes) else beginning.encode(errors="replace"), name
     )
-    with boundary(name):
+    with as_user_error(name):
         try:
             values = json.loads(content)
         except ValueError as error:  # bytes that are no text, and numbers that are too long, too
@@ -138,8 +138,8 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     return parse_json(read_bytes(path), str(path))
 
 
-def read_records(jsonl: epath.Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a file with one JSON object in each line, as `append_records` writes them.
+def read_jsonl(jsonl: epath.Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of a file with one JSON object in each line, as `append_jsonl` writes them.
 
     A kill may cut a line off, and a disk may change one: a line that is no object, or whose `step`
     is no whole number, is left out.
@@ -168,7 +168,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 _appending = threading.Lock()  # saves in the background log, too
 
 
-def append_records(jsonl: epath.Path, records: Iterable[dict[str, Any]]) -> None:
+def append_jsonl(jsonl: epath.Path, records: Iterable[dict[str, Any]]) -> None:
     """Adds records to a file, each as one line of JSON.
 
     They begin on a new line, even if a kill has cut off the last one. What cannot be written whole

@@ -399,22 +399,22 @@ def made_state(config, params=None, step=0):
 
 def restored_state(saver, step, config, shardings):
     """The state of a saved step, on the mesh of a `TrainState` of shardings."""
-    from llama_jax.parallel.sharding import placed
+    from llama_jax.parallel.sharding import with_shardings
     from llama_jax.train.step import TrainState, abstract_state
 
-    target = placed(abstract_state(config), shardings.replace(frozen=None))
+    target = with_shardings(abstract_state(config), shardings.replace(frozen=None))
     return TrainState.from_items(saver.restore(step, target.to_items()))
 
 
 def save_checkpoint(folder, config, params, tokenizer_model):
     """A work directory with one saved step of these weights."""
     from llama_jax.checkpoint.checkpointer import Checkpointer
-    from llama_jax.checkpoint.saved_step import Meta
+    from llama_jax.checkpoint.saved_step import StepMeta
 
     folder.mkdir(parents=True, exist_ok=True)
     with Checkpointer(folder, config) as checkpointer:
         items = made_state(config, params).to_items()
-        checkpointer.save(items, Meta(config, 0, "made up", tokenizer_model))
+        checkpointer.save(items, StepMeta(config, 0, "made up", tokenizer_model))
     return folder
 
 

@@ -10,14 +10,14 @@ from etils import epath
 from llama_jax.checkpoint import manifest
 from llama_jax.data.prepare.job import prepare
 from llama_jax.data.shards.reader import TokenDataset
-from llama_jax.errors import UserError, boundary
+from llama_jax.errors import UserError, as_user_error
 from llama_jax.files import (
-    append_records,
+    append_jsonl,
     expand,
     expand_place,
     parse_json,
     read_json,
-    read_records,
+    read_jsonl,
     write_atomically,
 )
 from tests.helpers import text_config
@@ -69,7 +69,7 @@ def test_a_file_that_is_not_there(tmp_path):
     ],
 )
 def test_the_boundary_of_a_format_gives_one_line(error, message):
-    with pytest.raises(UserError) as caught, boundary("it"):
+    with pytest.raises(UserError) as caught, as_user_error("it"):
         raise error
     assert str(caught.value) == message
 
@@ -108,10 +108,10 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
 def test_records_are_added_on_a_new_line(tmp_path, there, found, damaged):
     path = epath.Path(tmp_path / "metrics.jsonl")
     path.write_bytes(there)
-    append_records(path, [])
-    append_records(path, [{"step": 7}, {"step": 8, "text": "\u2028 é \n"}])
-    append_records(path, [{"step": 9}])
-    records, left_out = read_records(path)
+    append_jsonl(path, [])
+    append_jsonl(path, [{"step": 7}, {"step": 8, "text": "\u2028 é \n"}])
+    append_jsonl(path, [{"step": 9}])
+    records, left_out = read_jsonl(path)
     assert [record["step"] for record in records] == [*found, 7, 8, 9]
     assert left_out == damaged and records[-2]["text"] == "\u2028 é \n"
     assert path.read_bytes().startswith(there)
@@ -122,23 +122,23 @@ def test_threads_add_to_one_file(tmp_path):
 
     def add(thread):
         for number in range(100):
-            append_records(path, [{"step": number, "text": str(thread) * 1000}])
+            append_jsonl(path, [{"step": number, "text": str(thread) * 1000}])
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(add, range(8)))
-    records, damaged = read_records(path)
+    records, damaged = read_jsonl(path)
     assert (len(records), damaged) == (800, 0)
 
 
 def test_a_full_disk_leaves_no_part_of_a_record(tmp_path):
     path = epath.Path(tmp_path / "metrics.jsonl")
-    append_records(path, [{"step": 1}])
+    append_jsonl(path, [{"step": 1}])
     before = path.read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limit[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            append_records(path, [{"step": 2}])
+            append_jsonl(path, [{"step": 2}])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert path.read_bytes() == before
@@ -152,7 +152,7 @@ def test_files_of_a_user_without_a_name(tmp_path, corpus, monkeypatch):
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     for _ in range(2):
-        append_records(epath.Path(tmp_path / "metrics.jsonl"), [{"step": 1}])
+        append_jsonl(epath.Path(tmp_path / "metrics.jsonl"), [{"step": 1}])
     (tmp_path / "step" / "meta").mkdir(parents=True)
     (tmp_path / "step" / "meta" / "metadata").write_text("{}")
     manifest.write(epath.Path(tmp_path / "step"))

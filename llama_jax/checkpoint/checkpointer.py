@@ -16,7 +16,7 @@ from llama_jax.checkpoint.saved_step import (
     CHECKPOINTS,
     DamagedCheckpoint,
     Items,
-    Meta,
+    StepMeta,
     fingerprints,
     restore_items,
 )
@@ -73,7 +73,7 @@ class Checkpointer:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             warnings: list[str] = []
-            names = retention.clean(self._directory, warnings.append)
+            names = retention.remove_leftovers(self._directory, warnings.append)
             self._probe()
         except OSError as error:
             return first_line(error)
@@ -190,7 +190,7 @@ class Checkpointer:
             raise DamagedCheckpoint(problem)
         return restored
 
-    def save(self, items: Items, meta: Meta) -> None:
+    def save(self, items: Items, meta: StepMeta) -> None:
         """Starts saving named trees; a failure is told, and raised only by the policy.
 
         Args:
@@ -240,7 +240,7 @@ class Checkpointer:
             # Tensorstore may write a while after orbax has given up, and keep a folder from being
             # removed; the next save and the next start try again.
             with contextlib.suppress(OSError):
-                retention.clean(self._directory)
+                retention.remove_leftovers(self._directory)
 
     def _retain(self) -> None:
         """Lets old steps go; one that cannot be deleted is told once, and stays."""
@@ -281,7 +281,7 @@ class Checkpointer:
             )
         self._retain()
 
-    def note(self, step: int, text: str, **record: Any) -> None:
+    def log_event(self, step: int, text: str, **record: Any) -> None:
         """Says what has happened, and adds it to metrics.jsonl."""
         self._events.say(text)
         self._events.record(step, **record)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from llama_jax.files import append_records
+from llama_jax.files import append_jsonl
 
 
 class Events:
@@ -32,4 +32,4 @@ class Events:
             return
         # The console has it too; a full disk is likely what it is about.
         with contextlib.suppress(OSError):
-            append_records(self._records, [{"step": step, **record}])
+            append_jsonl(self._records, [{"step": step, **record}])

@@ -178,7 +178,7 @@ def set_aside(folder: epath.Path) -> epath.Path:
     return _move(folder, _DAMAGED)
 
 
-def complete(saved: epath.Path, folder: epath.Path) -> epath.Path | None:
+def rename_to_final(saved: epath.Path, folder: epath.Path) -> epath.Path | None:
     """Gives a step that is saved its final name.
 
     Returns:
@@ -190,7 +190,7 @@ def complete(saved: epath.Path, folder: epath.Path) -> epath.Path | None:
     return aside
 
 
-def clean(directory: epath.Path, warn: Callable[[str], None] | None = None) -> list[str]:
+def remove_leftovers(directory: epath.Path, warn: Callable[[str], None] | None = None) -> list[str]:
     """Removes what unfinished saves and deletions left; returns the names.
 
     Args:

@@ -23,9 +23,9 @@ from llama_jax.checkpoint import manifest
 from llama_jax.checkpoint.fingerprint import changed_arrays, fingerprint
 from llama_jax.checkpoint.retention import files_named_like_steps, saved_steps
 from llama_jax.config import Config, from_json
-from llama_jax.errors import UserError, boundary, first_line, require, typed
+from llama_jax.errors import UserError, as_user_error, check_type, first_line, require
 from llama_jax.parallel.multihost import agreed
-from llama_jax.parallel.sharding import placed
+from llama_jax.parallel.sharding import with_shardings
 from llama_jax.text.tokenizer_files import is_tokenizer_file
 
 FORMAT_VERSION = 2  # bump when a saved step can no longer be read as before
@@ -35,7 +35,7 @@ Items = dict[str, Any]  # trees of arrays, or of `jax.ShapeDtypeStruct`s, by the
 
 
 @dataclasses.dataclass(frozen=True)
-class Meta:
+class StepMeta:
     """What a saved step says about itself.
 
     Attributes:
@@ -80,7 +80,7 @@ class DamagedCheckpoint(UserError):
     """A saved step is not as it was written."""
 
 
-def meta_items(meta: Meta) -> tuple[dict[str, Any], dict[str, Any]]:
+def meta_items(meta: StepMeta) -> tuple[dict[str, Any], dict[str, Any]]:
     """The items `meta` and `tokenizer` of a step."""
     description = {
         "format_version": FORMAT_VERSION,
@@ -101,7 +101,7 @@ def meta_items(meta: Meta) -> tuple[dict[str, Any], dict[str, Any]]:
     return description, tokenizer
 
 
-def save_meta(folder: epath.Path, meta: Meta) -> None:
+def save_meta(folder: epath.Path, meta: StepMeta) -> None:
     """Writes what a step says about itself, into a folder whose arrays come from elsewhere.
 
     Its manifest is yet to be written.
@@ -130,7 +130,7 @@ def restore_items(folder: epath.Path, targets: Items) -> Items:
     """
     read = functools.partial(_restore_item, folder)
     found = {name: _read_by_all(read, name, target) for name, target in targets.items()}
-    saved = _read_by_all(saved_fingerprint, folder)
+    saved = _read_by_all(load_fingerprints, folder)
     raise_if_changed(folder, changed_arrays(saved, fingerprints(found)))
     return found
 
@@ -169,14 +169,14 @@ def _restore_item(folder: epath.Path, name: str, target: Any) -> Any:
             raise DamagedCheckpoint(f"{folder / name} cannot be read: {reason}") from error
 
 
-def saved_fingerprint(folder: epath.Path) -> dict[str, int]:
+def load_fingerprints(folder: epath.Path) -> dict[str, int]:
     """Fingerprints that were saved with a step, to compare what is read with.
 
     Raises:
       DamagedCheckpoint: they cannot be read.
     """
     try:
-        with boundary(f"{folder}/meta"):
+        with as_user_error(f"{folder}/meta"):
             return manifest.read_description(folder)["fingerprint"]
     except UserError as error:
         raise DamagedCheckpoint(str(error)) from error
@@ -264,7 +264,7 @@ def warn_once(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def load_meta(step_folder: epath.PathLike) -> Meta:
+def load_meta(step_folder: epath.PathLike) -> StepMeta:
     """Reads what a saved step says about itself.
 
     Raises:
@@ -277,25 +277,25 @@ def load_meta(step_folder: epath.PathLike) -> Meta:
     _refuse(folder, manifest.first_damage(folder, items=manifest.DESCRIPTION))
     meta = manifest.read_description(folder)
     tokenizer = manifest.read_description(folder, "tokenizer")
-    with boundary(f"{folder}/meta"):
+    with as_user_error(f"{folder}/meta"):
         version = meta["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(f"{folder} has format {version}, this version reads {FORMAT_VERSION}")
-        found = {name: typed(name, meta[name], kind) for name, kind in _TYPES.items()}
+        found = {name: check_type(name, meta[name], kind) for name, kind in _TYPES.items()}
         loss = meta["eval_loss"]
         for name in ("fingerprint", "base"):
             require(_are_counts(found[name].values()), f"{name} must be of numbers")
         for name, length in (("positions", 3), ("rewinds", 2)):
             good = all(len(entry) == length and _are_counts(entry) for entry in found[name])
             require(good, f"{name} must be lists of {length} numbers")
-        described = Meta(
-            config=from_json(typed("config", meta["config"], str)),
+        described = StepMeta(
+            config=from_json(check_type("config", meta["config"], str)),
             tokenizer_model=b"",
             eval_loss=None if loss is None else float(loss),
             **found,
         )
         require(_are_counts([described.step, described.base_context]), "step is out of range")
-    with boundary(f"{folder}/tokenizer"):
+    with as_user_error(f"{folder}/tokenizer"):
         files = tokenizer["files"]
         for name in files:  # it becomes a path again where it is exported
             if not is_tokenizer_file(name):
@@ -331,7 +331,7 @@ def load_adapters(step_folder: epath.PathLike, shapes: Any) -> Any:
     """
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = jax.tree.map(lambda _: one, shapes)
-    return jax.device_get(load_params(step_folder, placed(shapes, shardings)))
+    return jax.device_get(load_params(step_folder, with_shardings(shapes, shardings)))
 
 
 def load_params(step_folder: epath.PathLike, target: Any) -> Any:
@@ -339,7 +339,7 @@ def load_params(step_folder: epath.PathLike, target: Any) -> Any:
 
     Args:
       step_folder: of the step.
-      target: shapes, dtypes and shardings of the weights, as `sharding.placed` gives them.
+      target: shapes, dtypes and shardings of the weights, as `with_shardings` gives them.
 
     Raises:
       UserError: the saved arrays are not those of `target`.

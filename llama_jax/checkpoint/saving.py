@@ -18,7 +18,7 @@ from etils import epath
 
 from llama_jax.checkpoint import manifest, retention
 from llama_jax.checkpoint.events import Events
-from llama_jax.checkpoint.saved_step import Items, Meta, meta_items
+from llama_jax.checkpoint.saved_step import Items, StepMeta, meta_items
 from llama_jax.errors import first_line
 from llama_jax.files import is_object_store
 from llama_jax.parallel.multihost import Barrier
@@ -71,7 +71,7 @@ class BackgroundSaves:
         name = str(step) if is_object_store(self._directory) else f"{step}{retention.SAVING}"
         return self._directory / name
 
-    def start(self, items: Items, meta: Meta) -> str:
+    def start(self, items: Items, meta: StepMeta) -> str:
         """Begins a save; returns why that failed, which the thread handles as well."""
         self._saves += 1
         self._barrier = Barrier(f"save {self._saves}")
@@ -130,7 +130,7 @@ class BackgroundSaves:
         target, folder = self._target(step), self._directory / str(step)
         manifest.write(target)
         if target != folder:
-            if aside := retention.complete(target, folder):
+            if aside := retention.rename_to_final(target, folder):
                 self._events.say(f"{folder} was no saved step; set aside as {aside}")
             _sync_directory(self._directory)
 

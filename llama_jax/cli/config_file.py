@@ -16,7 +16,7 @@ from etils import epath
 
 import llama_jax
 from llama_jax.config import field_types, unknown_field
-from llama_jax.errors import UserError, first_line, typed
+from llama_jax.errors import UserError, check_type, first_line
 from llama_jax.files import expand, read_bytes
 
 SHIPPED = "configs"
@@ -249,7 +249,7 @@ def _of_config_dict(error: BaseException, frames: list[types.FrameType]) -> str:
     if name not in fields:
         return f"{name} is a group of fields, and cannot be {inner['value']!r}"
     try:
-        typed(name, inner["value"], fields[name])
+        check_type(name, inner["value"], fields[name])
     except UserError as refused:
         return str(refused)
     return ""

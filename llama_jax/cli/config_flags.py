@@ -9,7 +9,7 @@ from absl import flags
 
 from llama_jax.cli.config_file import load_config_file
 from llama_jax.config import Config, field_types, from_config_dict, require_fields
-from llama_jax.errors import UserError, boundary
+from llama_jax.errors import UserError, as_user_error
 
 PREFIX = "config."
 _SHOWN = 60  # letters of a value in a message
@@ -69,7 +69,7 @@ def load(file: str) -> Config:
         if isinstance(place, ml_collections.ConfigDict) and field in place:
             place[field] = value
     try:
-        with boundary(file):
+        with as_user_error(file):
             return from_config_dict(config)
     except UserError as error:
         raise UserError(f"{error}{_origins(str(error), file, given)}") from error

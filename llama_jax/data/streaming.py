@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from llama_jax.config import DataConfig
-from llama_jax.data.sources.documents import list_parts, read
+from llama_jax.data.sources.documents import list_parts, read_documents
 from llama_jax.data.sources.listing import named_sources
 from llama_jax.data.sources.part import Tally
 from llama_jax.data.sources.text_files import separator_of
@@ -190,7 +190,7 @@ class StreamingBatches:
 
     def _documents(self) -> Iterator[str]:
         for part in self._parts:
-            yield from read(part, self._config, self._tally)
+            yield from read_documents(part, self._config, self._tally)
 
     def state(self, step: int) -> list[Any]:
         """`position(step)` as numbers, for a checkpoint."""

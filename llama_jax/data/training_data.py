@@ -11,7 +11,7 @@ from llama_jax.config import Config
 from llama_jax.data.batches import Batches, BatchSource, SyntheticBatches, ValidationBatches
 from llama_jax.data.mixture import parse_shares
 from llama_jax.data.prepare import new_tokenizer
-from llama_jax.data.prepare.hold_out import why_none
+from llama_jax.data.prepare.hold_out import why_no_validation
 from llama_jax.data.prepare.job import prepare
 from llama_jax.data.shards.layout import (
     MANIFEST,
@@ -21,7 +21,7 @@ from llama_jax.data.shards.layout import (
     source_folders,
 )
 from llama_jax.data.shards.reader import TokenDataset
-from llama_jax.data.sources.documents import documents
+from llama_jax.data.sources.documents import read_source
 from llama_jax.data.sources.listing import named_sources
 from llama_jax.data.sources.part import Tally
 from llama_jax.data.streaming import StreamingBatches
@@ -140,7 +140,7 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
         former_fingerprint=former if of_tokens else "",
         unchecked=tuple(str(dataset.folder) for dataset in datasets.values() if dataset.unchecked),
         unvalidated={
-            name: why_none(read_manifest(folder / name))
+            name: why_no_validation(read_manifest(folder / name))
             for name in names
             if not held_out[name].n_tokens
         },
@@ -220,7 +220,7 @@ def _open_stream(config: Config, folder: epath.Path) -> TrainingData:
         texts = (
             text
             for name, source in named_sources(data.source).items()
-            for text in documents(source, data, tally, (folder.parent,), name)
+            for text in read_source(source, data, tally, (folder.parent,), name)
         )
         tokenizer = new_tokenizer.train(texts, size, tally)
         if tally.skipped or tally.changed:

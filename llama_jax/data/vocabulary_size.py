@@ -2,9 +2,9 @@
 
 A model may have more rows than ids: padding, so that the vocabulary divides over a mesh or into
 blocks of 64 or 128, or a PAD row that no tokenizer writes. The rows beyond the ids are never
-targets, and sampling never draws them (`decode.stream`); the loss and every score are those of a
-softmax over all rows, as in transformers. Weights of fewer rows than `model.vocab_size` get them
-when a run begins (`interchange.padded_vocabulary`).
+targets, and sampling never draws them (`decode.stream_tokens`); the loss and every score are those
+of a softmax over all rows, as in transformers. Weights of fewer rows than `model.vocab_size` get
+them when a run begins (`interchange.padded_vocabulary`).
 """
 
 from llama_jax.config import Config

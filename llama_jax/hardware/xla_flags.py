@@ -262,7 +262,7 @@ HELP = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class AppliedPreset:
     """What `use_preset` has set; as text, for people.
 
     Attributes:
@@ -310,7 +310,7 @@ def use_preset(
     env: MutableMapping[str, str] = os.environ,
     tpu: str | None = None,
     libtpu: str | None = None,
-) -> Choice:
+) -> AppliedPreset:
     """Sets a preset in the environment; call it before JAX starts a backend.
 
     What the environment says already, wins: flags of the same name, and variables.
@@ -351,4 +351,4 @@ def use_preset(
     for one in preset.settings:
         if not one.is_flag:
             env.setdefault(one.name, one.value)
-    return Choice(name, chip, len(ours))
+    return AppliedPreset(name, chip, len(ours))

@@ -92,7 +92,7 @@ def _draw(
 
 
 @struct.dataclass
-class Decoding:
+class DecodeState:
     """Where a batch of rows stands between two tokens.
 
     Attributes:
@@ -109,7 +109,7 @@ class Decoding:
     done_B: jax.Array
     step: jax.Array
 
-    def constrained(self) -> "Decoding":
+    def constrained(self) -> "DecodeState":
         """Pinned to the mesh, so that what one program returns the next takes as it is."""
         kv = (None, "batch", None, "heads", "head_dim")
         cache = dataclasses.replace(
@@ -119,7 +119,7 @@ class Decoding:
             segment_ids=constrain(self.cache.segment_ids, "batch", None),
             index=constrain(self.cache.index),
         )
-        return Decoding(
+        return DecodeState(
             cache=cache,
             logits_BV=constrain(self.logits_BV, "batch", None),
             position_B=constrain(self.position_B, "batch"),
@@ -182,7 +182,7 @@ def _forget(window: int, cache: KVCache) -> KVCache:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _prefill(
     config: ModelConfig, slots: int, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array
-) -> Decoding:
+) -> DecodeState:
     """Fills a cache with left-padded prompts; rows of length 0 have ended."""
     batch, width = tokens_BT.shape
     pad_B1 = (width - lengths_B)[:, None]
@@ -192,7 +192,7 @@ def _prefill(
         jnp.maximum(index_1T - pad_B1, 0),
         (index_1T >= pad_B1).astype(jnp.int32),
     )
-    start = Decoding(
+    start = DecodeState(
         cache=init_cache(config, batch, slots),
         logits_BV=jnp.zeros((batch, config.vocab_size), jnp.float32),
         position_B=lengths_B,
@@ -200,7 +200,7 @@ def _prefill(
         step=jnp.zeros((), jnp.int32),
     ).constrained()
 
-    def body(state: Decoding, piece: tuple[jax.Array, ...]) -> tuple[Decoding, None]:
+    def body(state: DecodeState, piece: tuple[jax.Array, ...]) -> tuple[DecodeState, None]:
         logits_BV, cache = _extend(config, params, state.cache, *piece, lengths_B=lengths_B)
         return dataclasses.replace(state, cache=cache, logits_BV=logits_BV).constrained(), None
 
@@ -214,13 +214,13 @@ def _decode(
     config: ModelConfig,
     count: int,
     params: Any,
-    state: Decoding,
+    state: DecodeState,
     eos_ids: jax.Array,
     limit: jax.Array,
     key: jax.Array,
     knobs: tuple[jax.Array, ...],
     n_ids: jax.Array,
-) -> tuple[jax.Array, Decoding]:
+) -> tuple[jax.Array, DecodeState]:
     """Draws up to `count` tokens for each row, until all rows have ended or `limit` steps are done.
 
     Returns:
@@ -228,17 +228,17 @@ def _decode(
     """
     batch, begin = state.done_B.shape[0], state.step
 
-    def more(carry: tuple[Decoding, jax.Array]) -> jax.Array:
+    def more(carry: tuple[DecodeState, jax.Array]) -> jax.Array:
         state, _ = carry
         return (state.step < jnp.minimum(limit, begin + count)) & ~jnp.all(state.done_B)
 
-    def body(carry: tuple[Decoding, jax.Array]) -> tuple[Decoding, jax.Array]:
+    def body(carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
         state, out_BT = carry
         # The key of a draw is that of its step, however the steps are cut into programs.
         token_B = _draw(state.logits_BV, jax.random.fold_in(key, state.step), knobs, n_ids)
         arrays = (token_B[:, None], state.position_B[:, None], jnp.ones((batch, 1), jnp.int32))
         logits_BV, cache = _extend(config, params, state.cache, *arrays)
-        new = Decoding(
+        new = DecodeState(
             cache=cache,
             logits_BV=logits_BV,
             position_B=state.position_B + 1,
@@ -293,7 +293,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], context: int) -> int:
     return longest
 
 
-def stream(
+def stream_tokens(
     config: ModelConfig,
     params: Any,
     prompts: Sequence[Sequence[int]],
@@ -372,8 +372,8 @@ def generate(
     eos_id: int | Sequence[int],
     n_ids: int | None = None,
 ) -> list[list[int]]:
-    """All new tokens of each row, from one program; the rest as `stream`."""
-    parts = stream(
+    """All new tokens of each row, from one program; the rest as `stream_tokens`."""
+    parts = stream_tokens(
         config,
         params,
         prompts,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from llama_jax.config import ModelConfig
-from llama_jax.inference.decode import Sampling, generate, stream
+from llama_jax.inference.decode import Sampling, generate, stream_tokens
 from llama_jax.inference.loaded_model import InferenceModel
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ def complete(
     """Continues texts; returns each prompt with its continuation.
 
     Raises:
-      UserError: as `decode.stream`.
+      UserError: as `decode.stream_tokens`.
     """
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     new = generate(
@@ -70,7 +70,7 @@ def new_texts(
     """Continues prompts of token ids, and decodes what comes.
 
     Raises:
-      UserError: as `decode.stream`.
+      UserError: as `decode.stream_tokens`.
     """
     tokenizer = model.tokenizer
     streams = [tokenizer.stream() for _ in prompts]
@@ -79,7 +79,7 @@ def new_texts(
             begun.add(token)
         begun.end()  # what half a character the prompt ends with is not ours to show
     running = set(range(len(prompts)))
-    parts = stream(
+    parts = stream_tokens(
         model.config.model,
         model.params,
         prompts,

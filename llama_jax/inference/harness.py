@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from llama_jax.errors import UserError
-from llama_jax.inference.decode import Sampling, stream
+from llama_jax.inference.decode import Sampling, stream_tokens
 from llama_jax.inference.loaded_model import InferenceModel
 from llama_jax.inference.logprobs import Scorer, Span
 
@@ -156,7 +156,7 @@ class HarnessModel(TemplateLM):
             top_p=float(arguments.get("top_p", 1.0)),
         )
         room = self.max_length - count
-        parts = stream(
+        parts = stream_tokens(
             self._model.config.model,
             self._model.params,
             [prompt[-room:] for prompt in prompts],

@@ -19,7 +19,7 @@ from llama_jax.model.lora import Adapted
 from llama_jax.model.nf4 import NF4
 from llama_jax.model.weights import abstract_frozen, abstract_trained
 from llama_jax.parallel.mesh import make_mesh, parse_mesh
-from llama_jax.parallel.sharding import param_shardings, placed
+from llama_jax.parallel.sharding import param_shardings, with_shardings
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.text.tokenizer_config import adds_bos, special_ids, with_base_files
 
@@ -112,13 +112,13 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
     with jax.set_mesh(devices):
         shapes = abstract_trained(meta.config)
         shardings = param_shardings(shapes, devices, any_vocabulary=True)
-        params = saved_step.load_params(folder, placed(shapes, shardings))
+        params = saved_step.load_params(folder, with_shardings(shapes, shardings))
         params = _weights_to_run(folder, meta, params, devices)
     return InferenceModel(folder, meta.config, params, tokenizer, devices, meta.context, files)
 
 
 def _weights_to_run(
-    folder: epath.Path, meta: saved_step.Meta, params: Any, mesh: jax.sharding.Mesh
+    folder: epath.Path, meta: saved_step.StepMeta, params: Any, mesh: jax.sharding.Mesh
 ) -> Any:
     """Parameters of a checkpoint to compute with; adapters come with the base that they are for."""
     config = meta.config

@@ -15,7 +15,7 @@ import numpy as np
 from llama_jax.config import DataConfig
 from llama_jax.data.shards.layout import source_folders, unchecked_remark
 from llama_jax.data.shards.reader import TokenDataset
-from llama_jax.data.sources.documents import documents
+from llama_jax.data.sources.documents import read_source
 from llama_jax.data.sources.listing import named_sources
 from llama_jax.data.sources.part import Tally
 from llama_jax.errors import UserError
@@ -201,7 +201,7 @@ def _texts(source: str, data: DataConfig) -> Iterator[str]:
     """Texts of a source; at the end it says what was skipped of it."""
     tally, some = Tally(), False
     try:
-        for text in documents(source, data, tally):
+        for text in read_source(source, data, tally):
             some = True
             yield text
     finally:  # also where no more of them are asked for; without any, an error says so

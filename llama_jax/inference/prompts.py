@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from llama_jax.errors import UserError, boundary
+from llama_jax.errors import UserError, as_user_error
 from llama_jax.text.chat_template import Messages
 
 
@@ -85,7 +85,7 @@ def _lines(path: epath.Path, flag: str) -> Iterator[tuple[int, str]]:
 
 
 def _json(path: epath.Path, number: int, line: str) -> Any:
-    with boundary(f"{path}, line {number}"):
+    with as_user_error(f"{path}, line {number}"):
         try:
             return json.loads(line)
         except ValueError as error:  # numbers that are too long, too

@@ -25,8 +25,8 @@ from llama_jax.interchange import formats, model_card
 from llama_jax.interchange.formats import Description, is_stacked
 from llama_jax.text import tokenizer_files
 from llama_jax.text.tokenizer import with_config
-from llama_jax.text.tokenizer_config import special_names
-from llama_jax.text.tokenizer_json import without_ends
+from llama_jax.text.tokenizer_config import config_with_special_tokens
+from llama_jax.text.tokenizer_json import without_bos_eos
 
 _CHUNK_SIZE = 2**25  # bytes
 # What tensorstore raises for files that are damaged or missing.
@@ -41,7 +41,7 @@ def _array_spec(params: epath.Path, path: str) -> dict[str, Any]:
     return {"driver": "zarr", "kvstore": store}
 
 
-def describe(folder: epath.Path, meta: saved_step.Meta) -> Description:
+def describe(folder: epath.Path, meta: saved_step.StepMeta) -> Description:
     """What a saved step holds beside its weights.
 
     Raises:
@@ -49,13 +49,13 @@ def describe(folder: epath.Path, meta: saved_step.Meta) -> Description:
     """
     files = dict(meta.tokenizer_files)
     if meta.tokenizer_model.lstrip()[:1] == b"{":
-        files.setdefault("tokenizer.json", without_ends(meta.tokenizer_model))
+        files.setdefault("tokenizer.json", without_bos_eos(meta.tokenizer_model))
     elif meta.tokenizer_model:  # unless it was made of that and of tokens in other files
         files.setdefault("tokenizer.model", meta.tokenizer_model)
     tokenizer_files.check_vocabulary(files, meta.config.model.vocab_size, str(folder))
     train = dataclasses.replace(meta.config.train, seq_len=meta.context)
     config = dataclasses.replace(meta.config, train=train)
-    return Description(config, "float32", files, model_card.write(meta, folder), meta.step)
+    return Description(config, "float32", files, model_card.render(meta, folder), meta.step)
 
 
 class CkptSource:
@@ -72,7 +72,7 @@ class CkptSource:
           UserError: it is damaged, or its arrays are not those of its config.
         """
         meta = saved_step.load_meta(folder)
-        self._wanted = saved_step.saved_fingerprint(folder)
+        self._wanted = saved_step.load_fingerprints(folder)
         self._prints = LayerPrints(meta.config.model.n_layers)
         model = meta.config.model
         self.description = describe(folder, meta)
@@ -126,12 +126,12 @@ def _tokenizer_of(files: Mapping[str, bytes], rows: int) -> bytes:
     chosen = tokenizer_files.fitting(files, rows, "the source")
     if chosen is None:
         return b""
-    return with_config(chosen.content, special_names(files), chosen.file)
+    return with_config(chosen.content, config_with_special_tokens(files), chosen.file)
 
 
 def _write_description(
     workdir: epath.Path, description: Description, base: dict[str, int]
-) -> tuple[epath.Path, saved_step.Meta]:
+) -> tuple[epath.Path, saved_step.StepMeta]:
     """Starts a work directory with one step; returns the step's folder and what it says."""
     files = dict(description.files)
     config = description.config
@@ -141,14 +141,14 @@ def _write_description(
         del files["tokenizer.model"]
     if tokenizer:
         (workdir / "tokenizer.model").write_bytes(tokenizer)
-    meta = saved_step.Meta(config, 0, IMPORTED, tokenizer, tokenizer_files=files, base=base)
+    meta = saved_step.StepMeta(config, 0, IMPORTED, tokenizer, tokenizer_files=files, base=base)
     folder = workdir / saved_step.CHECKPOINTS / "0"
     folder.mkdir(parents=True)
     saved_step.save_meta(folder, meta)
     return folder, meta
 
 
-def _complete(folder: epath.Path, meta: saved_step.Meta, prints: dict[str, int]) -> None:
+def _complete(folder: epath.Path, meta: saved_step.StepMeta, prints: dict[str, int]) -> None:
     """Seals a step whose arrays are written and have these fingerprints."""
     saved_step.save_meta(folder, dataclasses.replace(meta, fingerprint=prints))
     manifest.write(folder)

@@ -25,7 +25,7 @@ from llama_jax.interchange import bpe_rules
 from llama_jax.text.hard_texts import HARD_TEXTS
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.text.tokenizer_formats import SPACE, model_proto
-from llama_jax.text.tokenizer_json import with_ends
+from llama_jax.text.tokenizer_json import with_bos_eos
 from llama_jax.text.tokenizer_parts import beginning, special_token
 
 _KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}  # of trainer_spec.model_type
@@ -258,7 +258,7 @@ def _check(tokenizer: Tokenizer, contents: bytes, config: dict[str, Any], model:
         # U+2581 is how both write a space, and only where it stands do they differ.
         if SPACE not in text and library.decode(ids) != tokenizer.decode(ids):
             raise UserError(f"it would decode the ids of {_shown(text)} to another text")
-    written = Tokenizer(with_ends(contents, config, "tokenizer.json"))
+    written = Tokenizer(with_bos_eos(contents, config, "tokenizer.json"))
     for name in tokenizer.special_names:
         for text in (f"{name}a", f" a {name} b", f"a\n{name}{name}  c"):
             if written.encode(text, special=True) != tokenizer.encode(text, special=True):

@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from llama_jax.errors import UserError, typed
+from llama_jax.errors import UserError, check_type
 
 _LARGEST = 2**31  # sizes and ids are int32 on the devices
 _OUR_FIELD = re.compile(r"model\.(\w+)|\b(rope_\w+)")
@@ -54,7 +54,7 @@ class Fields:
         if type(value) is not kind and not whole:
             wanted = kind.__name__
             raise UserError(f"{self.name(field)} must be of type {wanted}, got {short(value)}")
-        return typed(self.name(field), value, kind)
+        return check_type(self.name(field), value, kind)
 
     def size(self, field: str, default: int | None = None) -> int:
         """A positive whole number of less than 2**31; errors as `get`."""
@@ -103,7 +103,7 @@ def short(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def their_names(name: str, names: Mapping[str, str]) -> Iterator[None]:
+def errors_in_file_terms(name: str, names: Mapping[str, str]) -> Iterator[None]:
     """Errors of our config inside name the file, and its own fields.
 
     Args:

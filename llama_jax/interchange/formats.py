@@ -105,7 +105,7 @@ def is_stacked(path: str) -> bool:
     return path.startswith("layers/")
 
 
-def units(model: ModelConfig) -> Iterator[tuple[str, int | None]]:
+def paths_and_layers(model: ModelConfig) -> Iterator[tuple[str, int | None]]:
     """Every (path, layer), the layers of one array after another."""
     for path in shapes(model):
         layers: tuple[int | None, ...] = tuple(range(model.n_layers))

@@ -1,7 +1,7 @@
 """Hugging Face's folders: weights, `config.json`, and the tokenizer's files.
 
 A linear layer there is (out, in), ours (in, out) with heads as axes of their own: every matrix but
-the embedding is transposed. RoPE rotates the same pairs in both (see `rope.rope`).
+the embedding is transposed. RoPE rotates the same pairs in both (see `rope.apply_rope`).
 """
 
 import json
@@ -18,7 +18,7 @@ from llama_jax.errors import UserError
 from llama_jax.files import parse_json, read_bytes
 from llama_jax.interchange import fast_tokenizer, formats, hf_config, safetensors, weight_files
 from llama_jax.interchange.formats import Description
-from llama_jax.interchange.weight_files import some
+from llama_jax.interchange.weight_files import abbreviate_names
 from llama_jax.text import tokenizer_files
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.text.tokenizer_config import adds_bos, special_ids, token_ids, tokenizer_config
@@ -42,7 +42,7 @@ TEKKEN = "tekken.json"  # Mistral's own format of tokenizers
 SHARD_SIZE = 5_000_000_000  # bytes of one file, as transformers cuts them
 
 
-def groups(path: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
+def matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
     """(in, out) of our array as one matrix, which is stored transposed; None: stored as it is."""
     if path == "embed" or len(shape) == 1:
         return None
@@ -54,12 +54,12 @@ def stored_shapes(model: ModelConfig) -> dict[tuple[str, int | None], tuple[int,
     """(path, layer) -> shape in the file, layer after layer, as the model computes."""
     ours = formats.shapes(model)
     order = sorted(
-        formats.units(model),
+        formats.paths_and_layers(model),
         key=lambda unit: (unit[0] != "embed", unit[1] is None, unit[1] or 0),
     )
     found = {}
     for path, layer in order:
-        pair = groups(path, ours[path])
+        pair = matrix_shape(path, ours[path])
         found[path, layer] = ours[path] if pair is None else pair[::-1]
     return found
 
@@ -125,7 +125,9 @@ class HfSource:
         wanted = {name_of(*unit): shape for unit, shape in stored_shapes(model).items()}
         missing = [name for name in wanted if name not in self._entries]
         if missing:
-            raise UserError(f"{self._folder} lacks {some(missing)}, which config.json asks for")
+            raise UserError(
+                f"{self._folder} lacks {abbreviate_names(missing)}, which config.json asks for"
+            )
         for name, shape in wanted.items():
             found = self._entries[name].shape
             if found != shape:
@@ -134,7 +136,9 @@ class HfSource:
                 )
         extra = [name for name in self._entries if name not in wanted and not self._ignored(name)]
         if extra:
-            raise UserError(f"{self._folder} holds {some(extra)}, unknown to config.json")
+            raise UserError(
+                f"{self._folder} holds {abbreviate_names(extra)}, unknown to config.json"
+            )
 
     def _ignored(self, name: str) -> bool:
         """Frequencies that old versions saved; the second copy of a tied matrix, if it is one."""
@@ -159,7 +163,7 @@ class HfSource:
     def read_part(self, path: str, layer: int | None, part: tuple[slice, ...]) -> np.ndarray:
         """A box of that array; only its rows are read."""
         entry, shape = self._entries[name_of(path, layer)], self._shapes[path]
-        pair = groups(path, shape)
+        pair = matrix_shape(path, shape)
         if pair is None:
             return entry.rows(part[0])[(slice(None), *part[1:])]
         # The rows of the file are our last axes. If they are heads, whole ones are read.
@@ -194,7 +198,7 @@ class HfTarget:
         names = {name_of(*unit): shape for unit, shape in self._stored.items()}
         self._writer = safetensors.Writer(folder, names, self._dtype, shard_size)
         special = special_ids(description.files)
-        text = hf_config.write(description.config, dtype, special)
+        text = hf_config.to_json(description.config, dtype, special)
         (folder / "config.json").write_text(text)
         files, reason = _with_tokenizer_config(
             tokenizer_files.for_transformers(description.files), model.vocab_size
@@ -214,7 +218,7 @@ class HfTarget:
 
     def write(self, path: str, layer: int | None, array: np.ndarray) -> None:
         """Takes what `Source.read` gave."""
-        pair = groups(path, array.shape)
+        pair = matrix_shape(path, array.shape)
         if pair is not None:
             array = array.reshape(pair).T
         name = name_of(path, layer)

@@ -5,10 +5,10 @@ import json
 from typing import Any
 
 from llama_jax.config import Config, ModelConfig
-from llama_jax.errors import UserError, boundary
+from llama_jax.errors import UserError, as_user_error
 from llama_jax.files import parse_json
 from llama_jax.interchange import rope_config
-from llama_jax.interchange.fields import Fields, short, their_names
+from llama_jax.interchange.fields import Fields, errors_in_file_terms, short
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
 # What transformers takes where a file is silent (LlamaConfig and MistralConfig).
@@ -95,7 +95,7 @@ def parse(content: bytes | str, name: str) -> Config:
       UserError: it is not JSON, of an unknown architecture, has what our model has not, or a field
         has a wrong value.
     """
-    with boundary(name):
+    with as_user_error(name):
         fields = Fields(parse_json(content, name), name)
         kind = _kind(fields)
         fields.refuse_others({*_READ, *_HARMLESS.split(), *_GENERATION.split()}, _WITHOUT)
@@ -116,7 +116,7 @@ def parse(content: bytes | str, name: str) -> Config:
             and fields.get("tie_word_embeddings", bool),
             **rope_config.read(fields, context),
         }
-        with their_names(name, _NAMES):
+        with errors_in_file_terms(name, _NAMES):
             config = Config(model=ModelConfig(**values))
         context = _context(fields, config.model, context)
         return dataclasses.replace(config, train=dataclasses.replace(config.train, seq_len=context))
@@ -193,7 +193,7 @@ def _context(fields: Fields, model: ModelConfig, context: int) -> int:
     return model.stretched_context if original else context
 
 
-def write(config: Config, dtype: str, special: tuple[int | None, Any]) -> str:
+def to_json(config: Config, dtype: str, special: tuple[int | None, Any]) -> str:
     """A `config.json` that versions 4 and 5 of transformers read.
 
     Args:

@@ -15,7 +15,7 @@ from etils import epath
 from llama_jax.checkpoint.fingerprint import LayerPrints, changed_arrays
 from llama_jax.config import Config, LoraConfig
 from llama_jax.errors import UserError
-from llama_jax.interchange.formats import Description, Source, units
+from llama_jax.interchange.formats import Description, Source, paths_and_layers
 from llama_jax.model.lora import adapter_of, delta, to_float32, to_frozen
 from llama_jax.text.tokenizer_config import with_base_files
 
@@ -23,7 +23,7 @@ from llama_jax.text.tokenizer_config import with_base_files
 def base_fingerprint(base: Source, config: Config) -> dict[str, int]:
     """The fingerprint of a base in its frozen form, one array of one layer after another."""
     prints = LayerPrints(config.model.n_layers)
-    for path, layer in units(config.model):
+    for path, layer in paths_and_layers(config.model):
         prints.add(path, layer, to_frozen(path, base.read(path, layer), config.lora))
     return prints.found
 

@@ -16,13 +16,13 @@ import numpy as np
 from etils import epath
 
 from llama_jax.config import Config, ModelConfig
-from llama_jax.errors import UserError, boundary
+from llama_jax.errors import UserError, as_user_error
 from llama_jax.files import read_bytes
 from llama_jax.interchange import formats, pickles
 from llama_jax.interchange import meta_params as params_lib
 from llama_jax.interchange.fields import Fields
 from llama_jax.interchange.formats import Description
-from llama_jax.interchange.hf import DTYPES, groups
+from llama_jax.interchange.hf import DTYPES, matrix_shape
 from llama_jax.interchange.pickles import import_torch, to_numpy
 from llama_jax.text import tiktoken_ranks, tokenizer_files
 
@@ -74,7 +74,7 @@ class MetaSource:
         if not path.exists():
             raise UserError(f"{folder} is no model of Meta's: it has no params.json")
         self._pieces = self._open_pieces()
-        with boundary(str(path)):
+        with as_user_error(str(path)):
             params = params_lib.read(path)
             self._model = self._model_of(params)
             given = params.size("max_seq_len") if params.given("max_seq_len") else 0
@@ -140,7 +140,7 @@ class MetaSource:
         torch = import_torch()
         kinds = {getattr(torch, name): name for name in DTYPES}
         found = set()
-        for path, layer in formats.units(self._model):
+        for path, layer in formats.paths_and_layers(self._model):
             for piece in self._pieces:
                 name = NAMES[path].format(layer)
                 dtype = piece[name].dtype
@@ -167,7 +167,9 @@ class MetaSource:
                 f"{self._folder} has {len(self._pieces[0])} tensors, too few for the "
                 f"{self._model.n_layers} layers of params.json"
             )
-        names = {NAMES[path].format(layer): path for path, layer in formats.units(self._model)}
+        names = {
+            NAMES[path].format(layer): path for path, layer in formats.paths_and_layers(self._model)
+        }
         found = self._pieces[0]
         for name in names:
             if name not in found:
@@ -178,7 +180,7 @@ class MetaSource:
             raise UserError(f"{self._folder} holds {extra[0]}, unknown to params.json")
         for name, path in names.items():
             wanted = self._shapes[path]
-            pair = groups(path, wanted)
+            pair = matrix_shape(path, wanted)
             shape = wanted if pair is None else pair[::-1]
             pieces = [tuple(piece[name].shape) for piece in self._pieces]
             joined = self._joined(path, pieces)
@@ -213,7 +215,7 @@ class MetaSource:
             array = half_split(array, self._model.head_dim)
         return (
             array
-            if groups(path, self._shapes[path]) is None
+            if matrix_shape(path, self._shapes[path]) is None
             else array.T.reshape(self._shapes[path])
         )
 
@@ -231,7 +233,7 @@ class MetaTarget:
         self._torch_dtype = getattr(torch, dtype)
         config = description.config
         self._model = config.model
-        (folder / "params.json").write_text(params_lib.write(config))
+        (folder / "params.json").write_text(params_lib.to_json(config))
         for name, content in description.files.items():
             (folder / name).parent.mkdir(exist_ok=True)  # of further chat templates
             (folder / name).write_bytes(content)
@@ -243,7 +245,7 @@ class MetaTarget:
 
     def write(self, path: str, layer: int | None, array: np.ndarray) -> None:
         """Takes what `Source.read` gave."""
-        pair = groups(path, array.shape)
+        pair = matrix_shape(path, array.shape)
         if pair is not None:
             array = array.reshape(pair).T
         if path in ("layers/attn/wq", "layers/attn/wk"):

@@ -8,7 +8,7 @@ from etils import epath
 from llama_jax.config import Config, ModelConfig
 from llama_jax.errors import UserError
 from llama_jax.files import read_json
-from llama_jax.interchange.fields import Fields, their_names
+from llama_jax.interchange.fields import Fields, errors_in_file_terms
 
 # What Meta has no name for has ours.
 _ROPE = {
@@ -87,7 +87,7 @@ def model_of(params: Fields, vocab_size: int, ffn_dim: int, tied: bool) -> Model
         "rope_theta": params.positive("rope_theta", 10_000.0),
     }
     values |= _rope(params, tied)
-    with their_names(params.file, {"explicit_head_dim": "head_dim"}):
+    with errors_in_file_terms(params.file, {"explicit_head_dim": "head_dim"}):
         return ModelConfig(**values)
 
 
@@ -112,7 +112,7 @@ def _rope(params: Fields, tied: bool) -> dict[str, Any]:
     return found
 
 
-def write(config: Config) -> str:
+def to_json(config: Config) -> str:
     """Meta's own names where it has some; what it has no name for follows ours."""
     model = config.model
     values: dict[str, Any] = {

@@ -7,11 +7,11 @@ from etils import epath
 
 from llama_jax.checkpoint import saved_step
 from llama_jax.errors import UserError
-from llama_jax.files import number, read_records
+from llama_jax.files import number, read_jsonl
 from llama_jax.model.cost import flops_by_part, parameter_count
 
 
-def write(meta: saved_step.Meta, step_folder: epath.Path) -> str:
+def render(meta: saved_step.StepMeta, step_folder: epath.Path) -> str:
     """A README.md for the weights of one step.
 
     Losses, speed and chip-hours come from `metrics.jsonl` of its work directory, where that is
@@ -44,7 +44,7 @@ def write(meta: saved_step.Meta, step_folder: epath.Path) -> str:
     return "\n".join([*lines, "", "## Config", "", "```json", text, "```", ""])
 
 
-def _training(meta: saved_step.Meta, metrics: epath.Path) -> dict[str, str]:
+def _training(meta: saved_step.StepMeta, metrics: epath.Path) -> dict[str, str]:
     config, step = meta.config, meta.step
     train, optim = config.train, config.optim
     tokens = step * train.tokens_per_step
@@ -91,7 +91,7 @@ def _last_values(metrics: epath.Path, step: int) -> tuple[dict[str, Any], int]:
     chip_seconds = 0.0
     if not metrics.exists():
         return found, 0
-    records, damaged = read_records(metrics)
+    records, damaged = read_jsonl(metrics)
     for record in records:
         if record["step"] > step:
             continue

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from llama_jax.config import MATRICES, Config, LoraConfig, ModelConfig
-from llama_jax.errors import UserError, boundary, require, typed
+from llama_jax.errors import UserError, as_user_error, check_type, require
 from llama_jax.files import read_json
 from llama_jax.interchange import formats, hf, pickles, safetensors
 from llama_jax.interchange.peft_targets import module_of, short_name, targets_of
@@ -99,14 +99,14 @@ def read_config(folder: epath.Path) -> tuple[LoraConfig, str]:
     values = _values(folder)
     base = values.get("base_model_name_or_path") or ""
     with _named(folder):
-        return _lora(values, 1), typed("base_model_name_or_path", base, str)
+        return _lora(values, 1), check_type("base_model_name_or_path", base, str)
 
 
 @contextlib.contextmanager
 def _named(folder: epath.Path) -> Iterator[None]:
     """Errors inside begin with the config's place."""
     try:
-        with boundary("it"):
+        with as_user_error("it"):
             yield
     except UserError as error:
         raise UserError(
@@ -140,7 +140,7 @@ def _lora(values: dict[str, Any], n_layers: int) -> LoraConfig:
     alpha = target.alpha
     if values.get("use_rslora"):  # which divides by the root of the rank
         alpha *= math.sqrt(max(target.rank, 0))
-    dropout = typed("lora_dropout", values.get("lora_dropout") or 0.0, float)
+    dropout = check_type("lora_dropout", values.get("lora_dropout") or 0.0, float)
     require(target.rank > 0, f"r must be positive, got {target.rank}")
     return LoraConfig(rank=target.rank, alpha=alpha, dropout=dropout, targets=",".join(names))
 

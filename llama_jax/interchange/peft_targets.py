@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_jax.config import MATRICES
-from llama_jax.errors import UserError, require, typed
+from llama_jax.errors import UserError, check_type, require
 from llama_jax.interchange import hf
 
 MATCH_SECONDS = 10  # of processor time, for the expressions of one field
@@ -39,7 +39,7 @@ _DEFAULT = ["q_proj", "v_proj"]  # what PEFT takes for llama and mistral where a
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class AdapterSpec:
     """The adapter of one matrix: its rank, and its alpha, which is divided by the rank."""
 
     rank: int
@@ -56,7 +56,7 @@ def short_name(name: str) -> str:
     return module_of(name, 0).split(".")[-1]
 
 
-def targets_of(values: Mapping[str, Any], n_layers: int) -> dict[tuple[str, int], Target]:
+def targets_of(values: Mapping[str, Any], n_layers: int) -> dict[tuple[str, int], AdapterSpec]:
     """The matrices that have adapters, by our name and the layer.
 
     Args:
@@ -80,7 +80,7 @@ def targets_of(values: Mapping[str, Any], n_layers: int) -> dict[tuple[str, int]
         )
     ranks = _by_pattern(values, "rank_pattern", "r", int, found)
     alphas = _by_pattern(values, "alpha_pattern", "lora_alpha", float, found)
-    return {matrices[name]: Target(ranks[name], alphas[name]) for name in found}
+    return {matrices[name]: AdapterSpec(ranks[name], alphas[name]) for name in found}
 
 
 def _chosen(values: Mapping[str, Any], names: list[str], linear: list[str]) -> list[str]:
@@ -108,7 +108,7 @@ def _chosen(values: Mapping[str, Any], names: list[str], linear: list[str]) -> l
 
 def _in_layers(names: list[str], layers: Any, values: Mapping[str, Any]) -> list[str]:
     """Those of some names that lie in the layers of `layers_to_transform`."""
-    numbers = {typed("layers_to_transform", layer, int) for layer in layers}
+    numbers = {check_type("layers_to_transform", layer, int) for layer in layers}
     patterns = values.get("layers_pattern") or []
     patterns = _texts("layers_pattern", [patterns] if isinstance(patterns, str) else patterns)
     expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns]
@@ -124,8 +124,8 @@ def _by_pattern(
     """Module -> rank or alpha: of the first pattern that matches its name, or the default."""
     found = values.get(patterns) or {}
     require(isinstance(found, dict), f"{patterns} must be numbers by module, got {found!r:.200}")
-    choices = [typed(f"{patterns}[{key!r:.200}]", value, kind) for key, value in found.items()]
-    choices.append(typed(default, values.get(default), kind))
+    choices = [check_type(f"{patterns}[{key!r:.200}]", value, kind) for key, value in found.items()]
+    choices.append(check_type(default, values.get(default), kind))
     rows = _match("match", [rf"(.*\.)?({key})$" for key in found], names)
     rows.append([""] * len(names))
     columns = zip(*rows, strict=True)

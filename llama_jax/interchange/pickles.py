@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from llama_jax.errors import UserError, first_line
-from llama_jax.files import is_object_store, refuse_pointer
+from llama_jax.files import is_object_store, refuse_lfs_pointer
 from llama_jax.interchange.safetensors import DTYPES, shown
 
 _OLDEST = (2, 6)  # before it, weights_only could be made to run code (CVE-2025-32434)
@@ -61,7 +61,7 @@ def load(file: epath.Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
             head = stream.read(64)
-        refuse_pointer(head, str(file))
+        refuse_lfs_pointer(head, str(file))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the format's age
             mapped = {"mmap": True} if head.startswith(_ZIP) else {}

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from llama_jax.errors import UserError, first_line
-from llama_jax.files import refuse_pointer, size_of
+from llama_jax.files import refuse_lfs_pointer, size_of
 
 DTYPES: Mapping[str, Any] = {
     "F32": np.dtype(np.float32),
@@ -75,7 +75,7 @@ def read_header(file: epath.Path) -> dict[str, Entry]:
         with file.open("rb") as stream:
             head = stream.read(64)
             length = int.from_bytes(head[:8], "little")
-            refuse_pointer(head, str(file))
+            refuse_lfs_pointer(head, str(file))
             if size < 8 or not 2 <= length <= _LONGEST_HEADER:
                 raise UserError(f"{file} is not a safetensors file")
             if 8 + length > size:

@@ -107,7 +107,7 @@ def convert(source: Source, kind: str, folder: epath.PathLike, dtype: str = "") 
         else:
             make: Callable[..., Target] = HfTarget if kind == "hf" else MetaTarget
             target = make(partial, description, dtype)
-        for path, layer in formats.units(description.config.model):
+        for path, layer in formats.paths_and_layers(description.config.model):
             target.write(path, layer, source.read(path, layer))
         target.close()
     for note in (*description.notes, *getattr(target, "notes", ())):

@@ -27,7 +27,7 @@ _READERS: Mapping[str, _Reader] = {
 }
 
 
-def some(names: list[str]) -> str:
+def abbreviate_names(names: list[str]) -> str:
     """The first of several names, and how many more there are."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return shown(names[0]) + more
@@ -87,10 +87,12 @@ def _check_names(folder: epath.Path, names: list[str], origin: str) -> None:
     """Checks that names are those of files in a folder, which are there."""
     outside = [name for name in names if name in ("", ".", "..") or "/" in name or "\\" in name]
     if outside:
-        raise UserError(f"{folder}: {origin} names files outside its folder: {some(outside)}")
+        raise UserError(
+            f"{folder}: {origin} names files outside its folder: {abbreviate_names(outside)}"
+        )
     missing = [name for name in names if "\0" in name or not (folder / name).exists()]
     if missing:
-        raise UserError(f"{folder} lacks {some(missing)}, which {origin} names")
+        raise UserError(f"{folder} lacks {abbreviate_names(missing)}, which {origin} names")
 
 
 def _weight_map(index: epath.Path) -> dict[str, str]:
@@ -120,7 +122,9 @@ def _sharded(index: epath.Path, weight_map: dict[str, str], read: _Reader) -> di
             found[name] = entry
     absent = [name for name in weight_map if name not in found]
     if absent:
-        raise UserError(f"{index.parent} lacks {some(absent)}, which {index.name} names")
+        raise UserError(
+            f"{index.parent} lacks {abbreviate_names(absent)}, which {index.name} names"
+        )
     return found
 
 

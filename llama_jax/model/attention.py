@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.errors import UserError
-from llama_jax.model import context_parallel
-from llama_jax.model.attention_cudnn import CUDNN_MAX_HEAD_DIM, cudnn_attention, deterministic
+from llama_jax.model.attention_cudnn import (
+    CUDNN_MAX_HEAD_DIM,
+    cudnn_attention,
+    is_determinism_requested,
+)
 from llama_jax.model.attention_splash import SPLASH_LANES, splash_attention
 from llama_jax.model.attention_triton import TRITON_BLOCK, TRITON_HEAD_DIMS, triton_attention
 from llama_jax.model.attention_xla import SegmentIds, blocked_attention, dense_attention
+from llama_jax.model.context_parallel import context_parallel_attention
 from llama_jax.parallel.mesh import platform as _platform
 
 
@@ -75,7 +79,7 @@ def attention(
         ids_BT = None if segment_ids is None else segment_ids[0]
         return triton_attention(q_BTNH, k_BSKH, v_BSKH, ids_BT)
     if _context_size() > 1 and _divides(q_BTNH):
-        return context_parallel.attend(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
+        return context_parallel_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
     return blocked_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
 
 
@@ -117,7 +121,7 @@ def _obstacle(backend: str, platform: str, q_BTNH: jax.Array) -> str:
             )
         if context > 1:
             return "cuDNN attention does not divide the sequence over mesh.context; use xla"
-        if deterministic():
+        if is_determinism_requested():
             return (
                 "XLA fails with cuDNN attention where XLA_FLAGS ask for the same bits in every run "
                 "(openxla/xla#46500); use triton or xla"

@@ -14,7 +14,7 @@ from llama_jax.model.attention_xla import SegmentIds
 CUDNN_MAX_HEAD_DIM = 128
 
 
-def deterministic(env: Mapping[str, str] = os.environ) -> bool:
+def is_determinism_requested(env: Mapping[str, str] = os.environ) -> bool:
     """Whether XLA_FLAGS ask for programs on GPUs that give the same bits in every run."""
     flags = [one.partition("=") for one in env.get("XLA_FLAGS", "").split()]
     given = {name: value if sign else "true" for name, sign, value in flags}  # the last one counts

@@ -130,12 +130,12 @@ def splash_attention(
         )
 
     def with_context(kernel, q_BNTH, k_BKSH, v_BKSH, segments):
-        exchange, gather = context_parallel.exchange, context_parallel.gather
+        exchange, gather = context_parallel.to_zigzag, context_parallel.gather
         if segments is not None:
             segments = (exchange(segments[0], 1), gather(segments[1], 1))
         keys, values = gather(k_BKSH, 2), gather(v_BKSH, 2)
         out_BNTH = local(kernel, exchange(q_BNTH, 2), keys, values, segments)
-        return context_parallel.exchange_back(out_BNTH, 2)
+        return context_parallel.from_zigzag(out_BNTH, 2)
 
     scale = 1 / math.sqrt(q_BTNH.shape[-1])
     q_BNTH = (q_BTNH * scale).astype(q_BTNH.dtype).swapaxes(1, 2)

@@ -45,7 +45,7 @@ def dense_attention(
     """The same for queries that begin at `q_offset` among the keys; scores exist all at once."""
     q_BKGTH, k_BKSH, v_BKSH = by_kv_head(q_BTNH, k_BSKH, v_BSKH)
     queries_T = jnp.arange(q_BTNH.shape[1]) + q_offset
-    mask = visible(queries_T, jnp.arange(k_BSKH.shape[1]), segment_ids, window)
+    mask = visibility_mask(queries_T, jnp.arange(k_BSKH.shape[1]), segment_ids, window)
     weights_BKGTS = jax.nn.softmax(masked_scores(q_BKGTH, k_BKSH, mask), axis=-1).astype(
         v_BKSH.dtype
     )
@@ -71,7 +71,7 @@ def _n_blocks(length: int) -> int:
     return next(count for count in range(most, 0, -1) if length % count == 0)
 
 
-def visible(
+def visibility_mask(
     queries_Q: jax.Array,
     keys_C: jax.Array,
     segment_ids: SegmentIds | None,
@@ -106,7 +106,7 @@ def _block_scores(
     low, start, stop = bounds
     if segment_ids is not None:
         segment_ids = (segment_ids[0][:, start:stop], segment_ids[1][:, low:stop])
-    mask = visible(jnp.arange(start, stop), jnp.arange(low, stop), segment_ids, window)
+    mask = visibility_mask(jnp.arange(start, stop), jnp.arange(low, stop), segment_ids, window)
     return masked_scores(q_BKGTH[..., start:stop, :], k_BKSH[..., low:stop, :], mask)
 
 

@@ -7,7 +7,7 @@ as many keys on every device. Outside of attention each device keeps its contigu
 sequence; queries are exchanged on the way in and their results on the way out, one chunk each.
 
 Shape letters as in llama.py; C is the size of the `context` axis, and Q the tokens of a chunk. All
-functions but `attend` run inside `jax.shard_map`.
+functions but `context_parallel_attention` run inside `jax.shard_map`.
 """
 
 import functools
@@ -19,7 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.model.attention_xla import MASKED, SegmentIds, by_kv_head, masked_scores, visible
+from llama_jax.model.attention_xla import (
+    MASKED,
+    SegmentIds,
+    by_kv_head,
+    masked_scores,
+    visibility_mask,
+)
 from llama_jax.parallel.sharding import activation_spec
 
 AXIS = "context"
@@ -37,7 +43,7 @@ def query_order(length: int, size: int) -> np.ndarray:
     return chunks[order].reshape(-1)
 
 
-def exchange(x: jax.Array, axis: int) -> jax.Array:
+def to_zigzag(x: jax.Array, axis: int) -> jax.Array:
     """Own contiguous part of a sequence -> the chunks i and 2C - 1 - i."""
     size, index = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
     parts = jnp.split(x, 2, axis=axis)
@@ -52,8 +58,8 @@ def exchange(x: jax.Array, axis: int) -> jax.Array:
     return jnp.concatenate([early, late], axis=axis)
 
 
-def exchange_back(x: jax.Array, axis: int) -> jax.Array:
-    """The inverse of `exchange`."""
+def from_zigzag(x: jax.Array, axis: int) -> jax.Array:
+    """The inverse of `to_zigzag`."""
     size, index = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
     early, late = jnp.split(x, 2, axis=axis)
     first_is_even = index % 2 == 0
@@ -70,7 +76,7 @@ def gather(x: jax.Array, axis: int) -> jax.Array:
     return jax.lax.all_gather(x, AXIS, axis=axis, tiled=True)
 
 
-def attend(
+def context_parallel_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
@@ -97,16 +103,16 @@ def _local(
     window: int,
 ) -> jax.Array:
     n_chunks = 2 * jax.lax.axis_size(AXIS)
-    arrays = by_kv_head(exchange(q_BTNH, 1), gather(k_BSKH, 1), gather(v_BSKH, 1))
+    arrays = by_kv_head(to_zigzag(q_BTNH, 1), gather(k_BSKH, 1), gather(v_BSKH, 1))
     q, k, v = (_chunks(x, -2, n) for x, n in zip(arrays, (2, n_chunks, n_chunks), strict=True))
     ids = None
     if segment_ids is not None:
-        queries, keys = exchange(segment_ids[0], 1), gather(segment_ids[1], 1)
+        queries, keys = to_zigzag(segment_ids[0], 1), gather(segment_ids[1], 1)
         ids = (_chunks(queries, -1, 2), _chunks(keys, -1, n_chunks))
     out_2BKGQH = _pairs(window, q, k, v, ids)
     out_BKGTH = jnp.concatenate(list(out_2BKGQH), axis=-2)
     out_BTNH = out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
-    return exchange_back(out_BTNH, 1)
+    return from_zigzag(out_BTNH, 1)
 
 
 def _chunks(x: jax.Array, axis: int, count: int) -> jax.Array:
@@ -136,7 +142,7 @@ def _pair_scores(
     if ids is not None:
         ids = (ids[0][slot], ids[1][key])
     size = q.shape[-2]
-    mask = visible(length + chunk * size, length + key * size, ids, window)
+    mask = visibility_mask(length + chunk * size, length + key * size, ids, window)
     return masked_scores(q[slot], k[key], mask)
 
 

@@ -10,7 +10,7 @@ import jax
 
 
 @jax.custom_vjp
-def whole_gradient(x: jax.Array) -> jax.Array:
+def gradient_barrier(x: jax.Array) -> jax.Array:
     """`x`, with a gradient that is complete before anything is computed from it."""
     return x
 
@@ -23,4 +23,4 @@ def _backward(_: None, d_x: jax.Array) -> tuple[jax.Array]:
     return (jax.lax.optimization_barrier(d_x),)
 
 
-whole_gradient.defvjp(_forward, _backward)
+gradient_barrier.defvjp(_forward, _backward)

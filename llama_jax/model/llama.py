@@ -20,11 +20,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.config import LoraConfig, ModelConfig
 from llama_jax.model.attention import attention
-from llama_jax.model.fusion import whole_gradient
+from llama_jax.model.fusion import gradient_barrier
 from llama_jax.model.initializers import normal
 from llama_jax.model.linear import gated_silu, project_named, weight
 from llama_jax.model.lora import Adapted
-from llama_jax.model.rope import rope, rope_tables
+from llama_jax.model.rope import apply_rope, rope_tables
 from llama_jax.parallel.sharding import constrain, reshard
 
 # Standard deviation of the initial weights, as in GPT-2 (the LLaMA paper gives none); projections
@@ -81,8 +81,8 @@ class Attention(nn.Module):
         wv_DKH = weight(self, "wv", into, (c.dim, c.n_kv_heads, c.head_dim), dtype)
         wo_NHD = weight(self, "wo", out_of, (c.n_heads, c.head_dim, c.dim), dtype)
 
-        q_BTNH = rope(project("wq", "BTD,DNH->BTNH", x_BTD, wq_DNH), *rope_BT1h)
-        k_BTKH = rope(project("wk", "BTD,DKH->BTKH", x_BTD, wk_DKH), *rope_BT1h)
+        q_BTNH = apply_rope(project("wq", "BTD,DNH->BTNH", x_BTD, wq_DNH), *rope_BT1h)
+        k_BTKH = apply_rope(project("wk", "BTD,DKH->BTKH", x_BTD, wk_DKH), *rope_BT1h)
         v_BTKH = project("wv", "BTD,DKH->BTKH", x_BTD, wv_DKH)
         q_BTNH = checkpoint_name(constrain(q_BTNH, "batch", "seq", "heads", "head_dim"), "q")
         k_BTKH = checkpoint_name(constrain(k_BTKH, "batch", "seq", "heads", "head_dim"), "k")
@@ -107,7 +107,7 @@ class Attention(nn.Module):
             tile=c.attention_tile,
             backward=c.attention_backward,
         )
-        out_BTD = project("wo", "BTNH,NHD->BTD", whole_gradient(out_BTNH), wo_NHD)
+        out_BTD = project("wo", "BTNH,NHD->BTD", gradient_barrier(out_BTNH), wo_NHD)
         return out_BTD, (None if cache is None else (keys, values))
 
 
@@ -148,14 +148,14 @@ class Block(nn.Module):
         x_BTD = checkpoint_name(x_BTD, "block_in")
         cache = None if layer_cache is None else (*layer_cache, *cache_segments)
         attn_norm_D = self.param("attn_norm", nn.initializers.ones, (c.dim,))
-        normed_BTD = whole_gradient(rms_norm(x_BTD, attn_norm_D, c.norm_eps))
+        normed_BTD = gradient_barrier(rms_norm(x_BTD, attn_norm_D, c.norm_eps))
         normed_BTD = reshard(normed_BTD, whole, residual)
         out_BTD, new_cache = Attention(c, self.lora, name="attn")(
             normed_BTD, rope_BT1h, segment_ids_BT, cache
         )
         x_BTD = x_BTD + checkpoint_name(reshard(out_BTD, residual, whole), "attn_out")
         mlp_norm_D = self.param("mlp_norm", nn.initializers.ones, (c.dim,))
-        normed_BTD = whole_gradient(rms_norm(x_BTD, mlp_norm_D, c.norm_eps))
+        normed_BTD = gradient_barrier(rms_norm(x_BTD, mlp_norm_D, c.norm_eps))
         normed_BTD = reshard(normed_BTD, whole, residual)
         out_BTD = SwiGLU(c, self.lora, name="mlp")(normed_BTD)
         return x_BTD + reshard(out_BTD, residual, whole), new_cache

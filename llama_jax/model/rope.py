@@ -100,7 +100,7 @@ def rope_tables(
     return size * jnp.cos(angle_BT1h), size * jnp.sin(angle_BT1h)
 
 
-def rope(x_BTNH: jax.Array, cos_BT1h: jax.Array, sin_BT1h: jax.Array) -> jax.Array:
+def apply_rope(x_BTNH: jax.Array, cos_BT1h: jax.Array, sin_BT1h: jax.Array) -> jax.Array:
     """Rotates pairs (i, i + H/2), the layout of Hugging Face; Meta's rotates (2i, 2i + 1)."""
     if platform() == "tpu":
         return rotate_by_product(x_BTNH, jnp.tile(cos_BT1h, 2), jnp.tile(sin_BT1h, 2))
@@ -113,7 +113,7 @@ def rope(x_BTNH: jax.Array, cos_BT1h: jax.Array, sin_BT1h: jax.Array) -> jax.Arr
 
 @jax.custom_vjp
 def rotate_by_product(x_BTNH: jax.Array, cos_BT1H: jax.Array, sin_BT1H: jax.Array) -> jax.Array:
-    """The same as `rope`, for TPUs: the halves of a head change places in a matrix product.
+    """The same as `apply_rope`, for TPUs: the halves of a head change places in a matrix product.
 
     To slice and join vectors of half a head takes a TPU's vector unit several passes; its matrix
     unit does it beside the rest, exactly, as each sum has one term. A step of 7B takes 3% fewer

@@ -47,7 +47,7 @@ class Job:
     arguments: dict[str, Any]
 
 
-def start_processes(timeout_s: int = MEETING_S) -> str:
+def join_job(timeout_s: int = MEETING_S) -> str:
     """Joins the other processes of the job, where the environment names any.
 
     Args:

@@ -218,10 +218,10 @@ def _pad(rows: int, parts: int) -> str:
 
 def param_shardings(params: Any, mesh: Mesh, *, any_vocabulary: bool = False) -> Any:
     """`param_specs` bound to the mesh, for `jit` and restoring."""
-    return bind(param_specs(params, mesh, any_vocabulary=any_vocabulary), mesh)
+    return named_shardings(param_specs(params, mesh, any_vocabulary=any_vocabulary), mesh)
 
 
-def placed(shapes: Any, shardings: Any) -> Any:
+def with_shardings(shapes: Any, shardings: Any) -> Any:
     """Shapes and dtypes of a tree with the sharding of each array, as `jax.ShapeDtypeStruct`."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -230,7 +230,7 @@ def placed(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def bind(specs: Any, mesh: Mesh) -> Any:
+def named_shardings(specs: Any, mesh: Mesh) -> Any:
     """The shardings of a tree of partition specs on a mesh."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)

@@ -106,7 +106,7 @@ def flags_for(config: Config, remat: bool = True) -> str:
     return f"{mesh}{policy} --config.train.grad_accum={config.train.grad_accum}"
 
 
-def what_divides(config: Config, topology: Topology) -> str:
+def suggest_dividing_mesh(config: Config, topology: Topology) -> str:
     """A mesh over which the config divides on this machine, as flags, or a machine that it does."""
     found = [one for one in candidates(config, topology) if one.model.remat == "full"]
     if found:

@@ -18,7 +18,7 @@ from llama_jax.hardware.topology import captured_stderr
 from llama_jax.hardware.xla_flags import flag_value
 from llama_jax.model.weights import abstract_frozen
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.parallel.sharding import check_batch, placed
+from llama_jax.parallel.sharding import check_batch, with_shardings
 from llama_jax.train.step import abstract_batch, abstract_state, jit_step
 
 _WARNING = re.compile(r"(?i)involuntary full rematerialization")
@@ -79,9 +79,9 @@ def lower_step(config: Config, devices: list[jax.Device]) -> tuple[Any, Any, jax
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         step = jit_step(config, mesh)
         state = dataclasses.replace(abstract_state(config), frozen=abstract_frozen(config))
-        state = placed(state, step.state_shardings)
+        state = with_shardings(state, step.state_shardings)
         batch = abstract_batch(config)
-        batch = placed(batch, dict.fromkeys(batch, step.batch_sharding))
+        batch = with_shardings(batch, dict.fromkeys(batch, step.batch_sharding))
         return step.train.lower(state, batch), state, mesh
 
 

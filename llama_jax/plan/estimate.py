@@ -79,7 +79,9 @@ def _bytes(config: Config, chip: Chip, parts: _Parts) -> float:
     state /= parts.shards * tensor
     layer = 2 * parameter_count(model) / model.n_layers / tensor
     # Between the layers the sequence is divided over `tensor`.
-    kept = tokens * 2 * (model.dim + kept_width(model, chip)) / tensor * model.n_layers
+    kept = (
+        tokens * 2 * (model.dim + saved_elements_per_token(model, chip)) / tensor * model.n_layers
+    )
     # A GPU's loop over microbatches can have two of them in memory at once.
     doubled = is_switched_on("--xla_gpu_enable_while_loop_double_buffering")
     if not chip.torus and train.grad_accum > 1 and doubled:
@@ -188,7 +190,7 @@ def _fast_network(topology: Topology) -> int:
     return size * chip.devices_per_chip
 
 
-def kept_width(model: ModelConfig, chip: Chip) -> float:
+def saved_elements_per_token(model: ModelConfig, chip: Chip) -> float:
     """Elements that a layer keeps of each token, beside its input."""
     heads, kv, dim, ffn = (
         model.n_heads * model.head_dim,

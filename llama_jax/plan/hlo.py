@@ -250,7 +250,7 @@ def _links(line: str) -> int:
     return 0
 
 
-def held(one: Instruction, module: Module) -> list[Instruction]:
+def collectives_in(one: Instruction, module: Module) -> list[Instruction]:
     """The collectives that an instruction is, starts, or holds in a fusion or a wrapper."""
     if one.collective:
         return [one]
@@ -258,11 +258,16 @@ def held(one: Instruction, module: Module) -> list[Instruction]:
     if one.opcode not in ("fusion", "call") and not one.opcode.endswith("-start"):
         return []
     inner = (module.computations.get(name, {}) for name in one.called)
-    return [found for scope in inner for each in scope.values() for found in held(each, module)]
+    return [
+        found
+        for scope in inner
+        for each in scope.values()
+        for found in collectives_in(each, module)
+    ]
 
 
 @dataclasses.dataclass
-class Sent:
+class ScheduledCollective:
     """A collective in the schedule of a computation, once for each time that it is sent.
 
     On TPUs one that runs beside compute is a chain of fusions: the first starts it, those between
@@ -283,14 +288,14 @@ class Sent:
     asynchronous: bool = False
 
 
-def sent(name: str, module: Module) -> list[Sent]:
+def collective_schedule(name: str, module: Module) -> list[ScheduledCollective]:
     """The collectives of one run of a computation, in the order of their starts.
 
     Those of the loops and calls in it are not among them.
     """
-    found: list[Sent] = []
-    chains: dict[str, Sent] = {}
-    started: dict[str, list[Sent]] = {}
+    found: list[ScheduledCollective] = []
+    chains: dict[str, ScheduledCollective] = {}
+    started: dict[str, list[ScheduledCollective]] = {}
     works: dict[str, int] = {}  # how many of the instructions up to each compute something
     for one in module.computations.get(name, {}).values():
         works[one.name] = len(works) and next(reversed(works.values()))
@@ -302,11 +307,11 @@ def sent(name: str, module: Module) -> list[Sent]:
                 each.end = one.name
             elif one.opcode.endswith("-update"):
                 started.setdefault(one.name, []).append(each)
-        for inner in held(one, module):
+        for inner in collectives_in(one, module):
             if one.opcode == "fusion" and inner.channel in chains:
                 chains[inner.channel].end = one.name
                 continue
-            new = Sent(read_collective(inner), inner, one.name, one.name)
+            new = ScheduledCollective(read_collective(inner), inner, one.name, one.name)
             found.append(new)
             if one.opcode == "fusion" and inner.channel:
                 chains[inner.channel] = new
@@ -366,12 +371,12 @@ def summarize(text: str) -> Summary:
     Loops without a known trip count, and both sides of a conditional, count once.
     """
     module = parse(text)
-    found: list[tuple[Sent, int]] = []
+    found: list[tuple[ScheduledCollective, int]] = []
     cycles = lookup = 0
 
     def visit(name: str, times: int) -> None:
         nonlocal cycles, lookup
-        for each in sent(name, module):
+        for each in collective_schedule(name, module):
             found.append((each, times))
             op_name = each.instruction.op_name
             lookup += "_take" in op_name and "transpose" not in op_name
@@ -400,7 +405,7 @@ def summarize(text: str) -> Summary:
     )
 
 
-def _totals(entries: Iterable[tuple[str, Sent, int]]) -> dict[str, tuple[int, int]]:
+def _totals(entries: Iterable[tuple[str, ScheduledCollective, int]]) -> dict[str, tuple[int, int]]:
     """By name: how often, and bytes."""
     totals: dict[str, tuple[int, int]] = {}
     for name, each, times in entries:

@@ -36,10 +36,10 @@ def _kernel(one: Instruction) -> int | None:
         r'custom_call_target="(tpu_custom_call|__cudnn\$fmha|__gpu\$xla|triton)', text
     ):
         return None
-    return next((products for name, products in _KERNELS if name in text), None)
+    return next((flops_by_dtypes for name, flops_by_dtypes in _KERNELS if name in text), None)
 
 
-def products(
+def flops_by_dtypes(
     one: Instruction, scope: dict[str, Instruction], module: Module
 ) -> dict[tuple[str, ...], float]:
     """FLOPs of one run of an instruction, by the dtypes of the operands that are multiplied.
@@ -50,7 +50,7 @@ def products(
         inner = module.computations.get(one.called[0], {}) if one.called else {}
         total: collections.Counter[tuple[str, ...]] = collections.Counter()
         for each in inner.values():
-            for dtypes, found in products(each, inner, module).items():
+            for dtypes, found in flops_by_dtypes(each, inner, module).items():
                 total[dtypes] += found  # type: ignore[assignment]
         return dict(total)
     if one.opcode == "dot" or "__cublas$" in one.line:
@@ -65,8 +65,8 @@ def products(
 
 
 def flops(one: Instruction, scope: dict[str, Instruction], module: Module) -> float:
-    """Of one run of an instruction: the sum of `products`."""
-    return sum(products(one, scope, module).values())
+    """Of one run of an instruction: the sum of `flops_by_dtypes`."""
+    return sum(flops_by_dtypes(one, scope, module).values())
 
 
 def _dot(one: Instruction, scope: dict[str, Instruction]) -> float:

@@ -10,7 +10,7 @@ from llama_jax.hardware.topology import Topology, topology_devices
 from llama_jax.model.cost import flops_per_token, parameter_count
 from llama_jax.parallel.mesh import DoesNotDivide
 from llama_jax.plan import calibration
-from llama_jax.plan.candidates import what_divides
+from llama_jax.plan.candidates import suggest_dividing_mesh
 from llama_jax.plan.compilation import Compiled, compile_step, with_slices
 from llama_jax.plan.hlo import Summary, parse, summarize
 from llama_jax.plan.roofline import Prediction, predict_on
@@ -75,7 +75,7 @@ def _compile(config: Config, topology: Topology) -> Compiled:
     try:
         return compile_step(config, devices)
     except DoesNotDivide as error:
-        raise UserError(f"{error}; {what_divides(config, topology)}") from error
+        raise UserError(f"{error}; {suggest_dividing_mesh(config, topology)}") from error
 
 
 def _missing_flops(config: Config, topology: Topology, prediction: Prediction) -> list[str]:

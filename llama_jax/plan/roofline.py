@@ -14,8 +14,15 @@ import jax
 
 from llama_jax.hardware.chips import Chip
 from llama_jax.hardware.topology import Topology, Torus, node_of, torus_of
-from llama_jax.plan.hlo import CONTROL, Collective, Instruction, Module, sent, trip_count
-from llama_jax.plan.hlo_cost import kernel_flops, products, traffic
+from llama_jax.plan.hlo import (
+    CONTROL,
+    Collective,
+    Instruction,
+    Module,
+    collective_schedule,
+    trip_count,
+)
+from llama_jax.plan.hlo_cost import flops_by_dtypes, kernel_flops, traffic
 from llama_jax.plan.network import Network
 
 
@@ -75,7 +82,7 @@ class _Schedule:
     def seconds_of(self, one: Instruction, scope: dict[str, Instruction], totals: _Totals) -> float:
         """Of an instruction that is no collective and no loop."""
         chip, moved = self.chip, traffic(one, scope, self.module)
-        work = products(one, scope, self.module)
+        work = flops_by_dtypes(one, scope, self.module)
         at_peak = sum(flops / chip.peak_of(*dtypes) for dtypes, flops in work.items())
         totals.flops += sum(work.values())
         totals.at_peak += at_peak
@@ -97,7 +104,7 @@ class _Schedule:
         totals = _Totals()
         starts: dict[str, list[Collective]] = {}
         ends: dict[str, list[tuple[str, str]]] = {}  # kinds and starts of those that it waits for
-        for each in sent(name, self.module):
+        for each in collective_schedule(name, self.module):
             starts.setdefault(each.start, []).append(each.collective)
             ends.setdefault(each.end, []).append((each.collective.kind, each.start))
         arrives: dict[tuple[str, str], float] = {}

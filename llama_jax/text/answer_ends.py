@@ -33,12 +33,12 @@ def count_answers(encoded: Encoded, length: int, ends: frozenset[int]) -> tuple[
     return len(whole), len(unended)
 
 
-def sentence(answers: int, unended: int) -> str:
+def describe_unended(answers: int, unended: int) -> str:
     """What a report says of them."""
     return f"answers that end in no end token: {unended:,} of {answers:,}"
 
 
-def totals(splits: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+def count_in_splits(splits: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
     """Answers and unended answers of all splits of a manifest; 0 where it does not say.
 
     Manifests before them, and those of plain text, do not.

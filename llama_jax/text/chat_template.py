@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.errors import UserError, boundary, typed
+from llama_jax.errors import UserError, as_user_error, check_type
 from llama_jax.text import template_renderer
 from llama_jax.text.jinja_process import BEGIN, END
 from llama_jax.text.template_renderer import Refused
@@ -213,11 +213,11 @@ def named_templates(given: Any) -> dict[str, str]:
         return {}
     if isinstance(given, str):
         return {DEFAULT: given}
-    with boundary("chat_template of tokenizer_config.json"):
+    with as_user_error("chat_template of tokenizer_config.json"):
         found = {one["name"]: one["template"] for one in given}
         for name, template in found.items():
-            typed("a template's text", template, str)
-            if not typed("a template's name", name, str).isprintable():
+            check_type("a template's text", template, str)
+            if not check_type("a template's name", name, str).isprintable():
                 raise ValueError(f"{name!r} is no name of a template")
         return found
 

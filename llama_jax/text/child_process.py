@@ -41,7 +41,7 @@ def close(process: "subprocess.Popen[bytes]") -> int:
     return process.wait()
 
 
-def serve_parent() -> None:
+def exit_with_parent() -> None:
     """For a child that talks: it ends when its parent does, and leaves signals to its parent.
 
     A terminal or a launcher sends them to all processes of a group.

@@ -18,7 +18,7 @@ from typing import Any
 
 from jinja2 import TemplateError, ext, nodes, sandbox
 
-from llama_jax.text.child_process import encode_message, read_message, serve_parent
+from llama_jax.text.child_process import encode_message, exit_with_parent, read_message
 
 # Around what the model writes, in a text that is rendered; Unicode reserves both for such uses.
 BEGIN, END = "\ufdd1", "\ufdd2"
@@ -87,7 +87,7 @@ def serve(seconds: int, memory: int) -> None:
       seconds: of processor time that a request may take; then the process ends by SIGXCPU.
       memory: bytes of address space of the whole process.
     """
-    serve_parent()
+    exit_with_parent()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))

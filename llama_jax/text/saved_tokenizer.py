@@ -8,7 +8,7 @@ import base64
 
 from etils import epath
 
-from llama_jax.errors import UserError, boundary
+from llama_jax.errors import UserError, as_user_error
 from llama_jax.files import entry_of, mismatch, read_entries, read_json
 
 _MANIFEST = "manifest.json"
@@ -31,7 +31,7 @@ def read_saved(step_folder: epath.Path) -> bytes:
     if reason := _damage(folder):
         raise UserError(f"{folder} is damaged: {reason}")
     values = read_json(folder / _ITEM / "metadata")
-    with boundary(f"{folder}/{_ITEM}"):
+    with as_user_error(f"{folder}/{_ITEM}"):
         return base64.b64decode(values["sentencepiece"])
 
 

@@ -12,11 +12,11 @@ import numpy as np
 from etils import epath
 
 from llama_jax.errors import UserError
-from llama_jax.files import parse_json, refuse_pointer
+from llama_jax.files import parse_json, refuse_lfs_pointer
 from llama_jax.text import tiktoken_ranks, tokenizer_process
 from llama_jax.text.hard_texts import HARD_TEXTS
 from llama_jax.text.tokenizer_formats import MARK, SentencePiece, Vocabulary
-from llama_jax.text.tokenizer_json import TokenizerJson, with_ends
+from llama_jax.text.tokenizer_json import TokenizerJson, with_bos_eos
 
 # SentencePiece skips longer "sentences" and reads its sample into memory; both limits are generous
 # for a recipe that learns frequent pieces, and keep training on any corpus within minutes.
@@ -54,7 +54,7 @@ class Tokenizer:
         Raises:
           UserError: the bytes are none of these, or one without BOS and EOS.
         """
-        refuse_pointer(model_bytes, name)
+        refuse_lfs_pointer(model_bytes, name)
         self._vocabulary: Vocabulary
         self.is_json = model_bytes.lstrip()[:1] == b"{"
         if self.is_json:
@@ -278,14 +278,14 @@ def with_config(model_bytes: bytes, config: Mapping[str, Any], name: str) -> byt
     SentencePiece models say it anyway; Llama 3's file becomes a tokenizer.json where it is others.
 
     Raises:
-      UserError: as `with_ends`.
+      UserError: as `with_bos_eos`.
     """
     if model_bytes.lstrip()[:1] == b"{":
-        return with_ends(model_bytes, config, name)
+        return with_bos_eos(model_bytes, config, name)
     if not tiktoken_ranks.is_tiktoken(model_bytes):
         return model_bytes
     made = tiktoken_ranks.tokenizer_json(model_bytes, name)
-    changed = with_ends(made, config, name)
+    changed = with_bos_eos(made, config, name)
     return model_bytes if changed == made else changed
 
 

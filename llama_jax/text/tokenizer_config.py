@@ -25,7 +25,7 @@ def _contents(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     return parse_json(files[name], name) if name in files else {}
 
 
-def special_names(files: Mapping[str, bytes]) -> dict[str, Any]:
+def config_with_special_tokens(files: Mapping[str, bytes]) -> dict[str, Any]:
     """tokenizer_config.json, with the special_tokens_map.json that old ones have beside them.
 
     Raises:
@@ -66,7 +66,9 @@ def json_tokenizer(files: Mapping[str, bytes], name: str) -> Tokenizer:
       UserError: it is damaged, or has neither BOS nor EOS.
     """
     name = f"the tokenizer.json of {name}"
-    return Tokenizer(with_config(files["tokenizer.json"], special_names(files), name), name)
+    return Tokenizer(
+        with_config(files["tokenizer.json"], config_with_special_tokens(files), name), name
+    )
 
 
 def with_base_files(files: Mapping[str, bytes], base: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -99,7 +101,7 @@ def special_ids(
     bos, eos = token_ids(_contents(files, _GENERATION), _GENERATION, vocab_size)
     if eos is not None:
         return bos, eos
-    model, config = files.get("tokenizer.model", b""), special_names(files)
+    model, config = files.get("tokenizer.model", b""), config_with_special_tokens(files)
     tokenizer = None
     if model and not is_tiktoken(model):
         tokenizer = Tokenizer(model)

@@ -14,8 +14,8 @@ from typing import Any
 
 from etils import epath
 
-from llama_jax.errors import UserError, boundary
-from llama_jax.files import parse_json, read_bytes, read_json, refuse_pointer
+from llama_jax.errors import UserError, as_user_error
+from llama_jax.files import parse_json, read_bytes, read_json, refuse_lfs_pointer
 from llama_jax.text import tiktoken_ranks
 from llama_jax.text.saved_tokenizer import holds_tokenizer, read_saved
 from llama_jax.text.tiktoken_ranks import is_tiktoken
@@ -61,7 +61,7 @@ def read_files(folder: epath.Path) -> dict[str, bytes]:
     for file in sorted((folder / MORE_TEMPLATES).glob("*.jinja")):
         files[f"{MORE_TEMPLATES}/{file.name}"] = read_bytes(file)
     for name, content in files.items():
-        refuse_pointer(content, f"{folder}/{name}")
+        refuse_lfs_pointer(content, f"{folder}/{name}")
     return files
 
 
@@ -232,11 +232,11 @@ def _added(files: Mapping[str, bytes], name: str) -> dict[int, tuple[str, bool]]
     """Tokens that are beside the vocabulary: id -> (how it is written, whether it is special)."""
     found: dict[int, tuple[str, bool]] = {}
     if ADDED in files:
-        with boundary(f"{name}/{ADDED}"):
+        with as_user_error(f"{name}/{ADDED}"):
             for content, number in parse_json(files[ADDED], f"{name}/{ADDED}").items():
                 _add(found, number, content, True)
     if CONFIG in files:
-        with boundary(f"{name}/{CONFIG}"):
+        with as_user_error(f"{name}/{CONFIG}"):
             values: Any = parse_json(files[CONFIG], f"{name}/{CONFIG}").get("added_tokens_decoder")
             for number, token in (values or {}).items():
                 _add(found, int(number), token["content"], bool(token.get("special", True)))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.errors import UserError, boundary, first_line
+from llama_jax.errors import UserError, as_user_error, first_line
 from llama_jax.files import parse_json
 from llama_jax.text import tokenizer_parts
 from llama_jax.text.tokenizer_formats import MARK, SPACE, byte_of_letter, is_marker
@@ -76,7 +76,7 @@ class TokenizerJson:
         self._byte_level, self._byte_fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
 
     def _complete(self, ends: dict[str, Any]) -> None:
-        """Adds what `with_ends` wrote down, and finds BOS and EOS."""
+        """Adds what `with_bos_eos` wrote down, and finds BOS and EOS."""
         import tokenizers
 
         tokenizer = self._tokenizer
@@ -275,7 +275,7 @@ class TokenizerJson:
         return piece.replace(SPACE, " ").encode()
 
 
-def end_names(config: Mapping[str, Any], name: str) -> dict[str, str]:
+def bos_eos_names(config: Mapping[str, Any], name: str) -> dict[str, str]:
     """Which tokens a `tokenizer_config.json` calls `bos` and `eos`.
 
     Raises:
@@ -303,7 +303,7 @@ def _config_tokens(config: Mapping[str, Any], described: dict[str, Any]) -> list
     return sorted(missing, key=lambda one: one["id"])
 
 
-def with_ends(model_bytes: bytes, config: Mapping[str, Any], name: str) -> bytes:
+def with_bos_eos(model_bytes: bytes, config: Mapping[str, Any], name: str) -> bytes:
     """A tokenizer.json that says which tokens its `tokenizer_config.json` calls BOS and EOS.
 
     Unchanged where it is found by itself. Where the config names EOS alone (as Qwen's), and there
@@ -319,8 +319,8 @@ def with_ends(model_bytes: bytes, config: Mapping[str, Any], name: str) -> bytes
     except UserError as error:
         raise UserError(f"{name} is not a tokenizer.json: {error}") from error
     beside = "its tokenizer_config.json"
-    with boundary(f"{name}, or {beside},"):
-        ends = end_names(config, beside)
+    with as_user_error(f"{name}, or {beside},"):
+        ends = bos_eos_names(config, beside)
         added = _config_tokens(config, described)
     try:
         found = TokenizerJson(model_bytes, name)
@@ -340,8 +340,8 @@ def with_ends(model_bytes: bytes, config: Mapping[str, Any], name: str) -> bytes
     return made
 
 
-def without_ends(model_bytes: bytes) -> bytes:
-    """The tokenizer.json that other programs read: `with_ends` undone."""
+def without_bos_eos(model_bytes: bytes) -> bytes:
+    """The tokenizer.json that other programs read: `with_bos_eos` undone."""
     described = parse_json(model_bytes, "the tokenizer")
     if ENDS not in described:
         return model_bytes

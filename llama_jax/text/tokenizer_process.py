@@ -46,7 +46,7 @@ def train(lines: list[str], **options: Any) -> bytes:
 
 def serve() -> None:
     """Answers the one request on standard input."""
-    child_process.serve_parent()
+    child_process.exit_with_parent()
     options = child_process.read_message(sys.stdin.buffer)
     model = io.BytesIO()
     try:

@@ -13,7 +13,7 @@ from absl import flags
 from llama_jax.cli import command
 from llama_jax.errors import UserError
 from llama_jax.hardware import xla_flags
-from llama_jax.parallel.cluster import start_processes
+from llama_jax.parallel.cluster import join_job
 from llama_jax.parallel.multihost import Stopped, say
 from llama_jax.train.run import run
 
@@ -57,7 +57,7 @@ def main() -> int:
     began = time.monotonic()
     run_config = command.load_config(_CONFIG)
     chosen = xla_flags.use_preset(_XLA_PRESET.value)
-    means = start_processes(_START_TIMEOUT.value)
+    means = join_job(_START_TIMEOUT.value)
     if means:
         say(f"start   {jax.process_count()} processes, found by {means}")
     if chosen.tpu:

@@ -9,8 +9,8 @@ What counts as a spike (`train.spike_factor`) is told by medians of the last `WI
 were not skipped, so that no bad step has a part in judging the next one. All of it is decided on
 the device and kept in the state: a run that goes on from a checkpoint skips the same steps again.
 
-A rewind (`rewound`; when and where to, see `rewind`) is a longer skip: the weights go back to a
-checkpoint, the data do not, and all batches between are passed over.
+A rewind (`skips_after_rewind`; when and where to, see `rewind`) is a longer skip: the weights go
+back to a checkpoint, the data do not, and all batches between are passed over.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class Skips:
         return dict(vars(self))
 
 
-def no_skips() -> Skips:
+def init_skips() -> Skips:
     """Of a run that begins."""
     zeros = (jnp.zeros((), jnp.int32) for _ in range(4))
     empty = (jnp.full(WINDOW, jnp.inf, jnp.float32) for _ in range(2))
@@ -126,7 +126,7 @@ def updated(
     )
 
 
-def rewound(
+def skips_after_rewind(
     then: Skips, at: jax.Array, now: jax.Array, reasons: jax.Array
 ) -> tuple[jax.Array, Skips]:
     """The step and the counts to go on with, at the batch `now`, from a checkpoint of step `at`.
@@ -161,7 +161,7 @@ def explain(reasons: int) -> str:
     return "; ".join(found)
 
 
-def not_finite(state: Any) -> list[str]:
+def find_non_finite(state: Any) -> list[str]:
     """Which weights, by group, and moments of a `TrainState` are not finite; waits for them.
 
     What `select` guards can only get there by a fault of a machine, or of ours.

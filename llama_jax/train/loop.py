@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llama_jax.checkpoint.checkpointer import Checkpointer
-from llama_jax.checkpoint.saved_step import Meta
+from llama_jax.checkpoint.saved_step import StepMeta
 from llama_jax.config import Config
 from llama_jax.data.loader import device_batches
 from llama_jax.data.streaming import StreamingBatches
@@ -26,7 +26,7 @@ from llama_jax.train.rewind import Rewinder
 from llama_jax.train.step import CompiledStep, TrainState, model_weights
 
 
-def evaluate(
+def mean_validation_loss(
     compiled: CompiledStep,
     params: Any,
     data: TrainingData,
@@ -64,13 +64,15 @@ def is_evaluated(step: int, config: Config) -> bool:
     return step > 0 and (step == train.steps or step % train.eval_every == 0)
 
 
-def lost_evaluation(state: TrainState, data: TrainingData, config: Config, meta: Meta) -> bool:
+def is_evaluation_missing(
+    state: TrainState, data: TrainingData, config: Config, meta: StepMeta
+) -> bool:
     """Whether the state that a run goes on with was to be evaluated, and a stop came before."""
     due = is_evaluated(int(state.step), config) and data.validation is not None
     return due and meta.eval_loss is None
 
 
-def make_up(
+def run_missed_evaluation(
     compiled: CompiledStep,
     state: TrainState,
     data: TrainingData,
@@ -81,14 +83,14 @@ def make_up(
     """Evaluates the state that a run goes on with, and adds the result to its checkpoint.
 
     Args:
-      compiled, state, data, config: of the run; see `lost_evaluation`.
+      compiled, state, data, config: of the run; see `is_evaluation_missing`.
       instruments: which log and keep it.
       recorded: what the log has already of this evaluation; it is then not written twice.
     """
     i, step = instruments, int(state.step)
     with i.goodput.phase("eval"):
         weights = model_weights(state, config)
-        loss = evaluate(compiled, weights, data, config, i.stop, i.watchdog)
+        loss = mean_validation_loss(compiled, weights, data, config, i.stop, i.watchdog)
     if loss is None:  # stopped again
         return
     if loss != recorded:
@@ -134,7 +136,7 @@ def run_loop(
     data: TrainingData,
     config: Config,
     instruments: Instruments,
-    meta: Meta,
+    meta: StepMeta,
 ) -> TrainState:
     """Steps until `train.steps` or a stop request; `meta` describes the state that it begins with.
 
@@ -193,7 +195,9 @@ def run_loop(
                 pause(step)
                 weights = model_weights(state, config)
                 with goodput.phase("eval"):
-                    eval_loss = evaluate(compiled, weights, data, config, stop, i.watchdog)
+                    eval_loss = mean_validation_loss(
+                        compiled, weights, data, config, stop, i.watchdog
+                    )
                 if eval_loss is not None:
                     log.write(step, {"eval_loss": eval_loss, **_epoch_metrics(data, step)})
                 log.start(step)

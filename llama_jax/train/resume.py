@@ -10,11 +10,11 @@ import jax
 from etils import epath
 
 from llama_jax import files
-from llama_jax.checkpoint.saved_step import CHECKPOINTS, Meta
+from llama_jax.checkpoint.saved_step import CHECKPOINTS, StepMeta
 from llama_jax.config import Config, changed_fields, from_json
 from llama_jax.data.training_data import TrainingData
 from llama_jax.errors import UserError
-from llama_jax.files import append_records, is_object_store, read_bytes
+from llama_jax.files import append_jsonl, is_object_store, read_bytes
 from llama_jax.parallel.multihost import broadcast_text
 
 # Fields that may change when a run is resumed: where and how often, not what is trained.
@@ -199,7 +199,7 @@ def _mend(changes: Changes, otherwise: str) -> str:
 
 
 def check_checkpoint(
-    saved: Meta, folder: epath.PathLike, config: Config, data: TrainingData
+    saved: StepMeta, folder: epath.PathLike, config: Config, data: TrainingData
 ) -> Changes:
     """Compares this run with what a checkpoint says of itself: config.json may be lost or edited.
 
@@ -240,5 +240,5 @@ def record_changes(workdir: epath.Path, step: int, changes: Changes) -> str:
     if not changes:
         return ""
     if jax.process_index() == 0:
-        append_records(workdir / CHANGES, [{"step": step, "changes": changes}])
+        append_jsonl(workdir / CHANGES, [{"step": step, "changes": changes}])
     return f"changed since: {_listed(changes)}"

@@ -19,8 +19,8 @@ from llama_jax.config import Config
 from llama_jax.data.batches import describe_batch
 from llama_jax.data.training_data import TrainingData
 from llama_jax.errors import UserError
-from llama_jax.parallel.sharding import placed
-from llama_jax.train.bad_steps import explain, not_finite, rewound
+from llama_jax.parallel.sharding import with_shardings
+from llama_jax.train.bad_steps import explain, find_non_finite, skips_after_rewind
 from llama_jax.train.step import TrainState
 
 
@@ -28,7 +28,7 @@ class Rewinder:
     """Looks at what the loop has read anyway: it never makes the device wait.
 
     Attributes:
-      rewinds: that led to the present state, as in `saved_step.Meta`.
+      rewinds: that led to the present state, as in `saved_step.StepMeta`.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Rewinder:
         """
         in_row = int(state.skips.in_row)
         first = int(state.skips.last) - in_row + 1 if in_row else 0
-        if in_row and not_finite(state):
+        if in_row and find_non_finite(state):
             raise self._error(state, first)
         if in_row >= self._config.train.max_skipped and self._target(first) is None:
             raise self._error(state, first)
@@ -78,7 +78,7 @@ class Rewinder:
         # The base of adapters never changes: it stays where it is.
         frozen, state = state.frozen, dataclasses.replace(state, frozen=None)
         shardings = jax.tree.map(lambda array: array.sharding, state)
-        targets = placed(state, shardings).to_items()
+        targets = with_shardings(state, shardings).to_items()
         while (target := self._target(first)) is not None:
             for array in jax.tree.leaves(state):
                 array.delete()
@@ -89,11 +89,11 @@ class Rewinder:
                 self._saver.mark_damaged(target, str(damaged))
         else:
             raise error
-        go_on = jax.jit(rewound, out_shardings=(shardings.step, shardings.skips))
+        go_on = jax.jit(skips_after_rewind, out_shardings=(shardings.step, shardings.skips))
         step, skips = go_on(then.skips, then.step, np.int32(now), np.int32(reasons))
         self.rewinds = [*self.rewinds, [now, target]]
         why = explain(reasons)
-        self._saver.note(
+        self._saver.log_event(
             now,
             f"rewound at step {now} to the weights of step {target}, passing over {now - target} "
             f"batches: steps from {first} on made no update: {why} (train.max_rewinds: "
@@ -117,7 +117,7 @@ class Rewinder:
     def _error(self, state: TrainState, first: int) -> UserError:
         """What is known: when, why, on which text, what is still good, and how to go on."""
         last, train = int(state.skips.last), self._config.train
-        broken = not_finite(state)
+        broken = find_non_finite(state)
         saved = self._saver.latest_step()
         good = "there is no checkpoint yet" if saved is None else f"the last checkpoint is {saved}"
         if broken:

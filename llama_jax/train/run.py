@@ -34,7 +34,7 @@ from llama_jax.train.instruments.writers import (
     TensorBoardWriter,
     Writer,
 )
-from llama_jax.train.loop import Instruments, lost_evaluation, make_up, run_loop
+from llama_jax.train.loop import Instruments, is_evaluation_missing, run_loop, run_missed_evaluation
 from llama_jax.train.overview import no_evaluation, overview, remarks, unchecked
 from llama_jax.train.resume import (
     check_prepared,
@@ -183,7 +183,7 @@ def run(config: Config, workdir: epath.PathLike, began: float | None = None) -> 
                 write_atomically(workdir / "config.json", config.to_json().encode())
                 if data.tokenizer is not None:
                     write_atomically(workdir / "tokenizer.model", data.tokenizer.model_bytes)
-            start, lost = int(state.step), lost_evaluation(state, data, config, meta)
+            start, lost = int(state.step), is_evaluation_missing(state, data, config, meta)
             if start < config.train.steps or lost:
                 device = mesh.devices.flat[0]
                 speed = metrics.Speed(config, mesh.size, peak_flops(device))
@@ -195,7 +195,7 @@ def run(config: Config, workdir: epath.PathLike, began: float | None = None) -> 
                     if lost:
                         say(f"        step {start} has no evaluation yet: it is made now")
                         recorded = metrics.recorded_loss(workdir / "metrics.jsonl", start)
-                        make_up(compiled, state, data, config, instruments, recorded)
+                        run_missed_evaluation(compiled, state, data, config, instruments, recorded)
                     if start < config.train.steps:
                         state = run_loop(compiled, state, data, config, instruments, meta)
                 finally:

@@ -8,7 +8,7 @@ from etils import epath
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.fingerprint import fingerprint
 from llama_jax.checkpoint.retention import saved_steps
-from llama_jax.checkpoint.saved_step import CHECKPOINTS, DamagedCheckpoint, Meta, load_meta
+from llama_jax.checkpoint.saved_step import CHECKPOINTS, DamagedCheckpoint, StepMeta, load_meta
 from llama_jax.config import Config
 from llama_jax.data.streaming import Position, StreamingBatches
 from llama_jax.data.training_data import TrainingData
@@ -16,7 +16,7 @@ from llama_jax.errors import UserError
 from llama_jax.interchange.loading import check_base, load_init
 from llama_jax.interchange.opening import base_context, init_place, open_init, tokenizer_file
 from llama_jax.parallel.multihost import agreed, say
-from llama_jax.parallel.sharding import placed
+from llama_jax.parallel.sharding import with_shardings
 from llama_jax.train.resume import check_checkpoint, record_changes
 from llama_jax.train.step import CompiledStep, TrainState, abstract_state
 
@@ -61,7 +61,7 @@ def check_init(config: Config, workdir: epath.Path) -> None:
 
 def initial_state(
     compiled: CompiledStep, saver: Checkpointer, data: TrainingData, config: Config
-) -> tuple[TrainState, Meta]:
+) -> tuple[TrainState, StepMeta]:
     """The newest good checkpoint of the work directory, or a fresh state.
 
     Returns:
@@ -99,7 +99,9 @@ def initial_state(
     if changed := record_changes(saver.folder(step).parent.parent, step, changes):
         say(f"        {changed}")
     try:
-        target = placed(abstract_state(config), compiled.state_shardings.replace(frozen=None))
+        target = with_shardings(
+            abstract_state(config), compiled.state_shardings.replace(frozen=None)
+        )
         state = TrainState.from_items(saver.restore(step, target.to_items()))
     except DamagedCheckpoint as error:
         saver.mark_damaged(step, str(error))
@@ -110,9 +112,9 @@ def initial_state(
     return state, dataclasses.replace(meta, step=step, rewinds=saved.rewinds, eval_loss=loss)
 
 
-def _meta(config: Config, data: TrainingData, base: dict[str, int], context: int) -> Meta:
+def _meta(config: Config, data: TrainingData, base: dict[str, int], context: int) -> StepMeta:
     """What a fresh state would say about itself."""
-    return Meta(
+    return StepMeta(
         config,
         step=0,
         data_fingerprint=data.fingerprint,

@@ -20,12 +20,12 @@ from llama_jax.model.loss import Sums, cross_entropy
 from llama_jax.model.weights import abstract_frozen, combined, init_trained
 from llama_jax.parallel.sharding import (
     batch_sharding,
-    bind,
     constrain,
+    named_shardings,
     param_shardings,
     param_specs,
 )
-from llama_jax.train.bad_steps import Skips, group_norms, no_skips, select, skip_reasons, updated
+from llama_jax.train.bad_steps import Skips, group_norms, init_skips, select, skip_reasons, updated
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 
 Batch = dict[str, jax.Array]
@@ -48,7 +48,7 @@ class TrainState:
     step: jax.Array
     params: Any
     opt_state: Any
-    skips: Skips = struct.field(default_factory=no_skips)
+    skips: Skips = struct.field(default_factory=init_skips)
     frozen: Any = None
 
     def to_items(self) -> dict[str, Any]:
@@ -258,7 +258,9 @@ def state_shardings(state: Any, optimizer: optax.GradientTransformation, mesh: M
         transform_non_params=lambda _: jax.P(),
     )
     skips = jax.tree.map(lambda _: jax.P(), state.skips)
-    return bind(state.replace(step=jax.P(), params=specs, opt_state=opt_specs, skips=skips), mesh)
+    return named_shardings(
+        state.replace(step=jax.P(), params=specs, opt_state=opt_specs, skips=skips), mesh
+    )
 
 
 def jit_step(config: Config, mesh: Mesh) -> CompiledStep:

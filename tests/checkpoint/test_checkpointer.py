@@ -13,13 +13,13 @@ from etils import epath
 from llama_jax.checkpoint import manifest, retention, saving
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.events import Events
-from llama_jax.checkpoint.saved_step import DamagedCheckpoint, Meta
+from llama_jax.checkpoint.saved_step import DamagedCheckpoint, StepMeta
 from llama_jax.checkpoint.saving import BackgroundSaves
 from llama_jax.errors import UserError
 from tests.helpers import TINY, flip_bit, made_state, records, replace, restored_state
 
 CONFIG = replace(TINY, train__keep_checkpoints=2)
-META = Meta(CONFIG, 0, "data-1", b"tokenizer")
+META = StepMeta(CONFIG, 0, "data-1", b"tokenizer")
 FULL = OSError(28, "No space left on device")
 
 

@@ -105,7 +105,7 @@ def test_a_deletion_that_is_interrupted_leaves_no_step(directory, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             retention.remove(directory / "10")
     assert retention.saved_steps(directory) == [20]
-    assert retention.clean(directory) == ["10.deleting"]
+    assert retention.remove_leftovers(directory) == ["10.deleting"]
     assert [path.name for path in directory.iterdir()] == ["20"]
 
 
@@ -121,7 +121,7 @@ def test_only_what_is_unfinished_is_cleaned(directory):
     mine = ["5.saving-copy", "5.saving.tar", "7.deleting.not", "8.damaged", "9.mine", "notes"]
     for name in (*unfinished, *mine):
         (directory / name / "params").mkdir(parents=True)
-    assert retention.clean(directory) == unfinished
+    assert retention.remove_leftovers(directory) == unfinished
     left = sorted(path.name for path in directory.iterdir())
     assert left == ["10", *mine]
 
@@ -132,7 +132,7 @@ def test_pipes_are_no_steps_and_block_nothing(directory):
     os.mkfifo(directory / "13.saving")
     assert retention.saved_steps(directory) == [10]
     assert retention.files_named_like_steps(directory) == ["12"]
-    assert retention.clean(directory) == ["13.saving"]
+    assert retention.remove_leftovers(directory) == ["13.saving"]
     assert sorted(path.name for path in directory.iterdir()) == ["10", "12"]
 
 
@@ -172,10 +172,10 @@ def test_what_cannot_be_cleaned_is_said_and_the_rest_is_removed(directory, monke
 
     monkeypatch.setattr(type(directory), "rmtree", refuse)
     said = []
-    assert retention.clean(directory, said.append) == ["5.saving", "7.deleting"]
+    assert retention.remove_leftovers(directory, said.append) == ["5.saving", "7.deleting"]
     (line,) = said
     assert line.startswith("warning: ") and "6.saving is left over" in line
-    assert retention.clean(directory) == []
+    assert retention.remove_leftovers(directory) == []
 
 
 @pytest.mark.parametrize("rewinds", [None, 3, "x", [3], [[1]], [["1", 2]], [[1, 2, 3]], {"a": 1}])

@@ -11,14 +11,14 @@ from etils import epath
 from llama_jax.checkpoint import manifest, saved_step
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.fingerprint import fingerprint
-from llama_jax.checkpoint.saved_step import Meta, find_step, load_meta, load_params
+from llama_jax.checkpoint.saved_step import StepMeta, find_step, load_meta, load_params
 from llama_jax.errors import UserError
-from llama_jax.parallel.sharding import placed
+from llama_jax.parallel.sharding import with_shardings
 from llama_jax.train.step import abstract_state
 from tests.helpers import TINY, mesh_of, random_batch, replace, restored_state, shared_step
 
 CONFIG = replace(TINY, train__keep_checkpoints=2)
-META = Meta(CONFIG, 0, "data-1", b"\x00tokenizer\xff")
+META = StepMeta(CONFIG, 0, "data-1", b"\x00tokenizer\xff")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_only_the_weights(saved):
     mesh = mesh_of((1, 1, 1, 4))
     with jax.set_mesh(mesh):
         shardings = shared_step(CONFIG, mesh).state_shardings.params
-        target = placed(abstract_state(CONFIG).params, shardings)
+        target = with_shardings(abstract_state(CONFIG).params, shardings)
         params = load_params(find_step(workdir), target)
     assert_same_bits(params, state.params)
 

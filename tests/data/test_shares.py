@@ -14,12 +14,12 @@ from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_jax.checkpoint.saved_step import Meta
+from llama_jax.checkpoint.saved_step import StepMeta
 from llama_jax.data.batches import Batches, ValidationBatches
 from llama_jax.data.loader import host_batches
 from llama_jax.data.mixture import MAX_PERIOD, PERIOD, Schedule, shares_by_size, shares_of_samples
 from llama_jax.data.prepare.job import prepare
-from llama_jax.data.shards.layout import encode_manifest, fingerprint, read_manifest
+from llama_jax.data.shards.layout import data_fingerprint, encode_manifest, read_manifest
 from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.data.shards.writer import ShardWriter
 from llama_jax.data.show import summary
@@ -377,10 +377,12 @@ def test_a_run_with_shares_of_sequences_does_not_go_on_silently(chats):
     """Versions before took the shares of sequences: the same config has other batches now."""
     folder, config = chats
     data = open_data(config, epath.Path(folder))
-    parts = [f"{name} {fingerprint(read_manifest(folder / name))}" for name in ("short", "long")]
+    parts = [
+        f"{name} {data_fingerprint(read_manifest(folder / name))}" for name in ("short", "long")
+    ]
     before = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     assert data.fingerprint != before
-    meta = Meta(config, 5, before, data.tokenizer.model_bytes)
+    meta = StepMeta(config, 5, before, data.tokenizer.model_bytes)
     with pytest.raises(UserError, match=r"shares of sequences; they are shares of tokens now") as e:
         check_checkpoint(meta, "run/5", config, data)
     assert str(e.value).endswith("go on with these by --config.data.accept_other_data=True")
@@ -388,7 +390,7 @@ def test_a_run_with_shares_of_sequences_does_not_go_on_silently(chats):
     changes = check_checkpoint(meta, "run/5", told, data)
     assert changes["data fingerprint"] == (before, data.fingerprint)
     # Other data are still named as such, and a run of this version goes on.
-    other = Meta(config, 5, "other", data.tokenizer.model_bytes)
+    other = StepMeta(config, 5, "other", data.tokenizer.model_bytes)
     with pytest.raises(UserError, match=r"was trained on data other, but this is data"):
         check_checkpoint(other, "run/5", config, data)
     assert (

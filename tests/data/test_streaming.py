@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.config import DataConfig
-from llama_jax.data.sources.documents import documents
+from llama_jax.data.sources.documents import read_source
 from llama_jax.data.sources.part import Tally
 from llama_jax.data.streaming import Position, StreamingBatches
 from llama_jax.errors import UserError
@@ -35,7 +35,7 @@ def streams(config, tokenizer, step=0, position=None, process=0, processes=1, ro
 
 def expected_tokens(config, tokenizer, process=0, processes=1):
     """All documents of a process, one after another, for ever."""
-    texts = list(documents(config.source, config, Tally()))
+    texts = list(read_source(config.source, config, Tally()))
     mine = texts[process::processes]
     one = [t for text in mine for t in (1, *tokenizer.encode(text), 2)]
     return itertools.cycle(one), len(one)

@@ -11,7 +11,7 @@ import jax
 from llama_jax.cli import command
 from llama_jax.errors import UserError
 from llama_jax.parallel import multihost
-from llama_jax.parallel.cluster import start_processes
+from llama_jax.parallel.cluster import join_job
 from llama_jax.parallel.multihost import Peers, agreed, broadcast_text
 from llama_jax.train.instruments.signals import StopRequest
 
@@ -72,7 +72,7 @@ MODES = {mode.__name__: mode for mode in (texts, fails, stuck, waits, ends_late)
 
 
 def main():
-    start_processes(120)
+    join_job(120)
     with StopRequest() as stop, Peers(stop.interrupt) as peers, stop.at_once():
         MODES[os.environ["AGREE_MODE"]](jax.process_index(), peers)
     print("through", flush=True)

@@ -12,9 +12,9 @@ import jax
 
 from llama_jax.checkpoint import manifest
 from llama_jax.checkpoint.checkpointer import Checkpointer
-from llama_jax.checkpoint.saved_step import Meta
+from llama_jax.checkpoint.saved_step import StepMeta
 from llama_jax.errors import UserError
-from llama_jax.parallel.cluster import start_processes
+from llama_jax.parallel.cluster import join_job
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.train.step import jit_step
 from tests.helpers import TINY, random_batch, replace
@@ -58,7 +58,7 @@ FAULTS = {
 
 
 def main():
-    start_processes(120)
+    join_job(120)
     mesh = make_mesh(CONFIG.mesh, CONFIG.dcn)
     with jax.set_mesh(mesh), Checkpointer(sys.argv[1], CONFIG) as saver:
         compiled = jit_step(CONFIG, mesh)
@@ -73,7 +73,7 @@ def main():
             nonlocal state
             # Two programs at once confuse gloo; the loop waits before a save, too.
             state, _ = jax.block_until_ready(compiled.train(state, batch))
-            saver.save(state.to_items(), Meta(CONFIG, int(state.step), "made up", b""))
+            saver.save(state.to_items(), StepMeta(CONFIG, int(state.step), "made up", b""))
 
         train_and_save()
         saver.wait()

@@ -16,10 +16,10 @@ from jax.experimental import multihost_utils
 
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.fingerprint import fingerprint
-from llama_jax.checkpoint.saved_step import Meta
+from llama_jax.checkpoint.saved_step import StepMeta
 from llama_jax.data.loader import device_batches
 from llama_jax.data.training_data import open_data
-from llama_jax.parallel.cluster import start_processes
+from llama_jax.parallel.cluster import join_job
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.train.step import jit_step
 from tests.helpers import restored_state, text_config
@@ -38,7 +38,7 @@ def sha(batch):
 
 def main():
     config = text_config("unused", data__path=sys.argv[2])
-    start_processes(120)
+    join_job(120)
     mesh = make_mesh(config.mesh, config.dcn)
     with jax.set_mesh(mesh), Checkpointer(sys.argv[1], config) as saver:
         compiled = jit_step(config, mesh)
@@ -58,7 +58,7 @@ def main():
                 state, _ = compiled.train(state, batch)
                 reached = number + 1
         print("batches", json.dumps(hashes), flush=True)
-        saver.save(state.to_items(), Meta(config, reached, "made up", b""))
+        saver.save(state.to_items(), StepMeta(config, reached, "made up", b""))
         saver.wait()
 
 

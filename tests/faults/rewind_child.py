@@ -12,11 +12,11 @@ import pytest
 
 from llama_jax.checkpoint.fingerprint import fingerprint
 from llama_jax.config import from_json
-from llama_jax.parallel.cluster import start_processes
+from llama_jax.parallel.cluster import join_job
 from llama_jax.train import run
 from tests.faults.test_rewind import BAD, poison
 
-start_processes(120)
+join_job(120)
 config = from_json(pathlib.Path(sys.argv[2]).read_text())
 with pytest.MonkeyPatch.context() as patch:
     poison(patch, *BAD)

@@ -6,7 +6,7 @@ Started by test_kill_in_save.py, as `python -m tests.faults.saving_child WORKDIR
 import sys
 
 from llama_jax.checkpoint.checkpointer import Checkpointer
-from llama_jax.checkpoint.saved_step import Meta
+from llama_jax.checkpoint.saved_step import StepMeta
 from tests.faults.test_kill_in_save import CONFIG, state_of
 
 with Checkpointer(sys.argv[1], CONFIG) as saver:
@@ -14,6 +14,6 @@ with Checkpointer(sys.argv[1], CONFIG) as saver:
     for step in range(first, first + 1000):
         state = state_of(step)
         print(f"saving {step}", flush=True)
-        saver.save(state.to_items(), Meta(CONFIG, step, "made up", b"tokenizer"))
+        saver.save(state.to_items(), StepMeta(CONFIG, step, "made up", b"tokenizer"))
         saver.wait()
         print(f"saved {step}", flush=True)

@@ -10,7 +10,7 @@ import pytest
 
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.fingerprint import fingerprint
-from llama_jax.checkpoint.saved_step import Meta
+from llama_jax.checkpoint.saved_step import StepMeta
 from llama_jax.errors import UserError
 from tests.helpers import (
     TINY,
@@ -53,7 +53,7 @@ def loss_of(state, name):
 
 def save(workdir, state, step):
     with Checkpointer(workdir, TINY) as saver:
-        saver.save(state.to_items(), Meta(TINY, step, "made up", b"tokenizer"))
+        saver.save(state.to_items(), StepMeta(TINY, step, "made up", b"tokenizer"))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from etils import epath
 from llama_jax.checkpoint import manifest, saving
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.events import Events
-from llama_jax.checkpoint.saved_step import Meta, check_steps
+from llama_jax.checkpoint.saved_step import StepMeta, check_steps
 from llama_jax.errors import UserError
 from llama_jax.train import loop
 from llama_jax.train import run as run_lib
@@ -225,7 +225,7 @@ def test_a_disk_that_stalls(workdir, undisturbed, monkeypatch, capsys):
 HANGS = """
 import sys, threading
 from llama_jax.checkpoint import manifest, saving
-from llama_jax.train import train
+from llama_jax.train.run import train
 from tests.faults.test_disk import CONFIG
 from tests.helpers import replace
 saving.QUIET_S = 1
@@ -275,12 +275,12 @@ def test_a_console_that_is_full_ends_no_save(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.print", full)
     state = made_state(TINY, random_params(TINY.model), 3)
     with Checkpointer(tmp_path, TINY) as saver:
-        saver.save(state.to_items(), Meta(TINY, 3, "made up", b""))
+        saver.save(state.to_items(), StepMeta(TINY, 3, "made up", b""))
         with pytest.raises(UserError, match="No space left"):
             saver.wait()
         assert list((tmp_path / "checkpoints").iterdir()) == []
         monkeypatch.undo()
-        saver.save(state.to_items(), Meta(TINY, 3, "made up", b""))
+        saver.save(state.to_items(), StepMeta(TINY, 3, "made up", b""))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
     assert "saving step 3" in "".join(printed)
 

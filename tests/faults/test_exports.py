@@ -17,7 +17,7 @@ from llama_jax.config import Config, LoraConfig
 from llama_jax.errors import UserError
 from llama_jax.inference.loaded_model import open_model
 from llama_jax.interchange.ckpt import write_adapters
-from llama_jax.interchange.formats import units
+from llama_jax.interchange.formats import paths_and_layers
 from llama_jax.interchange.loading import load_init
 from llama_jax.interchange.opening import open_source
 from llama_jax.interchange.transfer import convert, export_adapters
@@ -45,12 +45,12 @@ STEPS = (4, 8)
 
 def save(workdir, step, seed, tokenizer):
     from llama_jax.checkpoint.checkpointer import Checkpointer
-    from llama_jax.checkpoint.saved_step import Meta
+    from llama_jax.checkpoint.saved_step import StepMeta
 
     workdir.mkdir(exist_ok=True)
     with Checkpointer(workdir, CONFIG) as saver:
         state = made_state(CONFIG, random_params(CONFIG.model, seed=seed), step)
-        saver.save(state.to_items(), Meta(CONFIG, step, "made up", tokenizer.model_bytes))
+        saver.save(state.to_items(), StepMeta(CONFIG, step, "made up", tokenizer.model_bytes))
     tokenizer.save(workdir / "tokenizer.model")
 
 
@@ -89,7 +89,7 @@ def exported(place, scratch):
 def read(place, scratch):
     """What `convert` reads, without the time that it takes to write."""
     source = open_source("ckpt", epath.Path(place))
-    arrays = [source.read(*unit).tobytes() for unit in units(CONFIG.model)]
+    arrays = [source.read(*unit).tobytes() for unit in paths_and_layers(CONFIG.model)]
     return arrays, source.description
 
 

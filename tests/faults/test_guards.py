@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from llama_jax.checkpoint.checkpointer import Checkpointer
-from llama_jax.checkpoint.saved_step import Meta
+from llama_jax.checkpoint.saved_step import StepMeta
 from llama_jax.data.batches import SyntheticBatches
 from llama_jax.data.prepare.job import prepare
 from llama_jax.data.training_data import TrainingData, open_data
@@ -65,7 +65,7 @@ def data_of(fingerprint="tokens", tokenizer=None):
 def check_both(saved, config, tmp_path):
     """The checks of config.json and of the checkpoint itself; what they allow."""
     (tmp_path / "config.json").write_text(saved.to_json())
-    meta = Meta(saved, 5, "tokens", b"")
+    meta = StepMeta(saved, 5, "tokens", b"")
 
     def by_file():
         check_workdir(config, epath.Path(tmp_path))
@@ -137,7 +137,7 @@ def test_all_differences_are_named_at_once():
     config = replace(TINY, train__seq_len=32, train__global_batch=16)
     message = "train.seq_len is 16, now 32; train.global_batch is 32, now 16"
     with pytest.raises(UserError, match=message) as caught:
-        check_checkpoint(Meta(TINY, 5, "tokens", b""), "run/5", config, data_of())
+        check_checkpoint(StepMeta(TINY, 5, "tokens", b""), "run/5", config, data_of())
     print(caught.value)
 
 

@@ -12,7 +12,7 @@ from llama_jax.checkpoint import retention
 from llama_jax.checkpoint.saved_step import load_meta
 from llama_jax.data.show.summary import open_prepared
 from llama_jax.errors import UserError
-from llama_jax.files import read_records
+from llama_jax.files import read_jsonl
 from llama_jax.interchange import model_card
 from llama_jax.train import loop
 from llama_jax.train import resume as resume_lib
@@ -55,7 +55,7 @@ def cut(run):
 
 
 def steps_of(workdir):
-    found, damaged = read_records(epath.Path(workdir / "metrics.jsonl"))
+    found, damaged = read_jsonl(epath.Path(workdir / "metrics.jsonl"))
     return [record["step"] for record in found if "loss" in record], damaged
 
 
@@ -147,7 +147,7 @@ def test_every_bit_of_metrics_jsonl(run, tmp_path):
     count = itertools.count()
     for changed in flips(content):
         path.write_bytes(changed)
-        assert "## Training" in model_card.write(meta, step)
+        assert "## Training" in model_card.render(meta, step)
         if next(count) % 1000 == 0:
             plot_loss(epath.Path(path), epath.Path(tmp_path / "loss.png"))
 
@@ -164,7 +164,7 @@ def test_numbers_that_cannot_be_are_left_out(run):
     text = "\n".join(map(json.dumps, lines)) + '\n{"step": 7, "loss": NaN}\n{"step": 8, "lo'
     (run / "metrics.jsonl").write_text(text)
     step = epath.Path(run / "checkpoints" / "12")
-    text = model_card.write(load_meta(step), step)
+    text = model_card.render(load_meta(step), step)
     assert "| training loss | 2.5000 nats per token |" in text
     assert "| speed | 100 tokens/s (median) |" in text and "| chip-hours | 1.00 of " in text
     assert "| left out below | 5 damaged line(s) of metrics.jsonl |" in text

@@ -9,7 +9,7 @@ import pytest
 
 from llama_jax.errors import UserError
 from llama_jax.inference import decode
-from llama_jax.inference.decode import Sampling, filter_logits, generate, stream
+from llama_jax.inference.decode import Sampling, filter_logits, generate, stream_tokens
 from llama_jax.model.llama import logits
 from llama_jax.parallel.sharding import param_shardings
 from tests.helpers import TINY, mesh_of, random_params, replace
@@ -162,7 +162,7 @@ def test_knobs_out_of_range(field, value):
 
 
 def answers(chunks, rows):
-    """Tokens of each row, from what `stream` yields."""
+    """Tokens of each row, from what `stream_tokens` yields."""
     found = [[] for _ in range(rows)]
     for chunk in chunks:
         for row, new in zip(found, chunk, strict=True):
@@ -174,7 +174,9 @@ def answers(chunks, rows):
 def test_tokens_do_not_depend_on_the_pieces(chunk):
     sampling = Sampling(max_tokens=10, temperature=1.5)
     whole = generate(CONFIG, PARAMS, PROMPTS, sampling, context=64, eos_id=5)
-    chunks = list(stream(CONFIG, PARAMS, PROMPTS, sampling, context=64, eos_id=5, chunk=chunk))
+    chunks = list(
+        stream_tokens(CONFIG, PARAMS, PROMPTS, sampling, context=64, eos_id=5, chunk=chunk)
+    )
     assert answers(chunks, 3) == whole
     assert all(len(new) <= chunk for found in chunks for new in found)
     assert len(chunks) == -(-max(map(len, whole)) // chunk)
@@ -182,9 +184,9 @@ def test_tokens_do_not_depend_on_the_pieces(chunk):
 
 def test_streaming_compiles_one_program():
     prompts = [PROMPTS[0]]
-    list(stream(CONFIG, PARAMS, prompts, GREEDY, context=64, eos_id=NEVER, chunk=2))
+    list(stream_tokens(CONFIG, PARAMS, prompts, GREEDY, context=64, eos_id=NEVER, chunk=2))
     before = decode._decode._cache_size()
-    list(stream(CONFIG, PARAMS, [PROMPTS[1]], GREEDY, context=64, eos_id=NEVER, chunk=2))
+    list(stream_tokens(CONFIG, PARAMS, [PROMPTS[1]], GREEDY, context=64, eos_id=NEVER, chunk=2))
     assert decode._decode._cache_size() == before
 
 
@@ -224,7 +226,9 @@ def test_sharded_decoding_gives_the_same_tokens(expected, shape):
     mesh = mesh_of(shape)
     with jax.set_mesh(mesh):
         params = jax.device_put(PARAMS, param_shardings(PARAMS, mesh))
-        chunks = list(stream(CONFIG, params, PROMPTS, GREEDY, context=64, eos_id=NEVER, chunk=4))
+        chunks = list(
+            stream_tokens(CONFIG, params, PROMPTS, GREEDY, context=64, eos_id=NEVER, chunk=4)
+        )
     assert answers(chunks, 3) == expected
     assert len(chunks) == 3
 

@@ -46,7 +46,7 @@ def error_of(values):
 
 
 def written(name="llama2"):
-    return json.loads(hf_config.write(FAMILY[name], "float32", (1, 2)))
+    return json.loads(hf_config.to_json(FAMILY[name], "float32", (1, 2)))
 
 
 def test_a_whole_file_of_version_4():

@@ -35,7 +35,7 @@ def test_released_ones(tmp_path):
 @pytest.mark.parametrize("name", FAMILY)
 def test_what_we_write_is_read(tmp_path, name):
     config = FAMILY[name]
-    text = meta_params.write(config)
+    text = meta_params.to_json(config)
     model = read(tmp_path, text, config.model.vocab_size, config.model.tied_embeddings)
     expected = replace(config, model__compute_dtype="bfloat16", model__ffn_dim=11008).model
     assert model == expected

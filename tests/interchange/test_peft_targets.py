@@ -8,7 +8,7 @@ import pytest
 from llama_jax.config import MATRICES
 from llama_jax.errors import UserError
 from llama_jax.interchange import peft_targets
-from llama_jax.interchange.peft_targets import Target, module_of, targets_of
+from llama_jax.interchange.peft_targets import AdapterSpec, module_of, targets_of
 
 LAYERS = 4
 ALL = {(name, layer) for name in MATRICES for layer in range(LAYERS)}
@@ -89,12 +89,12 @@ def test_layers_and_exclusions(part):
 
 
 def test_ranks_and_alphas_by_pattern():
-    assert set(named({"rank_pattern": {".*": 4}}).values()) == {Target(4, 16.0)}
-    assert set(named({"rank_pattern": {"k_proj": 4}}).values()) == {Target(8, 16.0)}
+    assert set(named({"rank_pattern": {".*": 4}}).values()) == {AdapterSpec(4, 16.0)}
+    assert set(named({"rank_pattern": {"k_proj": 4}}).values()) == {AdapterSpec(8, 16.0)}
     both = named({"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"self_attn.v_proj": 2.5}})
     assert {(name, target) for (name, _), target in both.items()} == {
-        ("wq", Target(4, 16.0)),
-        ("wv", Target(8, 2.5)),
+        ("wq", AdapterSpec(4, 16.0)),
+        ("wv", AdapterSpec(8, 2.5)),
     }
     first = named({"rank_pattern": {r"layers\.0\..*": 2, "q_proj": 4, "model.*": 6}})
     assert (first["wq", 0].rank, first["wq", 1].rank, first["wv", 1].rank) == (2, 4, 6)
@@ -202,7 +202,7 @@ def test_the_same_modules_and_ranks_as_peft():
             if hasattr(module, "lora_A")
         }
         wanted = {
-            ours[name]: Target(module.r["default"], module.lora_alpha["default"])
+            ours[name]: AdapterSpec(module.r["default"], module.lora_alpha["default"])
             for name, module in layers.items()
         }
         assert targets_of(values, LAYERS) == wanted, values

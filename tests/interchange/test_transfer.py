@@ -19,7 +19,7 @@ from llama_jax.interchange.loading import load_hf
 from llama_jax.interchange.opening import open_source, parse_place
 from llama_jax.interchange.transfer import convert
 from llama_jax.model.cost import flops_per_token, parameter_count
-from llama_jax.parallel.sharding import param_shardings, placed
+from llama_jax.parallel.sharding import param_shardings, with_shardings
 from llama_jax.train.step import abstract_state
 from tests.helpers import TINY, mesh_of, random_params, replace, shared_step
 
@@ -98,7 +98,7 @@ def assert_same(source, params):
     """Every array of a source is that of a tree, bit for bit."""
     wanted = flat(params)
     assert set(formats.shapes(source.description.config.model)) == set(wanted)
-    for path, layer in formats.units(source.description.config.model):
+    for path, layer in formats.paths_and_layers(source.description.config.model):
         want = wanted[path] if layer is None else wanted[path][layer]
         got = source.read(path, layer)
         assert got.dtype == want.dtype and got.shape == want.shape, path
@@ -137,7 +137,7 @@ def test_hugging_face_and_back(name, tmp_path):
     mesh = mesh_of((1, 1, 1, 1))
     with jax.set_mesh(mesh):
         shapes = abstract_state(meta.config).params
-        target = placed(shapes, param_shardings(shapes, mesh))
+        target = with_shardings(shapes, param_shardings(shapes, mesh))
         jax.tree.map(np.testing.assert_array_equal, load_params(step, target), params)
     assert_same(open_source("ckpt", tmp_path / "run"), params)
 
@@ -145,14 +145,14 @@ def test_hugging_face_and_back(name, tmp_path):
 def test_a_trained_checkpoint_goes_out(tmp_path, capfd):
     """What orbax wrote from a mesh, with its card."""
     from llama_jax.checkpoint.checkpointer import Checkpointer
-    from llama_jax.checkpoint.saved_step import Meta
+    from llama_jax.checkpoint.saved_step import StepMeta
 
     config = replace(GROUPED, data__mixture="web=0.7,books=0.3")
     mesh = mesh_of((1, 2, 1, 2))
     with jax.set_mesh(mesh):
         state = shared_step(config, mesh).init(jax.random.key(0))
         with Checkpointer(tmp_path / "run", config) as saver:
-            saver.save(state.to_items(), Meta(config, 5, "data-1", b""))
+            saver.save(state.to_items(), StepMeta(config, 5, "data-1", b""))
     records = [
         {"step": 3, "loss": 2.5, "tokens_per_second": 1280.0, "chip_seconds": 7000.0},
         # Killed, and resumed from step 2: what was lost was paid for, too.
@@ -188,7 +188,7 @@ def test_a_trained_checkpoint_is_stored_layer_by_layer(tmp_path, monkeypatch, sh
     """Where layers are not small; then export reads one at a time."""
     from llama_jax.checkpoint import saving
     from llama_jax.checkpoint.checkpointer import Checkpointer
-    from llama_jax.checkpoint.saved_step import Meta, find_step, load_params
+    from llama_jax.checkpoint.saved_step import StepMeta, find_step, load_params
 
     matrix = TINY.model.dim * TINY.model.ffn_dim * 4
     monkeypatch.setattr(saving, "LAYER_BYTES", matrix // mesh_of(shape).size)
@@ -197,7 +197,7 @@ def test_a_trained_checkpoint_is_stored_layer_by_layer(tmp_path, monkeypatch, sh
         step = shared_step(TINY, mesh)
         state = step.init(jax.random.key(0))
         with Checkpointer(tmp_path / "run", TINY) as saver:
-            saver.save(state.to_items(), Meta(TINY, 5, "data-1", b""))
+            saver.save(state.to_items(), StepMeta(TINY, 5, "data-1", b""))
         source = open_source("ckpt", tmp_path / "run")
         parts = {
             path: source._stores[path].chunk_layout.read_chunk.shape[0] for path in source._stores
@@ -205,7 +205,7 @@ def test_a_trained_checkpoint_is_stored_layer_by_layer(tmp_path, monkeypatch, sh
         assert parts["layers/mlp/w1"] == parts["layers/mlp/w2"] == 1
         assert parts["layers/attn/wq"] == parts["layers/mlp_norm"] == TINY.model.n_layers
         assert_same(source, jax.device_get(state.params))
-        target = placed(abstract_state(TINY).params, step.state_shardings.params)
+        target = with_shardings(abstract_state(TINY).params, step.state_shardings.params)
         loaded = load_params(find_step(tmp_path / "run"), target)
     jax.tree.map(np.testing.assert_array_equal, loaded, state.params)
 
@@ -213,13 +213,13 @@ def test_a_trained_checkpoint_is_stored_layer_by_layer(tmp_path, monkeypatch, sh
 def test_what_is_written_is_what_orbax_writes(tmp_path):
     """The description of the tree, but for where it was and how it is cut."""
     from llama_jax.checkpoint.checkpointer import Checkpointer
-    from llama_jax.checkpoint.saved_step import Meta
+    from llama_jax.checkpoint.saved_step import StepMeta
 
     mesh = mesh_of((1, 1, 1, 1))
     with jax.set_mesh(mesh):
         state = shared_step(GROUPED, mesh).init(jax.random.key(0))
         with Checkpointer(tmp_path / "orbax", GROUPED) as saver:
-            saver.save(state.to_items(), Meta(GROUPED, 0, "data-1", b""))
+            saver.save(state.to_items(), StepMeta(GROUPED, 0, "data-1", b""))
     convert(Memory(GROUPED, jax.device_get(state.params)), "ckpt", tmp_path / "ours")
 
     def described(name):
@@ -266,7 +266,7 @@ def test_shards_are_as_the_library_reads_them(tmp_path):
     params = random_params(GROUPED.model)
     description = formats.Description(GROUPED, "float32", {})
     target = HfTarget(epath.Path(tmp_path), description, "float32", shard_size=20_000)
-    for path, layer in reversed(list(formats.units(GROUPED.model))):
+    for path, layer in reversed(list(formats.paths_and_layers(GROUPED.model))):
         target.write(path, layer, Memory(GROUPED, params).read(path, layer))
     target.close()
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -329,7 +329,7 @@ def edit(folder, **changes):
 @pytest.mark.parametrize("absent", [("rope_parameters",), ("rope_theta", "rope_scaling")])
 def test_both_versions_of_config_json_are_read(absent):
     for name, config in FAMILY.items():
-        values = json.loads(hf_config.write(config, "float32", (1, 2)))
+        values = json.loads(hf_config.to_json(config, "float32", (1, 2)))
         for field in absent:
             del values[field]
         read = hf_config.parse(json.dumps(values), "config.json")
@@ -387,7 +387,7 @@ def sharded(folder):
         epath.Path(folder), formats.Description(GROUPED, "float32", {}), "float32", 20_000
     )
     params = random_params(GROUPED.model)
-    for unit in formats.units(GROUPED.model):
+    for unit in formats.paths_and_layers(GROUPED.model):
         target.write(*unit, Memory(GROUPED, params).read(*unit))
     target.close()
 

@@ -342,14 +342,14 @@ def test_a_long_context_of_scaled_rope(tmp_path):
     params = {}
     convert(source, "ckpt", tmp_path / "run")
     from llama_jax.checkpoint.saved_step import find_step, load_params
-    from llama_jax.parallel.sharding import param_shardings, placed
+    from llama_jax.parallel.sharding import param_shardings, with_shardings
     from tests.helpers import mesh_of
 
     mesh = mesh_of((1, 1, 1, 1))
     with jax.set_mesh(mesh):
         shapes = abstract_state(config).params
         shardings = param_shardings(shapes, mesh)
-        params = load_params(find_step(tmp_path / "run"), placed(shapes, shardings))
+        params = load_params(find_step(tmp_path / "run"), with_shardings(shapes, shardings))
         hidden, head, _ = forward(config.model, params, tokens, positions_BT=positions)
     np.testing.assert_allclose(hidden @ head, expected, rtol=0, atol=5e-5)
 
@@ -467,7 +467,7 @@ def test_more_pieces_than_kv_heads(tmp_path):
     folder = save_meta(tmp_path / "4", state, 4, 0)  # halves of heads
     source = MetaSource(folder)
     assert source.description.config == whole.description.config
-    for unit in formats.units(whole.description.config.model):
+    for unit in formats.paths_and_layers(whole.description.config.model):
         np.testing.assert_array_equal(source.read(*unit), whole.read(*unit), str(unit))
     for piece in range(4):  # copies of heads
         path = folder / f"consolidated.{piece:02d}.pth"

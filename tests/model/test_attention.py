@@ -10,7 +10,7 @@ from llama_jax.errors import UserError
 from llama_jax.model import attention as dispatch
 from llama_jax.model import attention_splash, attention_xla, context_parallel
 from llama_jax.model.attention import attention
-from llama_jax.model.attention_cudnn import deterministic
+from llama_jax.model.attention_cudnn import is_determinism_requested
 from llama_jax.model.attention_splash import splash_attention
 from llama_jax.model.attention_triton import triton_attention
 from tests.helpers import mesh_of
@@ -355,8 +355,8 @@ def test_devices_exchange_queries_as_the_order_says(size):
     positions = np.arange(32, dtype=np.int32)
 
     def there_and_back(x):
-        moved = context_parallel.exchange(x, 0)
-        return moved, context_parallel.exchange_back(moved, 0)
+        moved = context_parallel.to_zigzag(x, 0)
+        return moved, context_parallel.from_zigzag(moved, 0)
 
     spec = jax.P("context")
     with jax.set_mesh(mesh_of((1, 1, size, 1))):
@@ -431,12 +431,12 @@ def test_who_asks_for_the_same_bits(name):
         ("x", False),
     ):
         flags = f"--xla_dump_to=x --xla_gpu_{name}{value} --xla_y=1"
-        assert deterministic({"XLA_FLAGS": flags}) is asked
-    assert not deterministic({})
+        assert is_determinism_requested({"XLA_FLAGS": flags}) is asked
+    assert not is_determinism_requested({})
 
 
 def test_cudnn_is_not_taken_where_the_same_bits_are_asked_for(monkeypatch):
-    monkeypatch.setattr(dispatch, "deterministic", lambda: True)
+    monkeypatch.setattr(dispatch, "is_determinism_requested", lambda: True)
     monkeypatch.setattr(dispatch, "_platform", lambda: "gpu")
     monkeypatch.setattr(dispatch, "cudnn_attention", lambda *_: "fast")
     q, k, v = (jnp.asarray(x, "bfloat16") for x in inputs(0, queries=128, keys=128))

@@ -8,7 +8,7 @@ import pytest
 from llama_jax.config import REMAT_NAMES
 from llama_jax.model.cost import parameter_count
 from llama_jax.model.llama import forward, init_cache, init_params, logits, rms_norm
-from llama_jax.model.rope import rope, rope_frequencies, rope_tables
+from llama_jax.model.rope import apply_rope, rope_frequencies, rope_tables
 from tests.helpers import TINY, mesh_of, meshes, random_batch, random_params, replace, shared_step
 
 CONFIG = replace(TINY, model__n_kv_heads=2).model
@@ -107,7 +107,7 @@ def test_rope_depends_on_the_distance_alone():
     def score(query_position, key_position):
         positions = np.array([[query_position], [key_position]])
         cos, sin = rope_tables(jnp.asarray(positions), CONFIG)
-        return float((rope(q, cos[:1], sin[:1]) * rope(k, cos[1:], sin[1:])).sum())
+        return float((apply_rope(q, cos[:1], sin[:1]) * apply_rope(k, cos[1:], sin[1:])).sum())
 
     assert score(5, 2) == pytest.approx(score(1005, 1002), abs=1e-4)
     assert abs(score(5, 2) - score(5, 3)) > 1e-2

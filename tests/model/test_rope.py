@@ -16,7 +16,7 @@ from llama_jax.inference import decode
 from llama_jax.inference.logprobs import Scorer, Span
 from llama_jax.interchange import model_card
 from llama_jax.model.llama import forward, logits
-from llama_jax.model.rope import document_lengths, rope, rope_frequencies, rope_tables
+from llama_jax.model.rope import apply_rope, document_lengths, rope_frequencies, rope_tables
 from tests.helpers import TINY, mesh_of, random_params, replace
 
 WIDE = replace(TINY, model__explicit_head_dim=64).model
@@ -130,7 +130,7 @@ def test_a_prompt_in_pieces_is_one_prompt(monkeypatch):
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
 def test_the_card_tells_the_kind(tmp_path, kind):
     config = replace(TINY, model__rope_scaling=kind, model__rope_scaling_factor=4.0)
-    text = model_card.write(saved_step.Meta(config, 0, "", b""), epath.Path(tmp_path))
+    text = model_card.render(saved_step.StepMeta(config, 0, "", b""), epath.Path(tmp_path))
     assert f"| RoPE scaling | 4 ({kind}) |" in text
 
 
@@ -160,11 +160,11 @@ def test_a_tpu_rotates_by_a_product_and_gets_the_same(monkeypatch, dtype, tolera
     tables = rope_tables(positions, WIDE)
 
     def rotated():
-        out, back = jax.vjp(lambda x: rope(x, *tables), x)
+        out, back = jax.vjp(lambda x: apply_rope(x, *tables), x)
         return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), (out, *back(cotangent)))
 
     here = rotated()
-    monkeypatch.setattr(sys.modules[rope.__module__], "platform", lambda: "tpu")
-    assert "dot_general" in str(jax.make_jaxpr(lambda x: rope(x, *tables))(x))
+    monkeypatch.setattr(sys.modules[apply_rope.__module__], "platform", lambda: "tpu")
+    assert "dot_general" in str(jax.make_jaxpr(lambda x: apply_rope(x, *tables))(x))
     for ours, expected in zip(rotated(), here, strict=True):
         np.testing.assert_allclose(ours, expected, atol=tolerance, rtol=0)

@@ -45,7 +45,7 @@ TPU_VM = {"TPU_ML_PLATFORM": "JAX"}
 
 @pytest.fixture
 def start(monkeypatch):
-    """Runs `start_processes` in an environment; returns its result and what JAX was called with."""
+    """Runs `join_job` in an environment; returns its result and what JAX was called with."""
 
     def run(env, machine_gpus=0, **kwargs):
         calls = []
@@ -54,7 +54,7 @@ def start(monkeypatch):
         monkeypatch.setattr(
             jax.distributed, "initialize", lambda **arguments: calls.append(arguments)
         )
-        means = cluster.start_processes(**kwargs)
+        means = cluster.join_job(**kwargs)
         assert len(calls) <= 1
         return means, calls[0] if calls else None
 
@@ -225,14 +225,14 @@ def test_what_jax_says_is_told_in_a_line(start, monkeypatch):
     with pytest.raises(
         UserError, match=r"found by TPU metadata .*should be defined\.; JAX_NUM_PRO"
     ):
-        cluster.start_processes()
+        cluster.join_job()
 
 
 # What follows is the real JAX, in processes of its own.
 CODE = """
 import sys, jax
-from llama_jax.parallel.cluster import start_processes
-means = start_processes(int(sys.argv[1]))
+from llama_jax.parallel.cluster import join_job
+means = join_job(int(sys.argv[1]))
 visible = jax.config.values["jax_cuda_visible_devices"]
 print(means, jax.process_index(), jax.process_count(), jax.device_count(), visible, flush=True)
 jax.distributed.shutdown()

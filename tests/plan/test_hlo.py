@@ -4,11 +4,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.plan.hlo import (
+    collective_schedule,
     hbm_bytes,
     parse,
     read_collective,
     replica_groups,
-    sent,
     shape_bytes,
     summarize,
 )
@@ -169,7 +169,7 @@ def test_collectives_of_a_look_up():
 def test_a_chain_of_fusions_is_one_collective():
     """It begins at the first fusion with its channel, and is waited for at the last."""
     module = parse(CHAIN)
-    gather, reduce = sent("main", module)
+    gather, reduce = collective_schedule("main", module)
     assert (gather.start, gather.end) == ("async-collective-start", "async-collective-done")
     assert gather.asynchronous and gather.collective.size == 64 * 2
     assert (reduce.start, reduce.end, reduce.asynchronous) == ("r", "r", False)
@@ -228,7 +228,7 @@ ENTRY %main (b: f32[8]) -> f32[8] {{
   ROOT %d = f32[8]{{0}} all-reduce-done(%s)
 }}
 """
-    (found,) = sent("main", parse(text))
+    (found,) = collective_schedule("main", parse(text))
     assert found.asynchronous is asynchronous
     kind = summarize(text).asynchronous if asynchronous else summarize(text).synchronous
     assert kind == {"all-reduce": (1, 32)}

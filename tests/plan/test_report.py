@@ -19,7 +19,7 @@ from llama_jax.plan import compilation
 from llama_jax.plan import report as report_lib
 from llama_jax.plan.compilation import lower_step, with_slices
 from llama_jax.plan.report import plan, table
-from llama_jax.train.bad_steps import no_skips
+from llama_jax.train.bad_steps import init_skips
 from llama_jax.train.step import abstract_state
 from tests.helpers import (
     ROOT,
@@ -59,7 +59,7 @@ def test_the_plan_counts_what_is_there(eight):
     # Weights and two moments over 8 devices, norms and counters whole, tokens over 4; and what was
     # skipped and usual.
     expected = 3 * 4 * (matrices / 8 + 5 * 32) + 3 * 4 * 32 * 16 / 4 + 12
-    expected += sum(leaf.nbytes for leaf in jax.tree.leaves(no_skips()))
+    expected += sum(leaf.nbytes for leaf in jax.tree.leaves(init_skips()))
     sizes = result["bytes_per_chip"]
     assert sizes["arguments"] == pytest.approx(expected, rel=0.01)
     assert sizes["total"] == sizes["arguments"] + sizes["temporaries"]
@@ -417,7 +417,7 @@ import jax, jax.numpy as jnp
 jax.config.update("jax_platforms", "cpu")
 from llama_jax.hardware import topology
 from llama_jax.plan import compilation
-from llama_jax.plan import plan
+from llama_jax.plan.report import plan
 from tests.helpers import TINY, replace
 config = replace(TINY, mesh__tensor=2)
 real = compilation.lower_step

@@ -12,8 +12,8 @@ from llama_jax.plan import report
 from llama_jax.plan import scheduled as scheduled_lib
 from llama_jax.plan import search as search_lib
 from llama_jax.plan.advice import advice
-from llama_jax.plan.candidates import candidates, flags_for, what_divides
-from llama_jax.plan.estimate import estimate, kept_width
+from llama_jax.plan.candidates import candidates, flags_for, suggest_dividing_mesh
+from llama_jax.plan.estimate import estimate, saved_elements_per_token
 from llama_jax.plan.scheduled import Scheduled
 from llama_jax.plan.search import search
 from tests.helpers import TINY, replace
@@ -436,7 +436,7 @@ def test_advice_repeats_nothing_of_the_config(topology, remat, sizes):
 
 
 def kept(config, remat):
-    return kept_width(replace(config, model__remat=remat).model, chip_named("v5p"))
+    return saved_elements_per_token(replace(config, model__remat=remat).model, chip_named("v5p"))
 
 
 def test_advice_for_a_tpu_begins_with_fsdp_over_the_whole_slice():
@@ -455,10 +455,10 @@ def test_advice_for_a_tpu_begins_with_fsdp_over_the_whole_slice():
 
 def test_what_divides():
     config, _ = load("13b")
-    text = what_divides(config, parse_topology("h100:256x8"))
+    text = suggest_dividing_mesh(config, parse_topology("h100:256x8"))
     assert text.startswith("try --config.mesh.data=2 --config.mesh.fsdp=1024 ")
     assert text.endswith("--config.mesh.tensor=1 --config.train.grad_accum=1")
-    text = what_divides(config, parse_topology("h100:25x8"))
+    text = suggest_dividing_mesh(config, parse_topology("h100:25x8"))
     assert text == "its 2048 sequences divide over 128 devices"
 
 

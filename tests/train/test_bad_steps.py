@@ -9,11 +9,11 @@ from llama_jax.train.bad_steps import (
     SPIKE,
     WINDOW,
     explain,
+    find_non_finite,
     group_norms,
-    no_skips,
-    not_finite,
-    rewound,
+    init_skips,
     skip_reasons,
+    skips_after_rewind,
     updated,
 )
 from llama_jax.train.step import abstract_state, init_state, jit_step
@@ -28,12 +28,12 @@ def judged(skips, loss=2.0, grads=GRADS, norm=3.0, factor=0.0):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_named(value):
-    assert judged(no_skips()) == 0
-    assert judged(no_skips(), loss=value) == LOSS
+    assert judged(init_skips()) == 0
+    assert judged(init_skips(), loss=value) == LOSS
     one = {**GRADS, "layers": {**GRADS["layers"], "mlp_norm": jnp.array([1, value, 1])}}
-    assert explain(judged(no_skips(), grads=one)) == "gradients are not finite in norms"
+    assert explain(judged(init_skips(), grads=one)) == "gradients are not finite in norms"
     two = {**one, "embed": jnp.full(4, value)}
-    assert explain(judged(no_skips(), grads=two)).endswith("in embed, norms")
+    assert explain(judged(init_skips(), grads=two)).endswith("in embed, norms")
 
 
 def test_a_norm_that_overflows_only_in_sum_is_not_finite():
@@ -41,12 +41,12 @@ def test_a_norm_that_overflows_only_in_sum_is_not_finite():
     grads = {"embed": half, "lm_head": half}
     norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads.values()))
     assert np.isinf(norm) and np.isfinite(group_norms(grads)["embed"])
-    assert judged(no_skips(), grads=grads, norm=norm) != 0
+    assert judged(init_skips(), grads=grads, norm=norm) != 0
 
 
 def filled(updates, rng=None):
     rng = rng or np.random.default_rng(0)
-    skips = no_skips()
+    skips = init_skips()
     advance = jax.jit(updated)
     for step in range(updates):
         loss, norm = 2 + 0.01 * rng.standard_normal(2).astype(np.float32)
@@ -74,13 +74,13 @@ def test_no_spike_before_half_of_the_window_is_known():
 
 
 def test_a_loss_without_spread_is_no_trap():
-    skips = no_skips().replace(losses=jnp.full(WINDOW, 2.0), grad_norms=jnp.full(WINDOW, 3.0))
+    skips = init_skips().replace(losses=jnp.full(WINDOW, 2.0), grad_norms=jnp.full(WINDOW, 3.0))
     assert judged(skips, 2.01, factor=6.0) == 0
     assert judged(skips, 2.02, factor=6.0) == SPIKE
 
 
 def test_the_window_holds_the_last_updates_and_no_skipped_step():
-    skips = no_skips()
+    skips = init_skips()
     for step in range(WINDOW + 3):
         reasons = jnp.int32(SPIKE if step in (5, 6, 70) else 0)
         value = jnp.float32(1e9 if step in (5, 6, 70) else step)
@@ -95,7 +95,7 @@ def test_a_rewind_is_a_longer_skip():
     """What follows the updates goes on as at the checkpoint, what follows the batches does not."""
     then, at = filled(WINDOW + 5), WINDOW + 5
     then = updated(then, jnp.int32(SPIKE), jnp.int32(at), jnp.float32(9), jnp.float32(9))
-    step, skips = rewound(then, jnp.int32(at + 1), jnp.int32(at + 40), jnp.int32(LOSS))
+    step, skips = skips_after_rewind(then, jnp.int32(at + 1), jnp.int32(at + 40), jnp.int32(LOSS))
     assert (int(step), int(skips.total)) == (at + 40, 1 + 39)
     assert (int(skips.in_row), int(skips.last), int(skips.reasons)) == (0, at + 40, LOSS)
     none, value = jnp.int32(0), jnp.float32(7)
@@ -125,11 +125,11 @@ def test_groups_cover_the_parameters_and_their_norms_are_those_of_numpy():
 
 def test_a_state_that_is_broken_is_named():
     state = init_state(TINY, jax.random.key(0))
-    assert not_finite(state) == []
+    assert find_non_finite(state) == []
     broken = {**state.params, "lm_head": state.params["lm_head"].at[3, 3].set(jnp.nan)}
-    assert not_finite(state.replace(params=broken)) == ["weights of lm_head"]
+    assert find_non_finite(state.replace(params=broken)) == ["weights of lm_head"]
     moments = jax.tree.map(lambda m: m + jnp.inf if m.ndim == 2 else m, state.opt_state)
-    assert not_finite(state.replace(opt_state=moments)) == ["moments"]
+    assert find_non_finite(state.replace(opt_state=moments)) == ["moments"]
 
 
 def test_norm_stats_are_of_the_gradient_and_of_what_was_moved():

@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 
 from llama_jax.checkpoint.checkpointer import Checkpointer
-from llama_jax.checkpoint.saved_step import Meta, find_step, load_meta
+from llama_jax.checkpoint.saved_step import StepMeta, find_step, load_meta
 from llama_jax.data.batches import SyntheticBatches
 from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.data.training_data import TrainingData, open_data
@@ -124,7 +124,7 @@ class FakeRun:
         return [event[1] for event in self.events if event[0] == kind]
 
 
-META = Meta(TINY, 0, "made up", b"")
+META = StepMeta(TINY, 0, "made up", b"")
 SHORT = replace(
     TINY,
     train__steps=6,

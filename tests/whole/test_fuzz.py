@@ -193,7 +193,7 @@ def made(tmp_path_factory, corpus):
     description = formats.Description(CONFIG, "float32", files)
     target = HfTarget(epath.Path(folder), description, "float32", shard_size=60_000)
     params = random_params(CONFIG.model)
-    for path, layer in formats.units(CONFIG.model):
+    for path, layer in formats.paths_and_layers(CONFIG.model):
         node = params
         for key in path.split("/"):
             node = node[key]

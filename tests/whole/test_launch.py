@@ -229,7 +229,7 @@ LOOPBACK = {"0100007F", "0" * 24 + "01000000", "0000000000000000FFFF00000100007F
 
 def test_local_listens_on_loopback_only(tmp_path):
     """The coordinator, which has no password; process 1 never comes."""
-    code = "from llama_jax.parallel.cluster import start_processes; start_processes(100)"
+    code = "from llama_jax.parallel.cluster import join_job; join_job(100)"
     python = f"((JAX_PROCESS_ID)) && exec sleep 100; exec {sys.executable} -c '{code}'"
     port = int(free_port())
     process = subprocess.Popen(

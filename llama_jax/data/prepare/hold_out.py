@@ -18,7 +18,7 @@ from llama_jax.data.prepare.tokenize import report_name, write_part
 from llama_jax.data.shards.layout import SPLITS
 from llama_jax.data.shards.packing import INDEX_DTYPE
 from llama_jax.data.sources.part import Part
-from llama_jax.errors import boundary
+from llama_jax.errors import as_user_error
 from llama_jax.files import read_json
 
 LEAST = 2  # tokens that can be trained on or validated on: an input and its target
@@ -49,7 +49,7 @@ def hold_out_tail(
     Returns:
       What the manifest says about it; None: chance has held out some documents, as it should.
     """
-    with boundary(f"a report of a finished part in {folder} (--restart begins again)"):
+    with as_user_error(f"a report of a finished part in {folder} (--restart begins again)"):
         reports = [read_json(folder / report_name(index)) for index in range(len(parts))]
         totals = [_count(report, "tokens", *SPLITS) for report in reports]
         trained, held_out = (
@@ -122,7 +122,7 @@ def _note(tokens: int, why: str) -> Note:
     return {"tokens": tokens, "why": f"tokens at the end of the source: {why}"}
 
 
-def why_none(manifest: dict[str, Any]) -> str:
+def why_no_validation(manifest: dict[str, Any]) -> str:
     """Why the validation split of a manifest is empty."""
     if "held_out" in manifest:
         return str(manifest["held_out"]["why"]).removeprefix("tokens: ")

@@ -76,7 +76,7 @@ def prepare(
     folders = {name: output / name for name in sources}
     with contextlib.ExitStack() as stack:
         if not all(map(unfinished.is_tidy, folders.values())):  # others may read what is complete
-            stack.enter_context(unfinished.held(output, list(sources)))
+            stack.enter_context(unfinished.locked_folders(output, list(sources)))
         manifests = {
             name: _finished(folder, settings[name])
             for name, folder in folders.items()

@@ -8,7 +8,7 @@ from etils import epath
 from llama_jax.config import Config
 from llama_jax.data.mixture import parse_shares
 from llama_jax.data.shards import layout
-from llama_jax.data.sources.documents import documents
+from llama_jax.data.sources.documents import read_source
 from llama_jax.data.sources.part import Tally
 from llama_jax.data.vocabulary_size import check_ids, trained_size
 from llama_jax.errors import UserError
@@ -55,7 +55,7 @@ def find_or_train(
     def sample() -> Iterator[str]:
         for name, source in sources.items():
             taken = 0
-            for text in documents(source, config.data, tally, own, name):
+            for text in read_source(source, config.data, tally, own, name):
                 if taken >= shares[name] * SAMPLE_BYTES:
                     break
                 taken += len(text.encode())

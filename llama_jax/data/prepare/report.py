@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from llama_jax.data.shards.layout import MANIFEST, SPLITS
-from llama_jax.errors import boundary
+from llama_jax.errors import as_user_error
 from llama_jax.text import answer_ends
 
 
@@ -58,7 +58,7 @@ class Report:
                 line += f"{split['sequences']:>13,}{share:>9.2%}"
             lines.append(line)
         if any("answers" in split for split in self.splits.values()):
-            lines.append(answer_ends.sentence(*answer_ends.totals(self.splits)))
+            lines.append(answer_ends.describe_unended(*answer_ends.count_in_splits(self.splits)))
         for kind_of_file, count in sorted(self.files.items()):
             lines.append(f"{'files':<12}{count:>14,}  {kind_of_file}")
         if self.held_out:
@@ -76,7 +76,7 @@ def report_of(folder: epath.Path, manifest: dict[str, Any]) -> Report:
     Raises:
       UserError: it holds none.
     """
-    with boundary(f"{folder}/{MANIFEST}"):
+    with as_user_error(f"{folder}/{MANIFEST}"):
         return _report_of(folder, manifest)
 
 

@@ -12,7 +12,7 @@ from llama_jax.config import DataConfig
 from llama_jax.data.shards import layout
 from llama_jax.data.shards.writer import ShardWriter
 from llama_jax.data.sources import conversations
-from llama_jax.data.sources.documents import read
+from llama_jax.data.sources.documents import read_documents
 from llama_jax.data.sources.part import Example, Part, Tally
 from llama_jax.files import write_atomically
 from llama_jax.text import templates
@@ -98,7 +98,7 @@ def _documents(
     part: Part, data: DataConfig, tokenizer: Tokenizer, tally: Tally, threads: int
 ) -> Iterator[Example]:
     """Streams the documents of a part of plain text as tokens."""
-    for batch in _batches(read(part, data, tally)):
+    for batch in _batches(read_documents(part, data, tally)):
         for text, ids in zip(batch, tokenizer.encode_documents(batch, threads), strict=True):
             raw = text.encode()
             yield Example(ids, len(raw), raw)

@@ -31,7 +31,7 @@ from llama_jax.data.shards.layout import (
     token_dtype,
 )
 from llama_jax.data.sources.part import Part
-from llama_jax.errors import UserError, boundary
+from llama_jax.errors import UserError, as_user_error
 from llama_jax.files import is_object_store, locked, read_json, write_atomically
 
 # What `prepare` writes, and what a killed `write_atomically` leaves of it.
@@ -60,7 +60,7 @@ def is_tidy(folder: epath.Path) -> bool:
 
 
 @contextlib.contextmanager
-def held(output: epath.Path, names: list[str]) -> Iterator[None]:
+def locked_folders(output: epath.Path, names: list[str]) -> Iterator[None]:
     """Makes the folders of all sources and holds them; those that stay empty are removed again.
 
     Args:
@@ -205,7 +205,7 @@ def begin(
     elif path.exists():
         mend = f"delete it (llama_jax.prepare --output={folder} --restart does)"
         try:
-            with boundary(f"{path}"):
+            with as_user_error(f"{path}"):
                 changed = _changes(read_json(path), json.loads(json.dumps(plan)))
         except UserError as error:
             raise UserError(f"cannot go on in {folder}: {error}; {mend}") from error

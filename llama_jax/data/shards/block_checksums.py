@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 
-from llama_jax.errors import boundary, require, typed
+from llama_jax.errors import as_user_error, check_type, require
 from llama_jax.files import parse_json
 
 # Larger blocks make the first batches slow, since each of their rows reads a block or two; smaller
@@ -111,8 +111,8 @@ def decode_sums(content: bytes, sizes: dict[str, int], name: str) -> dict[str, B
       UserError: it is malformed, or does not fit the sizes.
     """
     described = parse_json(content, name)
-    with boundary(name):
-        block_bytes = typed(f"block_bytes of {name}", described["block_bytes"], int)
+    with as_user_error(name):
+        block_bytes = check_type(f"block_bytes of {name}", described["block_bytes"], int)
         good = block_bytes > 0 and block_bytes % _MULTIPLE == 0
         require(good, f"{name} has blocks of {block_bytes} bytes")
         found = {}

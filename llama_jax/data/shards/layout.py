@@ -32,7 +32,7 @@ import numpy as np
 from etils import epath
 
 from llama_jax.data.shards.packing import INDEX_DTYPE
-from llama_jax.errors import UserError, boundary, require, typed
+from llama_jax.errors import UserError, as_user_error, check_type, require
 from llama_jax.files import is_object_store, parse_json, read_bytes
 
 FORMAT_VERSION = 2
@@ -95,7 +95,7 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
             "data again"
         )
     try:
-        with boundary("it"):
+        with as_user_error("it"):
             _check_form(manifest)
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}; prepare the data again") from error
@@ -116,7 +116,7 @@ def _check_form(manifest: dict[str, Any]) -> None:
     _count(manifest, "format_version")
     _text(manifest, "tokenizer_sha256")
     require(0 < _count(manifest, "vocab_size") < 2**31, "vocab_size is out of range")
-    settings = typed("settings", manifest["settings"], dict)
+    settings = check_type("settings", manifest["settings"], dict)
     if "pack_len" in settings:
         require(_count(settings, "pack_len") < 2**31, "pack_len is out of range")
     _optional(_text, manifest, "template_sha256")
@@ -132,7 +132,7 @@ def _check_form(manifest: dict[str, Any]) -> None:
         split = manifest["splits"][name]
         for key in {"documents", "tokens", "text_bytes"} | (split.keys() - {"shards"}):
             _count(split, key)
-        for shard in typed("shards", split["shards"], list):
+        for shard in check_type("shards", split["shards"], list):
             _check_shard(shard)
 
 
@@ -157,13 +157,13 @@ def _check_shard(shard: dict[str, Any]) -> None:
 
 
 def _count(values: dict[str, Any], key: str) -> int:
-    value: int = typed(key, values[key], int)
+    value: int = check_type(key, values[key], int)
     require(0 <= value < 2**63, f"{key}={value} is out of range")
     return value
 
 
 def _text(values: dict[str, Any], key: str) -> str:
-    text: str = typed(key, values[key], str)
+    text: str = check_type(key, values[key], str)
     return text
 
 
@@ -195,7 +195,7 @@ def source_folders(folder: epath.PathLike) -> dict[str, epath.Path]:
     return found
 
 
-def fingerprint(manifest: dict[str, Any]) -> str:
+def data_fingerprint(manifest: dict[str, Any]) -> str:
     """Identity of the tokens: sha256 over the checksums of all shards, tokenizer and template."""
     parts = [manifest["tokenizer_sha256"]]
     if template := manifest.get("template_sha256"):

@@ -18,7 +18,7 @@ from llama_jax.data.shards.layout import (
     TEMPLATE,
     TOKENIZER,
     check_files,
-    fingerprint,
+    data_fingerprint,
     open_file,
     read_manifest,
     token_dtype,
@@ -26,7 +26,7 @@ from llama_jax.data.shards.layout import (
 from llama_jax.data.shards.packing import INDEX_DTYPE
 from llama_jax.errors import UserError
 from llama_jax.files import is_object_store, size_of
-from llama_jax.text.answer_ends import totals
+from llama_jax.text.answer_ends import count_in_splits
 from llama_jax.text.tokenizer import Tokenizer
 
 
@@ -80,7 +80,7 @@ class TokenDataset:
         shards = manifest["splits"][split]["shards"]
         token_starts = np.cumsum([0, *(shard["tokens"] for shard in shards)])
         sequence_starts = np.cumsum([0, *(shard.get("sequences", 0) for shard in shards)])
-        answers, unended = totals(manifest["splits"])
+        answers, unended = count_in_splits(manifest["splits"])
         return cls(
             folder=folder,
             tokenizer_sha256=manifest["tokenizer_sha256"],
@@ -91,7 +91,7 @@ class TokenDataset:
             n_tokens=int(token_starts[-1]),
             pack_len=manifest["settings"].get("pack_len", 0),
             n_sequences=int(sequence_starts[-1]),
-            fingerprint=fingerprint(manifest),
+            fingerprint=data_fingerprint(manifest),
             _shards=tuple(shards),
             _token_starts=token_starts,
             _sequence_starts=sequence_starts,

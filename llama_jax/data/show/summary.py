@@ -19,9 +19,9 @@ from llama_jax.data.shards import layout
 from llama_jax.data.shards.packing import INDEX_DTYPE
 from llama_jax.data.show.rows import Screen, counts_of_inputs, legend, show_row
 from llama_jax.data.training_data import open_data
-from llama_jax.errors import UserError, boundary
+from llama_jax.errors import UserError, as_user_error
 from llama_jax.files import read_bytes
-from llama_jax.text.answer_ends import sentence, totals
+from llama_jax.text.answer_ends import count_in_splits, describe_unended
 from llama_jax.text.tokenizer import Tokenizer
 
 SEQ_LEN, BATCH = 256, 4  # where no config says it
@@ -137,7 +137,7 @@ def summary(prepared: PreparedData, step: int, screen: Screen) -> str:
         f"tokens  {prepared.tokenizer.vocab_size:,} ids",
     )
     # A manifest may say 0 tokens, or not count answers.
-    with boundary(f"a manifest in {prepared.folder}"):
+    with as_user_error(f"a manifest in {prepared.folder}"):
         lines = _table(prepared, step, packed)
     counted, window = "tokens", f"the {WINDOW:,} sequences from step {step:,} on"
     notes = []
@@ -171,9 +171,9 @@ def _remarks(prepared: PreparedData, name: str) -> list[str]:
         for reason, (count, first) in sorted(manifest.get(kind, {}).items()):
             said = kind.replace("_", " ")
             lines.append(f"{said} in {where}: {count:,} {reason}; the first: {first}")
-    answers, unended = totals(manifest["splits"])
+    answers, unended = count_in_splits(manifest["splits"])
     if answers:
-        lines.append(f"{where}: {sentence(answers, unended)}")
+        lines.append(f"{where}: {describe_unended(answers, unended)}")
     return lines
 
 

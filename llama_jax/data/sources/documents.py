@@ -110,7 +110,7 @@ def _is_cut(kind: str, size: int, config: DataConfig) -> bool:
     return kind in ("files", "jsonl") and size > config.part_bytes
 
 
-def read(part: Part, config: DataConfig, tally: Tally) -> Iterator[str]:
+def read_documents(part: Part, config: DataConfig, tally: Tally) -> Iterator[str]:
     """Streams the documents of a part, none empty; what cannot be used is counted in `tally`.
 
     Raises:
@@ -132,7 +132,7 @@ def read(part: Part, config: DataConfig, tally: Tally) -> Iterator[str]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def documents(
+def read_source(
     source: str,
     config: DataConfig,
     tally: Tally,
@@ -149,7 +149,7 @@ def documents(
       name: of the source, for errors.
 
     Raises:
-      UserError: as `list_parts` and `read`.
+      UserError: as `list_parts` and `read_documents`.
     """
     for part in list_parts(source, config, own, tally, name):
-        yield from read(part, config, tally)
+        yield from read_documents(part, config, tally)

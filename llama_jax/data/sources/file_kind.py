@@ -16,7 +16,7 @@ from llama_jax.data.sources.decompression import Damaged, Opened, open_stream
 from llama_jax.data.sources.nested_fields import field_of
 from llama_jax.data.sources.part import longest_json
 from llama_jax.errors import UserError
-from llama_jax.files import refuse_pointer, size_of
+from llama_jax.files import refuse_lfs_pointer, size_of
 
 HEAD = 1 << 16  # bytes that are looked at
 LINES = 20  # lines that are looked at
@@ -71,8 +71,8 @@ def identify_file(path: epath.Path, config: DataConfig) -> FileKind:
         with path.open("rb") as raw:
             opened = open_stream(raw)
             head, ended = _read_head(opened)
-            refuse_pointer(head, str(path))
-            if foreign := _foreign(head, opened, named(path)[0]):
+            refuse_lfs_pointer(head, str(path))
+            if foreign := _foreign(head, opened, format_by_name(path)[0]):
                 return FileKind("", foreign, False, size)
             kind, label = _Decision(path, config, opened, head, ended).decide()
     except OSError as error:
@@ -82,7 +82,7 @@ def identify_file(path: epath.Path, config: DataConfig) -> FileKind:
     return FileKind(kind, label, opened.as_stored, size)
 
 
-def named(path: epath.Path) -> tuple[str, bool]:
+def format_by_name(path: epath.Path) -> tuple[str, bool]:
     """The format that a file's name says, if it says one, and whether it says "compressed"."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     zipped = suffixes[-1:] != [] and suffixes[-1] in ZIPPED
@@ -146,7 +146,7 @@ class _Decision:
         self, path: epath.Path, config: DataConfig, opened: Opened, head: bytes, ended: bool
     ) -> None:
         self.path, self.config, self.opened = path, config, opened
-        self.named, self.zipped = named(path)
+        self.named, self.zipped = format_by_name(path)
         self.text = head.removeprefix(_BOM).lstrip()
         self.ended = ended
 
@@ -254,7 +254,8 @@ class _Decision:
         if self.config.template or isinstance(field_of(value, field), str):
             return
         raise UserError(
-            f"{self.path} is one JSON object without a text in field {field!r} ({has(value)}); "
+            f"{self.path} is one JSON object without a text in field {field!r} "
+            f"({describe_fields(value)}); "
             "name its field by data.text_field, write the documents as JSON lines or as a list, or "
             "name the files that are meant, without this one"
         )
@@ -291,7 +292,7 @@ class _Decision:
         return None
 
 
-def has(record: Any) -> str:
+def describe_fields(record: Any) -> str:
     """Which fields a record has, in a few words."""
     if not isinstance(record, dict):
         return f"it is {type(record).__name__}, not an object"

@@ -54,7 +54,7 @@ class Walk:
         self._tally, self._excluded = tally, excluded
         self._seen: set[str] = set()
 
-    def root(self, folder: epath.Path) -> list[epath.Path]:
+    def files_of_root(self, folder: epath.Path) -> list[epath.Path]:
         """The files below a folder that is named itself.
 
         Raises:
@@ -72,7 +72,7 @@ class Walk:
         if _real(folder) in self._seen:
             return []  # named twice
         before = self._tally.left_out[HIDDEN]
-        files = list(self.below(folder))
+        files = list(self.files_below(folder))
         about = [path for path in files if _ABOUT.fullmatch(path.name)]
         if len(about) < len(files):
             for path in about:
@@ -84,7 +84,7 @@ class Walk:
             raise UserError(f"data.source: the folder {folder} holds no file{more}")
         return files
 
-    def below(self, folder: epath.Path) -> Iterator[epath.Path]:
+    def files_below(self, folder: epath.Path) -> Iterator[epath.Path]:
         """All files below a folder but what is left out of it; in no order."""
         waiting = [folder]
         while waiting:

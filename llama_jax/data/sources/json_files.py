@@ -9,10 +9,10 @@ from etils import epath
 
 from llama_jax.config import DataConfig
 from llama_jax.data.sources.decompression import Damaged, open_stream
-from llama_jax.data.sources.file_kind import DAMAGED, RECORD_FIELDS, has
+from llama_jax.data.sources.file_kind import DAMAGED, RECORD_FIELDS, describe_fields
 from llama_jax.data.sources.json_values import values
 from llama_jax.data.sources.nested_fields import field_of
-from llama_jax.data.sources.part import Part, Tally, document, longest_json, too_long
+from llama_jax.data.sources.part import Part, Tally, decode_document, longest_json, too_long
 from llama_jax.errors import UserError
 
 
@@ -133,8 +133,12 @@ def _text_document(
 ) -> Iterator[str]:
     """The text of a record of JSON, or nothing and a count of why."""
     if not isinstance(text, str):
-        found = has(record) if text is None else f"it holds {type(text).__name__}, not a text"
+        found = (
+            describe_fields(record)
+            if text is None
+            else f"it holds {type(text).__name__}, not a text"
+        )
         tally.skip(f"no text in field {config.text_field!r}", f"{where}: {found}")
         return
     # JSON may hold half of a surrogate pair, which is no Unicode text.
-    yield from document(text.encode("utf-8", "surrogatepass"), where, config, tally)
+    yield from decode_document(text.encode("utf-8", "surrogatepass"), where, config, tally)

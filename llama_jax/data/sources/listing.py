@@ -143,7 +143,7 @@ def list_files(
     if source == "stdlib":
         root = epath.Path(sysconfig.get_paths()["stdlib"])
         walk = Walk((), Tally(), STDLIB_EXCLUDED)
-        files = (path for path in walk.below(root) if path.suffix == ".py")
+        files = (path for path in walk.files_below(root) if path.suffix == ".py")
         return sorted(files, key=lambda path: path.parts)
     tally = Tally() if tally is None else tally
     walk = Walk(own, tally)
@@ -155,7 +155,7 @@ def list_files(
     for pattern in items:
         path = _place(pattern)
         if _exists(path):
-            matches = walk.root(path) if path.is_dir() else [_file(path)]
+            matches = walk.files_of_root(path) if path.is_dir() else [_file(path)]
         elif _WILDCARD.search(str(path)):
             matches = _matches(path, pattern, tally)
         else:

@@ -12,7 +12,7 @@ from llama_jax.data.sources.nested_fields import listed_fields, nested_field
 from llama_jax.data.sources.parquet_pages import pages
 from llama_jax.data.sources.parquet_stream import can_stream
 from llama_jax.data.sources.part import Part, Tally, texts
-from llama_jax.errors import UserError, boundary, first_line
+from llama_jax.errors import UserError, as_user_error, first_line
 
 BATCH_ROWS = 256  # at most
 # The same of a column that pyarrow keeps as a dictionary and numbers: each batch has all of it.
@@ -79,7 +79,7 @@ def _open_parquet(raw: Any, path: str, config: DataConfig) -> tuple[Any, list[st
     import pyarrow
     from pyarrow import parquet
 
-    with boundary(path):
+    with as_user_error(path):
         try:
             # Row groups may be larger than the memory: their pages are read one after another.
             file = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20)

@@ -126,7 +126,7 @@ def longest_json(config: DataConfig) -> int:
     return 6 * config.max_document_bytes + 1024
 
 
-def document(
+def decode_document(
     data: bytes | memoryview,
     where: str,
     config: DataConfig,
@@ -168,6 +168,6 @@ def texts(values: Iterable[Any], where: str, config: DataConfig, tally: Tally) -
                 continue
             value = value.encode("utf-8", "surrogatepass")
         if isinstance(value, bytes | memoryview):
-            yield from document(value, place, config, tally)
+            yield from decode_document(value, place, config, tally)
         else:
             tally.skip(f"no text in field {config.text_field!r}", place)

@@ -13,8 +13,8 @@ from etils import epath
 
 from llama_jax.config import DataConfig
 from llama_jax.data.sources.decompression import Damaged, open_stream
-from llama_jax.data.sources.file_kind import DAMAGED, named
-from llama_jax.data.sources.part import Part, Tally, document, too_long
+from llama_jax.data.sources.file_kind import DAMAGED, format_by_name
+from llama_jax.data.sources.part import Part, Tally, decode_document, too_long
 
 STEP = 100_000  # bytes of a document that is cut out of a large file, about
 CHUNK = 1 << 20  # bytes that are read at a time
@@ -47,7 +47,7 @@ def read_texts(part: Part, config: DataConfig, tally: Tally) -> Iterator[str]:
         path = epath.Path(name)
         with path.open("rb") as raw:
             opened = open_stream(raw)
-            if named(path)[1] and not opened.compression:
+            if format_by_name(path)[1] and not opened.compression:
                 tally.skip(DAMAGED, name)  # nothing else in it says what it is
                 continue
             texts = text_documents(opened.file, part.start, part.stop, name, config, tally)
@@ -84,11 +84,11 @@ def text_documents(
     limit = config.max_document_bytes
     cuts = _Cuts(file, max(0, start), limit)
     if start == 0 and stop < 0 and cuts.window.is_at_most(limit):
-        yield from document(bytes(cuts.window.data), where, config, tally)
+        yield from decode_document(bytes(cuts.window.data), where, config, tally)
         return
     for cut in cuts.documents(start, stop):
         place = f"{where} at byte {cut.begin}"
-        for text in document(cut.data, place, config, tally, begins=cut.begin == 0):
+        for text in decode_document(cut.data, place, config, tally, begins=cut.begin == 0):
             tally.change(cut.how, place)
             yield text
 
@@ -244,7 +244,7 @@ def _at_separators(
         last = window.ended and end == window.end
         if cut and (not data or (last and not data.strip())):
             return  # between two separators in a row, or behind the last one
-        for text in document(data, place, config, tally):
+        for text in decode_document(data, place, config, tally):
             if cut:
                 tally.change(SEPARATOR, place)
             elif start == 0 and stop < 0:

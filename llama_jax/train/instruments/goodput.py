@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from llama_jax.errors import UserError, boundary, require, typed
+from llama_jax.errors import UserError, as_user_error, check_type, require
 from llama_jax.files import read_json, write_atomically
 
 # init: start-up, data, restoring. lost: of a run that was cut off, from its last save to a restart.
@@ -100,13 +100,13 @@ def _read(path: epath.Path) -> dict[str, Any]:
     record = read_json(path)
     seal = record.pop("crc32", None)  # versions before wrote none
     require(seal in (None, _crc32(record)), f"{path} is not as it was written")
-    with boundary(str(path)):
+    with as_user_error(str(path)):
         seconds = {
-            name: typed(f"{path}: {name}", record["seconds"][name], float) for name in PHASES
+            name: check_type(f"{path}: {name}", record["seconds"][name], float) for name in PHASES
         }
-        saved = typed(f"{path}: time", record["time"], float)
-        runs = typed(f"{path}: runs", record["runs"], int)
-        at_end = typed(f"{path}: saved_at_end", record["saved_at_end"], bool)
+        saved = check_type(f"{path}: time", record["time"], float)
+        runs = check_type(f"{path}: runs", record["runs"], int)
+        at_end = check_type(f"{path}: saved_at_end", record["saved_at_end"], bool)
     total = sum(seconds.values())
     good = min(seconds.values()) >= 0 and saved >= max(_EARLIEST, total) and 1 <= runs < 2**31
     require(good, f"{path} holds numbers that cannot be")

@@ -23,7 +23,7 @@ from etils import epath
 
 from llama_jax.config import Config
 from llama_jax.errors import first_line
-from llama_jax.files import number, read_records
+from llama_jax.files import number, read_jsonl
 from llama_jax.model.cost import flops_per_token
 from llama_jax.train.instruments.compile_counter import compiled_programs
 from llama_jax.train.instruments.writers import Writer
@@ -194,7 +194,7 @@ def _is_finished(metrics: dict[str, Any]) -> bool:
 def recorded_loss(jsonl: epath.Path, step: int) -> float | None:
     """The last `eval_loss` that a `metrics.jsonl` has of a step, if it has one."""
     found = None
-    for record in read_records(jsonl)[0] if jsonl.exists() else ():
+    for record in read_jsonl(jsonl)[0] if jsonl.exists() else ():
         if number(record, "step") == step and "eval_loss" in record:
             found = number(record, "eval_loss")
     return found
@@ -214,7 +214,7 @@ def plot_loss(jsonl: epath.Path, output: epath.Path) -> int:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records, damaged = read_records(jsonl)
+    records, damaged = read_jsonl(jsonl)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     for name, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
         # A resumed run repeats steps that were lost; the later record counts.

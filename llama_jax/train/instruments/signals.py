@@ -36,7 +36,7 @@ class StopRequest:
         self._calls = 0
         self._ours = [signal.SIGINT, signal.SIGTERM]
         self._previous: dict[int, Any] = {}
-        # It does so already where whoever has joined the processes did not use `start_processes`.
+        # It does so already where whoever has joined the processes did not use `join_job`.
         self._jax_listens = distributed.global_state.preemption_sync_manager is not None
 
     def __enter__(self) -> "StopRequest":

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from llama_jax.files import append_records
+from llama_jax.files import append_jsonl
 
 
 class Writer(Protocol):
@@ -30,7 +30,7 @@ class JsonlWriter:
         """Raises `OSError` where the file cannot be written to."""
         self._path = path
         self._unwritten: list[dict[str, Any]] = []
-        append_records(path, [])
+        append_jsonl(path, [])
 
     def write(self, step: int, record: dict[str, float | None]) -> None:
         """Writes `{"step": step, ...}`; numbers that are not finite become null."""
@@ -39,7 +39,7 @@ class JsonlWriter:
         self._flush()
 
     def _flush(self) -> None:
-        append_records(self._path, self._unwritten)
+        append_jsonl(self._path, self._unwritten)
         self._unwritten.clear()
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from llama_jax.config import DataConfig
 from llama_jax.data.batches import Batches, ValidationBatches
 from llama_jax.data.loader import host_batches
 from llama_jax.data.prepare.job import prepare
-from llama_jax.data.shards.layout import fingerprint, read_manifest, verify
+from llama_jax.data.shards.layout import data_fingerprint, read_manifest, verify
 from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.data.show import summary
 from llama_jax.data.show.rows import Screen
@@ -460,11 +460,11 @@ def test_many_parts_are_the_same_conversations(chat, tmp_path):
 def test_the_fingerprint_covers_mask_and_template(chat, tokenizer, tmp_path):
     config, _, folder = chat
     manifest = read_manifest(folder)
-    whole = fingerprint(manifest)
+    whole = data_fingerprint(manifest)
     for part in (manifest, manifest["splits"]["validation"]["shards"][0]):
         name = next(name for name in ("template_sha256", "mask_sha256") if name in part)
         part[name] += "1"
-        assert fingerprint(manifest) != whole
+        assert data_fingerprint(manifest) != whole
         part[name] = part[name][:-1]
     # The same text and mask, by other Jinja.
     source = built_in("vicuna", tokenizer).source + "{# once more #}"

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.config import DataConfig
-from llama_jax.data.sources.documents import documents, list_parts
-from llama_jax.data.sources.documents import read as read_part
+from llama_jax.data.sources.documents import list_parts, read_source
+from llama_jax.data.sources.documents import read_documents as read_part
 from llama_jax.data.sources.listing import list_files, named_sources
 from llama_jax.data.sources.part import Tally
 from llama_jax.errors import UserError
@@ -20,7 +20,7 @@ def read(source, **fields):
     for part_bytes in (1 << 30, 100):
         tally = Tally()
         config = DataConfig(source=str(source), part_bytes=part_bytes, **fields)
-        found.append((list(documents(str(source), config, tally)), dict(tally.skipped)))
+        found.append((list(read_source(str(source), config, tally)), dict(tally.skipped)))
     assert found[0] == found[1]
     return found[0]
 
@@ -133,7 +133,7 @@ def test_a_document_of_100_mb_is_read_in_bounded_memory(tmp_path, kind):
     (tmp_path / "b.txt").write_text("next")
     tally = Tally()
     tracemalloc.start()
-    texts = [len(text) for text in documents(str(tmp_path), DataConfig(), tally)]
+    texts = [len(text) for text in read_source(str(tmp_path), DataConfig(), tally)]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     if kind == "txt":

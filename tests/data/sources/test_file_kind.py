@@ -19,7 +19,7 @@ from pyarrow import parquet
 from llama_jax.config import DataConfig
 from llama_jax.data.prepare.job import prepare
 from llama_jax.data.sources import file_kind
-from llama_jax.data.sources.documents import documents, list_parts
+from llama_jax.data.sources.documents import list_parts, read_source
 from llama_jax.data.sources.json_files import read_records
 from llama_jax.data.sources.nested_fields import field_of
 from llama_jax.data.sources.part import Tally
@@ -35,7 +35,7 @@ LIST = json.dumps(RECORDS, indent=2).encode()
 def read(source, **fields):
     tally = Tally()
     config = DataConfig(source=str(source), **fields)
-    return list(documents(str(source), config, tally)), tally
+    return list(read_source(str(source), config, tally)), tally
 
 
 def made(path, data):

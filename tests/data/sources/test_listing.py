@@ -13,7 +13,7 @@ from llama_jax.config import DataConfig
 from llama_jax.data.prepare.job import prepare
 from llama_jax.data.sources import documents as documents_lib
 from llama_jax.data.sources import file_kind, folder_walk
-from llama_jax.data.sources.documents import documents, list_parts
+from llama_jax.data.sources.documents import list_parts, read_source
 from llama_jax.data.sources.folder_walk import ABOUT, DEAD, HIDDEN, OWN, SPECIAL, TWICE
 from llama_jax.data.sources.listing import FOLDERS, list_files, named_sources
 from llama_jax.data.sources.part import Tally
@@ -150,7 +150,7 @@ def test_odd_names(tmp_path, monkeypatch, name, relative):
     path = name if relative else str(tmp_path / name)
 
     def read(spec):
-        return list(documents(spec, DataConfig(), Tally()))
+        return list(read_source(spec, DataConfig(), Tally()))
 
     text = f"the text of {name}"
     assert named_sources(path) == {"": path} and read(path) == [text]
@@ -208,7 +208,7 @@ def test_any_name_that_exists(tmp_path_factory, name):
     (folder / name).write_text("text")
     spec = f"{folder}/{name}"
     (only,) = named_sources(spec).values()
-    assert list(documents(only, DataConfig(), Tally())) == ["text"]
+    assert list(read_source(only, DataConfig(), Tally())) == ["text"]
 
 
 def shards_of(tmp_path, folder):

@@ -6,7 +6,7 @@ import types
 import pytest
 
 from llama_jax.config import DataConfig
-from llama_jax.data.sources.documents import documents, list_parts
+from llama_jax.data.sources.documents import list_parts, read_source
 from llama_jax.data.sources.parquet_pages import pages
 from llama_jax.data.sources.part import Tally
 from llama_jax.errors import UserError
@@ -23,7 +23,7 @@ POOLS = []  # as long as there are arrays of theirs
 
 def read(path, **fields):
     tally = Tally()
-    texts = list(documents(str(path), DataConfig(**fields), tally))
+    texts = list(read_source(str(path), DataConfig(**fields), tally))
     return texts, dict(tally.skipped)
 
 

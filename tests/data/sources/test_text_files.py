@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from llama_jax.config import DataConfig
 from llama_jax.data.prepare.job import prepare
 from llama_jax.data.sources import text_files
-from llama_jax.data.sources.documents import documents, list_parts
-from llama_jax.data.sources.documents import read as read_part
+from llama_jax.data.sources.documents import list_parts, read_source
+from llama_jax.data.sources.documents import read_documents as read_part
 from llama_jax.data.sources.part import Tally
 from llama_jax.data.sources.text_files import separator_of, text_documents
 from llama_jax.errors import UserError
@@ -222,9 +222,9 @@ def test_shards_of_another_separator_are_refused(tmp_path, corpus, tokenizer):
 def test_a_hint_at_a_separator(tmp_path):
     (tmp_path / "stories.txt").write_text("one\n<|endoftext|>\ntwo\n<|endoftext|>\n")
     tally = Tally()
-    assert len(list(documents(str(tmp_path), DataConfig(), tally))) == 1
+    assert len(list(read_source(str(tmp_path), DataConfig(), tally))) == 1
     (kind,) = tally.files
     assert kind.startswith("plain text with <|endoftext|> in it") and "data.separator" in kind
     tally, config = Tally(), DataConfig(separator=r"\n<|endoftext|>\n")
-    assert list(documents(str(tmp_path), config, tally)) == ["one", "two"]
+    assert list(read_source(str(tmp_path), config, tally)) == ["one", "two"]
     assert tally.files == {"plain text": 1} and not tally.skipped

@@ -3,7 +3,7 @@
 import pytest
 
 from llama_jax.config import DataConfig
-from llama_jax.data.sources.documents import documents, list_parts
+from llama_jax.data.sources.documents import list_parts, read_source
 from llama_jax.data.sources.part import Tally
 from llama_jax.errors import UserError
 
@@ -14,7 +14,7 @@ def read(source, **fields):
     for part_bytes in (1 << 30, 100):
         tally = Tally()
         config = DataConfig(part_bytes=part_bytes, **fields)
-        found.append((list(documents(source, config, tally)), dict(tally.skipped)))
+        found.append((list(read_source(source, config, tally)), dict(tally.skipped)))
     assert found[0] == found[1]
     return found[0]
 
