@@ -22,7 +22,7 @@ from typing import Any
 
 from llama_jax.errors import UserError, first_line
 from llama_jax.interchange import bpe_rules
-from llama_jax.text.hard_texts import HARD_TEXTS
+from llama_jax.text.probe_texts import HARD_TEXTS
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.text.tokenizer_formats import SPACE, model_proto
 from llama_jax.text.tokenizer_json import with_bos_eos

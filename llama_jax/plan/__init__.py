@@ -10,7 +10,7 @@
   calibration.py  predictions beside measured runs
   estimate.py     memory and time by arithmetic
   candidates.py   meshes, remat policies and microbatches to try
-  scheduled.py    a candidate compiled up to its schedule, in seconds
+  tpu_schedule.py a candidate compiled up to its schedule, in seconds
   search.py       the fastest candidate that fits
   advice.py       what would make a plan fit
 

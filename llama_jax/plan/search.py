@@ -16,7 +16,7 @@ from llama_jax.config import Config
 from llama_jax.errors import UserError, first_line
 from llama_jax.hardware.chips import GIB
 from llama_jax.hardware.topology import Topology
-from llama_jax.plan import scheduled
+from llama_jax.plan import tpu_schedule
 from llama_jax.plan.candidates import candidates, flags_for, with_dcn
 from llama_jax.plan.estimate import Estimate, estimate
 from llama_jax.plan.report import plan
@@ -54,7 +54,7 @@ def search(config: Config, topology: Topology, limit: int, price: float) -> dict
             f"train.global_batch={config.train.global_batch} divides over no mesh of "
             f"{topology.devices} devices; try a multiple of {topology.devices}"
         )
-    quick = scheduled.available(topology)
+    quick = tpu_schedule.available(topology)
     most = (SCHEDULED_MARGIN if quick else MARGIN) * topology.chip.hbm_bytes
     fitting = [pair for pair in rated if pair[0].total <= most]
     fitting = fitting or [min(rated, key=lambda pair: pair[0].total)]
@@ -96,7 +96,7 @@ class _Candidate:
         """Compiles it up to the schedule."""
         self.told["kind"] = "scheduled"
         try:
-            found = scheduled.schedule(self.config, self.topology)
+            found = tpu_schedule.schedule(self.config, self.topology)
         except UserError as error:
             self._failed(error)
             return

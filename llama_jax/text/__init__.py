@@ -9,7 +9,7 @@
   tokenizer_config.py   what the files beside it say: BOS, EOS, special tokens
   saved_tokenizer.py    the tokenizer inside a saved step
   tokenizer_process.py  training in a process of its own, which may be stopped
-  hard_texts.py         texts that two tokenizers must agree on
+  probe_texts.py        texts on which two tokenizers are compared
   chat_template.py      conversations as a model expects them
   templates.py          a template by name or from a file; Alpaca, Vicuna, LLaMA-2, LLaMA-3
   template_renderer.py  renders templates of strangers in a process that may be stopped

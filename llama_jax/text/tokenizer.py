@@ -14,7 +14,7 @@ from etils import epath
 from llama_jax.errors import UserError
 from llama_jax.files import parse_json, refuse_lfs_pointer
 from llama_jax.text import tiktoken_ranks, tokenizer_process
-from llama_jax.text.hard_texts import HARD_TEXTS
+from llama_jax.text.probe_texts import HARD_TEXTS
 from llama_jax.text.tokenizer_formats import MARK, SentencePiece, Vocabulary
 from llama_jax.text.tokenizer_json import TokenizerJson, with_bos_eos
 

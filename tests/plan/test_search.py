@@ -8,14 +8,13 @@ from llama_jax.hardware.chips import chip_named
 from llama_jax.hardware.topology import Topology, parse_topology
 from llama_jax.model.cost import frozen_bytes
 from llama_jax.model.weights import abstract_frozen
-from llama_jax.plan import report
-from llama_jax.plan import scheduled as scheduled_lib
+from llama_jax.plan import report, tpu_schedule
 from llama_jax.plan import search as search_lib
 from llama_jax.plan.advice import advice
 from llama_jax.plan.candidates import candidates, flags_for, suggest_dividing_mesh
 from llama_jax.plan.estimate import estimate, saved_elements_per_token
-from llama_jax.plan.scheduled import Scheduled
 from llama_jax.plan.search import search
+from llama_jax.plan.tpu_schedule import Scheduled
 from tests.helpers import TINY, replace
 from tests.reference import plans
 from tests.test_config import load
@@ -235,8 +234,8 @@ def fake_compilers(monkeypatch, *, scheduled_gib, plan_gib=None, steps=None, fai
             "mfu_6n": 0.5,
         }
 
-    monkeypatch.setattr(scheduled_lib, "available", lambda topology: True)
-    monkeypatch.setattr(scheduled_lib, "schedule", schedule)
+    monkeypatch.setattr(tpu_schedule, "available", lambda topology: True)
+    monkeypatch.setattr(tpu_schedule, "schedule", schedule)
     monkeypatch.setattr(search_lib, "plan", fake_plan)
     return said
 
@@ -267,13 +266,13 @@ def test_a_search_for_tpus_schedules_all_and_compiles_the_best(monkeypatch, caps
 def test_of_few_microbatches_one_is_compiled_too(monkeypatch):
     """Where more of them have the better schedules."""
     said = fake_compilers(monkeypatch, scheduled_gib=lambda remat: 80)
-    real = scheduled_lib.schedule
+    real = tpu_schedule.schedule
 
     def schedule(config, topology):
         found = real(config, topology)
         return dataclasses.replace(found, seconds=found.seconds / config.train.grad_accum**2)
 
-    monkeypatch.setattr(scheduled_lib, "schedule", schedule)
+    monkeypatch.setattr(tpu_schedule, "schedule", schedule)
     search(LARGE, SLICE, limit=6, price=0.0)
     assert [one.train.grad_accum for one in said["scheduled"]] == [1, 1, 1, 2, 4, 1]
     assert said["compiled"] == [said["scheduled"][4], said["scheduled"][0]]

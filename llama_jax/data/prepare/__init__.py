@@ -7,7 +7,7 @@
   hold_out.py           a validation split where chance left none
   merge_reports.py      the manifest of a source whose parts are all done
   report.py             what was read and written, in words
-  unfinished.py         work that was cut short, and may go on
+  output_folder.py      the folder that is made: locked, begun, cut short, complete
 
 Rule: a part's shards depend on the part and the config only.
 """

@@ -15,7 +15,7 @@ from etils import epath
 
 from llama_jax.config import Config, DataConfig
 from llama_jax.data.mixture import parse_shares
-from llama_jax.data.prepare import new_tokenizer, unfinished
+from llama_jax.data.prepare import new_tokenizer, output_folder
 from llama_jax.data.prepare.hold_out import hold_out_tail
 from llama_jax.data.prepare.merge_reports import merge_reports
 from llama_jax.data.prepare.report import Report, report_of
@@ -75,12 +75,14 @@ def prepare(
     settings = {name: _settings(config, source, template) for name, source in sources.items()}
     folders = {name: output / name for name in sources}
     with contextlib.ExitStack() as stack:
-        if not all(map(unfinished.is_tidy, folders.values())):  # others may read what is complete
-            stack.enter_context(unfinished.locked_folders(output, list(sources)))
+        if not all(
+            map(output_folder.is_tidy, folders.values())
+        ):  # others may read what is complete
+            stack.enter_context(output_folder.locked_folders(output, list(sources)))
         manifests = {
             name: _finished(folder, settings[name])
             for name, folder in folders.items()
-            if unfinished.is_complete(folder)
+            if output_folder.is_complete(folder)
         }
         # All are listed before any is read: a misspelt glob must not wait behind days of work.
         own = (*own, output)
@@ -93,9 +95,9 @@ def prepare(
         tokenizer = functools.cache(
             lambda: new_tokenizer.find_or_train(config, sources, output, log, own)
         )
-        with unfinished.system_errors(output), _abandoned(folders, parts):
+        with output_folder.system_errors(output), _abandoned(folders, parts):
             for name, listed in parts.items():
-                unfinished.begin(folders[name], settings[name], listed, config, restart, log)
+                output_folder.begin(folders[name], settings[name], listed, config, restart, log)
             for name, folder in folders.items():
                 if name:
                     log(f"source {name}: {sources[name]}")
@@ -130,7 +132,7 @@ def _abandoned(folders: dict[str, epath.Path], parts: dict[str, list[Part]]) -> 
         yield
     except UserError:
         for name, listed in parts.items():
-            unfinished.abandon(folders[name], len(listed))
+            output_folder.abandon(folders[name], len(listed))
         raise
 
 
@@ -195,13 +197,13 @@ def _finished(folder: epath.Path, settings: dict[str, Any]) -> dict[str, Any]:
       UserError: it is damaged, or of other settings.
     """
     manifest = layout.read_manifest(folder)
-    if changed := unfinished.changes(manifest["settings"], settings):
+    if changed := output_folder.changes(manifest["settings"], settings):
         raise UserError(
             f"{folder} holds shards made with another {', '.join(changed)}; choose another "
             "folder, or delete this one if you don't need it"
         )
     with contextlib.suppress(OSError):  # it may be read only
-        unfinished.tidy(folder, manifest)
+        output_folder.tidy(folder, manifest)
     return manifest
 
 
@@ -236,14 +238,14 @@ def _write_source(
         raise
     manifest = merge_reports(settings, parts, folder, listing)
     if not manifest["splits"]["train"]["documents"]:
-        unfinished.clear(folder)  # which would only fail again
+        output_folder.clear(folder)  # which would only fail again
         what = "conversation" if template else "text"
         raise UserError(
             f"data.source={settings['source']} has no {what} to train on {_reasons(manifest)}"
         )
     if held_out:
         manifest["held_out"] = held_out
-    unfinished.complete(folder, manifest)
+    output_folder.complete(folder, manifest)
     return manifest
 
 

@@ -11,7 +11,7 @@ A folder of shards holds
   train-00000-000.crc.json  CRC-32 of each block of 64 KiB of .bin and of .mask, in hexadecimal:
                          {"block_bytes": 65536, "bin": "..", "mask": ".."}
   chat_template.json     with data.template: the template, in the form of tokenizer_config.json
-  plan.json              only while it is made, and no manifest: what the work is (`unfinished`)
+  plan.json              only while it is made, and no manifest: what the work is (`output_folder`)
 and the same for `validation`. The first number is the part of the source, the second counts its
 shards. A document lies in one shard.
 

@@ -13,8 +13,8 @@ from llama_jax.errors import UserError
 from llama_jax.hardware.chips import GIB
 from llama_jax.hardware.topology import parse_topology
 from llama_jax.model.cost import flops_per_token, parameter_count
-from llama_jax.plan import scheduled
-from llama_jax.plan.scheduled import available, schedule
+from llama_jax.plan import tpu_schedule
+from llama_jax.plan.tpu_schedule import available, schedule
 from tests.helpers import ROOT, TINY, replace
 from tests.test_config import load
 
@@ -24,9 +24,9 @@ CONFIG = replace(TINY, train__global_batch=32)
 
 
 def test_gpus_have_no_schedule(monkeypatch):
-    monkeypatch.setattr(scheduled.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(tpu_schedule.importlib.util, "find_spec", lambda name: object())
     assert available(SLICE) and not available(parse_topology("h100:1x8"))
-    monkeypatch.setattr(scheduled.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tpu_schedule.importlib.util, "find_spec", lambda name: None)
     assert not available(SLICE)
 
 
@@ -38,7 +38,7 @@ def compiler(monkeypatch, tmp_path):
         path = tmp_path / "compiler"
         path.write_text(f"#!{PYTHON}\nimport json, os, pathlib, sys, time\n{lines}\n")
         path.chmod(0o755)
-        monkeypatch.setattr(scheduled.sys, "executable", str(path))
+        monkeypatch.setattr(tpu_schedule.sys, "executable", str(path))
 
     return make
 
@@ -64,7 +64,7 @@ def test_the_compiler_is_given_the_flags_of_the_user(compiler, monkeypatch):
         "asked = json.load(sys.stdin)\n"
         "assert os.environ['XLA_FLAGS'] == '--xla_own=1'\n"
         "assert asked['config']['model']['dim'] and asked['topology'] == 'v5p:2x2x1'\n"
-        f"assert sys.argv[1:] == ['-m', {scheduled.__name__!r}]\n"
+        f"assert sys.argv[1:] == ['-m', {tpu_schedule.__name__!r}]\n"
         f"assert os.environ['PYTHONPATH'].split(os.pathsep)[0] == {str(ROOT)!r}\n"
         "print(json.dumps({'error': 'as asked'}))"
     )
@@ -108,7 +108,7 @@ def test_an_interrupt_leaves_no_process_behind(compiler, tmp_path):
 def test_a_compiler_that_does_not_end_is_ended(compiler, tmp_path, monkeypatch):
     file = tmp_path / "pid"
     compiler(f"pathlib.Path({str(file)!r}).write_text(str(os.getpid())); time.sleep(600)")
-    monkeypatch.setattr(scheduled, "_PATIENCE", 5)
+    monkeypatch.setattr(tpu_schedule, "_PATIENCE", 5)
     with pytest.raises(UserError, match="has not scheduled it in 5 s"):
         schedule(CONFIG, SLICE)
     assert ended(written(file))
@@ -116,9 +116,9 @@ def test_a_compiler_that_does_not_end_is_ended(compiler, tmp_path, monkeypatch):
 
 WATCH = """
 import os, pathlib, sys
-from llama_jax.plan import compilation, scheduled
+from llama_jax.plan import compilation, tpu_schedule
 pathlib.Path(sys.argv[2]).write_text(str(os.getpid()))
-scheduled._watch(pathlib.Path(sys.argv[1]), int(sys.argv[3]))
+tpu_schedule._watch(pathlib.Path(sys.argv[1]), int(sys.argv[3]))
 """
 
 
@@ -187,12 +187,12 @@ def test_a_schedule_is_read_without_cycles(monkeypatch, tmp_path):
         "  ROOT %dot.1 = bf16[4096,4096]{1,0} dot(%p, %p), lhs_contracting_dims={1}, "
         "rhs_contracting_dims={0}\n}\n"
     )
-    monkeypatch.setattr(scheduled, "topology_devices", lambda topology: jax.devices()[:4])
-    found = scheduled._read(CONFIG, SLICE, tmp_path)
+    monkeypatch.setattr(tpu_schedule, "topology_devices", lambda topology: jax.devices()[:4])
+    found = tpu_schedule._read(CONFIG, SLICE, tmp_path)
     assert found.total == 5169836928 and found.fits
     assert found.flops == 2 * 4096**3
     assert found.exposed > 4096**2 * 2 * 3 / 4 / SLICE.chip.link_bandwidth
     product = found.flops / (0.8 * SLICE.chip.peak_flops)
     assert found.seconds == pytest.approx(product + found.exposed)
     small = dataclasses.replace(SLICE, chip=dataclasses.replace(SLICE.chip, hbm_bytes=2**30))
-    assert not scheduled._read(CONFIG, small, tmp_path).fits
+    assert not tpu_schedule._read(CONFIG, small, tmp_path).fits

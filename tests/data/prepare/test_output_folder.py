@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from llama_jax.data.prepare import job, unfinished, workers
+from llama_jax.data.prepare import job, output_folder, workers
 from llama_jax.data.prepare.job import prepare
 from llama_jax.data.shards.layout import source_folders, verify
 from llama_jax.data.shards.reader import TokenDataset
@@ -226,14 +226,14 @@ def test_a_volume_that_is_too_small(corpus, tmp_path, expected):
 def test_the_space_that_is_expected(corpus, tmp_path, monkeypatch):
     """Half a byte of ids for each of text, 3 times that for compressed files."""
     monkeypatch.setattr(
-        unfinished.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0)
+        output_folder.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0)
     )
     for name, expected in (("a.txt", "2.00"), ("a.txt.gz", "6.00")):
         with (tmp_path / name).open("wb") as file:
             file.truncate(4_000_000_000)
         lines = []
-        part = unfinished.Part("files", (str(tmp_path / name),), 0, -1, 4_000_000_000)
-        unfinished._warn_of_space(tmp_path, [part], 300, lines.append)
+        part = output_folder.Part("files", (str(tmp_path / name),), 0, -1, 4_000_000_000)
+        output_folder._warn_of_space(tmp_path, [part], 300, lines.append)
         assert f"may take about {expected} GB" in lines[0]
 
 
@@ -251,7 +251,7 @@ def test_killed_while_it_is_completed(corpus, tmp_path, expected, monkeypatch, c
         unlink(path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(unfinished.epath.Path(out)), "unlink", kills)
+        patch.setattr(type(output_folder.epath.Path(out)), "unlink", kills)
         with contextlib.suppress(Killed):
             prepare(config_of(corpus), out, log=quiet)
     assert verify(out) == []
@@ -405,7 +405,7 @@ HOLDS = """
 import sys
 from llama_jax.data.prepare import workers
 from llama_jax.data.prepare.job import prepare
-from tests.data.prepare.test_unfinished import config_of
+from tests.data.prepare.test_output_folder import config_of
 def stands(*arguments):
     print("it holds", flush=True)
     sys.stdin.read()
