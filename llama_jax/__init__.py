@@ -1,7 +1,8 @@
 """llama_jax: LLaMA training in JAX and Flax, from a laptop to a pod.
 
 A noun is a room (a package), a verb is a command: `python -m llama_jax.X` runs `X.py` or
-`X/__main__.py`. A room imports only rooms above it in this list, plan of train only the step.
+`X/__main__.py`. A room imports only rooms above it in this list, plan of train only the step
+and its optimizer.
 
   config.py     every field of a run, with its meaning and its check
   errors.py     UserError, and checks of what users write

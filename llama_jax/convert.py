@@ -59,7 +59,7 @@ _BASE = command.path_flag(
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     source_kind, source_folder = parse_place(_SOURCE.value, "source")
     target_kind, target_folder = parse_place(_TARGET.value, "target")
     if target_kind == "ckpt" and _DTYPE.value:

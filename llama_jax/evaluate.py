@@ -53,7 +53,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON, not a table.")
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     text, shards = _TEXT.value, _SHARDS.value
     if sum(bool(given) for given in (text, shards, _TASKS.value)) != 1:
         raise UserError("give one of --text=FILES, --shards=DIR and --tasks=NAMES")

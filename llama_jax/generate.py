@@ -90,7 +90,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.")
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     sampling = Sampling(
         max_tokens=_MAX_TOKENS.value or (CHAT_TOKENS if _CHAT.value else PROMPT_TOKENS),
         temperature=_TEMPERATURE.value,

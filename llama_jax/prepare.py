@@ -66,7 +66,7 @@ def _stoppable() -> Iterator[None]:
 
 
 def main() -> int | None:
-    """The command."""
+    """Runs the command."""
     if _VERIFY.value:
         damaged = []
         for folder in layout.source_folders(_VERIFY.value).values():

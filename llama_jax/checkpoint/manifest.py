@@ -23,9 +23,8 @@ from llama_jax.files import (
     read_json,
     size_of,
 )
+from llama_jax.text.saved_tokenizer import DESCRIPTION, MANIFEST
 
-NAME = "manifest.json"
-DESCRIPTION = ("meta", "tokenizer")  # folders of what a step says about itself, in JSON
 # A quick check reads the description and files up to this size; of larger ones the size only.
 QUICK_BYTES = 16 * 2**20
 _THREADS = 16
@@ -34,7 +33,7 @@ _THREADS = 16
 def _files(folder: epath.Path) -> dict[str, epath.Path]:
     """Every file below the folder but the manifest, by its path from there."""
     named = {path.relative_to(folder).as_posix(): path for path in _walk(folder)}
-    named.pop(NAME, None)
+    named.pop(MANIFEST, None)
     return dict(sorted(named.items()))
 
 
@@ -62,7 +61,7 @@ def write(folder: epath.Path) -> None:
             name: {"bytes": size_of(path), "sha256": digest}
             for (name, path), digest in zip(files.items(), digests, strict=True)
         }
-    _replace(folder / NAME, encode_entries(entries).encode())
+    _replace(folder / MANIFEST, encode_entries(entries).encode())
 
 
 def amend(folder: epath.Path, name: str, content: bytes) -> None:
@@ -80,15 +79,15 @@ def amend(folder: epath.Path, name: str, content: bytes) -> None:
       UserError: the file or the manifest is not as it was written; nothing is changed.
       OSError: it cannot be written.
     """
-    files = read_entries(folder / NAME)
+    files = read_entries(folder / MANIFEST)
     if files is None:
-        raise UserError(f"{folder / NAME} is not as it was written")
+        raise UserError(f"{folder / MANIFEST} is not as it was written")
     now, then = entry_of((folder / name).read_bytes()), entry_of(content)
     if name not in files or mismatch(name, now, files[name]):
         raise UserError(f"{folder / name} holds other bytes than were written")
-    _replace(folder / NAME, encode_entries({**files, name: {**then, "before": now}}).encode())
+    _replace(folder / MANIFEST, encode_entries({**files, name: {**then, "before": now}}).encode())
     _replace(folder / name, content)
-    _replace(folder / NAME, encode_entries({**files, name: then}).encode())
+    _replace(folder / MANIFEST, encode_entries({**files, name: then}).encode())
 
 
 def _replace(path: epath.Path, data: bytes) -> None:
@@ -139,12 +138,12 @@ def _damages(
     if os.path.islink(folder) and not folder.exists():  # of a disk that is not mounted, perhaps
         yield f"it is a link to {os.path.realpath(folder)}, where nothing is"
         return
-    if not (folder / NAME).exists():
-        yield f"{NAME} is missing"
+    if not (folder / MANIFEST).exists():
+        yield f"{MANIFEST} is missing"
         return
-    expected = read_entries(folder / NAME)
+    expected = read_entries(folder / MANIFEST)
     if expected is None:
-        yield f"{NAME} is not as it was written"
+        yield f"{MANIFEST} is not as it was written"
         return
     if items:
         expected = {n: entry for n, entry in expected.items() if n.partition("/")[0] in items}

@@ -20,6 +20,7 @@ from llama_jax.checkpoint import manifest
 from llama_jax.config import TrainConfig
 from llama_jax.errors import first_line
 from llama_jax.files import is_object_store
+from llama_jax.text.saved_tokenizer import MANIFEST
 
 SAVING = ".saving"
 _DELETING = ".deleting"
@@ -40,7 +41,7 @@ def saved_steps(directory: epath.Path) -> list[int]:
     """
     entries = _numbered(directory)
     if is_object_store(directory):
-        entries = [entry for entry in entries if (entry / manifest.NAME).exists()]
+        entries = [entry for entry in entries if (entry / MANIFEST).exists()]
     return sorted(int(entry.name) for entry in entries if not _is_file(entry))
 
 
@@ -136,7 +137,7 @@ def remove(folder: epath.Path) -> list[str]:
       OSError: it cannot be deleted.
     """
     if is_object_store(folder):
-        (folder / manifest.NAME).unlink()
+        (folder / MANIFEST).unlink()
         folder.rmtree()
         return []
     left = [os.path.realpath(link) for link in _links(folder)]

@@ -1,10 +1,10 @@
 """Checkpoints that describe themselves: weights, optimiser, data position, config and tokenizer.
 
 A saved step is the folder `checkpoints/N/` with five orbax items: `params`, `optimizer` (step
-counter and moments), `skips` (what was skipped, see `skips`), `meta` (JSON: resolved config, data
-fingerprint, versions) and `tokenizer` (JSON: the tokenizer's file), and `manifest.json` (see
-`manifest`). Whoever needs only the weights reads only them. `Checkpointer` (in `checkpointer`)
-saves steps; here they are read and verified.
+counter and moments), `skips` (what was skipped, see `train.bad_steps`), `meta` (JSON: resolved
+config, data fingerprint, versions) and `tokenizer` (JSON: the tokenizer's file), and
+`manifest.json` (see `manifest`). Whoever needs only the weights reads only them. `Checkpointer` (in
+`checkpointer`) saves steps; here they are read and verified.
 """
 
 import base64
@@ -26,9 +26,9 @@ from llama_jax.config import Config, from_json
 from llama_jax.errors import UserError, as_user_error, check_type, first_line, require
 from llama_jax.parallel.multihost import agreed
 from llama_jax.parallel.sharding import with_shardings
+from llama_jax.text.saved_tokenizer import DESCRIPTION, FORMAT_VERSION, MANIFEST, check_format
 from llama_jax.text.tokenizer_files import is_tokenizer_file
 
-FORMAT_VERSION = 2  # bump when a saved step can no longer be read as before
 CHECKPOINTS = "checkpoints"
 
 Items = dict[str, Any]  # trees of arrays, or of `jax.ShapeDtypeStruct`s, by the name of their item
@@ -173,13 +173,24 @@ def load_fingerprints(folder: epath.Path) -> dict[str, int]:
     """Fingerprints that were saved with a step, to compare what is read with.
 
     Raises:
+      UserError: there are none: weights that an early version imported.
       DamagedCheckpoint: they cannot be read.
     """
     try:
         with as_user_error(f"{folder}/meta"):
-            return manifest.read_description(folder)["fingerprint"]
+            prints = manifest.read_description(folder)["fingerprint"]
     except UserError as error:
         raise DamagedCheckpoint(str(error)) from error
+    if not prints:
+        raise _too_early(folder, "fingerprint")
+    return prints
+
+
+def _too_early(folder: epath.Path, name: str) -> UserError:
+    return UserError(
+        f"{folder} was saved by an early version of llama_jax, which wrote no {name}, and cannot "
+        "be read"
+    )
 
 
 def raise_if_changed(folder: epath.Path, changed: list[str]) -> None:
@@ -233,7 +244,7 @@ def find_step(checkpoint: epath.PathLike, *, pass_over: bool = True) -> epath.Pa
     path = epath.Path(checkpoint)
     if (path / "params").exists():
         # Orbax, which may read it, has many lines for what is broken in a small file.
-        items = ("params", *manifest.DESCRIPTION)
+        items = ("params", *DESCRIPTION)
         if reason := manifest.first_damage(path, quick=True, items=items):
             raise DamagedCheckpoint(f"{path} does not give back what was saved: {reason}")
         return path
@@ -268,19 +279,20 @@ def load_meta(step_folder: epath.PathLike) -> StepMeta:
     """Reads what a saved step says about itself.
 
     Raises:
-      UserError: the folder is no saved step, or of a newer format.
+      UserError: the folder is no saved step, or of another format.
       DamagedCheckpoint: what it says is not what was written.
     """
     folder = epath.Path(step_folder).absolute()
     if not folder.is_dir():
         raise UserError(f"{folder} is not a readable checkpoint: there is no such folder")
-    _refuse(folder, manifest.first_damage(folder, items=manifest.DESCRIPTION))
+    _refuse(folder, manifest.first_damage(folder, items=DESCRIPTION))
     meta = manifest.read_description(folder)
     tokenizer = manifest.read_description(folder, "tokenizer")
     with as_user_error(f"{folder}/meta"):
-        version = meta["format_version"]
-        if version != FORMAT_VERSION:
-            raise UserError(f"{folder} has format {version}, this version reads {FORMAT_VERSION}")
+        check_format(folder, meta)
+        for name in (*_TYPES, "eval_loss"):
+            if name not in meta:
+                raise _too_early(folder, name)
         found = {name: check_type(name, meta[name], kind) for name, kind in _TYPES.items()}
         loss = meta["eval_loss"]
         for name in ("fingerprint", "base"):
@@ -358,7 +370,7 @@ def check_steps(path: epath.Path) -> Iterator[tuple[epath.Path, str]]:
     Raises:
       UserError: there is no step.
     """
-    if (path / "params").exists() or (path / manifest.NAME).exists():
+    if (path / "params").exists() or (path / MANIFEST).exists():
         folders = [path]
     else:
         folder = _steps_folder(path)

@@ -55,7 +55,9 @@ class BackgroundSaves:
         self._done, self._failed = done, failed
         self._saves, self._barrier = 0, Barrier("")
         options = ocp.AsyncOptions(
-            # Orbax's limits follow the wall clock, which may jump (docs/reliability.md): 50 years.
+            # Orbax's limits follow the wall clock, which may jump (docs/reliability.md). The first
+            # is 50 years, as the watchdog ends what hangs; the second, 300 s for folders that are
+            # made in the background, is not met.
             timeout_secs=50 * 365 * 86_400,
             create_directories_asynchronously=False,
             # Orbax waits here when all is written, and when all is committed.
@@ -77,14 +79,14 @@ class BackgroundSaves:
         self._barrier = Barrier(f"save {self._saves}")
         self._step, self._began = meta.step, time.monotonic()
         description, tokenizer = meta_items(meta)
-        arrays = {
-            name: ocp.args.StandardSave(
-                tree, save_args=_by_layer(tree) if name == "params" else None
-            )
-            for name, tree in items.items()
-        }
         failed: Exception | None = None
         try:
+            arrays = {
+                name: ocp.args.StandardSave(
+                    tree, save_args=_by_layer(tree) if name == "params" else None
+                )
+                for name, tree in items.items()
+            }
             self._orbax.save(
                 self._target(meta.step),
                 args=ocp.args.Composite(

@@ -47,7 +47,7 @@ def _print(lines: Iterable[str]) -> bool:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     if not _SHOW.value:
         raise UserError("--show is missing; try --show=runs/tiny")
     config = command.load_config(_CONFIG) if _CONFIG.value is not None else None

@@ -93,7 +93,7 @@ def load_init(config: Config, shardings: Any) -> Any:
       shardings: of the base where the config has adapters, else of the parameters.
 
     Returns:
-      float32 parameters, or the base in its frozen form (`frozen`).
+      float32 parameters, or the base in its frozen form (`lora.to_frozen`).
 
     Raises:
       UserError: as `open_init`.

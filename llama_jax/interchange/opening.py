@@ -186,7 +186,7 @@ def tokenizer_file(init_from: str) -> str:
     """Where the tokenizer of these weights is, for `data.tokenizer`; empty if they have none.
 
     Of several the one that fits the model is taken, as by `convert`; a folder stands for one that
-    is made of several files (see `Tokenizer.load`). Llama 3's own format says less than a
+    is made of several files (see `open_tokenizer`). Llama 3's own format says less than a
     tokenizer.json.
 
     Raises:
@@ -194,7 +194,7 @@ def tokenizer_file(init_from: str) -> str:
     """
     kind, _, folder = init_from.partition(":")
     places = [epath.Path(folder)]
-    if kind == "ckpt" and (places[0] / "params").exists():  # a step, as `Tokenizer.load` reads it
+    if kind == "ckpt" and (places[0] / "params").exists():  # a step, as `open_tokenizer` reads it
         return folder if saved_step.load_meta(folder).tokenizer_model else ""
     if kind == "hf":
         chosen = choose_in(places[0])

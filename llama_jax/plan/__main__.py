@@ -59,7 +59,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
 
 def main() -> None:
-    """The command; flags are defined above."""
+    """Runs the command; the flags are defined above."""
     if _CALIBRATION.value:
         print(calibration.table())
         return

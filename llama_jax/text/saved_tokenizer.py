@@ -1,19 +1,22 @@
 """The tokenizer of a saved step, read and verified without the rest of the step.
 
-The folder of a step (see `checkpoint`) holds the tokenizer's file in base64 in `tokenizer/metadata`
-(JSON), and in `manifest.json` size and sha256 of every file.
+The folder of a step (see `checkpoint.saved_step`) holds the tokenizer's file in base64 in
+`tokenizer/metadata` (JSON), and in `manifest.json` size and sha256 of every file.
 """
 
 import base64
+from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 
 from llama_jax.errors import UserError, as_user_error
 from llama_jax.files import entry_of, mismatch, read_entries, read_json
 
-_MANIFEST = "manifest.json"
+FORMAT_VERSION = 2  # of saved steps; bump when one can no longer be read as before
+MANIFEST = "manifest.json"
 _ITEM = "tokenizer"
-_DESCRIPTION = ("meta", _ITEM)  # all that a step says about itself is verified
+DESCRIPTION = ("meta", _ITEM)  # folders of what a step says about itself, in JSON
 
 
 def holds_tokenizer(path: epath.Path) -> bool:
@@ -25,24 +28,36 @@ def read_saved(step_folder: epath.Path) -> bytes:
     """The tokenizer's file that a saved step holds; empty if the run had none.
 
     Raises:
-      UserError: what the step says about itself is not what was written.
+      UserError: what the step says about itself is not what was written, or of another format.
     """
     folder = step_folder.absolute()
     if reason := _damage(folder):
         raise UserError(f"{folder} is damaged: {reason}")
+    check_format(folder, read_json(folder / "meta" / "metadata"))
     values = read_json(folder / _ITEM / "metadata")
     with as_user_error(f"{folder}/{_ITEM}"):
         return base64.b64decode(values["sentencepiece"])
 
 
+def check_format(folder: epath.Path, meta: Mapping[str, Any]) -> None:
+    """Checks that a step's `meta` says the format that is read here.
+
+    Raises:
+      UserError: it says another, or none.
+    """
+    version = meta.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{folder} has format {version}, this version reads {FORMAT_VERSION}")
+
+
 def _damage(folder: epath.Path) -> str:
     """The first file of the description that is not as it was written; empty if all are."""
-    if not (folder / _MANIFEST).exists():
-        return f"{_MANIFEST} is missing"
-    entries = read_entries(folder / _MANIFEST)
+    if not (folder / MANIFEST).exists():
+        return f"{MANIFEST} is missing"
+    entries = read_entries(folder / MANIFEST)
     if entries is None:
-        return f"{_MANIFEST} is not as it was written"
-    for item in _DESCRIPTION:
+        return f"{MANIFEST} is not as it was written"
+    for item in DESCRIPTION:
         listed = [name for name in entries if name.partition("/")[0] == item]
         if not listed:
             return f"{item} is missing"

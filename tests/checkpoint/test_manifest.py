@@ -6,6 +6,7 @@ from etils import epath
 from llama_jax.checkpoint import manifest
 from llama_jax.errors import UserError
 from llama_jax.files import encode_entries
+from llama_jax.text.saved_tokenizer import MANIFEST
 from tests.helpers import flip_bit
 
 
@@ -123,7 +124,7 @@ def test_an_amended_file_is_verified_at_every_moment(folder, monkeypatch):
         manifest.amend(folder, name, new)
     assert seen[:3] == [(old, ""), (old, ""), (new, "")] and set(seen[3:]) == {(new, "")}
     # Only what it was made to be is good now.
-    assert '"before"' not in (folder / manifest.NAME).read_text()
+    assert '"before"' not in (folder / MANIFEST).read_text()
     (folder / name).write_bytes(old)
     assert manifest.first_damage(folder) != ""
 
@@ -145,7 +146,7 @@ def test_damage_is_found_while_a_file_is_amended(folder, monkeypatch):
     with pytest.raises(UserError, match=f"{name} holds other bytes than were written"):
         manifest.amend(folder, name, b"newer")
     flip_bit(folder / name, 5)
-    flip_bit(folder / manifest.NAME, 900)
+    flip_bit(folder / MANIFEST, 900)
     assert manifest.first_damage(folder) == "manifest.json is not as it was written"
     with pytest.raises(UserError, match="manifest.json is not as it was written"):
         manifest.amend(folder, name, b"newer")

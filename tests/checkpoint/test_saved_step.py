@@ -1,5 +1,6 @@
 import dataclasses
 import gc
+import json
 import shutil
 import types
 
@@ -73,6 +74,7 @@ def test_onto_another_mesh(saved, shape):
         saver.close()
         assert_same_bits(restored, state)
         assert restored.params["embed"].sharding == step.state_shardings.params["embed"]
+        assert restored.skips.total.sharding == step.state_shardings.skips.total
         step.train(restored, random_batch(CONFIG, 3))
 
 
@@ -182,10 +184,35 @@ def test_a_truncated_array_is_a_clear_error(saved, compiled, tmp_path):
     gc.collect()  # so that orbax's abandoned coroutines complain here
 
 
-def test_another_format_is_refused(saved, monkeypatch):
-    monkeypatch.setattr(saved_step, "FORMAT_VERSION", 3)
-    with pytest.raises(UserError, match="has format 2, this version reads 3"):
-        load_meta(find_step(saved[0]))
+def with_meta(saved, tmp_path, change):
+    """The folder of a step whose description is changed, as if it had been written so."""
+    workdir = shutil.copytree(saved[0], tmp_path / "run")
+    folder = epath.Path(workdir / "checkpoints" / "3")
+    described = manifest.read_description(folder)
+    change(described)
+    manifest.amend(folder, "meta/metadata", json.dumps(described).encode())
+    return folder
+
+
+def test_another_format_is_refused(saved, tmp_path):
+    folder = with_meta(saved, tmp_path, lambda meta: meta.update(format_version=3))
+    with pytest.raises(UserError, match="has format 3, this version reads 2"):
+        load_meta(folder)
+
+
+@pytest.mark.parametrize("field", ["base_context", "eval_loss", "fingerprint"])
+def test_a_step_of_an_early_version_is_refused(saved, tmp_path, field):
+    folder = with_meta(saved, tmp_path, lambda meta: meta.pop(field))
+    with pytest.raises(UserError, match=f"by an early version .* wrote no {field}, and cannot be"):
+        load_meta(folder)
+
+
+def test_an_import_without_fingerprints_is_refused(saved, tmp_path):
+    folder = with_meta(saved, tmp_path, lambda meta: meta.update(fingerprint={}))
+    mesh = mesh_of((1, 1, 1, 1))
+    with jax.set_mesh(mesh), pytest.raises(UserError, match="early version .* no fingerprint"):
+        shardings = shared_step(CONFIG, mesh).state_shardings.params
+        load_params(folder, with_shardings(abstract_state(CONFIG).params, shardings))
 
 
 def test_weights_alone_are_not_trained_on(saved, compiled, tmp_path):

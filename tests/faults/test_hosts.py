@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from llama_jax.checkpoint import manifest
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.data.training_data import open_data
+from llama_jax.text.saved_tokenizer import MANIFEST
 from llama_jax.train.step import jit_step
 from tests.faults.failing_child import FAULTS
 from tests.faults.test_damage import files_of
@@ -108,7 +108,7 @@ def test_damage_that_one_of_two_reads(shards, tmp_path):
     (alone,) = map(state_in, run(tmp_path, 1, "hosts_child", shards))
     assert alone == [1, 1, first[2]]
     # Process 1 reads every second file of the manifest.
-    files = [path for path in files_of(tmp_path, 2) if path.name != manifest.NAME]
+    files = [path for path in files_of(tmp_path, 2) if path.name != MANIFEST]
     flip_bit(files[1], 3)
     outputs = run(tmp_path, 2, "hosts_child", shards)
     assert [state_in(output) for output in outputs] == [[1, 2, first[2]]] * 2

@@ -33,6 +33,7 @@ from llama_jax.train.rewind import Rewinder
 from llama_jax.train.run import check_memory, train
 from tests.helpers import (
     LOOP_FIELDS,
+    ROOT,
     TINY,
     field_names,
     mesh_of,
@@ -609,48 +610,56 @@ STEP_FIELDS = {
     "lora__targets": "wq,w2",
     "lora__base_dtype": "float32",
 }
+# The test that shows that a field is live.
 OTHER_FIELDS = {
-    "init_from": "test_init_from",
-    "model.attention": "test_attention::test_an_unknown_backend_is_an_error",
-    "model.attention_tile": "test_attention::test_tiles_of_splash_change_no_gradient",
-    "model.attention_backward": "test_attention::test_tiles_of_splash_change_no_gradient",
+    "init_from": "train/test_start::test_weights_of_another_model_are_refused",
+    "model.attention": "model/test_attention::test_an_unknown_backend_is_an_error",
+    "model.attention_tile": "model/test_attention::test_tiles_of_splash_change_no_gradient",
+    "model.attention_backward": "model/test_attention::test_tiles_of_splash_change_no_gradient",
     **dict.fromkeys(
-        ("mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor"), "test_mesh, test_step"
+        ("mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor"),
+        "parallel/test_mesh::test_minus_one_takes_what_is_left",
     ),
-    **dict.fromkeys(("dcn.data", "dcn.fsdp", "dcn.context", "dcn.tensor"), "below"),
-    "data.source": "test_sources",
-    "data.path": "test_shards_of_another_vocabulary",
-    "data.tokenizer": "test_prepare::test_a_given_tokenizer_is_used",
-    "data.tokenizer_size": "test_rows::test_a_trained_tokenizer_may_have_fewer_ids",
-    "data.template": "test_conversations::test_shards_hold_the_masks",
-    "data.text_field": "test_sources::test_another_text_field",
-    "data.separator": "test_cutting::test_shards_of_another_separator_are_refused",
-    "data.tfds_split": "test_sources::test_tfds",
-    "data.tfds_data_dir": "test_sources::test_tfds",
-    "data.mixture": "test_a_mixture_trains_and_logs_its_epochs",
-    "data.packing": "test_a_mixture_trains_and_logs_its_epochs",
-    "data.streaming": "test_streamed_data_goes_on_exactly",
-    "data.accept_other_data": "test_a_checkpoint_of_other_data_is_refused",
-    "data.part_bytes": "test_prepare::test_many_processes_write_the_same_bytes",
-    "data.workers": "test_prepare::test_many_processes_write_the_same_bytes",
-    "data.validation_fraction": "test_prepare::test_the_fingerprint_is_of_the_tokens",
-    "data.shard_tokens": "test_prepare::test_shards_hold_every_document_once_in_order",
-    "data.max_document_bytes": "test_sources::test_unusable_files_are_counted",
-    "train.seed": "below",
-    "train.log_every": "test_how_often",
-    "train.eval_every": "test_how_often",
-    "train.eval_batches": "test_eval_batches_is_how_many",
-    "train.checkpoint_every": "test_how_often",
-    "train.keep_checkpoints": "test_checkpointer::test_the_newest_are_kept",
-    "train.keep_every": "test_retention::test_what_is_kept",
-    "train.keep_best": "test_retention::test_what_is_kept",
-    "train.max_failed_saves": "test_checkpointer::test_failed_saves",
-    "train.save_timeout": "test_checkpointer::test_a_slow_save_is_told",
-    "train.sample_prompt": "test_no_prompt_no_sample",
+    **dict.fromkeys(
+        ("dcn.data", "dcn.fsdp", "dcn.context", "dcn.tensor"),
+        "train/test_run::test_dcn_factors_change_the_mesh",
+    ),
+    "data.source": "data/sources/test_documents::test_a_folder_is_read_in_order",
+    "data.path": "train/test_run::test_shards_of_another_vocabulary",
+    "data.tokenizer": "data/prepare/test_job::test_a_given_tokenizer_is_used",
+    "data.tokenizer_size": "data/test_vocabulary_size::test_a_trained_tokenizer_may_have_fewer_ids",
+    "data.template": "data/sources/test_conversations::test_shards_hold_the_masks",
+    "data.text_field": "data/sources/test_documents::test_another_text_field",
+    "data.separator": "data/sources/test_text_files::test_shards_of_another_separator_are_refused",
+    "data.tfds_split": "data/sources/test_tfds::test_tfds",
+    "data.tfds_data_dir": "data/sources/test_tfds::test_tfds",
+    "data.mixture": "train/test_run::test_a_mixture_trains_and_logs_its_epochs",
+    "data.packing": "train/test_run::test_a_mixture_trains_and_logs_its_epochs",
+    "data.streaming": "train/test_run::test_streamed_data_goes_on_exactly",
+    "data.accept_other_data": "train/test_run::test_a_checkpoint_of_other_data_is_refused",
+    "data.part_bytes": "data/prepare/test_job::test_many_processes_write_the_same_bytes",
+    "data.workers": "data/prepare/test_job::test_many_processes_write_the_same_bytes",
+    "data.validation_fraction": "data/prepare/test_job::test_the_fingerprint_is_of_the_tokens",
+    "data.shard_tokens": "data/prepare/test_job::test_shards_hold_every_document_once_in_order",
+    "data.max_document_bytes": "data/sources/test_documents::test_unusable_files_are_counted",
+    "train.seed": "train/test_run::test_the_seed_changes_weights_and_data",
+    "train.log_every": "train/test_run::test_how_often",
+    "train.eval_every": "train/test_run::test_how_often",
+    "train.eval_batches": "train/test_run::test_eval_batches_is_how_many",
+    "train.checkpoint_every": "train/test_run::test_how_often",
+    "train.keep_checkpoints": "checkpoint/test_checkpointer::test_the_newest_are_kept",
+    "train.keep_every": "checkpoint/test_retention::test_what_is_kept",
+    "train.keep_best": "checkpoint/test_retention::test_what_is_kept",
+    "train.max_failed_saves": "checkpoint/test_checkpointer::test_failed_saves",
+    "train.save_timeout": "checkpoint/test_checkpointer::test_a_slow_save_is_told",
+    "train.sample_prompt": "train/test_run::test_no_prompt_no_sample",
     "train.step_timeout": "faults/test_stopping::test_a_process_that_hangs_is_noticed",
-    "train.max_skipped": "faults.test_numeric::test_bad_batches_in_a_row_stop_the_run",
-    **dict.fromkeys(("train.max_rewinds", "train.rewind_steps"), "faults.test_rewind"),
-    "train.profile_steps": "test_profiler::test_a_run_traces_its_window",
+    "train.max_skipped": "faults/test_numeric::test_bad_batches_in_a_row_stop_the_run",
+    **dict.fromkeys(
+        ("train.max_rewinds", "train.rewind_steps"),
+        "faults/test_rewind::test_it_goes_on_from_the_old_weights_with_the_new_batches",
+    ),
+    "train.profile_steps": "train/instruments/test_profiler::test_a_run_traces_its_window",
 }
 
 
@@ -662,6 +671,12 @@ def test_steps_are_shared_by_configs_that_differ_in_no_field_of_the_step():
 def test_every_field_is_covered():
     covered = {name.replace("__", ".") for name in STEP_FIELDS} | set(OTHER_FIELDS)
     assert covered == field_names(".")
+
+
+@pytest.mark.parametrize("where", sorted(set(OTHER_FIELDS.values())))
+def test_the_test_of_a_field_is_there(where):
+    file, name = where.split("::")
+    assert f"\ndef {name}(" in (ROOT / "tests" / f"{file}.py").read_text()
 
 
 def program(config):

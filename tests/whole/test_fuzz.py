@@ -22,6 +22,7 @@ from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.data.show import summary
 from llama_jax.data.show.rows import Screen
 from llama_jax.errors import UserError
+from llama_jax.files import encode_entries
 from llama_jax.inference.chat import open_template
 from llama_jax.inference.loaded_model import InferenceModel, open_model
 from llama_jax.inference.prompts import read_messages, read_prompts
@@ -30,6 +31,7 @@ from llama_jax.interchange.ckpt import describe
 from llama_jax.interchange.hf import HfSource, HfTarget
 from llama_jax.interchange.opening import open_init, open_source
 from llama_jax.interchange.transfer import convert
+from llama_jax.text.saved_tokenizer import MANIFEST
 from llama_jax.text.templates import open_choice
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.text.tokenizer_files import is_tokenizer_file
@@ -427,7 +429,7 @@ def sealer(step):
         if path.is_file():
             data, name = path.read_bytes(), path.relative_to(step).as_posix()
             entries[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            (step / manifest.NAME).write_text(manifest._encode(entries))
+            (step / MANIFEST).write_text(encode_entries(entries))
 
     return seal
 

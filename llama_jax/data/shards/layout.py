@@ -150,7 +150,7 @@ def _check_shard(shard: dict[str, Any]) -> None:
         _optional(_text, shard, key)
     if "mask_sha256" in shard:
         _count(shard, "answer_tokens")
-    ends = shard.get("ends_sha256", {})
+    ends = shard["ends_sha256"]
     require(ends.keys() <= {"bin", "idx", "pack", "mask"}, "ends_sha256 names other files")
     for kind in ends:
         _text(ends, kind)
@@ -340,14 +340,14 @@ def _check_contents(
 ) -> None:
     """Compares .pack and .crc.json whole, and the ends of all other files.
 
-    Shards of earlier versions lack some of the checksums.
+    Early shards have no .crc.json.
     """
     whole, ends = {}, {}
     for shard in shards:
         for key, kind in (("pack_sha256", "pack"), ("crc_sha256", CRC)):
             if key in shard:
                 whole[f"{shard['name']}.{kind}"] = shard[key]
-        for kind, digest in shard.get("ends_sha256", {}).items():
+        for kind, digest in shard["ends_sha256"].items():
             ends[f"{shard['name']}.{kind}"] = digest
     expected = ends | whole
 
