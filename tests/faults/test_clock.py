@@ -1,4 +1,4 @@
-"""Row 23 of docs/reliability.md: the clock of the machine jumps by decades while it trains."""
+"""docs/reliability.md: the clock of the machine jumps by decades while it trains."""
 
 import time
 

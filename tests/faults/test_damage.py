@@ -1,4 +1,4 @@
-"""Rows 8 to 11 of docs/reliability.md: files that are not as they were written, other meshes."""
+"""docs/reliability.md: files that are not as they were written, other meshes."""
 
 import collections
 import random

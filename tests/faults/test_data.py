@@ -1,4 +1,4 @@
-"""Rows 14 to 16 of docs/reliability.md: token shards and text that are not as they should be."""
+"""docs/reliability.md: token shards and text that are not as they should be."""
 
 import collections
 import errno

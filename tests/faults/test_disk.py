@@ -1,4 +1,4 @@
-"""Rows 6, 7 and 23 of docs/reliability.md: a disk that is full, read-only, gone, or slow."""
+"""docs/reliability.md: a disk that is full, read-only, gone, or slow."""
 
 import contextlib
 import json

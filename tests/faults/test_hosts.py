@@ -1,4 +1,4 @@
-"""Row 12 of docs/reliability.md: another number of hosts, and what only one of them fails to do."""
+"""docs/reliability.md: another number of hosts, and what only one of them fails to do."""
 
 import hashlib
 import json

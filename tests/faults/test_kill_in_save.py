@@ -1,4 +1,4 @@
-"""Row 2 of docs/reliability.md: SIGKILL while a checkpoint is written."""
+"""docs/reliability.md: SIGKILL while a checkpoint is written."""
 
 import random
 import time

@@ -1,4 +1,4 @@
-"""Batches that give a loss or a gradient that nobody should follow (rows 17, 18 and 19)."""
+"""Batches that give a loss or a gradient that nobody should follow, see docs/reliability.md."""
 
 import dataclasses
 import functools

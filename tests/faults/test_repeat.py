@@ -1,4 +1,4 @@
-"""The same command twice, in fresh processes, gives the same bits (row 25)."""
+"""The same command twice, in fresh processes, gives the same bits, see docs/reliability.md."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A run that would go on as something else is refused, field by field (rows 13, 20, 21 and 22)."""
+"""A run that would go on as something else is refused, field by field; see docs/reliability.md."""
 
 import functools
 import json
