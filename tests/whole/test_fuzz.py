@@ -12,7 +12,7 @@ import shutil
 import pytest
 from etils import epath
 
-from llama_jax.checkpoint import manifest, saved_step
+from llama_jax.checkpoint import saved_step
 from llama_jax.checkpoint.fingerprint import fingerprint
 from llama_jax.checkpoint.retention import dispensable_steps
 from llama_jax.data.prepare.job import prepare
@@ -22,7 +22,7 @@ from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.data.show import summary
 from llama_jax.data.show.rows import Screen
 from llama_jax.errors import UserError
-from llama_jax.files import encode_entries
+from llama_jax.files import encode_entries, read_entries
 from llama_jax.inference.chat import open_template
 from llama_jax.inference.loaded_model import InferenceModel, open_model
 from llama_jax.inference.prompts import read_messages, read_prompts
@@ -423,7 +423,7 @@ def run(saved, tmp_path):
 
 def sealer(step):
     """A function that makes the manifest of a step fit a file that has changed."""
-    entries = manifest._read(epath.Path(step))
+    entries = read_entries(epath.Path(step) / MANIFEST)
 
     def seal(path):
         if path.is_file():
@@ -476,7 +476,7 @@ def test_the_manifest_of_a_step(run, sealed, capfd):
     path = run / "checkpoints" / "0" / "manifest.json"
 
     def encode(changed):
-        return manifest._encode(changed.get("files")).encode()
+        return encode_entries(changed.get("files")).encode()
 
     none(failures(path, _sealed(path.read_bytes(), encode, sealed), lambda: described(run)))
 
