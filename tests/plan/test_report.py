@@ -505,7 +505,7 @@ for one in module.computations[module.entry].values():
         (body,) = [called for called in one.called if "ROOT" in str(module.computations[called])
                    and any(each.is_root and each.opcode == "tuple"
                            for each in module.computations[called].values())]
-        sent = [each.collective for each in hlo.sent(body, module)]
+        sent = [each.collective for each in hlo.collective_schedule(body, module)]
         print(sum(each.kind == "all-gather" and each.size > 1e6 for each in sent),
               sum(each.kind == "all-reduce" and each.size > 1e6 for each in sent))
 """
