@@ -527,9 +527,14 @@ def test_the_gpu_compiler_says_that_it_fits(config):
     check(home_of(config, "gpu"))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("home", plans.FINETUNING, ids=lambda home: home.name)
-def test_the_gpu_compiler_says_that_fine_tuning_fits(home):
+@pytest.mark.parametrize(
+    "home",
+    [
+        pytest.param(home, marks=getattr(pytest.mark, home.marker), id=home.name)
+        for home in plans.FINETUNING
+    ],
+)
+def test_the_compiler_says_that_fine_tuning_fits(home):
     check(home)
 
 
