@@ -16,7 +16,7 @@ class Events:
         self._records = workdir / "metrics.jsonl"
 
     def say(self, text: str) -> None:
-        """Prints a line, on process 0 only."""
+        """Prints a line, on process 0 only, if that can be: the disk may be full under it, too."""
         if jax.process_index() == 0:
             self.say_on_all(text)
 

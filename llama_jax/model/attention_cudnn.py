@@ -16,6 +16,7 @@ CUDNN_MAX_HEAD_DIM = 128
 
 def is_determinism_requested(env: Mapping[str, str] = os.environ) -> bool:
     """Whether XLA_FLAGS ask for programs on GPUs that give the same bits in every run."""
+    # As `xla_flags.flag_value` reads them, which is of a room that this one does not import.
     flags = [one.partition("=") for one in env.get("XLA_FLAGS", "").split()]
     given = {name: value if sign else "true" for name, sign, value in flags}  # the last one counts
     names = ("deterministic_ops", "exclude_nondeterministic_ops")

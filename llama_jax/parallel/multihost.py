@@ -216,7 +216,7 @@ def broadcast_text(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Prints a line, on process 0 only."""
+    """Prints a line, on process 0 only; an error of the stream is raised."""
     if jax.process_index() == 0:
         print(text, flush=True)
 

@@ -73,7 +73,7 @@ def init_state(config: Config, key: jax.Array) -> TrainState:
 
 
 def model_weights(state: TrainState, config: Config) -> Any:
-    """What `llama.forward` takes: the parameters, or the base with its adapters."""
+    """What `llama.forward` takes of a state, see `weights.combined`."""
     return combined(state.params, state.frozen, config)
 
 
