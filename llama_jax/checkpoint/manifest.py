@@ -30,9 +30,11 @@ QUICK_BYTES = 16 * 2**20
 _THREADS = 16
 
 
-def _files(folder: epath.Path) -> dict[str, epath.Path]:
-    """Every file below the folder but the manifest, by its path from there."""
-    named = {path.relative_to(folder).as_posix(): path for path in _walk(folder)}
+def _files(folder: epath.Path, items: Collection[str] = ()) -> dict[str, epath.Path]:
+    """Files below the folder but the manifest, by their path from there; of all items, or these."""
+    places = [folder / item for item in items if (folder / item).is_dir()] if items else [folder]
+    found = [path for place in places for path in _walk(place)]
+    named = {path.relative_to(folder).as_posix(): path for path in found}
     named.pop(MANIFEST, None)
     return dict(sorted(named.items()))
 
@@ -149,7 +151,7 @@ def _damages(
         expected = {n: entry for n, entry in expected.items() if n.partition("/")[0] in items}
         listed = {name.partition("/")[0] for name in expected}
         yield from (f"{item} is missing" for item in items if item not in listed)
-    found = _files(folder)
+    found = _files(folder, items)
     missing = [name for name in expected if name not in found]
     if missing:
         yield from (f"{name} is missing" for name in missing)
