@@ -269,12 +269,6 @@ def find_step(checkpoint: epath.PathLike, *, pass_over: bool = True) -> epath.Pa
     raise UserError(f"no complete checkpoint in {folder} yet")
 
 
-@functools.cache  # a command may look for its step several times
-def warn_once(text: str) -> None:
-    """Prints a warning to stderr, the first time that it is given."""
-    print(f"warning: {text}", file=sys.stderr)
-
-
 def load_meta(step_folder: epath.PathLike) -> StepMeta:
     """Reads what a saved step says about itself.
 

@@ -1,6 +1,8 @@
 """The model card of an export: what was trained, on what, and how it ended."""
 
+import functools
 import statistics
+import sys
 from typing import Any
 
 from etils import epath
@@ -60,7 +62,7 @@ def _training(meta: saved_step.StepMeta, metrics: epath.Path) -> dict[str, str]:
     try:
         last, damaged = _last_values(metrics, step)
     except UserError as error:
-        saved_step.warn_once(f"the model card has no losses: {error}")
+        _warn_once(f"the model card has no losses: {error}")
         return rows
     if damaged:
         rows["left out below"] = f"{damaged} damaged line(s) of metrics.jsonl"
@@ -76,6 +78,12 @@ def _training(meta: saved_step.StepMeta, metrics: epath.Path) -> dict[str, str]:
             "with evaluation, saving and steps that were lost and repeated"
         )
     return rows
+
+
+@functools.cache  # an export may describe its step several times
+def _warn_once(text: str) -> None:
+    """Prints a warning to stderr, the first time that it is given."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def _last_values(metrics: epath.Path, step: int) -> tuple[dict[str, Any], int]:
