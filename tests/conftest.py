@@ -1,5 +1,6 @@
 """Tests run on 8 fake CPU devices; what is dear to make is made once per worker."""
 
+import gc
 import hashlib
 import os
 import shutil
@@ -19,11 +20,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import jax
 import pytest
 
-from tests import helpers
+from tests import forks, helpers
 
 # JAX reads it with the first use of a device.
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {helpers.XLA_FLAGS}"
 QUARTERS = 4
+
+gc.set_threshold(*forks.SELDOM)
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +95,11 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if quarter_of(item.nodeid) == quarter]
     # Begun last, they would keep one worker busy long after the other one.
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish():
+    """Leaves all that was imported to no collection."""
+    gc.freeze()
 
 
 def pytest_unconfigure(config):

@@ -34,7 +34,8 @@ def train(corpus, workdir, *flags, **kwargs):
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("commands") / "run"
-    process = train(corpus, workdir, "--config.train.steps=8")
+    flags = ("--config.train.steps=8", "--config.train.sample_prompt=def __init__(self")
+    process = train(corpus, workdir, *flags)
     assert process.returncode == 0, process.stderr
     return workdir, process
 

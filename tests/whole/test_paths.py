@@ -62,7 +62,8 @@ def run(corpus, tmp_path_factory):
 )
 def test_every_command_finds_what_is_in_the_home_folder(run, command):
     (run / "prompts.txt").write_text("abc\n")
-    flags = "".join(f"    {flag[2:].replace('=', ' = ')}\n" for flag in TINY_FLAGS[1:])
+    pairs = (flag[2:].split("=") for flag in TINY_FLAGS[1:])
+    flags = "".join(f"    {name} = {value or repr('')}\n" for name, value in pairs)
     flags += "    config.data.path = '~/shards'\n    config.train.steps = 3\n"
     (run / "mine.py").write_text(
         "from llama_jax.config import default\n\ndef get_config():\n    config = default()\n"
