@@ -21,8 +21,9 @@ def spans_of(lengths, seed=0):
 def by_hand(span):
     """Log-probabilities from all logits of one unpadded row, and whether each is the greatest."""
     tokens = np.array(span.tokens)
-    all_logits = logits(CONFIG, PARAMS, tokens[None, :-1])[0]
-    logprobs = jax.nn.log_softmax(all_logits, axis=-1)[np.arange(len(tokens) - 1), tokens[1:]]
+    all_logits = np.asarray(logits(CONFIG, PARAMS, tokens[None, :-1])[0], np.float64)
+    totals = np.log(np.exp(all_logits).sum(axis=-1))
+    logprobs = all_logits[np.arange(len(tokens) - 1), tokens[1:]] - totals
     greedy = all_logits.argmax(axis=-1) == tokens[1:]
     return logprobs[-span.scored :], greedy[-span.scored :]
 
@@ -33,7 +34,7 @@ def with_likely_ends(spans):
         Span(
             [
                 *s.tokens[:-1],
-                int(logits(CONFIG, PARAMS, np.array([s.tokens[:-1]]))[0, -1].argmax()),
+                int(np.asarray(logits(CONFIG, PARAMS, np.array([s.tokens[:-1]])))[0, -1].argmax()),
             ],
             s.scored,
         )

@@ -24,6 +24,11 @@ def inputs(seed, *, batch=2, queries=24, keys=24, n=4, k=2, h=8):
     return q, key, value
 
 
+def compiled(function):
+    """The function as one program, traced anew: op by op, each op would be a program."""
+    return jax.jit(lambda *arguments: function(*arguments))
+
+
 def segments(seed, batch, length):
     """Documents of random lengths, then padding (0)."""
     rng = np.random.default_rng(seed)
@@ -61,7 +66,7 @@ def test_causal_and_grouped(monkeypatch, kv_heads, n_blocks):
     monkeypatch.setattr(attention_xla, "MIN_BLOCK", 1)
     q, k, v = inputs(0, k=kv_heads)
     expected = reference(q, k, v, causal(24, 24))
-    np.testing.assert_allclose(attention(q, k, v), expected, atol=2e-6)
+    np.testing.assert_allclose(compiled(attention)(q, k, v), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("n_blocks", [1, 4])
@@ -71,7 +76,7 @@ def test_segments_do_not_see_each_other(monkeypatch, n_blocks):
     q, k, v = inputs(1)
     ids = segments(2, 2, 24)
     mask = causal(24, 24) & (ids[:, :, None] == ids[:, None, :])
-    out = attention(q, k, v, segment_ids=(ids, ids))
+    out = compiled(lambda q, k, v: attention(q, k, v, segment_ids=(ids, ids)))(q, k, v)
     np.testing.assert_allclose(out, reference(q, k, v, mask), atol=2e-6)
 
 
@@ -82,8 +87,10 @@ def test_a_window_hides_what_is_far_back(monkeypatch, window, n_blocks):
     monkeypatch.setattr(attention_xla, "MIN_BLOCK", 1)
     q, k, v = inputs(10)
     expected = reference(q, k, v, causal(24, 24, window=window))
-    np.testing.assert_allclose(attention(q, k, v, window=window), expected, atol=2e-6)
-    late = attention(q[:, :7], k, v, q_offset=5, window=window)
+    out = compiled(lambda q, k, v: attention(q, k, v, window=window))(q, k, v)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    windowed = compiled(lambda q, k, v: attention(q, k, v, q_offset=5, window=window))
+    late = windowed(q[:, :7], k, v)
     expected = reference(q[:, :7], k, v, causal(7, 24, 5, window))
     np.testing.assert_allclose(late, expected, atol=2e-6)
 
@@ -124,15 +131,14 @@ def test_gradients_equal_those_of_jax_nn(monkeypatch, with_segments, window, n_b
         )
         return jnp.vdot(out, cotangent)
 
-    for got, expected in zip(
-        jax.grad(ours, (0, 1, 2))(q, k, v), jax.grad(theirs, (0, 1, 2))(q, k, v), strict=True
-    ):
+    found = (compiled(jax.grad(loss, (0, 1, 2)))(q, k, v) for loss in (ours, theirs))
+    for got, expected in zip(*found, strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_bfloat16_keeps_its_dtype_and_softmax_in_float32():
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs(7, queries=512, keys=512, batch=1))
-    out = attention(q, k, v)
+    out = compiled(attention)(q, k, v)
     assert out.dtype == jnp.bfloat16
     expected = reference(*(x.astype(jnp.float32) for x in (q, k, v)), causal(512, 512))
     # bfloat16 has 8 bits: a weighted mean is right to about 2^-8 of the values' size.
@@ -141,7 +147,7 @@ def test_bfloat16_keeps_its_dtype_and_softmax_in_float32():
 
 def test_large_scores_do_not_overflow():
     q, k, v = inputs(8)
-    out = attention(q * 1e3, k * 1e3, v)
+    out = compiled(attention)(q * 1e3, k * 1e3, v)
     np.testing.assert_allclose(out, reference(q * 1e3, k * 1e3, v, causal(24, 24)), atol=1e-4)
 
 
@@ -186,7 +192,8 @@ def test_gradients_of_splash_in_interpret_mode():
     cotangent = np.random.default_rng(6).standard_normal(q.shape).astype(np.float32)
 
     def loss(function):
-        return jax.grad(lambda *x: jnp.vdot(function(*x), cotangent), (0, 1, 2))(q, k, v)
+        gradients = jax.grad(lambda *x: jnp.vdot(function(*x), cotangent), (0, 1, 2))
+        return compiled(gradients)(q, k, v)
 
     got = loss(lambda q, k, v: splash_attention(q, k, v, None, 0, interpret=True))
     for ours, expected in zip(got, loss(lambda q, k, v: attention(q, k, v)), strict=True):
@@ -211,7 +218,7 @@ def test_tiles_of_splash_change_no_gradient(tile, backward, window, shape):
     with jax.set_mesh(mesh_of(shape)) if shape else contextlib.nullcontext():
         got = jax.jit(gradients(tiled))(q, k, v)
     plain = gradients(lambda q, k, v, pair: attention(q, k, v, segment_ids=pair, window=window))
-    for ours, expected in zip(got, plain(q, k, v), strict=True):
+    for ours, expected in zip(got, compiled(plain)(q, k, v), strict=True):
         np.testing.assert_allclose(ours, expected, atol=5e-5)
 
 
@@ -290,7 +297,8 @@ def test_gradients_of_triton_in_interpret_mode(with_segments):
     cotangent = np.random.default_rng(6).standard_normal(q.shape).astype(np.float32)
 
     def loss(function):
-        return jax.grad(lambda *x: jnp.vdot(function(*x), cotangent), (0, 1, 2))(q, k, v)
+        gradients = jax.grad(lambda *x: jnp.vdot(function(*x), cotangent), (0, 1, 2))
+        return compiled(gradients)(q, k, v)
 
     got = loss(lambda q, k, v: triton_attention(q, k, v, ids, interpret=True))
     expected = loss(lambda q, k, v: attention(q, k, v, segment_ids=pair))
@@ -406,7 +414,8 @@ def test_what_a_backend_cannot_do_is_an_error(monkeypatch, backend, platform, ch
     with pytest.raises(UserError, match=message):
         attention(q, k, v, backend=backend)
     # `auto` finds another way.
-    assert attention(q, k, v, backend="auto").shape == q.shape
+    found = jax.eval_shape(lambda q, k, v: attention(q, k, v, backend="auto"), q, k, v)
+    assert found.shape == q.shape
 
 
 @pytest.mark.parametrize("backend", ["cudnn", "triton"])

@@ -127,14 +127,11 @@ def test_packed_documents_equal_documents_alone():
     params = random_params(CONFIG)
     first, second = TOKENS[:1, :6], TOKENS[1:2, :10]
     packed = np.concatenate([first, second], axis=1)
-    hidden, head, _ = forward(
-        CONFIG,
-        params,
-        packed,
-        positions_BT=np.array([[*range(6), *range(10)]]),
-        segment_ids_BT=np.array([[1] * 6 + [2] * 10]),
-    )
-    out = hidden @ head
+    positions = {"positions_BT": np.array([[*range(6), *range(10)]])}
+    segments = {"segment_ids_BT": np.array([[1] * 6 + [2] * 10])}
+    run = jax.jit(lambda params: forward(CONFIG, params, packed, **positions, **segments))
+    hidden, head, _ = run(params)
+    out = np.asarray(hidden) @ np.asarray(head)
     np.testing.assert_allclose(out[:, :6], logits(CONFIG, params, first), atol=2e-5)
     np.testing.assert_allclose(out[:, 6:], logits(CONFIG, params, second), atol=2e-5)
 
@@ -167,9 +164,9 @@ def test_tied_embeddings_are_the_transposed_table():
 def test_bfloat16_is_near_float32():
     half = replace(TINY, model__compute_dtype="bfloat16").model
     params = initial(TINY.model)
-    hidden, head, _ = forward(half, params, TOKENS)
+    hidden, head, _ = jax.jit(lambda p: forward(half, p, TOKENS))(params)
     assert hidden.dtype == head.dtype == jnp.bfloat16
-    exact, exact_head, _ = forward(TINY.model, params, TOKENS)
+    exact, exact_head, _ = jax.jit(lambda p: forward(TINY.model, p, TOKENS))(params)
     assert exact.dtype == exact_head.dtype == jnp.float32
     # Hidden states are of size 1 after the norm, bfloat16 has 8 bits, and errors of layers add.
     np.testing.assert_allclose(hidden.astype(jnp.float32), exact, atol=0.05)
@@ -187,13 +184,17 @@ def loss_of(config, params, batch):
     return _loss_sums(params, batch, config)[0]
 
 
+@functools.cache
+def loss_and_gradient(policy):
+    config, batch = replace(TINY, model__remat=policy), random_batch(TINY, 0)
+    loss = jax.jit(jax.value_and_grad(lambda p: loss_of(config, p, batch)))
+    return loss(random_params(TINY.model))
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_remat_changes_memory_and_nothing_else(policy):
-    batch = random_batch(TINY, 0)
-    params = random_params(TINY.model)
-    config = replace(TINY, model__remat=policy)
-    value, grads = jax.value_and_grad(lambda p: loss_of(config, p, batch))(params)
-    expected_value, expected = jax.value_and_grad(lambda p: loss_of(TINY, p, batch))(params)
+    value, grads = loss_and_gradient(policy)
+    expected_value, expected = loss_and_gradient("none")
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)
     for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
         scale = float(jnp.abs(want).max())
@@ -202,7 +203,7 @@ def test_remat_changes_memory_and_nothing_else(policy):
 
 def residual_elements(config, batch, params):
     """Elements that the forward pass leaves for the backward pass."""
-    _, pullback = jax.vjp(lambda p: loss_of(config, p, batch), params)
+    pullback = jax.eval_shape(lambda p: jax.vjp(lambda p: loss_of(config, p, batch), p)[1], params)
     return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
 

@@ -93,7 +93,8 @@ def test_long_lines_are_learnt_from(tokenizer):
 
 def test_the_sample_is_limited():
     texts = ["abab " * 100, "cdcd " * 100]
-    pieces = [train_tokenizer(texts, 264, sample_bytes=400).piece(t) for t in range(264)]
+    trained = train_tokenizer(texts, 264, sample_bytes=400)
+    pieces = [trained.piece(token) for token in range(264)]
     assert "c" not in pieces and "a" in pieces
 
 

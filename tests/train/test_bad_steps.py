@@ -16,8 +16,8 @@ from llama_jax.train.bad_steps import (
     skips_after_rewind,
     updated,
 )
-from llama_jax.train.step import abstract_state, init_state, jit_step
-from tests.helpers import TINY, mesh_of, random_batch, random_params, replace
+from llama_jax.train.step import abstract_state, jit_step
+from tests.helpers import TINY, made_state, mesh_of, random_batch, random_params, replace
 
 GRADS = {"embed": jnp.ones(4), "layers": {"attn": {"wq": jnp.ones(2)}, "mlp_norm": jnp.ones(3)}}
 
@@ -124,7 +124,7 @@ def test_groups_cover_the_parameters_and_their_norms_are_those_of_numpy():
 
 
 def test_a_state_that_is_broken_is_named():
-    state = init_state(TINY, jax.random.key(0))
+    state = made_state(TINY)
     assert find_non_finite(state) == []
     broken = {**state.params, "lm_head": state.params["lm_head"].at[3, 3].set(jnp.nan)}
     assert find_non_finite(state.replace(params=broken)) == ["weights of lm_head"]
