@@ -221,10 +221,8 @@ def base(config, tokenizer, tmp_path_factory):
 @pytest.mark.parametrize(
     ("rank", "rows"),
     [
-        (0, ROWS),  # the step of `run`
         (2, 304),
-        pytest.param(2, ROWS, marks=pytest.mark.slow),
-        pytest.param(0, 304, marks=pytest.mark.slow),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((0, ROWS), (2, ROWS), (0, 304))),
     ],
 )
 def test_fine_tuning_and_back(config, base, rows, rank, tmp_path):

@@ -37,6 +37,7 @@ def trained(workdir, monkeypatch, jump):
     return batches, losses, state
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch, capsys):
     """Forwards and backwards by 20 years: the same batches and losses, and no time-out."""
     plain = trained(tmp_path / "plain", monkeypatch, lambda number: None)

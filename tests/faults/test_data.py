@@ -53,7 +53,7 @@ def undisturbed(shards, tmp_path_factory):
     return jax.device_get(train(config_on(shards), tmp_path_factory.mktemp("twin") / "run"))
 
 
-@pytest.mark.parametrize("fault", ["cut", "EIO"])
+@pytest.mark.parametrize("fault", ["cut", pytest.param("EIO", marks=pytest.mark.slow)])
 def test_a_shard_is_lost_in_the_middle_of_a_run(shards, undisturbed, tmp_path, monkeypatch, fault):
     """The file is named; when it is mended the same command ends where an undisturbed one does."""
     folder = shutil.copytree(shards, tmp_path / "shards")

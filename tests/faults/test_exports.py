@@ -157,7 +157,6 @@ def cuts(path):
     ("reader", "harms"),
     [
         (read, (flips, cuts)),
-        (begun, (flip,)),
         (opened, (flip,)),
         *(pytest.param(one, (flips, cuts), marks=pytest.mark.slow) for one in (begun, opened)),
     ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import time
 
 import jax
@@ -25,6 +26,9 @@ CASES = {
     "8 devices": (SMALL, (2, 2, 1, 2)),
     "2 microbatches": (replace(SMALL, train__grad_accum=2), (1, 8, 1, 1)),
 }
+
+
+POISONS = (("8 devices", np.nan), ("2 microbatches", np.nan), ("8 devices", np.inf))
 
 
 def poisoned(batch, value):
@@ -62,8 +66,13 @@ def assert_same_bits(left, right):
     )
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        case if case in POISONS else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(CASES, (np.nan, np.inf))
+    ],
+)
 def test_one_bad_batch_is_as_if_it_had_not_been(name, value):
     good = [random_batch(SMALL, seed) for seed in range(6)]
     bad = poisoned(random_batch(SMALL, 99), value)

@@ -58,8 +58,17 @@ def test_a_run_ends_well_on_all_or_on_none():
     ]
 
 
-@pytest.mark.parametrize("victims", [[1], [0], [0, 1, 2]], ids=str)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "victims"),
+    [
+        *((signal.SIGTERM, [1]), (signal.SIGINT, [0]), (signal.SIGTERM, [0, 1, 2])),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in ((signal.SIGINT, [1]), (signal.SIGTERM, [0]), (signal.SIGINT, [0, 1, 2]))
+        ),
+    ],
+    ids=str,
+)
 def test_a_signal_to_any_ends_all(number, victims):
     """Also where all get it at the same moment, as from a scheduler."""
     group = agree("waits", 3)
@@ -81,12 +90,12 @@ def run_failing(corpus, workdir, stage, process, error):
 
 
 STAGES = [
-    ("data", 0, "OSError"),
-    ("data", 1, "UserError"),
     ("step", 1, "UserError"),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
+            ("data", 0, "OSError"),
+            ("data", 1, "UserError"),
             ("lock", 0, "OSError"),
             ("workdir", 0, "KeyError"),
             ("init", 1, "UserError"),

@@ -109,8 +109,14 @@ def goes_on(corpus, tmp_path):
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-@pytest.mark.parametrize("send", [os.kill, os.killpg])
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    ("number", "send"),
+    [
+        *((number, os.killpg) for number in SIGNALS),
+        (signal.SIGTERM, os.kill),
+        *(pytest.param(n, os.kill, marks=pytest.mark.slow) for n in SIGNALS[1:]),
+    ],
+)
 def test_a_signal_ends_all_with_one_line(corpus, tmp_path, number, send):
     with halfway(corpus, tmp_path) as session:
         session.until(lambda: is_halfway(tmp_path))
@@ -169,7 +175,7 @@ def test_what_is_ignored_stays_so(corpus, tmp_path):
     assert process.wait() == 0
 
 
-@pytest.mark.parametrize("send", [os.kill, os.killpg])
+@pytest.mark.parametrize("send", [os.killpg, pytest.param(os.kill, marks=pytest.mark.slow)])
 def test_train_that_prepares(corpus, tmp_path, send):
     place = (f"--config.data.source={corpus}", f"--workdir={tmp_path / 'run'}")
     data = ("--config.data.part_bytes=1000", "--config.data.workers=2")

@@ -24,7 +24,8 @@ def run(workdir, devices):
     return steps, digest(workdir)
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow  # four starts of an interpreter
+@pytest.mark.parametrize("devices", [1, 8])
 def test_two_runs_are_equal_to_the_last_bit(tmp_path, devices):
     first, second = (run(tmp_path / name, devices) for name in ("first", "second"))
     assert len(first[0]) == 6 and len(set(first[0])) == 6

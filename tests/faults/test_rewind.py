@@ -131,7 +131,11 @@ def test_it_is_said_and_written_down(config, rewound, tmp_path, monkeypatch, cap
     assert [meta.rewinds for meta in metas.values()] == [[], [[9, 4]], [[9, 4]]]
 
 
-@pytest.mark.parametrize("stops", [(5,), (8,), (9,), (8, 9, 10)], ids=str)
+@pytest.mark.parametrize(
+    "stops",
+    [(5,), (8, 9, 10), *(pytest.param((step,), marks=pytest.mark.slow) for step in (8, 9))],
+    ids=str,
+)
 def test_stopping_and_starting_changes_nothing(config, rewound, tmp_path, monkeypatch, stops):
     """A save that only a stop has made is none to go back to, though it were the newest; a step
     whose log would have been looked at, and was not, is looked at by the next start."""
@@ -175,7 +179,11 @@ def test_killed_before_it_is_saved_it_rewinds_again(config, rewound, tmp_path, m
     assert first == second
 
 
-@pytest.mark.parametrize("changes", [{"profile_steps": "9,9"}, {"eval_every": 4}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"eval_every": 4}, pytest.param({"profile_steps": "9,9"}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_who_reads_the_log_first_changes_nothing(config, rewound, tmp_path, monkeypatch, changes):
     """A profile or an evaluation after step 8 reads the log of it before the next step runs."""
     poison(monkeypatch, *BAD)
@@ -195,7 +203,7 @@ def test_processes_go_back_together(config, tmp_path):
     assert [(r["from"], r["to"]) for r in rewinds(tmp_path / "run")] == [(AT, TO)]
 
 
-@pytest.mark.parametrize("allowed", [1, 2])
+@pytest.mark.parametrize("allowed", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_it_rewinds_so_many_times(config, tmp_path, monkeypatch, allowed):
     """The second time no further back than to what the first one saved."""
     poison(monkeypatch, *BAD, 11, 12)
@@ -224,7 +232,7 @@ def test_nothing_to_go_back_to(config, tmp_path, monkeypatch):
     assert rewinds(tmp_path) == []
 
 
-@pytest.mark.parametrize("kind", ["file", "fingerprint"])
+@pytest.mark.parametrize("kind", ["fingerprint", pytest.param("file", marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_is_passed_over(config, tmp_path, monkeypatch, capsys, kind):
     """Whether its files show it, or only what is read from them."""
     folder = tmp_path / "checkpoints" / "4"

@@ -5,6 +5,7 @@ import pytest
 from tests.faults.soak import soak
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_bit_for_bit(tmp_path):
     """Two SIGKILLs, after about 10 and 20 steps."""
     sent, equal = soak("synthetic", tmp_path, kills=2, devices=1, steps=40, seed=778, fresh=False)

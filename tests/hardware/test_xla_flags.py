@@ -275,12 +275,15 @@ def command(module, *flags, tpu=""):
 @pytest.mark.parametrize(
     ("topology", "preset"),
     [
-        ("v4:2x2x1", "v4"),
-        ("v5e:2x2", "v5e"),
         ("v5p:2x2x1", "v5p"),
-        ("v6e:2x2", "v6e"),
-        ("tpu7x:2x2x1", "tpu7x"),
         ("h100:1x8", ""),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in (
+                *(("v4:2x2x1", "v4"), ("v5e:2x2", "v5e"), ("v6e:2x2", "v6e")),
+                ("tpu7x:2x2x1", "tpu7x"),
+            )
+        ),
     ],
 )
 def test_plan_takes_the_preset_of_its_topology(topology, preset):

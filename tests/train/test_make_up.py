@@ -90,7 +90,9 @@ def start_again(config, workdir, whole, times=2):
     assert good(workdir)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize(
+    "number", [2, *(pytest.param(one, marks=pytest.mark.slow) for one in (1, 3))]
+)
 def test_a_stop_on_an_evaluation_step(config, whole, tmp_path, monkeypatch, capsys, number):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:

@@ -94,7 +94,10 @@ def test_full_fine_tuning_starts_from_these_weights_with_fresh_moments(config, p
         assert state.params["embed"].sharding == compiled.state_shardings.params["embed"]
 
 
-@pytest.mark.parametrize("base_dtype", ["float32", "bfloat16", "nf4"])
+@pytest.mark.parametrize(
+    "base_dtype",
+    ["nf4", *(pytest.param(one, marks=pytest.mark.slow) for one in ("float32", "bfloat16"))],
+)
 def test_a_base_is_the_same_bits_from_everywhere_on_every_mesh(config, params, bases, base_dtype):
     config = replace(
         config, init_from="hf:there", lora=dataclasses.replace(LORA, base_dtype=base_dtype)

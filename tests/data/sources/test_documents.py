@@ -112,7 +112,9 @@ def test_an_endless_json_line_is_skipped_in_little_memory(tmp_path):
     assert skipped == {"longer than 100 bytes": 2}
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.zst", "parquet"])
+@pytest.mark.parametrize(
+    "kind", ["txt", "jsonl.zst", "parquet", pytest.param("jsonl", marks=pytest.mark.slow)]
+)
 def test_a_document_of_100_mb_is_read_in_bounded_memory(tmp_path, kind):
     """A plain text is cut; a record of that length is skipped."""
     import pyarrow
