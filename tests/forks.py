@@ -38,7 +38,7 @@ PRELOADED = (
     "tests.helpers",
 )
 PACKET = 1 << 17  # bytes; an environment has a few thousand
-# For `gc.set_threshold`: tracing makes many objects, and what is compiled stays, to be walked again.
+# For `gc.set_threshold`: what is compiled is many objects that stay, and a collection walks all.
 SELDOM = (50_000, 20, 100)
 
 
