@@ -205,7 +205,7 @@ _status: int | None = None  # of a fork that has ended as usual
 
 
 def _leave():
-    """Ends a fork after all exit handlers: to take the interpreter apart is a sixth of a run."""
+    """Ends a fork after all exit handlers: the interpreter is not taken apart."""
     if _status is not None:
         with contextlib.suppress(OSError):  # Python says what is wrong with a stream
             sys.stdout.flush()

@@ -61,7 +61,7 @@ TINY_FLAGS = (
     "--config.train.log_every=2",
     "--config.train.eval_every=4",
     "--config.train.checkpoint_every=4",
-    "--config.train.sample_prompt=",  # to compile what decodes it is a sixth of such a run
+    "--config.train.sample_prompt=",  # what decodes it would be compiled, too
 )
 
 

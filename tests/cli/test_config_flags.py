@@ -127,7 +127,8 @@ def test_a_wrong_flag_is_one_line(flags, message):
 def test_the_config_may_come_after_its_fields_and_the_last_of_two_counts(tmp_path):
     flags = ("--config.train.steps=4", "--config.train.steps=2", f"--workdir={tmp_path}/run")
     flags += ("--config.data.source=synthetic", "--noconfig.data.streaming")
-    flags += ("--config.model.tied_embeddings", "--config.train.sample_prompt", "")
+    flags += ("--config.train.sample_prompt=x", "--config.train.sample_prompt", "")
+    flags += ("--config.model.tied_embeddings",)
     flags += ("--config.optim.warmup_steps=1",)
     process = run_command("train", *TINY_FLAGS[1:], *flags, "--config=7b", "--config", "tiny")
     assert process.returncode == 0, process.stderr

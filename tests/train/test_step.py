@@ -31,7 +31,7 @@ def unsharded():
     return losses_and_state(TINY, mesh_of((1, 1, 1, 1)))
 
 
-# Microbatches alone, over `data`, and with three axes; each axis without them. The rest is slow.
+# Microbatches alone and with three axes; three axes without them. The rest is slow.
 PLACEMENTS = [
     ((1, 1, 1, 1), 4),
     ((2, 2, 1, 2), 1),
