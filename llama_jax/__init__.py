@@ -5,6 +5,7 @@ A noun is a room (a package), a verb is a command: `python -m llama_jax.X` runs 
 and its optimizer.
 
   config.py     every field of a run, with its meaning and its check
+  parameters.py the arrays of a LLaMA: one table
   errors.py     UserError, and checks of what users write
   files.py      paths, small files, checksums
   hardware/     what machines are: chips, topologies, compiler flags

@@ -20,6 +20,7 @@ from llama_jax.model.nf4 import NF4
 from llama_jax.model.weights import abstract_frozen, abstract_trained
 from llama_jax.parallel.mesh import make_mesh, parse_mesh
 from llama_jax.parallel.sharding import param_shardings, with_shardings
+from llama_jax.parameters import PARAMETERS, path_of
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.text.tokenizer_config import adds_bos, special_ids, with_base_files
 
@@ -133,8 +134,8 @@ def _weights_to_run(
 def cast_matrices(config: ModelConfig, params: Any) -> Any:
     """Matrices in the dtype that the model computes in, where it would cast them at each token."""
 
-    def cast(path: tuple[Any, ...], x: Any) -> Any:
-        kept = isinstance(x, NF4) or path[-1].key.endswith("norm")
+    def cast(keys: tuple[Any, ...], x: Any) -> Any:
+        kept = isinstance(x, NF4) or PARAMETERS[path_of(keys)].is_vector
         return x if kept else x.astype(config.compute_dtype)
 
     return jax.tree.map_with_path(cast, params, is_leaf=lambda x: isinstance(x, NF4))

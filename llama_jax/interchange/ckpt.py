@@ -22,7 +22,8 @@ from llama_jax.checkpoint import manifest, saved_step
 from llama_jax.checkpoint.fingerprint import LayerPrints, changed_arrays, fingerprint
 from llama_jax.errors import UserError, first_line
 from llama_jax.interchange import formats, model_card
-from llama_jax.interchange.formats import Description, is_stacked
+from llama_jax.interchange.formats import Description
+from llama_jax.parameters import PARAMETERS
 from llama_jax.text import tokenizer_files
 from llama_jax.text.tokenizer import with_config
 from llama_jax.text.tokenizer_config import config_with_special_tokens
@@ -78,7 +79,7 @@ class CkptSource:
         self.description = describe(folder, meta)
         self._stores: dict[str, Any] = {}
         for path, shape in formats.shapes(model).items():
-            wanted = (model.n_layers, *shape) if is_stacked(path) else shape
+            wanted = (model.n_layers, *shape) if PARAMETERS[path].is_stacked else shape
             try:
                 store = ts.open(_array_spec(folder / "params", path), open=True, read=True).result()
             except _TENSORSTORE_ERRORS as error:
@@ -183,7 +184,7 @@ class CkptTarget:
         self._params.mkdir()
         self._stores = {}
         for path, shape in formats.shapes(config.model).items():
-            stacked = is_stacked(path)
+            stacked = PARAMETERS[path].is_stacked
             whole = (config.model.n_layers, *shape) if stacked else shape
             # Parts of a layer, which are compressed at the same time.
             rows = max(1, _CHUNK_SIZE // (4 * math.prod(shape[1:])))

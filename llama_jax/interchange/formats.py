@@ -1,16 +1,14 @@
 """What a source gives and a target takes: a description of the model, then array after array."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from llama_jax.config import Config, ModelConfig
 from llama_jax.errors import UserError
-from llama_jax.model.weights import abstract_trained
+from llama_jax.parameters import present, shape_of
 
 # How a model computes is the run's own choice; everything else is a property of the weights.
 _FREE = ("compute_dtype", "attention", "remat", "scan_unroll")
@@ -83,34 +81,16 @@ def check_model(source: Source, config: Config) -> None:
 
 
 def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Path in our tree -> shape, of one layer where the array is stacked."""
-    return dict(_shapes(model))
-
-
-@functools.lru_cache(maxsize=8)  # the model is traced for it
-def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    params = abstract_trained(Config(model=model))
-    leaves = jax.tree.leaves_with_path(params)
-    found = {"/".join(key.key for key in keys): tuple(leaf.shape) for keys, leaf in leaves}
-    return {p: shape[1:] if is_stacked(p) else shape for p, shape in found.items()}
-
-
-def is_norm(path: str) -> bool:
-    """Whether the array is the scale of a norm, which does not count for the dtype of a model."""
-    return path.endswith("norm")
-
-
-def is_stacked(path: str) -> bool:
-    """Whether the array has a leading axis of layers."""
-    return path.startswith("layers/")
+    """Returns the shape of each array, by its path in our tree; of one layer, if it is stacked."""
+    return {row.path: shape_of(row.own_axes, model) for row in present(model)}
 
 
 def paths_and_layers(model: ModelConfig) -> Iterator[tuple[str, int | None]]:
     """Every (path, layer), the layers of one array after another."""
-    for path in shapes(model):
+    for row in present(model):
         layers: tuple[int | None, ...] = tuple(range(model.n_layers))
-        for layer in layers if is_stacked(path) else (None,):
-            yield path, layer
+        for layer in layers if row.is_stacked else (None,):
+            yield row.path, layer
 
 
 def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:

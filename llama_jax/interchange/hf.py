@@ -19,6 +19,7 @@ from llama_jax.files import parse_json, read_bytes
 from llama_jax.interchange import fast_tokenizer, formats, hf_config, safetensors, weight_files
 from llama_jax.interchange.formats import Description
 from llama_jax.interchange.weight_files import abbreviate_names
+from llama_jax.parameters import PARAMETERS
 from llama_jax.text import tokenizer_files
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.text.tokenizer_config import adds_bos, special_ids, token_ids, tokenizer_config
@@ -44,9 +45,9 @@ SHARD_SIZE = 5_000_000_000  # bytes of one file, as transformers cuts them
 
 def matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
     """(in, out) of our array as one matrix, which is stored transposed; None: stored as it is."""
-    if path == "embed" or len(shape) == 1:
+    split = len(PARAMETERS[path].inputs)
+    if not split:
         return None
-    split = 2 if path.endswith("/wo") else 1  # wo's inputs are heads and head size
     return math.prod(shape[:split]), math.prod(shape[split:])
 
 
@@ -108,9 +109,9 @@ class HfSource:
 
     def _dtype(self, model: ModelConfig) -> str:
         """The dtype of the matrices, which are all but a few bytes; of several kinds, float32."""
-        matrices = [path for path in self._shapes if not formats.is_norm(path)]
+        matrices = [path for path in self._shapes if not PARAMETERS[path].is_vector]
         layers = {
-            path: range(model.n_layers if formats.is_stacked(path) else 1) for path in matrices
+            path: range(model.n_layers if PARAMETERS[path].is_stacked else 1) for path in matrices
         }
         names = [name_of(path, layer) for path in matrices for layer in layers[path]]
         dtypes = {str(self._entries[name].dtype) for name in names}
@@ -167,7 +168,7 @@ class HfSource:
         if pair is None:
             return entry.rows(part[0])[(slice(None), *part[1:])]
         # The rows of the file are our last axes. If they are heads, whole ones are read.
-        head_rows = len(shape) == 3 and not path.endswith("/wo")
+        head_rows = len(PARAMETERS[path].outputs) == 2
         unit = shape[-1] if head_rows else 1
         start, stop, _ = part[1 if head_rows else -1].indices(pair[1] // unit)
         rows = entry.rows(slice(start * unit, stop * unit))

@@ -13,13 +13,14 @@ from llama_jax.checkpoint.fingerprint import changed_arrays, fingerprint
 from llama_jax.config import Config
 from llama_jax.errors import UserError
 from llama_jax.interchange import formats
-from llama_jax.interchange.formats import Source, is_stacked
+from llama_jax.interchange.formats import Source
 from llama_jax.interchange.hf import HfSource
 from llama_jax.interchange.merged_adapters import refuse_other_base
 from llama_jax.interchange.opening import open_init
 from llama_jax.model.lora import to_frozen
 from llama_jax.model.nf4 import NF4
 from llama_jax.model.weights import abstract_frozen, abstract_trained
+from llama_jax.parameters import PARAMETERS, path_of
 
 Transform = Callable[[str, np.ndarray], Any]
 
@@ -37,8 +38,8 @@ def load(source: Source, targets: Any, shardings: Any, transform: Transform) -> 
     """
 
     def place(path: Any, target: Any, places: Any) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not is_stacked(name):
+        name = path_of(path)
+        if not PARAMETERS[name].is_stacked:
             return _put(source, name, None, target, places, transform)
         piece = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), target)
         piece_places = jax.tree.map(_of_one_layer, places)

@@ -87,7 +87,7 @@ class MergedSource:
             whole = self._prints.add(path, layer, frozen)
             changed = changed_arrays(self._wanted, whole)
             refuse_other_base(changed, self._config, "this checkpoint")
-        array, adapter = to_float32(frozen), adapter_of(self._adapters, path.split("/"))
+        array, adapter = to_float32(frozen), adapter_of(self._adapters, path)
         if adapter is None:
             return array
         ours = jax.tree.map(lambda x: x[layer], adapter)

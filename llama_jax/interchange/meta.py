@@ -24,6 +24,7 @@ from llama_jax.interchange.fields import Fields
 from llama_jax.interchange.formats import Description
 from llama_jax.interchange.hf import DTYPES, matrix_shape
 from llama_jax.interchange.pickles import import_torch, to_numpy
+from llama_jax.parameters import PARAMETERS
 from llama_jax.text import tiktoken_ranks, tokenizer_files
 
 NAMES: Mapping[str, str] = {
@@ -40,8 +41,6 @@ NAMES: Mapping[str, str] = {
     "final_norm": "norm.weight",
     "lm_head": "output.weight",
 }
-# Divided along their inputs, the second axis of the file; the other matrices along the first.
-_ROW_PARALLEL = ("layers/attn/wo", "layers/mlp/w2")
 
 
 def half_split(rows: np.ndarray, head_dim: int) -> np.ndarray:
@@ -149,7 +148,7 @@ class MetaSource:
                         f"{self._folder}: {name} has dtype {str(dtype).removeprefix('torch.')}; "
                         f"known: {', '.join(DTYPES)}"
                     )
-                if not formats.is_norm(path):
+                if not PARAMETERS[path].is_vector:
                     found.add(kinds[dtype])
         return found.pop() if len(found) == 1 else "float32"
 
@@ -195,7 +194,9 @@ class MetaSource:
             return None
         if path == "embed":
             return 0 if shape[1] == self._model.dim else 1
-        return 1 if path in _ROW_PARALLEL else 0
+        # Megatron's rule: a matrix that writes into the residual stream is divided along its
+        # inputs, the second axis of the file; the others along their outputs, the first.
+        return 1 if PARAMETERS[path].outputs == "D" else 0
 
     def _joined(self, path: str, pieces: list[tuple[int, ...]]) -> tuple[int, ...]:
         axis = self._axis(path, pieces[0])

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from llama_jax.interchange.formats import Source
+from llama_jax.parameters import PARAMETERS
 
-_AXES = {"embed": 0, "lm_head": 1}  # of the vocabulary, in our arrays
+_AXES = {row.path: row.axes.index("V") for row in PARAMETERS.values() if "V" in row.axes}
 
 
 def with_padded_vocabulary(source: Source, rows: int) -> Source:

@@ -13,15 +13,17 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from flax import traverse_util
 
-from llama_jax.config import MATRICES, Config, LoraConfig, ModelConfig
+from llama_jax.config import Config, LoraConfig, ModelConfig
 from llama_jax.errors import UserError, as_user_error, check_type, require
 from llama_jax.files import read_json
 from llama_jax.interchange import formats, hf, pickles, safetensors
 from llama_jax.interchange.peft_targets import module_of, short_name, targets_of
 from llama_jax.interchange.safetensors import shown
 from llama_jax.interchange.weight_files import Stored
-from llama_jax.model.lora import matrix_shapes
+from llama_jax.model.lora import adapter_of
+from llama_jax.parameters import layer_matrices, shape_of
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # What would make other adapters of the same arrays, and its values that do not.
@@ -55,8 +57,10 @@ def _tensors(model: ModelConfig, lora: LoraConfig) -> dict[str, tuple[str, int, 
 
 
 def _stored_shape(model: ModelConfig, lora: LoraConfig, name: str, side: str) -> tuple[int, int]:
-    inputs, outputs = matrix_shapes(model)[name]
-    return (lora.rank, math.prod(inputs)) if side == "A" else (math.prod(outputs), lora.rank)
+    row = layer_matrices()[name]
+    if side == "A":
+        return lora.rank, math.prod(shape_of(row.inputs, model))
+    return math.prod(shape_of(row.outputs, model)), lora.rank
 
 
 def write(folder: epath.Path, config: Config, adapters: Any, dtype: str = "float32") -> None:
@@ -67,7 +71,8 @@ def write(folder: epath.Path, config: Config, adapters: Any, dtype: str = "float
     stem = WEIGHTS.removesuffix(".safetensors")
     writer = safetensors.Writer(folder, shapes, hf.DTYPES[dtype], hf.SHARD_SIZE, stem)
     for to, (name, layer, side) in tensors.items():
-        array = adapters["layers"][MATRICES[name]][name][side.lower()][layer]
+        adapter = adapter_of(adapters, layer_matrices()[name].path)
+        array = adapter[side.lower()][layer]
         stored = array.reshape(shapes[to][::-1]).T
         writer.write(to, formats.cast(stored, hf.DTYPES[dtype], to))
     writer.close()
@@ -131,7 +136,7 @@ def _lora(values: dict[str, Any], n_layers: int) -> LoraConfig:
     if len(set(targets.values())) > 1:
         raise UserError("several ranks or alphas (rank_pattern, alpha_pattern) are not supported")
     target = next(iter(targets.values()))
-    names = [name for name in MATRICES if (name, 0) in targets]
+    names = [name for name in layer_matrices() if (name, 0) in targets]
     if len(targets) != len(names) * n_layers:
         raise UserError(
             f"adapters of some layers only are not supported, and the base has {n_layers} "
@@ -179,16 +184,17 @@ def read(folder: epath.Path, model: ModelConfig, lora: LoraConfig) -> Any:
     ):
         if names:
             raise UserError(f"{file} {text} {shown(min(names))}, against {CONFIG} and the base")
-    layers: dict[str, Any] = {}
+    pairs: dict[str, dict[str, np.ndarray]] = {}
     for stored, (name, layer, side) in tensors.items():
         shape = _stored_shape(model, lora, name, side)
         if entries[stored].shape != shape:
             raise UserError(
                 f"{file}: {stored} has shape {entries[stored].shape}, the base makes it {shape}"
             )
-        inputs, outputs = matrix_shapes(model)[name]
+        row = layer_matrices()[name]
+        inputs, outputs = shape_of(row.inputs, model), shape_of(row.outputs, model)
         ours = (*inputs, lora.rank) if side == "A" else (lora.rank, *outputs)
-        pair = layers.setdefault(MATRICES[name], {}).setdefault(name, {})
+        pair = pairs.setdefault(row.path, {})
         stack = pair.setdefault(side.lower(), np.empty((model.n_layers, *ours), np.float32))
         stack[layer] = entries[stored].rows().T.reshape(ours)
-    return {"layers": layers}
+    return traverse_util.unflatten_dict(pairs, sep="/")

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from llama_jax.config import MATRICES
 from llama_jax.errors import UserError, check_type, require
 from llama_jax.interchange import hf
+from llama_jax.parameters import layer_matrices
 
 MATCH_SECONDS = 10  # of processor time, for the expressions of one field
 # A foreign expression may take years, and `re` has no limit; a process has one.
@@ -48,7 +48,7 @@ class AdapterSpec:
 
 def module_of(name: str, layer: int) -> str:
     """Hugging Face's name of a matrix of ours: model.layers.0.self_attn.q_proj."""
-    return hf.name_of(f"layers/{MATRICES[name]}/{name}", layer).removesuffix(".weight")
+    return hf.name_of(layer_matrices()[name].path, layer).removesuffix(".weight")
 
 
 def short_name(name: str) -> str:
@@ -67,13 +67,15 @@ def targets_of(values: Mapping[str, Any], n_layers: int) -> dict[tuple[str, int]
       UserError: a value is malformed, or names modules that have no adapters here.
     """
     layers = range(n_layers)
-    matrices = {module_of(name, layer): (name, layer) for layer in layers for name in MATRICES}
+    matrices = {
+        module_of(name, layer): (name, layer) for layer in layers for name in layer_matrices()
+    }
     around = [f"model.layers.{layer}{module}" for layer in layers for module in _INSIDE]
     names = [*matrices, *around, *_AROUND, "lm_head"]
     found = _chosen(values, names, list(matrices))
     other = [name for name in found if name not in matrices]
     if other or not found:
-        known = ", ".join(map(short_name, MATRICES))
+        known = ", ".join(map(short_name, layer_matrices()))
         also = f"; it names {other[0]}, too" if other else ""
         raise UserError(
             f"target_modules={values.get('target_modules')!r:.200} must be some of {known}{also}"

@@ -3,31 +3,33 @@
 import math
 
 from llama_jax.config import NF4_BITS, LoraConfig, ModelConfig
-from llama_jax.model.lora import matrix_shapes
+from llama_jax.model.lora import frozen_dtype, is_quantized
+from llama_jax.parameters import PARAMETERS, Parameter, Table, layer_matrices, present, shape_of
 
 
-def parameter_count(model: ModelConfig) -> int:
-    """Number of parameters, embeddings included, adapters not."""
-    attention = model.dim * model.head_dim * 2 * (model.n_heads + model.n_kv_heads)
-    block = attention + 3 * model.dim * model.ffn_dim + 2 * model.dim
-    heads = 1 if model.tied_embeddings else 2
-    return model.n_layers * block + heads * model.vocab_size * model.dim + model.dim
+def parameter_count(model: ModelConfig, rows: Table = PARAMETERS) -> int:
+    """Counts the parameters: embeddings are included, adapters are not."""
+    return sum(math.prod(row.shape(model)) for row in present(model, rows))
 
 
 def adapter_count(model: ModelConfig, lora: LoraConfig) -> int:
-    """Number of parameters of all adapters."""
-    shapes = matrix_shapes(model)
-    sides = sum(math.prod(side) for name in lora.names for side in shapes[name])
-    return model.n_layers * lora.rank * sides
+    """Counts the parameters of all adapters."""
+    rows = layer_matrices()
+    sides = (
+        shape_of(side, model) for n in lora.names for side in (rows[n].inputs, rows[n].outputs)
+    )
+    return model.n_layers * lora.rank * sum(map(math.prod, sides))
 
 
 def frozen_bytes(model: ModelConfig, lora: LoraConfig) -> float:
-    """Bytes of the base below adapters, with norms counted as if they were matrices."""
-    shapes = matrix_shapes(model).values()
-    weights = model.n_layers * sum(math.prod(inputs + outputs) for inputs, outputs in shapes)
-    others = parameter_count(model) - weights
-    each = {"float32": 4.0, "bfloat16": 2.0, "nf4": NF4_BITS / 8}[lora.base_dtype]
-    return each * weights + max(2.0, each) * others
+    """Counts the bytes of the base below adapters."""
+
+    def each(row: Parameter) -> float:
+        if is_quantized(row, lora):
+            return NF4_BITS / 8
+        return frozen_dtype(row, lora).itemsize
+
+    return sum(each(row) * math.prod(row.shape(model)) for row in present(model))
 
 
 def flops_per_token(model: ModelConfig, lora: LoraConfig, seq_len: int) -> float:
@@ -46,12 +48,14 @@ def flops_by_part(model: ModelConfig, lora: LoraConfig, seq_len: int) -> dict[st
       lora: the adapters; with rank 0, all weights are trained.
       seq_len: tokens of a sequence.
     """
-    projections = model.dim * model.head_dim * 2 * (model.n_heads + model.n_kv_heads)
     scores = "attention scores"
+    weights = {row.group: 0 for row in layer_matrices().values()}
+    for row in layer_matrices().values():
+        weights[row.group] += math.prod(row.shape(model))
     parts = {
-        "attention projections": 6.0 * model.n_layers * projections,
+        "attention projections": 6.0 * weights["attn"],
         scores: attention_flops_per_token(model, seq_len),
-        "MLP": 6.0 * model.n_layers * 3 * model.dim * model.ffn_dim,
+        "MLP": 6.0 * weights["mlp"],
         "output head": 6.0 * model.vocab_size * model.dim,
     }
     if not lora.rank:

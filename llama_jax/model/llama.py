@@ -26,6 +26,7 @@ from llama_jax.model.linear import gated_silu, project_named, weight
 from llama_jax.model.lora import Adapted
 from llama_jax.model.rope import apply_rope, rope_tables
 from llama_jax.parallel.sharding import constrain, reshard
+from llama_jax.parameters import shape_of
 
 # Standard deviation of the initial weights, as in GPT-2 (the LLaMA paper gives none); projections
 # back into the residual stream are scaled by 1 / sqrt(2 L), which keeps its variance near 1.
@@ -76,10 +77,10 @@ class Attention(nn.Module):
         c, dtype = self.config, self.config.compute_dtype
         project = functools.partial(project_named, self, self.lora)
         into, out_of = normal(INIT_STD), normal(INIT_STD / (2 * c.n_layers) ** 0.5)
-        wq_DNH = weight(self, "wq", into, (c.dim, c.n_heads, c.head_dim), dtype)
-        wk_DKH = weight(self, "wk", into, (c.dim, c.n_kv_heads, c.head_dim), dtype)
-        wv_DKH = weight(self, "wv", into, (c.dim, c.n_kv_heads, c.head_dim), dtype)
-        wo_NHD = weight(self, "wo", out_of, (c.n_heads, c.head_dim, c.dim), dtype)
+        wq_DNH = weight(self, "wq", into, shape_of("DNH", c), dtype)
+        wk_DKH = weight(self, "wk", into, shape_of("DKH", c), dtype)
+        wv_DKH = weight(self, "wv", into, shape_of("DKH", c), dtype)
+        wo_NHD = weight(self, "wo", out_of, shape_of("NHD", c), dtype)
 
         q_BTNH = apply_rope(project("wq", "BTD,DNH->BTNH", x_BTD, wq_DNH), *rope_BT1h)
         k_BTKH = apply_rope(project("wk", "BTD,DKH->BTKH", x_BTD, wk_DKH), *rope_BT1h)
@@ -123,9 +124,9 @@ class SwiGLU(nn.Module):
         c, dtype = self.config, self.config.compute_dtype
         project = functools.partial(project_named, self, self.lora)
         into, out_of = normal(INIT_STD), normal(INIT_STD / (2 * c.n_layers) ** 0.5)
-        w1_DF = weight(self, "w1", into, (c.dim, c.ffn_dim), dtype)
-        w3_DF = weight(self, "w3", into, (c.dim, c.ffn_dim), dtype)
-        w2_FD = weight(self, "w2", out_of, (c.ffn_dim, c.dim), dtype)
+        w1_DF = weight(self, "w1", into, shape_of("DF", c), dtype)
+        w3_DF = weight(self, "w3", into, shape_of("DF", c), dtype)
+        w2_FD = weight(self, "w2", out_of, shape_of("FD", c), dtype)
         gate_BTF = checkpoint_name(project("w1", "BTD,DF->BTF", x_BTD, w1_DF), "mlp_gate")
         up_BTF = checkpoint_name(project("w3", "BTD,DF->BTF", x_BTD, w3_DF), "mlp_up")
         hidden_BTF = constrain(gated_silu(gate_BTF, up_BTF), "batch", "seq", "ffn")
@@ -147,14 +148,14 @@ class Block(nn.Module):
         whole = ("batch", "seq", "embed")
         x_BTD = checkpoint_name(x_BTD, "block_in")
         cache = None if layer_cache is None else (*layer_cache, *cache_segments)
-        attn_norm_D = self.param("attn_norm", nn.initializers.ones, (c.dim,))
+        attn_norm_D = self.param("attn_norm", nn.initializers.ones, shape_of("D", c))
         normed_BTD = gradient_barrier(rms_norm(x_BTD, attn_norm_D, c.norm_eps))
         normed_BTD = reshard(normed_BTD, whole, residual)
         out_BTD, new_cache = Attention(c, self.lora, name="attn")(
             normed_BTD, rope_BT1h, segment_ids_BT, cache
         )
         x_BTD = x_BTD + checkpoint_name(reshard(out_BTD, residual, whole), "attn_out")
-        mlp_norm_D = self.param("mlp_norm", nn.initializers.ones, (c.dim,))
+        mlp_norm_D = self.param("mlp_norm", nn.initializers.ones, shape_of("D", c))
         normed_BTD = gradient_barrier(rms_norm(x_BTD, mlp_norm_D, c.norm_eps))
         normed_BTD = reshard(normed_BTD, whole, residual)
         out_BTD = SwiGLU(c, self.lora, name="mlp")(normed_BTD)
@@ -217,7 +218,7 @@ class Llama(nn.Module):
           cache (None without one).
         """
         c = self.config
-        embed_VD = self.param("embed", normal(INIT_STD), (c.vocab_size, c.dim))
+        embed_VD = self.param("embed", normal(INIT_STD), shape_of("VD", c))
         # Gathered over fsdp before the look-up: XLA's gather from a table that is sharded on both
         # axes falls back to replicating it ("involuntary full rematerialization").
         table_VD = constrain(embed_VD.astype(c.compute_dtype), "vocab", "embed")
@@ -247,13 +248,13 @@ class Llama(nn.Module):
         layer_cache = None if cache is None else (cache.k, cache.v)
         x_BTD, kv = layers(x_BTD, layer_cache, rope_BT1h, segment_ids_BT, cache_segments)
 
-        final_norm_D = self.param("final_norm", nn.initializers.ones, (c.dim,))
+        final_norm_D = self.param("final_norm", nn.initializers.ones, shape_of("D", c))
         hidden_BTD = rms_norm(x_BTD, final_norm_D, c.norm_eps)
         hidden_BTD = reshard(hidden_BTD, ("batch", "seq", "embed"), residual)
         if c.tied_embeddings:
             head_DV = embed_VD.T.astype(c.compute_dtype)
         else:
-            head_DV = self.param("lm_head", normal(INIT_STD), (c.dim, c.vocab_size))
+            head_DV = self.param("lm_head", normal(INIT_STD), shape_of("DV", c))
             head_DV = head_DV.astype(c.compute_dtype)
         if cache is not None:
             index = cache.index + tokens_BT.shape[1]

@@ -9,18 +9,18 @@ in QLoRA. The scales of norms stay float32: they are small, and used in float32.
 """
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from flax import struct
+from flax import struct, traverse_util
 
-from llama_jax.config import MATRICES, LoraConfig, ModelConfig
+from llama_jax.config import LoraConfig, ModelConfig
 from llama_jax.model import nf4
 from llama_jax.model.initializers import uniform
+from llama_jax.parameters import PARAMETERS, Parameter, Table, layer_matrices, path_of, shape_of
 
 
 @struct.dataclass
@@ -38,46 +38,39 @@ class Adapted:
     lora: LoraConfig = struct.field(pytree_node=False)
 
 
-def matrix_shapes(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Inputs and outputs of the matrices of a layer."""
-    heads, kv_heads = (model.n_heads, model.head_dim), (model.n_kv_heads, model.head_dim)
-    dim, ffn = (model.dim,), (model.ffn_dim,)
-    return {
-        "wq": (dim, heads),
-        "wk": (dim, kv_heads),
-        "wv": (dim, kv_heads),
-        "wo": (heads, dim),
-        "w1": (dim, ffn),
-        "w2": (ffn, dim),
-        "w3": (dim, ffn),
-    }
+def init_adapters(
+    model: ModelConfig, lora: LoraConfig, key: jax.Array, rows: Table = PARAMETERS
+) -> dict[str, Any]:
+    """Makes the adapters of the first step, float32: A is random, and B is 0 and changes nothing.
 
+    A is drawn as PEFT draws it: uniform within 1 / sqrt(inputs) (torch's Kaiming uniform with
+    a = sqrt(5)).
 
-def init_adapters(model: ModelConfig, lora: LoraConfig, key: jax.Array) -> dict[str, Any]:
-    """Adapters before the first step, float32: A as PEFT draws it, B zero, so that nothing changes.
-
-    That is uniform within 1 / sqrt(inputs) (torch's Kaiming uniform with a = sqrt(5)).
+    Args:
+      model: the base.
+      lora: the rank, and which matrices have an adapter.
+      key: selects the numbers of A.
+      rows: the table of the model.
     """
-    layers: dict[str, Any] = {}
-    for name, (inputs, outputs) in matrix_shapes(model).items():
+    pairs = {}
+    for number, (name, row) in enumerate(layer_matrices(rows).items()):
         if name not in lora.names:
             continue
-        matrix_key = jax.random.fold_in(key, list(MATRICES).index(name))
+        inputs, outputs = shape_of(row.inputs, model), shape_of(row.outputs, model)
         draw = uniform(1 / math.sqrt(math.prod(inputs)))
-        a = draw(matrix_key, (model.n_layers, *inputs, lora.rank))
+        a = draw(jax.random.fold_in(key, number), (model.n_layers, *inputs, lora.rank))
         b = jnp.zeros((model.n_layers, lora.rank, *outputs), jnp.float32)
-        layers.setdefault(MATRICES[name], {})[name] = {"a": a, "b": b}
-    return {"layers": layers}
+        pairs[row.path] = {"a": a, "b": b}
+    return traverse_util.unflatten_dict(pairs, sep="/")
 
 
-def adapter_of(adapters: Any, path: Iterable[str]) -> Any:
-    """The adapter of the array at a path, such as layers, attn, wq; None if it has none."""
-    found = adapters
-    for key in path:
-        found = found.get(key)
-        if found is None:
+def adapter_of(adapters: Any, path: str) -> Any:
+    """Returns the adapter of the array at a path, such as `layers/attn/wq`; None if it has none."""
+    for key in path.split("/"):
+        if key not in adapters:
             return None
-    return found
+        adapters = adapters[key]
+    return adapters
 
 
 def delta(adapter: Any, lora: LoraConfig, stacked: bool = True) -> Any:
@@ -93,8 +86,8 @@ def delta(adapter: Any, lora: LoraConfig, stacked: bool = True) -> Any:
 def merge(base: Any, adapters: Any, lora: LoraConfig) -> Any:
     """The base with its adapters added to it: plain parameters, which need no adapters any more."""
 
-    def add(path: tuple[Any, ...], w: jax.Array) -> jax.Array:
-        adapter = adapter_of(adapters, (key.key for key in path))
+    def add(keys: tuple[Any, ...], w: jax.Array) -> jax.Array:
+        adapter = adapter_of(adapters, path_of(keys))
         if adapter is None:
             return w
         return (w + delta(adapter, lora)).astype(w.dtype)
@@ -102,27 +95,29 @@ def merge(base: Any, adapters: Any, lora: LoraConfig) -> Any:
     return jax.tree.map_with_path(add, base)
 
 
-def n_inputs(path: str) -> int:
-    """How many axes of a matrix of one layer are inputs: heads and head size are two."""
-    return 2 if path.endswith("/wo") else 1
+def is_quantized(row: Parameter, lora: LoraConfig) -> bool:
+    """Whether an array of the base is in NF4: the matrices of the layers may be."""
+    return lora.base_dtype == "nf4" and row.is_matrix and row.is_stacked
 
 
-def is_quantized(path: str, lora: LoraConfig) -> bool:
-    """Whether an array of the base, such as `layers/attn/wq`, is in NF4."""
-    return lora.base_dtype == "nf4" and path.rpartition("/")[2] in MATRICES
-
-
-def frozen_dtype(path: str, lora: LoraConfig) -> Any:
-    """The dtype of an array that is not in NF4."""
-    whole = lora.base_dtype == "float32" or path.endswith("norm")
+def frozen_dtype(row: Parameter, lora: LoraConfig) -> Any:
+    """The dtype of an array of the base that is not in NF4."""
+    whole = lora.base_dtype == "float32" or row.is_vector
     return np.dtype(np.float32 if whole else ml_dtypes.bfloat16)
 
 
 def to_frozen(path: str, array: np.ndarray, lora: LoraConfig) -> Any:
-    """An array of the base, of one layer where it is stacked, as it is kept."""
-    if is_quantized(path, lora):
-        return nf4.quantize(array, n_inputs(path))
-    return np.ascontiguousarray(array).astype(frozen_dtype(path, lora))
+    """Converts an array of the base (of one layer, if it is stacked) to the form that is kept.
+
+    Args:
+      path: of the array in the tree of parameters.
+      array: its numbers.
+      lora: which form that is.
+    """
+    row = PARAMETERS[path]
+    if is_quantized(row, lora):
+        return nf4.quantize(array, len(row.inputs))
+    return np.ascontiguousarray(array).astype(frozen_dtype(row, lora))
 
 
 def to_float32(frozen: Any) -> np.ndarray:
@@ -132,13 +127,19 @@ def to_float32(frozen: Any) -> np.ndarray:
     return frozen.astype(np.float32)
 
 
-def abstract_base(params: Any, lora: LoraConfig) -> Any:
-    """Shapes and dtypes of the base, for abstract parameters."""
+def abstract_base(params: Any, lora: LoraConfig, rows: Table = PARAMETERS) -> Any:
+    """Returns shapes and dtypes of the base, as it is kept.
 
-    def leaf(path: Any, x: Any) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if is_quantized(name, lora):
-            return nf4.abstract(x.shape[1:], n_inputs(name), x.shape[0])
-        return jax.ShapeDtypeStruct(x.shape, frozen_dtype(name, lora))
+    Args:
+      params: shapes and dtypes of the parameters.
+      lora: the form in which it is kept.
+      rows: the table of the model.
+    """
+
+    def leaf(keys: Any, x: Any) -> Any:
+        row = rows[path_of(keys)]
+        if is_quantized(row, lora):
+            return nf4.abstract(x.shape[1:], len(row.inputs), x.shape[0])
+        return jax.ShapeDtypeStruct(x.shape, frozen_dtype(row, lora))
 
     return jax.tree.map_with_path(leaf, params)

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.parallel.sharding import PARAM_SPECS, activation_spec, constrain, mesh_axes
+from llama_jax.parallel.sharding import activation_spec, constrain, mesh_axes
+from llama_jax.parameters import PARAMETERS
 
 # Objective, cross-entropy and weight: scalars, summed over tokens.
 Sums = tuple[jax.Array, jax.Array, jax.Array]
@@ -64,7 +65,7 @@ def _on_each_device(function: Callable[..., Any], with_gradients: bool) -> Calla
     used = [] if mesh.empty else [axis for axis in axes if mesh.shape[axis] > 1]
     if not used:
         return function  # one device has all tokens
-    by_dim = PARAM_SPECS["lm_head"][0]  # the mesh axes that divide D
+    by_dim = PARAMETERS["lm_head"].placement[0]  # the mesh axes that divide D
     shards = tuple(axis for axis in by_dim if axis in used)
     rest = tuple(axis for axis in used if axis not in shards)
 

@@ -1,9 +1,7 @@
-"""Where every array lives: one table for parameters, one for activations, and no silent default.
+"""Where every array lives: parameters by the table in `parameters`, activations by one here.
 
-A LLaMA of any depth is 12 tensors, because its layers are stacked on a leading axis. The table has
-a row for each, from which those of its adapter follow (`lora`) and those of its parts in NF4
-(`nf4`); a parameter without a row, a row without a parameter, or a dimension that its mesh
-axes do not divide is an error that names the path.
+There is no silent default: a parameter without a row, a row without a parameter, and a dimension
+that its mesh axes do not divide raise an error that names the path.
 """
 
 import functools
@@ -17,28 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.errors import UserError
 from llama_jax.parallel.mesh import DoesNotDivide
-
-# `context` shards weights too, as a second fsdp axis: its devices hold different tokens of the
-# same batch, so they would otherwise hold the same weights several times.
-SHARD = ("fsdp", "context")
-
-PARAM_SPECS: Mapping[str, P] = {
-    # Letters of llama.py: V vocab, D model, L layers, N query heads, K kv heads, H head, F ffn.
-    "embed": P("tensor", SHARD),  # V D
-    "layers/attn_norm": P(),  # L D
-    "layers/attn/wq": P(None, SHARD, "tensor", None),  # L D N H
-    "layers/attn/wk": P(None, SHARD, "tensor", None),  # L D K H
-    "layers/attn/wv": P(None, SHARD, "tensor", None),  # L D K H
-    "layers/attn/wo": P(None, "tensor", None, SHARD),  # L N H D
-    "layers/mlp_norm": P(),  # L D
-    "layers/mlp/w1": P(None, SHARD, "tensor"),  # L D F
-    "layers/mlp/w2": P(None, "tensor", SHARD),  # L F D
-    "layers/mlp/w3": P(None, SHARD, "tensor"),  # L D F
-    "final_norm": P(),  # D
-    "lm_head": P(SHARD, "tensor"),  # D V
-}
-
-_VOCABULARY = {"embed": 0, "lm_head": 1}  # which dimension is V
+from llama_jax.parameters import PARAMETERS, Parameter, Table, path_of, row_of
 
 ACTIVATION_AXES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -122,85 +99,118 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def param_specs(
-    params: Any, mesh: Mesh | jax.sharding.AbstractMesh, *, any_vocabulary: bool = False
+    params: Any,
+    mesh: Mesh | jax.sharding.AbstractMesh,
+    *,
+    rows: Table = PARAMETERS,
+    any_vocabulary: bool = False,
 ) -> Any:
     """The partition spec of each parameter, as a tree like `params`.
 
     Args:
       params: nested dict of arrays or `ShapeDtypeStruct`s.
       mesh: the mesh whose axis sizes must divide the dimensions.
+      rows: the table of the model.
       any_vocabulary: leave a vocabulary whole that `tensor` does not divide: for inference, where
         weights are as they are. To train them so would take memory and time on each device.
 
     Raises:
-      UserError: an uncovered parameter, a stale row or an unknown mesh axis.
+      UserError: a parameter without a row, a row without a parameter, an unknown mesh axis, or an
+        array whose dimensions are not those of its row.
       DoesNotDivide: a dimension that does not divide.
     """
     leaves, treedef = jax.tree.flatten_with_path(params)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    tied = {"lm_head"} - set(paths)  # a model with tied embeddings has no head of its own
-    known = {path if path in PARAM_SPECS else path.rpartition("/")[0] for path in paths}
-    stale = set(PARAM_SPECS) - known - tied
-    if stale and not any(path.endswith("/a") for path in paths):  # not every matrix has an adapter
+    named = {path_of(keys): leaf for keys, leaf in leaves}
+    known = {row.path for path in named if (row := row_of(path, rows))}
+    stale = {row.path for row in rows.values() if not row.untied_only} - known
+    if stale and not any(path.endswith("/a") for path in named):  # not every matrix has an adapter
         raise UserError(f"sharding table: no parameter for row(s) {', '.join(sorted(stale))}")
+    _check_sizes({path: leaf.shape for path, leaf in named.items()}, rows)
     specs = []
-    for path, (_, leaf) in zip(paths, leaves, strict=True):
-        spec = _row(path)
-        if spec is None:
+    for path, leaf in named.items():
+        row = row_of(path, rows)
+        spec = None if row is None else _placement(row, path.removeprefix(row.path))
+        if row is None or spec is None:
             raise UserError(f"sharding table: no row for parameter {path} {leaf.shape}")
-        if any_vocabulary and path in _VOCABULARY:
-            spec = _undivided(spec, path, leaf.shape, mesh)
-        _check_divides(path, leaf.shape, spec, mesh)
+        if any_vocabulary and path == row.path and "V" in row.axes:
+            spec = _undivided(spec, row.axes.index("V"), leaf.shape, mesh)
+        _check_divides(row, path, leaf.shape, spec, mesh)
         specs.append(spec)
     return jax.tree.unflatten(treedef, specs)
 
 
 def _undivided(
-    spec: P, path: str, shape: tuple[int, ...], mesh: Mesh | jax.sharding.AbstractMesh
+    spec: P, place: int, shape: tuple[int, ...], mesh: Mesh | jax.sharding.AbstractMesh
 ) -> P:
-    """The spec without the axes of the vocabulary, if they do not divide it."""
-    place = _VOCABULARY[path]
+    """The spec without the mesh axes of one dimension, if they do not divide it."""
     if shape[place] % math.prod(mesh.shape[axis] for axis in mesh_axes(spec[place])) == 0:
         return spec
     return P(*(None if number == place else entry for number, entry in enumerate(spec)))
 
 
-def _row(path: str) -> P | None:
-    """The row of a parameter; those of an adapter and of parts in NF4 follow from their matrix."""
-    if path in PARAM_SPECS:
-        return PARAM_SPECS[path]
-    matrix, _, part = path.rpartition("/")
-    if matrix not in PARAM_SPECS:
+def _placement(row: Parameter, part: str) -> P | None:
+    """Where an array of this row lies, or a part of it: of its adapter, or of its form in NF4.
+
+    Args:
+      row: of the array.
+      part: empty, or what follows the row's path, such as `/a`.
+    """
+    if not part:
+        return row.placement
+    if not row.is_matrix or not row.is_stacked:
         return None
-    row = PARAM_SPECS[matrix]
-    split = 3 if matrix.endswith("/wo") else 2  # behind L and the inputs: heads and head size
-    inputs, outputs = row[1:split], row[split:]
+    split = 1 + len(row.inputs)
+    inputs, outputs = row.placement[1:split], row.placement[split:]
     return {
-        "a": P(None, *inputs, None),
-        "b": P(None, None, *outputs),
-        "codes": P(None, inputs[0], *outputs),
-        "scales": P(None, inputs[0], *outputs),
-        "groups": P(),
-        "offset": P(),
+        "/a": P(None, *inputs, None),
+        "/b": P(None, None, *outputs),
+        "/codes": P(None, inputs[0], *outputs),
+        "/scales": P(None, inputs[0], *outputs),
+        "/groups": P(),
+        "/offset": P(),
     }.get(part)
 
 
+def _check_sizes(shapes: Mapping[str, tuple[int, ...]], rows: Table) -> None:
+    """Checks that a letter of the table means one size in all arrays.
+
+    Raises:
+      UserError: it does not, or an array has more or fewer dimensions than its row.
+    """
+    first: dict[str, tuple[int, str]] = {}
+    for path, shape in shapes.items():
+        if path not in rows:  # an adapter, or a part in NF4
+            continue
+        axes = rows[path].axes
+        if len(shape) != len(axes):
+            raise UserError(f"{path} has shape {shape}, but its row has the dimensions {axes}")
+        for letter, size in zip(axes, shape, strict=True):
+            known, where = first.setdefault(letter, (size, path))
+            if size != known:
+                raise UserError(
+                    f"{path} has shape {shape}, where {axes} makes {letter} {size}, but {letter} "
+                    f"is {known} in {where}"
+                )
+
+
 def _check_divides(
-    path: str, shape: tuple[int, ...], spec: P, mesh: Mesh | jax.sharding.AbstractMesh
+    row: Parameter,
+    path: str,
+    shape: tuple[int, ...],
+    spec: P,
+    mesh: Mesh | jax.sharding.AbstractMesh,
 ) -> None:
-    if len(spec) > len(shape):
-        raise UserError(f"{path} has shape {shape}, but its spec {spec} has more dimensions")
     used = [axis for entry in spec for axis in mesh_axes(entry)]
     if len(used) != len(set(used)):
         raise UserError(f"{path}: its spec {spec} uses a mesh axis twice")
-    for size, entry in zip(shape, spec, strict=False):
+    for place, (size, entry) in enumerate(zip(shape, spec, strict=False)):
         axes = mesh_axes(entry)
         for axis in axes:
             if axis not in mesh.shape:
                 raise UserError(f"{path}: the mesh {dict(mesh.shape)} has no axis {axis!r}")
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if size % parts:
-            vocabulary = path in _VOCABULARY and axes == ("tensor",)
+            vocabulary = path == row.path and row.axes[place] == "V"
             raise DoesNotDivide(
                 f"{path} of shape {shape}: a dimension of {size} does not divide over "
                 f"{' x '.join(axes)} = {parts} devices" + (_pad(size, parts) if vocabulary else "")
@@ -216,9 +226,12 @@ def _pad(rows: int, parts: int) -> str:
     )
 
 
-def param_shardings(params: Any, mesh: Mesh, *, any_vocabulary: bool = False) -> Any:
-    """`param_specs` bound to the mesh, for `jit` and restoring."""
-    return named_shardings(param_specs(params, mesh, any_vocabulary=any_vocabulary), mesh)
+def param_shardings(
+    params: Any, mesh: Mesh, *, rows: Table = PARAMETERS, any_vocabulary: bool = False
+) -> Any:
+    """Binds `param_specs` to the mesh, for `jit` and restoring; the arguments are the same."""
+    specs = param_specs(params, mesh, rows=rows, any_vocabulary=any_vocabulary)
+    return named_shardings(specs, mesh)
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
@@ -227,6 +240,14 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
         shardings,
+    )
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Counts the bytes that one device holds of a tree of arrays, or of shapes with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
     )
 
 

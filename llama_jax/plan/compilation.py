@@ -16,10 +16,9 @@ from llama_jax.errors import UserError, one_line
 from llama_jax.hardware.chips import GIB
 from llama_jax.hardware.topology import captured_stderr
 from llama_jax.hardware.xla_flags import flag_value
-from llama_jax.model.weights import abstract_frozen
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.parallel.sharding import check_batch, with_shardings
-from llama_jax.train.step import abstract_batch, abstract_state, jit_step
+from llama_jax.parallel.sharding import bytes_per_device, check_batch, with_shardings
+from llama_jax.train.step import abstract_batch, jit_step, placed_state
 
 _WARNING = re.compile(r"(?i)involuntary full rematerialization")
 _REPORT = "*.after_optimizations-memory-usage-report.txt"
@@ -78,8 +77,7 @@ def lower_step(config: Config, devices: list[jax.Device]) -> tuple[Any, Any, jax
     # The abstract mesh: nothing can be put on devices that are not here.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         step = jit_step(config, mesh)
-        state = dataclasses.replace(abstract_state(config), frozen=abstract_frozen(config))
-        state = with_shardings(state, step.state_shardings)
+        state = placed_state(config, step)
         batch = abstract_batch(config)
         batch = with_shardings(batch, dict.fromkeys(batch, step.batch_sharding))
         return step.train.lower(state, batch), state, mesh
@@ -129,19 +127,19 @@ def compile_step(
                 "temporaries": beside,
                 "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
             }
-    parameters = _bytes_per_device(state.params)
-    sizes.setdefault("arguments", _bytes_per_device(state))
+    parameters = bytes_per_device(state.params)
+    sizes.setdefault("arguments", bytes_per_device(state))
     sizes.setdefault("temporaries", sizes.get("total", 0) - sizes["arguments"])
     sizes = {
         "parameters": parameters,
-        "moments": _bytes_per_device(state.opt_state),
+        "moments": bytes_per_device(state.opt_state),
         "gradients": parameters,
         "activations": max(0, sizes["temporaries"] - parameters),
         "total": sizes["arguments"] + sizes["temporaries"],
         **sizes,
     }
     if state.frozen is not None:
-        sizes["frozen"] = _bytes_per_device(state.frozen)
+        sizes["frozen"] = bytes_per_device(state.frozen)
     warnings = tuple(line for line in said if _WARNING.search(line))
     seconds = time.perf_counter() - began
     return Compiled(mesh, seconds, text, sizes, constraints, warnings)
@@ -170,13 +168,6 @@ def heap_bytes(folder: pathlib.Path) -> int:
     if found is None:
         raise UserError(f"the TPU's compiler has not reported the program's memory in {folder}")
     return int(found[1])
-
-
-def _bytes_per_device(tree: Any) -> int:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def _exhausted(message: str) -> dict[str, int]:

@@ -21,15 +21,21 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from llama_jax.parameters import PARAMETERS, Table, path_of, row_of
+
 WINDOW = 128  # steps that say what is usual
 # Median absolute deviation to standard deviation of a normal distribution.
 _SCALE = 1.4826
 # Of the median: a loss that hardly moves has no spread, and is no reason to skip.
 _LEAST_SPREAD = 1e-3
 
-GROUPS = ("embed", "attn", "mlp", "norms", "lm_head")
-# Bits of `Skips.reasons`, beside one for each of GROUPS whose gradient is not finite.
-LOSS, SPIKE = 1 << len(GROUPS), 1 << (len(GROUPS) + 1)
+# The groups of parameters (`Parameter.group`) that have a name in the log and in messages, each
+# with the bit of `Skips.reasons` that says that its gradient is not finite. A variant of the model
+# may have arrays of other groups.
+OTHERS = "others"
+GROUPS = {"embed": 1, "attn": 2, "mlp": 4, "norms": 8, "lm_head": 16, OTHERS: 128}
+_EVERY = 31  # all groups of a LLaMA
+LOSS, SPIKE = 32, 64  # further bits: the loss is not finite, or something is beyond spike_factor
 
 
 @struct.dataclass
@@ -64,19 +70,23 @@ def init_skips() -> Skips:
     return Skips(*zeros, *empty)
 
 
-def group_norms(tree: Any) -> dict[str, jax.Array]:
-    """The norm of each group of a tree of parameters, gradients or updates, over all layers."""
+def group_norms(tree: Any, rows: Table = PARAMETERS) -> dict[str, jax.Array]:
+    """Computes the norm of each group of parameters, gradients or updates, over all layers."""
     sums: dict[str, Any] = {}
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        names = [key.key for key in path]
-        found = [name for name in GROUPS if name in names]
-        group = found[0] if found else "norms"
+    for keys, leaf in jax.tree.leaves_with_path(tree):
+        row = row_of(path_of(keys), rows)
+        group = row.group if row is not None and row.group in GROUPS else OTHERS
         sums[group] = sums.get(group, 0.0) + jnp.sum(jnp.square(leaf))
     return {name: jnp.sqrt(sums[name]) for name in GROUPS if name in sums}
 
 
 def skip_reasons(
-    skips: Skips, loss: jax.Array, grads: Any, grad_norm: jax.Array, factor: float
+    skips: Skips,
+    loss: jax.Array,
+    grads: Any,
+    grad_norm: jax.Array,
+    factor: float,
+    rows: Table = PARAMETERS,
 ) -> Any:
     """Why this step is to be skipped, as bits; 0: it is not.
 
@@ -88,13 +98,13 @@ def skip_reasons(
       grads: its gradient.
       grad_norm: over all of it, before clipping.
       factor: deviations from the median that make a spike; 0: nothing is one.
+      rows: the table of the model.
     """
     bits = jnp.where(jnp.isfinite(loss), 0, LOSS)
-    for name, norm in group_norms(grads).items():
-        bits |= jnp.where(jnp.isfinite(norm), 0, 1 << GROUPS.index(name))
+    for name, norm in group_norms(grads, rows).items():
+        bits |= jnp.where(jnp.isfinite(norm), 0, GROUPS[name])
     # The norm of all may overflow where those of the groups do not.
-    every = (1 << len(GROUPS)) - 1
-    bits = jnp.where((bits == 0) & ~jnp.isfinite(grad_norm), every, bits)
+    bits = jnp.where((bits == 0) & ~jnp.isfinite(grad_norm), _EVERY, bits)
     if factor:
         spike = (loss > _bound(skips.losses, factor)) | (
             grad_norm > _bound(skips.grad_norms, factor)
@@ -153,7 +163,7 @@ def select(skip: jax.Array | bool, before: Any, after: Any) -> Any:
 def explain(reasons: int) -> str:
     """Why a step was skipped, in words."""
     found = ["the loss is not finite"] if reasons & LOSS else []
-    groups = [name for bit, name in enumerate(GROUPS) if reasons >> bit & 1]
+    groups = [name for name, bit in GROUPS.items() if reasons & bit]
     if groups:
         found.append(f"gradients are not finite in {', '.join(groups)}")
     if reasons & SPIKE:

@@ -7,15 +7,28 @@ import jax.numpy as jnp
 import optax
 
 from llama_jax.config import OptimConfig
+from llama_jax.parameters import PARAMETERS, Table, path_of, row_of
 from llama_jax.train.bad_steps import select
 
-# Named, not inferred from the rank: under the layer scan a norm's scale is a matrix (L, D).
-NO_DECAY = ("attn_norm", "mlp_norm", "final_norm")
 
+def decay_mask(params: Any, rows: Table = PARAMETERS) -> Any:
+    """Marks the parameters that weight decay applies to: all but the scales of the norms.
 
-def decay_mask(params: Any) -> Any:
-    """True for parameters that weight decay applies to: all but the norms' scales."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key not in NO_DECAY, params)
+    It is not inferred from the rank, since under the layer scan a norm's scale is a matrix (L, D).
+
+    Args:
+      params: a tree of parameters, or of adapters.
+      rows: the table of the model.
+
+    Returns:
+      A tree of booleans, like `params`.
+    """
+
+    def decays(keys: Any, _: Any) -> bool:
+        row = row_of(path_of(keys), rows)
+        return row is None or row.decays
+
+    return jax.tree.map_with_path(decays, params)
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:

@@ -19,10 +19,10 @@ from llama_jax.files import expand, write_atomically
 from llama_jax.hardware.chips import peak_flops, peak_name
 from llama_jax.inference.decode import Sampling
 from llama_jax.inference.generation import complete
-from llama_jax.model.cost import adapter_count, parameter_count
+from llama_jax.model.cost import parameter_count
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.multihost import Peers, agreed, open_collectives, say
-from llama_jax.parallel.sharding import check_batch
+from llama_jax.parallel.sharding import bytes_per_device, check_batch
 from llama_jax.train.instruments import metrics
 from llama_jax.train.instruments.goodput import Goodput
 from llama_jax.train.instruments.profiler import Profiler
@@ -45,7 +45,7 @@ from llama_jax.train.resume import (
 )
 from llama_jax.train.rewind import Rewinder
 from llama_jax.train.start import check_init, initial_state, with_tokenizer
-from llama_jax.train.step import TrainState, jit_step, model_weights
+from llama_jax.train.step import TrainState, jit_step, model_weights, placed_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,32 +71,32 @@ def device_memory(device: jax.Device) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def check_memory(config: Config, mesh: jax.sharding.Mesh, capacity: int | None) -> None:
+def check_memory(
+    config: Config, state: TrainState, mesh: jax.sharding.Mesh, capacity: int | None
+) -> None:
     """Checks that the state and its gradients alone fit, before anything is allocated.
 
+    Args:
+      config: of the run.
+      state: shapes, dtypes and shardings, see `step.placed_state`.
+      mesh: the devices.
+      capacity: bytes that one device holds; None: not known, and nothing is checked.
+
     Raises:
-      UserError: they need more than `capacity` bytes per device.
+      UserError: they need more.
     """
-    if capacity is None:
+    held = (state, state.params)  # gradients have the dtypes and shardings of the parameters
+    needed = bytes_per_device(held)
+    if capacity is None or needed <= capacity:
         return
-    parameters = parameter_count(config.model)
-    moment = 2 if config.optim.moment_dtype == "bfloat16" else 4
-    shards = math.prod(mesh.shape[axis] for axis in ("fsdp", "context", "tensor"))
-    # float32 weights, gradients and second moment; activations come on top.
-    whole: float = parameters * (4 + 4 + 4 + moment)
-    if config.lora.rank:
-        base = {"float32": 4, "bfloat16": 2, "nf4": 0.5}[config.lora.base_dtype]
-        whole = parameters * base + adapter_count(config.model, config.lora) * (12 + moment)
-    needed = whole / shards
-    if needed <= capacity:
-        return
+    leaves = jax.tree.leaves(held)
+    devices = math.ceil(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / capacity)
     kind = mesh.devices.flat[0].device_kind
-    devices = math.ceil(whole / capacity)
     raise UserError(
-        f"this model has {parameters:,} parameters: weights, gradients and moments need "
-        f"{needed / 2**30:,.0f} GiB per device on this mesh, and each of the {mesh.size} {kind} "
-        f"device(s) has {capacity / 2**30:,.0f} GiB; use {devices} or more such devices with "
-        "mesh.fsdp=-1, or try --config=configs/tiny.py"
+        f"this model has {parameter_count(config.model):,} parameters: weights, gradients and "
+        f"moments need {needed / 2**30:,.0f} GiB per device on this mesh, and each of the "
+        f"{mesh.size} {kind} device(s) has {capacity / 2**30:,.0f} GiB; use {devices} or more such "
+        "devices with mesh.fsdp=-1, or try --config=configs/tiny.py"
     )
 
 
@@ -158,10 +158,11 @@ def run(config: Config, workdir: epath.PathLike, began: float | None = None) -> 
         check_same_config(config)
         config = with_tokenizer(config, workdir)
         mesh = make_mesh(config.mesh, config.dcn)
-        check_memory(config, mesh, device_memory(mesh.devices.flat[0]))
         check_batch(config.train.global_batch, config.train.seq_len, config.train.grad_accum, mesh)
         stack.enter_context(jax.set_mesh(mesh))
         compiled = jit_step(config, mesh)
+        capacity = device_memory(mesh.devices.flat[0])
+        check_memory(config, placed_state(config, compiled), mesh, capacity)
         goodput = Goodput(None, began)
         if jax.process_index() == 0:
             stack.enter_context(locked(workdir))

@@ -5,6 +5,7 @@ ids, targets one ahead of inputs) and `weights` (float32, 0 where the target doe
 packed documents also `segment_ids` and `positions` (int32).
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -24,6 +25,7 @@ from llama_jax.parallel.sharding import (
     named_shardings,
     param_shardings,
     param_specs,
+    with_shardings,
 )
 from llama_jax.train.bad_steps import Skips, group_norms, init_skips, select, skip_reasons, updated
 from llama_jax.train.optimizer import make_optimizer, make_schedule
@@ -227,6 +229,12 @@ class CompiledStep:
 def abstract_state(config: Config) -> TrainState:
     """Shapes and dtypes of the state as it is saved, without a base; allocates nothing."""
     return jax.eval_shape(lambda key: init_state(config, key), jax.random.key(0))
+
+
+def placed_state(config: Config, compiled: CompiledStep) -> TrainState:
+    """Returns shapes, dtypes and shardings of the whole state, with its base; allocates nothing."""
+    state = dataclasses.replace(abstract_state(config), frozen=abstract_frozen(config))
+    return with_shardings(state, compiled.state_shardings)
 
 
 def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.errors import UserError
 from llama_jax.parallel import sharding
 from llama_jax.parallel.mesh import AXES
-from llama_jax.parallel.sharding import PARAM_SPECS, activation_spec, constrain, param_specs
+from llama_jax.parallel.sharding import activation_spec, constrain, param_specs
+from llama_jax.parameters import PARAMETERS, Parameter, table
 from llama_jax.train.step import abstract_state, train_step
 from tests.helpers import QUICK, ROOT, TINY, mesh_of, random_batch, replace
 from tests.test_config import load
@@ -24,7 +25,7 @@ def abstract_mesh(*sizes):
 
 
 def test_the_table_has_twelve_rows():
-    assert len(PARAM_SPECS) == 12
+    assert len(PARAMETERS) == 12
 
 
 def test_each_parameter_has_its_row():
@@ -50,24 +51,36 @@ def test_a_parameter_without_a_row_is_an_error():
         param_specs(params, abstract_mesh(1, 1, 1, 1))
 
 
-def test_a_row_without_a_parameter_is_an_error(monkeypatch):
-    monkeypatch.setattr(sharding, "PARAM_SPECS", {**PARAM_SPECS, "layers/attn/wqkv": P()})
+def test_a_row_without_a_parameter_is_an_error():
+    rows = {**PARAMETERS, **table(Parameter("layers/attn/wqkv", "LDH", P()))}
     with pytest.raises(UserError, match="no parameter for row.* layers/attn/wqkv"):
-        param_specs(abstract_state(TINY).params, abstract_mesh(1, 1, 1, 1))
+        param_specs(abstract_state(TINY).params, abstract_mesh(1, 1, 1, 1), rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ("LDH", r"layers/attn_norm has shape \(2, 32\), but its row has the dimensions LDH"),
+        ("LH", r"layers/attn_norm .* makes H 32, but H is \d+ in layers/attn/wk"),
+    ],
+)
+def test_letters_that_are_not_the_sizes_of_an_array_are_an_error(axes, message):
+    rows = {**PARAMETERS, **table(Parameter("layers/attn_norm", axes, P(), decays=False))}
+    with pytest.raises(UserError, match=message):
+        param_specs(abstract_state(TINY).params, abstract_mesh(1, 1, 1, 1), rows=rows)
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         (P("expert"), "final_norm: the mesh .* has no axis 'expert'"),
-        (P(None, "fsdp"), "final_norm has shape .* has more dimensions"),
         (P(("fsdp", "fsdp")), "final_norm.* twice"),
     ],
 )
-def test_a_bad_row_is_an_error(monkeypatch, spec, message):
-    monkeypatch.setattr(sharding, "PARAM_SPECS", {**PARAM_SPECS, "final_norm": spec})
+def test_a_bad_row_is_an_error(spec, message):
+    rows = {**PARAMETERS, **table(Parameter("final_norm", "D", spec))}
     with pytest.raises(UserError, match=message):
-        param_specs(abstract_state(TINY).params, abstract_mesh(1, 2, 1, 1))
+        param_specs(abstract_state(TINY).params, abstract_mesh(1, 2, 1, 1), rows=rows)
 
 
 def test_a_dimension_that_does_not_divide_is_an_error():

@@ -17,11 +17,12 @@ from etils import epath
 
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.saved_step import StepMeta, find_step, load_meta
+from llama_jax.config import LoraConfig
 from llama_jax.data.batches import SyntheticBatches
 from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.data.training_data import TrainingData, open_data
 from llama_jax.errors import UserError
-from llama_jax.model.cost import parameter_count
+from llama_jax.model.cost import adapter_count, frozen_bytes, parameter_count
 from llama_jax.parallel.sharding import batch_sharding
 from llama_jax.train import loop, start
 from llama_jax.train import run as run_lib
@@ -32,6 +33,7 @@ from llama_jax.train.instruments.watchdog import Watchdog
 from llama_jax.train.resume import check_workdir
 from llama_jax.train.rewind import Rewinder
 from llama_jax.train.run import check_memory, train
+from llama_jax.train.step import jit_step, placed_state
 from tests.helpers import (
     LOOP_FIELDS,
     ROOT,
@@ -545,19 +547,40 @@ def test_without_held_out_documents_there_is_no_evaluation(corpus, tmp_path):
 
 def test_check_memory_tells_how_many_devices_it_takes():
     mesh = mesh_of((1, 8, 1, 1))
-    check_memory(TINY, mesh, 10**9)
-    check_memory(TINY, mesh, None)
+
+    def state_of(config):
+        with jax.set_mesh(mesh):
+            return placed_state(config, jit_step(config, mesh))
+
+    check_memory(TINY, state_of(TINY), mesh, 10**9)
     config = replace(TINY, model__dim=8192, model__ffn_dim=22016, model__n_layers=80)
+    state = state_of(config)
+    check_memory(config, state, mesh, None)
     parameters = parameter_count(config.model)
     with pytest.raises(UserError) as caught:
-        check_memory(config, mesh, 16 * 2**30)
+        check_memory(config, state, mesh, 16 * 2**30)
     devices = -(-parameters * 16 // (16 * 2**30))
     assert f"use {devices} or more such devices" in str(caught.value)
     assert f"need {parameters * 16 / 8 / 2**30:,.0f} GiB per device" in str(caught.value)
     half = replace(config, optim__moment_dtype="bfloat16")
-    check_memory(half, mesh, parameters * 14 // 8 + 1)
+    # The scales of the norms and a few counters are on every device.
+    capacity = int(parameters * 14 / 8 * 1.001)
+    check_memory(config, state_of(half), mesh, capacity)
     with pytest.raises(UserError):
-        check_memory(config, mesh, parameters * 14 // 8 + 1)
+        check_memory(config, state, mesh, capacity)
+
+
+def test_check_memory_counts_the_base_below_adapters():
+    mesh = mesh_of((1, 1, 1, 1))
+    config = replace(TINY, model__dim=4096, model__ffn_dim=11008, model__n_layers=32)
+    lora = LoraConfig(rank=4, base_dtype="nf4")
+    config = dataclasses.replace(config, lora=lora, init_from="hf:there")
+    with jax.set_mesh(mesh):
+        state = placed_state(config, jit_step(config, mesh))
+    held = frozen_bytes(config.model, config.lora) + 16 * adapter_count(config.model, config.lora)
+    check_memory(config, state, mesh, int(held * 1.001))
+    with pytest.raises(UserError, match="parameters: weights, gradients and moments"):
+        check_memory(config, state, mesh, int(held * 0.999))
 
 
 # Every field is live: each one is named here with the test that shows it.

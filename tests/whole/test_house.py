@@ -22,16 +22,17 @@ PACKAGE = ROOT / "llama_jax"
 BELOW = {
     "config": "",
     "hardware": "",
-    "parallel": "config",
+    "parameters": "config",
+    "parallel": "config parameters",
     "text": "config",
-    "model": "config parallel",
+    "model": "config parameters parallel",
     "data": "config text",
     "checkpoint": "config text parallel",
-    "interchange": "config model text checkpoint",
-    "inference": "config model parallel text data checkpoint interchange",
-    "train": "config hardware parallel text model data checkpoint interchange inference",
+    "interchange": "config parameters model text checkpoint",
+    "inference": "config parameters model parallel text data checkpoint interchange",
+    "train": "config parameters hardware parallel text model data checkpoint interchange inference",
     # The step that is planned is the one that trains.
-    "plan": "config hardware parallel model train.step train.optimizer",
+    "plan": "config parameters hardware parallel model train.step train.optimizer",
 }
 GROUND = ("errors", "files")
 COMMANDS = ("prepare", "generate", "evaluate", "convert")

@@ -1,0 +1,167 @@
+"""The arrays of a LLaMA: one strict table, from which all else about a parameter follows.
+
+A LLaMA of any depth is 12 arrays, because its layers are stacked on a leading axis. Each has a row:
+where it is in the tree, what its dimensions are, which mesh axes divide them, which of them a
+product sums over, and whether weight decay applies. Shapes, shardings, adapters (`model.lora`),
+blocks of 4-bit numbers (`model.nf4`), groups in the log and in error messages, the transposition of
+other formats (`interchange`) and parameter counts (`model.cost`) derive from the rows. A variant of
+the model has a table of its own, made from this one: nothing is changed for the plain model.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.config import ModelConfig
+from llama_jax.errors import require
+
+# `context` shards weights too, as a second fsdp axis: its devices hold different tokens of the
+# same batch, so they would otherwise hold the same weights several times.
+SHARD = ("fsdp", "context")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A row of the table.
+
+    Attributes:
+      path: the keys in the tree of parameters, joined by `/`.
+      axes: a letter for each dimension, see `sizes`. `L` comes first in what the layers have.
+      placement: the mesh axes that divide each dimension.
+      inputs: the dimensions that a product with activations sums over, right behind `L`; empty for
+        an array that enters no product.
+      decays: whether weight decay applies.
+      untied_only: whether models with tied embeddings lack it.
+    """
+
+    path: str
+    axes: str
+    placement: P
+    inputs: str = ""
+    decays: bool = True
+    untied_only: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.placement) <= len(self.axes),
+            f"{self.path}: its placement {self.placement} has more dimensions than {self.axes}",
+        )
+        require(
+            self.own_axes.startswith(self.inputs),
+            f"{self.path}: its dimensions {self.own_axes} do not begin with the inputs "
+            f"{self.inputs}",
+        )
+
+    @property
+    def name(self) -> str:
+        """The last key of the path, such as `wq`."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the array has a leading axis of layers."""
+        return self.axes.startswith("L")
+
+    @property
+    def own_axes(self) -> str:
+        """The dimensions of one layer."""
+        return self.axes.removeprefix("L")
+
+    @property
+    def outputs(self) -> str:
+        """The dimensions that a product with activations makes; empty if it enters no product."""
+        return self.own_axes.removeprefix(self.inputs) if self.inputs else ""
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether activations are multiplied by it; the embedding is looked up instead."""
+        return bool(self.inputs)
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it has one dimension (of a layer), as the scale of a norm: kept in float32."""
+        return len(self.own_axes) == 1
+
+    @property
+    def group(self) -> str:
+        """The group of parameters that the log and messages name: `attn`, `mlp`, `norms`, ..."""
+        if self.is_vector:
+            return "norms"
+        return self.path.split("/")[1] if self.is_stacked else self.path
+
+    def shape(self, model: ModelConfig) -> tuple[int, ...]:
+        """The shape in a model."""
+        return shape_of(self.axes, model)
+
+
+Table = Mapping[str, Parameter]
+
+
+def table(*rows: Parameter) -> Table:
+    """The rows by their paths."""
+    return {row.path: row for row in rows}
+
+
+PARAMETERS: Table = table(
+    Parameter("embed", "VD", P("tensor", SHARD)),
+    Parameter("layers/attn_norm", "LD", P(), decays=False),
+    Parameter("layers/attn/wq", "LDNH", P(None, SHARD, "tensor", None), inputs="D"),
+    Parameter("layers/attn/wk", "LDKH", P(None, SHARD, "tensor", None), inputs="D"),
+    Parameter("layers/attn/wv", "LDKH", P(None, SHARD, "tensor", None), inputs="D"),
+    Parameter("layers/attn/wo", "LNHD", P(None, "tensor", None, SHARD), inputs="NH"),
+    Parameter("layers/mlp_norm", "LD", P(), decays=False),
+    Parameter("layers/mlp/w1", "LDF", P(None, SHARD, "tensor"), inputs="D"),
+    Parameter("layers/mlp/w2", "LFD", P(None, "tensor", SHARD), inputs="F"),
+    Parameter("layers/mlp/w3", "LDF", P(None, SHARD, "tensor"), inputs="D"),
+    Parameter("final_norm", "D", P(), decays=False),
+    Parameter("lm_head", "DV", P(SHARD, "tensor"), inputs="D", untied_only=True),
+)
+
+
+def sizes(model: ModelConfig) -> dict[str, int]:
+    """The size of each letter of `Parameter.axes`."""
+    return {
+        "L": model.n_layers,
+        "V": model.vocab_size,
+        "D": model.dim,
+        "N": model.n_heads,
+        "K": model.n_kv_heads,
+        "H": model.head_dim,
+        "F": model.ffn_dim,
+    }
+
+
+def shape_of(axes: str, model: ModelConfig) -> tuple[int, ...]:
+    """The shape of an array with these dimensions."""
+    size = sizes(model)
+    return tuple(size[letter] for letter in axes)
+
+
+def present(model: ModelConfig, rows: Table = PARAMETERS) -> Iterator[Parameter]:
+    """The rows of the arrays that a model has, in the order of JAX's trees (sorted by key)."""
+    for row in sorted(rows.values(), key=lambda row: row.path.split("/")):
+        if not (row.untied_only and model.tied_embeddings):
+            yield row
+
+
+def row_of(path: str, rows: Table = PARAMETERS) -> Parameter | None:
+    """The row of an array; an adapter's and NF4's parts lie below their matrix, and have its row.
+
+    Args:
+      path: such as `layers/attn/wq`, or `layers/attn/wq/a`.
+      rows: the table.
+    """
+    return rows.get(path) or rows.get(path.rpartition("/")[0])
+
+
+def layer_matrices(rows: Table = PARAMETERS) -> dict[str, Parameter]:
+    """The matrices of the layers by name: those that may have adapters, or be in NF4."""
+    return {row.name: row for row in rows.values() if row.is_stacked and row.is_matrix}
+
+
+def path_of(keys: tuple[Any, ...]) -> str:
+    """The path of a leaf: the keys that `jax.tree.map_with_path` gives, joined by `/`."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
