@@ -26,7 +26,7 @@ from llama_jax.model.linear import gated_silu, project_named, weight
 from llama_jax.model.lora import Adapted
 from llama_jax.model.rope import apply_rope, rope_tables
 from llama_jax.parallel.sharding import constrain, reshard
-from llama_jax.parameters import shape_of
+from llama_jax.parameters import PARAMETERS, Table, shape_of
 
 # Standard deviation of the initial weights, as in GPT-2 (the LLaMA paper gives none); projections
 # back into the residual stream are scaled by 1 / sqrt(2 L), which keeps its variance near 1.
@@ -66,10 +66,19 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with RoPE; several query heads may share a kv head."""
+    """Causal self-attention with RoPE; several query heads may share a kv head.
+
+    A variant overrides `attend`, which has the arguments of `attention.attention`, or `heads`.
+    """
 
     config: ModelConfig
     lora: LoraConfig | None = None
+    attend: Any = attention
+
+    @nn.nowrap
+    def heads(self, name: str, x_BTNH: jax.Array) -> jax.Array:
+        """Returns queries (`name` is `q`) or keys (`k`) as they enter RoPE: here, unchanged."""
+        return x_BTNH
 
     @nn.compact
     def __call__(self, x_BTD, rope_BT1h, segment_ids_BT, cache):
@@ -82,8 +91,10 @@ class Attention(nn.Module):
         wv_DKH = weight(self, "wv", into, shape_of("DKH", c), dtype)
         wo_NHD = weight(self, "wo", out_of, shape_of("NHD", c), dtype)
 
-        q_BTNH = apply_rope(project("wq", "BTD,DNH->BTNH", x_BTD, wq_DNH), *rope_BT1h)
-        k_BTKH = apply_rope(project("wk", "BTD,DKH->BTKH", x_BTD, wk_DKH), *rope_BT1h)
+        q_BTNH = self.heads("q", project("wq", "BTD,DNH->BTNH", x_BTD, wq_DNH))
+        q_BTNH = apply_rope(q_BTNH, *rope_BT1h)
+        k_BTKH = self.heads("k", project("wk", "BTD,DKH->BTKH", x_BTD, wk_DKH))
+        k_BTKH = apply_rope(k_BTKH, *rope_BT1h)
         v_BTKH = project("wv", "BTD,DKH->BTKH", x_BTD, wv_DKH)
         q_BTNH = checkpoint_name(constrain(q_BTNH, "batch", "seq", "heads", "head_dim"), "q")
         k_BTKH = checkpoint_name(constrain(k_BTKH, "batch", "seq", "heads", "head_dim"), "k")
@@ -97,7 +108,7 @@ class Attention(nn.Module):
             keys = jax.lax.dynamic_update_slice(k_BSKH, k_BTKH, (0, offset, 0, 0))
             values = jax.lax.dynamic_update_slice(v_BSKH, v_BTKH, (0, offset, 0, 0))
             segments = (segment_ids_BT, segment_ids_BS)
-        out_BTNH = attention(
+        out_BTNH = self.attend(
             q_BTNH,
             keys,
             values,
@@ -113,10 +124,14 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w2(silu(w1 x) * w3 x), arXiv:2002.05202."""
+    """w2(silu(w1 x) * w3 x), arXiv:2002.05202.
+
+    A variant overrides `gated`, which takes w1 x and w3 x: with GELU it is GEGLU.
+    """
 
     config: ModelConfig
     lora: LoraConfig | None = None
+    gated: Any = gated_silu
 
     @nn.compact
     def __call__(self, x_BTD):
@@ -129,15 +144,20 @@ class SwiGLU(nn.Module):
         w2_FD = weight(self, "w2", out_of, shape_of("FD", c), dtype)
         gate_BTF = checkpoint_name(project("w1", "BTD,DF->BTF", x_BTD, w1_DF), "mlp_gate")
         up_BTF = checkpoint_name(project("w3", "BTD,DF->BTF", x_BTD, w3_DF), "mlp_up")
-        hidden_BTF = constrain(gated_silu(gate_BTF, up_BTF), "batch", "seq", "ffn")
+        hidden_BTF = constrain(self.gated(gate_BTF, up_BTF), "batch", "seq", "ffn")
         return project("w2", "BTF,FD->BTD", hidden_BTF, w2_FD)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the body of the layer scan."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); the body of the layer scan.
+
+    A variant overrides `attention` or `mlp` by another class, or `__call__`; see `Architecture`.
+    """
 
     config: ModelConfig
     lora: LoraConfig | None = None
+    attention: Any = Attention
+    mlp: Any = SwiGLU
 
     @nn.compact
     def __call__(self, x_BTD, layer_cache, rope_BT1h, segment_ids_BT, cache_segments):
@@ -151,15 +171,50 @@ class Block(nn.Module):
         attn_norm_D = self.param("attn_norm", nn.initializers.ones, shape_of("D", c))
         normed_BTD = gradient_barrier(rms_norm(x_BTD, attn_norm_D, c.norm_eps))
         normed_BTD = reshard(normed_BTD, whole, residual)
-        out_BTD, new_cache = Attention(c, self.lora, name="attn")(
+        out_BTD, new_cache = self.attention(c, self.lora, name="attn")(
             normed_BTD, rope_BT1h, segment_ids_BT, cache
         )
         x_BTD = x_BTD + checkpoint_name(reshard(out_BTD, residual, whole), "attn_out")
         mlp_norm_D = self.param("mlp_norm", nn.initializers.ones, shape_of("D", c))
         normed_BTD = gradient_barrier(rms_norm(x_BTD, mlp_norm_D, c.norm_eps))
         normed_BTD = reshard(normed_BTD, whole, residual)
-        out_BTD = SwiGLU(c, self.lora, name="mlp")(normed_BTD)
+        out_BTD = self.mlp(c, self.lora, name="mlp")(normed_BTD)
         return x_BTD + reshard(out_BTD, residual, whole), new_cache
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Architecture:
+    """A LLaMA, or a variant of it that a researcher makes; the plain model stays as it is.
+
+    Attributes:
+      block: the module of a layer: a class with the fields and the call of `Block`.
+      parameters: the table that has a row for each array, such as
+        `{**PARAMETERS, **table(Parameter(...))}`.
+    """
+
+    block: Any = Block
+    parameters: Table = dataclasses.field(default_factory=lambda: PARAMETERS)
+
+    @property
+    def name(self) -> str:
+        """What a checkpoint calls the architecture: the block's name; empty for the LLaMA."""
+        return "" if self.block is Block else f"{self.block.__module__}.{self.block.__qualname__}"
+
+
+LLAMA = Architecture()
+
+
+@struct.dataclass
+class Variant:
+    """Parameters of another architecture: what `forward` takes in place of plain ones.
+
+    Attributes:
+      params: the parameters, or `Adapted`.
+      architecture: what they are the parameters of.
+    """
+
+    params: Any
+    architecture: Architecture = struct.field(pytree_node=False)
 
 
 def _remat(block: Any, config: ModelConfig) -> Any:
@@ -191,6 +246,7 @@ class Llama(nn.Module):
 
     config: ModelConfig
     lora: LoraConfig | None = None
+    block: Any = Block
 
     @nn.compact
     def __call__(
@@ -238,7 +294,7 @@ class Llama(nn.Module):
             )
             cache_segments = (segment_ids_BS, start)
         layers = nn.scan(
-            _remat(Block, c),
+            _remat(self.block, c),
             variable_axes={"params": 0, "adapters": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
@@ -262,11 +318,19 @@ class Llama(nn.Module):
         return hidden_BTD, head_DV, cache
 
 
-def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
-    """Random initial parameters, float32: a plain nested dict of 12 arrays (11 if tied)."""
+def init_params(
+    config: ModelConfig, key: jax.Array, architecture: Architecture = LLAMA
+) -> dict[str, Any]:
+    """Makes random initial parameters, float32: a plain nested dict of 12 arrays (11 if tied).
+
+    Args:
+      config: the model.
+      key: selects the numbers.
+      architecture: which has a row for each array.
+    """
     # Parameters depend on no input; two tokens are enough, for which kernels have no use.
     config = dataclasses.replace(config, attention="xla")
-    return Llama(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+    return Llama(config, None, architecture.block).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
 def forward(
@@ -282,13 +346,16 @@ def forward(
 ) -> tuple[jax.Array, jax.Array, KVCache | None]:
     """`Llama.__call__` as a pure function of its parameters: hidden_BTD, head_DV, cache.
 
-    Parameters may be `Adapted`; these have dropout where there is a key.
+    Parameters may be `Adapted`, which have dropout where there is a key; or a `Variant`.
     """
+    architecture = LLAMA
+    if isinstance(params, Variant):
+        params, architecture = params.params, params.architecture
     adapted = isinstance(params, Adapted)
     variables = {"params": params.base if adapted else params}
     if adapted:
         variables["adapters"] = params.adapters
-    out: Any = Llama(config, params.lora if adapted else None).apply(
+    out: Any = Llama(config, params.lora if adapted else None, architecture.block).apply(
         variables,
         tokens_BT,
         positions_BT=positions_BT,

@@ -6,30 +6,46 @@ from typing import Any
 import jax
 
 from llama_jax.config import Config
-from llama_jax.model.llama import init_params
+from llama_jax.model.llama import LLAMA, Architecture, Variant, init_params
 from llama_jax.model.lora import Adapted, abstract_base, init_adapters
 
 
-def init_trained(config: Config, key: jax.Array) -> Any:
-    """Random values of what the run trains, float32; the same bits on every mesh."""
+def init_trained(config: Config, key: jax.Array, architecture: Architecture = LLAMA) -> Any:
+    """Makes random values of what the run trains, float32; the same bits on every mesh.
+
+    Args:
+      config: of the run.
+      key: selects the numbers.
+      architecture: of the model.
+    """
     if config.lora.rank:
-        return init_adapters(config.model, config.lora, key)
-    return init_params(config.model, key)
+        return init_adapters(config.model, config.lora, key, architecture.parameters)
+    return init_params(config.model, key, architecture)
 
 
-def abstract_trained(config: Config) -> Any:
-    """Shapes and dtypes of what the run trains; allocates nothing."""
-    return jax.eval_shape(functools.partial(init_trained, config), jax.random.key(0))
+def abstract_trained(config: Config, architecture: Architecture = LLAMA) -> Any:
+    """Returns shapes and dtypes of what the run trains; allocates nothing."""
+    init = functools.partial(init_trained, config, architecture=architecture)
+    return jax.eval_shape(init, jax.random.key(0))
 
 
-def abstract_frozen(config: Config) -> Any:
-    """Shapes and dtypes of the base below adapters; None where all weights are trained."""
+def abstract_frozen(config: Config, architecture: Architecture = LLAMA) -> Any:
+    """Returns shapes and dtypes of the base below adapters; None where all weights are trained."""
     if not config.lora.rank:
         return None
-    params = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
-    return abstract_base(params, config.lora)
+    init = functools.partial(init_params, config.model, architecture=architecture)
+    params = jax.eval_shape(init, jax.random.key(0))
+    return abstract_base(params, config.lora, architecture.parameters)
 
 
-def combined(trained: Any, frozen: Any, config: Config) -> Any:
-    """What `llama.forward` takes: the trained parameters, or the base with its adapters."""
-    return Adapted(frozen, trained, config.lora) if config.lora.rank else trained
+def combined(trained: Any, frozen: Any, config: Config, architecture: Architecture = LLAMA) -> Any:
+    """Returns what `llama.forward` takes: the trained parameters, or the base with its adapters.
+
+    Args:
+      trained: what the run trains.
+      frozen: the base below adapters, or None.
+      config: of the run.
+      architecture: of the model.
+    """
+    weights = Adapted(frozen, trained, config.lora) if config.lora.rank else trained
+    return weights if architecture is LLAMA else Variant(weights, architecture)

@@ -18,7 +18,7 @@ from llama_jax.hardware.topology import captured_stderr
 from llama_jax.hardware.xla_flags import flag_value
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import bytes_per_device, check_batch, with_shardings
-from llama_jax.train.step import abstract_batch, jit_step, placed_state
+from llama_jax.train.step import abstract_batch, jit_step
 
 _WARNING = re.compile(r"(?i)involuntary full rematerialization")
 _REPORT = "*.after_optimizations-memory-usage-report.txt"
@@ -77,7 +77,7 @@ def lower_step(config: Config, devices: list[jax.Device]) -> tuple[Any, Any, jax
     # The abstract mesh: nothing can be put on devices that are not here.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         step = jit_step(config, mesh)
-        state = placed_state(config, step)
+        state = step.placed_state()
         batch = abstract_batch(config)
         batch = with_shardings(batch, dict.fromkeys(batch, step.batch_sharding))
         return step.train.lower(state, batch), state, mesh

@@ -7,7 +7,8 @@
   overview.py   what it says before it begins
   loop.py       evaluate, save, next batch, step, log: the order is a contract
   step.py       one step of the optimiser, as a pure function, and its binding to a mesh
-  optimizer.py  AdamW, schedule, weight decay
+  parts.py      what a researcher exchanges: architecture, loss, optimiser, metrics
+  optimizer.py  AdamW, schedule, weight decay; any transformation of optax
   bad_steps.py  which updates are skipped, on the device
   rewind.py     back to an older checkpoint, on the host
   instruments/  measures and watches a run

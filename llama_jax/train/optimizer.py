@@ -1,14 +1,27 @@
-"""AdamW with warm-up, cosine decay, clipping, and weight decay on matrices only."""
+"""AdamW with warm-up, cosine decay, clipping, and weight decay on matrices only.
 
+Any other transformation of optax can take its place, see `parts.Parts`. Whatever it keeps, its
+state is sharded (`state_specs`), and stays as it is in a step that is skipped.
+"""
+
+import functools
+import itertools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import OptimConfig
-from llama_jax.parameters import PARAMETERS, Table, path_of, row_of
+from llama_jax.errors import UserError
+from llama_jax.parameters import PARAMETERS, SHARD, Table, path_of, row_of
 from llama_jax.train.bad_steps import select
+from llama_jax.train.parts import LLAMA_PARTS, Optimizer, Parts
+
+LARGE = 2**16  # numbers of an array from which on it is not kept on every device
 
 
 def decay_mask(params: Any, rows: Table = PARAMETERS) -> Any:
@@ -47,21 +60,151 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
-    """Clipping by global norm, then AdamW (arXiv:1711.05101) as in the LLaMA paper, section 2.3.
+def make_optimizer(
+    config: OptimConfig, steps: int, parts: Parts = LLAMA_PARTS
+) -> optax.GradientTransformationExtraArgs:
+    """Makes the optimiser: clipping by global norm, then AdamW (arXiv:1711.05101), or `parts`'.
 
-    Its `update` also takes `skip`, a boolean scalar. Where it is true, the state comes back as it
-    was, bit for bit, and the caller must not apply the updates.
+    AdamW is that of the LLaMA paper, section 2.3. The optimiser's `update` also takes `skip`, a
+    boolean scalar. Where it is true, the state comes back as it was, bit for bit, and the caller
+    must not apply the updates.
+
+    Args:
+      config: its numbers.
+      steps: length of the schedule, in optimiser steps.
+      parts: which may have another optimiser.
+
+    Raises:
+      UserError: `parts.optimizer` is no optax transformation, and makes none.
     """
+    if parts.optimizer is not None:
+        return _keeping_state(_transformation(parts.optimizer, make_schedule(config, steps)))
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         # The parts of `optax.adamw`, in its order and with its state.
         optax.chain(
             _scale_by_adam(config),
-            optax.add_decayed_weights(config.weight_decay, decay_mask),
+            optax.add_decayed_weights(
+                config.weight_decay,
+                functools.partial(decay_mask, rows=parts.architecture.parameters),
+            ),
             _scale_by_learning_rate(make_schedule(config, steps)),
         ),
     )
+
+
+def _transformation(chosen: Optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The optax transformation that was given, or the one that a given function makes.
+
+    Raises:
+      UserError: it is none.
+    """
+    if isinstance(chosen, optax.GradientTransformation):
+        return chosen
+    made = chosen(schedule) if callable(chosen) else chosen
+    if not isinstance(made, optax.GradientTransformation):
+        raise UserError(
+            "Parts.optimizer must be an optax transformation, or a function that makes one from a "
+            f"schedule, such as optax.lion; got {made!r:.100}"
+        )
+    return made
+
+
+def _keeping_state(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps a transformation so that a skipped step changes no bit of its state."""
+    inner = optax.with_extra_args_support(inner)
+
+    def update(
+        grads: Any, state: Any, params: Any = None, *, skip: jax.Array | bool = False, **extra: Any
+    ) -> tuple[Any, Any]:
+        updates, after = inner.update(grads, state, params, **extra)
+        # A state of other types than before would be another program at the next step.
+        after = jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
+        return updates, select(skip, state, after)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def learning_rate(
+    config: OptimConfig, steps: int, parts: Parts, update: jax.Array, opt_state: Any
+) -> jax.Array:
+    """Returns the learning rate of an update, float32; NaN if it is not known.
+
+    Args:
+      config: of the schedule.
+      steps: length of the schedule, in optimiser steps.
+      parts: an optimiser that a function makes has the config's schedule; another one shows its
+        rate in its state, if it was made by `optax.inject_hyperparams`.
+      update: number of updates before this one.
+      opt_state: state of the optimiser after it.
+    """
+    if isinstance(parts.optimizer, optax.GradientTransformation):
+        shown = optax.tree.get_all_with_path(opt_state, "learning_rate")
+        return jnp.float32(shown[0][1] if shown else jnp.nan)
+    return make_schedule(config, steps)(update)
+
+
+def state_specs(opt_state: Any, params: Any, specs: Any, mesh: Mesh) -> Any:
+    """Derives where each array of an optimiser's state lies, for any optimiser.
+
+    An array that belongs to a parameter (its path contains that of the parameter) lies with it:
+    each dimension that it shares is divided as the parameter's. That holds for moments, and for
+    factors such as Adafactor's, which lack dimensions of the parameter. Any other array is divided
+    along the first dimension that fsdp x context divides, if it is large; counters and small arrays
+    are on every device.
+
+    Args:
+      opt_state: shapes and dtypes of the state.
+      params: shapes and dtypes of the parameters.
+      specs: their partition specs, a tree like `params`.
+      mesh: the mesh.
+
+    Returns:
+      A tree of partition specs like `opt_state`.
+    """
+    leaves = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(specs), strict=True)
+    known = {path_of(keys): (leaf.shape, spec) for (keys, leaf), spec in leaves}
+    longest = max(path.count("/") for path in known) + 1
+
+    def spec_of(keys: tuple[Any, ...], leaf: Any) -> P:
+        names = [str(key.key) if isinstance(key, jax.tree_util.DictKey) else "" for key in keys]
+        for start in range(len(names)):
+            for stop in range(min(len(names), start + longest), start, -1):
+                if (path := "/".join(names[start:stop])) in known:
+                    found = _shared(leaf.shape, *known[path])
+                    return _spread(leaf.shape, mesh) if found is None else found
+        return _spread(leaf.shape, mesh)
+
+    return jax.tree.map_with_path(spec_of, opt_state)
+
+
+def _shared(shape: tuple[int, ...], whole: tuple[int, ...], spec: P) -> P | None:
+    """The spec of an array with some dimensions of a parameter, in order; None if it has others.
+
+    A dimension of size 1 may stand for one that was summed over.
+    """
+    entries = [*spec, *(None for _ in range(len(whole) - len(spec)))]
+    if len(shape) == len(whole):
+        triples = list(zip(shape, whole, entries, strict=True))
+        if any(n not in (1, size) for n, size, _ in triples):
+            return None
+        return P(*(entry if n == size else None for n, size, entry in triples))
+    for kept in itertools.combinations(range(len(whole)), len(shape)):
+        if tuple(whole[place] for place in kept) == shape:
+            return P(*(entries[place] for place in kept))
+    return None
+
+
+def _spread(shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The spec of an array that belongs to no parameter."""
+    parts = math.prod(mesh.shape[axis] for axis in SHARD)
+    if math.prod(shape) >= LARGE:
+        for place, size in enumerate(shape):
+            if size % parts == 0:
+                return P(*(None for _ in range(place)), SHARD)
+    return P()
 
 
 def _scale_by_adam(config: OptimConfig) -> optax.GradientTransformationExtraArgs:

@@ -45,7 +45,7 @@ from llama_jax.train.resume import (
 )
 from llama_jax.train.rewind import Rewinder
 from llama_jax.train.start import check_init, initial_state, with_tokenizer
-from llama_jax.train.step import TrainState, jit_step, model_weights, placed_state
+from llama_jax.train.step import TrainState, jit_step, model_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def check_memory(
 
     Args:
       config: of the run.
-      state: shapes, dtypes and shardings, see `step.placed_state`.
+      state: shapes, dtypes and shardings, see `CompiledStep.placed_state`.
       mesh: the devices.
       capacity: bytes that one device holds; None: not known, and nothing is checked.
 
@@ -162,7 +162,7 @@ def run(config: Config, workdir: epath.PathLike, began: float | None = None) -> 
         stack.enter_context(jax.set_mesh(mesh))
         compiled = jit_step(config, mesh)
         capacity = device_memory(mesh.devices.flat[0])
-        check_memory(config, placed_state(config, compiled), mesh, capacity)
+        check_memory(config, compiled.placed_state(), mesh, capacity)
         goodput = Goodput(None, began)
         if jax.process_index() == 0:
             stack.enter_context(locked(workdir))

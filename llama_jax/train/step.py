@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 
 from llama_jax.config import Config
 from llama_jax.model.llama import forward
-from llama_jax.model.loss import Sums, cross_entropy
 from llama_jax.model.weights import abstract_frozen, combined, init_trained
 from llama_jax.parallel.sharding import (
     batch_sharding,
@@ -27,10 +26,11 @@ from llama_jax.parallel.sharding import (
     param_specs,
     with_shardings,
 )
+from llama_jax.parameters import PARAMETERS, Table
 from llama_jax.train.bad_steps import Skips, group_norms, init_skips, select, skip_reasons, updated
-from llama_jax.train.optimizer import make_optimizer, make_schedule
+from llama_jax.train.optimizer import learning_rate, make_optimizer, state_specs
+from llama_jax.train.parts import LLAMA_PARTS, Batch, LossSums, Parts, StepView
 
-Batch = dict[str, jax.Array]
 _DROPOUT = 0x64726F70  # keeps its keys apart from those of the initial adapters
 
 
@@ -67,16 +67,28 @@ class TrainState:
         return cls(params=items["params"], **items["optimizer"], skips=Skips(**items["skips"]))
 
 
-def init_state(config: Config, key: jax.Array) -> TrainState:
-    """The state before the first step, without a base; the same bits on every mesh."""
-    params = init_trained(config, key)
-    opt_state = make_optimizer(config.optim, config.train.steps).init(params)
+def init_state(config: Config, key: jax.Array, parts: Parts = LLAMA_PARTS) -> TrainState:
+    """Makes the state before the first step, without a base; the same bits on every mesh.
+
+    Args:
+      config: of the run.
+      key: selects the initial weights.
+      parts: see `Parts`.
+    """
+    params = init_trained(config, key, parts.architecture)
+    opt_state = make_optimizer(config.optim, config.train.steps, parts).init(params)
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
 
 
-def model_weights(state: TrainState, config: Config) -> Any:
-    """What `llama.forward` takes of a state, see `weights.combined`."""
-    return combined(state.params, state.frozen, config)
+def model_weights(state: TrainState, config: Config, parts: Parts = LLAMA_PARTS) -> Any:
+    """Returns what `llama.forward` takes of a state, see `weights.combined`.
+
+    Args:
+      state: the state, or a tree like it, such as its shardings.
+      config: of the run.
+      parts: see `Parts`.
+    """
+    return combined(state.params, state.frozen, config, parts.architecture)
 
 
 def _dropout_key(config: Config, step: jax.Array) -> jax.Array:
@@ -84,7 +96,7 @@ def _dropout_key(config: Config, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, step)
 
 
-def _loss_sums(params: Any, batch: Batch, config: Config) -> Sums:
+def _loss_sums(params: Any, batch: Batch, config: Config, parts: Parts) -> LossSums:
     """Objective, cross-entropy and weight, summed over the tokens of a (micro)batch."""
     hidden_BTD, head_DV, _ = forward(
         config.model,
@@ -94,14 +106,7 @@ def _loss_sums(params: Any, batch: Batch, config: Config) -> Sums:
         segment_ids_BT=batch.get("segment_ids"),
         dropout_key=batch.get("dropout_key"),
     )
-    return cross_entropy(
-        hidden_BTD,
-        head_DV,
-        batch["targets"],
-        batch["weights"],
-        chunk=config.train.loss_chunk,
-        z_loss=config.train.z_loss,
-    )
+    return parts.loss(hidden_BTD, head_DV, batch, config)
 
 
 def _microbatches(batch: Batch, count: int) -> Batch:
@@ -118,10 +123,13 @@ def _gradients(
     params: Any,
     batch: Batch,
     config: Config,
+    parts: Parts,
     frozen: Any = None,
     dropout_key: jax.Array | None = None,
-) -> tuple[Sums, Any]:
+) -> tuple[LossSums, Any]:
     """Mean objective, mean loss, weight and mean gradient of a batch, in `grad_accum` microbatches.
+
+    What else a loss sums comes with them, as means by name.
 
     Microbatches live inside the step, not in `optax.MultiSteps`: sums are divided by the weight of
     the whole batch, which stays right when microbatches have unequal masks, where MultiSteps takes
@@ -130,15 +138,16 @@ def _gradients(
     which nothing keeps from running beside those of the layers.
     """
 
-    def sums_and_gradients(microbatch: Batch) -> tuple[Sums, Any]:
-        def objective(params: Any) -> tuple[jax.Array, Sums]:
-            sums = _loss_sums(combined(params, frozen, config), microbatch, config)
+    def sums_and_gradients(microbatch: Batch) -> tuple[LossSums, Any]:
+        def objective(params: Any) -> tuple[jax.Array, LossSums]:
+            weights = combined(params, frozen, config, parts.architecture)
+            sums = _loss_sums(weights, microbatch, config, parts)
             return sums[0], sums
 
         grads, sums = jax.grad(objective, has_aux=True)(params)
         return sums, grads
 
-    def body(total: tuple[Sums, Any], microbatch: Batch) -> tuple[tuple[Sums, Any], None]:
+    def body(total: tuple[LossSums, Any], microbatch: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, sums_and_gradients(microbatch)), None
 
     count = config.train.grad_accum
@@ -148,36 +157,51 @@ def _gradients(
     if count == 1:
         sums, grads = sums_and_gradients({**batch, **keys})
     else:
-        zero = jnp.zeros((), jnp.float32)
-        start = ((zero, zero, zero), jax.tree.map(jnp.zeros_like, params))
-        microbatches = {**_microbatches(batch, count), **keys}
-        (sums, grads), _ = jax.lax.scan(body, start, microbatches)
-    objective, entropy, weight = sums
+
+        def microbatches() -> Batch:
+            return {**_microbatches(batch, count), **keys}
+
+        def first() -> tuple[LossSums, Any]:
+            return sums_and_gradients(jax.tree.map(lambda x: x[0], microbatches()))
+
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(first))
+        (sums, grads), _ = jax.lax.scan(body, start, microbatches())
+    objective, entropy, weight, *others = sums
     scale = 1 / jnp.maximum(weight, 1.0)
     means = (objective * scale, entropy * scale, weight)
+    means += tuple(jax.tree.map(lambda total: total * scale, others))
     return means, jax.tree.map(lambda gradient: gradient * scale, grads)
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, config: Config
+    state: TrainState, batch: Batch, *, config: Config, parts: Parts = LLAMA_PARTS
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimiser step on a global batch, skipped if its loss or gradient is not fit to follow.
+    """Makes one optimiser step on a global batch; skips it if its loss or gradient is unusable.
+
+    Args:
+      state: before the step.
+      batch: arrays B T, see above.
+      config: of the run.
+      parts: see `Parts`.
 
     Returns:
       The next state, and metrics as float32 scalars: `loss` (mean cross-entropy per weighted token,
       in nats), `objective` (loss plus z-loss), `grad_norm` (before clipping), `learning_rate`,
       `tokens` (sum of the weights), `skipped` (steps so far) and `skipped_in_row`; with
-      `train.norm_stats` also `grad_norm/GROUP` and `update_norm/GROUP` of each group of weights.
+      `train.norm_stats` also `grad_norm/GROUP` and `update_norm/GROUP` of each group of weights;
+      and what the loss and `parts.metrics` add.
     """
-    train, skips = config.train, state.skips
+    train, skips, rows = config.train, state.skips, parts.architecture.parameters
     key = _dropout_key(config, state.step) if config.lora.rank and config.lora.dropout else None
-    means, grads = _gradients(state.params, batch, config, state.frozen, key)
-    objective, loss, tokens = means
+    means, grads = _gradients(state.params, batch, config, parts, state.frozen, key)
+    objective, loss, tokens, *others = means
     grad_norm = optax.tree.norm(grads)
-    reasons = skip_reasons(skips, objective, grads, grad_norm, train.spike_factor)
-    optimizer = make_optimizer(config.optim, train.steps)
+    reasons = skip_reasons(skips, objective, grads, grad_norm, train.spike_factor, rows)
+    optimizer = make_optimizer(config.optim, train.steps, parts)
     skip = reasons != 0
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, skip=skip)
+    updates, opt_state = optimizer.update(
+        grads, state.opt_state, state.params, skip=skip, value=objective
+    )
     # Selected here and not by the caller, so that it is part of AdamW's one pass over the state.
     params = select(skip, state.params, optax.apply_updates(state.params, updates))
     after = updated(skips, reasons, state.step, objective, grad_norm)
@@ -186,32 +210,50 @@ def train_step(
         "objective": objective,
         "grad_norm": grad_norm,
         # Of the update that is made: the schedule counts updates, not batches.
-        "learning_rate": make_schedule(config.optim, train.steps)(state.step - skips.total),
+        "learning_rate": learning_rate(
+            config.optim, train.steps, parts, state.step - skips.total, opt_state
+        ),
         "tokens": tokens,
         "skipped": after.total.astype(jnp.float32),
         "skipped_in_row": after.in_row.astype(jnp.float32),
     }
-    if train.norm_stats:
+    for sums in others:
+        metrics |= sums
+    if train.norm_stats or parts.metrics:
         moved = select(skip, jax.tree.map(jnp.zeros_like, updates), updates)
+    if train.norm_stats:
         for kind, tree in (("grad_norm", grads), ("update_norm", moved)):
-            metrics |= {f"{kind}/{name}": norm for name, norm in group_norms(tree).items()}
+            metrics |= {f"{kind}/{name}": norm for name, norm in group_norms(tree, rows).items()}
+    if parts.metrics:
+        view = StepView(state.params, grads, moved, batch, loss, tokens)
+        metrics |= {name: metric(view) for name, metric in parts.metrics.items()}
     return TrainState(state.step + 1, params, opt_state, after, state.frozen), metrics
 
 
-def eval_step(params: Any, batch: Batch, *, config: Config) -> tuple[jax.Array, jax.Array]:
-    """Summed cross-entropy and summed weight of a batch; sum both over batches, then divide.
+def eval_step(
+    params: Any, batch: Batch, *, config: Config, parts: Parts = LLAMA_PARTS
+) -> tuple[jax.Array, jax.Array]:
+    """Computes cross-entropy and weight of a batch, each summed over tokens.
 
-    `params` are what `model_weights` gives.
+    Sum both over batches, then divide.
+
+    Args:
+      params: what `model_weights` gives.
+      batch: arrays B T, see above.
+      config: of the run.
+      parts: see `Parts`.
     """
-    _, entropy, weight = _loss_sums(params, batch, config)
+    _, entropy, weight, *_ = _loss_sums(params, batch, config, parts)
     return entropy, weight
 
 
-@struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class CompiledStep:
     """Jitted `init_state`, `train_step` and `eval_step` for one config on one mesh.
 
     Attributes:
+      config: what they were made for.
+      parts: the same.
       state_shardings: where each array of the `TrainState` lives.
       batch_sharding: where a batch lives.
       init: key -> TrainState without a base; the state never exists unsharded.
@@ -219,22 +261,36 @@ class CompiledStep:
       evaluate: (params, batch) -> (summed loss, summed weight).
     """
 
+    config: Config
+    parts: Parts
     state_shardings: Any
     batch_sharding: Any
     init: Any
     train: Any
     evaluate: Any
 
+    def weights(self, state: TrainState) -> Any:
+        """Returns what `evaluate` and `llama.forward` take of a state, see `model_weights`."""
+        return model_weights(state, self.config, self.parts)
 
-def abstract_state(config: Config) -> TrainState:
-    """Shapes and dtypes of the state as it is saved, without a base; allocates nothing."""
-    return jax.eval_shape(lambda key: init_state(config, key), jax.random.key(0))
+    def placed_state(self, *, base: bool = True) -> TrainState:
+        """Returns shapes, dtypes and shardings of the state; allocates nothing.
+
+        Args:
+          base: whether the base below adapters is there; False: as the state is saved.
+        """
+        state, shardings = abstract_state(self.config, self.parts), self.state_shardings
+        if base:
+            frozen = abstract_frozen(self.config, self.parts.architecture)
+            state = dataclasses.replace(state, frozen=frozen)
+        else:
+            shardings = dataclasses.replace(shardings, frozen=None)
+        return with_shardings(state, shardings)
 
 
-def placed_state(config: Config, compiled: CompiledStep) -> TrainState:
-    """Returns shapes, dtypes and shardings of the whole state, with its base; allocates nothing."""
-    state = dataclasses.replace(abstract_state(config), frozen=abstract_frozen(config))
-    return with_shardings(state, compiled.state_shardings)
+def abstract_state(config: Config, parts: Parts = LLAMA_PARTS) -> TrainState:
+    """Returns shapes and dtypes of the state as it is saved, without a base; allocates nothing."""
+    return jax.eval_shape(lambda key: init_state(config, key, parts), jax.random.key(0))
 
 
 def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
@@ -246,56 +302,58 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
 
 
-def state_shardings(state: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
-    """Shardings for a whole `TrainState`: moments lie with their parameters, counters everywhere.
+def state_shardings(state: Any, mesh: Mesh, rows: Table = PARAMETERS) -> Any:
+    """Derives the shardings of a whole `TrainState`, see `optimizer.state_specs`.
 
     Args:
-      state: abstract `TrainState` (from `jax.eval_shape`).
-      optimizer: the optimiser that made `state.opt_state`.
+      state: shapes and dtypes of a `TrainState`.
       mesh: the mesh.
+      rows: the table of the model.
 
     Raises:
       UserError: as `param_specs`.
     """
-    specs = param_specs(state.params, mesh)
-    opt_specs = optax.tree.map_params(
-        optimizer,
-        lambda _, spec: spec,
-        state.opt_state,
-        specs,
-        transform_non_params=lambda _: jax.P(),
-    )
+    specs = param_specs(state.params, mesh, rows=rows)
+    opt_specs = state_specs(state.opt_state, state.params, specs, mesh)
     skips = jax.tree.map(lambda _: jax.P(), state.skips)
     return named_shardings(
         state.replace(step=jax.P(), params=specs, opt_state=opt_specs, skips=skips), mesh
     )
 
 
-def jit_step(config: Config, mesh: Mesh) -> CompiledStep:
+def jit_step(config: Config, mesh: Mesh, parts: Parts = LLAMA_PARTS) -> CompiledStep:
     """Binds the pure functions to a mesh; call inside `jax.set_mesh(mesh)`.
 
+    Args:
+      config: of the run.
+      mesh: the devices.
+      parts: what a researcher exchanges, see `Parts`.
+
     Raises:
-      UserError: a parameter does not divide over the mesh.
+      UserError: a parameter does not divide over the mesh, or has no row in the table.
     """
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    saved = state_shardings(abstract_state(config), optimizer, mesh)
-    frozen = abstract_frozen(config)
-    states = saved.replace(frozen=None if frozen is None else param_shardings(frozen, mesh))
+    rows = parts.architecture.parameters
+    saved = state_shardings(abstract_state(config, parts), mesh, rows)
+    frozen = abstract_frozen(config, parts.architecture)
+    base = None if frozen is None else param_shardings(frozen, mesh, rows=rows)
+    states = saved.replace(frozen=base)
     batch = batch_sharding(mesh)
     replicated = jax.sharding.NamedSharding(mesh, jax.P())
     return CompiledStep(
+        config=config,
+        parts=parts,
         state_shardings=states,
         batch_sharding=batch,
-        init=jax.jit(functools.partial(init_state, config), out_shardings=saved),
+        init=jax.jit(functools.partial(init_state, config, parts=parts), out_shardings=saved),
         train=jax.jit(
-            functools.partial(train_step, config=config),
+            functools.partial(train_step, config=config, parts=parts),
             in_shardings=(states, batch),
             out_shardings=(states, replicated),
             donate_argnums=0,
         ),
         evaluate=jax.jit(
-            functools.partial(eval_step, config=config),
-            in_shardings=(model_weights(states, config), batch),
+            functools.partial(eval_step, config=config, parts=parts),
+            in_shardings=(model_weights(states, config, parts), batch),
             out_shardings=replicated,
         ),
     )

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.train.optimizer import make_optimizer
 from llama_jax.train.step import abstract_batch, abstract_state, state_shardings
 from tests.helpers import MESHES, TINY, mesh_of, meshes, random_batch, replace, shared_step
 
@@ -181,8 +180,7 @@ def test_bfloat16_on_a_mesh(shape):
 
 def test_moments_lie_with_their_parameters():
     mesh = mesh_of((2, 2, 1, 2))
-    optimizer = make_optimizer(TINY.optim, TINY.train.steps)
-    state = state_shardings(abstract_state(TINY), optimizer, mesh)
+    state = state_shardings(abstract_state(TINY), mesh)
     moments = [
         part
         for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
