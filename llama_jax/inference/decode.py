@@ -18,6 +18,7 @@ from flax import struct
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import UserError, as_float32
+from llama_jax.model.linear import unembed
 from llama_jax.model.llama import KVCache, forward, init_cache
 from llama_jax.parallel.sharding import ACTIVATION_AXES, constrain, mesh_axes
 
@@ -163,9 +164,7 @@ def _extend(
         lengths_B=lengths_B,
     )
     assert new_cache is not None
-    last_BD = hidden_BTD[:, -1]
-    logits_BV = jnp.einsum("BD,DV->BV", last_BD, head_DV, preferred_element_type=jnp.float32)
-    return logits_BV, new_cache
+    return unembed(hidden_BTD[:, -1], head_DV), new_cache
 
 
 def _forget(window: int, cache: KVCache) -> KVCache:

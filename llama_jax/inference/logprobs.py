@@ -11,6 +11,7 @@ import numpy as np
 
 from llama_jax.config import ModelConfig
 from llama_jax.inference.decode import batch_multiple, round_up
+from llama_jax.model.linear import unembed
 from llama_jax.model.llama import forward
 from llama_jax.model.loss import from_chunks, n_chunks_of, to_chunks
 from llama_jax.parallel.sharding import constrain
@@ -35,8 +36,7 @@ def token_logprobs(
 
     def score(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden, targets = chunk
-        logits = jnp.einsum("BTD,DV->BTV", hidden, head_DV, preferred_element_type=jnp.float32)
-        logits = constrain(logits, "batch", "seq", "vocab")
+        logits = constrain(unembed(hidden, head_DV), "batch", "seq", "vocab")
         target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         logprob = target - jax.nn.logsumexp(logits, axis=-1)
         return logprob, jnp.argmax(logits, axis=-1) == targets

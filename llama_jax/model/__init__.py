@@ -1,7 +1,7 @@
 """The LLaMA as pure functions.
 
   llama.py             norm, attention, SwiGLU, block, decoder; the legend of dimensions
-  linear.py            products of activations and weights, with their adapters; gated SiLU
+  linear.py            every product of activations and weights, the head's too; gated SiLU
   rope.py              rotary position embeddings, and how they are stretched
   attention.py         one function over the backends
   attention_xla.py     blocks of queries and keys in plain XLA
