@@ -14,7 +14,7 @@ from llama_jax.inference.decode import batch_multiple, round_up
 from llama_jax.model.linear import unembed
 from llama_jax.model.llama import forward
 from llama_jax.model.loss import from_chunks, n_chunks_of, to_chunks
-from llama_jax.parallel.sharding import constrain
+from llama_jax.parallel.sharding import constrain, devices_along
 
 CHUNK = 128  # positions whose logits exist at once
 
@@ -136,9 +136,8 @@ class Scorer:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Inputs and targets, B T, and the lengths of the inputs, B."""
         width = round_up(max(map(len, rows)) - 1)
-        mesh = jax.sharding.get_abstract_mesh()
-        tensor = 1 if mesh.empty else mesh.shape["tensor"]
-        width = -(-width // tensor) * tensor  # which divides the residual stream
+        parts = devices_along("residual_seq")
+        width = -(-width // parts) * parts
         inputs_BT = np.zeros((size, width), np.int32)
         targets_BT = np.zeros((size, width), np.int32)
         lengths_B = np.zeros((size,), np.int32)

@@ -18,6 +18,7 @@ from llama_jax.model.attention_triton import TRITON_BLOCK, TRITON_HEAD_DIMS, tri
 from llama_jax.model.attention_xla import SegmentIds, blocked_attention, dense_attention
 from llama_jax.model.context_parallel import context_parallel_attention
 from llama_jax.parallel.mesh import platform as _platform
+from llama_jax.parallel.sharding import devices_along
 
 
 def attention(
@@ -66,7 +67,7 @@ def attention(
         backend = "xla" if _obstacle(fast, platform, q_BTNH) else fast
     obstacle = _obstacle(backend, platform, q_BTNH)
     if backend == "splash" and not obstacle:
-        obstacle = _tile_obstacle(q_BTNH.shape[1] // _context_size(), tile)
+        obstacle = _tile_obstacle(q_BTNH.shape[1] // devices_along("seq"), tile)
     if backend == "triton" and not obstacle:
         obstacle = _triton_obstacle(segment_ids, window)
     if obstacle:
@@ -78,27 +79,21 @@ def attention(
     if backend == "triton":
         ids_BT = None if segment_ids is None else segment_ids[0]
         return triton_attention(q_BTNH, k_BSKH, v_BSKH, ids_BT)
-    if _context_size() > 1 and _divides(q_BTNH):
+    if devices_along("seq") > 1 and _divides(q_BTNH):
         return context_parallel_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
     return blocked_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
 
 
-def _context_size() -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["context"]
-
-
 def _divides(q_BTNH: jax.Array) -> bool:
     """Whether the mesh divides batch and sequence; it does not when parameters are initialised."""
-    mesh = jax.sharding.get_abstract_mesh()
-    batch, chunks = mesh.shape["data"] * mesh.shape["fsdp"], 2 * mesh.shape["context"]
+    batch, chunks = devices_along("batch"), 2 * devices_along("seq")
     return q_BTNH.shape[0] % batch == 0 and q_BTNH.shape[1] % chunks == 0
 
 
 def _obstacle(backend: str, platform: str, q_BTNH: jax.Array) -> str:
     """Why a backend cannot compute this here; empty if it can."""
     _, length, _, head_dim = q_BTNH.shape
-    context = _context_size()
+    context = devices_along("seq")
     if backend == "xla":
         return ""
     if backend == "splash":

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.model import context_parallel
 from llama_jax.model.attention_xla import SegmentIds
 from llama_jax.parallel.mesh import device_kind
-from llama_jax.parallel.sharding import activation_spec
+from llama_jax.parallel.sharding import activation_spec, devices_along
 
 SPLASH_LANES = 128  # the kernel works on multiples of so many tokens
 LONG_SEQUENCE = 8192  # tokens from which on splash takes large tiles
@@ -107,18 +107,18 @@ def splash_attention(
       interpret: run the kernel in Python, on any platform (tests).
     """
     mesh = jax.sharding.get_abstract_mesh()
-    sizes = {"tensor": 1, "context": 1} if mesh.empty else mesh.shape
-    length, n_heads = q_BTNH.shape[1], q_BTNH.shape[2] // sizes["tensor"]
+    context = devices_along("seq")
+    length, n_heads = q_BTNH.shape[1], q_BTNH.shape[2] // devices_along("heads")
     shape = (length, length)
     mask = _Window(shape, window) if window else _Causal(shape)
-    if sizes["context"] > 1:
-        mask.q_sequence = context_parallel.query_order(length, sizes["context"]).astype(np.int32)
-    local_length = length // sizes["context"]
+    if context > 1:
+        mask.q_sequence = context_parallel.query_order(length, context).astype(np.int32)
+    local_length = length // context
     kernel = kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * n_heads),
         block_sizes=kernels.BlockSizes(**_tiles(local_length, length, tile, backward)),
         head_shards=1,
-        q_seq_shards=sizes["context"],
+        q_seq_shards=context,
         residual_checkpoint_name="attn_context",
         interpret=interpret,
     )
@@ -147,7 +147,7 @@ def splash_attention(
         here, ids = P(batch, heads, seq, head_dim), P(batch, seq)
         kernel_spec = kernel.manual_sharding_spec(jax.NamedSharding(mesh, P(None, seq)))
         out_BNTH = jax.shard_map(
-            with_context if sizes["context"] > 1 else local,
+            with_context if context > 1 else local,
             in_specs=(kernel_spec, here, here, here, None if segment_ids is None else (ids, ids)),
             out_specs=here,
             check_vma=False,

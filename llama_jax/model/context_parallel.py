@@ -26,9 +26,9 @@ from llama_jax.model.attention_xla import (
     masked_scores,
     visibility_mask,
 )
-from llama_jax.parallel.sharding import activation_spec
+from llama_jax.parallel.sharding import ACTIVATION_AXES, activation_spec, mesh_axes
 
-AXIS = "context"
+(AXIS,) = mesh_axes(ACTIVATION_AXES["seq"])
 
 
 def _owner(chunk: int, size: int) -> int:
