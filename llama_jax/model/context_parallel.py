@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.model.attention_xla import (
+from llama_jax.model.attention_scores import (
     MASKED,
     SegmentIds,
     by_kv_head,

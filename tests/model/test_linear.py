@@ -14,7 +14,7 @@ from llama_jax.model.linear import unembed, unembed_gradients
 PACKAGE = pathlib.Path(llama_jax.__file__).parent
 # Scores of attention and the rotation of RoPE multiply activations with no weight; merging an
 # adapter multiplies weights with no activation.
-OTHERS = {"attention_xla", "context_parallel", "rope", "lora"}
+OTHERS = {"attention_scores", "attention_xla", "context_parallel", "rope", "lora"}
 PRODUCTS = ("einsum", "dot", "matmul", "dot_general")
 
 
