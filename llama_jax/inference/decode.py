@@ -18,8 +18,9 @@ from flax import struct
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import UserError, as_float32
+from llama_jax.model.linear import unembed
 from llama_jax.model.llama import KVCache, forward, init_cache
-from llama_jax.parallel.sharding import ACTIVATION_AXES, constrain, mesh_axes
+from llama_jax.parallel.sharding import constrain, devices_along
 
 PREFILL = 512  # tokens of each prompt that enter the cache at once
 # Slots that the cache has beyond a sliding window: what is behind the window is moved out when they
@@ -163,9 +164,7 @@ def _extend(
         lengths_B=lengths_B,
     )
     assert new_cache is not None
-    last_BD = hidden_BTD[:, -1]
-    logits_BV = jnp.einsum("BD,DV->BV", last_BD, head_DV, preferred_element_type=jnp.float32)
-    return logits_BV, new_cache
+    return unembed(hidden_BTD[:, -1], head_DV), new_cache
 
 
 def _forget(window: int, cache: KVCache) -> KVCache:
@@ -263,15 +262,12 @@ def batch_multiple() -> int:
     Raises:
       UserError: the mesh divides the sequence, which neither decoding nor scoring does.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return 1
-    if mesh.shape["context"] > 1:
+    context = devices_along("seq")
+    if context > 1:
         raise UserError(
-            f"the mesh has context={mesh.shape['context']}, which is for training; "
-            "use data, fsdp and tensor here"
+            f"the mesh has context={context}, which is for training; use data, fsdp and tensor here"
         )
-    return math.prod(mesh.shape[axis] for axis in mesh_axes(ACTIVATION_AXES["batch"]))
+    return devices_along("batch")
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], context: int) -> int:

@@ -11,9 +11,10 @@ import numpy as np
 
 from llama_jax.config import ModelConfig
 from llama_jax.inference.decode import batch_multiple, round_up
+from llama_jax.model.linear import unembed
 from llama_jax.model.llama import forward
 from llama_jax.model.loss import from_chunks, n_chunks_of, to_chunks
-from llama_jax.parallel.sharding import constrain
+from llama_jax.parallel.sharding import constrain, devices_along
 
 CHUNK = 128  # positions whose logits exist at once
 
@@ -35,8 +36,7 @@ def token_logprobs(
 
     def score(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden, targets = chunk
-        logits = jnp.einsum("BTD,DV->BTV", hidden, head_DV, preferred_element_type=jnp.float32)
-        logits = constrain(logits, "batch", "seq", "vocab")
+        logits = constrain(unembed(hidden, head_DV), "batch", "seq", "vocab")
         target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         logprob = target - jax.nn.logsumexp(logits, axis=-1)
         return logprob, jnp.argmax(logits, axis=-1) == targets
@@ -136,9 +136,8 @@ class Scorer:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Inputs and targets, B T, and the lengths of the inputs, B."""
         width = round_up(max(map(len, rows)) - 1)
-        mesh = jax.sharding.get_abstract_mesh()
-        tensor = 1 if mesh.empty else mesh.shape["tensor"]
-        width = -(-width // tensor) * tensor  # which divides the residual stream
+        parts = devices_along("residual_seq")
+        width = -(-width // parts) * parts
         inputs_BT = np.zeros((size, width), np.int32)
         targets_BT = np.zeros((size, width), np.int32)
         lengths_B = np.zeros((size,), np.int32)

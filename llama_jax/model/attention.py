@@ -1,23 +1,61 @@
-"""Causal, grouped-query attention; one function over the backends.
+"""Computes causal, grouped-query attention by one of a table of backends.
 
 Shape letters as in llama.py. Every backend computes the same: none takes a mask that it cannot
-honour.
+honour. A new backend is a file with `obstacle` and `attend`, a row of `BACKENDS`, and a name that
+configs accept (`config.ATTENTION_BACKENDS`).
 """
 
+from collections.abc import Mapping
+from typing import Protocol
+
 import jax
-import jax.numpy as jnp
 
 from llama_jax.errors import UserError
-from llama_jax.model.attention_cudnn import (
-    CUDNN_MAX_HEAD_DIM,
-    cudnn_attention,
-    is_determinism_requested,
-)
-from llama_jax.model.attention_splash import SPLASH_LANES, splash_attention
-from llama_jax.model.attention_triton import TRITON_BLOCK, TRITON_HEAD_DIMS, triton_attention
-from llama_jax.model.attention_xla import SegmentIds, blocked_attention, dense_attention
-from llama_jax.model.context_parallel import context_parallel_attention
-from llama_jax.parallel.mesh import platform as _platform
+from llama_jax.model import attention_cudnn, attention_splash, attention_triton, attention_xla
+from llama_jax.model.attention_scores import Options, SegmentIds
+
+
+class Backend(Protocol):
+    """A module that computes attention of as many queries as keys."""
+
+    def obstacle(self, q_BTNH: jax.Array, segment_ids: SegmentIds | None, options: Options) -> str:
+        """Says why it cannot compute this here, and what would work; '' if it can.
+
+        Args:
+          q_BTNH: queries, of which only shape and dtype are read.
+          segment_ids: of queries and keys.
+          options: what else is asked for.
+        """
+
+    def attend(
+        self,
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        segment_ids: SegmentIds | None,
+        options: Options,
+    ) -> jax.Array:
+        """Computes it.
+
+        Args:
+          q_BTNH: queries, and all arguments, as those of `attention`.
+          k_BSKH: keys.
+          v_BSKH: values.
+          segment_ids: of queries and keys.
+          options: what else is asked for.
+
+        Returns:
+          Values averaged per query, B T N H, in the dtype of `q_BTNH`.
+        """
+
+
+BACKENDS: Mapping[str, Backend] = {
+    "xla": attention_xla,
+    "splash": attention_splash,
+    "cudnn": attention_cudnn,
+    "triton": attention_triton,
+}
+AUTO = ("splash", "cudnn", "xla")  # `auto` takes the first without an obstacle
 
 
 def attention(
@@ -32,7 +70,7 @@ def attention(
     tile: int = 0,
     backward: str = "auto",
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v, where query t sees the keys s <= t + q_offset of its segment.
+    """Computes softmax(q k^T / sqrt(H)) v; query t sees the keys s <= t + q_offset of its segment.
 
     N query heads share K key/value heads in groups of G = N / K (arXiv:2305.13245).
 
@@ -43,11 +81,11 @@ def attention(
       q_offset: position of the first query among the keys; non-zero when decoding with a cache.
       segment_ids: ids of shape (B, T) for queries and (B, S) for keys; tokens of different
         documents, or of a document and its padding, do not see each other.
-      window: a query sees only the last so many keys, itself included (sliding-window attention,
-        Mistral, arXiv:2310.06825); 0: all.
-      backend: `xla` everywhere; `splash`, a Pallas kernel on TPU; `cudnn` and `triton` (a Pallas
-        kernel too) on NVIDIA GPUs; `auto` takes splash or cudnn where it can compute this.
-        Decoding is always `xla`.
+      window: keys that a query sees back, itself included (sliding-window attention, Mistral,
+        arXiv:2310.06825); 0: all.
+      backend: a row of `BACKENDS`: `xla` everywhere; `splash`, a Pallas kernel on TPU; `cudnn` and
+        `triton` (a Pallas kernel too) on NVIDIA GPUs; or `auto`, see `AUTO`. Decoding is always
+        `xla`.
       tile: tokens of a tile of splash; 0: by the sequence length and the chip.
       backward: `split` or `fused` kernels for the gradients of splash; `auto`: as `tile`.
 
@@ -56,102 +94,18 @@ def attention(
 
     Raises:
       ValueError: an unknown backend.
-      UserError: one that cannot compute this here; says what would work.
+      UserError: the backend cannot compute this here; the message says what would work.
     """
     if not (isinstance(q_offset, int) and q_offset == 0 and q_BTNH.shape[1] == k_BSKH.shape[1]):
-        return dense_attention(q_BTNH, k_BSKH, v_BSKH, q_offset, segment_ids, window)
-    platform = _platform()
+        return attention_xla.dense_attention(q_BTNH, k_BSKH, v_BSKH, q_offset, segment_ids, window)
+    options = Options(window, tile, backward)
     if backend == "auto":
-        fast = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
-        backend = "xla" if _obstacle(fast, platform, q_BTNH) else fast
-    obstacle = _obstacle(backend, platform, q_BTNH)
-    if backend == "splash" and not obstacle:
-        obstacle = _tile_obstacle(q_BTNH.shape[1] // _context_size(), tile)
-    if backend == "triton" and not obstacle:
-        obstacle = _triton_obstacle(segment_ids, window)
-    if obstacle:
+        backend = next(
+            name for name in AUTO if not BACKENDS[name].obstacle(q_BTNH, segment_ids, options)
+        )
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}")
+    chosen = BACKENDS[backend]
+    if obstacle := chosen.obstacle(q_BTNH, segment_ids, options):
         raise UserError(f"model.attention={backend}: {obstacle}")
-    if backend == "splash":
-        return splash_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids, window, tile, backward)
-    if backend == "cudnn":
-        return cudnn_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
-    if backend == "triton":
-        ids_BT = None if segment_ids is None else segment_ids[0]
-        return triton_attention(q_BTNH, k_BSKH, v_BSKH, ids_BT)
-    if _context_size() > 1 and _divides(q_BTNH):
-        return context_parallel_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
-    return blocked_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids, window)
-
-
-def _context_size() -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["context"]
-
-
-def _divides(q_BTNH: jax.Array) -> bool:
-    """Whether the mesh divides batch and sequence; it does not when parameters are initialised."""
-    mesh = jax.sharding.get_abstract_mesh()
-    batch, chunks = mesh.shape["data"] * mesh.shape["fsdp"], 2 * mesh.shape["context"]
-    return q_BTNH.shape[0] % batch == 0 and q_BTNH.shape[1] % chunks == 0
-
-
-def _obstacle(backend: str, platform: str, q_BTNH: jax.Array) -> str:
-    """Why a backend cannot compute this here; empty if it can."""
-    _, length, _, head_dim = q_BTNH.shape
-    context = _context_size()
-    if backend == "xla":
-        return ""
-    if backend == "splash":
-        if platform != "tpu":
-            return f"the splash kernel runs on TPUs, and this is a {platform}; use xla"
-        if length % (SPLASH_LANES * context):
-            return (
-                f"the splash kernel takes multiples of {SPLASH_LANES * context} tokens with "
-                f"context={context}, not {length}; use xla"
-            )
-        return ""
-    if backend == "cudnn":
-        if platform != "gpu":
-            return f"cuDNN runs on NVIDIA GPUs, and this is a {platform}; use xla"
-        if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
-            return f"cuDNN takes bfloat16, not {q_BTNH.dtype}; use xla or model.compute_dtype"
-        if head_dim > CUDNN_MAX_HEAD_DIM or head_dim % 8:
-            return (
-                f"cuDNN takes heads of a multiple of 8 up to {CUDNN_MAX_HEAD_DIM}, not {head_dim}"
-            )
-        if context > 1:
-            return "cuDNN attention does not divide the sequence over mesh.context; use xla"
-        if is_determinism_requested():
-            return (
-                "XLA fails with cuDNN attention where XLA_FLAGS ask for the same bits in every run "
-                "(openxla/xla#46500); use triton or xla"
-            )
-        return ""
-    if backend == "triton":
-        smallest, largest = TRITON_HEAD_DIMS
-        if platform != "gpu":
-            return f"the Triton kernel runs on NVIDIA GPUs, and this is a {platform}; use xla"
-        if not smallest <= head_dim <= largest:
-            return f"the Triton kernel takes heads of {smallest} to {largest}, not {head_dim}"
-        if length % TRITON_BLOCK:
-            return f"the Triton kernel takes multiples of {TRITON_BLOCK} tokens, not {length}"
-        if context > 1:
-            return "Triton attention does not divide the sequence over mesh.context; use xla"
-        return ""
-    raise ValueError(f"unknown attention backend {backend!r}")
-
-
-def _tile_obstacle(length: int, tile: int) -> str:
-    """Why the splash kernel cannot take tiles of so many tokens of a sequence."""
-    if tile and length % tile:
-        return f"{length} tokens of a device are no multiple of model.attention_tile={tile}; use 0"
-    return ""
-
-
-def _triton_obstacle(segment_ids: SegmentIds | None, window: int) -> str:
-    """What the Triton kernel cannot honour."""
-    if window:
-        return "the Triton kernel has no sliding window; use cudnn or xla"
-    if segment_ids is not None and segment_ids[0] is not segment_ids[1]:
-        return "the Triton kernel takes one array of segment ids, for queries and keys; use xla"
-    return ""
+    return chosen.attend(q_BTNH, k_BSKH, v_BSKH, segment_ids, options)

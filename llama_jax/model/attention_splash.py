@@ -1,4 +1,4 @@
-"""The splash (sparse flash) attention kernel that comes with JAX, for TPUs: tiles, masks, a mesh.
+"""Computes attention by the splash (sparse flash) kernel that comes with JAX, on TPUs.
 
 Shape letters as in llama.py.
 """
@@ -12,15 +12,33 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec as P
 
+from llama_jax.errors import UserError
 from llama_jax.model import context_parallel
-from llama_jax.model.attention_xla import SegmentIds
-from llama_jax.parallel.mesh import device_kind
-from llama_jax.parallel.sharding import activation_spec
+from llama_jax.model.attention_scores import Options, SegmentIds
+from llama_jax.parallel.mesh import device_kind, platform
+from llama_jax.parallel.sharding import activation_spec, devices_along
 
-SPLASH_LANES = 128  # the kernel works on multiples of so many tokens
+LANES = 128  # the kernel works on multiples of this number of tokens
 LONG_SEQUENCE = 8192  # tokens from which on splash takes large tiles
 MOST_KEY_TILES = 8  # with which the fused backward kernel is the default
 ROOMY_CHIPS = ("TPU v6", "TPU7x")  # whose compilers give a kernel room for tiles of 2,048 tokens
+
+
+def obstacle(q_BTNH: jax.Array, segment_ids: SegmentIds | None, options: Options) -> str:
+    """Says why the kernel cannot compute this here, and what would work; '' if it can.
+
+    A tile that does not divide the sequence is a mistake in the config, not an obstacle: `attend`
+    raises, where `auto` would silently take another backend.
+    """
+    length, context = q_BTNH.shape[1], devices_along("seq")
+    if platform() != "tpu":
+        return f"the splash kernel runs on TPUs, and this is a {platform()}; use xla"
+    if length % (LANES * context):
+        return (
+            f"the splash kernel takes multiples of {LANES * context} tokens with "
+            f"context={context}, not {length}; use xla"
+        )
+    return ""
 
 
 class _Tiled:
@@ -64,11 +82,16 @@ def _tiles(queries: int, keys: int, tile: int, backward: str) -> dict[str, Any]:
     the gradient of the queries once for each tile of keys, so two kernels take over again where
     there are many.
     """
+    if tile and queries % tile:
+        raise UserError(
+            f"model.attention=splash: {queries} tokens of a device are no multiple of "
+            f"model.attention_tile={tile}; use 0"
+        )
     long = keys >= LONG_SEQUENCE
     if not tile:
         roomy = any(name in device_kind() for name in ROOMY_CHIPS)
         largest = (2048 if roomy else 1024) if long else 512
-        sizes = (2048, 1024, 512, 256, SPLASH_LANES)
+        sizes = (2048, 1024, 512, 256, LANES)
         tile = next(size for size in sizes if size <= largest and queries % size == 0)
     names = ["q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute"]
     fused = backward == "fused"
@@ -80,74 +103,93 @@ def _tiles(queries: int, keys: int, tile: int, backward: str) -> dict[str, Any]:
     return {**blocks, "use_fused_bwd_kernel": fused}
 
 
-def splash_attention(
+def _kernel(length: int, n_heads: int, options: Options, interpret: bool) -> Any:
+    """Makes the kernel, with its mask, for `length` tokens and the heads of one device."""
+    context = devices_along("seq")
+    shape = (length, length)
+    mask = _Window(shape, options.window) if options.window else _Causal(shape)
+    if context > 1:
+        mask.q_sequence = context_parallel.query_order(length, context).astype(np.int32)
+    tiles = _tiles(length // context, length, options.tile, options.backward)
+    return kernels.make_splash_mha(
+        masks.MultiHeadMask([mask] * n_heads),
+        block_sizes=kernels.BlockSizes(**tiles),
+        head_shards=1,
+        q_seq_shards=context,
+        residual_checkpoint_name="attn_context",
+        interpret=interpret,
+    )
+
+
+def _local(
+    kernel: Any,
+    q_BNTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    segments: SegmentIds | None,
+) -> jax.Array:
+    """Runs the kernel on each sequence of one device."""
+    ids = None if segments is None else kernels.SegmentIds(*segments)
+    return jax.vmap(kernel, in_axes=(0, 0, 0, None if ids is None else 0))(
+        q_BNTH, k_BKSH, v_BKSH, ids
+    )
+
+
+def _local_with_context(
+    kernel: Any,
+    q_BNTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    segments: SegmentIds | None,
+) -> jax.Array:
+    """Runs the kernel where each device has a part of each sequence."""
+    exchange, gather = context_parallel.to_zigzag, context_parallel.gather
+    if segments is not None:
+        segments = (exchange(segments[0], 1), gather(segments[1], 1))
+    keys, values = gather(k_BKSH, 2), gather(v_BKSH, 2)
+    out_BNTH = _local(kernel, exchange(q_BNTH, 2), keys, values, segments)
+    return context_parallel.from_zigzag(out_BNTH, 2)
+
+
+def attend(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     segment_ids: SegmentIds | None,
-    window: int,
-    tile: int = 0,
-    backward: str = "auto",
+    options: Options,
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attention by the splash kernel, on each device's heads.
+    """Computes attention by the splash kernel, on each device's heads.
 
     Under `context` each device takes an early and a late chunk of queries and gathers the keys, see
     `context_parallel`; what the mask hides in whole blocks is skipped.
 
     Args:
-      q_BTNH: queries, as all arguments like those of `attention`.
+      q_BTNH: queries; all arguments are those of `attention.Backend`.
       k_BSKH: keys.
       v_BSKH: values.
       segment_ids: of queries and keys.
-      window: tokens seen back; 0: all.
-      tile: tokens of a tile; 0: by the sequence length and the chip, see `_tiles`.
-      backward: `split`, `fused` or `auto`.
+      options: window, tile and backward kernels.
       interpret: run the kernel in Python, on any platform (tests).
+
+    Raises:
+      UserError: a device's part of the sequence is no multiple of the tile.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    sizes = {"tensor": 1, "context": 1} if mesh.empty else mesh.shape
-    length, n_heads = q_BTNH.shape[1], q_BTNH.shape[2] // sizes["tensor"]
-    shape = (length, length)
-    mask = _Window(shape, window) if window else _Causal(shape)
-    if sizes["context"] > 1:
-        mask.q_sequence = context_parallel.query_order(length, sizes["context"]).astype(np.int32)
-    local_length = length // sizes["context"]
-    kernel = kernels.make_splash_mha(
-        masks.MultiHeadMask([mask] * n_heads),
-        block_sizes=kernels.BlockSizes(**_tiles(local_length, length, tile, backward)),
-        head_shards=1,
-        q_seq_shards=sizes["context"],
-        residual_checkpoint_name="attn_context",
-        interpret=interpret,
-    )
-
-    def local(kernel, q_BNTH, k_BKSH, v_BKSH, segments):
-        ids = None if segments is None else kernels.SegmentIds(*segments)
-        return jax.vmap(kernel, in_axes=(0, 0, 0, None if ids is None else 0))(
-            q_BNTH, k_BKSH, v_BKSH, ids
-        )
-
-    def with_context(kernel, q_BNTH, k_BKSH, v_BKSH, segments):
-        exchange, gather = context_parallel.to_zigzag, context_parallel.gather
-        if segments is not None:
-            segments = (exchange(segments[0], 1), gather(segments[1], 1))
-        keys, values = gather(k_BKSH, 2), gather(v_BKSH, 2)
-        out_BNTH = local(kernel, exchange(q_BNTH, 2), keys, values, segments)
-        return context_parallel.from_zigzag(out_BNTH, 2)
-
+    n_heads = q_BTNH.shape[2] // devices_along("heads")
+    kernel = _kernel(q_BTNH.shape[1], n_heads, options, interpret)
     scale = 1 / math.sqrt(q_BTNH.shape[-1])
     q_BNTH = (q_BTNH * scale).astype(q_BTNH.dtype).swapaxes(1, 2)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     if mesh.empty:
-        out_BNTH = local(kernel, q_BNTH, k_BKSH, v_BKSH, segment_ids)
+        out_BNTH = _local(kernel, q_BNTH, k_BKSH, v_BKSH, segment_ids)
     else:
         batch, seq, heads, head_dim = activation_spec("batch", "seq", "heads", "head_dim")
         here, ids = P(batch, heads, seq, head_dim), P(batch, seq)
         kernel_spec = kernel.manual_sharding_spec(jax.NamedSharding(mesh, P(None, seq)))
         out_BNTH = jax.shard_map(
-            with_context if sizes["context"] > 1 else local,
+            _local_with_context if devices_along("seq") > 1 else _local,
             in_specs=(kernel_spec, here, here, here, None if segment_ids is None else (ids, ids)),
             out_specs=here,
             check_vma=False,

@@ -1,6 +1,7 @@
-"""The FlashAttention kernel in Pallas-Triton that comes with JAX, for NVIDIA GPUs.
+"""Computes attention by the Pallas-Triton kernel that comes with JAX, on NVIDIA GPUs.
 
-It needs no library beside XLA, and knows segments, which cuDNN does not.
+It needs no library beside XLA, and knows segments, which cuDNN does not. Shape letters as in
+llama.py.
 """
 
 import math
@@ -9,27 +10,50 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.parallel.sharding import activation_spec
+from llama_jax.model.attention_scores import Options, SegmentIds
+from llama_jax.parallel.mesh import platform
+from llama_jax.parallel.sharding import activation_spec, devices_along
 
-TRITON_BLOCK = 128  # the kernel works on tiles of so many queries and keys
-TRITON_HEAD_DIMS = (16, 128)  # smaller ones its matrix unit does not take, larger ones do not fit
+BLOCK = 128  # queries and keys of a tile of the kernel
+HEAD_DIMS = (16, 128)  # smaller ones its matrix unit does not take, larger ones do not fit
 
 
-def triton_attention(
+def obstacle(q_BTNH: jax.Array, segment_ids: SegmentIds | None, options: Options) -> str:
+    """Says why the kernel cannot compute this here, and what would work; '' if it can."""
+    _, length, _, head_dim = q_BTNH.shape
+    smallest, largest = HEAD_DIMS
+    if platform() != "gpu":
+        return f"the Triton kernel runs on NVIDIA GPUs, and this is a {platform()}; use xla"
+    if not smallest <= head_dim <= largest:
+        return f"the Triton kernel takes heads of {smallest} to {largest}, not {head_dim}"
+    if length % BLOCK:
+        return f"the Triton kernel takes multiples of {BLOCK} tokens, not {length}"
+    if devices_along("seq") > 1:
+        return "Triton attention does not divide the sequence over mesh.context; use xla"
+    if options.window:
+        return "the Triton kernel has no sliding window; use cudnn or xla"
+    if segment_ids is not None and segment_ids[0] is not segment_ids[1]:
+        return "the Triton kernel takes one array of segment ids, for queries and keys; use xla"
+    return ""
+
+
+def attend(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    segment_ids_BT: jax.Array | None,
+    segment_ids: SegmentIds | None,
+    options: Options,
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Causal attention, on each device's heads; the kernel knows no groups, so K heads become N.
+    """Computes attention on each device's heads; K heads become N: the kernel knows no groups.
 
     Args:
-      q_BTNH: queries, as all arguments like those of `attention.attention`.
+      q_BTNH: queries; all arguments are those of `attention.Backend`.
       k_BSKH: keys.
       v_BSKH: values.
-      segment_ids_BT: of queries and keys.
+      segment_ids: one array, for queries and keys.
+      options: without a window.
       interpret: run the kernel in Python, on any platform (tests).
     """
     from jax.experimental.pallas.ops.gpu.attention import mha
@@ -40,6 +64,7 @@ def triton_attention(
         scale = 1 / math.sqrt(q.shape[-1])
         return mha(q, k, v, segments, sm_scale=scale, causal=True, interpret=interpret)
 
+    segment_ids_BT = None if segment_ids is None else segment_ids[0]
     if jax.sharding.get_abstract_mesh().empty:
         out_BTNH = local(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
     else:

@@ -1,4 +1,4 @@
-"""Attention in plain XLA operations, for every platform.
+"""Computes attention in plain XLA operations, for every platform and mesh.
 
 Shape letters as in llama.py; Q and C are the queries and keys of one block.
 """
@@ -10,14 +10,41 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-SegmentIds = tuple[jax.Array, jax.Array]
+from llama_jax.model.attention_scores import (
+    Options,
+    SegmentIds,
+    by_kv_head,
+    masked_scores,
+    visibility_mask,
+)
+from llama_jax.model.context_parallel import context_parallel_attention
+from llama_jax.parallel.sharding import devices_along
 
 # The sequence is cut into at most so many blocks of queries, each of which sees only the keys up to
 # its own end: of the square of scores, the half above the diagonal is mostly never computed.
 MAX_BLOCKS = 8
 MIN_BLOCK = 64  # smaller ones make matrix products too small to be fast
-# Finite, so that a query that sees no key (padding) gives an average instead of NaN.
-MASKED = float(jnp.finfo(jnp.float32).min)
+
+
+def obstacle(q_BTNH: jax.Array, segment_ids: SegmentIds | None, options: Options) -> str:
+    """Returns '': plain XLA computes all that `attention.attention` can be asked for."""
+    return ""
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segment_ids: SegmentIds | None,
+    options: Options,
+) -> jax.Array:
+    """Computes attention in blocks, on any mesh; arguments as of `attention.Backend`."""
+    context = devices_along("seq")
+    # The mesh does not divide the two tokens with which parameters are initialised.
+    divides = q_BTNH.shape[0] % devices_along("batch") == 0 and q_BTNH.shape[1] % (2 * context) == 0
+    if context > 1 and divides:
+        return context_parallel_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids, options.window)
+    return blocked_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids, options.window)
 
 
 def blocked_attention(
@@ -54,45 +81,10 @@ def dense_attention(
     return checkpoint_name(out_BTNH, "attn_context")
 
 
-def by_kv_head(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """B T N H, B S K H, B S K H -> B K G T H, B K S H, B K S H."""
-    batch, n_queries, n_heads, head_dim = q_BTNH.shape
-    n_kv_heads = k_BSKH.shape[2]
-    shape = (batch, n_queries, n_kv_heads, n_heads // n_kv_heads, head_dim)
-    q_BKGTH = q_BTNH.reshape(shape).transpose(0, 2, 3, 1, 4)
-    return q_BKGTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-
-
 def _n_blocks(length: int) -> int:
     """The most blocks of equal size that are not too many and not too small."""
     most = max(1, min(MAX_BLOCKS, length // MIN_BLOCK))
     return next(count for count in range(most, 0, -1) if length % count == 0)
-
-
-def visibility_mask(
-    queries_Q: jax.Array,
-    keys_C: jax.Array,
-    segment_ids: SegmentIds | None,
-    window: int,
-) -> jax.Array:
-    """True where a query sees a key; broadcasts to B K G Q C."""
-    mask_QC = keys_C[None, :] <= queries_Q[:, None]
-    if window:
-        mask_QC &= keys_C[None, :] > queries_Q[:, None] - window
-    mask = mask_QC[None, None, None]
-    if segment_ids is None:
-        return mask
-    return mask & (segment_ids[0][:, None, None, :, None] == segment_ids[1][:, None, None, None, :])
-
-
-def masked_scores(q_BKGQH: jax.Array, k_BKCH: jax.Array, mask: jax.Array) -> jax.Array:
-    """q k^T / sqrt(H) in float32, `MASKED` where the mask is False."""
-    scores_BKGQC = jnp.einsum(
-        "BKGQH,BKCH->BKGQC", q_BKGQH, k_BKCH, preferred_element_type=jnp.float32
-    )
-    return jnp.where(mask, scores_BKGQC / math.sqrt(q_BKGQH.shape[-1]), MASKED)
 
 
 def _block_scores(

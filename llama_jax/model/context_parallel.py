@@ -19,16 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.model.attention_xla import (
+from llama_jax.model.attention_scores import (
     MASKED,
     SegmentIds,
     by_kv_head,
     masked_scores,
     visibility_mask,
 )
-from llama_jax.parallel.sharding import activation_spec
+from llama_jax.parallel.sharding import ACTIVATION_AXES, activation_spec, mesh_axes
 
-AXIS = "context"
+(AXIS,) = mesh_axes(ACTIVATION_AXES["seq"])
 
 
 def _owner(chunk: int, size: int) -> int:

@@ -1,4 +1,6 @@
-"""Products of activations and weights, trained, frozen or with an adapter, and SwiGLU's gate.
+"""Holds every product of activations and weights, and SwiGLU's gate.
+
+A weight is trained, frozen or has an adapter; the output head has functions of its own.
 
 Letters of equations as in llama.py; r is the rank of an adapter.
 """
@@ -84,6 +86,33 @@ def _frozen_backward(equation: str, w: Any, d_out: jax.Array) -> tuple[jax.Array
 
 
 project_frozen.defvjp(_frozen_forward, _frozen_backward)
+
+
+def unembed(hidden: jax.Array, head_DV: jax.Array) -> jax.Array:
+    """Logits in float32 of hidden states B T D, or B D: B T V, or B V."""
+    tokens = "BT"[: hidden.ndim - 1]
+    equation = f"{tokens}D,DV->{tokens}V"
+    return jnp.einsum(equation, hidden, head_DV, preferred_element_type=jnp.float32)
+
+
+def unembed_gradients(
+    hidden_BTD: jax.Array, head_DV: jax.Array, d_logits_BTV: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of both operands of `unembed`, which the loss takes chunk by chunk.
+
+    Args:
+      hidden_BTD: hidden states.
+      head_DV: output matrix.
+      d_logits_BTV: gradient of the logits, in the dtype of `hidden_BTD`.
+
+    Returns:
+      d_hidden_BTD in that dtype, and d_head_DV in float32, in which chunks are summed.
+    """
+    d_hidden_BTD = jnp.einsum("BTV,DV->BTD", d_logits_BTV, head_DV)
+    d_head_DV = jnp.einsum(
+        "BTD,BTV->DV", hidden_BTD, d_logits_BTV, preferred_element_type=jnp.float32
+    )
+    return d_hidden_BTD, d_head_DV
 
 
 @jax.custom_vjp

@@ -22,7 +22,7 @@ from llama_jax.config import LoraConfig, ModelConfig
 from llama_jax.model.attention import attention
 from llama_jax.model.fusion import gradient_barrier
 from llama_jax.model.initializers import normal
-from llama_jax.model.linear import gated_silu, project_named, weight
+from llama_jax.model.linear import gated_silu, project_named, unembed, weight
 from llama_jax.model.lora import Adapted
 from llama_jax.model.rope import apply_rope, rope_tables
 from llama_jax.parallel.sharding import constrain, reshard
@@ -371,4 +371,4 @@ def forward(
 def logits(config: ModelConfig, params: Any, tokens_BT: jax.Array) -> jax.Array:
     """Next-token logits B T V in float32, for small inputs and comparisons."""
     hidden_BTD, head_DV, _ = forward(config, params, tokens_BT)
-    return jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+    return unembed(hidden_BTD, head_DV)

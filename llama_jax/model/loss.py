@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from llama_jax.model.linear import unembed, unembed_gradients
 from llama_jax.parallel.sharding import activation_spec, constrain, mesh_axes
 from llama_jax.parameters import PARAMETERS
 
@@ -124,8 +125,7 @@ def _chunk_loss(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
 ) -> tuple[Sums, tuple[jax.Array, ...]]:
-    logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
-    logits_BTV = constrain(logits_BTV, "batch", "seq", "vocab")
+    logits_BTV = constrain(unembed(hidden_BTD, head_DV), "batch", "seq", "vocab")
     max_BT1 = jnp.max(logits_BTV, axis=-1, keepdims=True)
     exp_BTV = jnp.exp(logits_BTV - max_BT1)
     sum_BT1 = jnp.sum(exp_BTV, axis=-1, keepdims=True)
@@ -179,10 +179,8 @@ def _sums_and_gradients(
         onehot_BTV = jax.nn.one_hot(targets, head_DV.shape[1], dtype=jnp.float32)
         d_logits_BTV = exp_BTV * (scale_BT[..., None] / sum_BT1) - onehot_BTV * weights[..., None]
         d_logits_BTV = d_logits_BTV.astype(hidden.dtype)
-        d_hidden_BTD = jnp.einsum("BTV,DV->BTD", d_logits_BTV, head_DV)
-        d_head_DV += jnp.einsum(
-            "BTD,BTV->DV", hidden, d_logits_BTV, preferred_element_type=jnp.float32
-        )
+        d_hidden_BTD, d_chunk_DV = unembed_gradients(hidden, head_DV, d_logits_BTV)
+        d_head_DV += d_chunk_DV
         return (jax.tree.map(jnp.add, total, sums), d_head_DV), d_hidden_BTD
 
     n_chunks = n_chunks_of(chunk, hidden_BTD.shape[1])

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.errors import UserError
 from llama_jax.parallel.mesh import DoesNotDivide
-from llama_jax.parameters import PARAMETERS, Parameter, Table, path_of, row_of
+from llama_jax.parameters import PARAMETERS, SHARD, Parameter, Table, path_of, row_of
 
 ACTIVATION_AXES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -96,6 +96,26 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     if entry is None:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def devices_along(name: str, sizes: Mapping[str, int] | None = None) -> int:
+    """The number of devices that divide a dimension of activations between them.
+
+    Args:
+      name: the dimension, a row of `ACTIVATION_AXES`.
+      sizes: devices along each mesh axis, such as `mesh.shape`; None: those of the mesh of
+        `jax.set_mesh`, and 1 without a mesh.
+    """
+    axes = mesh_axes(ACTIVATION_AXES[name])
+    if sizes is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        sizes = dict.fromkeys(axes, 1) if mesh.empty else mesh.shape
+    return math.prod(sizes[axis] for axis in axes)
+
+
+def weight_shards(sizes: Mapping[str, int]) -> int:
+    """The number of devices that divide each matrix between them, beside those of `tensor`."""
+    return math.prod(sizes[axis] for axis in SHARD)
 
 
 def param_specs(
@@ -269,21 +289,21 @@ def check_batch(global_batch: int, seq_len: int, grad_accum: int, mesh: Mesh) ->
     Raises:
       DoesNotDivide: naming the numbers that do not divide.
     """
-    rows = math.prod(mesh.shape[axis] for axis in mesh_axes(ACTIVATION_AXES["batch"]))
+    rows, context, parts = (
+        devices_along(name, mesh.shape) for name in ("batch", "seq", "residual_seq")
+    )
     micro = global_batch // grad_accum
     if micro % rows:
         raise DoesNotDivide(
             f"train.global_batch={global_batch} / train.grad_accum={grad_accum} = {micro} "
             f"sequences do not divide over data x fsdp = {rows} devices"
         )
-    context = mesh.shape["context"]
     if context > 1 and seq_len % (2 * context):
         raise DoesNotDivide(
             f"train.seq_len={seq_len} does not divide into two chunks for each of "
             f"context={context} devices"
         )
-    if seq_len % (context * mesh.shape["tensor"]):
+    if seq_len % parts:
         raise DoesNotDivide(
-            f"train.seq_len={seq_len} does not divide over context x tensor = "
-            f"{context * mesh.shape['tensor']} devices"
+            f"train.seq_len={seq_len} does not divide over context x tensor = {parts} devices"
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from llama_jax.config import NF4_BLOCK, Config
 from llama_jax.hardware.topology import Topology
 from llama_jax.parallel.mesh import mesh_shape
+from llama_jax.parallel.sharding import devices_along, weight_shards
 from llama_jax.plan.compilation import with_slices
 
 TENSOR_SIZES = (1, 2, 4, 8)
@@ -60,16 +61,14 @@ def with_options(config: Config, sizes: dict[str, int], remat: str, accum: int) 
 def divides(config: Config, sizes: dict[str, int], accum: int, outer: int) -> bool:
     """Whether batch and model divide over a mesh of these sizes, on `outer` slices."""
     model, train = config.model, config.train
-    rows = sizes["data"] * sizes["fsdp"] * outer
-    shards = sizes["fsdp"] * sizes["context"]
-    tensor = sizes["tensor"]
+    rows, tensor = devices_along("batch", sizes) * outer, devices_along("heads", sizes)
     split = [model.n_kv_heads, model.n_heads, model.ffn_dim, model.vocab_size]
     block = NF4_BLOCK if config.lora.rank and config.lora.base_dtype == "nf4" else 1
     if block > 1:
         split += [model.ffn_dim // block, model.n_heads * model.head_dim // block]
     return (
         train.global_batch % (accum * rows) == 0
-        and model.dim // block % shards == 0
+        and model.dim // block % weight_shards(sizes) == 0
         and all(size % tensor == 0 for size in split)
     )
 

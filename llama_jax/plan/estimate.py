@@ -9,6 +9,7 @@ from llama_jax.hardware.topology import Topology
 from llama_jax.hardware.xla_flags import is_switched_on
 from llama_jax.model.cost import adapter_count, flops_by_part, frozen_bytes, parameter_count
 from llama_jax.parallel.mesh import mesh_shape
+from llama_jax.parallel.sharding import devices_along, weight_shards
 
 NF4_TRAFFIC = 6.0  # bytes that move when a weight is unpacked, as compiled for GPUs
 # Of the peak, that products reach in a step. Of GPUs it is a share of what large ones reach alone;
@@ -39,15 +40,15 @@ class _Parts:
     """How a config lies on a machine.
 
     Attributes:
-      sizes: devices along each axis of the mesh, slices included.
       tensor: devices that share a matrix product.
       shards: devices over which the state is divided beside `tensor`.
+      replicas: copies of the state, on slices too.
       tokens: of one device in one microbatch.
     """
 
-    sizes: dict[str, int]
     tensor: int
     shards: int
+    replicas: int
     tokens: float
 
 
@@ -60,10 +61,12 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     outer = dataclasses.asdict(config.dcn)
     mesh = mesh_shape(config.mesh, topology.devices // math.prod(outer.values()))
     sizes = {axis: mesh[axis] * outer[axis] for axis in mesh}
-    shards = sizes["fsdp"] * sizes["context"]
+    tensor, shards = devices_along("heads", sizes), weight_shards(sizes)
     train = config.train
-    tokens = train.tokens_per_step / train.grad_accum / (sizes["data"] * shards)
-    parts = _Parts(sizes, sizes["tensor"], shards, tokens)
+    divided = devices_along("batch", sizes) * devices_along("seq", sizes)
+    tokens = train.tokens_per_step / train.grad_accum / divided
+    replicas = math.prod(sizes.values()) // (shards * tensor)
+    parts = _Parts(tensor, shards, replicas, tokens)
     compute = _compute_seconds(config, topology, parts)
     hidden, waited = _network_seconds(config, topology, parts)
     share = _TPU_EXPOSED if topology.chip.torus else _GPU_EXPOSED
@@ -121,7 +124,7 @@ def _network_seconds(config: Config, topology: Topology, parts: _Parts) -> tuple
     """Of what can run beside compute, and of what compute waits for."""
     model, train, chip = config.model, config.train, topology.chip
     trained, _, gathered = _weights(config)
-    shards, tensor, data = parts.shards, parts.tensor, parts.sizes["data"]
+    shards, tensor, replicas = parts.shards, parts.tensor, parts.replicas
     passes = _passes(config)
     local = _fast_network(topology)
     inside = max(1, local // tensor)  # devices of the fast network beside those of `tensor`
@@ -139,9 +142,9 @@ def _network_seconds(config: Config, topology: Topology, parts: _Parts) -> tuple
         waited = moved / _bandwidth(topology, min(tensor, local))
         if not chip.torus:
             hidden, waited = hidden + waited, 0.0
-    if data > 1:
-        outside = data * shards * tensor > local
-        speed = chip.network_bandwidth if outside else _bandwidth(topology, data)
+    if replicas > 1:
+        outside = replicas * shards * tensor > local
+        speed = chip.network_bandwidth if outside else _bandwidth(topology, replicas)
         hidden += 2 * 4 * trained / (shards * tensor) / speed
     if not chip.torus:  # a ring of many GPUs takes time for the shortest message
         hidden += 16 * model.n_layers * train.grad_accum * shards * _GPU_HOP

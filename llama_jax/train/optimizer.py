@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import OptimConfig
 from llama_jax.errors import UserError
+from llama_jax.parallel.sharding import weight_shards
 from llama_jax.parameters import PARAMETERS, SHARD, Table, path_of, row_of
 from llama_jax.train.bad_steps import select
 from llama_jax.train.parts import LLAMA_PARTS, Optimizer, Parts
@@ -199,7 +200,7 @@ def _shared(shape: tuple[int, ...], whole: tuple[int, ...], spec: P) -> P | None
 
 def _spread(shape: tuple[int, ...], mesh: Mesh) -> P:
     """The spec of an array that belongs to no parameter."""
-    parts = math.prod(mesh.shape[axis] for axis in SHARD)
+    parts = weight_shards(mesh.shape)
     if math.prod(shape) >= LARGE:
         for place, size in enumerate(shape):
             if size % parts == 0:

@@ -6,13 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.config import ATTENTION_BACKENDS
 from llama_jax.errors import UserError
-from llama_jax.model import attention as dispatch
-from llama_jax.model import attention_splash, attention_xla, context_parallel
-from llama_jax.model.attention import attention
+from llama_jax.model import (
+    attention_cudnn,
+    attention_splash,
+    attention_triton,
+    attention_xla,
+    context_parallel,
+)
+from llama_jax.model.attention import BACKENDS, attention
 from llama_jax.model.attention_cudnn import is_determinism_requested
-from llama_jax.model.attention_splash import splash_attention
-from llama_jax.model.attention_triton import triton_attention
+from llama_jax.model.attention_scores import Options
 from tests.helpers import mesh_of
 
 
@@ -27,6 +32,12 @@ def inputs(seed, *, batch=2, queries=24, keys=24, n=4, k=2, h=8):
 def compiled(function):
     """The function as one program, traced anew: op by op, each op would be a program."""
     return jax.jit(lambda *arguments: function(*arguments))
+
+
+def pretend(monkeypatch, platform):
+    """Backends take the devices for some of another platform."""
+    for backend in BACKENDS.values():
+        monkeypatch.setattr(backend, "platform", lambda: platform, raising=False)
 
 
 def segments(seed, batch, length):
@@ -166,6 +177,10 @@ def test_no_square_of_scores_exists():
     assert "1024,1024]" not in text
 
 
+def test_configs_accept_the_names_of_the_table():
+    assert {"auto", *BACKENDS} == set(ATTENTION_BACKENDS)
+
+
 def test_an_unknown_backend_is_an_error():
     with pytest.raises(ValueError, match="unknown attention backend 'magic'"):
         attention(*inputs(0), backend="magic")
@@ -183,7 +198,7 @@ def test_splash_in_interpret_mode(with_segments, window):
     pair = (ids, ids) if with_segments else None
     if with_segments:
         mask = mask & (ids[:, :, None] == ids[:, None, :])
-    out = splash_attention(q, k, v, pair, window, interpret=True)
+    out = attention_splash.attend(q, k, v, pair, Options(window), interpret=True)
     np.testing.assert_allclose(out, reference(q, k, v, mask), atol=1e-5)
 
 
@@ -195,7 +210,7 @@ def test_gradients_of_splash_in_interpret_mode():
         gradients = jax.grad(lambda *x: jnp.vdot(function(*x), cotangent), (0, 1, 2))
         return compiled(gradients)(q, k, v)
 
-    got = loss(lambda q, k, v: splash_attention(q, k, v, None, 0, interpret=True))
+    got = loss(lambda q, k, v: attention_splash.attend(q, k, v, None, Options(), interpret=True))
     for ours, expected in zip(got, loss(lambda q, k, v: attention(q, k, v)), strict=True):
         np.testing.assert_allclose(ours, expected, atol=2e-5)
 
@@ -213,7 +228,8 @@ def test_tiles_of_splash_change_no_gradient(tile, backward, window, shape):
         return jax.grad(lambda *x: jnp.vdot(function(*x, (ids, ids)), cotangent), (0, 1, 2))
 
     def tiled(q, k, v, pair):
-        return splash_attention(q, k, v, pair, window, tile=tile, backward=backward, interpret=True)
+        options = Options(window, tile, backward)
+        return attention_splash.attend(q, k, v, pair, options, interpret=True)
 
     with jax.set_mesh(mesh_of(shape)) if shape else contextlib.nullcontext():
         got = jax.jit(gradients(tiled))(q, k, v)
@@ -268,10 +284,12 @@ def test_a_mask_of_tiles_is_the_mask_itself(window, context):
 def test_splash_on_a_mesh(shape):
     q, k, v = inputs(15, batch=4, queries=256, keys=256, n=4, k=2, h=16)
     ids = segments(16, 4, 256)
+
+    def run(q, k, v):
+        return attention_splash.attend(q, k, v, (ids, ids), Options(), interpret=True)
+
     with jax.set_mesh(mesh_of(shape)):
-        out = jax.jit(lambda q, k, v: splash_attention(q, k, v, (ids, ids), 0, interpret=True))(
-            q, k, v
-        )
+        out = jax.jit(run)(q, k, v)
     mask = causal(256, 256) & (ids[:, :, None] == ids[:, None, :])
     np.testing.assert_allclose(out, reference(q, k, v, mask), atol=1e-5)
 
@@ -284,8 +302,13 @@ def test_triton_in_interpret_mode(with_segments, shape):
     mask = causal(256, 256)
     if with_segments:
         mask = mask & (ids[:, :, None] == ids[:, None, :])
+    pair = (ids, ids) if with_segments else None
+
+    def run(q, k, v):
+        return attention_triton.attend(q, k, v, pair, Options(), interpret=True)
+
     with jax.set_mesh(mesh_of(shape)) if shape else contextlib.nullcontext():
-        out = jax.jit(lambda q, k, v: triton_attention(q, k, v, ids, interpret=True))(q, k, v)
+        out = jax.jit(run)(q, k, v)
     np.testing.assert_allclose(out, reference(q, k, v, mask), atol=1e-5)
 
 
@@ -300,19 +323,23 @@ def test_gradients_of_triton_in_interpret_mode(with_segments):
         gradients = jax.grad(lambda *x: jnp.vdot(function(*x), cotangent), (0, 1, 2))
         return compiled(gradients)(q, k, v)
 
-    got = loss(lambda q, k, v: triton_attention(q, k, v, ids, interpret=True))
+    got = loss(lambda q, k, v: attention_triton.attend(q, k, v, pair, Options(), interpret=True))
     expected = loss(lambda q, k, v: attention(q, k, v, segment_ids=pair))
     for ours, want in zip(got, expected, strict=True):
         np.testing.assert_allclose(ours, want, atol=2e-5)
 
 
-def test_triton_gets_segments(monkeypatch):
-    seen = {}
-    monkeypatch.setattr(dispatch, "_platform", lambda: "gpu")
-    monkeypatch.setattr(dispatch, "triton_attention", lambda q, k, v, ids: seen.update(ids=ids))
+@pytest.mark.parametrize(("backend", "platform"), [("splash", "tpu"), ("triton", "gpu")])
+def test_a_backend_gets_what_is_asked_for(monkeypatch, backend, platform):
+    arrays = inputs(0, queries=128, keys=128, h=16)
     ids = segments(26, 2, 128)
-    attention(*inputs(0, queries=128, keys=128, h=16), segment_ids=(ids, ids), backend="triton")
-    assert seen["ids"] is ids
+    asked = {"window": 7 * (backend == "splash"), "tile": 128, "backward": "fused"}
+    pretend(monkeypatch, platform)
+    monkeypatch.setattr(BACKENDS[backend], "attend", lambda *given: given)
+    given = attention(*arrays, segment_ids=(ids, ids), backend=backend, **asked)
+    assert all(mine is theirs for mine, theirs in zip(given, arrays, strict=False))
+    assert given[3][0] is given[3][1] is ids
+    assert given[4] == Options(**asked)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +350,7 @@ def test_triton_gets_segments(monkeypatch):
     ],
 )
 def test_masks_that_triton_cannot_honour(monkeypatch, arguments, message):
-    monkeypatch.setattr(dispatch, "_platform", lambda: "gpu")
+    pretend(monkeypatch, "gpu")
     with pytest.raises(UserError, match=message):
         attention(*inputs(0, queries=128, keys=128, h=16), **arguments, backend="triton")
 
@@ -407,7 +434,7 @@ def test_every_device_computes_as_much_as_the_others(size):
     ],
 )
 def test_what_a_backend_cannot_do_is_an_error(monkeypatch, backend, platform, changes, message):
-    monkeypatch.setattr(dispatch, "_platform", lambda: platform)
+    pretend(monkeypatch, platform)
     dtype = changes.pop("dtype", "float32")
     changes["keys"] = changes.setdefault("queries", 128)
     q, k, v = (jnp.asarray(x, dtype) for x in inputs(0, **changes))
@@ -418,9 +445,21 @@ def test_what_a_backend_cannot_do_is_an_error(monkeypatch, backend, platform, ch
     assert found.shape == q.shape
 
 
+@pytest.mark.parametrize("backend", ["auto", "splash"])
+def test_a_tile_that_does_not_divide_is_an_error(monkeypatch, backend):
+    """With `auto` too, which takes no other backend for it."""
+    pretend(monkeypatch, "tpu")
+    message = (
+        "model.attention=splash: 512 tokens of a device are no multiple of "
+        "model.attention_tile=384; use 0"
+    )
+    with pytest.raises(UserError, match=message):
+        attention(*inputs(0, queries=512, keys=512), backend=backend, tile=384)
+
+
 @pytest.mark.parametrize("backend", ["cudnn", "triton"])
 def test_gpu_kernels_do_not_divide_the_sequence(monkeypatch, backend):
-    monkeypatch.setattr(dispatch, "_platform", lambda: "gpu")
+    pretend(monkeypatch, "gpu")
     q, k, v = (jnp.asarray(x, "bfloat16") for x in inputs(0, queries=128, keys=128, h=16))
     with (
         jax.set_mesh(mesh_of((1, 1, 2, 1))),
@@ -445,9 +484,9 @@ def test_who_asks_for_the_same_bits(name):
 
 
 def test_cudnn_is_not_taken_where_the_same_bits_are_asked_for(monkeypatch):
-    monkeypatch.setattr(dispatch, "is_determinism_requested", lambda: True)
-    monkeypatch.setattr(dispatch, "_platform", lambda: "gpu")
-    monkeypatch.setattr(dispatch, "cudnn_attention", lambda *_: "fast")
+    monkeypatch.setattr(attention_cudnn, "is_determinism_requested", lambda: True)
+    pretend(monkeypatch, "gpu")
+    monkeypatch.setattr(attention_cudnn, "attend", lambda *_: "fast")
     q, k, v = (jnp.asarray(x, "bfloat16") for x in inputs(0, queries=128, keys=128))
     assert attention(q, k, v).shape == q.shape
     with pytest.raises(
@@ -458,16 +497,10 @@ def test_cudnn_is_not_taken_where_the_same_bits_are_asked_for(monkeypatch):
 
 @pytest.mark.parametrize(("platform", "chosen"), [("tpu", "splash"), ("gpu", "cudnn")])
 def test_auto_takes_the_fast_one(monkeypatch, platform, chosen):
-    monkeypatch.setattr(dispatch, "_platform", lambda: platform)
-    monkeypatch.setattr(dispatch, f"{chosen}_attention", lambda *_: "fast")
+    pretend(monkeypatch, platform)
+    monkeypatch.setattr(BACKENDS[chosen], "attend", lambda *_: "fast")
     q, k, v = (jnp.asarray(x, "bfloat16") for x in inputs(0, queries=128, keys=128))
     assert attention(q, k, v) == "fast"
-
-
-def test_the_platform_is_that_of_the_mesh():
-    with jax.set_mesh(mesh_of((1, 1, 1, 1))):
-        assert dispatch._platform() == "cpu"
-    assert dispatch._platform() == "cpu"
 
 
 def test_cudnn_gets_segments_and_window(monkeypatch):
@@ -479,7 +512,7 @@ def test_cudnn_gets_segments_and_window(monkeypatch):
         seen["implementation"] = implementation
         return call(*args, implementation="xla", **kwargs)
 
-    monkeypatch.setattr(dispatch, "_platform", lambda: "gpu")
+    pretend(monkeypatch, "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", on_xla)
     q, k, v = (jnp.asarray(x, "bfloat16") for x in inputs(20))
     ids = segments(21, 2, 24)

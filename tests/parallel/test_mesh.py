@@ -6,7 +6,7 @@ import pytest
 
 from llama_jax.config import DcnConfig, MeshConfig
 from llama_jax.errors import UserError
-from llama_jax.parallel.mesh import AXES, make_mesh, mesh_shape, parse_mesh
+from llama_jax.parallel.mesh import AXES, make_mesh, mesh_shape, parse_mesh, platform
 
 
 def test_all_axes_are_there_and_auto():
@@ -115,3 +115,9 @@ def test_a_mesh_in_words(text, sizes):
 def test_no_mesh_in_words(text, message):
     with pytest.raises(UserError, match=message):
         parse_mesh(text)
+
+
+def test_the_platform_is_that_of_the_mesh():
+    with jax.set_mesh(make_mesh(MeshConfig(), devices=jax.devices()[:1])):
+        assert platform() == "cpu"
+    assert platform() == "cpu"

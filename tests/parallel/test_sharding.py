@@ -13,7 +13,13 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.errors import UserError
 from llama_jax.parallel import sharding
 from llama_jax.parallel.mesh import AXES
-from llama_jax.parallel.sharding import activation_spec, constrain, param_specs
+from llama_jax.parallel.sharding import (
+    activation_spec,
+    constrain,
+    devices_along,
+    param_specs,
+    weight_shards,
+)
 from llama_jax.parameters import PARAMETERS, Parameter, table
 from llama_jax.train.step import abstract_state, train_step
 from tests.helpers import QUICK, ROOT, TINY, mesh_of, random_batch, replace
@@ -99,6 +105,17 @@ def test_activation_axes_are_strict():
         constrain(jnp.zeros(3), "batch", "seq")
 
 
+def test_devices_along_a_dimension():
+    sizes = dict(zip(AXES, (2, 3, 5, 7), strict=True))
+    assert [devices_along(name, sizes) for name in ("batch", "seq", "heads")] == [6, 5, 7]
+    assert devices_along("residual_seq", sizes) == 35
+    assert devices_along("embed", sizes) == 1
+    assert weight_shards(sizes) == 15
+    assert devices_along("batch") == 1  # without a mesh
+    with jax.set_mesh(mesh_of((2, 2, 1, 2))):
+        assert [devices_along(name) for name in ("batch", "seq", "vocab")] == [4, 1, 2]
+
+
 def test_constrain_without_a_mesh_does_nothing():
     x = jnp.zeros((2, 3))
     assert constrain(x, "batch", "seq") is x
@@ -170,6 +187,8 @@ def test_check_batch():
         sharding.check_batch(8, 16, 4, mesh)
     with pytest.raises(UserError, match="seq_len=15 does not divide into two chunks"):
         sharding.check_batch(8, 15, 2, mesh)
+    with pytest.raises(UserError, match="seq_len=4 .* over context x tensor = 8 devices"):
+        sharding.check_batch(8, 4, 2, abstract_mesh(1, 1, 2, 4))
 
 
 # Compiles the train and the evaluation step; what the partitioner warns of is on standard error.

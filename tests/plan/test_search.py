@@ -68,6 +68,14 @@ def test_the_estimate_of_memory_is_within_a_few_percent(name, topology, changes,
     assert guess.total / 2**30 == pytest.approx(heap, rel=0.09)
 
 
+def test_the_estimate_knows_the_network_between_copies():
+    slices = parse_topology("v5p-128", 2)
+    slow = dataclasses.replace(slices.chip, network_bandwidth=1e6)
+    config = replace(load("7b")[0], dcn__data=2)
+    fast = estimate(config, slices).seconds
+    assert estimate(config, dataclasses.replace(slices, chip=slow)).seconds > 10 * fast
+
+
 def test_the_estimate_knows_the_torus():
     """The whole slice has six links a chip; half of a dimension is one ring in one direction."""
 
