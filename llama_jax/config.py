@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import ml_collections
 
-from llama_jax import errors
 from llama_jax.errors import (
     UserError,
     as_float32,
@@ -591,90 +590,21 @@ def field_types() -> dict[str, type]:
     return found
 
 
-# Names from other programs, of each field; `~` behind one: its values have other units.
-FIELD_ALIASES = {
-    "model.dim": "hidden_size d_model n_embd embed_dim emb_dim width",
-    "model.n_layers": "num_layers num_hidden_layers n_layer layers depth",
-    "model.n_heads": "num_heads num_attention_heads n_head heads",
-    "model.n_kv_heads": "num_kv_heads num_key_value_heads kv_heads n_kv_head num_query_groups",
-    "model.ffn_dim": "intermediate_size d_ff ffn_hidden_size hidden_dim mlp_dim",
-    "model.explicit_head_dim": "head_dim head_size",
-    "model.vocab_size": "vocab n_vocab vocabulary vocabulary_size",
-    "model.norm_eps": "rms_norm_eps layer_norm_eps rmsnorm_eps",
-    "model.rope_theta": "theta rope_base rope_freq_base",
-    "model.tied_embeddings": "tie_word_embeddings tie_embeddings weight_tying",
-    "model.compute_dtype": "dtype precision mixed_precision bf16~ fp16~",
-    "model.attention": "attn attn_implementation attention_backend flash_attention~ flash_attn~",
-    "model.remat": "gradient_checkpointing~ activation_checkpointing~ remat_policy",
-    "model.sliding_window": "window window_size attention_window",
-    "mesh.data": "dp data_parallel ddp",
-    "mesh.fsdp": "zero zero3 sharded_data_parallel",
-    "mesh.context": "cp sp context_parallel sequence_parallel",
-    "mesh.tensor": "tp mp tensor_parallel model_parallel tensor_model_parallel_size",
-    "data.source": "data dataset dataset_name train_file train_files data_files train_data corpus",
-    "data.path": "dir folder data_dir shards dataset_path data_path",
-    "data.tokenizer": "tokenizer_path tokenizer_name tokenizer_file vocab_file tokenizer_model",
-    "data.validation_fraction": "val_fraction validation_split val_split eval_fraction",
-    "data.workers": "num_workers num_proc n_workers dataloader_num_workers",
-    "data.template": "chat_template prompt_template",
-    "data.packing": "pack",
-    "data.mixture": "weights mix blend data_mix",
-    "optim.peak_lr": "lr learning_rate max_lr base_lr peak_learning_rate max_learning_rate",
-    "optim.final_lr_fraction": "min_lr~ min_lr_ratio final_lr~ end_lr~ lr_min~",
-    "optim.warmup_steps": "warmup num_warmup_steps warmup_iters warmup_ratio~ lr_warmup_steps",
-    "optim.beta1": "b1 adam_beta1 momentum betas~",
-    "optim.beta2": "b2 adam_beta2",
-    "optim.eps": "epsilon adam_eps adam_epsilon",
-    "optim.weight_decay": "wd decay l2 adam_weight_decay",
-    "optim.clip_norm": "clip grad_clip max_grad_norm gradient_clipping clip_grad_norm max_norm "
-    "gradient_clip_val gradient_clip_norm clip_grad",
-    "train.steps": "max_steps num_steps n_steps total_steps train_steps num_train_steps iters "
-    "max_iters train_iters iterations num_iterations max_train_steps epochs~ "
-    "num_epochs~ num_train_epochs~ tokens~ max_tokens~",
-    "train.seq_len": "context_length ctx ctx_len n_ctx context_len block_size sequence_length "
-    "max_seq_len max_seq_length seq_length max_length max_position_embeddings context_size",
-    "train.global_batch": "batch_size batch bs global_batch_size train_batch_size "
-    "total_batch_size per_device_train_batch_size~ per_device_batch_size~",
-    "train.grad_accum": "gradient_accumulation_steps grad_accum_steps accumulation_steps "
-    "gradient_accumulation accumulate_grad_batches microbatches accum micro_batch_size~",
-    "train.seed": "random_seed rng_seed",
-    "train.log_every": "logging_steps log_interval log_freq log_steps print_every",
-    "train.eval_every": "eval_steps eval_interval eval_freq val_every validate_every val_interval",
-    "train.eval_batches": "eval_iters val_steps val_batches",
-    "train.checkpoint_every": "save_steps save_every save_interval save_freq ckpt_every "
-    "checkpoint_interval checkpoint_steps checkpoint_freq",
-    "train.keep_checkpoints": "save_total_limit max_to_keep keep keep_last",
-    "lora.rank": "r lora_r lora_rank",
-    "lora.alpha": "lora_alpha",
-    "lora.dropout": "lora_dropout",
-    "lora.targets": "target_modules lora_target_modules lora_targets",
-    "lora.base_dtype": "load_in_4bit~ quantization~ qlora~ bits~",
-    "init_from": "model pretrained model_name_or_path load_from resume_from base_model",
-}
-# The same for the groups of fields.
-GROUP_ALIASES = {
-    "optim": "optimizer optimiser opt adamw adam schedule",
-    "train": "training trainer loop run",
-    "data": "dataset datasets dataloader input",
-    "model": "llama network arch architecture transformer",
-    "mesh": "parallel parallelism sharding distributed",
-    "lora": "peft adapter adapters qlora",
-}
-
-
-def unknown_field(name: str, prefix: str) -> str:
-    """The message about a dotted name that no field of the config has.
-
-    Args:
-      name: such as `optim.lr`.
-      prefix: what stands before a dotted name where the user writes it, such as `--config.`.
-    """
-    return errors.unknown_field(name, field_types(), FIELD_ALIASES | GROUP_ALIASES, prefix)
-
-
 def default() -> ml_collections.ConfigDict:
     """The LLaMA-7B recipe as a locked ConfigDict, the starting point of every `configs/*.py`."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+
+
+class UnknownField(UserError):
+    """A group or field that `Config` does not have.
+
+    Attributes:
+      name: its dotted name, such as `optim.lr`.
+    """
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
 
 
 def require_fields(config: ml_collections.ConfigDict) -> None:
@@ -737,8 +667,8 @@ def _from_dict(values: dict[str, Any]) -> Config:
 def _require_same_names(what: str, prefix: str, given: set[str], known: set[str]) -> None:
     unknown = sorted(map(str, given - known))
     if unknown:
-        mend = unknown_field(f"{prefix}{unknown[0]}", "config.")
-        raise UserError(f"unknown {what}: {', '.join(unknown)} ({mend})")
+        message = f"unknown {what}: {', '.join(unknown)}"
+        raise UnknownField(message, f"{prefix}{unknown[0]}")
     require(given >= known, f"missing {what}: {', '.join(sorted(known - given))}")
 
 

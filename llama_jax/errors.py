@@ -1,20 +1,14 @@
-"""The one exception that means "the user can mend this", and what its messages say.
-
-At the end is what a misspelt name most likely means: "did you mean ...?".
-"""
+"""The exception that means "the user can mend this", and checks of values that users write."""
 
 import contextlib
 import dataclasses
-import difflib
 import math
 import re
 import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 _SMALLEST_NORMAL = 2.0**-126  # of float32; XLA takes smaller ones as 0
-# Of `difflib`: how alike two names are. The first within a group, the second among all fields.
-ALIKE, _MUCH_ALIKE = 0.6, 0.75
 
 
 class UserError(ValueError):
@@ -128,141 +122,3 @@ def as_user_error(name: str) -> Iterator[None]:
         raise UserError(f"{name} is malformed: {first_line(error)}") from error
     except MemoryError as error:
         raise UserError(f"{name} needs more memory than there is") from error
-
-
-def unknown_field(
-    name: str, fields: Collection[str], others: Mapping[str, str], prefix: str
-) -> str:
-    """The message about a dotted name that no field of a config has.
-
-    Args:
-      name: such as `optim.lr`.
-      fields: dotted names of all fields.
-      others: names that other programs have for a field or group, with spaces between them.
-      prefix: what stands before a dotted name where the user writes it, such as `--config.`.
-    """
-    while name.startswith("config."):
-        name = name.removeprefix("config.")
-    if name in fields:
-        return f"there is no {prefix}config.{name}; did you mean {prefix}{name}?"
-    groups = list(dict.fromkeys(field.partition(".")[0] for field in fields if "." in field))
-    group, _, field = name.partition(".")
-    own = [one.partition(".")[2] for one in fields if one.startswith(f"{group}.")]
-    if name.rstrip(".") in groups:
-        return (
-            f"{group} is a group of fields; set one of them, as {prefix}{group}.FIELD: "
-            f"{', '.join(own)}"
-        )
-    for whole in fields:
-        if name.startswith(f"{whole}."):
-            return f"{whole} is a field, not a group; did you mean {prefix}{whole}?"
-    if group in groups:
-        begin = f"{group} has no field {field}"
-        inside = [f"{group}.{one}" for one in own]
-        exact = same_names(field, own)
-        if not exact:
-            aliased = [one for one in inside if plain(field) in other_names(others, one)]
-            exact = [one.partition(".")[2] for one in aliased]
-        if exact:
-            return f"{begin}; did you mean {either(exact)}?"
-        rest = [one for one in fields if one not in inside]
-        last = field.rpartition(".")[2]
-        if found := _exactly(last, rest, others):
-            return f"{begin}; did you mean {either(prefix + one for one in found)}?"
-        if found := alike_names(field, own, ALIKE):
-            return f"{begin}; did you mean {either(found)}?"
-        if found := fields_named(last, rest, others):
-            return f"{begin}; did you mean {either(prefix + one for one in found)}?"
-        return f"{begin}; it has {', '.join(own)}"
-    similar = _groups_like(group, groups, others)
-    kind = "group" if field or similar else "field"
-    begin = f"the config has no {kind} {group or repr(group)}"
-    found = fields_spelt(name, fields) or _in_groups(similar, field, fields, others)
-    found = found or fields_named(field or name, fields, others)
-    if found:
-        return f"{begin}; did you mean {either(prefix + one for one in found)}?"
-    if similar:
-        return f"{begin}; did you mean {either(prefix + one for one in similar)}?"
-    alone = [one for one in fields if "." not in one]
-    return f"{begin}; its groups are {', '.join(groups)}, and {', '.join(alone)} is in none"
-
-
-def _in_groups(
-    groups: list[str], field: str, fields: Collection[str], others: Mapping[str, str]
-) -> list[str]:
-    """Fields of these groups that a misspelt one means."""
-    found = []
-    for name in groups:
-        own = [one for one in fields if one.startswith(f"{name}.")]
-        inner = {one.partition(".")[2]: one for one in own}
-        matches = [inner[one] for one in same_names(field, inner)]
-        matches = matches or [one for one in own if plain(field) in other_names(others, one)]
-        found += matches or [inner[one] for one in alike_names(field, inner, ALIKE)]
-    return found[:2] if field else []
-
-
-def _groups_like(group: str, groups: list[str], others: Mapping[str, str]) -> list[str]:
-    """Groups that a misspelt one means."""
-    named = [name for name in groups if plain(group) in other_names(others, name)]
-    return same_names(group, groups) or named or alike_names(group, groups, ALIKE)
-
-
-def fields_named(name: str, fields: Collection[str], others: Mapping[str, str]) -> list[str]:
-    """Fields of any group that a name without its group means."""
-    if found := _exactly(name, fields, others):
-        return found
-    last: dict[str, str] = {}
-    for field in fields:
-        last.setdefault(field.rpartition(".")[2], field)
-    return [last[one] for one in alike_names(name, last, _MUCH_ALIKE)]
-
-
-def _exactly(name: str, fields: Collection[str], others: Mapping[str, str]) -> list[str]:
-    """Fields with this very name, or that have it in other programs."""
-    groups = {field.partition(".")[0] for field in fields if "." in field}
-    same = [field for field in fields if plain(field.rpartition(".")[2]) == plain(name)]
-    if same and name not in groups:
-        # The group dcn has the fields of mesh, which is the one that is set.
-        return [field for field in same if not field.startswith("dcn.")] or same
-    return [field for field in fields if plain(name) in other_names(others, field)]
-
-
-def fields_spelt(name: str, fields: Collection[str], prefix: str = "") -> list[str]:
-    """Fields whose dotted names have the same letters, whatever signs are between them."""
-
-    def letters(text: str) -> str:
-        return re.sub("[^a-z0-9]", "", text.lower())
-
-    return [field for field in fields if letters(name) == prefix + letters(field)]
-
-
-def same_names(name: str, known: Iterable[str]) -> list[str]:
-    """The known names that differ from this one in case, `_` and `-` only."""
-    return [one for one in known if plain(one) == plain(name)]
-
-
-def alike_names(name: str, known: Iterable[str], cutoff: float) -> list[str]:
-    """The name that is most like this one, or two that are so equally."""
-    names, name = list(known), name.lower().replace("-", "_")
-    found = difflib.get_close_matches(name, names, 2, cutoff)
-    if len(found) > 1:
-        best, next_best = (difflib.SequenceMatcher(None, one, name).ratio() for one in found)
-        found = sorted(found) if best == next_best else found[:1]
-    if not found and len(name) > 2:  # half a name
-        found = [one for one in names if one.startswith(name) or f"_{name}" in one][:2]
-    return found
-
-
-def other_names(table: Mapping[str, str], key: str) -> list[str]:
-    """The plain names that a table has for a field, group or flag of ours."""
-    return [plain(word) for word in table.get(key, "").split()]
-
-
-def plain(name: str) -> str:
-    """A name without what people write in different ways: case, `_` and `-`."""
-    return re.sub("[-_~]", "", name.lower())
-
-
-def either(names: Iterable[str]) -> str:
-    """The names with `or` between them."""
-    return " or ".join(names)

@@ -8,7 +8,7 @@ import ml_collections
 from absl import flags
 
 from llama_jax.cli.config_file import load_config_file
-from llama_jax.config import Config, field_types, from_config_dict, require_fields
+from llama_jax.config import Config, field_types, from_config_dict
 from llama_jax.errors import UserError, as_user_error
 
 PREFIX = "config."
@@ -59,10 +59,6 @@ def load(file: str) -> Config:
     given = overrides()
     # A copy that may be changed, where references between fields stay references.
     config = ml_collections.ConfigDict(load_config_file(file), type_safe=False)
-    try:
-        require_fields(config)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
     for name, value in given.items():
         group, _, field = name.rpartition(".")
         place = config.get(group) if group else config
