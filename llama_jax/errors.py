@@ -2,11 +2,16 @@
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import re
 import struct
-from collections.abc import Iterator
-from typing import Any
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+_T = TypeVar("_T")
+_C = TypeVar("_C")
 
 _SMALLEST_NORMAL = 2.0**-126  # of float32; XLA takes smaller ones as 0
 
@@ -37,48 +42,8 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def require_positive(group: str, config: Any, *names: str) -> None:
-    """Requires that the fields `names` of a config group are greater than 0."""
-    for name in names:
-        value = getattr(config, name)
-        require(value > 0, f"{group}.{name} must be positive, got {value}")
-
-
-def require_types(group: str, config: Any, *, wide: tuple[str, ...] = ()) -> None:
-    """Requires that each field of a config group has its annotated type, and no huge integer.
-
-    Args:
-      group: its name, for the message.
-      config: the group.
-      wide: fields that may hold integers of 64 bits; the others are int32 on the devices.
-    """
-    for field in dataclasses.fields(config):
-        name, value = f"{group}.{field.name}", getattr(config, field.name)
-        check_type(name, value, field.type)
-        if field.type is int:
-            bits = 63 if field.name in wide else 31
-            require(abs(value) < 2**bits, f"{name} must be less than 2**{bits}, got {value}")
-
-
-def require_float32(group: str, config: Any) -> None:
-    """Requires that each number of a config group is one in float32, in which it is used.
-
-    Args:
-      group: its name, for the message.
-      config: the group, of the right types.
-    """
-    for field in dataclasses.fields(config):
-        if field.type is float:
-            value = getattr(config, field.name)
-            rounded = as_float32(value)
-            require(
-                math.isfinite(rounded) and bool(rounded) == bool(value),
-                f"{group}.{field.name}={value} is {rounded} in float32, in which it is used",
-            )
-
-
 def as_float32(value: float) -> float:
-    """A value in float32, as devices have it: infinite beyond the largest, 0 where subnormal."""
+    """Rounds to float32 as devices do: infinite beyond the largest number, 0 where subnormal."""
     try:
         rounded: float = struct.unpack("f", struct.pack("f", value))[0]
     except OverflowError:
@@ -97,6 +62,99 @@ def check_type(name: str, value: Any, wanted: Any) -> Any:
     require(type(value) is wanted, f"{name} must be of type {wanted.__name__}, got {value!r}")
     require(wanted is not float or math.isfinite(value), f"{name} must be finite, got {value!r}")
     return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A rule that the value of a config field must keep.
+
+    Attributes:
+      rule: completes the message "FIELD must be ..."; empty for `ANY`.
+      holds: whether a value of the field's type keeps it.
+      bits: of the largest integer. Most integers are int32 on the devices.
+    """
+
+    rule: str
+    holds: Callable[[Any], bool]
+    bits: int = 31
+
+
+ANY = Check("", lambda value: True)
+NOT_EMPTY = Check("not empty", bool)
+POSITIVE = Check("positive", lambda value: value > 0)
+POSITIVE_INT64 = dataclasses.replace(POSITIVE, bits=63)
+NOT_NEGATIVE = Check("0 or more", lambda value: value >= 0)
+
+
+def one_of(*names: str) -> Check:
+    """Makes the check that a text is one of these names."""
+    return Check(f"one of {', '.join(names)}", lambda value: value in names)
+
+
+def field(default: _T, check: Check, meaning: str) -> _T:
+    """Declares a field of a config group, which is a dataclass.
+
+    The return type is what a type checker sees in a class; in fact it is a `dataclasses.Field`.
+
+    Args:
+      default: of the field.
+      check: what `check_fields` requires of a value.
+      meaning: for `help()` and `--help`: what the field is, its unit, and what 0 or '' means.
+    """
+    return dataclasses.field(default=default, metadata={"check": check, "meaning": meaning})
+
+
+def check_fields(group: str, config: Any) -> None:
+    """Checks each field of a config group by its type and its `Check`.
+
+    A number must also be one on the devices: an integer must fit into the bits of its check, and a
+    float must be neither infinite in float32 nor rounded to 0.
+
+    Args:
+      group: name of the group, for messages.
+      config: the group, whose fields are declared by `field`.
+
+    Raises:
+      UserError: a value is of another type or out of range.
+    """
+    for one in dataclasses.fields(config):
+        name, value = f"{group}.{one.name}", getattr(config, one.name)
+        check: Check = one.metadata["check"]
+        check_type(name, value, one.type)
+        if one.type is int:
+            limit = check.bits
+            require(abs(value) < 2**limit, f"{name} must be less than 2**{limit}, got {value}")
+        require(check.holds(value), f"{name} must be {check.rule}, got {value!r}")
+        if one.type is float:
+            rounded = as_float32(value)
+            require(
+                math.isfinite(rounded) and bool(rounded) == bool(value),
+                f"{name}={value} is {rounded} in float32, in which it is used",
+            )
+
+
+def facts(one: dataclasses.Field[Any]) -> str:
+    """Describes what a value of a field may be, such as `int, positive; default 2_048`."""
+    default = f"{one.default:_}" if type(one.default) is int else repr(one.default)
+    rule = one.metadata["check"].rule
+    kind = cast(type, one.type).__name__
+    return f"{kind}{', ' if rule else ''}{rule}; default {default}"
+
+
+def with_attributes(group: type[_C]) -> type[_C]:
+    """Adds the section `Attributes:` to the docstring of a dataclass, for `help()`."""
+    wrapper = textwrap.TextWrapper(96, initial_indent="  ", subsequent_indent="    ")
+    wrapper.break_on_hyphens = wrapper.break_long_words = False
+    lines = [inspect.cleandoc(group.__doc__ or ""), "", "Attributes:"]
+    for one in dataclasses.fields(cast(Any, group)):
+        kind = cast(type, one.type)
+        if "meaning" in one.metadata:
+            text = f"{one.name} ({facts(one)}): {one.metadata['meaning']}"
+        else:  # a group of fields
+            text = f"{one.name} ({kind.__name__}): {(kind.__doc__ or '').partition(chr(10))[0]}"
+        lines += wrapper.wrap(text)
+    group.__doc__ = "\n".join(lines)
+    return group
 
 
 @contextlib.contextmanager
