@@ -47,12 +47,12 @@ FRACTION = Check("in [0, 1]", lambda value: 0 <= value <= 1)
 BELOW_1 = Check("in [0, 1)", lambda value: 0 <= value < 1)
 # Something is divided by 1 - RATE, which must not be 0 in float32.
 RATE = Check("in [0, 1) in float32", lambda value: value >= 0 and as_float32(value) < 1)
-TILE = Check("0, or a multiple of 128", lambda value: value >= 0 and value % 128 == 0)
-AXIS = Check("positive, or -1", lambda value: value > 0 or value == -1)
+TILE = Check("0 or a multiple of 128", lambda value: value >= 0 and value % 128 == 0)
+AXIS = Check("positive or -1", lambda value: value > 0 or value == -1)
 WORKERS = Check("from 0 to 4096", lambda value: 0 <= value <= 4096)  # each is a process
-SOURCE = Check("not empty, such as stdlib or a path", bool)
+SOURCE = Check("non-empty, such as stdlib or a path", bool)
 SEED = Check("in [0, 2**32)", lambda value: 0 <= value < 2**32, bits=63)
-SPIKE = Check("0, or at least 1", lambda value: value == 0 or value >= 1)
+SPIKE = Check("0 or at least 1", lambda value: value == 0 or value >= 1)
 FLOAT = one_of("bfloat16", "float32")
 ROPE_SCALING = one_of("llama3", "linear", "dynamic", "yarn")
 
@@ -100,12 +100,14 @@ class ModelConfig:
         4.0, POSITIVE, "llama3 keeps wavelengths below rope_original_context / this."
     )
     rope_beta_fast: float = field(
-        32.0, POSITIVE, "yarn keeps pairs that make more turns in the original context."
+        32.0, POSITIVE, "yarn keeps pairs that turn more often than this in the original context."
     )
     rope_beta_slow: float = field(
-        1.0, POSITIVE, "yarn fully stretches pairs that make fewer turns in the original context."
+        1.0,
+        POSITIVE,
+        "yarn fully stretches pairs that turn less often than this in the original context.",
     )
-    rope_truncate: bool = field(True, ANY, "yarn rounds its two bounds to whole pairs.")
+    rope_truncate: bool = field(True, ANY, "yarn rounds the bounds of both betas to whole pairs.")
     rope_attention_factor: float = field(
         0.0, NOT_NEGATIVE, "Factor of cos and sin in yarn; 0: 0.1 ln(rope_scaling_factor) + 1."
     )
@@ -131,7 +133,8 @@ class ModelConfig:
         ANY,
         "What the backward pass computes again: none; full: all of a block; dots: all but matrix "
         "products; save:NAME,NAME: all but these tensors; offload:NAME,NAME: the same, with them "
-        "in the host's memory; or save:NAME;offload:NAME.",
+        "in the host's memory; or save:NAME;offload:NAME. Each NAME is one of "
+        f"{', '.join(REMAT_NAMES)}.",
     )
     scan_unroll: int = field(
         1, POSITIVE, "Layers per iteration of the scan; more compile longer and may run faster."
@@ -235,7 +238,7 @@ class ModelConfig:
 @with_attributes
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sets the devices along each mesh axis; one axis may be -1: what the others leave."""
+    """Sets the devices along each mesh axis; -1, for one axis at most, means all the rest."""
 
     data: int = field(1, AXIS, "Devices that have the same weights and different sequences.")
     fsdp: int = field(-1, AXIS, "Devices that share the weights, gathered by layer (ZeRO-3).")
@@ -338,7 +341,7 @@ class DataConfig:
         "concat",
         one_of("concat", "best_fit"),
         "How documents fill sequences. concat: one after another, cut where a sequence ends, as in "
-        "LLaMA; best_fit: whole documents, which attend only to themselves.",
+        "LLaMA; best_fit: whole where they fit; each attends only to itself.",
     )
     streaming: bool = field(False, ANY, "Tokenise while training, without shards.")
     accept_other_data: bool = field(
@@ -428,7 +431,9 @@ class TrainConfig:
     seed: int = field(0, SEED, "Seed of the initial weights, the order of data, and dropout.")
     log_every: int = field(10, POSITIVE, "Steps between log lines.")
     eval_every: int = field(1_000, POSITIVE, "Steps between evaluations; the last step has one.")
-    eval_batches: int = field(20, POSITIVE, "Batches of global_batch sequences per evaluation.")
+    eval_batches: int = field(
+        20, POSITIVE, "Largest number of batches per evaluation, of global_batch sequences."
+    )
     checkpoint_every: int = field(
         1_000, POSITIVE, "Steps between checkpoints; the last step has one."
     )
@@ -534,7 +539,9 @@ class LoraConfig:
     )
     alpha: float = field(16.0, POSITIVE, "The product of an adapter is scaled by alpha / rank.")
     dropout: float = field(0.0, RATE, "Dropout rate of the input of an adapter.")
-    targets: str = field("wq,wk,wv,wo,w1,w2,w3", ANY, "Matrices that have an adapter.")
+    targets: str = field(
+        "wq,wk,wv,wo,w1,w2,w3", ANY, "Matrices that have an adapter, with commas between."
+    )
     base_dtype: str = field(
         "bfloat16", one_of("float32", "bfloat16", "nf4"), "Type of the frozen matrices."
     )
@@ -655,7 +662,7 @@ def field_types() -> dict[str, type]:
 
 
 def default() -> ml_collections.ConfigDict:
-    """The LLaMA-7B recipe as a locked ConfigDict, the starting point of every `configs/*.py`."""
+    """Returns the LLaMA-7B recipe as a locked ConfigDict, where each `configs/*.py` starts."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
 
 
@@ -675,7 +682,8 @@ def require_fields(config: ml_collections.ConfigDict) -> None:
     """Checks that a config has the groups and fields of `Config`, whatever their values.
 
     Raises:
-      UserError: one is unknown or missing.
+      UnknownField: `Config` does not have one of them.
+      UserError: one is missing.
     """
     _require_names(config.to_dict())
 
@@ -684,13 +692,14 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
     """Converts and validates what a config file and the command line gave.
 
     Raises:
-      UserError: an unknown group or field, a missing group, or a value out of range.
+      UnknownField: `Config` does not have a group or field.
+      UserError: a group or field is missing, or a value is out of range.
     """
     return _from_dict(config.to_dict())
 
 
 def from_json(text: bytes | str) -> Config:
-    """Reads what `Config.to_json` wrote; what an older version had no field for has its default.
+    """Reads what `Config.to_json` wrote; a field that an older version lacked has its default.
 
     Raises:
       UserError: the text is not such a config.

@@ -80,7 +80,7 @@ class Check:
 
 
 ANY = Check("", lambda value: True)
-NOT_EMPTY = Check("not empty", bool)
+NOT_EMPTY = Check("non-empty", bool)
 POSITIVE = Check("positive", lambda value: value > 0)
 POSITIVE_INT64 = dataclasses.replace(POSITIVE, bits=63)
 NOT_NEGATIVE = Check("0 or more", lambda value: value >= 0)
