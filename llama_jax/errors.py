@@ -52,7 +52,7 @@ def as_float32(value: float) -> float:
 
 
 def check_type(name: str, value: Any, wanted: Any) -> Any:
-    """The value, if it has the type of its field; an int may stand for a float.
+    """Returns the value if it has the type of its field; an int may stand for a float.
 
     Raises:
       UserError: it has another type, or is infinite or not a number.
