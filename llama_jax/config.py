@@ -1,6 +1,8 @@
 """Every field of a run, with its meaning and its check; and the `ConfigDict` that sets them.
 
-The groups are frozen dataclasses, in the order in which `Config` has them.
+The groups are frozen dataclasses, in the order in which `Config` has them. `field` declares a
+default, a check and a meaning; `help(TrainConfig)` and `--help` show them. What several fields must
+keep together is checked in `__post_init__`.
 
 A file in `configs/` starts from `default()`, changes what it must, and returns a locked
 `ml_collections.ConfigDict`. `from_config_dict` turns that into the frozen, validated `Config` that
@@ -11,20 +13,27 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 import re
 from typing import Any, cast
 
 import ml_collections
 
-from llama_jax import errors
 from llama_jax.errors import (
+    ANY,
+    NOT_EMPTY,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_INT64,
+    Check,
     UserError,
     as_float32,
+    check_fields,
     check_type,
+    field,
+    one_of,
     require,
-    require_float32,
-    require_positive,
-    require_types,
+    with_attributes,
 )
 from llama_jax.files import expand_place, parse_json
 
@@ -32,63 +41,107 @@ REMAT_POLICIES = ("none", "full", "dots")
 # Tensors inside a block that `remat = "save:..."` may keep; model/llama.py gives them these names.
 REMAT_NAMES = ("block_in", "q", "k", "v", "attn_context", "attn_out", "mlp_gate", "mlp_up")
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "triton", "splash")
-ATTENTION_BACKWARDS = ("auto", "split", "fused")
-COMPUTE_DTYPES = ("bfloat16", "float32")
-ROPE_SCALINGS = ("llama3", "linear", "dynamic", "yarn")
+
+AT_LEAST_1 = Check("at least 1", lambda value: value >= 1)
+FRACTION = Check("in [0, 1]", lambda value: 0 <= value <= 1)
+BELOW_1 = Check("in [0, 1)", lambda value: 0 <= value < 1)
+# Something is divided by 1 - RATE, which must not be 0 in float32.
+RATE = Check("in [0, 1) in float32", lambda value: value >= 0 and as_float32(value) < 1)
+TILE = Check("0 or a multiple of 128", lambda value: value >= 0 and value % 128 == 0)
+AXIS = Check("positive or -1", lambda value: value > 0 or value == -1)
+WORKERS = Check("from 0 to 4096", lambda value: 0 <= value <= 4096)  # each is a process
+SOURCE = Check("non-empty, such as stdlib or a path", bool)
+SEED = Check("in [0, 2**32)", lambda value: 0 <= value < 2**32, bits=63)
+SPIKE = Check("0 or at least 1", lambda value: value == 0 or value >= 1)
+FLOAT = one_of("bfloat16", "float32")
+ROPE_SCALING = one_of("llama3", "linear", "dynamic", "yarn")
 
 
 def _multiple_near(number: int, of: int) -> int:
-    """The multiple of twice `of` that is nearest to a number: heads have even sizes."""
+    """Rounds to a multiple of twice `of`, so that heads have even sizes."""
     return max(1, round(number / (2 * of))) * 2 * of
 
 
+@with_attributes
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A LLaMA (Touvron et al., 2023, arXiv:2302.13971). The defaults are those of the 7B model."""
+    """Describes a LLaMA (arXiv:2302.13971); the defaults are those of the 7B model.
 
-    # Rows of embedding and output head. More than the tokenizer has ids are padding, so that the
-    # vocabulary divides over mesh.tensor: they are never targets and never drawn.
-    vocab_size: int = 32_000
-    dim: int = 4096
-    n_layers: int = 32
-    n_heads: int = 32
-    n_kv_heads: int = 32  # fewer than n_heads: grouped-query attention (arXiv:2305.13245)
-    ffn_dim: int = 11_008
-    explicit_head_dim: int = 0  # size of one head; 0: dim // n_heads
-    rope_theta: float = 10_000.0
-    # How RoPE is stretched to long contexts, see rope.py: llama3 | linear | dynamic | yarn.
-    rope_scaling: str = "llama3"
-    rope_scaling_factor: float = 1.0  # 1: RoPE is not stretched (but by dynamic)
-    rope_original_context: int = 8_192  # tokens before that; of llama3, dynamic and yarn
-    # llama3: wavelengths over the original context / low are stretched by the factor, those under
-    # the original context / high stay.
-    rope_low_freq_factor: float = 1.0
-    rope_high_freq_factor: float = 4.0
-    # yarn: pairs that turn less than `slow` times over the original context are stretched by the
-    # factor, those that turn more than `fast` times stay.
-    rope_beta_fast: float = 32.0
-    rope_beta_slow: float = 1.0
-    rope_truncate: bool = True  # yarn: its bounds are rounded to whole pairs
-    rope_attention_factor: float = 0.0  # yarn: of cos and sin; 0: 0.1 ln(factor) + 1
-    norm_eps: float = 1e-6
-    sliding_window: int = 0  # attention sees so many tokens back (arXiv:2310.06825); 0: all
-    tied_embeddings: bool = False
-    compute_dtype: str = "bfloat16"  # weights, norms, softmax and loss stay float32
-    attention: str = "auto"  # a backend of attention.py
-    # Of the splash kernel on TPUs: tokens of a tile, a multiple of 128 that divides the sequence
-    # (0: by its length and the chip), and the kernels of its gradients: auto | split | fused.
-    attention_tile: int = 0
-    attention_backward: str = "auto"
-    # none | full | dots | save:NAME,NAME | offload:NAME,NAME (to the host) | save:NAME;offload:NAME
-    remat: str = "none"
-    scan_unroll: int = 1  # layers per iteration of the scan; more compile longer, may run faster
+    Rows of the vocabulary beyond the tokenizer's ids, so that `mesh.tensor` divides their number,
+    are never targets and never sampled. `splash` is the attention kernel of TPUs; its tiles must
+    divide the sequence.
+    """
+
+    vocab_size: int = field(
+        32_000, POSITIVE, "Rows of embedding and output head; no fewer than the tokenizer has ids."
+    )
+    dim: int = field(4096, POSITIVE, "Size of a token's hidden state.")
+    n_layers: int = field(32, POSITIVE, "Number of transformer blocks.")
+    n_heads: int = field(32, POSITIVE, "Number of query heads.")
+    n_kv_heads: int = field(
+        32, POSITIVE, "Number of key and value heads; it divides n_heads (arXiv:2305.13245)."
+    )
+    ffn_dim: int = field(11_008, POSITIVE, "Size of the hidden layer of the MLP.")
+    explicit_head_dim: int = field(0, NOT_NEGATIVE, "Size of one head; 0: dim // n_heads.")
+    rope_theta: float = field(10_000.0, POSITIVE, "Base of RoPE's frequencies.")
+    rope_scaling: str = field(
+        "llama3", ROPE_SCALING, "How RoPE is stretched to long contexts, see model/rope.py."
+    )
+    rope_scaling_factor: float = field(
+        1.0, AT_LEAST_1, "Factor by which RoPE is stretched; 1: llama3 and linear do not stretch."
+    )
+    rope_original_context: int = field(
+        8_192, POSITIVE, "Tokens of the context before stretching, for llama3, dynamic and yarn."
+    )
+    rope_low_freq_factor: float = field(
+        1.0, POSITIVE, "llama3 fully stretches wavelengths above rope_original_context / this."
+    )
+    rope_high_freq_factor: float = field(
+        4.0, POSITIVE, "llama3 keeps wavelengths below rope_original_context / this."
+    )
+    rope_beta_fast: float = field(
+        32.0, POSITIVE, "yarn keeps pairs that turn more often than this in the original context."
+    )
+    rope_beta_slow: float = field(
+        1.0,
+        POSITIVE,
+        "yarn fully stretches pairs that turn less often than this in the original context.",
+    )
+    rope_truncate: bool = field(True, ANY, "yarn rounds the bounds of both betas to whole pairs.")
+    rope_attention_factor: float = field(
+        0.0, NOT_NEGATIVE, "Factor of cos and sin in yarn; 0: 0.1 ln(rope_scaling_factor) + 1."
+    )
+    norm_eps: float = field(1e-6, POSITIVE, "Added to the mean square in RMSNorm.")
+    sliding_window: int = field(
+        0, NOT_NEGATIVE, "Keys that a query sees, up to its own (arXiv:2310.06825); 0: all."
+    )
+    tied_embeddings: bool = field(False, ANY, "Use the embedding as output head, too.")
+    compute_dtype: str = field(
+        "bfloat16", FLOAT, "Type of activations and products; weights, norms, loss stay float32."
+    )
+    attention: str = field(
+        "auto", one_of(*ATTENTION_BACKENDS), "Backend of attention, see model/attention.py."
+    )
+    attention_tile: int = field(
+        0, TILE, "Tokens per tile of the splash kernel; 0: by sequence length and chip."
+    )
+    attention_backward: str = field(
+        "auto", one_of("auto", "split", "fused"), "How the splash kernel computes gradients."
+    )
+    remat: str = field(
+        "none",
+        ANY,
+        "What the backward pass computes again: none; full: all of a block; dots: all but matrix "
+        "products; save:NAME,NAME: all but these tensors; offload:NAME,NAME: the same, with them "
+        "in the host's memory; or save:NAME;offload:NAME. Each NAME is one of "
+        f"{', '.join(REMAT_NAMES)}.",
+    )
+    scan_unroll: int = field(
+        1, POSITIVE, "Layers per iteration of the scan; more compile longer and may run faster."
+    )
 
     def __post_init__(self) -> None:
-        require_types("model", self)
-        require_positive(
-            "model", self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim"
-        )
-        require_positive("model", self, "norm_eps", "scan_unroll")
+        check_fields("model", self)
         require(
             bool(self.explicit_head_dim) or self.dim % self.n_heads == 0,
             f"model.dim={self.dim} is not a multiple of model.n_heads={self.n_heads}; set "
@@ -101,38 +154,47 @@ class ModelConfig:
             f"{self.n_kv_heads}; set "
             f"--config.model.n_kv_heads={math.gcd(self.n_heads, self.n_kv_heads)}",
         )
-        for name in ("sliding_window", "explicit_head_dim"):
-            require(getattr(self, name) >= 0, f"model.{name} must not be negative")
-        self._check_rope()
         require(
             self.head_dim % 2 == 0,
             f"RoPE needs an even head size, got {self.head_dim}; set "
             f"--config.model.explicit_head_dim={self.head_dim + 1}",
         )
+        self._check_rope()
+        self._check_remat()
+
+    def _check_rope(self) -> None:
         require(
-            self.compute_dtype in COMPUTE_DTYPES,
-            f"model.compute_dtype must be one of {COMPUTE_DTYPES}, got {self.compute_dtype!r}",
+            self.rope_original_context * self.rope_scaling_factor < 2**31,
+            f"model.rope_scaling_factor={self.rope_scaling_factor} stretches "
+            f"model.rope_original_context={self.rope_original_context} beyond 2**31 tokens",
+        )
+        for low, high in (
+            ("rope_low_freq_factor", "rope_high_freq_factor"),
+            ("rope_beta_slow", "rope_beta_fast"),
+        ):
+            small, large = getattr(self, low), getattr(self, high)
+            require(
+                small < large,
+                f"model.{low} must be positive and less than {high}, got {small} and {large}",
+            )
+        require(
+            self.rope_scaling != "yarn" or self.rope_theta > 1,
+            f"model.rope_theta must be greater than 1 for yarn, got {self.rope_theta}",
         )
         require(
-            self.attention in ATTENTION_BACKENDS,
-            f"model.attention must be one of {ATTENTION_BACKENDS}, got {self.attention!r}",
+            self.rope_scaling != "dynamic" or self.head_dim > 2,
+            "dynamic RoPE needs heads of more than 2 numbers",
         )
-        require(
-            self.attention_tile >= 0 and self.attention_tile % 128 == 0,
-            f"model.attention_tile must be a multiple of 128, or 0, got {self.attention_tile}",
-        )
-        require(
-            self.attention_backward in ATTENTION_BACKWARDS,
-            f"model.attention_backward must be one of {ATTENTION_BACKWARDS}, got "
-            f"{self.attention_backward!r}",
-        )
+
+    def _check_remat(self) -> None:
         if ":" not in self.remat:
             require(
                 self.remat in REMAT_POLICIES,
-                f"model.remat must be one of {REMAT_POLICIES}, save:NAME,... or offload:NAME,..., "
-                f"got {self.remat!r}",
+                f"model.remat must be one of {', '.join(REMAT_POLICIES)}, save:NAME,... or "
+                f"offload:NAME,..., got {self.remat!r}",
             )
-        for part in self.remat.split(";") if ":" in self.remat else ():
+            return
+        for part in self.remat.split(";"):
             action, _, names = part.partition(":")
             require(
                 action in ("save", "offload"),
@@ -144,44 +206,6 @@ class ModelConfig:
                     f"model.remat names an unknown tensor {name!r}; there are "
                     f"{', '.join(REMAT_NAMES)}",
                 )
-        require_float32("model", self)
-
-    def _check_rope(self) -> None:
-        require_positive("model", self, "rope_theta", "rope_original_context")
-        require(
-            self.rope_scaling in ROPE_SCALINGS,
-            f"model.rope_scaling must be one of {ROPE_SCALINGS}, got {self.rope_scaling!r}",
-        )
-        require(
-            self.rope_scaling_factor >= 1,
-            f"model.rope_scaling_factor must be 1 (off) or more, got {self.rope_scaling_factor}",
-        )
-        require(
-            self.rope_original_context * self.rope_scaling_factor < 2**31,
-            f"model.rope_scaling_factor={self.rope_scaling_factor} stretches "
-            f"model.rope_original_context={self.rope_original_context} beyond 2**31 tokens",
-        )
-        for low, high in (
-            ("rope_low_freq_factor", "rope_high_freq_factor"),
-            ("rope_beta_slow", "rope_beta_fast"),
-        ):
-            require(
-                0 < getattr(self, low) < getattr(self, high),
-                f"model.{low} must be positive and less than {high}, got "
-                f"{getattr(self, low)} and {getattr(self, high)}",
-            )
-        require(
-            self.rope_attention_factor >= 0,
-            f"model.rope_attention_factor must not be negative, got {self.rope_attention_factor}",
-        )
-        require(
-            self.rope_scaling != "yarn" or self.rope_theta > 1,
-            f"model.rope_theta must be greater than 1 for yarn, got {self.rope_theta}",
-        )
-        require(
-            self.rope_scaling != "dynamic" or self.head_dim > 2,
-            "dynamic RoPE needs heads of more than 2 numbers",
-        )
 
     @property
     def rope_is_stretched(self) -> bool:
@@ -211,21 +235,19 @@ class ModelConfig:
         return tuple(parts[action].split(",")) if action in parts else ()
 
 
+@with_attributes
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 (one axis at most) takes what is left."""
+    """Sets the devices along each mesh axis; -1, for one axis at most, means all the rest."""
 
-    data: int = 1  # replicas of the weights
-    fsdp: int = -1  # shards of the weights, gathered layer by layer (ZeRO-3)
-    context: int = 1  # shards of the sequence
-    tensor: int = 1  # shards of heads, ffn and vocabulary (Megatron)
+    data: int = field(1, AXIS, "Devices that have the same weights and different sequences.")
+    fsdp: int = field(-1, AXIS, "Devices that share the weights, gathered by layer (ZeRO-3).")
+    context: int = field(1, AXIS, "Devices that share each sequence.")
+    tensor: int = field(1, AXIS, "Devices that share heads, ffn and vocabulary (Megatron).")
 
     def __post_init__(self) -> None:
-        require_types("mesh", self)
-        sizes = dataclasses.asdict(self)
-        for name, size in sizes.items():
-            require(size == -1 or size > 0, f"mesh axis {name} must be positive or -1, got {size}")
-        rest = [f"{name}=-1" for name, size in sizes.items() if size == -1]
+        check_fields("dcn" if isinstance(self, DcnConfig) else "mesh", self)
+        rest = [f"{name}=-1" for name, size in dataclasses.asdict(self).items() if size == -1]
         require(
             len(rest) <= 1,
             f"only one mesh axis may be -1, got {', '.join(rest)}; give the other ones a number, "
@@ -233,87 +255,119 @@ class MeshConfig:
         )
 
 
+@with_attributes
 @dataclasses.dataclass(frozen=True)
 class DcnConfig(MeshConfig):
-    """Slices (or hosts) along each mesh axis, over the slower data-centre network."""
+    """Sets the slices (or hosts) along each mesh axis, over the slower data-centre network."""
 
-    fsdp: int = 1
+    data: int = field(1, AXIS, "Slices along the axis data.")
+    fsdp: int = field(1, AXIS, "Slices along the axis fsdp.")
+    context: int = field(1, AXIS, "Slices along the axis context.")
+    tensor: int = field(1, AXIS, "Slices along the axis tensor.")
 
 
-PACKINGS = ("concat", "best_fit")
-MOST_WORKERS = 4096  # each is a process
+def _expand(config: Any, name: str, shown: str) -> None:
+    """Puts the home folder in the place of a first `~` in a field of a config.
 
-
-def _expand(config: Any, field: str, name: str) -> None:
-    """Puts the home folder in the place of a first `~` in a field of a config that is made."""
-    value = getattr(config, field)
+    Args:
+      config: the group, which is changed.
+      name: of the field.
+      shown: dotted name of the field, for messages.
+    """
+    value = getattr(config, name)
     try:
         expanded = expand_place(value)
     except UserError as error:
-        raise UserError(f"{name}={value}: {error}") from error
-    object.__setattr__(config, field, expanded)  # the dataclass is frozen
+        raise UserError(f"{shown}={value}: {error}") from error
+    object.__setattr__(config, name, expanded)  # the dataclass is frozen
 
 
+@with_attributes
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from.
+    """Says where tokens come from.
 
-    `source` is `stdlib` (Python's own library, on every machine), `synthetic` (random tokens, for
-    benchmarks), `tfds:NAME`, or a comma-separated list of files, folders and globs. What a file is,
-    its first bytes decide: JSON lines or a JSON list with a text field, Parquet, or plain text; all
-    but Parquet also compressed (gzip, zstandard, xz, bzip2). Several sources have names:
-    `web=web/*.jsonl.zst; books=books/*.txt`. With a `template`, files are JSON lines or JSON lists
-    of instructions or conversations, see docs/finetuning.md.
+    The first bytes of a file of `source` decide what it is: JSON lines or a JSON list with a text
+    field, Parquet, or plain text; all but Parquet may be compressed (gzip, zstandard, xz, bzip2).
+    With a `template`, files are JSON lines or JSON lists of instructions or conversations, see
+    docs/finetuning.md.
     """
 
-    source: str = "stdlib"
-    path: str = ""  # folder of prepared shards; empty: WORKDIR/data
-    # SentencePiece .model, tokenizer.json, or a folder of Hugging Face; empty: train one on the
-    # source. It may have fewer ids than model.vocab_size, never more.
-    tokenizer: str = ""
-    tokenizer_size: int = 0  # ids of a tokenizer that is trained; 0: model.vocab_size
-    # Of a JSON record, a Parquet table or a TFDS example; meta.text is field text within meta.
-    text_field: str = "text"
-    # Where plain-text files are cut into documents, such as <|endoftext|>, in which \n and \t stand
-    # for a line end and a tab. Empty: a file is a document, and one of more than
-    # max_document_bytes is cut at blank lines, about every 100,000 bytes.
-    separator: str = ""
-    # Instruction data instead of text, written as alpaca, vicuna, llama2 or llama3 have it, or as a
-    # FILE.jinja or tokenizer_config.json says; the loss is that of the answers.
-    template: str = ""
-    tfds_split: str = "train"
-    tfds_data_dir: str = ""  # where TFDS datasets are; empty: TFDS's own default
-    # Shares of the tokens that count in the loss: web=0.7,books=0.3, web=70%,books=30%, weights
-    # such as web=3,books=2,code=1, or llama; empty: by size.
-    mixture: str = ""
-    packing: str = "concat"  # LLaMA's; or best_fit: whole documents, that see only themselves
-    streaming: bool = False  # tokenise while training, without shards
-    accept_other_data: bool = False  # go on although the checkpoint was trained on other data
-    # Of the documents, chosen by their contents; of the tokens, where that is no document, or all.
-    validation_fraction: float = 0.01
-    shard_tokens: int = 100_000_000  # tokens per shard
-    part_bytes: int = 64_000_000  # of the source, that one worker takes at a time
-    workers: int = 0  # processes that tokenise; 0: one per core
-    # Longer documents are skipped and counted; longer plain-text files are cut (see separator).
-    max_document_bytes: int = 10_000_000
+    source: str = field(
+        "stdlib",
+        SOURCE,
+        "stdlib (Python's own library, on every machine), synthetic (random tokens, for "
+        "benchmarks), tfds:NAME, or files, folders and globs with commas between them. Several "
+        "sources have names: 'web=web/*.jsonl.zst; books=books/*.txt'.",
+    )
+    path: str = field("", ANY, "Folder of prepared shards; '': WORKDIR/data.")
+    tokenizer: str = field(
+        "",
+        ANY,
+        "SentencePiece .model, tokenizer.json or folder of Hugging Face, with at most "
+        "model.vocab_size ids; '': one that is trained on the source.",
+    )
+    tokenizer_size: int = field(
+        0, NOT_NEGATIVE, "Ids of a tokenizer that is trained on the source; 0: model.vocab_size."
+    )
+    text_field: str = field(
+        "text",
+        NOT_EMPTY,
+        "Field of a record or table that has the text; a.b is the field b within a.",
+    )
+    separator: str = field(
+        "",
+        ANY,
+        r"Text that cuts plain-text files into documents, such as <|endoftext|>; \n is a line end, "
+        r"\t a tab. '': a file is one document, but above max_document_bytes it is cut at blank "
+        "lines, about every 100,000 bytes.",
+    )
+    template: str = field(
+        "",
+        ANY,
+        "Template of instruction data: alpaca, vicuna, llama2, llama3, or a FILE.jinja or "
+        "tokenizer_config.json; only the answers count in the loss. '': the source is text.",
+    )
+    tfds_split: str = field("train", ANY, "Split of a TFDS dataset.")
+    tfds_data_dir: str = field("", ANY, "Folder of TFDS datasets; '': TFDS's own default.")
+    mixture: str = field(
+        "",
+        ANY,
+        "Each source's share of the tokens that count in the loss: web=0.7,books=0.3, or "
+        "web=70%,books=30%, or weights such as web=3,books=2,code=1, or llama (the shares of the "
+        "LLaMA paper); '': in proportion to their sizes.",
+    )
+    packing: str = field(
+        "concat",
+        one_of("concat", "best_fit"),
+        "How documents fill sequences. concat: one after another, cut where a sequence ends, as in "
+        "LLaMA; best_fit: whole where they fit; each attends only to itself.",
+    )
+    streaming: bool = field(False, ANY, "Tokenise while training, without shards.")
+    accept_other_data: bool = field(
+        False, ANY, "Resume although the checkpoint was trained on other data."
+    )
+    validation_fraction: float = field(
+        0.01,
+        BELOW_1,
+        "Fraction of the documents that is held out for validation, chosen by their contents; if "
+        "that is no document or all of them, the same fraction of the tokens; 0: no validation.",
+    )
+    shard_tokens: int = field(100_000_000, POSITIVE_INT64, "Tokens per shard.")
+    part_bytes: int = field(
+        64_000_000, POSITIVE_INT64, "Bytes of the source that one worker tokenises at a time."
+    )
+    workers: int = field(0, WORKERS, "Processes that tokenise; 0: one per core.")
+    max_document_bytes: int = field(
+        10_000_000,
+        POSITIVE,
+        "A longer document is skipped and counted; a plain-text file is cut, see separator.",
+    )
 
     def __post_init__(self) -> None:
-        require_types("data", self, wide=("shard_tokens", "part_bytes"))
+        check_fields("data", self)
         for name in ("path", "tokenizer", "template", "tfds_data_dir"):
             _expand(self, name, f"data.{name}")
-        require(bool(self.source), "data.source is empty; try stdlib or a path")
-        require(bool(self.text_field), "data.text_field is empty")
-        require_positive("data", self, "shard_tokens", "max_document_bytes", "part_bytes")
-        for name in ("workers", "tokenizer_size"):
-            require(getattr(self, name) >= 0, f"data.{name} must not be negative")
-        require(
-            self.workers <= MOST_WORKERS,
-            f"data.workers must be at most {MOST_WORKERS}, got {self.workers}",
-        )
-        require(
-            self.packing in PACKINGS,
-            f"data.packing must be one of {PACKINGS}, got {self.packing!r}",
-        )
         require(
             not self.streaming or (self.packing == "concat" and not self.mixture),
             "data.streaming goes with data.packing=concat and without data.mixture",
@@ -323,95 +377,111 @@ class DataConfig:
             "data.template needs data.packing=best_fit, so that conversations stay whole, and "
             f"files to read; got data.packing={self.packing}, data.source={self.source}",
         )
-        require(
-            0 <= self.validation_fraction < 1,
-            f"data.validation_fraction must be in [0, 1), got {self.validation_fraction}",
-        )
-        require_float32("data", self)
 
 
+@with_attributes
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warm-up and cosine decay, as in the LLaMA paper, section 2.3."""
+    """Sets AdamW with warm-up and cosine decay, as in the LLaMA paper, section 2.3."""
 
-    peak_lr: float = 3e-4
-    final_lr_fraction: float = 0.1  # of the peak, at the last step
-    warmup_steps: int = 2_000
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0  # global norm of the gradient
-    moment_dtype: str = "float32"  # of the first moment; the second stays float32
+    peak_lr: float = field(3e-4, POSITIVE, "Learning rate after the warm-up, the highest one.")
+    final_lr_fraction: float = field(
+        0.1, FRACTION, "Learning rate at the last step, as a fraction of peak_lr."
+    )
+    warmup_steps: int = field(
+        2_000, NOT_NEGATIVE, "Steps in which the learning rate rises to peak_lr; 0: no warm-up."
+    )
+    beta1: float = field(0.9, RATE, "Decay of the first moment per step.")
+    beta2: float = field(0.95, RATE, "Decay of the second moment per step.")
+    eps: float = field(1e-8, POSITIVE, "Added to the root of the second moment.")
+    weight_decay: float = field(
+        0.1,
+        NOT_NEGATIVE,
+        "Times the learning rate, the fraction by which a step shrinks all weights but the scales "
+        "of norms; 0: none.",
+    )
+    clip_norm: float = field(
+        1.0, POSITIVE, "A gradient of a larger global norm is scaled down to this norm."
+    )
+    moment_dtype: str = field(
+        "float32", FLOAT, "Type of the first moment; the second one stays float32."
+    )
 
     def __post_init__(self) -> None:
-        require_types("optim", self)
-        require_positive("optim", self, "peak_lr", "eps", "clip_norm")
-        require(
-            0 <= self.final_lr_fraction <= 1,
-            f"optim.final_lr_fraction must be in [0, 1], got {self.final_lr_fraction}",
-        )
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            # AdamW divides by 1 - beta**step.
-            require(
-                value >= 0 and as_float32(value) < 1,
-                f"optim.{name} must be in [0, 1) in float32, got {value}",
-            )
-        require(self.warmup_steps >= 0, "optim.warmup_steps must not be negative")
-        require(self.weight_decay >= 0, "optim.weight_decay must not be negative")
-        require(
-            self.moment_dtype in COMPUTE_DTYPES,
-            f"optim.moment_dtype must be one of {COMPUTE_DTYPES}, got {self.moment_dtype!r}",
-        )
-        require_float32("optim", self)
+        check_fields("optim", self)
 
 
+@with_attributes
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The loop. Steps are optimiser steps; batches are counted in sequences."""
+    """Sets the training loop. Steps are optimiser steps, counted from 1."""
 
-    steps: int = 250_000
-    seq_len: int = 2048
-    global_batch: int = 2048  # sequences per optimiser step, over all hosts: 4M tokens
-    grad_accum: int = 1  # microbatches per optimiser step
-    loss_chunk: int = 512  # positions whose logits exist at once
-    z_loss: float = 0.0  # weight of log(Z)^2 (PaLM uses 1e-4)
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 1_000
-    eval_batches: int = 20
-    checkpoint_every: int = 1_000
-    keep_checkpoints: int = 3  # the newest
-    keep_every: int = 0  # also those at multiples of so many steps; 0: none
-    keep_best: int = 0  # also so many with the lowest validation loss
-    max_failed_saves: int = 3  # in a row, that a run survives
-    save_timeout: int = 1_800  # seconds after which a save is told to be slow; 0: never
-    sample_prompt: str = ""  # if set, a continuation of it is printed after training
-    step_timeout: int = 1_800  # seconds without a step after which a process ends itself; 0: never
-    max_skipped: int = 10  # updates skipped in a row, after which the run stops
-    # Deviations of loss or gradient norm above their medians that skip an update; 0: none does.
-    spike_factor: float = 0.0
-    max_rewinds: int = 0  # times that a run goes back to a checkpoint before it stops so; 0: none
-    rewind_steps: int = 100  # that lie at least between that checkpoint and the first skipped step
-    norm_stats: bool = False  # log norms of gradients and updates by group of weights
-    profile_steps: str = ""  # first,last step that is traced for TensorBoard; empty: none
+    steps: int = field(250_000, POSITIVE, "Steps of the whole run.")
+    seq_len: int = field(2048, POSITIVE, "Tokens per sequence.")
+    global_batch: int = field(
+        2048, POSITIVE, "Sequences per step, over all hosts; 2048 of 2048 tokens are 4M tokens."
+    )
+    grad_accum: int = field(1, POSITIVE, "Microbatches per step, a divisor of global_batch.")
+    loss_chunk: int = field(
+        512, POSITIVE, "Positions of a sequence whose logits are in memory at the same time."
+    )
+    z_loss: float = field(
+        0.0, NOT_NEGATIVE, "Weight of log(Z)^2 in the loss (PaLM uses 1e-4); 0: no such term."
+    )
+    seed: int = field(0, SEED, "Seed of the initial weights, the order of data, and dropout.")
+    log_every: int = field(10, POSITIVE, "Steps between log lines.")
+    eval_every: int = field(1_000, POSITIVE, "Steps between evaluations; the last step has one.")
+    eval_batches: int = field(
+        20, POSITIVE, "Largest number of batches per evaluation, of global_batch sequences."
+    )
+    checkpoint_every: int = field(
+        1_000, POSITIVE, "Steps between checkpoints; the last step has one."
+    )
+    keep_checkpoints: int = field(3, POSITIVE, "Keep this many of the newest checkpoints.")
+    keep_every: int = field(
+        0, NOT_NEGATIVE, "Also keep checkpoints of steps that are multiples of this; 0: none."
+    )
+    keep_best: int = field(
+        0, NOT_NEGATIVE, "Also keep this many checkpoints with the lowest validation loss; 0: none."
+    )
+    max_failed_saves: int = field(
+        3, NOT_NEGATIVE, "Failed saves in a row that a run survives; 0: the first one ends it."
+    )
+    save_timeout: int = field(
+        1_800, NOT_NEGATIVE, "Seconds after which a running save is reported as slow; 0: never."
+    )
+    sample_prompt: str = field(
+        "", ANY, "Print a continuation of this text after training; '': none."
+    )
+    step_timeout: int = field(
+        1_800, NOT_NEGATIVE, "Seconds without a step after which a process ends itself; 0: never."
+    )
+    max_skipped: int = field(
+        10, POSITIVE, "Skipped updates in a row after which the run stops or rewinds."
+    )
+    spike_factor: float = field(
+        0.0,
+        SPIKE,
+        "Skip an update whose loss or gradient norm is more than this many robust standard "
+        "deviations above its median; 0: never.",
+    )
+    max_rewinds: int = field(
+        0, NOT_NEGATIVE, "Times that a run rewinds to a checkpoint before it stops; 0: never."
+    )
+    rewind_steps: int = field(
+        100,
+        POSITIVE,
+        "Rewind to a checkpoint at least this many steps before the first skipped one.",
+    )
+    norm_stats: bool = field(
+        False, ANY, "Log the norms of gradients and updates of each group of weights."
+    )
+    profile_steps: str = field(
+        "", ANY, "First and last step to trace for TensorBoard, such as 10,15; '': none."
+    )
 
     def __post_init__(self) -> None:
-        require_types("train", self, wide=("seed",))
-        require_positive("train", self, "steps", "seq_len", "global_batch", "grad_accum")
-        require_positive("train", self, "loss_chunk", "log_every", "eval_every", "eval_batches")
-        require_positive("train", self, "checkpoint_every", "keep_checkpoints")
-        require_positive("train", self, "max_skipped", "rewind_steps")
-        require(
-            self.spike_factor == 0 or self.spike_factor >= 1,
-            f"train.spike_factor must be 0 (off) or at least 1, got {self.spike_factor}",
-        )
-        names = ("keep_every", "keep_best", "max_failed_saves", "max_rewinds")
-        for name in (*names, "step_timeout", "save_timeout"):
-            require(getattr(self, name) >= 0, f"train.{name} must not be negative")
-        require(self.z_loss >= 0, "train.z_loss must not be negative")
-        require(0 <= self.seed < 2**32, "train.seed must be in [0, 2**32)")
+        check_fields("train", self)
         require(
             self.global_batch % self.grad_accum == 0,
             f"train.global_batch={self.global_batch} is not a multiple of "
@@ -419,7 +489,6 @@ class TrainConfig:
             f"{math.gcd(self.global_batch, self.grad_accum)}, or a multiple of it as "
             "train.global_batch",
         )
-        require_float32("train", self)
         if self.profile_steps:
             self._check_profile_steps()
 
@@ -456,53 +525,50 @@ MATRICES = {
     **dict.fromkeys(("wq", "wk", "wv", "wo"), "attn"),
     **dict.fromkeys(("w1", "w2", "w3"), "mlp"),
 }
-BASE_DTYPES = ("float32", "bfloat16", "nf4")
 NF4_BLOCK = 64  # inputs that share a scale
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a weight, with its shares of both scales, see nf4.py
 
 
+@with_attributes
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """LoRA (arXiv:2106.09685), and QLoRA (arXiv:2305.14314) where the base is in NF4."""
+    """Sets LoRA (arXiv:2106.09685), or QLoRA (arXiv:2305.14314) where the base is in NF4."""
 
-    rank: int = 0  # of the adapters; 0: none, all weights are trained
-    alpha: float = 16.0  # an adapter's product counts alpha / rank
-    dropout: float = 0.0  # of what enters an adapter
-    targets: str = "wq,wk,wv,wo,w1,w2,w3"  # the matrices that have one
-    base_dtype: str = "bfloat16"  # of the frozen matrices: float32 | bfloat16 | nf4
+    rank: int = field(
+        0, NOT_NEGATIVE, "Rank of the adapters; 0: no adapters, and all weights are trained."
+    )
+    alpha: float = field(16.0, POSITIVE, "The product of an adapter is scaled by alpha / rank.")
+    dropout: float = field(0.0, RATE, "Dropout rate of the input of an adapter.")
+    targets: str = field(
+        "wq,wk,wv,wo,w1,w2,w3", ANY, "Matrices that have an adapter, with commas between."
+    )
+    base_dtype: str = field(
+        "bfloat16", one_of("float32", "bfloat16", "nf4"), "Type of the frozen matrices."
+    )
 
     def __post_init__(self) -> None:
-        require_types("lora", self)
-        require(self.rank >= 0, f"lora.rank must not be negative, got {self.rank}")
-        require(self.alpha > 0, f"lora.alpha must be positive, got {self.alpha}")
-        good = self.dropout >= 0 and as_float32(self.dropout) < 1
-        require(good, f"lora.dropout must be in [0, 1), got {self.dropout}")
-        require(
-            self.base_dtype in BASE_DTYPES,
-            f"lora.base_dtype must be one of {BASE_DTYPES}, got {self.base_dtype!r}",
-        )
+        check_fields("lora", self)
         names = self.names
         require(
             set(names) <= set(MATRICES) and len(set(names)) == len(names),
             f"lora.targets must be some of {','.join(MATRICES)}, each once, got {self.targets!r}",
         )
-        require_float32("lora", self)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The matrices that have an adapter."""
+        """Matrices that have an adapter."""
         return tuple(name.strip() for name in self.targets.split(","))
 
     @property
     def scale(self) -> float:
-        """What the product of an adapter counts."""
+        """Factor of the product of an adapter."""
         return self.alpha / self.rank
 
     def check(self, model: ModelConfig, init_from: str) -> None:
-        """Checks what depends on the rest of a config.
+        """Checks the fields against the rest of a config.
 
         Raises:
-          UserError: adapters have no base, or its matrices cannot be cut into blocks; fields are
+          UserError: adapters have no base, or its matrices cannot be cut into blocks; or a field is
             set, but there are no adapters.
         """
         if not self.rank:
@@ -510,14 +576,11 @@ class LoraConfig:
             name = next(names, "")
             require(
                 not name,
-                f"lora.{name} is of adapters, and lora.rank is 0: "
-                "all weights would be trained; try --config.lora.rank=16",
+                f"lora.{name} has no effect: lora.rank is 0, so that all weights would be trained; "
+                "try --config.lora.rank=16",
             )
             return
-        require(
-            bool(init_from),
-            "lora.rank needs weights to adapt; try --config.init_from=hf:DIR",
-        )
+        require(bool(init_from), "lora.rank needs weights to adapt; try --config.init_from=hf:DIR")
         if self.base_dtype != "nf4":
             return
         inputs = {
@@ -528,7 +591,7 @@ class LoraConfig:
         for name, size in inputs.items():
             require(
                 size % NF4_BLOCK == 0,
-                f"lora.base_dtype=nf4 has blocks of {NF4_BLOCK} inputs: {name} = {size} is no "
+                f"lora.base_dtype=nf4 has blocks of {NF4_BLOCK} inputs: {name} = {size} is not a "
                 "multiple of it",
             )
 
@@ -536,9 +599,10 @@ class LoraConfig:
 INIT_FORMATS = ("hf", "meta", "ckpt")
 
 
+@with_attributes
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that defines a run; saved as `config.json` and inside each checkpoint."""
+    """Defines a run; it is saved as `config.json` and inside each checkpoint."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -547,8 +611,9 @@ class Config:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    # Weights to begin with: hf:DIR, meta:DIR or ckpt:DIR, as of `convert`; empty: random ones.
-    init_from: str = ""
+    init_from: str = field(
+        "", ANY, "Weights to start from: hf:DIR, meta:DIR or ckpt:DIR; '': random weights."
+    )
 
     def __post_init__(self) -> None:
         check_type("init_from", self.init_from, str)
@@ -579,109 +644,46 @@ class Config:
 
 
 @functools.cache
-def field_types() -> dict[str, type]:
-    """The type of every field by its dotted name, such as `train.steps`."""
-    found: dict[str, type] = {}
+def all_fields() -> dict[str, dataclasses.Field[Any]]:
+    """Returns every field by its dotted name, such as `train.steps`."""
+    named: dict[str, dataclasses.Field[Any]] = {}
     for group in dataclasses.fields(Config):
         if dataclasses.is_dataclass(group.type):
-            inner = dataclasses.fields(cast(Any, group.type))
-            found |= {f"{group.name}.{field.name}": cast(type, field.type) for field in inner}
+            named |= {f"{group.name}.{one.name}": one for one in dataclasses.fields(group.type)}
         else:
-            found[group.name] = cast(type, group.type)
-    return found
+            named[group.name] = group
+    return named
 
 
-# Names from other programs, of each field; `~` behind one: its values have other units.
-FIELD_ALIASES = {
-    "model.dim": "hidden_size d_model n_embd embed_dim emb_dim width",
-    "model.n_layers": "num_layers num_hidden_layers n_layer layers depth",
-    "model.n_heads": "num_heads num_attention_heads n_head heads",
-    "model.n_kv_heads": "num_kv_heads num_key_value_heads kv_heads n_kv_head num_query_groups",
-    "model.ffn_dim": "intermediate_size d_ff ffn_hidden_size hidden_dim mlp_dim",
-    "model.explicit_head_dim": "head_dim head_size",
-    "model.vocab_size": "vocab n_vocab vocabulary vocabulary_size",
-    "model.norm_eps": "rms_norm_eps layer_norm_eps rmsnorm_eps",
-    "model.rope_theta": "theta rope_base rope_freq_base",
-    "model.tied_embeddings": "tie_word_embeddings tie_embeddings weight_tying",
-    "model.compute_dtype": "dtype precision mixed_precision bf16~ fp16~",
-    "model.attention": "attn attn_implementation attention_backend flash_attention~ flash_attn~",
-    "model.remat": "gradient_checkpointing~ activation_checkpointing~ remat_policy",
-    "model.sliding_window": "window window_size attention_window",
-    "mesh.data": "dp data_parallel ddp",
-    "mesh.fsdp": "zero zero3 sharded_data_parallel",
-    "mesh.context": "cp sp context_parallel sequence_parallel",
-    "mesh.tensor": "tp mp tensor_parallel model_parallel tensor_model_parallel_size",
-    "data.source": "data dataset dataset_name train_file train_files data_files train_data corpus",
-    "data.path": "dir folder data_dir shards dataset_path data_path",
-    "data.tokenizer": "tokenizer_path tokenizer_name tokenizer_file vocab_file tokenizer_model",
-    "data.validation_fraction": "val_fraction validation_split val_split eval_fraction",
-    "data.workers": "num_workers num_proc n_workers dataloader_num_workers",
-    "data.template": "chat_template prompt_template",
-    "data.packing": "pack",
-    "data.mixture": "weights mix blend data_mix",
-    "optim.peak_lr": "lr learning_rate max_lr base_lr peak_learning_rate max_learning_rate",
-    "optim.final_lr_fraction": "min_lr~ min_lr_ratio final_lr~ end_lr~ lr_min~",
-    "optim.warmup_steps": "warmup num_warmup_steps warmup_iters warmup_ratio~ lr_warmup_steps",
-    "optim.beta1": "b1 adam_beta1 momentum betas~",
-    "optim.beta2": "b2 adam_beta2",
-    "optim.eps": "epsilon adam_eps adam_epsilon",
-    "optim.weight_decay": "wd decay l2 adam_weight_decay",
-    "optim.clip_norm": "clip grad_clip max_grad_norm gradient_clipping clip_grad_norm max_norm "
-    "gradient_clip_val gradient_clip_norm clip_grad",
-    "train.steps": "max_steps num_steps n_steps total_steps train_steps num_train_steps iters "
-    "max_iters train_iters iterations num_iterations max_train_steps epochs~ "
-    "num_epochs~ num_train_epochs~ tokens~ max_tokens~",
-    "train.seq_len": "context_length ctx ctx_len n_ctx context_len block_size sequence_length "
-    "max_seq_len max_seq_length seq_length max_length max_position_embeddings context_size",
-    "train.global_batch": "batch_size batch bs global_batch_size train_batch_size "
-    "total_batch_size per_device_train_batch_size~ per_device_batch_size~",
-    "train.grad_accum": "gradient_accumulation_steps grad_accum_steps accumulation_steps "
-    "gradient_accumulation accumulate_grad_batches microbatches accum micro_batch_size~",
-    "train.seed": "random_seed rng_seed",
-    "train.log_every": "logging_steps log_interval log_freq log_steps print_every",
-    "train.eval_every": "eval_steps eval_interval eval_freq val_every validate_every val_interval",
-    "train.eval_batches": "eval_iters val_steps val_batches",
-    "train.checkpoint_every": "save_steps save_every save_interval save_freq ckpt_every "
-    "checkpoint_interval checkpoint_steps checkpoint_freq",
-    "train.keep_checkpoints": "save_total_limit max_to_keep keep keep_last",
-    "lora.rank": "r lora_r lora_rank",
-    "lora.alpha": "lora_alpha",
-    "lora.dropout": "lora_dropout",
-    "lora.targets": "target_modules lora_target_modules lora_targets",
-    "lora.base_dtype": "load_in_4bit~ quantization~ qlora~ bits~",
-    "init_from": "model pretrained model_name_or_path load_from resume_from base_model",
-}
-# The same for the groups of fields.
-GROUP_ALIASES = {
-    "optim": "optimizer optimiser opt adamw adam schedule",
-    "train": "training trainer loop run",
-    "data": "dataset datasets dataloader input",
-    "model": "llama network arch architecture transformer",
-    "mesh": "parallel parallelism sharding distributed",
-    "lora": "peft adapter adapters qlora",
-}
-
-
-def unknown_field(name: str, prefix: str) -> str:
-    """The message about a dotted name that no field of the config has.
-
-    Args:
-      name: such as `optim.lr`.
-      prefix: what stands before a dotted name where the user writes it, such as `--config.`.
-    """
-    return errors.unknown_field(name, field_types(), FIELD_ALIASES | GROUP_ALIASES, prefix)
+@functools.cache
+def field_types() -> dict[str, type]:
+    """Returns the type of every field by its dotted name."""
+    return {name: cast(type, one.type) for name, one in all_fields().items()}
 
 
 def default() -> ml_collections.ConfigDict:
-    """The LLaMA-7B recipe as a locked ConfigDict, the starting point of every `configs/*.py`."""
+    """Returns the LLaMA-7B recipe as a locked ConfigDict, where each `configs/*.py` starts."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+
+
+class UnknownField(UserError):
+    """A group or field that `Config` does not have.
+
+    Attributes:
+      name: its dotted name, such as `optim.lr`.
+    """
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
 
 
 def require_fields(config: ml_collections.ConfigDict) -> None:
     """Checks that a config has the groups and fields of `Config`, whatever their values.
 
     Raises:
-      UserError: one is unknown or missing.
+      UnknownField: `Config` does not have one of them.
+      UserError: one is missing.
     """
     _require_names(config.to_dict())
 
@@ -690,13 +692,14 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
     """Converts and validates what a config file and the command line gave.
 
     Raises:
-      UserError: an unknown group or field, a missing group, or a value out of range.
+      UnknownField: `Config` does not have a group or field.
+      UserError: a group or field is missing, or a value is out of range.
     """
     return _from_dict(config.to_dict())
 
 
 def from_json(text: bytes | str) -> Config:
-    """Reads what `Config.to_json` wrote; what an older version had no field for has its default.
+    """Reads what `Config.to_json` wrote; a field that an older version lacked has its default.
 
     Raises:
       UserError: the text is not such a config.
@@ -711,11 +714,11 @@ def from_json(text: bytes | str) -> Config:
 
 
 def _require_names(values: dict[str, Any]) -> None:
-    known = {field.name: field.type for field in dataclasses.fields(Config)}
+    known = {one.name: one.type for one in dataclasses.fields(Config)}
     _require_same_names("config groups", "", set(values), set(known))
     for name, group in known.items():
         if dataclasses.is_dataclass(group):
-            given, own = values[name], {field.name for field in dataclasses.fields(group)}
+            given, own = values[name], {one.name for one in dataclasses.fields(group)}
             require(isinstance(given, dict), f"config group {name} is not a mapping, but {given!r}")
             _require_same_names(f"fields of config group {name}", f"{name}.", set(given), own)
 
@@ -723,8 +726,8 @@ def _require_names(values: dict[str, Any]) -> None:
 def _from_dict(values: dict[str, Any]) -> Config:
     _require_names(values)
     built: dict[str, Any] = {}
-    for field in dataclasses.fields(Config):
-        name, group = field.name, field.type
+    for one in dataclasses.fields(Config):
+        name, group = one.name, one.type
         if not dataclasses.is_dataclass(group):
             built[name] = check_type(name, values[name], group)
             continue
@@ -737,22 +740,12 @@ def _from_dict(values: dict[str, Any]) -> Config:
 def _require_same_names(what: str, prefix: str, given: set[str], known: set[str]) -> None:
     unknown = sorted(map(str, given - known))
     if unknown:
-        mend = unknown_field(f"{prefix}{unknown[0]}", "config.")
-        raise UserError(f"unknown {what}: {', '.join(unknown)} ({mend})")
+        message = f"unknown {what}: {', '.join(unknown)}"
+        raise UnknownField(message, f"{prefix}{unknown[0]}")
     require(given >= known, f"missing {what}: {', '.join(sorted(known - given))}")
 
 
 def changed_fields(left: Config, right: Config) -> dict[str, tuple[Any, Any]]:
-    """Fields in which two configs differ: dotted name -> (left value, right value)."""
-    found = {}
-    for group, values in dataclasses.asdict(left).items():
-        others = getattr(right, group)
-        if not isinstance(values, dict):
-            if values != others:
-                found[group] = (values, others)
-            continue
-        for name, value in values.items():
-            other = getattr(others, name)
-            if value != other:
-                found[f"{group}.{name}"] = (value, other)
-    return found
+    """Returns the fields in which two configs differ: dotted name -> (left, right value)."""
+    pairs = {name: tuple(map(operator.attrgetter(name), (left, right))) for name in all_fields()}
+    return {name: (mine, other) for name, (mine, other) in pairs.items() if mine != other}

@@ -1,20 +1,19 @@
-"""The one exception that means "the user can mend this", and what its messages say.
-
-At the end is what a misspelt name most likely means: "did you mean ...?".
-"""
+"""The exception that means "the user can mend this", and checks of values that users write."""
 
 import contextlib
 import dataclasses
-import difflib
+import inspect
 import math
 import re
 import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+_T = TypeVar("_T")
+_C = TypeVar("_C")
 
 _SMALLEST_NORMAL = 2.0**-126  # of float32; XLA takes smaller ones as 0
-# Of `difflib`: how alike two names are. The first within a group, the second among all fields.
-ALIKE, _MUCH_ALIKE = 0.6, 0.75
 
 
 class UserError(ValueError):
@@ -43,48 +42,8 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def require_positive(group: str, config: Any, *names: str) -> None:
-    """Requires that the fields `names` of a config group are greater than 0."""
-    for name in names:
-        value = getattr(config, name)
-        require(value > 0, f"{group}.{name} must be positive, got {value}")
-
-
-def require_types(group: str, config: Any, *, wide: tuple[str, ...] = ()) -> None:
-    """Requires that each field of a config group has its annotated type, and no huge integer.
-
-    Args:
-      group: its name, for the message.
-      config: the group.
-      wide: fields that may hold integers of 64 bits; the others are int32 on the devices.
-    """
-    for field in dataclasses.fields(config):
-        name, value = f"{group}.{field.name}", getattr(config, field.name)
-        check_type(name, value, field.type)
-        if field.type is int:
-            bits = 63 if field.name in wide else 31
-            require(abs(value) < 2**bits, f"{name} must be less than 2**{bits}, got {value}")
-
-
-def require_float32(group: str, config: Any) -> None:
-    """Requires that each number of a config group is one in float32, in which it is used.
-
-    Args:
-      group: its name, for the message.
-      config: the group, of the right types.
-    """
-    for field in dataclasses.fields(config):
-        if field.type is float:
-            value = getattr(config, field.name)
-            rounded = as_float32(value)
-            require(
-                math.isfinite(rounded) and bool(rounded) == bool(value),
-                f"{group}.{field.name}={value} is {rounded} in float32, in which it is used",
-            )
-
-
 def as_float32(value: float) -> float:
-    """A value in float32, as devices have it: infinite beyond the largest, 0 where subnormal."""
+    """Rounds to float32 as devices do: infinite beyond the largest number, 0 where subnormal."""
     try:
         rounded: float = struct.unpack("f", struct.pack("f", value))[0]
     except OverflowError:
@@ -93,7 +52,7 @@ def as_float32(value: float) -> float:
 
 
 def check_type(name: str, value: Any, wanted: Any) -> Any:
-    """The value, if it has the type of its field; an int may stand for a float.
+    """Returns the value if it has the type of its field; an int may stand for a float.
 
     Raises:
       UserError: it has another type, or is infinite or not a number.
@@ -103,6 +62,99 @@ def check_type(name: str, value: Any, wanted: Any) -> Any:
     require(type(value) is wanted, f"{name} must be of type {wanted.__name__}, got {value!r}")
     require(wanted is not float or math.isfinite(value), f"{name} must be finite, got {value!r}")
     return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A rule that the value of a config field must keep.
+
+    Attributes:
+      rule: completes the message "FIELD must be ..."; empty for `ANY`.
+      holds: whether a value of the field's type keeps it.
+      bits: of the largest integer. Most integers are int32 on the devices.
+    """
+
+    rule: str
+    holds: Callable[[Any], bool]
+    bits: int = 31
+
+
+ANY = Check("", lambda value: True)
+NOT_EMPTY = Check("non-empty", bool)
+POSITIVE = Check("positive", lambda value: value > 0)
+POSITIVE_INT64 = dataclasses.replace(POSITIVE, bits=63)
+NOT_NEGATIVE = Check("0 or more", lambda value: value >= 0)
+
+
+def one_of(*names: str) -> Check:
+    """Makes the check that a text is one of these names."""
+    return Check(f"one of {', '.join(names)}", lambda value: value in names)
+
+
+def field(default: _T, check: Check, meaning: str) -> _T:
+    """Declares a field of a config group, which is a dataclass.
+
+    The return type is what a type checker sees in a class; in fact it is a `dataclasses.Field`.
+
+    Args:
+      default: of the field.
+      check: what `check_fields` requires of a value.
+      meaning: for `help()` and `--help`: what the field is, its unit, and what 0 or '' means.
+    """
+    return dataclasses.field(default=default, metadata={"check": check, "meaning": meaning})
+
+
+def check_fields(group: str, config: Any) -> None:
+    """Checks each field of a config group by its type and its `Check`.
+
+    A number must also be one on the devices: an integer must fit into the bits of its check, and a
+    float must be neither infinite in float32 nor rounded to 0.
+
+    Args:
+      group: name of the group, for messages.
+      config: the group, whose fields are declared by `field`.
+
+    Raises:
+      UserError: a value is of another type or out of range.
+    """
+    for one in dataclasses.fields(config):
+        name, value = f"{group}.{one.name}", getattr(config, one.name)
+        check: Check = one.metadata["check"]
+        check_type(name, value, one.type)
+        if one.type is int:
+            limit = check.bits
+            require(abs(value) < 2**limit, f"{name} must be less than 2**{limit}, got {value}")
+        require(check.holds(value), f"{name} must be {check.rule}, got {value!r}")
+        if one.type is float:
+            rounded = as_float32(value)
+            require(
+                math.isfinite(rounded) and bool(rounded) == bool(value),
+                f"{name}={value} is {rounded} in float32, in which it is used",
+            )
+
+
+def facts(one: dataclasses.Field[Any]) -> str:
+    """Describes what a value of a field may be, such as `int, positive; default 2_048`."""
+    default = f"{one.default:_}" if type(one.default) is int else repr(one.default)
+    rule = one.metadata["check"].rule
+    kind = cast(type, one.type).__name__
+    return f"{kind}{', ' if rule else ''}{rule}; default {default}"
+
+
+def with_attributes(group: type[_C]) -> type[_C]:
+    """Adds the section `Attributes:` to the docstring of a dataclass, for `help()`."""
+    wrapper = textwrap.TextWrapper(96, initial_indent="  ", subsequent_indent="    ")
+    wrapper.break_on_hyphens = wrapper.break_long_words = False
+    lines = [inspect.cleandoc(group.__doc__ or ""), "", "Attributes:"]
+    for one in dataclasses.fields(cast(Any, group)):
+        kind = cast(type, one.type)
+        if "meaning" in one.metadata:
+            text = f"{one.name} ({facts(one)}): {one.metadata['meaning']}"
+        else:  # a group of fields
+            text = f"{one.name} ({kind.__name__}): {(kind.__doc__ or '').partition(chr(10))[0]}"
+        lines += wrapper.wrap(text)
+    group.__doc__ = "\n".join(lines)
+    return group
 
 
 @contextlib.contextmanager
@@ -128,141 +180,3 @@ def as_user_error(name: str) -> Iterator[None]:
         raise UserError(f"{name} is malformed: {first_line(error)}") from error
     except MemoryError as error:
         raise UserError(f"{name} needs more memory than there is") from error
-
-
-def unknown_field(
-    name: str, fields: Collection[str], others: Mapping[str, str], prefix: str
-) -> str:
-    """The message about a dotted name that no field of a config has.
-
-    Args:
-      name: such as `optim.lr`.
-      fields: dotted names of all fields.
-      others: names that other programs have for a field or group, with spaces between them.
-      prefix: what stands before a dotted name where the user writes it, such as `--config.`.
-    """
-    while name.startswith("config."):
-        name = name.removeprefix("config.")
-    if name in fields:
-        return f"there is no {prefix}config.{name}; did you mean {prefix}{name}?"
-    groups = list(dict.fromkeys(field.partition(".")[0] for field in fields if "." in field))
-    group, _, field = name.partition(".")
-    own = [one.partition(".")[2] for one in fields if one.startswith(f"{group}.")]
-    if name.rstrip(".") in groups:
-        return (
-            f"{group} is a group of fields; set one of them, as {prefix}{group}.FIELD: "
-            f"{', '.join(own)}"
-        )
-    for whole in fields:
-        if name.startswith(f"{whole}."):
-            return f"{whole} is a field, not a group; did you mean {prefix}{whole}?"
-    if group in groups:
-        begin = f"{group} has no field {field}"
-        inside = [f"{group}.{one}" for one in own]
-        exact = same_names(field, own)
-        if not exact:
-            aliased = [one for one in inside if plain(field) in other_names(others, one)]
-            exact = [one.partition(".")[2] for one in aliased]
-        if exact:
-            return f"{begin}; did you mean {either(exact)}?"
-        rest = [one for one in fields if one not in inside]
-        last = field.rpartition(".")[2]
-        if found := _exactly(last, rest, others):
-            return f"{begin}; did you mean {either(prefix + one for one in found)}?"
-        if found := alike_names(field, own, ALIKE):
-            return f"{begin}; did you mean {either(found)}?"
-        if found := fields_named(last, rest, others):
-            return f"{begin}; did you mean {either(prefix + one for one in found)}?"
-        return f"{begin}; it has {', '.join(own)}"
-    similar = _groups_like(group, groups, others)
-    kind = "group" if field or similar else "field"
-    begin = f"the config has no {kind} {group or repr(group)}"
-    found = fields_spelt(name, fields) or _in_groups(similar, field, fields, others)
-    found = found or fields_named(field or name, fields, others)
-    if found:
-        return f"{begin}; did you mean {either(prefix + one for one in found)}?"
-    if similar:
-        return f"{begin}; did you mean {either(prefix + one for one in similar)}?"
-    alone = [one for one in fields if "." not in one]
-    return f"{begin}; its groups are {', '.join(groups)}, and {', '.join(alone)} is in none"
-
-
-def _in_groups(
-    groups: list[str], field: str, fields: Collection[str], others: Mapping[str, str]
-) -> list[str]:
-    """Fields of these groups that a misspelt one means."""
-    found = []
-    for name in groups:
-        own = [one for one in fields if one.startswith(f"{name}.")]
-        inner = {one.partition(".")[2]: one for one in own}
-        matches = [inner[one] for one in same_names(field, inner)]
-        matches = matches or [one for one in own if plain(field) in other_names(others, one)]
-        found += matches or [inner[one] for one in alike_names(field, inner, ALIKE)]
-    return found[:2] if field else []
-
-
-def _groups_like(group: str, groups: list[str], others: Mapping[str, str]) -> list[str]:
-    """Groups that a misspelt one means."""
-    named = [name for name in groups if plain(group) in other_names(others, name)]
-    return same_names(group, groups) or named or alike_names(group, groups, ALIKE)
-
-
-def fields_named(name: str, fields: Collection[str], others: Mapping[str, str]) -> list[str]:
-    """Fields of any group that a name without its group means."""
-    if found := _exactly(name, fields, others):
-        return found
-    last: dict[str, str] = {}
-    for field in fields:
-        last.setdefault(field.rpartition(".")[2], field)
-    return [last[one] for one in alike_names(name, last, _MUCH_ALIKE)]
-
-
-def _exactly(name: str, fields: Collection[str], others: Mapping[str, str]) -> list[str]:
-    """Fields with this very name, or that have it in other programs."""
-    groups = {field.partition(".")[0] for field in fields if "." in field}
-    same = [field for field in fields if plain(field.rpartition(".")[2]) == plain(name)]
-    if same and name not in groups:
-        # The group dcn has the fields of mesh, which is the one that is set.
-        return [field for field in same if not field.startswith("dcn.")] or same
-    return [field for field in fields if plain(name) in other_names(others, field)]
-
-
-def fields_spelt(name: str, fields: Collection[str], prefix: str = "") -> list[str]:
-    """Fields whose dotted names have the same letters, whatever signs are between them."""
-
-    def letters(text: str) -> str:
-        return re.sub("[^a-z0-9]", "", text.lower())
-
-    return [field for field in fields if letters(name) == prefix + letters(field)]
-
-
-def same_names(name: str, known: Iterable[str]) -> list[str]:
-    """The known names that differ from this one in case, `_` and `-` only."""
-    return [one for one in known if plain(one) == plain(name)]
-
-
-def alike_names(name: str, known: Iterable[str], cutoff: float) -> list[str]:
-    """The name that is most like this one, or two that are so equally."""
-    names, name = list(known), name.lower().replace("-", "_")
-    found = difflib.get_close_matches(name, names, 2, cutoff)
-    if len(found) > 1:
-        best, next_best = (difflib.SequenceMatcher(None, one, name).ratio() for one in found)
-        found = sorted(found) if best == next_best else found[:1]
-    if not found and len(name) > 2:  # half a name
-        found = [one for one in names if one.startswith(name) or f"_{name}" in one][:2]
-    return found
-
-
-def other_names(table: Mapping[str, str], key: str) -> list[str]:
-    """The plain names that a table has for a field, group or flag of ours."""
-    return [plain(word) for word in table.get(key, "").split()]
-
-
-def plain(name: str) -> str:
-    """A name without what people write in different ways: case, `_` and `-`."""
-    return re.sub("[-_~]", "", name.lower())
-
-
-def either(names: Iterable[str]) -> str:
-    """The names with `or` between them."""
-    return " or ".join(names)

@@ -63,6 +63,9 @@ def run(main: Callable[[], int | None], doc: str | None) -> None:
     def parse(argv: list[str]) -> list[str]:
         if {"--help", "-h", "--helpshort"} & set(argv):
             app.usage(shorthelp=True, writeto_stdout=True)
+            if "config" in flags.FLAGS and "--helpshort" not in argv:
+                print(f"\n{config_flags.fields_help(flags.get_help_width())}")
+                print("\n--helpshort prints the flags without these fields.")
             sys.exit(0)
         try:
             _require_values(argv)

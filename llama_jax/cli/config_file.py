@@ -15,7 +15,8 @@ import ml_collections
 from etils import epath
 
 import llama_jax
-from llama_jax.config import field_types, unknown_field
+from llama_jax.cli.field_names import unknown_field
+from llama_jax.config import UnknownField, field_types, require_fields
 from llama_jax.errors import UserError, check_type, first_line
 from llama_jax.files import expand, read_bytes
 
@@ -32,7 +33,7 @@ def load_config_file(text: str) -> ml_collections.ConfigDict:
         may be the argument of its `get_config`.
 
     Raises:
-      UserError: there is no such config, or it fails.
+      UserError: there is no such config, it fails, or it has other fields than `Config`.
     """
     path, argument = find_config(text)
     module = _run(path, lambda: _module(path))
@@ -48,6 +49,12 @@ def load_config_file(text: str) -> ml_collections.ConfigDict:
             f"{path}: get_config() returned {_shown(found)}, not a config; begin with config = "
             "llama_jax.config.default(), which is a ConfigDict, and end with return config"
         )
+    try:
+        require_fields(found)
+    except UnknownField as error:
+        raise UserError(f"{text}: {error} ({unknown_field(error.name, 'config.')})") from error
+    except UserError as error:
+        raise UserError(f"{text}: {error}") from error
     return found
 
 

@@ -1,18 +1,24 @@
 """The flags of a config: `--config=FILE` and `--config.GROUP.FIELD=VALUE`."""
 
 import contextlib
+import dataclasses
 import re
+import textwrap
 from typing import Any
 
 import ml_collections
 from absl import flags
 
 from llama_jax.cli.config_file import load_config_file
-from llama_jax.config import Config, field_types, from_config_dict, require_fields
-from llama_jax.errors import UserError, as_user_error
+from llama_jax.config import Config, all_fields, field_types, from_config_dict
+from llama_jax.errors import UserError, as_user_error, facts
 
 PREFIX = "config."
-_SHOWN = 60  # letters of a value in a message
+_SHOWN = 60  # characters of a value in a message
+_INTRODUCTION = (
+    "Set one by --config.GROUP.FIELD=VALUE, such as --config.train.steps=200. A field that neither "
+    "a flag nor the config file sets has its default, which is that of LLaMA 7B."
+)
 
 
 def define() -> flags.FlagHolder:
@@ -21,19 +27,54 @@ def define() -> flags.FlagHolder:
         "config",
         None,
         "Config file, or the name of one in configs/, such as tiny; --config.GROUP.FIELD=VALUE "
-        "overrides a field.",
+        "overrides a field; --help lists the fields.",
     )
-    for name, kind in field_types().items():
+    for name, field in all_fields().items():
         flag: flags.Flag[str] = flags.Flag(
             parser=flags.ArgumentParser(),
             serializer=flags.ArgumentSerializer(),
             name=PREFIX + name,
             default=None,
-            help_string=f"The field {name} of the config ({_KINDS[kind]}).",
-            boolean=kind is bool,  # may stand without a value
+            help_string=f"{field.metadata['meaning']} ({facts(field)})",
+            boolean=field.type is bool,  # may stand without a value
         )
         flags.DEFINE_flag(flag, module_name=__name__)
     return holder
+
+
+def fields_help(width: int) -> str:
+    """Lists all fields by group, with type, check, default and meaning, as `--help` prints them.
+
+    Args:
+      width: characters per line.
+    """
+    blocks = ["fields of the config:", textwrap.fill(_INTRODUCTION, width)]
+    for group in dataclasses.fields(Config):
+        lines, names = [], [group.name]
+        if dataclasses.is_dataclass(group.type):
+            about, _, _ = (group.type.__doc__ or "").partition("\n")
+            lines.append(_wrapped(f"{group.name}: {about}", width))
+            names = [f"{group.name}.{one.name}" for one in dataclasses.fields(group.type)]
+        for name in names:
+            field = all_fields()[name]
+            switch = "[no]" if field.type is bool else ""
+            lines.append(_wrapped(f"--{switch}{PREFIX}{name} ({facts(field)})", width, 2))
+            lines.append(_wrapped(field.metadata["meaning"], width, 6))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _wrapped(text: str, width: int, indent: int = 0) -> str:
+    """Breaks a text into lines, but no word: names of fields and files are to be copied."""
+    first, rest = " " * indent, " " * max(indent, 4)
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def overrides() -> dict[str, Any]:
@@ -59,10 +100,6 @@ def load(file: str) -> Config:
     given = overrides()
     # A copy that may be changed, where references between fields stay references.
     config = ml_collections.ConfigDict(load_config_file(file), type_safe=False)
-    try:
-        require_fields(config)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
     for name, value in given.items():
         group, _, field = name.rpartition(".")
         place = config.get(group) if group else config

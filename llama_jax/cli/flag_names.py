@@ -1,11 +1,11 @@
-"""What a misspelt name of a flag most likely means."""
+"""What a misspelt name of a flag most likely means: "did you mean ...?"."""
 
 import shlex
 from collections.abc import Collection
 
-from llama_jax.config import FIELD_ALIASES, unknown_field
-from llama_jax.errors import (
+from llama_jax.cli.field_names import (
     ALIKE,
+    FIELD_ALIASES,
     alike_names,
     either,
     fields_named,
@@ -13,9 +13,10 @@ from llama_jax.errors import (
     other_names,
     plain,
     same_names,
+    unknown_field,
 )
 
-# Names from other programs, for flags of ours.
+# Names that other programs have for a flag.
 _FLAG_ALIASES = {
     "workdir": "output_dir out_dir run_dir save_dir log_dir out output dir folder",
     "output": "output_dir out_dir out workdir dir folder target",
@@ -53,7 +54,7 @@ def unknown_flag(arg: str, flags: Collection[str], fields: Collection[str]) -> s
         return unknown_field(dotted, "--config.")
     own = same_names(typed, flags) or alike_names(typed, flags, 0.8)
     if not own and fields:
-        if found := fields_named(dotted, fields, FIELD_ALIASES):
+        if found := fields_named(dotted, fields):
             return f"{begin}; did you mean {either(f'--config.{name}{given}' for name in found)}?"
         if any(field.startswith(f"{dotted}.") for field in fields):
             return unknown_field(dotted, "--config.")

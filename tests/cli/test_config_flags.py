@@ -1,10 +1,12 @@
 """Flags of the config as commands read them."""
 
 import json
+import re
 
 import pytest
 
-from llama_jax.cli.config_flags import parse_value
+from llama_jax.cli.config_flags import fields_help, parse_value
+from llama_jax.config import field_types
 from llama_jax.errors import UserError
 from tests.helpers import TINY_FLAGS, one_line_error, run_command
 
@@ -69,6 +71,29 @@ def test_a_value_of_another_type_is_told_with_field_and_type(name, text, mend):
     with pytest.raises(UserError) as error:
         parse_value(name, text)
     assert str(error.value) == f"--config.{name} must be of type {kind}, got {text!r}{mend}"
+
+
+def test_the_list_of_fields_is_by_group_with_types_checks_defaults_and_meanings():
+    text = fields_help(80)
+    names = re.findall(r"^  --(?:\[no\])?config\.([\w.]+) \(\w+[,;] ", text, re.M)
+    assert names == list(field_types())
+    assert max(map(len, text.splitlines())) <= 80
+    assert (
+        "\n\ntrain: Sets the training loop. Steps are optimiser steps, counted from 1.\n"
+        "  --config.train.steps (int, positive; default 250_000)\n      Steps of the whole run.\n"
+    ) in text
+    assert "\n  --[no]config.data.streaming (bool; default False)\n      Tokenise" in text
+    assert "\n\n  --config.init_from (str; default '')\n" in text  # of no group
+    assert "such as --config.train.steps=200" in text
+
+
+def test_help_shows_the_fields_and_helpshort_does_not():
+    short, long = (run_command("prepare", flag).stdout for flag in ("--helpshort", "--help"))
+    assert long == (
+        f"{short}\n{fields_help(80)}\n\n--helpshort prints the flags without these fields.\n"
+    )
+    assert "--output" in short and "--config.train.steps" not in short
+    assert "fields of the config" not in run_command("convert", "--help").stdout
 
 
 def test_a_long_value_is_cut():

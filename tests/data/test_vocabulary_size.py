@@ -105,7 +105,7 @@ def test_a_trained_tokenizer_may_have_fewer_ids(config, tmp_path):
     assert open_data(stream, epath.Path(tmp_path / "stream")).tokenizer.vocab_size == 290
     with pytest.raises(UserError, match="data.tokenizer_size=321 is more than model.vocab_size"):
         replace(config, data__tokenizer_size=321)
-    with pytest.raises(UserError, match="data.tokenizer_size must not be negative"):
+    with pytest.raises(UserError, match="data.tokenizer_size must be 0 or more"):
         replace(config, data__tokenizer_size=-1)
 
 

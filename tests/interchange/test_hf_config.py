@@ -199,7 +199,7 @@ def rope(**values):
         (rope(type="linear"), "config.json does not have 'rope_scaling.factor'"),
         (rope(type="linear", factor="4"), "rope_scaling.factor must be of type float, got '4'"),
         (rope(type="linear", factor=0), "rope_scaling.factor must be positive"),
-        (rope(type="dynamic", factor=0.5), "the factor of RoPE must be 1 (off) or more, got 0.5"),
+        (rope(type="dynamic", factor=0.5), "the factor of RoPE must be at least 1, got 0.5"),
         (rope(type="yarn", factor=None), "rope_scaling.factor must be of type float, got null"),
         (
             rope(type="yarn", factor=4.0, original_max_position_embeddings=0),

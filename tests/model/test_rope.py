@@ -137,11 +137,14 @@ def test_the_card_tells_the_kind(tmp_path, kind):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_scaling": "ntk"}, r"model.rope_scaling must be one of .*'yarn'\), got 'ntk'"),
-        ({"rope_scaling": "linear", "rope_scaling_factor": 0.5}, "factor must be 1 .off. or more"),
-        ({"rope_scaling_factor": 1e300}, r"factor=1e\+300 stretches .* beyond 2\*\*31 tokens"),
+        ({"rope_scaling": "ntk"}, "model.rope_scaling must be one of llama3, .* yarn, got 'ntk'"),
+        (
+            {"rope_scaling": "linear", "rope_scaling_factor": 0.5},
+            "factor must be at least 1, got 0.5",
+        ),
+        ({"rope_scaling_factor": 1e30}, r"factor=1e\+30 stretches .* beyond 2\*\*31 tokens"),
         ({"rope_beta_fast": 1.0}, "rope_beta_slow must be positive and less than rope_beta_fast"),
-        ({"rope_attention_factor": -1.0}, "rope_attention_factor must not be negative"),
+        ({"rope_attention_factor": -1.0}, "rope_attention_factor must be 0 or more"),
         ({"rope_scaling": "yarn", "rope_theta": 1.0}, "rope_theta must be greater than 1 for yarn"),
         ({"rope_scaling": "dynamic", "explicit_head_dim": 2}, "heads of more than 2"),
     ],
