@@ -13,7 +13,6 @@ from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.saved_step import StepMeta
 from llama_jax.config import Config
 from llama_jax.data.loader import device_batches
-from llama_jax.data.streaming import StreamingBatches
 from llama_jax.data.training_data import TrainingData
 from llama_jax.parallel.multihost import compile_together
 from llama_jax.train.instruments import metrics
@@ -41,8 +40,9 @@ def mean_validation_loss(
     """
     if data.validation is None:
         return None
-    train = config.train
-    count = min(train.eval_batches, math.ceil(data.validation.n_sequences / train.global_batch))
+    train, count = config.train, config.train.eval_batches
+    if (n_sequences := data.validation.n_sequences) is not None:
+        count = min(count, math.ceil(n_sequences / train.global_batch))
     total, weight = 0.0, 0.0
     shape = (train.global_batch, train.seq_len)
     batches = device_batches(data.validation, 0, count, compiled.batch_sharding, *shape)
@@ -94,27 +94,16 @@ def run_missed_evaluation(
     if loss is None:  # stopped again
         return
     if loss != recorded:
-        i.log.write(step, {"eval_loss": loss, **_epoch_metrics(data, step)})
+        i.log.write(step, {"eval_loss": loss, **data.train.metrics(step)})
     i.saver.add_evaluation(step, loss)
 
 
 def _positions(data: TrainingData, step: int) -> list[list[int]]:
-    """Where each process stands in streamed data; nothing for shards, where the step says it."""
-    if not isinstance(data.train, StreamingBatches):
-        return []
-    mine = data.train.state(step)
-    if jax.process_count() == 1:
-        return [mine]
+    """The state of the source of batches on each process; empty where the step alone says it."""
+    mine = list(map(int, data.train.state(step)))
+    if not mine or jax.process_count() == 1:
+        return [mine] if mine else []
     return multihost_utils.process_allgather(np.asarray(mine)).tolist()
-
-
-def _epoch_metrics(data: TrainingData, step: int) -> dict[str, float]:
-    """Passes over each source, as metrics; of a stream also what the present one has skipped."""
-    epochs = data.train.epochs(step)
-    values = {f"epochs/{name}" if name else "epochs": value for name, value in epochs.items()}
-    if isinstance(data.train, StreamingBatches):
-        values["documents_skipped"] = data.train.skipped()
-    return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +188,7 @@ def run_loop(
                         compiled, weights, data, config, stop, i.watchdog
                     )
                 if eval_loss is not None:
-                    log.write(step, {"eval_loss": eval_loss, **_epoch_metrics(data, step)})
+                    log.write(step, {"eval_loss": eval_loss, **data.train.metrics(step)})
                 log.start(step)
                 last = last or bool(stop.name)
             if last or rewound or step % train.checkpoint_every == 0:
@@ -220,7 +209,7 @@ def run_loop(
                     jax.block_until_ready(step_metrics)
                     log.start(step + 1)
         if (step + 1) % train.log_every == 0:
-            extra = {**_epoch_metrics(data, step + 1), "goodput": goodput.fraction()}
+            extra = {**data.train.metrics(step + 1), "goodput": goodput.fraction()}
             read = log.push(step + 1, {**step_metrics, **extra}) or read
         else:
             read = log.push(step + 1, None) or read

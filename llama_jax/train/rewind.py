@@ -16,7 +16,6 @@ from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.retention import can_rewind_to
 from llama_jax.checkpoint.saved_step import DamagedCheckpoint
 from llama_jax.config import Config
-from llama_jax.data.batches import describe_batch
 from llama_jax.data.training_data import TrainingData
 from llama_jax.errors import UserError
 from llama_jax.parallel.sharding import with_shardings
@@ -139,6 +138,6 @@ class Rewinder:
             )
         return UserError(
             f"steps {first} to {last} made no update: {explain(int(state.skips.reasons))}. "
-            f"Batch of step {last}: {describe_batch(self._data.train, self._config, last)}. "
+            f"Batch of step {last}: {self._data.train.describe(last - 1)}. "
             f"Nothing was saved, {good}; {advice}"
         )

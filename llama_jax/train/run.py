@@ -12,7 +12,6 @@ from etils import epath
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.saved_step import CHECKPOINTS
 from llama_jax.config import Config
-from llama_jax.data.streaming import StreamingBatches
 from llama_jax.data.training_data import TrainingData, open_data
 from llama_jax.errors import UserError
 from llama_jax.files import expand, write_atomically
@@ -201,8 +200,7 @@ def run(config: Config, workdir: epath.PathLike, began: float | None = None) -> 
                 finally:
                     profiler.close()
                     log.close()
-        if isinstance(data.train, StreamingBatches):
-            data.train.tell_skips()
+        data.train.finish()
         _report(config, workdir, start, int(state.step), stop, evaluated=lost)
         if start < int(state.step):
             say(f"goodput      {goodput.report()}")

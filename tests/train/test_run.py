@@ -19,6 +19,7 @@ from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.saved_step import StepMeta, find_step, load_meta
 from llama_jax.data.batches import SyntheticBatches
 from llama_jax.data.shards.reader import TokenDataset
+from llama_jax.data.source import BatchSource
 from llama_jax.data.training_data import TrainingData, open_data
 from llama_jax.errors import UserError
 from llama_jax.model.cost import parameter_count
@@ -65,7 +66,8 @@ class FakeRun:
         self.events, self.config, self.stop = [], config, StopRequest()
         self.stop_at = stop_at
         source = SyntheticBatches(config.model.vocab_size, 16, 8, config.train.seed)
-        validation = types.SimpleNamespace(n_sequences=100, rows=source.rows)
+        validation = SyntheticBatches(config.model.vocab_size, 16, 8, config.train.seed)
+        validation.n_sequences = 100
         self.data = TrainingData(source, validation, None, "fake")
         self.compiled = types.SimpleNamespace(
             batch_sharding=batch_sharding(mesh_of((1, 1, 1, 1))),
@@ -738,7 +740,7 @@ def test_the_seed_changes_weights_and_data(tmp_path, shards, corpus):
         compiled = types.SimpleNamespace(init=init)
         saver = types.SimpleNamespace(newest_good_step=lambda: None)
         with pytest.raises(Stop):
-            start.initial_state(compiled, saver, types.SimpleNamespace(train=None), c)
+            start.initial_state(compiled, saver, TrainingData(BatchSource()), c)
     assert seeds[0] != seeds[1]
 
 
