@@ -749,6 +749,7 @@ def test_what_to_try_next(capsys, template, flag):
     data = dataclasses.replace(TINY.data, packing="best_fit", source="x.json", template=template)
     config = replace(TINY, data=data)
     ended = types.SimpleNamespace(name="")
-    run_lib._report(config, epath.Path("runs/x"), 20, 20, ended)
+    outcome = run_lib.Outcome(types.SimpleNamespace(step=20), True, False, 20, False, [])
+    run_lib._report(config, epath.Path("runs/x"), outcome, ended)
     expected = f"python -m llama_jax.generate --checkpoint=runs/x {flag}\n"
     assert capsys.readouterr().out.endswith(expected)
