@@ -26,7 +26,6 @@ from etils import epath
 
 from llama_jax.cli import command
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from llama_jax.data import loader
 from llama_jax.data.batches import Batches
 from llama_jax.data.mixture import parse_shares
 from llama_jax.data.prepare import job
@@ -149,7 +148,7 @@ def measure_loader(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator
                 batches.rows(step, range(BATCH))
 
         def through_tf(batches: Batches = batches) -> None:
-            for _ in loader.host_batches(batches, range(BATCH), 0, steps):
+            for _ in batches.batches(range(BATCH), 0, steps):
                 pass
 
         bare()  # the page cache is warm
@@ -164,7 +163,7 @@ def measure_loader(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator
     batches = cases["one source"]
     for start in (0, 500_000):
         began = time.perf_counter()
-        next(loader.host_batches(batches, range(BATCH), start, start + 10))
+        next(batches.batches(range(BATCH), start, start + 10))
         yield {
             "benchmark": "first batch",
             "step": start,
@@ -188,7 +187,7 @@ def measure_checksums(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Itera
 
         def work() -> None:
             if tf_data:
-                for _ in loader.host_batches(batches, range(BATCH), 0, steps):
+                for _ in batches.batches(range(BATCH), 0, steps):
                     pass
             else:
                 for step in range(steps):

@@ -11,7 +11,7 @@ import jax
 from etils import epath
 
 from llama_jax.checkpoint import manifest, retention
-from llama_jax.checkpoint.events import Events
+from llama_jax.checkpoint.events import Events, OnEvent
 from llama_jax.checkpoint.saved_step import (
     CHECKPOINTS,
     DamagedCheckpoint,
@@ -41,8 +41,15 @@ class Checkpointer:
       passed_over: whether a damaged step was set aside.
     """
 
-    def __init__(self, workdir: epath.PathLike, config: Config) -> None:
+    def __init__(
+        self, workdir: epath.PathLike, config: Config, on_event: OnEvent | None = None
+    ) -> None:
         """Opens the directory, and removes what unfinished saves have left there.
+
+        Args:
+          workdir: folder of the run.
+          config: of the run.
+          on_event: keeps a record of what happens, besides the console; see `events.Events`.
 
         Raises:
           UserError: it cannot be written to.
@@ -50,7 +57,7 @@ class Checkpointer:
         workdir = epath.Path(workdir).absolute()
         self._directory = workdir / CHECKPOINTS
         self._train = config.train
-        self._events = Events(workdir)
+        self._events = Events(on_event)
         self._background = BackgroundSaves(
             self._directory,
             self._train.save_timeout,
@@ -116,7 +123,7 @@ class Checkpointer:
     def newest_good_step(self, fits: Callable[[int], bool] | None = None) -> int | None:
         """The newest step (that fits) whose files are all as they were written; None if none is.
 
-        Newer, damaged ones are set aside, which is said on the console and in metrics.jsonl.
+        Newer, damaged ones are set aside, which is an event.
 
         Raises:
           UserError: any step fits, there are some, and none is good; nothing is changed.
@@ -160,12 +167,13 @@ class Checkpointer:
             if jax.process_index() == 0:
                 reason = self._damaged[step]
                 target = retention.set_aside(self.folder(step))
-                self._events.say(
+                self._events.report(
+                    used,
                     f"damaged checkpoint {step}: {reason}; set aside as {target}, going on from "
-                    f"step {used}"
-                )
-                self._events.record(
-                    used, event="checkpoint_damaged", damaged_step=step, reason=reason
+                    f"step {used}",
+                    event="checkpoint_damaged",
+                    damaged_step=step,
+                    reason=reason,
                 )
         self._damaged.clear()
 
@@ -281,19 +289,21 @@ class Checkpointer:
             )
         self._retain()
 
-    def log_event(self, step: int, text: str, **record: Any) -> None:
-        """Says what has happened, and adds it to metrics.jsonl."""
-        self._events.say(text)
-        self._events.record(step, **record)
+    def report(self, step: int, text: str, **record: Any) -> None:
+        """Reports an event, as `Events.report`."""
+        self._events.report(step, text, **record)
 
     def _warn(self, step: int, reason: str) -> None:
         count, limit = self._failures + 1, self._train.max_failed_saves
-        self._events.say_on_all(
+        self._events.report(
+            step,
             f"warning: saving step {step} to {self._directory} failed: {reason}; earlier "
             f"checkpoints are untouched, the next one is tried as usual ({count} failed in a row, "
-            f"train.max_failed_saves={limit})"
+            f"train.max_failed_saves={limit})",
+            on_all=True,
+            event="save_failed",
+            reason=reason,
         )
-        self._events.record(step, event="save_failed", reason=reason)
 
     def _settle(self) -> None:
         """Waits for the save before, and counts it if it failed."""

@@ -1,19 +1,21 @@
-"""What happens to checkpoints: said on the console, and added to metrics.jsonl."""
+"""Reports what happens to checkpoints: on the console, and to whoever keeps records of the run."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from etils import epath
 
-from llama_jax.files import append_jsonl
+# Takes the step, the line that was printed, and a record: `event` is its kind, the rest is details.
+OnEvent = Callable[[int, str, dict[str, Any]], None]
 
 
 class Events:
-    """Tells of a run's checkpoints, from the main thread and from saves in the background."""
+    """Reports from the main thread and from saves in the background."""
 
-    def __init__(self, workdir: epath.Path) -> None:
-        self._records = workdir / "metrics.jsonl"
+    def __init__(self, on_event: OnEvent | None = None) -> None:
+        """`on_event` is called in either thread, on process 0; it must not raise."""
+        self._on_event = on_event
 
     def say(self, text: str) -> None:
         """Prints a line, on process 0 only, if that can be: the disk may be full under it, too."""
@@ -26,10 +28,15 @@ class Events:
         with contextlib.suppress(OSError):
             print(f"{text}\n", end="", flush=True)
 
-    def record(self, step: int, **record: Any) -> None:
-        """Adds a line to metrics.jsonl, if that can be."""
-        if jax.process_index() > 0:
-            return
-        # The console has it too; a full disk is likely what it is about.
-        with contextlib.suppress(OSError):
-            append_jsonl(self._records, [{"step": step, **record}])
+    def report(self, step: int, text: str, *, on_all: bool = False, **record: Any) -> None:
+        """Prints a line and hands it on with its record.
+
+        Args:
+          step: which the event belongs to.
+          text: the line.
+          on_all: whether each process prints its own.
+          **record: `event`, and what else there is to know.
+        """
+        (self.say_on_all if on_all else self.say)(text)
+        if self._on_event is not None and jax.process_index() == 0:
+            self._on_event(step, text, record)

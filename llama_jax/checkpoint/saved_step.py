@@ -43,7 +43,8 @@ class StepMeta:
       step: optimiser steps taken; the data position is a function of it.
       data_fingerprint: sha256 of the token shards, or of the synthetic source's parameters.
       tokenizer_model: SentencePiece model or tokenizer.json; empty for synthetic data.
-      positions: of each process in streamed data (`data.streaming.Position`); else empty.
+      positions: of each process, the state of its source of batches (`data.source.BatchSource`);
+        empty where the step alone says which batch comes next.
       tokenizer_files: of imported weights, by name, for tokenizers that are not SentencePiece and
         for the way back (see `interchange`).
       device_kind: of the chips that saved it, such as `NVIDIA H200`; empty for imported weights.
@@ -291,9 +292,11 @@ def load_meta(step_folder: epath.PathLike) -> StepMeta:
         loss = meta["eval_loss"]
         for name in ("fingerprint", "base"):
             require(_are_counts(found[name].values()), f"{name} must be of numbers")
-        for name, length in (("positions", 3), ("rewinds", 2)):
-            good = all(len(entry) == length and _are_counts(entry) for entry in found[name])
-            require(good, f"{name} must be lists of {length} numbers")
+        for name in ("positions", "rewinds"):
+            good = all(isinstance(entry, list) and _are_counts(entry) for entry in found[name])
+            require(good, f"{name} must be lists of numbers")
+        good = all(len(entry) == 2 for entry in found["rewinds"])
+        require(good, "rewinds must be lists of 2 numbers")
         described = StepMeta(
             config=from_json(check_type("config", meta["config"], str)),
             tokenizer_model=b"",

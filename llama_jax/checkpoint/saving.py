@@ -137,12 +137,14 @@ class BackgroundSaves:
             _sync_directory(self._directory)
 
     def _report_slow(self, step: int) -> None:
-        self._events.say(
+        self._events.report(
+            step,
             f"warning: saving step {step} to {self._directory} takes longer than "
             f"{self._limit_s:,} s (train.save_timeout); training goes on, and waits for it at the "
-            "next save"
+            "next save",
+            event="save_slow",
+            seconds=self._limit_s,
         )
-        self._events.record(step, event="save_slow", seconds=self._limit_s)
 
     def join(self) -> BaseException | None:
         """Waits for the thread, and says so; returns what it failed with."""

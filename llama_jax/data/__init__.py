@@ -7,10 +7,12 @@
   show/               looks at prepared data
   training_data.py    from a config to opened batches
   vocabulary_size.py  how many ids a trained tokenizer gets, and whether they fit the model
+  source.py           the interface of everything that gives batches
   mixture.py          exact shares of several sources
   batches.py          which sequence is in which row of which step
   streaming.py        the same without shards
-  loader.py           batches to devices, through tf.data
+  prefetch.py         makes batches ahead, in the threads of tf.data
+  loader.py           batches to devices
 
 Rule: knows no model and no checkpoint.
 """

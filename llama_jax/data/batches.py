@@ -9,19 +9,18 @@ a step, and hosts need not talk to each other: each makes its own rows.
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from llama_jax.config import Config
 from llama_jax.data.mixture import Schedule, shares_by_size
+from llama_jax.data.prefetch import made_ahead
 from llama_jax.data.shards.reader import TokenDataset
-from llama_jax.data.streaming import StreamingBatches
+from llama_jax.data.source import BatchSource, Local
 from llama_jax.errors import UserError
 
-Local = dict[str, np.ndarray]
 NAMED = 6  # sequences of a source that are named
 
 
@@ -60,16 +59,6 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     while (outside := out >= np.uint64(n)).any():
         out[outside] = once(out[outside])
     return out
-
-
-class BatchSource(Protocol):
-    """Batches by step."""
-
-    def rows(self, step: int, rows: range) -> Local:
-        """Rows of the global batch of a step: `inputs`, `targets` int32, `weights` float32."""
-
-    def epochs(self, step: int) -> dict[str, float]:
-        """Passes over each source, by name, in `step` steps."""
 
 
 class Sequences:
@@ -168,8 +157,8 @@ def _empty(rows: int, seq_len: int, packed: bool) -> Local:
     return {**batch, "weights": np.zeros((rows, seq_len), np.float32)}
 
 
-class Batches:
-    """Batches that draw from one or more sources in fixed shares."""
+class Batches(BatchSource):
+    """Draws batches from one or more sources in fixed shares."""
 
     def __init__(
         self,
@@ -202,11 +191,13 @@ class Batches:
         self._packed = packed.pop()
         self._length, self._batch = seq_len, global_batch
         self.counts = {name: s.count for name, s in zip(datasets, self._sources, strict=True)}
-        self.n_sequences = sum(self.counts.values())
+        self.n_sequences: int = sum(self.counts.values())
         counted = {name: s.counted for name, s in zip(datasets, self._sources, strict=True)}
         asked = {n: shares[n] for n in datasets} if shares else shares_by_size(counted)
         means = {name: Fraction(counted[name], count) for name, count in self.counts.items()}
         self.schedule = Schedule(asked, means, exact=bool(shares))
+        self._shares_given = bool(shares)
+        self._of_answers = any(dataset.template_sha256 for dataset in datasets.values())
 
     def epochs(self, step: int) -> dict[str, float]:
         """Passes over each source, by name, in `step` steps."""
@@ -249,9 +240,38 @@ class Batches:
             self._sources[source].fill(number, batch, row)
         return batch
 
+    def batches(self, rows: range, start: int, stop: int) -> Iterator[Local]:
+        """Makes these rows of the steps start..stop ahead of their use."""
+        return made_ahead(self.rows, rows, start, stop)
 
-class ValidationBatches:
-    """All sequences of the sources once, in order; rows past the end weigh 0."""
+    def describe(self, step: int) -> str:
+        """Names the sequences of a batch, of a large one only the first few of each source.
+
+        The order is a function of the seed and the step, so the step alone names all of them.
+        """
+        found: dict[str, list[int]] = {}
+        for index, sequence in self.draws(step, range(self._batch)):
+            found.setdefault(self.schedule.names[index], []).append(sequence)
+        texts = []
+        for name, sequences in found.items():
+            some = ", ".join(map(str, sequences[:NAMED]))
+            more = f" and {len(sequences) - NAMED} more" if len(sequences) > NAMED else ""
+            texts.append(f"{name + ': ' if name else ''}sequences {some}{more}")
+        return f"{'; '.join(texts)}; see llama_jax.data --show=WORKDIR --step={step}"
+
+    def summary(self, steps: int) -> list[str]:
+        """Returns lines on the shares that were asked for, and on the epochs at the end."""
+        lines = super().summary(steps)
+        if self._shares_given:
+            kind = "of tokens in answers" if self._of_answers else "of tokens"
+            shares = self.schedule.shares.items()
+            listed = ", ".join(f"{name} {100 * float(share):.4g}%" for name, share in shares)
+            lines.insert(0, f"data    shares {kind}: {listed}")
+        return lines
+
+
+class ValidationBatches(BatchSource):
+    """Shows all sequences of the sources once, in order; rows past the end weigh 0."""
 
     def __init__(
         self, datasets: Mapping[str, TokenDataset], seq_len: int, global_batch: int
@@ -264,14 +284,10 @@ class ValidationBatches:
         ]
         self._packed = any(source.packed for source in self._sources)
         self._ends = np.cumsum([source.count for source in self._sources])
-        self.n_sequences = int(self._ends[-1]) if self._sources else 0
+        self.n_sequences: int = int(self._ends[-1]) if self._sources else 0
         # Evaluation sees the first few batches: a stride makes them a sample of all sources.
         self._stride = coprime_stride(self.n_sequences)
         self._length, self._batch = seq_len, global_batch
-
-    def epochs(self, step: int) -> dict[str, float]:
-        """Validation is not counted in epochs."""
-        return {}
 
     def rows(self, step: int, rows: range) -> Local:
         """Rows of a batch, as `Batches.rows`."""
@@ -285,6 +301,10 @@ class ValidationBatches:
                 self._sources[source].fill(number - first, batch, row)
         return batch
 
+    def batches(self, rows: range, start: int, stop: int) -> Iterator[Local]:
+        """Makes these rows of the steps start..stop ahead of their use."""
+        return made_ahead(self.rows, rows, start, stop)
+
 
 def coprime_stride(n: int) -> int:
     """A step near the golden section of n that visits every one of n places once."""
@@ -294,17 +314,13 @@ def coprime_stride(n: int) -> int:
     return stride
 
 
-class SyntheticBatches:
-    """Uniformly random tokens, the same for the same (seed, step, row)."""
+class SyntheticBatches(BatchSource):
+    """Makes uniformly random tokens, the same for the same (seed, step, row)."""
 
     def __init__(self, vocab_size: int, seq_len: int, global_batch: int, seed: int) -> None:
         """Batches of `global_batch` sequences of `seq_len` random tokens."""
         self._vocab_size, self._length, self._batch = vocab_size, seq_len, global_batch
         self._seed = seed
-
-    def epochs(self, step: int) -> dict[str, float]:
-        """Random tokens never repeat."""
-        return {}
 
     def rows(self, step: int, rows: range) -> Local:
         """Rows of the global batch of a step, as `Batches.rows`."""
@@ -319,28 +335,10 @@ class SyntheticBatches:
         weights = np.ones((len(rows), self._length), np.float32)
         return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
 
+    def fingerprint(self) -> str:
+        """Returns the size of the vocabulary: the config has the rest."""
+        return f"synthetic-{self._vocab_size}"
 
-def describe_batch(source: BatchSource | StreamingBatches, config: Config, step: int) -> str:
-    """The sequences of the batch that `step` (from 1, as in the log) took.
-
-    The order is a function of the seed and the step, so the step alone names all of them; of a
-    large batch only the first few are written out.
-    """
-    number = step - 1
-    if isinstance(source, StreamingBatches):
-        try:
-            at = source.position(number)
-        except KeyError:  # long ago
-            return f"the streamed batch of step {step}"
-        return f"epoch {at.epoch}, from document {at.document}, token {at.token} on"
-    if not isinstance(source, Batches):
-        return f"random tokens of train.seed={config.train.seed}, step {number}"
-    found: dict[str, list[int]] = {}
-    for index, sequence in source.draws(number, range(config.train.global_batch)):
-        found.setdefault(source.schedule.names[index], []).append(sequence)
-    texts = []
-    for name, sequences in found.items():
-        some = ", ".join(map(str, sequences[:NAMED]))
-        more = f" and {len(sequences) - NAMED} more" if len(sequences) > NAMED else ""
-        texts.append(f"{name + ': ' if name else ''}sequences {some}{more}")
-    return f"{'; '.join(texts)}; see llama_jax.data --show=WORKDIR --step={number}"
+    def describe(self, step: int) -> str:
+        """Says how the tokens of a batch are drawn."""
+        return f"random tokens of train.seed={self._seed}, step {step}"

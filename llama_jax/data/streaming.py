@@ -10,23 +10,21 @@ import collections
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from etils import epath
 
 from llama_jax.config import DataConfig
+from llama_jax.data.source import BatchSource, Local
 from llama_jax.data.sources.documents import list_parts, read_documents
 from llama_jax.data.sources.listing import named_sources
 from llama_jax.data.sources.part import Tally
 from llama_jax.data.sources.text_files import separator_of
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, require
 from llama_jax.text.tokenizer import Tokenizer
 
 BATCH_DOCUMENTS = 16  # tokenised at once
 KEPT_POSITIONS = 64  # steps whose position is remembered; more than are ever made ahead
-
-Local = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +42,8 @@ class Position:
     token: int = 0
 
 
-class StreamingBatches:
-    """Batches from a source, from a position on; `position(step)` is what a checkpoint keeps."""
+class StreamingBatches(BatchSource):
+    """Makes batches of a source from a position on; a checkpoint keeps `position(step)`."""
 
     def __init__(
         self,
@@ -90,6 +88,10 @@ class StreamingBatches:
         position = self._positions.get(step)
         return {"": float(position.epoch)} if position else {}
 
+    def metrics(self, step: int) -> dict[str, float]:
+        """Returns the epochs, and what the present one has skipped."""
+        return {**super().metrics(step), "documents_skipped": self.skipped()}
+
     def skipped(self) -> int:
         """Documents that could not be used, of all that this pass has read so far.
 
@@ -104,9 +106,31 @@ class StreamingBatches:
             print(self._tally, flush=True)
             self._told = met
 
-    def start_at(self, step: int, position: Position, process: int, processes: int) -> None:
-        """Goes on at a position that `position(step)` gave, as one of so many processes."""
-        self._positions = {step: position}
+    def finish(self) -> None:
+        """Prints what this pass has skipped, see `tell_skips`."""
+        self.tell_skips()
+
+    def describe(self, step: int) -> str:
+        """Says where the first document of a batch is, as long as that is remembered."""
+        if step not in self._positions:
+            return f"the streamed batch of step {step + 1}"  # as the log counts
+        at = self.position(step)
+        return f"epoch {at.epoch}, from document {at.document}, token {at.token} on"
+
+    def summary(self, steps: int) -> list[str]:
+        """Returns lines on the files that are streamed and on those that are left out."""
+        read = [f"data    {count:,} {kind}" for kind, count in sorted(self.listing.files.items())]
+        return [*read, *self.listing.lines("left_out")]
+
+    def start_at(self, step: int, state: list[int], process: int, processes: int) -> None:
+        """Goes on at the position that `state(step)` gave, or at the first document without one.
+
+        Raises:
+          UserError: the state is that of another kind of source.
+        """
+        count = len(dataclasses.fields(Position))
+        require(len(state) in (0, count), f"a position in streamed data has {count} numbers")
+        self._positions = {step: Position(*state)}
         self._process, self._processes = process, processes
 
     def position(self, step: int) -> Position:
@@ -118,7 +142,7 @@ class StreamingBatches:
         return self._positions[step]
 
     def batches(self, rows: range, start: int, stop: int) -> Iterator[Local]:
-        """Batches of the steps start..stop, in order; `start_at` must have named `start`.
+        """Makes the batches of the steps start..stop; `start_at` must have named `start`.
 
         Raises:
           UserError: a file cannot be read, or no document of the source can be used.
@@ -192,6 +216,6 @@ class StreamingBatches:
         for part in self._parts:
             yield from read_documents(part, self._config, self._tally)
 
-    def state(self, step: int) -> list[Any]:
-        """`position(step)` as numbers, for a checkpoint."""
+    def state(self, step: int) -> list[int]:
+        """Returns `position(step)` as numbers."""
         return list(dataclasses.astuple(self.position(step)))

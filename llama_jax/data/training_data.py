@@ -8,7 +8,7 @@ import json
 from etils import epath
 
 from llama_jax.config import Config
-from llama_jax.data.batches import Batches, BatchSource, SyntheticBatches, ValidationBatches
+from llama_jax.data.batches import Batches, SyntheticBatches, ValidationBatches
 from llama_jax.data.mixture import parse_shares
 from llama_jax.data.prepare import new_tokenizer
 from llama_jax.data.prepare.hold_out import why_no_validation
@@ -21,6 +21,7 @@ from llama_jax.data.shards.layout import (
     source_folders,
 )
 from llama_jax.data.shards.reader import TokenDataset
+from llama_jax.data.source import BatchSource
 from llama_jax.data.sources.documents import read_source
 from llama_jax.data.sources.listing import named_sources
 from llama_jax.data.sources.part import Tally
@@ -34,13 +35,15 @@ from llama_jax.text.tokenizer_files import open_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """Batches to train and to validate on, and who they are.
+    """Has the batches to train and to validate on, and says which data they are.
+
+    `TrainingData(MySource())` is enough to train on batches of your own.
 
     Attributes:
       train: batches by step.
       validation: None without held-out documents.
-      tokenizer: None for synthetic data.
-      fingerprint: changes whenever the tokens do.
+      tokenizer: None for synthetic data, and where the data are not text.
+      fingerprint: changes whenever the tokens do; by default that of `train`.
       template: the chat template of instruction data, in the form of a tokenizer_config.json; empty
         for plain text.
       answers: that were prepared of instruction data, and how many of them end in no end token.
@@ -50,15 +53,19 @@ class TrainingData:
       unvalidated: sources of which nothing is held out, by name: why.
     """
 
-    train: BatchSource | StreamingBatches
-    validation: ValidationBatches | None
-    tokenizer: Tokenizer | None
-    fingerprint: str
+    train: BatchSource
+    validation: BatchSource | None = None
+    tokenizer: Tokenizer | None = None
+    fingerprint: str = ""
     template: bytes = b""
     answers: tuple[int, int] = (0, 0)
     former_fingerprint: str = ""
     unchecked: tuple[str, ...] = ()
     unvalidated: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.fingerprint:
+            object.__setattr__(self, "fingerprint", self.train.fingerprint())
 
     @functools.cached_property
     def files(self) -> dict[str, bytes]:
@@ -88,7 +95,7 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
     if data.source == "synthetic":
         batches = SyntheticBatches(vocab_size, train.seq_len, train.global_batch, train.seed)
         why = {"": "random tokens have no held-out part"}
-        return TrainingData(batches, None, None, f"synthetic-{vocab_size}", unvalidated=why)
+        return TrainingData(batches, unvalidated=why)
     if data.streaming:
         return _open_stream(config, default_folder)
     shares = parse_shares(data.mixture) if data.mixture else None
@@ -232,4 +239,4 @@ def _open_stream(config: Config, folder: epath.Path) -> TrainingData:
     check_ids(ids, config, f"tokenizer {path} has {ids} ids")
     stream = StreamingBatches(data, tokenizer, config.train.seq_len, (folder.parent,))
     why = {"": "data.streaming holds nothing out; prepare shards to have a validation"}
-    return TrainingData(stream, None, tokenizer, stream.fingerprint(), unvalidated=why)
+    return TrainingData(stream, tokenizer=tokenizer, unvalidated=why)

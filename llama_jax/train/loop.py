@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,7 +14,6 @@ from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.saved_step import StepMeta
 from llama_jax.config import Config
 from llama_jax.data.loader import device_batches
-from llama_jax.data.streaming import StreamingBatches
 from llama_jax.data.training_data import TrainingData
 from llama_jax.parallel.multihost import compile_together
 from llama_jax.train.instruments import metrics
@@ -23,7 +23,7 @@ from llama_jax.train.instruments.profiler import Profiler
 from llama_jax.train.instruments.signals import StopRequest
 from llama_jax.train.instruments.watchdog import Watchdog
 from llama_jax.train.rewind import Rewinder
-from llama_jax.train.step import CompiledStep, TrainState, model_weights
+from llama_jax.train.step import Batch, CompiledStep, TrainState, model_weights
 
 
 def mean_validation_loss(
@@ -41,8 +41,9 @@ def mean_validation_loss(
     """
     if data.validation is None:
         return None
-    train = config.train
-    count = min(train.eval_batches, math.ceil(data.validation.n_sequences / train.global_batch))
+    train, count = config.train, config.train.eval_batches
+    if (n_sequences := data.validation.n_sequences) is not None:
+        count = min(count, math.ceil(n_sequences / train.global_batch))
     total, weight = 0.0, 0.0
     shape = (train.global_batch, train.seq_len)
     batches = device_batches(data.validation, 0, count, compiled.batch_sharding, *shape)
@@ -94,27 +95,16 @@ def run_missed_evaluation(
     if loss is None:  # stopped again
         return
     if loss != recorded:
-        i.log.write(step, {"eval_loss": loss, **_epoch_metrics(data, step)})
+        i.log.write(step, {"eval_loss": loss, **data.train.metrics(step)})
     i.saver.add_evaluation(step, loss)
 
 
 def _positions(data: TrainingData, step: int) -> list[list[int]]:
-    """Where each process stands in streamed data; nothing for shards, where the step says it."""
-    if not isinstance(data.train, StreamingBatches):
-        return []
-    mine = data.train.state(step)
-    if jax.process_count() == 1:
-        return [mine]
+    """The state of the source of batches on each process; empty where the step alone says it."""
+    mine = list(map(int, data.train.state(step)))
+    if not mine or jax.process_count() == 1:
+        return [mine] if mine else []
     return multihost_utils.process_allgather(np.asarray(mine)).tolist()
-
-
-def _epoch_metrics(data: TrainingData, step: int) -> dict[str, float]:
-    """Passes over each source, as metrics; of a stream also what the present one has skipped."""
-    epochs = data.train.epochs(step)
-    values = {f"epochs/{name}" if name else "epochs": value for name, value in epochs.items()}
-    if isinstance(data.train, StreamingBatches):
-        values["documents_skipped"] = data.train.skipped()
-    return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +120,113 @@ class Instruments:
     watch: Rewinder
 
 
+class _Parts:
+    """Does the parts of the loop that are not the step itself.
+
+    While one of them keeps the device idle, the clock of the steps stands still.
+    """
+
+    def __init__(
+        self,
+        compiled: CompiledStep,
+        data: TrainingData,
+        config: Config,
+        instruments: Instruments,
+        meta: StepMeta,
+    ) -> None:
+        self._compiled, self._data, self._config = compiled, data, config
+        self._instruments, self._meta = instruments, meta
+
+    @contextlib.contextmanager
+    def _clock_stopped(self, state: TrainState, step: int) -> Iterator[None]:
+        """Takes the time inside out of the speed of the steps."""
+        jax.block_until_ready(state)
+        self._instruments.log.start(step)
+        yield
+        self._instruments.log.start(step)
+
+    def toggle_profile(self, state: TrainState, step: int) -> None:
+        """Starts or stops the profile before the step after `step`."""
+        self._instruments.log.flush()
+        with self._clock_stopped(state, step):
+            self._instruments.profiler.toggle(step + 1, state)
+
+    def evaluate(self, state: TrainState, step: int) -> float | None:
+        """Logs the steps so far and the validation loss, and returns it, see its function."""
+        i, data, config = self._instruments, self._data, self._config
+        i.log.flush()
+        with self._clock_stopped(state, step):
+            weights = model_weights(state, config)
+            with i.goodput.phase("eval"):
+                loss = mean_validation_loss(
+                    self._compiled, weights, data, config, i.stop, i.watchdog
+                )
+            if loss is not None:
+                i.log.write(step, {"eval_loss": loss, **data.train.metrics(step)})
+        return loss
+
+    def save(self, state: TrainState, step: int, eval_loss: float | None) -> None:
+        """Starts saving a state that is fit to go on from.
+
+        Raises:
+          UserError: it is not, or too many saves have failed.
+        """
+        i = self._instruments
+        with self._clock_stopped(state, step):
+            i.watch.before_save(state)
+            positions = _positions(self._data, step)
+            now = dataclasses.replace(
+                self._meta,
+                step=step,
+                positions=positions,
+                eval_loss=eval_loss,
+                rewinds=i.watch.rewinds,
+            )
+            i.watchdog.beat(f"saving step {step}")
+            with i.goodput.phase("checkpoint"):
+                i.saver.save(state.to_items(), now)
+            i.goodput.save()
+
+    def take_step(
+        self, state: TrainState, batch: Batch, step: int, *, first: bool
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Starts the step after `step`; waits for it only where it compiles, as the first does."""
+        i = self._instruments
+        phase = i.goodput.phase("compile") if first else contextlib.nullcontext()
+        with jax.transfer_guard("disallow"), phase:
+            if first:
+                compile_together(self._compiled.train, state, batch)
+            programs = compiled_programs()
+            state, step_metrics = self._compiled.train(state, batch)
+            if first or compiled_programs() > programs:
+                # The other processes compile, too, and may take longer; no speed is of that.
+                jax.block_until_ready(step_metrics)
+                i.log.start(step + 1)
+        return state, step_metrics
+
+    def log(self, step: int, step_metrics: dict[str, jax.Array]) -> None:
+        """Logs the step before, and keeps this one to be logged while the next one runs."""
+        i = self._instruments
+        if step % self._config.train.log_every:
+            i.log.push(step, None)
+            return
+        extra = {**self._data.train.metrics(step), "goodput": i.goodput.fraction()}
+        i.log.push(step, {**step_metrics, **extra})
+
+    def rewind(self, state: TrainState, step: int, in_row: int) -> TrainState:
+        """Goes back to a checkpoint, see `Rewinder.rewind`.
+
+        Raises:
+          UserError: there is none to go back to.
+        """
+        i = self._instruments
+        i.log.flush()
+        with self._clock_stopped(state, step):
+            i.watchdog.beat("going back to a checkpoint", compiles=True)
+            with i.goodput.phase("checkpoint"):
+                return i.watch.rewind(state, in_row)
+
+
 def run_loop(
     compiled: CompiledStep,
     state: TrainState,
@@ -138,7 +235,7 @@ def run_loop(
     instruments: Instruments,
     meta: StepMeta,
 ) -> TrainState:
-    """Steps until `train.steps` or a stop request; `meta` describes the state that it begins with.
+    """Steps until `train.steps` or a stop request; returns the last state.
 
     The order is a contract:
 
@@ -149,94 +246,55 @@ def run_loop(
     back: an implicit transfer is an error. A profile starts and stops before all of that; a rewind
     comes last, and is saved at once. The speed in the log is of steps alone: the clock stands still
     during all else, and a step that compiles is left out.
+
+    Args:
+      compiled: the step.
+      state: to begin with.
+      data: of the run.
+      config: of the run.
+      instruments: watch the run, log it and save it.
+      meta: describes the state to begin with.
+
+    Raises:
+      UserError: the run cannot go on, or not be saved.
     """
-    train = config.train
-    i = instruments
-    saver, log, profiler, stop, goodput = i.saver, i.log, i.profiler, i.stop, i.goodput
-    watch = i.watch
+    train, i = config.train, instruments
+    parts = _Parts(compiled, data, config, instruments, meta)
     start = int(state.step)
     shape = (train.global_batch, train.seq_len)
     batches = device_batches(data.train, start, train.steps, compiled.batch_sharding, *shape)
-
-    def pause(step: int) -> None:
-        """Takes what follows, until `log.start`, out of the speed of the steps."""
-        jax.block_until_ready(state)
-        log.start(step)
-
-    def save(step: int, eval_loss: float | None) -> None:
-        pause(step)
-        watch.before_save(state)
-        positions = _positions(data, step)
-        now = dataclasses.replace(
-            meta, step=step, positions=positions, eval_loss=eval_loss, rewinds=watch.rewinds
-        )
-        i.watchdog.beat(f"saving step {step}")
-        with goodput.phase("checkpoint"):
-            saver.save(state.to_items(), now)
-        goodput.save()
-        log.start(step)
-
-    goodput.enter("step")
-    goodput.save()  # what a run that is killed before its first save has lost counts, too
-    log.start(start)
-    read, rewound = watch.at_start(state), False
+    i.goodput.enter("step")
+    i.goodput.save()  # what a run that is killed before its first save has lost counts, too
+    i.log.start(start)
+    i.watch.at_start(state)
+    rewound = False
     for step in range(start, train.steps + 1):
         i.watchdog.beat(f"step {step + 1}", compiles=step == start)
-        if profiler.must_toggle(step + 1):
-            read = log.flush() or read
-            pause(step)
-            profiler.toggle(step + 1, state)
-            log.start(step)
-        last = stop.asked() or step == train.steps
+        if i.profiler.must_toggle(step + 1):
+            parts.toggle_profile(state, step)
+        last = i.stop.asked() or step == train.steps
         if step > start:
             eval_loss = None
             if is_evaluated(step, config):
-                read = log.flush() or read
-                pause(step)
-                weights = model_weights(state, config)
-                with goodput.phase("eval"):
-                    eval_loss = mean_validation_loss(
-                        compiled, weights, data, config, stop, i.watchdog
-                    )
-                if eval_loss is not None:
-                    log.write(step, {"eval_loss": eval_loss, **_epoch_metrics(data, step)})
-                log.start(step)
-                last = last or bool(stop.name)
+                eval_loss = parts.evaluate(state, step)
+                last = last or bool(i.stop.name)
             if last or rewound or step % train.checkpoint_every == 0:
-                save(step, eval_loss)
+                parts.save(state, step, eval_loss)
         if last:
             break
-        with profiler.step(step + 1):
-            with goodput.phase("data"):
+        with i.profiler.step(step + 1):
+            with i.goodput.phase("data"):
                 batch = next(batches)
-            first = goodput.phase("compile") if step == start else contextlib.nullcontext()
-            with jax.transfer_guard("disallow"), first:
-                if step == start:
-                    compile_together(compiled.train, state, batch)
-                programs = compiled_programs()
-                state, step_metrics = compiled.train(state, batch)
-                if step == start or compiled_programs() > programs:
-                    # The other processes compile, too, and may take longer; no speed is of that.
-                    jax.block_until_ready(step_metrics)
-                    log.start(step + 1)
-        if (step + 1) % train.log_every == 0:
-            extra = {**_epoch_metrics(data, step + 1), "goodput": goodput.fraction()}
-            read = log.push(step + 1, {**step_metrics, **extra}) or read
-        else:
-            read = log.push(step + 1, None) or read
+            state, step_metrics = parts.take_step(state, batch, step, first=step == start)
+        parts.log(step + 1, step_metrics)
         # Of each step that was logged, as soon as the next one runs: nothing else decides.
-        in_row, read = watch.skipped_in_a_row(read), None
+        in_row = i.watch.take_skipped_in_a_row()
         if in_row:
-            log.flush()
-            pause(step + 1)
-            i.watchdog.beat("going back to a checkpoint", compiles=True)
-            with goodput.phase("checkpoint"):
-                state = watch.rewind(state, in_row)
-            log.start(step + 1)
+            state = parts.rewind(state, step + 1, in_row)
         rewound = in_row > 0
-    log.flush()
+    i.log.flush()
     i.watchdog.beat("the last save")
-    with goodput.phase("checkpoint"):
-        saver.wait()
-    goodput.save(at_end=True)
+    with i.goodput.phase("checkpoint"):
+        i.saver.wait()
+    i.goodput.save(at_end=True)
     return state

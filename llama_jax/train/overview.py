@@ -3,9 +3,7 @@
 import jax
 
 from llama_jax.config import Config
-from llama_jax.data.batches import Batches
 from llama_jax.data.shards import layout
-from llama_jax.data.streaming import StreamingBatches
 from llama_jax.data.training_data import TrainingData
 from llama_jax.interchange.opening import base_rows
 from llama_jax.model.cost import adapter_count, flops_by_part, parameter_count
@@ -27,7 +25,7 @@ def overview(config: Config, mesh: jax.sharding.Mesh, data: TrainingData) -> str
             f"{train.tokens_per_step:,} tokens, in {train.grad_accum} microbatch(es)",
             f"run     {train.steps:,} steps = {tokens:,} tokens, {flops * tokens:.2e} FLOPs",
             *_describe_flops(config),
-            *_describe_data(config, data),
+            *data.train.summary(train.steps),
         )
     )
 
@@ -62,8 +60,8 @@ def no_evaluation(data: TrainingData) -> list[str]:
     reasons = "; ".join(f"{name}: {why}" if name else why for name, why in data.unvalidated.items())
     if data.validation is None:
         return [
-            f"eval    none, because there is no validation data ({reasons}): eval_loss is not "
-            "logged, and train.keep_best has nothing to go by"
+            f"eval    none, because there is no validation data{f' ({reasons})' * bool(reasons)}: "
+            "eval_loss is not logged, and train.keep_best has nothing to go by"
         ]
     return [f"eval    without some sources ({reasons})"] if reasons else []
 
@@ -101,22 +99,3 @@ def _describe_flops(config: Config) -> list[str]:
     rule += "recomputation not counted)"
     head = f"FLOPs   {'':<23}{'a token':>9}{'a step':>11}{'share':>9}"
     return [head, *(" " * 8 + row for row in (*rows, rule))]
-
-
-def _describe_data(config: Config, data: TrainingData) -> list[str]:
-    """Which files are streamed, or how often each source will have been seen at the end."""
-    if isinstance(data.train, StreamingBatches):
-        listing = data.train.listing
-        read = [f"data    {count:,} {kind}" for kind, count in sorted(listing.files.items())]
-        return [*read, *listing.lines("left_out")]
-    epochs = data.train.epochs(config.train.steps)
-    if not epochs:
-        return []
-    lines = []
-    if config.data.mixture and isinstance(data.train, Batches):
-        shares = data.train.schedule.shares.items()
-        kind = "of tokens in answers" if config.data.template else "of tokens"
-        listed = ", ".join(f"{name} {100 * float(share):.4g}%" for name, share in shares)
-        lines.append(f"data    shares {kind}: {listed}")
-    seen = ", ".join(f"{name or 'the source'} {value:.2f}" for name, value in epochs.items())
-    return [*lines, f"data    epochs at the end: {seen}"]

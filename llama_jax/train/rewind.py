@@ -16,7 +16,6 @@ from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.retention import can_rewind_to
 from llama_jax.checkpoint.saved_step import DamagedCheckpoint
 from llama_jax.config import Config
-from llama_jax.data.batches import describe_batch
 from llama_jax.data.training_data import TrainingData
 from llama_jax.errors import UserError
 from llama_jax.parallel.sharding import with_shardings
@@ -36,16 +35,24 @@ class Rewinder:
     ) -> None:
         self._config, self._data, self._saver = config, data, saver
         self.rewinds = rewinds
+        self._in_row = 0  # skipped updates, as the last step that was logged had them
 
-    def at_start(self, state: TrainState) -> dict[str, float | None] | None:
-        """What the loop would have read of this step, had the run not been stopped after it."""
-        if int(state.step) % self._config.train.log_every:
-            return None
-        return {"skipped_in_row": int(state.skips.in_row)}
+    def at_start(self, state: TrainState) -> None:
+        """Looks at a state as if its step had just been logged: a run may be stopped in between."""
+        logged = int(state.step) % self._config.train.log_every == 0
+        self._in_row = int(state.skips.in_row) if logged else 0
 
-    def skipped_in_a_row(self, read: Mapping[str, float | None] | None) -> int:
-        """Updates in a row that were skipped by a step that was logged; 0: too few to stop for."""
-        in_row = int((read or {}).get("skipped_in_row") or 0)
+    def on_read(self, values: Mapping[str, float | None]) -> None:
+        """Looks at the metrics of a step that is logged; `Metrics` calls it."""
+        self._in_row = int(values.get("skipped_in_row") or 0)
+
+    def take_skipped_in_a_row(self) -> int:
+        """Returns how many updates in a row were skipped, of the step that was logged since.
+
+        Returns:
+          0: no step was logged since the last call, or too few are skipped to stop for.
+        """
+        in_row, self._in_row = self._in_row, 0
         return in_row if in_row >= self._config.train.max_skipped else 0
 
     def before_save(self, state: TrainState) -> None:
@@ -67,7 +74,7 @@ class Rewinder:
 
         Args:
           state: the present one; it is deleted, since there is no room for two.
-          in_row: what `skipped_in_a_row` said of the step before it.
+          in_row: what `take_skipped_in_a_row` said of the step before it.
 
         Raises:
           UserError: there is no checkpoint to go back to, or it was done `train.max_rewinds` times.
@@ -92,8 +99,9 @@ class Rewinder:
         go_on = jax.jit(skips_after_rewind, out_shardings=(shardings.step, shardings.skips))
         step, skips = go_on(then.skips, then.step, np.int32(now), np.int32(reasons))
         self.rewinds = [*self.rewinds, [now, target]]
+        self._in_row = 0  # of the state that is left behind
         why = explain(reasons)
-        self._saver.log_event(
+        self._saver.report(
             now,
             f"rewound at step {now} to the weights of step {target}, passing over {now - target} "
             f"batches: steps from {first} on made no update: {why} (train.max_rewinds: "
@@ -139,6 +147,6 @@ class Rewinder:
             )
         return UserError(
             f"steps {first} to {last} made no update: {explain(int(state.skips.reasons))}. "
-            f"Batch of step {last}: {describe_batch(self._data.train, self._config, last)}. "
+            f"Batch of step {last}: {self._data.train.describe(last - 1)}. "
             f"Nothing was saved, {good}; {advice}"
         )

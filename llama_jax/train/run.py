@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -12,8 +13,8 @@ from etils import epath
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.saved_step import CHECKPOINTS
 from llama_jax.config import Config
-from llama_jax.data.streaming import StreamingBatches
 from llama_jax.data.training_data import TrainingData, open_data
+from llama_jax.data.vocabulary_size import check_ids
 from llama_jax.errors import UserError
 from llama_jax.files import expand, write_atomically
 from llama_jax.hardware.chips import peak_flops, peak_name
@@ -28,12 +29,7 @@ from llama_jax.train.instruments.goodput import Goodput
 from llama_jax.train.instruments.profiler import Profiler
 from llama_jax.train.instruments.signals import StopRequest
 from llama_jax.train.instruments.watchdog import Watchdog
-from llama_jax.train.instruments.writers import (
-    ConsoleWriter,
-    JsonlWriter,
-    TensorBoardWriter,
-    Writer,
-)
+from llama_jax.train.instruments.writers import AllWriters, open_writers
 from llama_jax.train.loop import Instruments, is_evaluation_missing, run_loop, run_missed_evaluation
 from llama_jax.train.overview import no_evaluation, overview, remarks, unchecked
 from llama_jax.train.resume import (
@@ -45,22 +41,28 @@ from llama_jax.train.resume import (
 )
 from llama_jax.train.rewind import Rewinder
 from llama_jax.train.start import check_init, initial_state, with_tokenizer
-from llama_jax.train.step import TrainState, jit_step, model_weights
+from llama_jax.train.step import CompiledStep, TrainState, jit_step, model_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """Says how a run ended.
 
     Attributes:
       state: the last one.
       finished: whether all steps are done, and the evaluation after the last of them.
       passed_over: whether a damaged checkpoint was passed over.
+      start: the step that it began at.
+      evaluated: whether an evaluation was made up for before the first step.
+      rewinds: that led to the state, as in `saved_step.StepMeta`.
     """
 
     state: TrainState
     finished: bool
     passed_over: bool
+    start: int
+    evaluated: bool
+    rewinds: list[list[int]]
 
 
 def device_memory(device: jax.Device) -> int | None:
@@ -100,27 +102,26 @@ def check_memory(
     )
 
 
-def _writers(config: Config, workdir: epath.Path, device: jax.Device) -> list[Writer]:
-    if jax.process_index() != 0:
-        return []
-    return [
-        ConsoleWriter(config.train.steps, peak_name(device)),
-        JsonlWriter(workdir / "metrics.jsonl"),
-        TensorBoardWriter(workdir / "tensorboard"),
-    ]
+def _data_of_all(config: Config, workdir: epath.Path, given: TrainingData | None) -> TrainingData:
+    """Returns the data, which process 0 prepares if need be; the others open what it has made.
 
-
-def _data_of_all(config: Config, workdir: epath.Path) -> TrainingData:
-    """The data, which process 0 prepares if need be; the others wait, and open what it has made.
+    Args:
+      config: of the run.
+      workdir: of the run.
+      given: the data of this process, where none are to be prepared.
 
     Raises:
       UserError: as `check_init` and `open_data`; or the processes do not have the same data.
     """
     check_init(config, workdir)
+    if given is not None and given.tokenizer is not None:
+        ids = given.tokenizer.vocab_size
+        check_ids(ids, config, f"the tokenizer of the given data has {ids} ids")
     agreed("")  # what fails on another process at once is not found out after hours
     folder = workdir / "data"
-    first = jax.process_index() == 0
-    data = open_data(config, folder) if first else None
+    data = given
+    if data is None and jax.process_index() == 0:
+        data = open_data(config, folder)
     agreed("")
     if data is None:
         check_prepared(config, folder)
@@ -129,22 +130,34 @@ def _data_of_all(config: Config, workdir: epath.Path) -> TrainingData:
     return data
 
 
-def train(config: Config, workdir: epath.PathLike) -> TrainState:
+def train(config: Config, workdir: epath.PathLike, data: TrainingData | None = None) -> TrainState:
     """Trains or resumes `config` in `workdir`; returns the last state.
+
+    Args:
+      config: what to train.
+      workdir: folder of the run.
+      data: what to train on, as in `run`.
 
     Raises:
       UserError, Stopped: as `run`.
     """
-    return run(config, workdir).state
+    return run(config, workdir, data=data).state
 
 
-def run(config: Config, workdir: epath.PathLike, began: float | None = None) -> Outcome:
+def run(
+    config: Config,
+    workdir: epath.PathLike,
+    began: float | None = None,
+    data: TrainingData | None = None,
+) -> Outcome:
     """Trains or resumes `config` in `workdir`.
 
     Args:
       config: what to train.
       workdir: folder of the run.
       began: when the command did, by the monotonic clock, if before this call.
+      data: what to train on, on each process; None: what `config.data` says. Nothing else in
+        `config.data` is used then, and going on with the run takes the same data.
 
     Raises:
       UserError: the config does not fit the devices, the data, or what is in `workdir`.
@@ -156,7 +169,8 @@ def run(config: Config, workdir: epath.PathLike, began: float | None = None) -> 
         stop = stack.enter_context(StopRequest())
         stack.enter_context(Peers(stop.interrupt))
         check_same_config(config)
-        config = with_tokenizer(config, workdir)
+        if data is None:
+            config = with_tokenizer(config, workdir)
         mesh = make_mesh(config.mesh, config.dcn)
         check_batch(config.train.global_batch, config.train.seq_len, config.train.grad_accum, mesh)
         stack.enter_context(jax.set_mesh(mesh))
@@ -169,65 +183,87 @@ def run(config: Config, workdir: epath.PathLike, began: float | None = None) -> 
             check_workdir(config, workdir)
             goodput = Goodput(workdir / "goodput.json", began)
         with stop.at_once():
-            data = _data_of_all(config, workdir)
+            data = _data_of_all(config, workdir, data)
         open_collectives()
         about = [*remarks(config, data), *no_evaluation(data), *unchecked(data)]
         say("\n".join([overview(config, mesh, data), *about]))
-        watchdog = Watchdog(config.train.step_timeout)
-        watchdog.beat("restoring", compiles=True)  # all files are read, and programs compiled
-        # Outermost, since a run that ends in an error waits for its save, too.
-        with watchdog, Checkpointer(workdir, config) as saver:
-            state, meta = initial_state(compiled, saver, data, config)
-            watch = Rewinder(config, data, saver, meta.rewinds)
-            # Only now: a run that is refused leaves the other one's as it was.
-            if jax.process_index() == 0:
-                write_atomically(workdir / "config.json", config.to_json().encode())
-                if data.tokenizer is not None:
-                    write_atomically(workdir / "tokenizer.model", data.tokenizer.model_bytes)
-            start, lost = int(state.step), is_evaluation_missing(state, data, config, meta)
-            if start < config.train.steps or lost:
-                device = mesh.devices.flat[0]
-                speed = metrics.Speed(config, mesh.size, peak_flops(device))
-                log = metrics.Metrics(_writers(config, workdir, device), speed)
-                window = config.train.profile_window if jax.process_index() == 0 else range(0)
-                profiler = Profiler(window, workdir / "tensorboard")
-                instruments = Instruments(saver, log, profiler, stop, goodput, watchdog, watch)
-                try:
-                    if lost:
-                        say(f"        step {start} has no evaluation yet: it is made now")
-                        recorded = metrics.recorded_loss(workdir / "metrics.jsonl", start)
-                        run_missed_evaluation(compiled, state, data, config, instruments, recorded)
-                    if start < config.train.steps:
-                        state = run_loop(compiled, state, data, config, instruments, meta)
-                finally:
-                    profiler.close()
-                    log.close()
-        if isinstance(data.train, StreamingBatches):
-            data.train.tell_skips()
-        _report(config, workdir, start, int(state.step), stop, evaluated=lost)
-        if start < int(state.step):
+        outcome = _train(compiled, config, data, workdir, stop, goodput)
+        data.train.finish()
+        _report(config, workdir, outcome, stop)
+        if outcome.start < int(outcome.state.step):
             say(f"goodput      {goodput.report()}")
-        if int(state.skips.total):
-            say(f"skipped      {int(state.skips.total)} steps made no update: see metrics.jsonl")
-        for at, to in watch.rewinds:
+        if skipped := int(outcome.state.skips.total):
+            say(f"skipped      {skipped} steps made no update: see metrics.jsonl")
+        for at, to in outcome.rewinds:
             say(f"rewound      at step {at}, to the weights of step {to}")
-        finished = int(state.step) == config.train.steps and not stop.cut_evaluation
-        if finished:
-            _print_sample(config, state, data)
-    return Outcome(state, finished, saver.passed_over)
+        if outcome.finished:
+            _print_sample(config, outcome.state, data)
+    return outcome
 
 
-def _report(
+def _train(
+    compiled: CompiledStep,
     config: Config,
+    data: TrainingData,
     workdir: epath.Path,
-    start: int,
-    step: int,
     stop: StopRequest,
-    evaluated: bool = False,
-) -> None:
-    """Says how it ended, where everything is, and how to go on."""
+    goodput: Goodput,
+) -> Outcome:
+    """Restores or makes the first state, and trains it as far as no stop request comes.
+
+    Args:
+      compiled: the step.
+      config: of the run.
+      data: of the run.
+      workdir: of the run.
+      stop: asks to stop.
+      goodput: counts the time.
+
+    Raises:
+      UserError: as `run`.
+    """
+    device = compiled.batch_sharding.mesh.devices.flat[0]
+    writers = AllWriters(list)
+    if jax.process_index() == 0:
+        writers = AllWriters(functools.partial(open_writers, config, workdir, peak_name(device)))
+    watchdog = Watchdog(config.train.step_timeout)
+    watchdog.beat("restoring", compiles=True)  # all files are read, and programs compiled
+    # A run that ends in an error waits for its save, too, whose events the writers get.
+    with watchdog, writers, Checkpointer(workdir, config, writers.event) as saver:
+        state, meta = initial_state(compiled, saver, data, config)
+        watch = Rewinder(config, data, saver, meta.rewinds)
+        # Only now: a run that is refused leaves the other one's as it was.
+        if jax.process_index() == 0:
+            write_atomically(workdir / "config.json", config.to_json().encode())
+            if data.tokenizer is not None:
+                write_atomically(workdir / "tokenizer.model", data.tokenizer.model_bytes)
+        start, lost = int(state.step), is_evaluation_missing(state, data, config, meta)
+        if start < config.train.steps or lost:
+            writers.open()
+            speed = metrics.Speed(config, compiled.batch_sharding.mesh.size, peak_flops(device))
+            log = metrics.Metrics(writers, speed, watch.on_read)
+            window = config.train.profile_window if jax.process_index() == 0 else range(0)
+            profiler = Profiler(window, workdir / "tensorboard")
+            instruments = Instruments(saver, log, profiler, stop, goodput, watchdog, watch)
+            try:
+                if lost:
+                    say(f"        step {start} has no evaluation yet: it is made now")
+                    recorded = metrics.recorded_loss(workdir / "metrics.jsonl", start)
+                    run_missed_evaluation(compiled, state, data, config, instruments, recorded)
+                if start < config.train.steps:
+                    state = run_loop(compiled, state, data, config, instruments, meta)
+            finally:
+                profiler.close()
+                log.flush()
+    finished = int(state.step) == config.train.steps and not stop.cut_evaluation
+    return Outcome(state, finished, saver.passed_over, start, lost, watch.rewinds)
+
+
+def _report(config: Config, workdir: epath.Path, outcome: Outcome, stop: StopRequest) -> None:
+    """Says how a run ended, where everything is, and how to go on."""
     if jax.process_index() != 0:
         return
+    start, step, evaluated = outcome.start, int(outcome.state.step), outcome.evaluated
     if (start < step or evaluated) and (warning := metrics.plot_run(workdir)):
         say(warning)
     if stop.name and start == step and not evaluated:

@@ -10,7 +10,6 @@ from llama_jax.checkpoint.fingerprint import fingerprint
 from llama_jax.checkpoint.retention import saved_steps
 from llama_jax.checkpoint.saved_step import CHECKPOINTS, DamagedCheckpoint, StepMeta, load_meta
 from llama_jax.config import Config
-from llama_jax.data.streaming import Position, StreamingBatches
 from llama_jax.data.training_data import TrainingData
 from llama_jax.errors import UserError
 from llama_jax.interchange.loading import check_base, load_init
@@ -73,8 +72,7 @@ def initial_state(
     step = saver.newest_good_step()
     process = (jax.process_index(), jax.process_count())
     if step is None:
-        if isinstance(data.train, StreamingBatches):
-            data.train.start_at(0, Position(), *process)
+        data.train.start_at(0, [], *process)
         state = first_state(compiled, config)
         agreed("")  # one may read for longer than another waits in a collective
         base = fingerprint(state.frozen) if config.lora.rank else {}
@@ -87,14 +85,12 @@ def initial_state(
         )
     saved = load_meta(saver.folder(step))
     changes = check_checkpoint(saved, saver.folder(step), config, data)
-    if isinstance(data.train, StreamingBatches):
-        if len(saved.positions) != process[1]:
-            raise UserError(
-                f"checkpoint {saver.folder(step)} has data positions of {len(saved.positions)} "
-                f"process(es), and there are {process[1]}: streamed data can only go on with as "
-                "many"
-            )
-        data.train.start_at(step, Position(*saved.positions[process[0]]), *process)
+    if saved.positions and len(saved.positions) != process[1]:
+        raise UserError(
+            f"checkpoint {saver.folder(step)} has data positions of {len(saved.positions)} "
+            f"process(es), and there are {process[1]}: streamed data can only go on with as many"
+        )
+    data.train.start_at(step, saved.positions[process[0]] if saved.positions else [], *process)
     say(f"resume  from step {step}")
     if changed := record_changes(saver.folder(step).parent.parent, step, changes):
         say(f"        {changed}")

@@ -16,7 +16,7 @@ from llama_jax.checkpoint.events import Events
 from llama_jax.checkpoint.saved_step import DamagedCheckpoint, StepMeta
 from llama_jax.checkpoint.saving import BackgroundSaves
 from llama_jax.errors import UserError
-from tests.helpers import TINY, flip_bit, made_state, records, replace, restored_state
+from tests.helpers import TINY, flip_bit, made_state, replace, restored_state
 
 CONFIG = replace(TINY, train__keep_checkpoints=2)
 META = StepMeta(CONFIG, 0, "data-1", b"tokenizer")
@@ -31,6 +31,12 @@ def state():
 def save(saver, state, *steps, **changes):
     for step in steps:
         saver.save(state.to_items(), dataclasses.replace(META, step=step, **changes))
+
+
+def noted_events():
+    """A list, and a function that adds to it what it is called with as `on_event`."""
+    noted = []
+    return noted, lambda step, text, record: noted.append((step, text, record))
 
 
 def names(workdir):
@@ -93,7 +99,8 @@ def test_the_rename_is_the_last_act(state, tmp_path, monkeypatch):
 @pytest.mark.parametrize("limit", [0, 2])
 def test_failed_saves(state, run, monkeypatch, capsys, limit):
     """So many in a row are survived; one that works starts the count anew."""
-    saver = Checkpointer(run, replace(CONFIG, train__max_failed_saves=limit))
+    noted, on_event = noted_events()
+    saver = Checkpointer(run, replace(CONFIG, train__max_failed_saves=limit), on_event)
 
     def full(*_, **__):
         raise FULL
@@ -114,8 +121,10 @@ def test_failed_saves(state, run, monkeypatch, capsys, limit):
     assert len(lines) == 2 * limit + 1
     assert f"saving step 30 to {run}/checkpoints failed: [Errno 28] No space left" in lines[-1]
     assert f"({limit + 1} failed in a row, train.max_failed_saves={limit})" in lines[-1]
-    events = [(note["step"], note["event"]) for note in records(run)]
-    assert len(events) == 2 * limit + 1 and events[-1] == (30, "save_failed")
+    assert [text for _, text, _ in noted] == lines
+    failed = {"event": "save_failed", "reason": "[Errno 28] No space left on device"}
+    assert [record for _, _, record in noted] == [failed] * (2 * limit + 1)
+    assert noted[-1][0] == 30
 
 
 def test_a_save_that_fails_in_the_background(state, run, monkeypatch, capsys):
@@ -211,7 +220,8 @@ def test_a_slow_save_is_told(state, run, monkeypatch, capsys, limit):
     monkeypatch.setattr(manifest, "write", lambda folder: (gate.wait(), write(folder)))
     monkeypatch.setattr(saving, "QUIET_S", 0.1)
     monkeypatch.setattr(Events, "say", noted)
-    saver = Checkpointer(run, replace(CONFIG, train__save_timeout=limit))
+    events, on_event = noted_events()
+    saver = Checkpointer(run, replace(CONFIG, train__save_timeout=limit), on_event)
     save(saver, state, 12, 16)
     out = capsys.readouterr().out
     assert "waiting for the save of step 12, begun " in out
@@ -219,8 +229,8 @@ def test_a_slow_save_is_told(state, run, monkeypatch, capsys, limit):
     monkeypatch.setattr(saving, "QUIET_S", 60)
     saver.close()
     assert capsys.readouterr().out == ""
-    note = {"step": 12, "event": "save_slow", "seconds": 1}
-    assert (records(run) if limit else []) == [note] * limit
+    event = (12, {"event": "save_slow", "seconds": 1})
+    assert [(step, record) for step, _, record in events] == [event] * limit
     assert names(run) == ["12", "16"]
 
 
@@ -277,7 +287,8 @@ def damage(run, step):
 
 def test_a_damaged_step_is_named_and_the_one_before_is_used(state, run, capsys):
     file = damage(run, 8)
-    with Checkpointer(run, CONFIG) as saver:
+    events, on_event = noted_events()
+    with Checkpointer(run, CONFIG, on_event) as saver:
         assert saver.newest_good_step() == 4
         jax.tree.map(np.testing.assert_array_equal, restore(saver, 4), state)
         save(saver, state, 8)  # its name is free again
@@ -285,9 +296,8 @@ def test_a_damaged_step_is_named_and_the_one_before_is_used(state, run, capsys):
     aside = run / "checkpoints" / "8.damaged"
     said = f"damaged checkpoint 8: {reason}; set aside as {aside}, going on from step 4"
     assert said in capsys.readouterr().out
-    assert records(run) == [
-        {"step": 4, "event": "checkpoint_damaged", "damaged_step": 8, "reason": reason}
-    ]
+    record = {"event": "checkpoint_damaged", "damaged_step": 8, "reason": reason}
+    assert events == [(4, said, record)]
     assert names(run) == ["4", "8", "8.damaged"]
 
 

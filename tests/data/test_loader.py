@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from llama_jax.data.batches import Batches
-from llama_jax.data.loader import device_batches, host_batches, local_rows
+from llama_jax.data.loader import device_batches, local_rows
+from llama_jax.data.prefetch import made_ahead
 from llama_jax.data.prepare.job import prepare
 from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.errors import UserError
@@ -35,9 +36,9 @@ def packed(corpus, tmp_path_factory):
 
 
 def test_going_on_at_a_step_gives_the_same_batches(batches):
-    whole = list(host_batches(batches, range(BATCH), 0, 12))
+    whole = list(batches.batches(range(BATCH), 0, 12))
     assert len(whole) == 12
-    for step, batch in enumerate(host_batches(batches, range(BATCH), 7, 12), start=7):
+    for step, batch in enumerate(batches.batches(range(BATCH), 7, 12), start=7):
         for name, value in batch.items():
             np.testing.assert_array_equal(value, whole[step][name])
 
@@ -76,13 +77,12 @@ def test_local_rows_of_a_process_are_its_own():
 
 
 def test_a_damaged_shard_is_a_clear_error_through_tf_data(batches):
-    class Damaged:
-        def rows(self, step, rows):
-            if step == 2:
-                raise UserError("train-00001.bin is damaged")
-            return batches.rows(step, rows)
+    def damaged(step, rows):
+        if step == 2:
+            raise UserError("train-00001.bin is damaged")
+        return batches.rows(step, rows)
 
-    found = host_batches(Damaged(), range(BATCH), 0, 5)
+    found = made_ahead(damaged, range(BATCH), 0, 5)
     with pytest.raises(UserError, match=r"^train-00001.bin is damaged$"):
         for _ in range(3):
             next(found)
@@ -99,7 +99,7 @@ def test_no_tuner_is_left_to_sleep_at_the_end(batches, monkeypatch):
         return numpy_iterator(dataset)
 
     monkeypatch.setattr(tf.data.Dataset, "as_numpy_iterator", as_numpy_iterator)
-    assert len(list(host_batches(batches, range(BATCH), 0, 3))) == 3
+    assert len(list(batches.batches(range(BATCH), 0, 3))) == 3
     assert tuned == [False]
 
 
@@ -107,7 +107,7 @@ def test_a_shard_that_is_cut_while_it_is_read(shards, tmp_path):
     """A file stays open; what it no longer holds must not become padding of weight 0."""
     folder = shutil.copytree(shards, tmp_path / "shards")
     batches = Batches({"": TokenDataset.open(folder, "train")}, T, BATCH, seed=0)
-    found = host_batches(batches, range(BATCH), 0, 100)
+    found = batches.batches(range(BATCH), 0, 100)
     next(found)
     for path in folder.glob("train-*.bin"):
         os.truncate(path, 101)  # half a token more than 50
@@ -127,7 +127,7 @@ def test_a_disk_that_gives_up_names_the_file(packed, monkeypatch, kind):
         return pread(file, size, offset)
 
     monkeypatch.setattr(os, "pread", fails)
-    found = host_batches(Batches(packed, T, BATCH, seed=0), range(BATCH), 0, 100)
+    found = Batches(packed, T, BATCH, seed=0).batches(range(BATCH), 0, 100)
     next(found)
     broken.append(True)
     name = rf"best_fit/[abc]/train-\d{{5}}-\d{{3}}.{kind}"
@@ -136,17 +136,21 @@ def test_a_disk_that_gives_up_names_the_file(packed, monkeypatch, kind):
             next(found)
 
 
-def test_synthetic_batches_need_no_tensorflow():
+def test_only_shards_need_tensorflow():
     code = (
         "import sys, jax, llama_jax.train\n"
         "from llama_jax.data.batches import SyntheticBatches\n"
         "from llama_jax.data.loader import device_batches\n"
+        "from llama_jax.data.source import BatchSource\n"
         "from llama_jax.config import MeshConfig\n"
         "from llama_jax.parallel.mesh import make_mesh\n"
         "from llama_jax.parallel.sharding import batch_sharding\n"
-        "source = SyntheticBatches(64, 16, 8, 0)\n"
+        "class Own(BatchSource):\n"
+        "    def rows(self, step, rows):\n"
+        "        return SyntheticBatches(64, 16, 8, 0).rows(step, rows)\n"
         "sharding = batch_sharding(make_mesh(MeshConfig()))\n"
-        "assert len(list(device_batches(source, 0, 3, sharding, 8, 16))) == 3\n"
+        "for source in SyntheticBatches(64, 16, 8, 0), Own():\n"
+        "    assert len(list(device_batches(source, 0, 3, sharding, 8, 16))) == 3\n"
         "assert 'tensorflow' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_jax.data import loader
+from llama_jax.data import prefetch
 from llama_jax.data.batches import Batches, SyntheticBatches
-from llama_jax.data.loader import device_batches, host_batches
+from llama_jax.data.loader import device_batches
+from llama_jax.data.prefetch import made_ahead
 from llama_jax.data.shards import reader
 from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.data.shards.writer import ShardWriter
@@ -117,7 +118,7 @@ def test_batches_do_not_depend_on_restarts(three, seed, start, more):
     """Through tf.data, of a new object, from any step on."""
     batches = Batches(three, 16, 6, seed)
     again = Batches(three, 16, 6, seed)
-    found = list(host_batches(again, range(6), start + more, start + 6))
+    found = list(again.batches(range(6), start + more, start + 6))
     assert len(found) == 6 - more
     for step, batch in enumerate(found, start + more):
         for name, value in batches.rows(step, range(6)).items():
@@ -143,27 +144,25 @@ def test_batches_do_not_depend_on_worker_threads(three, monkeypatch, threads):
     """Although the steps are ready in another order."""
     batches = Batches(three, 16, 6, 0)
 
-    class Uneven:
-        def rows(self, step, rows):
-            time.sleep(0.03 * (step % 3 == 0))
-            return batches.rows(step, rows)
+    def uneven(step, rows):
+        time.sleep(0.03 * (step % 3 == 0))
+        return batches.rows(step, rows)
 
-    monkeypatch.setattr(loader, "PREFETCH", threads)
-    for step, batch in enumerate(host_batches(Uneven(), range(6), 0, 9)):
+    monkeypatch.setattr(prefetch, "PREFETCH", threads)
+    for step, batch in enumerate(made_ahead(uneven, range(6), 0, 9)):
         np.testing.assert_array_equal(batch["inputs"], batches.rows(step, range(6))["inputs"])
 
 
 def test_batches_are_made_ahead_of_their_use(three):
     batches, made = Batches(three, 16, 6, 0), []
 
-    class Counted:
-        def rows(self, step, rows):
-            made.append(step)
-            return batches.rows(step, rows)
+    def counted(step, rows):
+        made.append(step)
+        return batches.rows(step, rows)
 
-    found = host_batches(Counted(), range(6), 0, 100)
+    found = made_ahead(counted, range(6), 0, 100)
     next(found)
-    until(lambda: max(made) >= loader.PREFETCH)
+    until(lambda: max(made) >= prefetch.PREFETCH)
     assert max(made) < 10  # ahead, but not without end
 
 

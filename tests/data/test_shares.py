@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from llama_jax.checkpoint.saved_step import StepMeta
 from llama_jax.data.batches import Batches, ValidationBatches
-from llama_jax.data.loader import host_batches
 from llama_jax.data.mixture import MAX_PERIOD, PERIOD, Schedule, shares_by_size, shares_of_samples
 from llama_jax.data.prepare.job import prepare
 from llama_jax.data.shards.layout import data_fingerprint, encode_manifest, read_manifest
@@ -218,9 +217,9 @@ def test_shares_are_a_function_of_the_step_on_any_number_of_hosts(tokenizer, tmp
     shares = {"a": Fraction(1, 2000), "b": Fraction(1, 3), "c": Fraction(3997, 6000)}
     batches = Batches(sources, 20, 12, 0, shares)
     assert batches.schedule.period == PERIOD  # so that some samples are left over
-    straight = list(host_batches(batches, range(12), 40, 60))
+    straight = list(batches.batches(range(12), 40, 60))
     again = Batches(sources, 20, 12, 0, shares)
-    for step, batch in enumerate(host_batches(again, range(12), 50, 60), start=50):
+    for step, batch in enumerate(again.batches(range(12), 50, 60), start=50):
         parts = [again.rows(step, range(first, first + 4)) for first in (0, 4, 8)]
         for name, value in batch.items():
             np.testing.assert_array_equal(value, straight[step - 40][name])

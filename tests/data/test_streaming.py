@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 
@@ -29,7 +30,7 @@ def config(tmp_path_factory):
 
 def streams(config, tokenizer, step=0, position=None, process=0, processes=1, rows=BATCH):
     source = StreamingBatches(config, tokenizer, T)
-    source.start_at(step, position or Position(), process, processes)
+    source.start_at(step, list(dataclasses.astuple(position or Position())), process, processes)
     return source, source.batches(range(rows), step, 10_000)
 
 

@@ -244,12 +244,12 @@ train(replace(CONFIG, train__checkpoint_every=every, train__step_timeout=20), sy
 BROKEN = """
 from llama_jax.train.rewind import Rewinder
 steps = []
-def stuck(self, read):
-    steps.append(read)
+def stuck(self):
+    steps.append(None)
     if len(steps) == 10:
         raise KeyError
     return 0
-Rewinder.skipped_in_a_row = stuck
+Rewinder.take_skipped_in_a_row = stuck
 """
 
 

@@ -34,7 +34,7 @@ BASE_TEMPLATES = {
 def learnt_files(template):
     """What a run that learnt a template has beside its weights."""
     kind = "json" if template.tokenizer.model_bytes[:1] == b"{" else "model"
-    data = TrainingData(None, None, template.tokenizer, "", to_json(template))
+    data = TrainingData(None, None, template.tokenizer, "x", to_json(template))
     return {f"tokenizer.{kind}": template.tokenizer.model_bytes, **data.files}
 
 

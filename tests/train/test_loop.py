@@ -11,6 +11,7 @@ import pytest
 from llama_jax.model.cost import flops_per_token
 from llama_jax.train import loop
 from llama_jax.train.instruments import metrics
+from llama_jax.train.instruments.writers import AllWriters
 from llama_jax.train.run import train
 from llama_jax.train.step import TrainState
 from tests.helpers import replace, text_config
@@ -76,7 +77,7 @@ def test_the_loop_waits_for_nothing_but_the_previous_step(log_every):
 
     run.compiled.train = dispatch
     run.save = lambda state, meta: events.append(("save", meta.step))
-    log = metrics.Metrics([], metrics.Speed(run.config, 8, None))
+    log = metrics.Metrics(AllWriters(list), metrics.Speed(run.config, 8, None))
     run.start, run.push, run.flush, run.write = log.start, log.push, log.flush, log.write
     run.run(outputs(0))
     order = [event for event, _ in itertools.groupby(events)]
@@ -259,17 +260,14 @@ def timed_run(monkeypatch, config, inline, start=0, compiles_at=()):
                 found.append((step, record))
                 times.append(clock.now - 1000.0)
 
-        def close(self):
-            pass
-
     found, times, device_zero = [], [], jnp.float32(0)
     run.compiled.train, run.save = dispatch, save
     monkeypatch.setattr(loop, "mean_validation_loss", evaluate)
-    log = metrics.Metrics([Recorder()], metrics.Speed(config, DEVICES, 1e9))
+    log = metrics.Metrics(Recorder(), metrics.Speed(config, DEVICES, 1e9))
     run.start, run.push, run.flush, run.write = log.start, log.push, log.flush, log.write
     zero = np.int32(start)
     run.run(TrainState(zero, zero, zero, types.SimpleNamespace(in_row=zero, to_dict=dict)))
-    log.close()
+    log.flush()
     return found, times[-1]
 
 

@@ -2,6 +2,7 @@ import re
 import types
 
 from llama_jax.config import LoraConfig
+from llama_jax.data.source import BatchSource
 from llama_jax.model.cost import flops_by_part, flops_per_token
 from llama_jax.train.overview import overview
 from tests.helpers import TINY, mesh_of, replace, with_adapters
@@ -9,7 +10,8 @@ from tests.helpers import TINY, mesh_of, replace, with_adapters
 
 def test_the_flops_of_a_step_by_part():
     config = replace(TINY, train__steps=10)
-    train = types.SimpleNamespace(epochs=lambda step: {"": 0.5})
+    train = BatchSource()
+    train.epochs = lambda step: {"": 0.5}
     text = overview(config, mesh_of((1, 8, 1, 1)), types.SimpleNamespace(train=train))
     rows = {
         name: (float(token), float(step), float(share))
@@ -31,7 +33,7 @@ def test_the_flops_of_a_step_by_part():
 
 def test_adapters_and_their_base_are_told():
     config = with_adapters(replace(TINY, train__steps=10))
-    train = types.SimpleNamespace(epochs=lambda step: {})
+    train = BatchSource()
     text = overview(config, mesh_of((1, 1, 1, 1)), types.SimpleNamespace(train=train))
     count = 2 * 2 * (4 * 2 * 32 + 3 * (32 + 48))  # layers, rank, inputs and outputs
     assert f"LoRA    {count:,} parameters are trained: rank 2 for wq,wk,wv,wo,w1,w2,w3" in text

@@ -20,6 +20,7 @@ from llama_jax.checkpoint.saved_step import StepMeta, find_step, load_meta
 from llama_jax.config import LoraConfig
 from llama_jax.data.batches import SyntheticBatches
 from llama_jax.data.shards.reader import TokenDataset
+from llama_jax.data.source import BatchSource
 from llama_jax.data.training_data import TrainingData, open_data
 from llama_jax.errors import UserError
 from llama_jax.model.cost import adapter_count, frozen_bytes, parameter_count
@@ -67,7 +68,8 @@ class FakeRun:
         self.events, self.config, self.stop = [], config, StopRequest()
         self.stop_at = stop_at
         source = SyntheticBatches(config.model.vocab_size, 16, 8, config.train.seed)
-        validation = types.SimpleNamespace(n_sequences=100, rows=source.rows)
+        validation = SyntheticBatches(config.model.vocab_size, 16, 8, config.train.seed)
+        validation.n_sequences = 100
         self.data = TrainingData(source, validation, None, "fake")
         self.compiled = types.SimpleNamespace(
             batch_sharding=batch_sharding(mesh_of((1, 1, 1, 1))),
@@ -761,7 +763,7 @@ def test_the_seed_changes_weights_and_data(tmp_path, shards, corpus):
         compiled = types.SimpleNamespace(init=init)
         saver = types.SimpleNamespace(newest_good_step=lambda: None)
         with pytest.raises(Stop):
-            start.initial_state(compiled, saver, types.SimpleNamespace(train=None), c)
+            start.initial_state(compiled, saver, TrainingData(BatchSource()), c)
     assert seeds[0] != seeds[1]
 
 
@@ -770,6 +772,7 @@ def test_what_to_try_next(capsys, template, flag):
     data = dataclasses.replace(TINY.data, packing="best_fit", source="x.json", template=template)
     config = replace(TINY, data=data)
     ended = types.SimpleNamespace(name="")
-    run_lib._report(config, epath.Path("runs/x"), 20, 20, ended)
+    outcome = run_lib.Outcome(types.SimpleNamespace(step=20), True, False, 20, False, [])
+    run_lib._report(config, epath.Path("runs/x"), outcome, ended)
     expected = f"python -m llama_jax.generate --checkpoint=runs/x {flag}\n"
     assert capsys.readouterr().out.endswith(expected)

@@ -12,9 +12,9 @@
 An evaluation has `step`, `eval_loss` and `epochs`; what else happens has an `event`.
 """
 
-import contextlib
 import dataclasses
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -114,9 +114,20 @@ class _Pending:
 class Metrics:
     """Logs the *previous* step: reading it while the next one runs keeps the device busy."""
 
-    def __init__(self, writers: list[Writer], speed: Speed) -> None:
-        self._writers = writers
-        self._speed = speed
+    def __init__(
+        self,
+        writer: Writer,
+        speed: Speed,
+        on_read: Callable[[Mapping[str, float | None]], None] = lambda values: None,
+    ) -> None:
+        """Has nothing to log yet.
+
+        Args:
+          writer: takes the records.
+          speed: measures the steps.
+          on_read: called with the metrics of each step that is logged, as soon as they are read.
+        """
+        self._writer, self._speed, self._on_read = writer, speed, on_read
         self._pending: _Pending | None = None
         self._counted = 0  # the last step that `Speed` has counted, or that belongs to no interval
         self._pushed = 0  # the last step that was pushed; the pending one, if there is one
@@ -132,23 +143,18 @@ class Metrics:
         self._speed.restart()
         self._counted = self._pushed = step
 
-    def push(self, step: int, metrics: dict[str, Any] | None) -> dict[str, float | None] | None:
-        """Writes what was pushed before, then keeps `metrics` (device arrays; None: no log).
-
-        Returns:
-          What was written, if anything was.
-        """
-        written = self.flush()
+    def push(self, step: int, metrics: dict[str, Any] | None) -> None:
+        """Writes what was pushed before, then keeps `metrics` (device arrays; None: no log)."""
+        self.flush()
         if metrics is not None:
             finished = time.perf_counter() if _is_finished(metrics) else None
             self._pending = _Pending(step, metrics, finished)
         self._pushed = step
-        return written
 
-    def flush(self) -> dict[str, float | None] | None:
-        """Writes the pending step, waiting for the device if need be; returns what it wrote."""
+    def flush(self) -> None:
+        """Writes the pending step, waiting for the device if need be."""
         if self._pending is None:
-            return None
+            return
         pending, self._pending = self._pending, None
         read = jax.device_get(pending.metrics)
         values: dict[str, float | None] = {name: float(value) for name, value in read.items()}
@@ -156,23 +162,11 @@ class Metrics:
         self._counted += steps
         values |= self._speed.read(steps, pending.finished)
         self.write(pending.step, values)
-        return values
+        self._on_read(values)
 
     def write(self, step: int, record: dict[str, float | None]) -> None:
-        """Writes a record at once (evaluations); a disk that is full or gone ends no run."""
-        for writer in self._writers:
-            try:
-                writer.write(step, record)
-            except OSError as error:  # `JsonlWriter` keeps the record until it can be written
-                with contextlib.suppress(OSError):  # of the console, too
-                    print(f"warning: step {step} could not be logged: {error}", flush=True)
-
-    def close(self) -> None:
-        """Writes what is pending and closes the writers."""
-        self.flush()
-        for writer in self._writers:
-            with contextlib.suppress(OSError):
-                writer.close()
+        """Writes a record at once (evaluations)."""
+        self._writer.write(step, record)
 
 
 def _is_finished(metrics: dict[str, Any]) -> bool:

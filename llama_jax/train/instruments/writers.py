@@ -1,27 +1,102 @@
-"""Where the numbers of a run are written: JSON lines, TensorBoard, the console."""
+"""Writes the numbers and events of a run: to the console, to JSON lines, to TensorBoard.
 
+A writer for another place, such as a tracker, is a class with the three methods of `Writer` and a
+line in `WRITERS`.
+"""
+
+import contextlib
 import math
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from etils import epath
 
+from llama_jax.config import Config
 from llama_jax.files import append_jsonl
 
 
 class Writer(Protocol):
-    """Takes one record: a step and named numbers."""
+    """Takes the records of a run; what it raises besides OSError ends the run."""
 
-    def write(self, step: int, record: dict[str, float | None]) -> None:
-        """Writes the numbers of one step."""
+    def write(self, step: int, record: Mapping[str, float | None]) -> None:
+        """Writes the numbers of one step; None and what is not finite is no number."""
+
+    def event(self, step: int, text: str, record: Mapping[str, Any]) -> None:
+        """Writes what has happened; it may be called in another thread.
+
+        Args:
+          step: which it belongs to.
+          text: one line, which is on the console already.
+          record: `event`, its kind, and details that JSON can express.
+        """
 
     def close(self) -> None:
         """Flushes and closes."""
 
 
+class AllWriters:
+    """Hands each record to all writers, from one thread at a time; is itself a `Writer`.
+
+    The writers are opened with the first record or by `open`, so that a run that is refused makes
+    no files. A writer whose disk is full or gone ends no run.
+    """
+
+    def __init__(self, open_all: Callable[[], Iterable[Writer]]) -> None:
+        """`open_all` makes the writers."""
+        self._open_all = open_all
+        self._writers: list[Writer] | None = None
+        self._lock = threading.Lock()  # saves in the background report events
+
+    def open(self) -> None:
+        """Opens the writers, if they are not open.
+
+        Raises:
+          OSError: one of them cannot write.
+        """
+        with self._lock:
+            self._opened()
+
+    def _opened(self) -> list[Writer]:
+        if self._writers is None:
+            self._writers = list(self._open_all())
+        return self._writers
+
+    def write(self, step: int, record: Mapping[str, float | None]) -> None:
+        """Writes the numbers of one step."""
+        with self._lock:
+            for writer in self._opened():
+                try:
+                    writer.write(step, record)
+                except OSError as error:  # `JsonlWriter` keeps the record until it can be written
+                    with contextlib.suppress(OSError):  # of the console, too
+                        print(f"warning: step {step} could not be logged: {error}", flush=True)
+
+    def event(self, step: int, text: str, record: Mapping[str, Any]) -> None:
+        """Writes an event; the console has it already, and a full disk may be what it is about."""
+        with self._lock, contextlib.suppress(OSError):
+            for writer in self._opened():
+                with contextlib.suppress(OSError):
+                    writer.event(step, text, record)
+
+    def close(self) -> None:
+        """Closes the writers that were opened."""
+        with self._lock:
+            for writer in self._writers or ():
+                with contextlib.suppress(OSError):
+                    writer.close()
+
+    def __enter__(self) -> "AllWriters":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
 class JsonlWriter:
-    """One JSON object per line in `metrics.jsonl`, written at once.
+    """Writes one JSON object per line to `metrics.jsonl`, at once.
 
     A record that cannot be written is kept, and written with the next one.
     """
@@ -32,10 +107,15 @@ class JsonlWriter:
         self._unwritten: list[dict[str, Any]] = []
         append_jsonl(path, [])
 
-    def write(self, step: int, record: dict[str, float | None]) -> None:
+    def write(self, step: int, record: Mapping[str, float | None]) -> None:
         """Writes `{"step": step, ...}`; numbers that are not finite become null."""
         values = {name: _finite(value) for name, value in record.items()}
         self._unwritten.append({"step": step, **values})
+        self._flush()
+
+    def event(self, step: int, text: str, record: Mapping[str, Any]) -> None:
+        """Writes `{"step": step, "event": kind, ...}`."""
+        self._unwritten.append({"step": step, **record})
         self._flush()
 
     def _flush(self) -> None:
@@ -53,10 +133,10 @@ def _finite(value: float | None) -> float | None:
 
 
 class TensorBoardWriter:
-    """Scalars for TensorBoard.
+    """Writes scalars and texts for TensorBoard.
 
-    Written at once, not by tensorboardX's thread: a full disk ends that thread, and its queue then
-    blocks the run for ever.
+    They are written at once, not by tensorboardX's thread: a full disk ends that thread, and its
+    queue then blocks the run for ever.
     """
 
     def __init__(self, directory: epath.Path) -> None:
@@ -66,9 +146,8 @@ class TensorBoardWriter:
         directory.mkdir(parents=True, exist_ok=True)
         self._events = EventsWriter(str(directory / "events"))
 
-    def write(self, step: int, record: dict[str, float | None]) -> None:
+    def write(self, step: int, record: Mapping[str, float | None]) -> None:
         """Writes every number that is there."""
-        from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
         values = [
@@ -76,8 +155,18 @@ class TensorBoardWriter:
             for name, value in record.items()
             if value is not None
         ]
-        event = Event(step=step, wall_time=time.time(), summary=Summary(value=values))
-        self._events.write_event(event)
+        self._add(step, Summary(value=values))
+
+    def event(self, step: int, text: str, record: Mapping[str, Any]) -> None:
+        """Writes the text of an event, under the name of its kind."""
+        from tensorboardX.summary import text as as_text
+
+        self._add(step, as_text(f"events/{record['event']}", text))
+
+    def _add(self, step: int, summary: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
         self._events.flush()
 
     def close(self) -> None:
@@ -86,14 +175,22 @@ class TensorBoardWriter:
 
 
 class ConsoleWriter:
-    """One line per log step: how far, how good, how fast, how long still."""
+    """Prints one line per log step: how far, how good, how fast, how long still."""
 
-    def __init__(self, total_steps: int, peak_name: str) -> None:
+    def __init__(self, total_steps: int, peak_name: str, further: Sequence[str] = ()) -> None:
+        """Prints nothing yet.
+
+        Args:
+          total_steps: of the run.
+          peak_name: of the peak that MFU is a share of.
+          further: names of other metrics to print, where a record has them.
+        """
         self._total = total_steps
         self._peak_name = peak_name
+        self._further = tuple(further)
         self._started: tuple[int, float] | None = None
 
-    def write(self, step: int, record: dict[str, float | None]) -> None:
+    def write(self, step: int, record: Mapping[str, float | None]) -> None:
         """Prints a step or an evaluation."""
         width = len(str(self._total))
         if "eval_loss" in record:
@@ -120,8 +217,14 @@ class ConsoleWriter:
         ]
         if record.get("skipped"):
             parts.append(f"skipped {record['skipped']:.0f}")
+        for name in self._further:
+            if (value := record.get(name)) is not None:
+                parts.append(f"{name} {value:.4g}")
         print("  ".join(parts))
         sys.stdout.flush()
+
+    def event(self, step: int, text: str, record: Mapping[str, Any]) -> None:
+        """Prints nothing: who reports an event prints it, whether there are writers or not."""
 
     def _eta(self, step: int, now: float) -> str:
         assert self._started is not None
@@ -134,3 +237,25 @@ class ConsoleWriter:
 
     def close(self) -> None:
         """Nothing to close."""
+
+
+# How each writer of a run is opened, from its config, its work directory and the name of the peak.
+WRITERS: dict[str, Callable[[Config, epath.Path, str], Writer]] = {
+    "console": lambda config, workdir, peak: ConsoleWriter(config.train.steps, peak),
+    "jsonl": lambda config, workdir, peak: JsonlWriter(workdir / "metrics.jsonl"),
+    "tensorboard": lambda config, workdir, peak: TensorBoardWriter(workdir / "tensorboard"),
+}
+
+
+def open_writers(config: Config, workdir: epath.Path, peak_name: str) -> list[Writer]:
+    """Opens all of `WRITERS`.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      peak_name: of the peak that MFU is a share of.
+
+    Raises:
+      OSError: one of them cannot write.
+    """
+    return [make(config, workdir, peak_name) for make in WRITERS.values()]

@@ -12,7 +12,6 @@ from etils import epath
 
 from llama_jax.config import DataConfig
 from llama_jax.data.batches import Batches, ValidationBatches
-from llama_jax.data.loader import host_batches
 from llama_jax.data.prepare.job import prepare
 from llama_jax.data.shards.layout import data_fingerprint, read_manifest, verify
 from llama_jax.data.shards.reader import TokenDataset
@@ -406,8 +405,8 @@ def test_batches_hold_the_masks(chat, tokenizer):
 def test_batches_are_a_function_of_the_step(chat):
     config, _, folder = chat
     batches = open_data(config, epath.Path(folder)).train
-    straight = list(host_batches(batches, range(8), 0, 6))
-    resumed = list(host_batches(batches, range(8), 4, 6))
+    straight = list(batches.batches(range(8), 0, 6))
+    resumed = list(batches.batches(range(8), 4, 6))
     hosts = [batches.rows(4, range(first, first + 4)) for first in (0, 4)]
     for name, value in straight[4].items():
         np.testing.assert_array_equal(value, resumed[0][name])

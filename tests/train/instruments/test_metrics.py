@@ -6,7 +6,7 @@ from etils import epath
 
 from llama_jax.model.cost import flops_per_token
 from llama_jax.train.instruments import metrics
-from llama_jax.train.instruments.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter
+from llama_jax.train.instruments.writers import AllWriters, open_writers
 from tests.helpers import TINY
 
 
@@ -33,18 +33,15 @@ def test_speed_and_mfu(monkeypatch):
 class Recorder:
     def __init__(self):
         self.records = []
-        self.closed = False
 
     def write(self, step, record):
         self.records.append((step, record))
 
-    def close(self):
-        self.closed = True
-
 
 def test_a_step_is_logged_when_the_next_is_pushed():
     recorder = Recorder()
-    log = metrics.Metrics([recorder], metrics.Speed(TINY, 1, None))
+    read = []
+    log = metrics.Metrics(recorder, metrics.Speed(TINY, 1, None), on_read=read.append)
     log.start(0)
     log.push(1, {"loss": jnp.float32(3.5)})
     assert recorder.records == []
@@ -52,9 +49,10 @@ def test_a_step_is_logged_when_the_next_is_pushed():
     assert [step for step, _ in recorder.records] == [1]
     assert recorder.records[0][1]["loss"] == 3.5
     log.push(3, {"loss": jnp.float32(2.5)})
-    log.close()
+    assert [values["loss"] for values in read] == [3.5]
+    log.flush()
     assert [step for step, _ in recorder.records] == [1, 3]
-    assert recorder.closed
+    assert read == [record for _, record in recorder.records]
 
 
 def test_a_speed_that_nobody_has_measured_is_left_out(tmp_path, capsys):
@@ -65,14 +63,8 @@ def test_a_speed_that_nobody_has_measured_is_left_out(tmp_path, capsys):
     record |= metrics.Speed(TINY, devices=1, peak=1e9).read(0) | {"chip_seconds": 2.0}
     assert record["tokens_per_second"] is None and record["mfu"] is None
     folder = epath.Path(tmp_path)
-    writers = [
-        ConsoleWriter(10, "x"),
-        JsonlWriter(folder / "metrics.jsonl"),
-        TensorBoardWriter(folder / "tensorboard"),
-    ]
-    log = metrics.Metrics(writers, metrics.Speed(TINY, 1, None))
-    log.write(1, record)
-    log.close()
+    with AllWriters(lambda: open_writers(TINY, folder, "x")) as writers:
+        metrics.Metrics(writers, metrics.Speed(TINY, 1, None)).write(1, record)
     assert "  - tokens/s  MFU n/a  " in capsys.readouterr().out
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["tokens_per_second"] is None
     (file,) = (tmp_path / "tensorboard").iterdir()
@@ -115,24 +107,3 @@ def test_the_plot_shows_both_losses_and_the_later_record_of_a_step(tmp_path, mon
     metrics.plot_loss(epath.Path(tmp_path / "m.jsonl"), output)
     assert drawn == {"training": [(1, 5.0), (2, 4.0)], "validation": [(2, 4.5)]}
     assert output.read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_record_that_cannot_be_written_ends_no_run(capsys):
-    class Full:
-        def write(self, step, record):
-            raise OSError(28, "No space left on device")
-
-    class Seen(list):
-        def write(self, step, record):
-            self.append(step)
-
-        def close(self):
-            self.append("closed")
-
-    seen, full = Seen(), Full()
-    full.close = lambda: full.write(0, {})
-    log = metrics.Metrics([full, seen], None)
-    log.write(3, {"eval_loss": 1.0})
-    log.close()
-    assert seen == [3, "closed"]
-    assert "warning: step 3 could not be logged: [Errno 28] No space" in capsys.readouterr().out
