@@ -29,7 +29,8 @@ from llama_jax.text.tokenizer_config import config_with_special_tokens
 from llama_jax.text.tokenizer_json import without_bos_eos
 
 _CHUNK_SIZE = 2**25  # bytes
-# What tensorstore raises for files that are damaged or missing.
+# What tensorstore raises for files that are damaged or missing: it turns status codes into Python's
+# errors. Nearly always it is ValueError; NotImplementedError is its UNIMPLEMENTED.
 _TENSORSTORE_ERRORS = (ValueError, OSError, LookupError, OverflowError, NotImplementedError)
 IMPORTED = "imported"  # stands for the fingerprint of data that is not known
 

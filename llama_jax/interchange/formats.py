@@ -68,10 +68,14 @@ class Target(Protocol):
 def check_model(source: Source, config: Config) -> None:
     """Checks that the weights of a source are those of the config's model.
 
+    They may have fewer rows for the vocabulary: `padded_vocabulary` adds the others.
+
     Raises:
       UserError: they are not, with all fields in which they differ.
     """
     found, wanted = source.description.config.model, config.model
+    if found.vocab_size < wanted.vocab_size:
+        found = dataclasses.replace(found, vocab_size=wanted.vocab_size)
     changed = [
         f"model.{field.name} is {getattr(found, field.name)} there, {getattr(wanted, field.name)} "
         "in the config"

@@ -44,7 +44,7 @@ from llama_jax.train.resume import (
     locked,
 )
 from llama_jax.train.rewind import Rewinder
-from llama_jax.train.start import check_init, initial_state, with_tokenizer
+from llama_jax.train.start import initial_state, open_weights, with_tokenizer
 from llama_jax.train.step import TrainState, jit_step, model_weights
 
 
@@ -114,10 +114,8 @@ def _data_of_all(config: Config, workdir: epath.Path) -> TrainingData:
     """The data, which process 0 prepares if need be; the others wait, and open what it has made.
 
     Raises:
-      UserError: as `check_init` and `open_data`; or the processes do not have the same data.
+      UserError: as `open_data`; or the processes do not have the same data.
     """
-    check_init(config, workdir)
-    agreed("")  # what fails on another process at once is not found out after hours
     folder = workdir / "data"
     first = jax.process_index() == 0
     data = open_data(config, folder) if first else None
@@ -168,15 +166,18 @@ def run(config: Config, workdir: epath.PathLike, began: float | None = None) -> 
             check_workdir(config, workdir)
             goodput = Goodput(workdir / "goodput.json", began)
         with stop.at_once():
+            weights = open_weights(config, workdir)
+            agreed("")  # what fails on another process at once is not found out after hours
             data = _data_of_all(config, workdir)
         open_collectives()
-        about = [*remarks(config, data), *no_evaluation(data), *unchecked(data)]
+        about = [*remarks(config, data, weights), *no_evaluation(data), *unchecked(data)]
         say("\n".join([overview(config, mesh, data), *about]))
         watchdog = Watchdog(config.train.step_timeout)
         watchdog.beat("restoring", compiles=True)  # all files are read, and programs compiled
         # Outermost, since a run that ends in an error waits for its save, too.
         with watchdog, Checkpointer(workdir, config) as saver:
-            state, meta = initial_state(compiled, saver, data, config)
+            state, meta = initial_state(compiled, saver, data, config, weights)
+            del weights  # it may hold what it read last, a whole array
             watch = Rewinder(config, data, saver, meta.rewinds)
             # Only now: a run that is refused leaves the other one's as it was.
             if jax.process_index() == 0:

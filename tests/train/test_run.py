@@ -460,7 +460,7 @@ def test_streamed_data_needs_as_many_processes(corpus, tmp_path, monkeypatch):
     two = dataclasses.replace(meta, positions=meta.positions * 2)
     monkeypatch.setattr(start, "load_meta", lambda folder: two)
     with pytest.raises(UserError, match=r"positions of 2 process\(es\), and there are 1"):
-        start.initial_state(None, saver, data, config)
+        start.initial_state(None, saver, data, config, None)
     saver.close()
 
 
@@ -738,7 +738,7 @@ def test_the_seed_changes_weights_and_data(tmp_path, shards, corpus):
         compiled = types.SimpleNamespace(init=init)
         saver = types.SimpleNamespace(newest_good_step=lambda: None)
         with pytest.raises(Stop):
-            start.initial_state(compiled, saver, types.SimpleNamespace(train=None), c)
+            start.initial_state(compiled, saver, types.SimpleNamespace(train=None), c, None)
     assert seeds[0] != seeds[1]
 
 
