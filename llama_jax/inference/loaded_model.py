@@ -12,7 +12,6 @@ from etils import epath
 from llama_jax.checkpoint import saved_step
 from llama_jax.config import NF4_BLOCK, Config, LoraConfig, MeshConfig, ModelConfig
 from llama_jax.errors import UserError
-from llama_jax.interchange.ckpt import IMPORTED
 from llama_jax.interchange.formats import Source
 from llama_jax.interchange.loading import check_base, load_init
 from llama_jax.interchange.opening import no_adapters, open_base
@@ -90,7 +89,7 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
         reason = (
             "its weights were imported without a tokenizer; put tokenizer.model or tokenizer.json "
             "beside them, and convert them again"
-            if meta.data_fingerprint == IMPORTED
+            if meta.data_fingerprint == saved_step.IMPORTED
             else "it was trained on synthetic data"
             if meta.config.data.source == "synthetic"
             else "its run had none"

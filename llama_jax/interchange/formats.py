@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from etils import epath
 
 from llama_jax.config import Config, ModelConfig
 from llama_jax.errors import UserError
@@ -84,6 +85,24 @@ def check_model(source: Source, config: Config) -> None:
     ]
     if changed:
         raise UserError(f"init_from={config.init_from} is another model: {'; '.join(changed)}")
+
+
+def refuse_other_base(changed: list[str], config: Config, adapters: epath.PathLike) -> None:
+    """Raises UserError if arrays of a base are others than those that adapters were trained on.
+
+    Args:
+      changed: names of these arrays.
+      config: which says where the base is from.
+      adapters: what to call them in the error.
+    """
+    if not changed:
+        return
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    raise UserError(
+        f"the adapters of {adapters} were trained on another base than {config.init_from} is "
+        f"({changed[0]}{more} differ by fingerprint); name the weights that they belong to by "
+        "--config.init_from or --base, or train in another --workdir"
+    )
 
 
 def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -13,9 +13,8 @@ from llama_jax.checkpoint.fingerprint import changed_arrays, fingerprint
 from llama_jax.config import Config
 from llama_jax.errors import UserError
 from llama_jax.interchange import formats
-from llama_jax.interchange.formats import Source, is_stacked
+from llama_jax.interchange.formats import Source, is_stacked, refuse_other_base
 from llama_jax.interchange.hf import HfSource
-from llama_jax.interchange.merged_adapters import refuse_other_base
 from llama_jax.interchange.padded_vocabulary import with_padded_vocabulary
 from llama_jax.model.lora import to_frozen
 from llama_jax.model.nf4 import NF4
