@@ -613,7 +613,7 @@ STEP_FIELDS = {
 }
 # The test that shows that a field is live.
 OTHER_FIELDS = {
-    "init_from": "train/test_start::test_weights_of_another_model_are_refused",
+    "init_from": "interchange/test_opening::test_weights_of_another_model_are_refused",
     "model.attention": "model/test_attention::test_an_unknown_backend_is_an_error",
     "model.attention_tile": "model/test_attention::test_tiles_of_splash_change_no_gradient",
     "model.attention_backward": "model/test_attention::test_tiles_of_splash_change_no_gradient",
