@@ -1,12 +1,18 @@
 import codecs
+import contextlib
+import hashlib
+import io
 import os
 import pwd
 import resource
+import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from etils import epath
 
+from llama_jax import files
 from llama_jax.checkpoint import manifest
 from llama_jax.data.prepare.job import prepare
 from llama_jax.data.shards.reader import TokenDataset
@@ -18,6 +24,8 @@ from llama_jax.files import (
     parse_json,
     read_json,
     read_jsonl,
+    sha256_of,
+    sha256_of_each,
     write_atomically,
 )
 from tests.helpers import text_config
@@ -200,3 +208,49 @@ def test_a_path_of_a_scheme_that_cannot_be_read():
     for place in ("https://host/x", "hf:hdfs://host/x"):
         with pytest.raises(UserError, match=r"paths of (https|hdfs):// cannot be read"):
             expand_place(place)
+
+
+def test_the_sha256_of_a_file_that_can_only_be_read(monkeypatch):
+    """As that of a bucket, which `hashlib.file_digest` refuses."""
+    content = bytes(range(256)) * 10_000  # several pieces
+
+    @contextlib.contextmanager
+    def opened(path):
+        yield types.SimpleNamespace(read=io.BytesIO(content).read)
+
+    monkeypatch.setattr(files, "open_file", opened)
+    assert sha256_of("gs://bucket/x") == hashlib.sha256(content).hexdigest()
+
+
+def test_the_sha256_of_each_file_comes_in_order(tmp_path):
+    paths = [tmp_path / str(number) for number in range(50)]
+    for path in paths:
+        path.write_text(path.name)
+    paths[7].unlink()
+    found = list(sha256_of_each(paths))
+    assert isinstance(found.pop(7), FileNotFoundError)
+    del paths[7]
+    assert found == [hashlib.sha256(path.name.encode()).hexdigest() for path in paths]
+
+
+def test_files_are_not_hashed_when_nobody_asks_any_more(monkeypatch):
+    seen, closing = [], threading.Event()
+
+    def slow(path):
+        seen.append(path)
+        if path:
+            closing.wait()
+        return str(path)
+
+    class Pool(ThreadPoolExecutor):
+        def __exit__(self, *error):
+            closing.set()
+            return super().__exit__(*error)
+
+    monkeypatch.setattr(files, "sha256_of", slow)
+    monkeypatch.setattr(files, "_THREADS", 1)
+    monkeypatch.setattr(files.concurrent.futures, "ThreadPoolExecutor", Pool)
+    digests = sha256_of_each(range(100))
+    assert next(digests) == "0"
+    digests.close()
+    assert seen in ([0], [0, 1])

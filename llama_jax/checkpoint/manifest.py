@@ -5,64 +5,40 @@ reads the files once, in threads. What it costs for 65B (780 GB of weights and m
 them: on several processes each checks its share, see `first_damage`.
 """
 
-import concurrent.futures
-import hashlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 from etils import epath
 
 from llama_jax.errors import UserError
 from llama_jax.files import (
+    damages,
     encode_entries,
     entry_of,
+    files_below,
     is_object_store,
     mismatch,
     read_entries,
     read_json,
+    sha256_of_each,
     size_of,
 )
 from llama_jax.text.saved_tokenizer import DESCRIPTION, MANIFEST
 
 # A quick check reads the description and files up to this size; of larger ones the size only.
 QUICK_BYTES = 16 * 2**20
-_THREADS = 16
-
-
-def _files(folder: epath.Path, items: Collection[str] = ()) -> dict[str, epath.Path]:
-    """Files below the folder but the manifest, by their path from there; of all items, or these."""
-    places = [folder / item for item in items if (folder / item).is_dir()] if items else [folder]
-    found = [path for place in places for path in _walk(place)]
-    named = {path.relative_to(folder).as_posix(): path for path in found}
-    named.pop(MANIFEST, None)
-    return dict(sorted(named.items()))
-
-
-def _walk(folder: epath.Path, above: tuple[str, ...] = ()) -> Iterator[epath.Path]:
-    """Files below a folder; links to other folders are followed, but not those that lead back."""
-    above = (*above, os.path.realpath(folder))
-    for path in folder.iterdir():
-        if not path.is_dir():
-            yield path
-        elif os.path.realpath(path) not in above:
-            yield from _walk(path, above)
-
-
-def _sha256(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(folder: epath.Path) -> None:
     """Writes the manifest of all that is in `folder`, and has the disk confirm it."""
-    files = _files(folder)
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        digests = pool.map(_sha256, files.values())
-        entries = {
-            name: {"bytes": size_of(path), "sha256": digest}
-            for (name, path), digest in zip(files.items(), digests, strict=True)
-        }
+    files = files_below(folder)
+    files.pop(MANIFEST, None)
+    entries = {}
+    for name, digest in zip(files, sha256_of_each(files.values()), strict=True):
+        if isinstance(digest, OSError):
+            raise digest
+        entries[name] = {"bytes": size_of(files[name]), "sha256": digest}
     _replace(folder / MANIFEST, encode_entries(entries).encode())
 
 
@@ -81,15 +57,15 @@ def amend(folder: epath.Path, name: str, content: bytes) -> None:
       UserError: the file or the manifest is not as it was written; nothing is changed.
       OSError: it cannot be written.
     """
-    files = read_entries(folder / MANIFEST)
-    if files is None:
+    entries = read_entries(folder / MANIFEST)
+    if entries is None:
         raise UserError(f"{folder / MANIFEST} is not as it was written")
     now, then = entry_of((folder / name).read_bytes()), entry_of(content)
-    if name not in files or mismatch(name, now, files[name]):
+    if name not in entries or mismatch(name, now, entries[name]):
         raise UserError(f"{folder / name} holds other bytes than were written")
-    _replace(folder / MANIFEST, encode_entries({**files, name: {**then, "before": now}}).encode())
+    _replace(folder / MANIFEST, encode_entries({**entries, name: {**then, "before": now}}).encode())
     _replace(folder / name, content)
-    _replace(folder / MANIFEST, encode_entries({**files, name: then}).encode())
+    _replace(folder / MANIFEST, encode_entries({**entries, name: then}).encode())
 
 
 def _replace(path: epath.Path, data: bytes) -> None:
@@ -128,47 +104,13 @@ def first_damage(
       quick: of large files compare the size only.
       items: folders within the step, such as `meta`; only their files are looked at. Empty: all.
     """
+    if os.path.islink(folder) and not folder.exists():  # of a disk that is not mounted, perhaps
+        return f"it is a link to {os.path.realpath(folder)}, where nothing is"
+
+    def hashed(name: str, size: int) -> bool:
+        return not quick or size <= QUICK_BYTES or name.partition("/")[0] in DESCRIPTION
+
     try:
-        return next(iter(_damages(folder, part, quick, items)), "")
+        return next(damages(folder / MANIFEST, items, part, hashed), "")
     except OSError as error:
         return f"its files cannot be listed: {error.strerror or error}"
-
-
-def _damages(
-    folder: epath.Path, part: tuple[int, int], quick: bool, items: Collection[str]
-) -> Iterator[str]:
-    if os.path.islink(folder) and not folder.exists():  # of a disk that is not mounted, perhaps
-        yield f"it is a link to {os.path.realpath(folder)}, where nothing is"
-        return
-    if not (folder / MANIFEST).exists():
-        yield f"{MANIFEST} is missing"
-        return
-    expected = read_entries(folder / MANIFEST)
-    if expected is None:
-        yield f"{MANIFEST} is not as it was written"
-        return
-    if items:
-        expected = {n: entry for n, entry in expected.items() if n.partition("/")[0] in items}
-        listed = {name.partition("/")[0] for name in expected}
-        yield from (f"{item} is missing" for item in items if item not in listed)
-    found = _files(folder, items)
-    missing = [name for name in expected if name not in found]
-    if missing:
-        yield from (f"{name} is missing" for name in missing)
-        return
-    sizes = {name: size_of(found[name]) for name in expected}
-    for name, size in sizes.items():
-        if reason := mismatch(name, {"bytes": size}, expected[name]):
-            yield reason
-    mine = list(expected)[part[0] :: part[1]]
-    if quick:
-        mine = [n for n in mine if sizes[n] <= QUICK_BYTES or n.partition("/")[0] in DESCRIPTION]
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        digests = [pool.submit(_sha256, found[name]) for name in mine]
-        for name, digest in zip(mine, digests, strict=True):
-            try:
-                found_entry = {"bytes": sizes[name], "sha256": digest.result()}
-                if reason := mismatch(name, found_entry, expected[name]):
-                    yield reason
-            except OSError as error:  # a disk that gives up
-                yield f"{name} cannot be read: {error.strerror or error}"

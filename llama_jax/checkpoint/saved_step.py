@@ -30,6 +30,7 @@ from llama_jax.text.saved_tokenizer import DESCRIPTION, FORMAT_VERSION, MANIFEST
 from llama_jax.text.tokenizer_files import is_tokenizer_file
 
 CHECKPOINTS = "checkpoints"
+IMPORTED = "imported"  # data_fingerprint of weights from elsewhere: their data are not known
 
 Items = dict[str, Any]  # trees of arrays, or of `jax.ShapeDtypeStruct`s, by the name of their item
 
@@ -41,7 +42,8 @@ class StepMeta:
     Attributes:
       config: the resolved config of the run.
       step: optimiser steps taken; the data position is a function of it.
-      data_fingerprint: sha256 of the token shards, or of the synthetic source's parameters.
+      data_fingerprint: sha256 of the token shards, or of the synthetic source's parameters;
+        `IMPORTED` for weights from elsewhere.
       tokenizer_model: SentencePiece model or tokenizer.json; empty for synthetic data.
       positions: of each process, the state of its source of batches (`data.source.BatchSource`);
         empty where the step alone says which batch comes next.

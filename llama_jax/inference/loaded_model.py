@@ -12,7 +12,7 @@ from etils import epath
 from llama_jax.checkpoint import saved_step
 from llama_jax.config import NF4_BLOCK, Config, LoraConfig, MeshConfig, ModelConfig
 from llama_jax.errors import UserError
-from llama_jax.interchange.ckpt import IMPORTED
+from llama_jax.interchange.formats import Source
 from llama_jax.interchange.loading import check_base, load_init
 from llama_jax.interchange.opening import no_adapters, open_base
 from llama_jax.model.lora import Adapted
@@ -90,7 +90,7 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
         reason = (
             "its weights were imported without a tokenizer; put tokenizer.model or tokenizer.json "
             "beside them, and convert them again"
-            if meta.data_fingerprint == IMPORTED
+            if meta.data_fingerprint == saved_step.IMPORTED
             else "it was trained on synthetic data"
             if meta.config.data.source == "synthetic"
             else "its run had none"
@@ -103,9 +103,10 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
             f"the tokenizer of {folder} has {tokenizer.vocab_size} ids, but model.vocab_size is "
             f"{size}: convert the weights again with a tokenizer of {size} ids at most"
         )
+    source = open_base(meta.config, folder) if meta.config.lora.rank else None
     files = meta.tokenizer_files
-    if meta.config.lora.rank:  # what was not learnt, such as special ids, is the base's
-        files = with_base_files(files, open_base(meta.config.init_from, folder).description.files)
+    if source is not None:  # what was not learnt, such as special ids, is the base's
+        files = with_base_files(files, source.description.files)
     begins = adds_bos(files, tokenizer, str(folder))
     if begins is not None:
         tokenizer = Tokenizer(model_bytes, f"the tokenizer of {folder}", adds_bos=begins)
@@ -114,21 +115,26 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
         shapes = abstract_trained(meta.config)
         shardings = param_shardings(shapes, devices, any_vocabulary=True)
         params = saved_step.load_params(folder, with_shardings(shapes, shardings))
-        params = _weights_to_run(folder, meta, params, devices)
+        if source is None:
+            params = cast_matrices(meta.config.model, params)
+        else:
+            params = _above_base(source, folder, meta, params, devices)
     return InferenceModel(folder, meta.config, params, tokenizer, devices, meta.context, files)
 
 
-def _weights_to_run(
-    folder: epath.Path, meta: saved_step.StepMeta, params: Any, mesh: jax.sharding.Mesh
-) -> Any:
-    """Parameters of a checkpoint to compute with; adapters come with the base that they are for."""
+def _above_base(
+    source: Source,
+    folder: epath.Path,
+    meta: saved_step.StepMeta,
+    adapters: Any,
+    mesh: jax.sharding.Mesh,
+) -> Adapted:
+    """Adapters of a step with the base that they are for, which is read from `source`."""
     config = meta.config
-    if not config.lora.rank:
-        return cast_matrices(config.model, params)
-    shapes = abstract_frozen(config)
-    base = load_init(config, param_shardings(shapes, mesh, any_vocabulary=True))
+    shardings = param_shardings(abstract_frozen(config), mesh, any_vocabulary=True)
+    base = load_init(source, config, shardings)
     check_base(meta.base, base, config, folder)
-    return Adapted(cast_matrices(config.model, base), params, config.lora)
+    return Adapted(cast_matrices(config.model, base), adapters, config.lora)
 
 
 def cast_matrices(config: ModelConfig, params: Any) -> Any:

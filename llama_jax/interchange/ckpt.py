@@ -30,9 +30,9 @@ from llama_jax.text.tokenizer_config import config_with_special_tokens
 from llama_jax.text.tokenizer_json import without_bos_eos
 
 _CHUNK_SIZE = 2**25  # bytes
-# What tensorstore raises for files that are damaged or missing.
+# What tensorstore raises for files that are damaged or missing: it turns status codes into Python's
+# errors. Nearly always it is ValueError; NotImplementedError is its UNIMPLEMENTED.
 _TENSORSTORE_ERRORS = (ValueError, OSError, LookupError, OverflowError, NotImplementedError)
-IMPORTED = "imported"  # stands for the fingerprint of data that is not known
 
 
 def _array_spec(params: epath.Path, path: str) -> dict[str, Any]:
@@ -142,7 +142,9 @@ def _write_description(
         del files["tokenizer.model"]
     if tokenizer:
         (workdir / "tokenizer.model").write_bytes(tokenizer)
-    meta = saved_step.StepMeta(config, 0, IMPORTED, tokenizer, tokenizer_files=files, base=base)
+    meta = saved_step.StepMeta(
+        config, 0, saved_step.IMPORTED, tokenizer, tokenizer_files=files, base=base
+    )
     folder = workdir / saved_step.CHECKPOINTS / "0"
     folder.mkdir(parents=True)
     saved_step.save_meta(folder, meta)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
+from etils import epath
 
 from llama_jax.config import Config, ModelConfig
 from llama_jax.errors import UserError
@@ -66,10 +67,14 @@ class Target(Protocol):
 def check_model(source: Source, config: Config) -> None:
     """Checks that the weights of a source are those of the config's model.
 
+    They may have fewer rows for the vocabulary: `padded_vocabulary` adds the others.
+
     Raises:
       UserError: they are not, with all fields in which they differ.
     """
     found, wanted = source.description.config.model, config.model
+    if found.vocab_size < wanted.vocab_size:
+        found = dataclasses.replace(found, vocab_size=wanted.vocab_size)
     changed = [
         f"model.{field.name} is {getattr(found, field.name)} there, {getattr(wanted, field.name)} "
         "in the config"
@@ -78,6 +83,24 @@ def check_model(source: Source, config: Config) -> None:
     ]
     if changed:
         raise UserError(f"init_from={config.init_from} is another model: {'; '.join(changed)}")
+
+
+def refuse_other_base(changed: list[str], config: Config, adapters: epath.PathLike) -> None:
+    """Raises UserError if arrays of a base are others than those that adapters were trained on.
+
+    Args:
+      changed: names of these arrays.
+      config: which says where the base is from.
+      adapters: what to call them in the error.
+    """
+    if not changed:
+        return
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    raise UserError(
+        f"the adapters of {adapters} were trained on another base than {config.init_from} is "
+        f"({changed[0]}{more} differ by fingerprint); name the weights that they belong to by "
+        "--config.init_from or --base, or train in another --workdir"
+    )
 
 
 def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

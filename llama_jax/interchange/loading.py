@@ -13,10 +13,9 @@ from llama_jax.checkpoint.fingerprint import changed_arrays, fingerprint
 from llama_jax.config import Config
 from llama_jax.errors import UserError
 from llama_jax.interchange import formats
-from llama_jax.interchange.formats import Source
+from llama_jax.interchange.formats import Source, refuse_other_base
 from llama_jax.interchange.hf import HfSource
-from llama_jax.interchange.merged_adapters import refuse_other_base
-from llama_jax.interchange.opening import open_init
+from llama_jax.interchange.padded_vocabulary import with_padded_vocabulary
 from llama_jax.model.lora import to_frozen
 from llama_jax.model.nf4 import NF4
 from llama_jax.model.weights import abstract_frozen, abstract_trained
@@ -86,20 +85,21 @@ def _put(
     return jax.make_array_from_callback(target.shape, places, part)
 
 
-def load_init(config: Config, shardings: Any) -> Any:
-    """Reads the weights onto a mesh, one array of one layer after another.
+def load_init(source: Source, config: Config, shardings: Any) -> Any:
+    """Reads weights to begin with onto a mesh, one array of one layer after another.
 
     Args:
-      config: with `init_from`.
+      source: as `opening.open_init` or `open_base` gives it; rows that it lacks are added.
+      config: of the run.
       shardings: of the base where the config has adapters, else of the parameters.
 
     Returns:
       float32 parameters, or the base in its frozen form (`lora.to_frozen`).
 
     Raises:
-      UserError: as `open_init`.
+      UserError: they cannot be read, or are damaged.
     """
-    source = open_init(config)
+    source = with_padded_vocabulary(source, config.model.vocab_size)
     if config.lora.rank:
         targets = abstract_frozen(config)
         return load(source, targets, shardings, lambda path, x: to_frozen(path, x, config.lora))

@@ -10,12 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from llama_jax.checkpoint.fingerprint import LayerPrints, changed_arrays
 from llama_jax.config import Config, LoraConfig
-from llama_jax.errors import UserError
-from llama_jax.interchange.formats import Description, Source, paths_and_layers
+from llama_jax.interchange.formats import Description, Source, paths_and_layers, refuse_other_base
 from llama_jax.model.lora import adapter_of, delta, to_float32, to_frozen
 from llama_jax.text.tokenizer_config import with_base_files
 
@@ -26,24 +24,6 @@ def base_fingerprint(base: Source, config: Config) -> dict[str, int]:
     for path, layer in paths_and_layers(config.model):
         prints.add(path, layer, to_frozen(path, base.read(path, layer), config.lora))
     return prints.found
-
-
-def refuse_other_base(changed: list[str], config: Config, adapters: epath.PathLike) -> None:
-    """Raises UserError if arrays of a base are others than those that adapters were trained on.
-
-    Args:
-      changed: names of these arrays.
-      config: which says where the base is from.
-      adapters: what to call them in the error.
-    """
-    if not changed:
-        return
-    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-    raise UserError(
-        f"the adapters of {adapters} were trained on another base than {config.init_from} is "
-        f"({changed[0]}{more} differ by fingerprint); name the weights that they belong to by "
-        "--config.init_from or --base, or train in another --workdir"
-    )
 
 
 class MergedSource:

@@ -76,16 +76,23 @@ def open_source(kind: str, folder: epath.Path, context: int = 0, base: str = "")
     return MergedSource(origin, adapters, described.config, meta.base, described)
 
 
-def open_base(place: str, adapters: epath.PathLike) -> Source:
-    """Opens the weights below adapters.
+def open_base(config: Config, adapters: epath.PathLike) -> Source:
+    """Opens the weights below saved adapters; `loading.load_init` reads them.
 
     Args:
-      place: FORMAT:DIR of them.
-      adapters: what to call these in an error.
+      config: of the adapters' run, with the place of these weights as `init_from`.
+      adapters: what to call the adapters in an error.
 
     Raises:
-      UserError: there is nothing, or as `open_source`.
+      UserError: there is nothing, or it is another model; or as `open_source`.
     """
+    source = _open_below(config.init_from, adapters)
+    check_model(source, config)
+    return source
+
+
+def _open_below(place: str, adapters: epath.PathLike) -> Source:
+    """Opens the weights in FORMAT:DIR, which are below adapters."""
     kind, folder = parse_place(place, "base")
     if not folder.exists():
         raise UserError(f"{folder}, the base of {adapters}, is not here; say where: --base=hf:DIR")
@@ -105,13 +112,12 @@ def open_adapters(kind: str, folder: epath.Path, base: str = "") -> tuple[Descri
     """
     if kind == "ckpt":
         described, adapters = saved_adapters(folder, base)
-        origin = open_base(described.config.init_from, folder)
-        origin = with_padded_vocabulary(origin, described.config.model.vocab_size)
-        check_model(origin, described.config)
-        return described, adapters, origin
+        origin = open_base(described.config, folder)
+        rows = described.config.model.vocab_size
+        return described, adapters, with_padded_vocabulary(origin, rows)
     lora, name = peft.read_config(folder)
     place = base or f"hf:{name}"
-    origin = open_base(place, folder)
+    origin = _open_below(place, folder)
     config = dataclasses.replace(origin.description.config, lora=lora, init_from=place)
     described = dataclasses.replace(origin.description, config=config)
     return described, peft.read(folder, config.model, lora), origin
@@ -142,16 +148,14 @@ def no_adapters(folder: epath.Path) -> UserError:
 
 
 def open_init(config: Config) -> Source:
-    """The source that `config.init_from` names, if it is the model of the config.
+    """Opens the weights that `config.init_from` names; `loading.load_init` reads them.
 
-    It may have fewer rows than `model.vocab_size`; they are added (`padded_vocabulary`).
+    They may have fewer rows for the vocabulary than the config's model: `load_init` adds these.
 
     Raises:
-      UserError: it cannot be read, or holds another model.
+      UserError: they cannot be read, or are those of another model.
     """
-    source = with_padded_vocabulary(
-        open_source(*init_place(config.init_from)), config.model.vocab_size
-    )
+    source = open_source(*init_place(config.init_from))
     check_model(source, config)
     return source
 
@@ -162,24 +166,6 @@ def init_place(init_from: str) -> tuple[str, epath.Path]:
     if not folder.exists():
         raise UserError(f"init_from={init_from}: {folder} does not exist")
     return kind, folder
-
-
-def base_rows(config: Config) -> int:
-    """Rows for the vocabulary that the weights of `config.init_from` have, before any are added.
-
-    Raises:
-      UserError: they cannot be read.
-    """
-    return open_source(*init_place(config.init_from)).description.config.model.vocab_size
-
-
-def base_context(config: Config) -> int:
-    """Longest sequence, in tokens, that the weights of `config.init_from` are for; 0 without them.
-
-    Raises:
-      UserError: as `open_init`.
-    """
-    return open_init(config).description.config.train.seq_len if config.init_from else 0
 
 
 def tokenizer_file(init_from: str) -> str:

@@ -16,7 +16,7 @@ from llama_jax.interchange import formats, peft
 from llama_jax.interchange.ckpt import CkptTarget, write_adapters
 from llama_jax.interchange.formats import Description, Source, Target
 from llama_jax.interchange.hf import DTYPES, HfTarget
-from llama_jax.interchange.merged_adapters import base_fingerprint, refuse_other_base
+from llama_jax.interchange.merged_adapters import base_fingerprint
 from llama_jax.interchange.meta import MetaTarget
 from llama_jax.interchange.opening import open_adapters, saved_adapters
 from llama_jax.model.cost import parameter_count
@@ -59,7 +59,7 @@ def export_adapters(
         described, adapters, origin = open_adapters("ckpt", step, base)
         found = base_fingerprint(origin, described.config)
         changed = changed_arrays(saved_step.load_meta(step).base, found)
-        refuse_other_base(changed, described.config, step)
+        formats.refuse_other_base(changed, described.config, step)
     else:
         described, adapters = saved_adapters(step)
     with _all_or_nothing(epath.Path(target)) as partial:

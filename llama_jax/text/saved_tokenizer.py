@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from llama_jax.errors import UserError, as_user_error
-from llama_jax.files import entry_of, mismatch, read_entries, read_json
+from llama_jax.files import damages, read_json
 
 FORMAT_VERSION = 2  # of saved steps; bump when one can no longer be read as before
 MANIFEST = "manifest.json"
@@ -31,7 +31,7 @@ def read_saved(step_folder: epath.Path) -> bytes:
       UserError: what the step says about itself is not what was written, or of another format.
     """
     folder = step_folder.absolute()
-    if reason := _damage(folder):
+    if reason := next(damages(folder / MANIFEST, DESCRIPTION), ""):
         raise UserError(f"{folder} is damaged: {reason}")
     check_format(folder, read_json(folder / "meta" / "metadata"))
     values = read_json(folder / _ITEM / "metadata")
@@ -48,26 +48,3 @@ def check_format(folder: epath.Path, meta: Mapping[str, Any]) -> None:
     version = meta.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(f"{folder} has format {version}, this version reads {FORMAT_VERSION}")
-
-
-def _damage(folder: epath.Path) -> str:
-    """The first file of the description that is not as it was written; empty if all are."""
-    if not (folder / MANIFEST).exists():
-        return f"{MANIFEST} is missing"
-    entries = read_entries(folder / MANIFEST)
-    if entries is None:
-        return f"{MANIFEST} is not as it was written"
-    for item in DESCRIPTION:
-        listed = [name for name in entries if name.partition("/")[0] == item]
-        if not listed:
-            return f"{item} is missing"
-        for name in listed:
-            if not (folder / name).exists():
-                return f"{name} is missing"
-            try:
-                found = entry_of((folder / name).read_bytes())
-            except OSError as error:
-                return f"{name} cannot be read: {error.strerror or error}"
-            if reason := mismatch(name, found, entries[name]):
-                return reason
-    return ""

@@ -5,7 +5,7 @@ import jax
 from llama_jax.config import Config
 from llama_jax.data.shards import layout
 from llama_jax.data.training_data import TrainingData
-from llama_jax.interchange.opening import base_rows
+from llama_jax.interchange.formats import Source
 from llama_jax.model.cost import adapter_count, flops_by_part, parameter_count
 
 
@@ -30,15 +30,22 @@ def overview(config: Config, mesh: jax.sharding.Mesh, data: TrainingData) -> str
     )
 
 
-def remarks(config: Config, data: TrainingData) -> list[str]:
-    """Lines on what a user should know of the data before the run: padding, answers without end."""
+def remarks(config: Config, data: TrainingData, weights: Source | None) -> list[str]:
+    """Lines on what a user should know of the data before the run: padding, answers without end.
+
+    Args:
+      config: of the run.
+      data: that it trains on.
+      weights: that it reads, as `start.open_weights` gives them.
+    """
     rows, ids = config.model.vocab_size, data.tokenizer.vocab_size if data.tokenizer else 0
     found = []
     if 0 < ids < rows:
         found.append(
             f"vocab   {ids:,} ids, {rows:,} rows: {rows - ids:,} are padding, and never drawn"
         )
-    if config.lora.rank and ids > (known := base_rows(config)):
+    known = weights.description.config.model.vocab_size if weights is not None else rows
+    if config.lora.rank and ids > known:
         found.append(
             f"warning {config.init_from} has no rows for the last {ids - known:,} ids, and "
             "adapters do not train the rows that are added: the model cannot learn these tokens; "

@@ -20,6 +20,7 @@ from llama_jax.files import expand, write_atomically
 from llama_jax.hardware.chips import peak_flops, peak_name
 from llama_jax.inference.decode import Sampling
 from llama_jax.inference.generation import complete
+from llama_jax.interchange.formats import Source
 from llama_jax.model.cost import parameter_count
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.multihost import Peers, agreed, open_collectives, say
@@ -40,7 +41,7 @@ from llama_jax.train.resume import (
     locked,
 )
 from llama_jax.train.rewind import Rewinder
-from llama_jax.train.start import check_init, initial_state, with_tokenizer
+from llama_jax.train.start import initial_state, open_weights, with_tokenizer
 from llama_jax.train.step import CompiledStep, TrainState, jit_step, model_weights
 
 
@@ -111,13 +112,11 @@ def _data_of_all(config: Config, workdir: epath.Path, given: TrainingData | None
       given: the data of this process, where none are to be prepared.
 
     Raises:
-      UserError: as `check_init` and `open_data`; or the processes do not have the same data.
+      UserError: as `open_data`; or the processes do not have the same data.
     """
-    check_init(config, workdir)
     if given is not None and given.tokenizer is not None:
         ids = given.tokenizer.vocab_size
         check_ids(ids, config, f"the tokenizer of the given data has {ids} ids")
-    agreed("")  # what fails on another process at once is not found out after hours
     folder = workdir / "data"
     data = given
     if data is None and jax.process_index() == 0:
@@ -183,11 +182,14 @@ def run(
             check_workdir(config, workdir)
             goodput = Goodput(workdir / "goodput.json", began)
         with stop.at_once():
+            # A list, so that `_train` can let go of what may hold a whole array.
+            weights = [open_weights(config, workdir)]
+            agreed("")  # what fails on another process at once is not found out after hours
             data = _data_of_all(config, workdir, data)
         open_collectives()
-        about = [*remarks(config, data), *no_evaluation(data), *unchecked(data)]
+        about = [*remarks(config, data, weights[0]), *no_evaluation(data), *unchecked(data)]
         say("\n".join([overview(config, mesh, data), *about]))
-        outcome = _train(compiled, config, data, workdir, stop, goodput)
+        outcome = _train(compiled, config, data, workdir, stop, goodput, weights)
         data.train.finish()
         _report(config, workdir, outcome, stop)
         if outcome.start < int(outcome.state.step):
@@ -208,6 +210,7 @@ def _train(
     workdir: epath.Path,
     stop: StopRequest,
     goodput: Goodput,
+    weights: list[Source | None],
 ) -> Outcome:
     """Restores or makes the first state, and trains it as far as no stop request comes.
 
@@ -218,6 +221,7 @@ def _train(
       workdir: of the run.
       stop: asks to stop.
       goodput: counts the time.
+      weights: what the run begins with, in a list that is emptied.
 
     Raises:
       UserError: as `run`.
@@ -230,7 +234,7 @@ def _train(
     watchdog.beat("restoring", compiles=True)  # all files are read, and programs compiled
     # A run that ends in an error waits for its save, too, whose events the writers get.
     with watchdog, writers, Checkpointer(workdir, config, writers.event) as saver:
-        state, meta = initial_state(compiled, saver, data, config)
+        state, meta = initial_state(compiled, saver, data, config, weights.pop())
         watch = Rewinder(config, data, saver, meta.rewinds)
         # Only now: a run that is refused leaves the other one's as it was.
         if jax.process_index() == 0:

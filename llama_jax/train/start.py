@@ -12,12 +12,12 @@ from llama_jax.checkpoint.saved_step import CHECKPOINTS, DamagedCheckpoint, Step
 from llama_jax.config import Config
 from llama_jax.data.training_data import TrainingData
 from llama_jax.errors import UserError
+from llama_jax.interchange.formats import Source
 from llama_jax.interchange.loading import check_base, load_init
-from llama_jax.interchange.opening import base_context, init_place, open_init, tokenizer_file
+from llama_jax.interchange.opening import init_place, open_init, tokenizer_file
 from llama_jax.parallel.multihost import agreed, say
-from llama_jax.parallel.sharding import with_shardings
 from llama_jax.train.resume import check_checkpoint, record_changes
-from llama_jax.train.step import CompiledStep, TrainState, abstract_state
+from llama_jax.train.step import CompiledStep, TrainState
 
 
 def with_tokenizer(config: Config, workdir: epath.Path) -> Config:
@@ -45,23 +45,35 @@ def with_tokenizer(config: Config, workdir: epath.Path) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(data, tokenizer=tokenizer))
 
 
-def check_init(config: Config, workdir: epath.Path) -> None:
-    """Checks the headers of the weights that a run will read, before it prepares its data.
+def open_weights(config: Config, workdir: epath.Path) -> Source | None:
+    """Opens the weights that a run reads, before it prepares its data; None: it reads none.
 
-    A run of all weights reads them only once: later they may be gone.
+    This reads their headers and checks them. A run of all weights reads them only where it begins:
+    later they may be gone.
 
     Raises:
       UserError: as `open_init`.
     """
     began = saved_steps(workdir / CHECKPOINTS)
-    if config.init_from and (config.lora.rank or not began):
-        open_init(config)
+    reads = config.init_from and (config.lora.rank or not began)
+    return open_init(config) if reads else None
 
 
 def initial_state(
-    compiled: CompiledStep, saver: Checkpointer, data: TrainingData, config: Config
+    compiled: CompiledStep,
+    saver: Checkpointer,
+    data: TrainingData,
+    config: Config,
+    weights: Source | None,
 ) -> tuple[TrainState, StepMeta]:
     """The newest good checkpoint of the work directory, or a fresh state.
+
+    Args:
+      compiled: the step, which says where the arrays lie.
+      saver: of the work directory.
+      data: that the run trains on; a stream starts where the state is.
+      config: of the run.
+      weights: as `open_weights` gives them.
 
     Returns:
       It, and what a checkpoint of it would say about itself.
@@ -69,43 +81,51 @@ def initial_state(
     Raises:
       UserError: the checkpoint is unreadable, or of another run or other data.
     """
-    step = saver.newest_good_step()
-    process = (jax.process_index(), jax.process_count())
-    if step is None:
-        data.train.start_at(0, [], *process)
-        state = first_state(compiled, config)
-        agreed("")  # one may read for longer than another waits in a collective
-        base = fingerprint(state.frozen) if config.lora.rank else {}
-        return state, _meta(config, data, base, base_context(config))
-    if not (saver.folder(step) / "optimizer").exists():
+    while (step := saver.newest_good_step()) is not None:
+        folder = saver.folder(step)
+        saved = _go_on(step, folder, data, config)
+        target = compiled.placed_state(base=False)
+        try:
+            state = TrainState.from_items(saver.restore(step, target.to_items()))
+        except DamagedCheckpoint as error:
+            saver.mark_damaged(step, str(error))
+            continue
+        if config.lora.rank and weights is not None:
+            state = with_frozen_base(state, weights, compiled, config, saved.base, folder)
+        meta = _meta(config, data, saved.base, saved.base_context)
+        loss = saved.eval_loss
+        return state, dataclasses.replace(meta, step=step, rewinds=saved.rewinds, eval_loss=loss)
+    data.train.start_at(0, [], jax.process_index(), jax.process_count())
+    if weights is None and config.init_from:  # there was a step when the run started
+        weights = open_init(config)
+    state = first_state(compiled, config, weights)
+    agreed("")  # one may read for longer than another waits in a collective
+    base = fingerprint(state.frozen) if config.lora.rank else {}
+    context = weights.description.config.train.seq_len if weights is not None else 0
+    return state, _meta(config, data, base, context)
+
+
+def _go_on(step: int, folder: epath.Path, data: TrainingData, config: Config) -> StepMeta:
+    """Checks that a run may go on from a step, and starts a stream there; returns its `meta`."""
+    if not (folder / "optimizer").exists():
         raise UserError(
-            f"checkpoint {saver.folder(step)} has weights but no optimiser state (it was converted "
+            f"checkpoint {folder} has weights but no optimiser state (it was converted "
             "from elsewhere), and training cannot go on from it; begin another run with it by "
-            f"--config.init_from=ckpt:{saver.folder(step).parent.parent}"
+            f"--config.init_from=ckpt:{folder.parent.parent}"
         )
-    saved = load_meta(saver.folder(step))
-    changes = check_checkpoint(saved, saver.folder(step), config, data)
-    if saved.positions and len(saved.positions) != process[1]:
+    saved = load_meta(folder)
+    changes = check_checkpoint(saved, folder, config, data)
+    index, count = jax.process_index(), jax.process_count()
+    if saved.positions and len(saved.positions) != count:
         raise UserError(
-            f"checkpoint {saver.folder(step)} has data positions of {len(saved.positions)} "
-            f"process(es), and there are {process[1]}: streamed data can only go on with as many"
+            f"checkpoint {folder} has data positions of {len(saved.positions)} process(es), and "
+            f"there are {count}: streamed data can only go on with as many"
         )
-    data.train.start_at(step, saved.positions[process[0]] if saved.positions else [], *process)
+    data.train.start_at(step, saved.positions[index] if saved.positions else [], index, count)
     say(f"resume  from step {step}")
-    if changed := record_changes(saver.folder(step).parent.parent, step, changes):
+    if changed := record_changes(folder.parent.parent, step, changes):
         say(f"        {changed}")
-    try:
-        target = with_shardings(
-            abstract_state(config), compiled.state_shardings.replace(frozen=None)
-        )
-        state = TrainState.from_items(saver.restore(step, target.to_items()))
-    except DamagedCheckpoint as error:
-        saver.mark_damaged(step, str(error))
-        return initial_state(compiled, saver, data, config)
-    state = with_frozen_base(state, compiled, config, saved.base, saver.folder(step))
-    meta = _meta(config, data, saved.base, saved.base_context)
-    loss = saved.eval_loss
-    return state, dataclasses.replace(meta, step=step, rewinds=saved.rewinds, eval_loss=loss)
+    return saved
 
 
 def _meta(config: Config, data: TrainingData, base: dict[str, int], context: int) -> StepMeta:
@@ -121,37 +141,50 @@ def _meta(config: Config, data: TrainingData, base: dict[str, int], context: int
     )
 
 
-def first_state(compiled: CompiledStep, config: Config) -> TrainState:
-    """The state before the first step: random weights, or those that `config.init_from` names.
+def first_state(compiled: CompiledStep, config: Config, weights: Source | None) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      compiled: the step, which says where the arrays lie.
+      config: of the run.
+      weights: to begin with; None: random ones. Those of a run with adapters are their base.
 
     Raises:
-      UserError: as `open_init`.
+      UserError: as `load_init`.
     """
     state = compiled.init(jax.random.key(config.train.seed))
+    if weights is None:
+        return state
     if config.lora.rank:
-        return dataclasses.replace(state, frozen=load_init(config, compiled.state_shardings.frozen))
-    if config.init_from:
-        state = dataclasses.replace(state, params=None)  # frees the random ones first
-        params = load_init(config, compiled.state_shardings.params)
-        state = dataclasses.replace(state, params=params)
-    return state
+        frozen = load_init(weights, config, compiled.state_shardings.frozen)
+        return dataclasses.replace(state, frozen=frozen)
+    state = dataclasses.replace(state, params=None)  # frees the random ones first
+    params = load_init(weights, config, compiled.state_shardings.params)
+    return dataclasses.replace(state, params=params)
 
 
 def with_frozen_base(
     state: TrainState,
+    weights: Source,
     compiled: CompiledStep,
     config: Config,
     saved: dict[str, int],
     folder: epath.Path,
 ) -> TrainState:
-    """A state as it was saved, with the base below its adapters if it has some.
+    """A state as it was saved, with the base below its adapters.
+
+    Args:
+      state: whose adapters were trained on the base.
+      weights: to read the base from.
+      compiled: the step, which says where the arrays lie.
+      config: of the run.
+      saved: fingerprints of the base that they were trained on.
+      folder: of the saved step, for errors.
 
     Raises:
       UserError: as `load_init` and `check_base`.
     """
-    if not config.lora.rank:
-        return state
-    base = load_init(config, compiled.state_shardings.frozen)
+    base = load_init(weights, config, compiled.state_shardings.frozen)
     agreed("")  # one may read for longer than another waits in a collective
     check_base(saved, base, config, folder)
     return dataclasses.replace(state, frozen=base)

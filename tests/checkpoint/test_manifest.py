@@ -3,9 +3,10 @@ import json
 import pytest
 from etils import epath
 
+from llama_jax import files
 from llama_jax.checkpoint import manifest
 from llama_jax.errors import UserError
-from llama_jax.files import encode_entries
+from llama_jax.files import encode_entries, sha256_of
 from llama_jax.text.saved_tokenizer import MANIFEST
 from tests.helpers import flip_bit
 
@@ -22,9 +23,9 @@ def folder(tmp_path):
 
 
 def test_it_lists_every_file(folder):
-    files = json.loads((folder / "manifest.json").read_text())["files"]
-    assert list(files) == ["a", "d/b", "d/e/c", "meta/metadata"]
-    assert files["d/b"]["bytes"] == 1000 and files["d/e/c"]["bytes"] == 0
+    listed = json.loads((folder / "manifest.json").read_text())["files"]
+    assert list(listed) == ["a", "d/b", "d/e/c", "meta/metadata"]
+    assert listed["d/b"]["bytes"] == 1000 and listed["d/e/c"]["bytes"] == 0
     assert manifest.first_damage(folder) == ""
     manifest.write(folder)  # again: it is not in itself
     assert manifest.first_damage(folder) == ""
@@ -60,7 +61,7 @@ def test_a_file_that_cannot_be_read(folder, monkeypatch):
     def fail(path):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(manifest, "_sha256", fail)
+    monkeypatch.setattr(files, "sha256_of", fail)
     assert manifest.first_damage(folder) == "a cannot be read: Input/output error"
 
 
@@ -99,7 +100,7 @@ def test_a_manifest_that_is_none(folder, text):
 def test_names_do_not_leave_the_folder(folder):
     """A manifest made up to name a file elsewhere: nothing there is opened."""
     (folder.parent / "secret").write_text("x")
-    entry = {"bytes": 1, "sha256": manifest._sha256(folder.parent / "secret")}
+    entry = {"bytes": 1, "sha256": sha256_of(folder.parent / "secret")}
     (folder / "manifest.json").write_text(encode_entries({"../secret": entry}))
     assert manifest.first_damage(folder) == "../secret is missing"
 

@@ -224,7 +224,7 @@ def test_weights_alone_are_not_trained_on(saved, compiled, tmp_path):
     with Checkpointer(workdir, CONFIG) as saver:
         data = types.SimpleNamespace(train=None, fingerprint="data-1")
         with pytest.raises(UserError, match="3 has weights but no optimiser state"):
-            initial_state(compiled[1], saver, data, CONFIG)
+            initial_state(compiled[1], saver, data, CONFIG, None)
 
 
 def test_files_of_another_tokenizer_are_kept(tmp_path):

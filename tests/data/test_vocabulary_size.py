@@ -257,12 +257,13 @@ def test_fine_tuning_and_back(config, base, rows, rank, tmp_path):
 
 def test_adapters_warn_of_ids_whose_rows_they_cannot_train(config, base):
     adapted = replace(config, init_from=f"hf:{base[0]}", lora=LoraConfig(rank=2))
+    source = open_init(adapted)
 
     def warnings(ids, config=adapted):
         data = types.SimpleNamespace(
             tokenizer=types.SimpleNamespace(vocab_size=ids), answers=(0, 0)
         )
-        return [line for line in remarks(config, data) if line.startswith("warning")]
+        return [line for line in remarks(config, data, source) if line.startswith("warning")]
 
     assert warnings(304) == warnings(306, replace(adapted, lora=LoraConfig())) == []
     (line,) = warnings(306)
@@ -275,7 +276,7 @@ def test_added_rows_are_the_mean(config, base, shape):
     more = replace(config, init_from=f"hf:{folder}")
     mesh = mesh_of(shape)
     with jax.set_mesh(mesh):
-        found = load_init(more, shared_step(more, mesh).state_shardings.params)
+        found = load_init(open_init(more), more, shared_step(more, mesh).state_shardings.params)
     for name, axis in (("embed", 0), ("lm_head", 1)):
         array = np.moveaxis(np.asarray(found[name]), axis, 0)
         theirs = np.moveaxis(params[name], axis, 0)

@@ -22,7 +22,7 @@ ERRORS = {
 PLACES = {
     "lock": (run, "locked"),
     "workdir": (run, "check_workdir"),
-    "init": (run, "check_init"),
+    "init": (run, "open_weights"),
     "data": (run, "open_data"),
     "open": (Checkpointer, "__init__"),
     "first_state": (start, "first_state"),

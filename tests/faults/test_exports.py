@@ -19,7 +19,7 @@ from llama_jax.inference.loaded_model import open_model
 from llama_jax.interchange.ckpt import write_adapters
 from llama_jax.interchange.formats import paths_and_layers
 from llama_jax.interchange.loading import load_init
-from llama_jax.interchange.opening import open_source
+from llama_jax.interchange.opening import open_init, open_source
 from llama_jax.interchange.transfer import convert, export_adapters
 from llama_jax.parallel.sharding import param_shardings
 from llama_jax.text.tokenizer_files import open_tokenizer
@@ -99,7 +99,9 @@ def begun(place, scratch):
     config = with_tokenizer(config, epath.Path(scratch))
     mesh = mesh_of((1, 1, 1, 1))
     with jax.set_mesh(mesh):
-        params = load_init(config, param_shardings(abstract_state(config).params, mesh))
+        params = load_init(
+            open_init(config), config, param_shardings(abstract_state(config).params, mesh)
+        )
     return fingerprint(params), open_tokenizer(config.data.tokenizer).model_bytes
 
 

@@ -194,12 +194,15 @@ def test_devices_read_their_parts(folder):
 
 def test_a_run_begins_with_a_pickle(folder):
     from llama_jax.interchange.loading import load_init
+    from llama_jax.interchange.opening import open_init
 
     save_shards(taken(folder), folder)
     config = replace(HfSource(folder).description.config, init_from=f"hf:{folder}")
     mesh = mesh_of((1, 1, 2, 1))
     with jax.set_mesh(mesh):
-        loaded = load_init(config, param_shardings(abstract_state(config).params, mesh))
+        loaded = load_init(
+            open_init(config), config, param_shardings(abstract_state(config).params, mesh)
+        )
     jax.tree.map(np.testing.assert_array_equal, loaded, random_params(GROUPED.model))
 
 

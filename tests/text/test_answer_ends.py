@@ -200,7 +200,7 @@ def test_a_run_warns_once_of_shards_that_were_prepared_before(
 def test_no_warning_where_all_is_well_or_nothing_is_known(unended, tmp_path):
     config, folder, _ = unended
     fine = replace(config, data__template="vicuna")
-    assert remarks(fine, open_data(fine, epath.Path(tmp_path / "fine"))) == []
+    assert remarks(fine, open_data(fine, epath.Path(tmp_path / "fine")), None) == []
     path = folder / "shards" / "manifest.json"
     kept = path.read_bytes()
     manifest = json.loads(kept)
@@ -209,7 +209,7 @@ def test_no_warning_where_all_is_well_or_nothing_is_known(unended, tmp_path):
     path.write_bytes(encode_manifest(manifest))
     try:
         here = replace(config, data__path=str(folder / "shards"))
-        assert remarks(here, open_data(here, epath.Path(tmp_path))) == []
+        assert remarks(here, open_data(here, epath.Path(tmp_path)), None) == []
         report = str(prepare(config, folder / "shards", log=quiet)[0])
         assert "no end token" not in report and "of answers" in report
     finally:

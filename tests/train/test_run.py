@@ -464,7 +464,7 @@ def test_streamed_data_needs_as_many_processes(corpus, tmp_path, monkeypatch):
     two = dataclasses.replace(meta, positions=meta.positions * 2)
     monkeypatch.setattr(start, "load_meta", lambda folder: two)
     with pytest.raises(UserError, match=r"positions of 2 process\(es\), and there are 1"):
-        start.initial_state(None, saver, data, config)
+        start.initial_state(None, saver, data, config, None)
     saver.close()
 
 
@@ -638,7 +638,7 @@ STEP_FIELDS = {
 }
 # The test that shows that a field is live.
 OTHER_FIELDS = {
-    "init_from": "train/test_start::test_weights_of_another_model_are_refused",
+    "init_from": "interchange/test_opening::test_weights_of_another_model_are_refused",
     "model.attention": "model/test_attention::test_an_unknown_backend_is_an_error",
     "model.attention_tile": "model/test_attention::test_tiles_of_splash_change_no_gradient",
     "model.attention_backward": "model/test_attention::test_tiles_of_splash_change_no_gradient",
@@ -763,7 +763,7 @@ def test_the_seed_changes_weights_and_data(tmp_path, shards, corpus):
         compiled = types.SimpleNamespace(init=init)
         saver = types.SimpleNamespace(newest_good_step=lambda: None)
         with pytest.raises(Stop):
-            start.initial_state(compiled, saver, TrainingData(BatchSource()), c)
+            start.initial_state(compiled, saver, TrainingData(BatchSource()), c, None)
     assert seeds[0] != seeds[1]
 
 

@@ -1,8 +1,11 @@
 """Runs that begin with weights of others: all of them trained, or adapters above them."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
+import types
+import weakref
 
 import jax
 import numpy as np
@@ -14,14 +17,16 @@ from llama_jax.checkpoint.fingerprint import fingerprint
 from llama_jax.config import LoraConfig
 from llama_jax.errors import UserError
 from llama_jax.inference.loaded_model import open_model
+from llama_jax.interchange import opening
 from llama_jax.interchange.loading import load_init
-from llama_jax.interchange.opening import base_context, open_source, tokenizer_file
+from llama_jax.interchange.opening import open_init, open_source, tokenizer_file
 from llama_jax.interchange.transfer import convert
 from llama_jax.model.llama import logits
 from llama_jax.model.lora import Adapted
 from llama_jax.text.tokenizer_files import open_tokenizer
 from llama_jax.train import run as run_lib
-from llama_jax.train.start import first_state, with_tokenizer
+from llama_jax.train import start
+from llama_jax.train.start import initial_state, with_tokenizer
 from llama_jax.train.step import abstract_state
 from tests.helpers import (
     frozen_base,
@@ -38,6 +43,7 @@ from tests.helpers import (
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
+NO_DATA = types.SimpleNamespace(train=None, fingerprint="", tokenizer=None, files={})
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.2, targets="wq,wo,w2")
 
 
@@ -81,17 +87,59 @@ def equal(left, right):
         np.testing.assert_array_equal(one, two)
 
 
+@contextlib.contextmanager
+def opened_sources():
+    """Gives a list, to which a weak reference to each source that is opened is added."""
+    references, open_it = [], opening.open_source
+
+    def noted(*arguments, **named):
+        source = open_it(*arguments, **named)
+        references.append(weakref.ref(source))
+        return source
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "open_source", noted)
+        yield references
+
+
 @pytest.mark.parametrize("kind", ["hf", "ckpt"])
 def test_full_fine_tuning_starts_from_these_weights_with_fresh_moments(config, params, bases, kind):
     config, mesh = replace(config, init_from=f"{kind}:{bases / kind}"), mesh_of((1, 2, 2, 2))
-    assert base_context(config) == 64 and base_context(replace(config, init_from="")) == 0
     with jax.set_mesh(mesh):
         compiled = shared_step(config, mesh)
-        state = first_state(compiled, config)
+        saver = types.SimpleNamespace(newest_good_step=lambda: None)
+        # None: there was a step when the weights would have been opened.
+        weights = open_init(config) if kind == "hf" else None
+        state, meta = initial_state(compiled, saver, NO_DATA, config, weights)
         equal(state.params, params)
+        assert meta.base_context == 64
         assert state.frozen is None and int(state.step) == 0
         assert all(not np.asarray(x).any() for x in jax.tree.leaves(state.opt_state))
         assert state.params["embed"].sharding == compiled.state_shardings.params["embed"]
+
+
+def test_damaged_steps_are_passed_over_one_after_another(config, monkeypatch):
+    steps, damaged = [6, 4], []
+
+    class Saver:
+        def newest_good_step(self):
+            return next((step for step in steps if step not in damaged), None)
+
+        def folder(self, step):
+            return epath.Path(str(step))
+
+        def restore(self, step, targets):
+            raise saved_step.DamagedCheckpoint(f"{step} is damaged")
+
+        def mark_damaged(self, step, reason):
+            assert reason == f"{step} is damaged"
+            damaged.append(step)
+
+    monkeypatch.setattr(start, "_go_on", lambda *_: None)
+    mesh = mesh_of((1, 2, 2, 2))
+    with jax.set_mesh(mesh):
+        _, meta = initial_state(shared_step(config, mesh), Saver(), NO_DATA, config, None)
+    assert damaged == steps and meta.step == meta.base_context == 0
 
 
 @pytest.mark.parametrize(
@@ -108,19 +156,11 @@ def test_a_base_is_the_same_bits_from_everywhere_on_every_mesh(config, params, b
         mesh = mesh_of(shape)
         with jax.set_mesh(mesh):
             places = shared_step(config, mesh).state_shardings.frozen
-            base = load_init(replace(config, init_from=f"{kind}:{bases / kind}"), places)
+            source = open_init(replace(config, init_from=f"{kind}:{bases / kind}"))
+            base = load_init(source, config, places)
             equal(base, expected)
             prints.append(fingerprint(base))
     assert prints[0] == prints[1] == prints[2]
-
-
-def test_weights_of_another_model_are_refused(config, bases):
-    other = replace(config, init_from=f"hf:{bases / 'hf'}", model__rope_theta=5e5, model__dim=32)
-    message = (
-        r"another model: model.dim is 128 there, 32 in the config; model.rope_theta is 10000.0"
-    )
-    with pytest.raises(UserError, match=message):
-        load_init(other, None)
 
 
 def test_the_tokenizer_comes_with_the_weights(config, bases, tokenizer, tmp_path):
@@ -177,7 +217,10 @@ def adapted(config, bases):
 @pytest.fixture(scope="module")
 def finished(adapted, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("lora") / "run"
-    return workdir, run_lib.train(adapted, workdir)
+    with opened_sources() as sources:
+        state = run_lib.train(adapted, workdir)
+    assert len(sources) == 1
+    return workdir, state
 
 
 def test_the_checkpoint_holds_adapters_and_names_the_base(finished, adapted, bases):
@@ -201,11 +244,21 @@ def test_the_checkpoint_holds_adapters_and_names_the_base(finished, adapted, bas
         assert set(types) <= {"jax.Array", "None"}
 
 
-def test_resume_is_bit_exact(finished, adapted, tmp_path):
+def test_resume_is_bit_exact(finished, adapted, tmp_path, monkeypatch):
     """Dropout, too: its masks are those of the step."""
     workdir = shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "4")
-    equal(run_lib.train(adapted, workdir), finished[1])
+    run_loop = run_lib.run_loop
+
+    def released(*arguments):
+        """The base was opened once, and its source takes no memory in the loop."""
+        assert [reference() for reference in sources] == [None]
+        return run_loop(*arguments)
+
+    monkeypatch.setattr(run_lib, "run_loop", released)
+    with opened_sources() as sources:
+        equal(run_lib.train(adapted, workdir), finished[1])
+    assert len(sources) == 1
     # What was read of the base at first is known later, too.
     assert saved_step.load_meta(saved_step.find_step(workdir)).base_context == 64
 
@@ -230,7 +283,9 @@ def test_another_base_is_refused(finished, adapted, bases, tmp_path):
         with pytest.raises(UserError, match=r"/gone, the base of \S+/4, is not here; .*--base=hf:"):
             open_it(workdir, base="hf:/gone")
     # The same weights elsewhere are the same base.
-    open_model(workdir, base=f"hf:{bases / 'hf'}")
+    with opened_sources() as sources:
+        open_model(workdir, base=f"hf:{bases / 'hf'}")
+    assert len(sources) == 1
 
 
 def test_full_fine_tuning_does_not_change_where_it_began(config, bases, tmp_path):
@@ -254,7 +309,9 @@ def test_converted_adapters_are_merged_into_their_base(finished, adapted, tmp_pa
     merged = replace(described.config, init_from=f"{target}:{tmp_path / 'merged'}")
     mesh = mesh_of((1, 1, 1, 1))
     with jax.set_mesh(mesh):
-        params = load_init(merged, shared_step(merged, mesh).state_shardings.params)
+        params = load_init(
+            open_init(merged), merged, shared_step(merged, mesh).state_shardings.params
+        )
         got = logits(merged.model, params, tokens)
         model = open_model(workdir, "tensor=1")
     assert isinstance(model.params, Adapted) and model.context == 64

@@ -26,14 +26,21 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from llama_jax.data.shards.packing import INDEX_DTYPE
 from llama_jax.errors import UserError, as_user_error, check_type, require
-from llama_jax.files import is_object_store, parse_json, read_bytes
+from llama_jax.files import (
+    is_object_store,
+    open_file,
+    parse_json,
+    read_bytes,
+    sha256_of,
+    sha256_of_each,
+)
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -45,7 +52,15 @@ CRC = "crc.json"
 # What opening reads of the beginning and the end of large files: enough to tell one shard from
 # another, and little for 10,000 of them. What lies between is checked when it is read.
 END_BYTES = 4096
-_THREADS, _CHUNK_BYTES = 16, 1 << 20
+_THREADS = 16
+# What a manifest says of a shard -> the file that has this sha256.
+_SUMS = {
+    "sha256": "bin",
+    "index_sha256": "idx",
+    "pack_sha256": "pack",
+    "mask_sha256": "mask",
+    "crc_sha256": CRC,
+}
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -221,17 +236,9 @@ def verify(folder: epath.PathLike) -> list[str]:
         expected[TEMPLATE] = manifest["template_sha256"]
     for split in SPLITS:
         for shard in manifest["splits"][split]["shards"]:
-            expected[f"{shard['name']}.bin"] = shard["sha256"]
-            expected[f"{shard['name']}.idx"] = shard["index_sha256"]
-            if "pack_sha256" in shard:
-                expected[f"{shard['name']}.pack"] = shard["pack_sha256"]
-            if "mask_sha256" in shard:
-                expected[f"{shard['name']}.mask"] = shard["mask_sha256"]
-            if "crc_sha256" in shard:
-                expected[f"{shard['name']}.{CRC}"] = shard["crc_sha256"]
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(lambda name: _sha256(folder / name), expected))
-    return [name for name, digest in zip(expected, found, strict=True) if digest != expected[name]]
+            sums = {kind: shard[key] for key, kind in _SUMS.items() if key in shard}
+            expected |= {f"{shard['name']}.{kind}": digest for kind, digest in sums.items()}
+    return _changed(folder, expected)
 
 
 def unchecked_remark(folders: Sequence[str]) -> str:
@@ -243,37 +250,23 @@ def unchecked_remark(folders: Sequence[str]) -> str:
     )
 
 
-def open_file(path: str) -> IO[bytes]:
-    """Unbuffered where it is local, for 10,000 files: epath's own `open` takes twice as long."""
-    return epath.Path(path).open("rb") if is_object_store(path) else open(path, "rb", 0)
-
-
 def ends_sha256(path: epath.PathLike, size: int) -> str:
     """Checksum of the first and the last `END_BYTES` of a file of so many bytes.
 
     Raises:
       OSError: it cannot be read.
     """
-    with open_file(os.fspath(path)) as file:
+    with open_file(path) as file:
         digest = hashlib.sha256(file.read(END_BYTES))
         file.seek(max(0, size - END_BYTES))
         digest.update(file.read(END_BYTES))
     return digest.hexdigest()
 
 
-def _sha256_of(path: str) -> str:
-    digest = hashlib.sha256()
-    with open_file(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sha256(path: epath.Path) -> str | None:
-    try:
-        return _sha256_of(os.fspath(path))
-    except OSError:
-        return None
+def _changed(folder: epath.Path, expected: dict[str, str]) -> list[str]:
+    """Names of files that have another sha256 than expected, or that cannot be read."""
+    found = sha256_of_each(folder / name for name in expected)
+    return [name for name, digest in zip(expected, found, strict=True) if digest != expected[name]]
 
 
 def check_files(folder: epath.Path, manifest: dict[str, Any], split: str) -> None:
@@ -283,13 +276,13 @@ def check_files(folder: epath.Path, manifest: dict[str, Any], split: str) -> Non
       UserError: a file is missing, has another size, begins or ends otherwise than it was written,
         or the tokenizer or template is not the one that made the shards.
     """
-    if _sha256(folder / TOKENIZER) != manifest["tokenizer_sha256"]:
+    if _changed(folder, {TOKENIZER: manifest["tokenizer_sha256"]}):
         raise UserError(
             f"{folder / TOKENIZER} is not the tokenizer that made these shards; put back the "
             f"one with sha256 {manifest['tokenizer_sha256']}, or prepare the data again"
         )
     template = manifest.get("template_sha256", "")
-    if template and _sha256(folder / TEMPLATE) != template:
+    if template and _changed(folder, {TEMPLATE: template}):
         raise UserError(
             f"{folder / TEMPLATE} is missing, or not the template that made these shards; put "
             "it back, or prepare the data again"
@@ -344,9 +337,9 @@ def _check_contents(
     """
     whole, ends = {}, {}
     for shard in shards:
-        for key, kind in (("pack_sha256", "pack"), ("crc_sha256", CRC)):
+        for key in ("pack_sha256", "crc_sha256"):
             if key in shard:
-                whole[f"{shard['name']}.{kind}"] = shard[key]
+                whole[f"{shard['name']}.{_SUMS[key]}"] = shard[key]
         for kind, digest in shard["ends_sha256"].items():
             ends[f"{shard['name']}.{kind}"] = digest
     expected = ends | whole
@@ -355,7 +348,7 @@ def _check_contents(
         for name in names:
             try:
                 if name in whole:
-                    digest = _sha256_of(f"{folder}/{name}")
+                    digest = sha256_of(f"{folder}/{name}")
                 else:
                     digest = ends_sha256(f"{folder}/{name}", sizes[name])
             except OSError as error:

@@ -19,13 +19,12 @@ from llama_jax.data.shards.layout import (
     TOKENIZER,
     check_files,
     data_fingerprint,
-    open_file,
     read_manifest,
     token_dtype,
 )
 from llama_jax.data.shards.packing import INDEX_DTYPE
 from llama_jax.errors import UserError
-from llama_jax.files import is_object_store, size_of
+from llama_jax.files import is_object_store, open_file, size_of
 from llama_jax.text.answer_ends import count_in_splits
 from llama_jax.text.tokenizer import Tokenizer
 
