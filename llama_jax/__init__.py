@@ -21,12 +21,68 @@ and its optimizer.
   cli/          what commands share
   prepare.py, generate.py, evaluate.py, convert.py  commands
 
-Importing the package starts no device, opens no file and imports no TensorFlow.
+The names in `__all__` are what a notebook needs: `llama_jax.jit_step`, `llama_jax.run` and so on.
+Each is imported when it is first used. Importing the package starts no device, opens no file and
+imports neither JAX nor TensorFlow.
 """
 
+import importlib
 import sys
+from typing import Any
 
 __version__ = "0.1.0"
+
+# Public names, and the modules that they come from.
+_MODULES = {
+    # A run, and its config.
+    "run": "train.run",
+    "Config": "config",
+    "ModelConfig": "config",
+    "MeshConfig": "config",
+    "DataConfig": "config",
+    "OptimConfig": "config",
+    "TrainConfig": "config",
+    "LoraConfig": "config",
+    "UserError": "errors",
+    # A step, and what a notebook does with its state.
+    "make_mesh": "parallel.mesh",
+    "jit_step": "train.step",
+    "save_state": "train.by_hand",
+    "restore_state": "train.by_hand",
+    "mean_loss": "train.by_hand",
+    "sample": "train.by_hand",
+    "sample_ids": "train.by_hand",
+    "Sampling": "inference.decode",
+    "open_model": "inference.loaded_model",
+    "logits": "model.llama",
+    # What a researcher exchanges.
+    "Parts": "train.parts",
+    "next_token_loss": "train.parts",
+    "Architecture": "model.llama",
+    "Block": "model.llama",
+    "Attention": "model.llama",
+    "SwiGLU": "model.llama",
+    "PARAMETERS": "parameters",
+    "Parameter": "parameters",
+    "parameter_table": "parameters",
+    "BatchSource": "data.source",
+    "TrainingData": "data.training_data",
+}
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Lists the public names, too, for completion."""
+    return sorted({*globals(), *__all__})
 
 
 def _is_run_as_command() -> bool:

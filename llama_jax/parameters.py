@@ -100,12 +100,12 @@ class Parameter:
 Table = Mapping[str, Parameter]
 
 
-def table(*rows: Parameter) -> Table:
+def parameter_table(*rows: Parameter) -> Table:
     """The rows by their paths."""
     return {row.path: row for row in rows}
 
 
-PARAMETERS: Table = table(
+PARAMETERS: Table = parameter_table(
     Parameter("embed", "VD", P("tensor", SHARD)),
     Parameter("layers/attn_norm", "LD", P(), decays=False),
     Parameter("layers/attn/wq", "LDNH", P(None, SHARD, "tensor", None), inputs="D"),

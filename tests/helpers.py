@@ -19,6 +19,7 @@ import pytest
 
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from llama_jax.parallel.mesh import make_mesh
+from llama_jax.train.parts import LLAMA_PARTS
 from llama_jax.train.step import jit_step
 from tests.forks import Fork
 
@@ -129,14 +130,14 @@ LOOP_FIELDS = (
 _steps = {}
 
 
-def shared_step(config, mesh):
+def shared_step(config, mesh, parts=LLAMA_PARTS):
     """`jit_step`, once for all runs of this process whose steps are the same program."""
     defaults = {name: getattr(TrainConfig(), name) for name in LOOP_FIELDS}
     train = dataclasses.replace(config.train, **defaults)
-    key = config.model, config.optim, config.lora, train, mesh
+    key = config.model, config.optim, config.lora, train, mesh, parts
     if key not in _steps:
-        _steps[key] = jit_step(config, mesh)
-    return _steps[key]
+        _steps[key] = jit_step(config, mesh, parts)
+    return dataclasses.replace(_steps[key], config=config)
 
 
 def random_batch(config, seed, masked=True):

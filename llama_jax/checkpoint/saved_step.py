@@ -58,6 +58,7 @@ class StepMeta:
         is); empty where all weights are trained.
       base_context: longest sequence, in tokens, that the weights which the run began with were
         made for; 0: it began with random ones.
+      parts: names of the parts that are not LLaMA's, by kind (`train.parts.Parts.names`).
     """
 
     config: Config
@@ -72,6 +73,7 @@ class StepMeta:
     rewinds: list[list[int]] = dataclasses.field(default_factory=list)
     base: dict[str, int] = dataclasses.field(default_factory=dict)
     base_context: int = 0
+    parts: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def context(self) -> int:
@@ -96,6 +98,7 @@ def meta_items(meta: StepMeta) -> tuple[dict[str, Any], dict[str, Any]]:
         "rewinds": meta.rewinds,
         "base": meta.base,
         "base_context": meta.base_context,
+        "parts": meta.parts,
         "config": meta.config.to_json(),
         "versions": {"llama_jax": llama_jax.__version__, "jax": jax.__version__},
     }
@@ -155,21 +158,17 @@ def _read_by_all(read: Callable[..., Any], *arguments: Any) -> Any:
 
 def _restore_item(folder: epath.Path, name: str, target: Any) -> Any:
     """Reads one item of a step; as `restore_items`."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            saved = checkpointer.metadata(folder / name).item_metadata
-            _check_same_arrays(folder / name, saved, target)
-            # The handler's own: all processes would wait in the other one for who has failed.
-            handler = ocp.StandardCheckpointHandler()
-            return handler.restore(
-                (folder / name).absolute(), args=ocp.args.StandardRestore(target)
-            )
-        except Exception as error:  # orbax raises a bare one, or finds no arrays
-            reason = manifest.first_damage(folder, items=[name])
-            if isinstance(error, UserError) and not reason:
-                raise
-            reason = reason or first_line(error.__cause__ or error)
-            raise DamagedCheckpoint(f"{folder / name} cannot be read: {reason}") from error
+    # Not a `Checkpointer`: there, all processes would wait for one that has failed.
+    handler, place = ocp.StandardCheckpointHandler(), (folder / name).absolute()
+    try:
+        _check_same_arrays(place, handler.metadata(place), target)
+        return handler.restore(place, args=ocp.args.StandardRestore(target))
+    except Exception as error:  # orbax raises a bare one, or finds no arrays
+        reason = manifest.first_damage(folder, items=[name])
+        if isinstance(error, UserError) and not reason:
+            raise
+        reason = reason or first_line(error.__cause__ or error)
+        raise DamagedCheckpoint(f"{folder / name} cannot be read: {reason}") from error
 
 
 def load_fingerprints(folder: epath.Path) -> dict[str, int]:
@@ -272,11 +271,15 @@ def find_step(checkpoint: epath.PathLike, *, pass_over: bool = True) -> epath.Pa
     raise UserError(f"no complete checkpoint in {folder} yet")
 
 
-def load_meta(step_folder: epath.PathLike) -> StepMeta:
+def load_meta(step_folder: epath.PathLike, architecture: str = "") -> StepMeta:
     """Reads what a saved step says about itself.
 
+    Args:
+      step_folder: of the step.
+      architecture: name of the architecture that the caller computes with; empty: LLaMA.
+
     Raises:
-      UserError: the folder is no saved step, or of another format.
+      UserError: the folder is no saved step, or of another format or architecture.
       DamagedCheckpoint: what it says is not what was written.
     """
     folder = epath.Path(step_folder).absolute()
@@ -303,9 +306,13 @@ def load_meta(step_folder: epath.PathLike) -> StepMeta:
             config=from_json(check_type("config", meta["config"], str)),
             tokenizer_model=b"",
             eval_loss=None if loss is None else float(loss),
+            parts=check_type("parts", meta.get("parts", {}), dict),
             **found,
         )
         require(_are_counts([described.step, described.base_context]), "step is out of range")
+        good = all(type(name) is str for name in described.parts.values())
+        require(good, "parts must be names")
+    _check_architecture(folder, described.parts.get("architecture", ""), architecture)
     with as_user_error(f"{folder}/tokenizer"):
         files = tokenizer["files"]
         for name in files:  # it becomes a path again where it is exported
@@ -316,6 +323,17 @@ def load_meta(step_folder: epath.PathLike) -> StepMeta:
             tokenizer_model=base64.b64decode(tokenizer["sentencepiece"]),
             tokenizer_files={name: base64.b64decode(file) for name, file in files.items()},
         )
+
+
+def _check_architecture(folder: epath.Path, saved: str, wanted: str) -> None:
+    """Raises UserError unless a step is of the architecture that computes with it."""
+    if saved and saved != wanted:
+        raise UserError(
+            f"{folder} was trained with an architecture of its own, {saved}, and cannot be read as "
+            f"{wanted or 'a LLaMA'}; read it in Python, where that class is: see docs/research.md"
+        )
+    if wanted and not saved:
+        raise UserError(f"{folder} holds a LLaMA, and cannot be read as {wanted}")
 
 
 _TYPES: dict[str, type] = {

@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from llama_jax import config as config_lib
 from llama_jax.cli import config_flags, interrupts
 from llama_jax.cli.flag_names import unknown_flag
+from llama_jax.data.prefetch import quieten_tensorflow
 from llama_jax.errors import UserError, one_line
 from llama_jax.files import expand_place
 
@@ -158,9 +159,7 @@ def quieten_libraries() -> None:
     # orbax logs every save, and a failed one with its traceback; what fails is also raised to us.
     logging.set_verbosity(logging.FATAL)
     std_logging.getLogger("matplotlib").setLevel(std_logging.WARNING)
-    # TensorFlow reads these at import; here it only feeds data.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    quieten_tensorflow()
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -12,6 +12,15 @@ from llama_jax.errors import UserError
 PREFETCH = 2  # batches ready on the host
 
 
+def quieten_tensorflow() -> None:
+    """Keeps what TensorFlow says about itself off the terminal; call it before the import.
+
+    Here TensorFlow only feeds data. Its note about oneDNN is written whatever the log level is.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
 def made_ahead(
     make_rows: Callable[[int, range], Local], rows: range, start: int, stop: int
 ) -> Iterator[Local]:
@@ -28,7 +37,7 @@ def made_ahead(
     Raises:
       UserError: as `make_rows`.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    quieten_tensorflow()
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")  # they are JAX's

@@ -15,12 +15,12 @@ from llama_jax.errors import UserError
 from llama_jax.interchange.formats import Source
 from llama_jax.interchange.loading import check_base, load_init
 from llama_jax.interchange.opening import no_adapters, open_base
-from llama_jax.model.lora import Adapted
+from llama_jax.model.llama import LLAMA, Architecture
 from llama_jax.model.nf4 import NF4
-from llama_jax.model.weights import abstract_frozen, abstract_trained
+from llama_jax.model.weights import abstract_frozen, abstract_trained, combined
 from llama_jax.parallel.mesh import make_mesh, parse_mesh
 from llama_jax.parallel.sharding import param_shardings, with_shardings
-from llama_jax.parameters import PARAMETERS, path_of
+from llama_jax.parameters import PARAMETERS, Table, path_of
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.text.tokenizer_config import adds_bos, special_ids, with_base_files
 
@@ -63,13 +63,19 @@ class InferenceModel:
         return self.tokenizer.encode_text(text, special=special)
 
 
-def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = "") -> InferenceModel:
+def open_model(
+    checkpoint: epath.PathLike | None,
+    mesh: str = "",
+    base: str = "",
+    architecture: Architecture = LLAMA,
+) -> InferenceModel:
     """Reads a checkpoint.
 
     Args:
       checkpoint: a work directory, or the folder of one step.
       mesh: as `mesh.parse_mesh`; empty: as many devices along `tensor` as it divides over.
       base: FORMAT:DIR of the weights below adapters; empty: where they were in training.
+      architecture: with which it was trained.
 
     Raises:
       UserError: there is no checkpoint, none with a tokenizer, or it does not fit the mesh; its
@@ -78,7 +84,7 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
     if checkpoint is None:
         raise UserError("--checkpoint is missing; try --checkpoint=runs/tiny")
     folder = saved_step.find_step(checkpoint)
-    meta = saved_step.load_meta(folder)
+    meta = saved_step.load_meta(folder, architecture.name)
     if base:
         if not meta.config.lora.rank:
             raise no_adapters(folder)
@@ -112,36 +118,41 @@ def open_model(checkpoint: epath.PathLike | None, mesh: str = "", base: str = ""
         tokenizer = Tokenizer(model_bytes, f"the tokenizer of {folder}", adds_bos=begins)
     devices = parse_mesh(mesh) if mesh else decoding_mesh(meta.config.model, meta.config.lora)
     with jax.set_mesh(devices):
-        shapes = abstract_trained(meta.config)
-        shardings = param_shardings(shapes, devices, any_vocabulary=True)
+        shapes = abstract_trained(meta.config, architecture)
+        rows = architecture.parameters
+        shardings = param_shardings(shapes, devices, rows=rows, any_vocabulary=True)
         params = saved_step.load_params(folder, with_shardings(shapes, shardings))
+        base_params = None
         if source is None:
-            params = cast_matrices(meta.config.model, params)
+            params = cast_matrices(meta.config.model, params, rows)
         else:
-            params = _above_base(source, folder, meta, params, devices)
+            base_params = _read_base(source, folder, meta, devices)
+        params = combined(params, base_params, meta.config, architecture)
     return InferenceModel(folder, meta.config, params, tokenizer, devices, meta.context, files)
 
 
-def _above_base(
-    source: Source,
-    folder: epath.Path,
-    meta: saved_step.StepMeta,
-    adapters: Any,
-    mesh: jax.sharding.Mesh,
-) -> Adapted:
-    """Adapters of a step with the base that they are for, which is read from `source`."""
+def _read_base(
+    source: Source, folder: epath.Path, meta: saved_step.StepMeta, mesh: jax.sharding.Mesh
+) -> Any:
+    """Reads the base that the adapters of a step are for."""
     config = meta.config
     shardings = param_shardings(abstract_frozen(config), mesh, any_vocabulary=True)
     base = load_init(source, config, shardings)
     check_base(meta.base, base, config, folder)
-    return Adapted(cast_matrices(config.model, base), adapters, config.lora)
+    return cast_matrices(config.model, base)
 
 
-def cast_matrices(config: ModelConfig, params: Any) -> Any:
-    """Matrices in the dtype that the model computes in, where it would cast them at each token."""
+def cast_matrices(config: ModelConfig, params: Any, rows: Table = PARAMETERS) -> Any:
+    """Casts matrices to the dtype that the model computes in, once and not at each token.
+
+    Args:
+      config: the model.
+      params: its parameters; vectors stay float32.
+      rows: the table of the model.
+    """
 
     def cast(keys: tuple[Any, ...], x: Any) -> Any:
-        kept = isinstance(x, NF4) or PARAMETERS[path_of(keys)].is_vector
+        kept = isinstance(x, NF4) or rows[path_of(keys)].is_vector
         return x if kept else x.astype(config.compute_dtype)
 
     return jax.tree.map_with_path(cast, params, is_leaf=lambda x: isinstance(x, NF4))

@@ -32,12 +32,27 @@ def frozen_bytes(model: ModelConfig, lora: LoraConfig) -> float:
     return sum(each(row) * math.prod(row.shape(model)) for row in present(model))
 
 
-def flops_per_token(model: ModelConfig, lora: LoraConfig, seq_len: int) -> float:
-    """FLOPs of one training token, forward and backward: the sum of `flops_by_part`."""
-    return sum(flops_by_part(model, lora, seq_len).values())
+# What the log calls the groups of matrices; other ones have their own names.
+_PARTS = {"attn": "attention projections", "mlp": "MLP"}
 
 
-def flops_by_part(model: ModelConfig, lora: LoraConfig, seq_len: int) -> dict[str, float]:
+def flops_per_token(
+    model: ModelConfig, lora: LoraConfig, seq_len: int, rows: Table = PARAMETERS
+) -> float:
+    """Counts the FLOPs of one training token, forward and backward: the sum of `flops_by_part`.
+
+    Args:
+      model: the model.
+      lora: the adapters; with rank 0, all weights are trained.
+      seq_len: tokens of a sequence.
+      rows: the table of the model.
+    """
+    return sum(flops_by_part(model, lora, seq_len, rows).values())
+
+
+def flops_by_part(
+    model: ModelConfig, lora: LoraConfig, seq_len: int, rows: Table = PARAMETERS
+) -> dict[str, float]:
     """FLOPs of one training token: 6 per weight of a matrix product, plus causal attention.
 
     A weight that is frozen below adapters has no gradient, so its product counts 4. The embedding
@@ -47,17 +62,16 @@ def flops_by_part(model: ModelConfig, lora: LoraConfig, seq_len: int) -> dict[st
       model: the model.
       lora: the adapters; with rank 0, all weights are trained.
       seq_len: tokens of a sequence.
+      rows: the table of the model.
     """
     scores = "attention scores"
-    weights = {row.group: 0 for row in layer_matrices().values()}
-    for row in layer_matrices().values():
-        weights[row.group] += math.prod(row.shape(model))
-    parts = {
-        "attention projections": 6.0 * weights["attn"],
-        scores: attention_flops_per_token(model, seq_len),
-        "MLP": 6.0 * weights["mlp"],
-        "output head": 6.0 * model.vocab_size * model.dim,
-    }
+    parts: dict[str, float] = {}
+    for row in layer_matrices(rows).values():
+        name = _PARTS.get(row.group, row.group)
+        parts[name] = parts.get(name, 0.0) + 6.0 * math.prod(row.shape(model))
+        if row.group == "attn":  # listed behind their projections
+            parts[scores] = attention_flops_per_token(model, seq_len)
+    parts["output head"] = 6.0 * model.vocab_size * model.dim
     if not lora.rank:
         return parts
     frozen = {name: flops * 2 / 3 for name, flops in parts.items() if name != scores}

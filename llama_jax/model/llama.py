@@ -10,7 +10,7 @@ leading axis L. The model knows no mesh and no files: `constrain` only names dim
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -73,7 +73,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     lora: LoraConfig | None = None
-    attend: Any = attention
+    attend: ClassVar[Any] = staticmethod(attention)
 
     @nn.nowrap
     def heads(self, name: str, x_BTNH: jax.Array) -> jax.Array:
@@ -131,7 +131,7 @@ class SwiGLU(nn.Module):
 
     config: ModelConfig
     lora: LoraConfig | None = None
-    gated: Any = gated_silu
+    gated: ClassVar[Any] = staticmethod(gated_silu)
 
     @nn.compact
     def __call__(self, x_BTD):
@@ -156,8 +156,9 @@ class Block(nn.Module):
 
     config: ModelConfig
     lora: LoraConfig | None = None
-    attention: Any = Attention
-    mlp: Any = SwiGLU
+    # Class attributes and no fields, so that a plain assignment in a subclass overrides them.
+    attention: ClassVar[Any] = Attention
+    mlp: ClassVar[Any] = SwiGLU
 
     @nn.compact
     def __call__(self, x_BTD, layer_cache, rope_BT1h, segment_ids_BT, cache_segments):
@@ -189,7 +190,7 @@ class Architecture:
     Attributes:
       block: the module of a layer: a class with the fields and the call of `Block`.
       parameters: the table that has a row for each array, such as
-        `{**PARAMETERS, **table(Parameter(...))}`.
+        `{**PARAMETERS, **parameter_table(Parameter(...))}`.
     """
 
     block: Any = Block

@@ -4,6 +4,7 @@
   run.py        one run from a config to the last state
   start.py      where it begins: the newest checkpoint, given weights or random ones
   resume.py     whether it may go on here
+  by_hand.py    what a notebook does around a step: saves, restores, evaluates, samples
   overview.py   what it says before it begins
   loop.py       evaluate, save, next batch, step, log: the order is a contract
   step.py       one step of the optimiser, as a pure function, and its binding to a mesh

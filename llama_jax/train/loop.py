@@ -23,7 +23,7 @@ from llama_jax.train.instruments.profiler import Profiler
 from llama_jax.train.instruments.signals import StopRequest
 from llama_jax.train.instruments.watchdog import Watchdog
 from llama_jax.train.rewind import Rewinder
-from llama_jax.train.step import Batch, CompiledStep, TrainState, model_weights
+from llama_jax.train.step import Batch, CompiledStep, TrainState
 
 
 def mean_validation_loss(
@@ -90,7 +90,7 @@ def run_missed_evaluation(
     """
     i, step = instruments, int(state.step)
     with i.goodput.phase("eval"):
-        weights = model_weights(state, config)
+        weights = compiled.weights(state)
         loss = mean_validation_loss(compiled, weights, data, config, i.stop, i.watchdog)
     if loss is None:  # stopped again
         return
@@ -120,8 +120,8 @@ class Instruments:
     watch: Rewinder
 
 
-class _Parts:
-    """Does the parts of the loop that are not the step itself.
+class _Actions:
+    """Does what the loop does besides the step itself.
 
     While one of them keeps the device idle, the clock of the steps stands still.
     """
@@ -156,7 +156,7 @@ class _Parts:
         i, data, config = self._instruments, self._data, self._config
         i.log.flush()
         with self._clock_stopped(state, step):
-            weights = model_weights(state, config)
+            weights = self._compiled.weights(state)
             with i.goodput.phase("eval"):
                 loss = mean_validation_loss(
                     self._compiled, weights, data, config, i.stop, i.watchdog
@@ -259,7 +259,7 @@ def run_loop(
       UserError: the run cannot go on, or not be saved.
     """
     train, i = config.train, instruments
-    parts = _Parts(compiled, data, config, instruments, meta)
+    actions = _Actions(compiled, data, config, instruments, meta)
     start = int(state.step)
     shape = (train.global_batch, train.seq_len)
     batches = device_batches(data.train, start, train.steps, compiled.batch_sharding, *shape)
@@ -271,26 +271,26 @@ def run_loop(
     for step in range(start, train.steps + 1):
         i.watchdog.beat(f"step {step + 1}", compiles=step == start)
         if i.profiler.must_toggle(step + 1):
-            parts.toggle_profile(state, step)
+            actions.toggle_profile(state, step)
         last = i.stop.asked() or step == train.steps
         if step > start:
             eval_loss = None
             if is_evaluated(step, config):
-                eval_loss = parts.evaluate(state, step)
+                eval_loss = actions.evaluate(state, step)
                 last = last or bool(i.stop.name)
             if last or rewound or step % train.checkpoint_every == 0:
-                parts.save(state, step, eval_loss)
+                actions.save(state, step, eval_loss)
         if last:
             break
         with i.profiler.step(step + 1):
             with i.goodput.phase("data"):
                 batch = next(batches)
-            state, step_metrics = parts.take_step(state, batch, step, first=step == start)
-        parts.log(step + 1, step_metrics)
+            state, step_metrics = actions.take_step(state, batch, step, first=step == start)
+        actions.log(step + 1, step_metrics)
         # Of each step that was logged, as soon as the next one runs: nothing else decides.
         in_row = i.watch.take_skipped_in_a_row()
         if in_row:
-            state = parts.rewind(state, step + 1, in_row)
+            state = actions.rewind(state, step + 1, in_row)
         rewound = in_row > 0
     i.log.flush()
     i.watchdog.beat("the last save")

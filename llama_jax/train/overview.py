@@ -6,25 +6,38 @@ from llama_jax.config import Config
 from llama_jax.data.shards import layout
 from llama_jax.data.training_data import TrainingData
 from llama_jax.interchange.formats import Source
-from llama_jax.model.cost import adapter_count, flops_by_part, parameter_count
+from llama_jax.model.cost import adapter_count, flops_by_part, flops_per_token, parameter_count
+from llama_jax.parameters import Table
+from llama_jax.train.parts import LLAMA_PARTS, Parts
 
 
-def overview(config: Config, mesh: jax.sharding.Mesh, data: TrainingData) -> str:
-    """The run, with every derived quantity."""
-    train = config.train
+def overview(
+    config: Config, mesh: jax.sharding.Mesh, data: TrainingData, parts: Parts = LLAMA_PARTS
+) -> str:
+    """Describes the run, with every derived quantity.
+
+    Args:
+      config: of the run.
+      mesh: its devices.
+      data: that it trains on.
+      parts: see `Parts`.
+    """
+    train, rows = config.train, parts.architecture.parameters
     tokens = train.steps * train.tokens_per_step
-    flops = sum(flops_by_part(config.model, config.lora, train.seq_len).values())
+    flops = flops_per_token(config.model, config.lora, train.seq_len, rows)
     shape = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
     return "\n".join(
         (
-            f"model   {parameter_count(config.model):,} parameters, {config.model.compute_dtype}",
+            f"model   {parameter_count(config.model, rows):,} parameters, "
+            f"{config.model.compute_dtype}",
+            *(f"parts   {kind}: {name}" for kind, name in parts.names().items()),
             *_describe_start(config),
             f"mesh    {shape} on {mesh.size} {mesh.devices.flat[0].device_kind} device(s), "
             f"{jax.process_count()} process(es)",
             f"batch   {train.global_batch} sequences x {train.seq_len} = "
             f"{train.tokens_per_step:,} tokens, in {train.grad_accum} microbatch(es)",
             f"run     {train.steps:,} steps = {tokens:,} tokens, {flops * tokens:.2e} FLOPs",
-            *_describe_flops(config),
+            *_describe_flops(config, rows),
             *data.train.summary(train.steps),
         )
     )
@@ -92,10 +105,10 @@ def _describe_start(config: Config) -> list[str]:
     ]
 
 
-def _describe_flops(config: Config) -> list[str]:
-    """A table of where the FLOPs of a step go."""
+def _describe_flops(config: Config, table: Table) -> list[str]:
+    """Returns the lines of a table that says where the FLOPs of a step go."""
     tokens = config.train.tokens_per_step
-    parts = flops_by_part(config.model, config.lora, config.train.seq_len)
+    parts = flops_by_part(config.model, config.lora, config.train.seq_len, table)
     total = sum(parts.values())
     rows = [
         f"{name:<23}{flops:>9.2e}{flops * tokens:>11.2e}{flops / total:>9.1%}"

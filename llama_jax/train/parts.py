@@ -25,7 +25,10 @@ Loss = Callable[[jax.Array, jax.Array, Batch, Config], LossSums]
 def next_token_loss(
     hidden_BTD: jax.Array, head_DV: jax.Array, batch: Batch, config: Config
 ) -> LossSums:
-    """Computes the loss of LLaMA: cross-entropy with the next token, and the z-loss if asked for.
+    """Computes the loss of LLaMA: cross-entropy with the next token, plus `train.z_loss`.
+
+    Only the first of its sums, the objective, has a gradient (see `loss.cross_entropy`): build
+    another loss on that.
 
     Args:
       hidden_BTD: last hidden states; logits are `hidden_BTD @ head_DV`.
@@ -86,12 +89,14 @@ class Parts:
         `optim.peak_lr`, such as `optax.lion`; None: AdamW as `optim` says. Of the fields of
         `optim`, only those of the schedule have an effect on another optimiser.
       metrics: scalars to log, by name: functions of `StepView`. They are shown on the console.
+      shown: names of the loss's further sums that are shown on the console, too.
     """
 
     architecture: Architecture = LLAMA
     loss: Loss = next_token_loss
     optimizer: Optimizer | None = None
     metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
+    shown: tuple[str, ...] = ()
 
     def names(self) -> dict[str, str]:
         """Names the parts that are not LLaMA's, for a checkpoint; metrics change no result."""

@@ -16,6 +16,7 @@ from llama_jax.data.training_data import TrainingData
 from llama_jax.errors import UserError
 from llama_jax.files import append_jsonl, is_object_store, read_bytes
 from llama_jax.parallel.multihost import broadcast_text
+from llama_jax.train.parts import LLAMA_PARTS, Parts
 
 # Fields that may change when a run is resumed: where and how often, not what is trained.
 RESUMABLE = (
@@ -199,9 +200,20 @@ def _mend(changes: Changes, otherwise: str) -> str:
 
 
 def check_checkpoint(
-    saved: StepMeta, folder: epath.PathLike, config: Config, data: TrainingData
+    saved: StepMeta,
+    folder: epath.PathLike,
+    config: Config,
+    data: TrainingData,
+    parts: Parts = LLAMA_PARTS,
 ) -> Changes:
     """Compares this run with what a checkpoint says of itself: config.json may be lost or edited.
+
+    Args:
+      saved: what the checkpoint says.
+      folder: of the checkpoint, for errors.
+      config: of this run.
+      data: of this run.
+      parts: of this run.
 
     Returns:
       What has changed and may: fields of the config, and `data fingerprint`.
@@ -215,6 +227,7 @@ def check_checkpoint(
     if saved.tokenizer_model != model:  # no flag: weights know tokens by their numbers
         shas = (hashlib.sha256(each).hexdigest()[:16] for each in (saved.tokenizer_model, model))
         refused["tokenizer's sha256"] = (next(shas), next(shas))
+    refused |= changed_parts(saved.parts, parts.names())
     if refused:
         mend = _mend(refused, "use the same values, or another --workdir")
         raise UserError(f"checkpoint {folder} is of another run ({_listed(refused)}); {mend}")
@@ -233,6 +246,13 @@ def check_checkpoint(
             )
         changes["data fingerprint"] = (saved.data_fingerprint, data.fingerprint)
     return changes
+
+
+def changed_parts(saved: dict[str, str], now: dict[str, str]) -> Changes:
+    """Returns the parts that are not those of a checkpoint, by kind: as saved, and as they are."""
+    kinds = sorted(saved.keys() | now.keys())
+    values = {kind: (saved.get(kind, "LLaMA's"), now.get(kind, "LLaMA's")) for kind in kinds}
+    return {f"the {kind}": pair for kind, pair in values.items() if pair[0] != pair[1]}
 
 
 def record_changes(workdir: epath.Path, step: int, changes: Changes) -> str:

@@ -30,9 +30,10 @@ from llama_jax.train.instruments.goodput import Goodput
 from llama_jax.train.instruments.profiler import Profiler
 from llama_jax.train.instruments.signals import StopRequest
 from llama_jax.train.instruments.watchdog import Watchdog
-from llama_jax.train.instruments.writers import AllWriters, open_writers
+from llama_jax.train.instruments.writers import AllWriters, Run, open_writers
 from llama_jax.train.loop import Instruments, is_evaluation_missing, run_loop, run_missed_evaluation
 from llama_jax.train.overview import no_evaluation, overview, remarks, unchecked
+from llama_jax.train.parts import LLAMA_PARTS, Parts
 from llama_jax.train.resume import (
     check_prepared,
     check_same_config,
@@ -42,7 +43,7 @@ from llama_jax.train.resume import (
 )
 from llama_jax.train.rewind import Rewinder
 from llama_jax.train.start import initial_state, open_weights, with_tokenizer
-from llama_jax.train.step import CompiledStep, TrainState, jit_step, model_weights
+from llama_jax.train.step import CompiledStep, TrainState, jit_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +149,7 @@ def run(
     workdir: epath.PathLike,
     began: float | None = None,
     data: TrainingData | None = None,
+    parts: Parts = LLAMA_PARTS,
 ) -> Outcome:
     """Trains or resumes `config` in `workdir`.
 
@@ -157,6 +159,7 @@ def run(
       began: when the command did, by the monotonic clock, if before this call.
       data: what to train on, on each process; None: what `config.data` says. Nothing else in
         `config.data` is used then, and going on with the run takes the same data.
+      parts: what a researcher exchanges, see `Parts`; going on takes the same.
 
     Raises:
       UserError: the config does not fit the devices, the data, or what is in `workdir`.
@@ -173,7 +176,7 @@ def run(
         mesh = make_mesh(config.mesh, config.dcn)
         check_batch(config.train.global_batch, config.train.seq_len, config.train.grad_accum, mesh)
         stack.enter_context(jax.set_mesh(mesh))
-        compiled = jit_step(config, mesh)
+        compiled = jit_step(config, mesh, parts)
         capacity = device_memory(mesh.devices.flat[0])
         check_memory(config, compiled.placed_state(), mesh, capacity)
         goodput = Goodput(None, began)
@@ -188,10 +191,10 @@ def run(
             data = _data_of_all(config, workdir, data)
         open_collectives()
         about = [*remarks(config, data, weights[0]), *no_evaluation(data), *unchecked(data)]
-        say("\n".join([overview(config, mesh, data), *about]))
+        say("\n".join([overview(config, mesh, data, parts), *about]))
         outcome = _train(compiled, config, data, workdir, stop, goodput, weights)
         data.train.finish()
-        _report(config, workdir, outcome, stop)
+        _report(compiled, workdir, outcome, stop, data)
         if outcome.start < int(outcome.state.step):
             say(f"goodput      {goodput.report()}")
         if skipped := int(outcome.state.skips.total):
@@ -199,7 +202,7 @@ def run(
         for at, to in outcome.rewinds:
             say(f"rewound      at step {at}, to the weights of step {to}")
         if outcome.finished:
-            _print_sample(config, outcome.state, data)
+            _print_sample(compiled, outcome.state, data)
     return outcome
 
 
@@ -229,7 +232,9 @@ def _train(
     device = compiled.batch_sharding.mesh.devices.flat[0]
     writers = AllWriters(list)
     if jax.process_index() == 0:
-        writers = AllWriters(functools.partial(open_writers, config, workdir, peak_name(device)))
+        shown = (*compiled.parts.metrics, *compiled.parts.shown)
+        about = Run(config, workdir, peak_name(device), shown)
+        writers = AllWriters(functools.partial(open_writers, about))
     watchdog = Watchdog(config.train.step_timeout)
     watchdog.beat("restoring", compiles=True)  # all files are read, and programs compiled
     # A run that ends in an error waits for its save, too, whose events the writers get.
@@ -244,7 +249,12 @@ def _train(
         start, lost = int(state.step), is_evaluation_missing(state, data, config, meta)
         if start < config.train.steps or lost:
             writers.open()
-            speed = metrics.Speed(config, compiled.batch_sharding.mesh.size, peak_flops(device))
+            speed = metrics.Speed(
+                config,
+                compiled.batch_sharding.mesh.size,
+                peak_flops(device),
+                compiled.parts.architecture.parameters,
+            )
             log = metrics.Metrics(writers, speed, watch.on_read)
             window = config.train.profile_window if jax.process_index() == 0 else range(0)
             profiler = Profiler(window, workdir / "tensorboard")
@@ -263,11 +273,18 @@ def _train(
     return Outcome(state, finished, saver.passed_over, start, lost, watch.rewinds)
 
 
-def _report(config: Config, workdir: epath.Path, outcome: Outcome, stop: StopRequest) -> None:
+def _report(
+    compiled: CompiledStep,
+    workdir: epath.Path,
+    outcome: Outcome,
+    stop: StopRequest,
+    data: TrainingData,
+) -> None:
     """Says how a run ended, where everything is, and how to go on."""
     if jax.process_index() != 0:
         return
-    start, step, evaluated = outcome.start, int(outcome.state.step), outcome.evaluated
+    config, start, step = compiled.config, outcome.start, int(outcome.state.step)
+    evaluated = outcome.evaluated
     if (start < step or evaluated) and (warning := metrics.plot_run(workdir)):
         say(warning)
     if stop.name and start == step and not evaluated:
@@ -281,20 +298,21 @@ def _report(config: Config, workdir: epath.Path, outcome: Outcome, stop: StopReq
     say(f"checkpoints  {workdir / CHECKPOINTS}")
     say(f"loss plot    {workdir / 'plots' / 'loss.png'}")
     say(f"TensorBoard  tensorboard --logdir={workdir / 'tensorboard'}")
-    if step == config.train.steps:
+    # The command knows no architecture of a caller, and needs a tokenizer.
+    if step == config.train.steps and data.tokenizer and not compiled.parts.architecture.name:
         asked = "--chat" if config.data.template else "--prompt=def"
         say(f"samples      python -m llama_jax.generate --checkpoint={workdir} {asked}")
 
 
-def _print_sample(config: Config, state: TrainState, data: TrainingData) -> None:
-    prompt = config.train.sample_prompt
+def _print_sample(compiled: CompiledStep, state: TrainState, data: TrainingData) -> None:
+    config, prompt = compiled.config, compiled.config.train.sample_prompt
     if not prompt or data.tokenizer is None or jax.process_count() > 1:
         return
     # Cooler than generate's default: a small model wanders.
     length = min(200, config.train.seq_len // 2)
     sampling = Sampling(max_tokens=length, temperature=0.5, seed=config.train.seed)
     context = config.train.seq_len
-    weights = model_weights(state, config)
+    weights = compiled.weights(state)
     try:
         text = complete(config.model, weights, data.tokenizer, [prompt], sampling, context=context)
     except UserError as error:  # the run has finished all the same

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 from etils import epath
+from flax import traverse_util
 
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.fingerprint import fingerprint
@@ -16,6 +17,8 @@ from llama_jax.interchange.formats import Source
 from llama_jax.interchange.loading import check_base, load_init
 from llama_jax.interchange.opening import init_place, open_init, tokenizer_file
 from llama_jax.parallel.multihost import agreed, say
+from llama_jax.parameters import PARAMETERS, present
+from llama_jax.train.parts import Parts
 from llama_jax.train.resume import check_checkpoint, record_changes
 from llama_jax.train.step import CompiledStep, TrainState
 
@@ -83,7 +86,7 @@ def initial_state(
     """
     while (step := saver.newest_good_step()) is not None:
         folder = saver.folder(step)
-        saved = _go_on(step, folder, data, config)
+        saved = _go_on(step, folder, data, config, compiled.parts)
         target = compiled.placed_state(base=False)
         try:
             state = TrainState.from_items(saver.restore(step, target.to_items()))
@@ -92,7 +95,7 @@ def initial_state(
             continue
         if config.lora.rank and weights is not None:
             state = with_frozen_base(state, weights, compiled, config, saved.base, folder)
-        meta = _meta(config, data, saved.base, saved.base_context)
+        meta = fresh_meta(compiled, data, saved.base, saved.base_context)
         loss = saved.eval_loss
         return state, dataclasses.replace(meta, step=step, rewinds=saved.rewinds, eval_loss=loss)
     data.train.start_at(0, [], jax.process_index(), jax.process_count())
@@ -102,19 +105,21 @@ def initial_state(
     agreed("")  # one may read for longer than another waits in a collective
     base = fingerprint(state.frozen) if config.lora.rank else {}
     context = weights.description.config.train.seq_len if weights is not None else 0
-    return state, _meta(config, data, base, context)
+    return state, fresh_meta(compiled, data, base, context)
 
 
-def _go_on(step: int, folder: epath.Path, data: TrainingData, config: Config) -> StepMeta:
-    """Checks that a run may go on from a step, and starts a stream there; returns its `meta`."""
+def _go_on(
+    step: int, folder: epath.Path, data: TrainingData, config: Config, parts: Parts
+) -> StepMeta:
+    """Checks that a run may go on from a step, and starts the data there; returns its `meta`."""
     if not (folder / "optimizer").exists():
         raise UserError(
             f"checkpoint {folder} has weights but no optimiser state (it was converted "
             "from elsewhere), and training cannot go on from it; begin another run with it by "
             f"--config.init_from=ckpt:{folder.parent.parent}"
         )
-    saved = load_meta(folder)
-    changes = check_checkpoint(saved, folder, config, data)
+    saved = load_meta(folder, parts.architecture.name)
+    changes = check_checkpoint(saved, folder, config, data, parts)
     index, count = jax.process_index(), jax.process_count()
     if saved.positions and len(saved.positions) != count:
         raise UserError(
@@ -128,16 +133,26 @@ def _go_on(step: int, folder: epath.Path, data: TrainingData, config: Config) ->
     return saved
 
 
-def _meta(config: Config, data: TrainingData, base: dict[str, int], context: int) -> StepMeta:
-    """What a fresh state would say about itself."""
+def fresh_meta(
+    compiled: CompiledStep, data: TrainingData, base: dict[str, int], context: int = 0
+) -> StepMeta:
+    """Returns what a checkpoint says of the state before the first step.
+
+    Args:
+      compiled: the step, with its config and parts.
+      data: of the run.
+      base: fingerprints of the base below adapters; empty without them.
+      context: longest sequence that the weights to begin with are for, in tokens; 0: random ones.
+    """
     return StepMeta(
-        config,
+        compiled.config,
         step=0,
         data_fingerprint=data.fingerprint,
         tokenizer_model=data.tokenizer.model_bytes if data.tokenizer else b"",
         tokenizer_files=data.files,
         base=base,
         base_context=context,
+        parts=compiled.parts.names(),
     )
 
 
@@ -155,12 +170,27 @@ def first_state(compiled: CompiledStep, config: Config, weights: Source | None) 
     state = compiled.init(jax.random.key(config.train.seed))
     if weights is None:
         return state
+    rows = compiled.parts.architecture.parameters
+    lacking = [row.path for row in present(config.model) if row.path not in rows]
+    if config.lora.rank:
+        lacking += [path for path in rows if path not in PARAMETERS]
+    if lacking:
+        raise UserError(
+            f"init_from={config.init_from} gives the arrays of a LLaMA, and "
+            f"{compiled.parts.architecture.name} has others: {', '.join(lacking)}"
+        )
     if config.lora.rank:
         frozen = load_init(weights, config, compiled.state_shardings.frozen)
         return dataclasses.replace(state, frozen=frozen)
-    state = dataclasses.replace(state, params=None)  # frees the random ones first
-    params = load_init(weights, config, compiled.state_shardings.params)
-    return dataclasses.replace(state, params=params)
+    places = traverse_util.flatten_dict(compiled.state_shardings.params, sep="/")
+    random = traverse_util.flatten_dict(state.params, sep="/")
+    # What only this architecture has stays random; the rest is freed before it is read.
+    params = {path: array for path, array in random.items() if path not in PARAMETERS}
+    known = {path: place for path, place in places.items() if path in PARAMETERS}
+    state, random = dataclasses.replace(state, params=None), {}
+    loaded = load_init(weights, config, traverse_util.unflatten_dict(known, sep="/"))
+    params |= traverse_util.flatten_dict(loaded, sep="/")
+    return dataclasses.replace(state, params=traverse_util.unflatten_dict(params, sep="/"))
 
 
 def with_frozen_base(

@@ -20,7 +20,7 @@ from llama_jax.parallel.sharding import (
     param_specs,
     weight_shards,
 )
-from llama_jax.parameters import PARAMETERS, Parameter, table
+from llama_jax.parameters import PARAMETERS, Parameter, parameter_table
 from llama_jax.train.step import abstract_state, train_step
 from tests.helpers import QUICK, ROOT, TINY, mesh_of, random_batch, replace
 from tests.test_config import load
@@ -58,7 +58,7 @@ def test_a_parameter_without_a_row_is_an_error():
 
 
 def test_a_row_without_a_parameter_is_an_error():
-    rows = {**PARAMETERS, **table(Parameter("layers/attn/wqkv", "LDH", P()))}
+    rows = {**PARAMETERS, **parameter_table(Parameter("layers/attn/wqkv", "LDH", P()))}
     with pytest.raises(UserError, match="no parameter for row.* layers/attn/wqkv"):
         param_specs(abstract_state(TINY).params, abstract_mesh(1, 1, 1, 1), rows=rows)
 
@@ -71,7 +71,7 @@ def test_a_row_without_a_parameter_is_an_error():
     ],
 )
 def test_letters_that_are_not_the_sizes_of_an_array_are_an_error(axes, message):
-    rows = {**PARAMETERS, **table(Parameter("layers/attn_norm", axes, P(), decays=False))}
+    rows = {**PARAMETERS, **parameter_table(Parameter("layers/attn_norm", axes, P(), decays=False))}
     with pytest.raises(UserError, match=message):
         param_specs(abstract_state(TINY).params, abstract_mesh(1, 1, 1, 1), rows=rows)
 
@@ -84,7 +84,7 @@ def test_letters_that_are_not_the_sizes_of_an_array_are_an_error(axes, message):
     ],
 )
 def test_a_bad_row_is_an_error(spec, message):
-    rows = {**PARAMETERS, **table(Parameter("final_norm", "D", spec))}
+    rows = {**PARAMETERS, **parameter_table(Parameter("final_norm", "D", spec))}
     with pytest.raises(UserError, match=message):
         param_specs(abstract_state(TINY).params, abstract_mesh(1, 2, 1, 1), rows=rows)
 

@@ -34,7 +34,7 @@ from llama_jax.train.instruments.watchdog import Watchdog
 from llama_jax.train.resume import check_workdir
 from llama_jax.train.rewind import Rewinder
 from llama_jax.train.run import check_memory, train
-from llama_jax.train.step import jit_step, placed_state
+from llama_jax.train.step import jit_step
 from tests.helpers import (
     LOOP_FIELDS,
     ROOT,
@@ -552,7 +552,7 @@ def test_check_memory_tells_how_many_devices_it_takes():
 
     def state_of(config):
         with jax.set_mesh(mesh):
-            return placed_state(config, jit_step(config, mesh))
+            return jit_step(config, mesh).placed_state()
 
     check_memory(TINY, state_of(TINY), mesh, 10**9)
     config = replace(TINY, model__dim=8192, model__ffn_dim=22016, model__n_layers=80)
@@ -578,7 +578,7 @@ def test_check_memory_counts_the_base_below_adapters():
     lora = LoraConfig(rank=4, base_dtype="nf4")
     config = dataclasses.replace(config, lora=lora, init_from="hf:there")
     with jax.set_mesh(mesh):
-        state = placed_state(config, jit_step(config, mesh))
+        state = jit_step(config, mesh).placed_state()
     held = frozen_bytes(config.model, config.lora) + 16 * adapter_count(config.model, config.lora)
     check_memory(config, state, mesh, int(held * 1.001))
     with pytest.raises(UserError, match="parameters: weights, gradients and moments"):

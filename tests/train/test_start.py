@@ -7,27 +7,33 @@ import shutil
 import types
 import weakref
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from etils import epath
+from jax.sharding import PartitionSpec as P
 
 from llama_jax.checkpoint import saved_step
 from llama_jax.checkpoint.fingerprint import fingerprint
 from llama_jax.config import LoraConfig
+from llama_jax.data.source import BatchSource
+from llama_jax.data.training_data import TrainingData
 from llama_jax.errors import UserError
 from llama_jax.inference.loaded_model import open_model
 from llama_jax.interchange import opening
 from llama_jax.interchange.loading import load_init
 from llama_jax.interchange.opening import open_init, open_source, tokenizer_file
 from llama_jax.interchange.transfer import convert
-from llama_jax.model.llama import logits
+from llama_jax.model.llama import Architecture, Attention, Block, logits
 from llama_jax.model.lora import Adapted
+from llama_jax.parameters import PARAMETERS, Parameter, parameter_table
 from llama_jax.text.tokenizer_files import open_tokenizer
 from llama_jax.train import run as run_lib
 from llama_jax.train import start
+from llama_jax.train.parts import Parts
 from llama_jax.train.start import initial_state, with_tokenizer
-from llama_jax.train.step import abstract_state
+from llama_jax.train.step import abstract_state, jit_step
 from tests.helpers import (
     frozen_base,
     mesh_of,
@@ -43,7 +49,7 @@ from tests.helpers import (
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
-NO_DATA = types.SimpleNamespace(train=None, fingerprint="", tokenizer=None, files={})
+NO_DATA = TrainingData(BatchSource())
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.2, targets="wq,wo,w2")
 
 
@@ -356,3 +362,44 @@ def test_two_processes_train_above_nf4_as_one(corpus, tokenizer, tmp_path):
         got, same = losses(2, kind)
         assert got == pytest.approx(expected, abs=2e-6)
         assert same == base and base
+
+
+class ScaledHeads(Attention):
+    """Has one array that no LLaMA has."""
+
+    def heads(self, name, x_BTNH):
+        scale_H = self.param(f"{name}_scale", nn.initializers.ones, (self.config.head_dim,))
+        return x_BTNH * scale_H
+
+
+class ScaledBlock(Block):
+    attention = ScaledHeads
+
+
+ROWS = parameter_table(
+    *(Parameter(f"layers/attn/{name}_scale", "LH", P(), decays=False) for name in "qk")
+)
+
+
+def test_a_variant_begins_with_the_weights_of_a_llama_and_its_own_random_ones(bases, config):
+    parts = Parts(Architecture(ScaledBlock, {**PARAMETERS, **ROWS}))
+    begun = replace(config, init_from=f"ckpt:{bases / 'ckpt'}")
+    mesh = mesh_of((4, 2, 1, 1))
+    with jax.set_mesh(mesh):
+        compiled = jit_step(begun, mesh, parts)
+        state = start.first_state(compiled, begun, open_init(begun))
+        expected = load_init(open_init(begun), begun, jit_step(begun, mesh).state_shardings.params)
+    found = jax.device_get(state.params)
+    scale = found["layers"]["attn"].pop("q_scale")
+    assert scale.shape == (config.model.n_layers, config.model.head_dim) and (scale == 1).all()
+    del found["layers"]["attn"]["k_scale"]
+    jax.tree.map(np.testing.assert_array_equal, found, jax.device_get(expected))
+
+    fewer = {path: row for path, row in PARAMETERS.items() if path != "layers/mlp/w3"}
+    for rows, lora in ((fewer, LoraConfig()), ({**PARAMETERS, **ROWS}, LORA)):
+        parts = Parts(Architecture(ScaledBlock, rows))
+        odd = types.SimpleNamespace(parts=parts, init=lambda _: None)
+        wrong = dataclasses.replace(begun, lora=lora)
+        lacking = "layers/mlp/w3" if rows is fewer else "layers/attn/q_scale, layers/attn/k_scale"
+        with pytest.raises(UserError, match=f"ScaledBlock has others: {lacking}"):
+            start.first_state(odd, wrong, open_init(begun))

@@ -8,13 +8,22 @@ from typing import Any
 import numpy as np
 
 from llama_jax.config import DataConfig
+from llama_jax.data.prefetch import quieten_tensorflow
 from llama_jax.data.sources.nested_fields import listed_fields, nested_field
 from llama_jax.data.sources.part import Part, Tally, texts
 from llama_jax.errors import UserError, first_line
 
 
-def _tfds_builder(name: str, config: DataConfig) -> Any:
+def _library() -> Any:
+    """Imports the library, which imports TensorFlow."""
+    quieten_tensorflow()
     import tensorflow_datasets as tfds
+
+    return tfds
+
+
+def _tfds_builder(name: str, config: DataConfig) -> Any:
+    tfds = _library()
 
     try:
         return tfds.builder(name, data_dir=config.tfds_data_dir or None)
@@ -53,7 +62,7 @@ def _text_feature(name: str, features: Any, field: str) -> list[str]:
     Raises:
       UserError: there is none, or it holds something else.
     """
-    import tensorflow_datasets as tfds
+    tfds = _library()
 
     def fields(feature: Any) -> dict[str, Any] | None:
         return dict(feature.items()) if isinstance(feature, tfds.features.FeaturesDict) else None
@@ -73,7 +82,7 @@ def _text_feature(name: str, features: Any, field: str) -> list[str]:
 
 def read_tfds(part: Part, config: DataConfig, tally: Tally) -> Iterator[str]:
     """Documents of a range of examples, in the order of the files."""
-    import tensorflow_datasets as tfds
+    tfds = _library()
 
     builder = _tfds_builder(part.paths[0], config)
     split = f"{config.tfds_split}[{part.start}:{part.stop}]"

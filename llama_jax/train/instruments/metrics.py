@@ -25,6 +25,7 @@ from llama_jax.config import Config
 from llama_jax.errors import first_line
 from llama_jax.files import number, read_jsonl
 from llama_jax.model.cost import flops_per_token
+from llama_jax.parameters import PARAMETERS, Table
 from llama_jax.train.instruments.compile_counter import compiled_programs
 from llama_jax.train.instruments.writers import Writer
 
@@ -42,6 +43,7 @@ class Speed:
     config: Config
     devices: int
     peak: float | None
+    rows: Table = dataclasses.field(default_factory=lambda: PARAMETERS)
 
     def __post_init__(self) -> None:
         self._steps, self._seconds = 0, 0.0  # of the steps that are counted and not yet read
@@ -91,7 +93,7 @@ class Speed:
         self._steps, self._seconds = 0, 0.0
         if rate is not None and self.peak is not None:
             config = self.config
-            flops = flops_per_token(config.model, config.lora, config.train.seq_len)
+            flops = flops_per_token(config.model, config.lora, config.train.seq_len, self.rows)
             mfu = rate * flops / (self.peak * self.devices)
         return {"tokens_per_second": rate, "mfu": mfu, "chip_seconds": chip_seconds}
 

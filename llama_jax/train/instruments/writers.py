@@ -5,6 +5,7 @@ line in `WRITERS`.
 """
 
 import contextlib
+import dataclasses
 import math
 import sys
 import threading
@@ -240,22 +241,34 @@ class ConsoleWriter:
 
 
 # How each writer of a run is opened, from its config, its work directory and the name of the peak.
-WRITERS: dict[str, Callable[[Config, epath.Path, str], Writer]] = {
-    "console": lambda config, workdir, peak: ConsoleWriter(config.train.steps, peak),
-    "jsonl": lambda config, workdir, peak: JsonlWriter(workdir / "metrics.jsonl"),
-    "tensorboard": lambda config, workdir, peak: TensorBoardWriter(workdir / "tensorboard"),
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a writer may know of the run that it writes about.
+
+    Attributes:
+      config: its config.
+      workdir: its folder.
+      peak_name: name of the peak that MFU is a share of.
+      shown: names of further metrics that are meant for the console.
+    """
+
+    config: Config
+    workdir: epath.Path
+    peak_name: str
+    shown: tuple[str, ...] = ()
+
+
+WRITERS: dict[str, Callable[[Run], Writer]] = {
+    "console": lambda run: ConsoleWriter(run.config.train.steps, run.peak_name, run.shown),
+    "jsonl": lambda run: JsonlWriter(run.workdir / "metrics.jsonl"),
+    "tensorboard": lambda run: TensorBoardWriter(run.workdir / "tensorboard"),
 }
 
 
-def open_writers(config: Config, workdir: epath.Path, peak_name: str) -> list[Writer]:
+def open_writers(run: Run) -> list[Writer]:
     """Opens all of `WRITERS`.
-
-    Args:
-      config: of the run.
-      workdir: of the run.
-      peak_name: of the peak that MFU is a share of.
 
     Raises:
       OSError: one of them cannot write.
     """
-    return [make(config, workdir, peak_name) for make in WRITERS.values()]
+    return [make(run) for make in WRITERS.values()]

@@ -1,0 +1,176 @@
+"""What a notebook does around a step: saves, restores, evaluates and samples a state.
+
+`run.run` does all of that for a whole run. All functions are called inside `jax.set_mesh`, by all
+processes of a job.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from llama_jax.checkpoint.checkpointer import Checkpointer
+from llama_jax.checkpoint.fingerprint import fingerprint
+from llama_jax.checkpoint.saved_step import find_step, load_meta, restore_items
+from llama_jax.data.source import BatchSource
+from llama_jax.data.training_data import TrainingData
+from llama_jax.errors import UserError
+from llama_jax.inference.decode import Sampling, generate
+from llama_jax.inference.generation import complete
+from llama_jax.interchange.opening import open_init
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.train.resume import changed_parts
+from llama_jax.train.start import first_state, fresh_meta, with_frozen_base
+from llama_jax.train.step import CompiledStep, TrainState
+
+
+def new_state(compiled: CompiledStep) -> TrainState:
+    """Makes the state before the first step: random weights, or those of `config.init_from`.
+
+    Raises:
+      UserError: the weights cannot be read, or are of another model.
+    """
+    config = compiled.config
+    return first_state(compiled, config, open_init(config) if config.init_from else None)
+
+
+def save_state(
+    workdir: epath.PathLike,
+    compiled: CompiledStep,
+    state: TrainState,
+    data: TrainingData | None = None,
+) -> epath.Path:
+    """Saves a state as a checkpoint, and waits until it is complete.
+
+    The step is saved in `workdir/checkpoints`, where `run.run`, `generate` and `convert` find it;
+    `train.keep_checkpoints` older ones are kept.
+
+    Args:
+      workdir: a work directory; it need not exist.
+      compiled: the step that made the state.
+      state: to save.
+      data: what it was trained on, whose tokenizer is saved with it; None: unknown.
+
+    Returns:
+      The folder of the saved step.
+
+    Raises:
+      UserError: it cannot be saved, such as to a full disk.
+    """
+    data = TrainingData(BatchSource()) if data is None else data
+    base = fingerprint(state.frozen) if state.frozen is not None else {}
+    config, context = compiled.config, 0
+    if config.init_from:
+        context = open_init(config).description.config.train.seq_len
+    meta, step = fresh_meta(compiled, data, base, context), int(state.step)
+    with Checkpointer(workdir, config) as saver:
+        saver.save(state.to_items(), dataclasses.replace(meta, step=step))
+    return saver.folder(step)
+
+
+def restore_state(checkpoint: epath.PathLike, compiled: CompiledStep) -> TrainState:
+    """Reads a state onto the mesh of `compiled`; every bit is compared with what was saved.
+
+    Args:
+      checkpoint: a work directory, whose newest undamaged step is read, or the folder of a step.
+      compiled: the step to go on with; its mesh may be another one than that of the saved state.
+
+    Raises:
+      UserError: there is no checkpoint, it is damaged, or it was trained with other parts or with
+        a model or an optimiser of other arrays.
+    """
+    folder = find_step(checkpoint)
+    saved = load_meta(folder, compiled.parts.architecture.name)
+    for kind, (was, now) in changed_parts(saved.parts, compiled.parts.names()).items():
+        raise UserError(f"{folder} was trained with other parts: {kind} is {was}, now {now}")
+    targets = compiled.placed_state(base=False).to_items()
+    state = TrainState.from_items(restore_items(folder, targets))
+    config = compiled.config
+    if not config.lora.rank:
+        return state
+    return with_frozen_base(state, open_init(config), compiled, config, saved.base, folder)
+
+
+def mean_loss(
+    compiled: CompiledStep, state: TrainState, batches: Iterable[Mapping[str, Any]]
+) -> float:
+    """Computes the mean cross-entropy per token, in nats, over batches.
+
+    Args:
+      compiled: the step.
+      state: whose weights are evaluated.
+      batches: global batches, such as `source.batches(range(global_batch), 0, 10)`; see `step`.
+
+    Raises:
+      UserError: no token of them counts.
+    """
+    total = weight = 0.0
+    for batch in batches:
+        sums = jax.device_get(compiled.evaluate(compiled.weights(state), dict(batch)))
+        total, weight = total + float(sums[0]), weight + float(sums[1])
+    if not weight:
+        raise UserError("there is nothing to evaluate: no target of the batches has a weight")
+    return total / weight
+
+
+def sample(
+    compiled: CompiledStep,
+    state: TrainState,
+    prompts: Sequence[str],
+    tokenizer: Tokenizer,
+    sampling: Sampling | None = None,
+) -> list[str]:
+    """Continues texts with the weights of a state.
+
+    Args:
+      compiled: the step.
+      state: whose weights are used.
+      prompts: texts.
+      tokenizer: of the model.
+      sampling: how tokens are drawn, and how many; None: the defaults of `Sampling`.
+
+    Returns:
+      Each prompt with its continuation.
+
+    Raises:
+      UserError: a prompt is empty or longer than `train.seq_len`, or the mesh divides the sequence.
+    """
+    model, weights, context = _to_decode(compiled, state)
+    chosen = Sampling() if sampling is None else sampling
+    return complete(model, weights, tokenizer, prompts, chosen, context=context)
+
+
+def sample_ids(
+    compiled: CompiledStep,
+    state: TrainState,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | None = None,
+    end_ids: Sequence[int] = (),
+) -> list[list[int]]:
+    """Continues sequences of token ids with the weights of a state.
+
+    Args:
+      compiled: the step.
+      state: whose weights are used.
+      prompts: token ids, each at least one.
+      sampling: how tokens are drawn, and how many; None: the defaults of `Sampling`.
+      end_ids: tokens after which a sequence ends.
+
+    Returns:
+      The new ids of each prompt.
+
+    Raises:
+      UserError: a prompt is empty or longer than `train.seq_len`, or the mesh divides the sequence.
+    """
+    model, weights, context = _to_decode(compiled, state)
+    chosen = Sampling() if sampling is None else sampling
+    ends = tuple(end_ids) or (-1,)  # which is no token
+    return generate(model, weights, prompts, chosen, context=context, eos_id=ends)
+
+
+def _to_decode(compiled: CompiledStep, state: TrainState) -> tuple[Any, Any, int]:
+    """The model, the weights that its decoder takes, and the longest sequence, in tokens."""
+    config = compiled.config
+    return config.model, compiled.weights(state), config.train.seq_len
