@@ -339,7 +339,7 @@ def test_files_that_hold_no_template(tokenizer, tmp_path, file, content, message
         (LLAMA3, ["<|end_of_text|>", "<|eot_id|>"]),
         ("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}", ["<|end_of_text|>"]),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", ["<|end_of_text|>"]),
-        # One token ends the last answer, another the earlier ones; the second needs a system message.
+        # One token ends the last answer, another earlier ones; the next needs a system message.
         (
             "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
             "{{ eos_token if loop.last else '<|eot_id|>' }}{% endgeneration %}"
