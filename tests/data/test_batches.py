@@ -26,7 +26,7 @@ T, BATCH = 16, 8
 
 
 def calls_of(work):
-    """How many functions, of Python and C, `work` calls in all threads that it starts."""
+    """Counts the calls of Python and C functions in `work` and the threads that it starts."""
     counter = itertools.count()
 
     def count(frame, event, argument):
@@ -72,7 +72,7 @@ def test_permute_does_not_keep_neighbours():
     n = 10_000
     out = permute(np.arange(n, dtype=np.uint64), n, 1).astype(np.int64)
     correlation = np.corrcoef(out[:-1], out[1:])[0, 1]
-    # Of independent draws it has a standard deviation of 0.01.
+    # For independent draws, the correlation has a standard deviation of 0.01.
     assert abs(correlation) < 0.05
     assert abs(np.corrcoef(np.arange(n), out)[0, 1]) < 0.05
     # A random permutation has one fixed point on average.
@@ -136,7 +136,7 @@ def test_a_late_step_costs_no_more_than_the_first(batches):
         )
 
     calls(0)
-    # Work grows with the epoch number in no way; a replay would take 500,000 / 20 times more.
+    # The work does not grow with the step; a replay would take 500,000 / 20 times more.
     assert calls(500_000) < 2 * calls(0)
 
 
@@ -203,7 +203,7 @@ def test_too_few_tokens_to_train_on(dataset):
 
 @pytest.fixture(scope="module")
 def three(corpus, tmp_path_factory):
-    """Three sources of unequal size, concatenated and packed."""
+    """Prepares three sources of unequal size, concatenated and packed."""
     from llama_jax.data.prepare.job import prepare
     from tests.helpers import text_config
 
@@ -278,7 +278,7 @@ def test_packed_rows_hold_whole_documents(three):
             inputs, targets = row["inputs"][mine], row["targets"][mine]
             np.testing.assert_array_equal(row["positions"][mine], np.arange(mine.sum()))
             np.testing.assert_array_equal(inputs[1:], targets[:-1])
-            assert eos not in inputs  # nothing is predicted across the end of a document
+            assert eos not in inputs  # no prediction across documents
             assert bos not in targets
         used += real.sum()
     documents = sum(shard["documents"] for shard in dataset._shards)
@@ -318,7 +318,7 @@ def test_a_seed_of_one_source_does_not_order_another(three):
 
 
 def many_shards(folder, tokenizer, n):
-    """A folder of `n` shards of four tokens."""
+    """Writes `n` shards of four tokens each, and returns their folder."""
     folder.mkdir()
     zeros = hashlib.sha256(bytes(16)).hexdigest()
     shards = [
@@ -351,7 +351,7 @@ def many_shards(folder, tokenizer, n):
 
 
 def test_opening_shards_takes_work_in_proportion(tmp_path, tokenizer, monkeypatch):
-    """And little for each: no task of the thread pool, of which all of them have 16."""
+    """The work per shard is small: shards do not have a task each in the thread pool of 16."""
     submit, tasks = concurrent.futures.ThreadPoolExecutor.submit, []
 
     def counted(pool, *task):
@@ -368,7 +368,7 @@ def test_opening_shards_takes_work_in_proportion(tmp_path, tokenizer, monkeypatc
             batch = Batches({"": dataset}, 8, 8, seed=0).rows(0, range(8))
             assert batch["weights"].sum() > 0 and dataset.n_tokens == 4 * n
 
-        work()  # what is imported or cached once
+        work()  # imports and fills caches
         tasks.clear()
         calls[n] = calls_of(work)
         assert len(tasks) < 50

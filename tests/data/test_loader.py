@@ -27,7 +27,7 @@ def batches(shards):
 
 @pytest.fixture(scope="module")
 def packed(corpus, tmp_path_factory):
-    """Three sources of packed documents."""
+    """Prepares three sources of packed documents."""
     source = f"a={corpus}/00*.txt; b={corpus}/01*.txt,{corpus}/02*.txt; c={corpus}/03*.txt"
     folder = tmp_path_factory.mktemp("packed") / "best_fit"
     config = text_config(source, data__packing="best_fit", train__seq_len=T)
@@ -61,7 +61,7 @@ def test_local_rows_of_one_process_are_all():
 
 
 class FakeSharding:
-    """A sharding of which this process holds some rows."""
+    """A sharding with some of the rows on this process."""
 
     def __init__(self, *spans):
         self._spans = spans
@@ -89,7 +89,7 @@ def test_a_damaged_shard_is_a_clear_error_through_tf_data(batches):
 
 
 def test_no_tuner_is_left_to_sleep_at_the_end(batches, monkeypatch):
-    """It made some ends of an evaluation of 14 s last for 9 s: too rare to be waited for here."""
+    """tf.data's autotuner rarely delays the end of an iteration, by 9 s: check that it is off."""
     import tensorflow as tf
 
     tuned, numpy_iterator = [], tf.data.Dataset.as_numpy_iterator
@@ -104,13 +104,13 @@ def test_no_tuner_is_left_to_sleep_at_the_end(batches, monkeypatch):
 
 
 def test_a_shard_that_is_cut_while_it_is_read(shards, tmp_path):
-    """A file stays open; what it no longer holds must not become padding of weight 0."""
+    """Tokens that an open file has lost must not become padding of weight 0."""
     folder = shutil.copytree(shards, tmp_path / "shards")
     batches = Batches({"": TokenDataset.open(folder, "train")}, T, BATCH, seed=0)
     found = batches.batches(range(BATCH), 0, 100)
     next(found)
     for path in folder.glob("train-*.bin"):
-        os.truncate(path, 101)  # half a token more than 50
+        os.truncate(path, 101)  # 50 tokens and a half
     with pytest.raises(UserError, match=r"train-00000-00\d.bin ends early: it is damaged"):
         for _ in range(5):
             next(found)
@@ -118,7 +118,7 @@ def test_a_shard_that_is_cut_while_it_is_read(shards, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bin", "pack"])
 def test_a_disk_that_gives_up_names_the_file(packed, monkeypatch, kind):
-    """EIO from the system, in a thread of TensorFlow."""
+    """The system returns EIO in a thread of TensorFlow."""
     pread, broken = os.pread, []
 
     def fails(file, size, offset):

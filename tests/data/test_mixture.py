@@ -23,7 +23,7 @@ def test_counts_never_stray_from_their_shares_by_a_whole_sample(weights):
     schedule = Schedule(shares)
     n = 2 * schedule.period + 17
     source, _ = schedule.assign(np.arange(n, dtype=np.uint64))
-    # What the theorem allows: less than one sample after any n, less than two in any window.
+    # The theorem's bound: less than one sample after any n, less than two in any window.
     bound = 1 - 1 / max(2, 2 * len(weights) - 2)
     for index, share in enumerate(shares.values()):
         ahead = np.cumsum(source == index) - np.arange(1, n + 1) * float(share)
@@ -110,7 +110,7 @@ def test_bad_shares(text, message):
 @pytest.mark.parametrize(
     ("text", "shares"),
     [
-        # What Python prints of 1 - 0.1 - 0.2, and of others that are sums.
+        # Rounded results of arithmetic as Python prints them, such as 1 - 0.1 - 0.2.
         ("a=0.1,b=0.2,c=0.7000000000000001", ["1/10", "1/5", "7/10"]),
         ("a=0.1,b=0.2,c=0.7", ["1/10", "1/5", "7/10"]),
         ("a=0.30000000000000004,b=0.7", ["3/10", "7/10"]),

@@ -1,4 +1,4 @@
-"""What is promised of the order of the data, for any documents, lengths, seeds and hosts."""
+"""Guarantees on the order of the data, for any documents, lengths, seeds and hosts."""
 
 import itertools
 import time
@@ -20,7 +20,7 @@ from llama_jax.data.sources.part import Example
 from llama_jax.parallel.sharding import batch_sharding
 from tests.helpers import mesh_of, until, write_manifest
 
-# Fixtures are made once and never changed.
+# The suppressed check is safe here: no example changes a fixture.
 FEW = settings(
     deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -29,7 +29,7 @@ LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=25)
 
 
 def dataset_of(folder, tokenizer, lengths, shard_tokens, pack_len=0):
-    """Shards of documents in which no token comes twice: 0, 1, 2, .."""
+    """Writes and opens shards of documents with the tokens 0, 1, 2, .., so that each is unique."""
     writer = ShardWriter(folder, "train-00000", 65_536, shard_tokens, pack_len)
     ends = np.cumsum(lengths)
     for start, stop in zip([0, *ends[:-1]], ends, strict=True):
@@ -39,7 +39,7 @@ def dataset_of(folder, tokenizer, lengths, shard_tokens, pack_len=0):
 
 
 def samples_of(batches, batch, first, count):
-    """So many rows from sample number `first` on, below each other."""
+    """Returns `count` rows from sample number `first` on, stacked."""
     rows = [
         batches.rows(step, range(row, row + 1))
         for step, row in (divmod(sample, batch) for sample in range(first, first + count))
@@ -68,7 +68,7 @@ def test_every_token_is_used_exactly_once_in_every_epoch(
     rows = samples_of(batches, batch, epoch * n, n)
     used = rows["weights"] == 1
     inputs, targets = rows["inputs"][used], rows["targets"][used]
-    # Every token but the last of all (packed: of each document) has its successor as target.
+    # Each token except the last one (packed: the last of each document) is an input, once.
     last = np.cumsum(lengths)[slice(None) if packed else slice(-1, None)] - 1
     np.testing.assert_array_equal(np.sort(inputs), np.delete(np.arange(sum(lengths)), last))
     np.testing.assert_array_equal(targets, inputs + 1)
@@ -77,7 +77,7 @@ def test_every_token_is_used_exactly_once_in_every_epoch(
 
 @pytest.fixture(scope="module")
 def three(tokenizer, tmp_path_factory):
-    """Three sources of many documents."""
+    """Writes and opens three sources of many documents."""
     rng = np.random.default_rng(0)
     return {
         name: dataset_of(
@@ -115,7 +115,7 @@ def test_batches_do_not_depend_on_the_number_of_hosts(three, seed, step, weights
 @settings(FEW, max_examples=10)
 @given(seed=SEEDS, start=st.integers(0, 10**6), more=st.integers(0, 5))
 def test_batches_do_not_depend_on_restarts(three, seed, start, more):
-    """Through tf.data, of a new object, from any step on."""
+    """A new object gives the same batches from any step on, also through the prefetcher."""
     batches = Batches(three, 16, 6, seed)
     again = Batches(three, 16, 6, seed)
     found = list(again.batches(range(6), start + more, start + 6))
@@ -141,7 +141,7 @@ def test_another_seed_changes_the_order_and_nothing_else(three, seeds, weights):
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
 def test_batches_do_not_depend_on_worker_threads(three, monkeypatch, threads):
-    """Although the steps are ready in another order."""
+    """The order holds even if later steps are ready earlier."""
     batches = Batches(three, 16, 6, 0)
 
     def uneven(step, rows):
@@ -163,7 +163,7 @@ def test_batches_are_made_ahead_of_their_use(three):
     found = made_ahead(counted, range(6), 0, 100)
     next(found)
     until(lambda: max(made) >= prefetch.PREFETCH)
-    assert max(made) < 10  # ahead, but not without end
+    assert max(made) < 10  # ahead, but only by a few
 
 
 def test_the_next_batch_goes_to_the_device_before_this_one_is_used():

@@ -1,4 +1,4 @@
-"""A mixture has the shares of tokens that it was asked for, counted in real batches."""
+"""Real batches of a mixture have the requested shares of tokens."""
 
 import dataclasses
 import hashlib
@@ -34,10 +34,10 @@ HALF = {"a": Fraction(1, 2), "b": Fraction(1, 2)}
 
 
 def source_of(folder, tokenizer, lengths, pack_len=0, answers=None, shard_tokens=100):
-    """Shards of documents of these lengths in tokens, opened.
+    """Writes and opens shards of documents with these lengths in tokens.
 
-    With `answers`, each document is a conversation of which so many tokens at its end are an
-    answer, and a first token that is marked as one, too, although it is never a target.
+    With `answers`, document n is a conversation whose last `answers[n]` tokens are an answer.
+    Its first token is marked as an answer as well, although it is never a target.
     """
     folder.mkdir(parents=True)
     writer = ShardWriter(folder, "train-00000", 65_536, shard_tokens, pack_len)
@@ -53,7 +53,7 @@ def source_of(folder, tokenizer, lengths, pack_len=0, answers=None, shard_tokens
 
 
 def counted(batches, batch, first, stop):
-    """Targets of weight 1 of each source in the samples first..stop, from the rows themselves."""
+    """Counts each source's targets of weight 1 in the rows of the samples `first` to `stop`."""
     names = batches.schedule.names
     found = dict.fromkeys(names, 0)
     for step in range(first // batch, -(-stop // batch)):
@@ -74,7 +74,7 @@ def shares_in(batches, batch, first, stop):
 
 @pytest.mark.parametrize("batch", [1, 4, 11])
 def test_short_documents_that_leave_padding(tokenizer, tmp_path, batch):
-    """Rows of 7 places hold a document of 7 targets, or one of 4, as two do not fit."""
+    """Rows of 7 positions hold one document, of 7 or of 4 targets: two do not fit."""
     sources = {
         "a": source_of(tmp_path / "a", tokenizer, [8] * 5, 7),
         "b": source_of(tmp_path / "b", tokenizer, [5] * 9, 7),
@@ -118,7 +118,7 @@ def test_documents_of_one_token_have_no_target(tokenizer, tmp_path):
 
 
 def test_by_size_all_sources_go_at_the_same_pace(tokenizer, tmp_path):
-    """And what is asked for is what each has of the tokens that count."""
+    """The requested share is the source's part of all tokens that count."""
     sources = {
         "a": source_of(tmp_path / "a", tokenizer, [8] * 5, 7),  # five rows
         "b": source_of(tmp_path / "b", tokenizer, [5] * 9, 7),  # nine
@@ -130,7 +130,7 @@ def test_by_size_all_sources_go_at_the_same_pace(tokenizer, tmp_path):
 
 
 def test_by_size_the_batches_are_those_of_before():
-    """Also where the shares are rounded: runs without a mixture go on."""
+    """Runs of earlier versions without a mixture can resume, even with rounded shares."""
     counts = {"a": 123_457, "b": 7_654_321, "c": 3}
     counted = {"a": 252_839_936, "b": 15_000_000_001, "c": 17}
     means = {name: Fraction(counted[name], count) for name, count in counts.items()}
@@ -166,7 +166,7 @@ def test_whole_epochs_have_the_exact_shares(
     }
     shares = {"a": share, "b": 1 - share}
     batches = Batches(sources, seq_len, 8, seed=0, shares=shares)
-    # After this many samples, each source has passed through whole epochs.
+    # After this many samples, each source has completed whole epochs.
     drawn = batches.schedule.drawn(batches.schedule.period)
     periods = math.lcm(
         *(Fraction(drawn[name], count).denominator for name, count in batches.counts.items())
@@ -175,7 +175,7 @@ def test_whole_epochs_have_the_exact_shares(
     if whole <= 800:
         assert shares_in(batches, 8, 0, whole) == shares
         assert shares_in(batches, 8, whole, 2 * whole) == shares
-    # Counted for any size: rows times the mean of an epoch, which is counted from the rows.
+    # For larger sizes: the number of rows times the mean targets of a row, over one epoch.
     means = {}
     for name, dataset in sources.items():
         alone = Batches({name: dataset}, seq_len, 8, seed=0)
@@ -203,7 +203,7 @@ def test_before_an_epoch_shares_are_off_by_chance_only(tokenizer, tmp_path, pack
     rows = batches.n_sequences // 3
     found = shares_in(batches, 16, 1000, 1000 + rows)
     for name, share in shares.items():
-        # Rows of a source differ by 64 tokens at most, and their number by three.
+        # Rows of a source differ by at most 64 tokens, and their number by at most three.
         drawn = float(share) * rows
         assert abs(found[name] - share) < float(share) * (3 / drawn + 4 / math.sqrt(drawn) / 4)
 
@@ -216,7 +216,7 @@ def test_shares_are_a_function_of_the_step_on_any_number_of_hosts(tokenizer, tmp
     }
     shares = {"a": Fraction(1, 2000), "b": Fraction(1, 3), "c": Fraction(3997, 6000)}
     batches = Batches(sources, 20, 12, 0, shares)
-    assert batches.schedule.period == PERIOD  # so that some samples are left over
+    assert batches.schedule.period == PERIOD  # some samples are left over
     straight = list(batches.batches(range(12), 40, 60))
     again = Batches(sources, 20, 12, 0, shares)
     for step, batch in enumerate(again.batches(range(12), 50, 60), start=50):
@@ -271,7 +271,7 @@ def test_draws_are_numbered_also_where_shares_are_fine(weights, means, start):
         np.testing.assert_array_equal(mine, np.arange(before[name], after[name]))
 
 
-# What cannot be mixed.
+# Mixtures that are refused.
 
 
 @pytest.mark.parametrize("shares", [None, HALF])
@@ -299,12 +299,12 @@ def test_a_manifest_that_does_not_count_its_answers(tokenizer, tmp_path):
         TokenDataset.open(tmp_path / "a", "train")
 
 
-# What the commands say of it.
+# Output of the commands.
 
 
 @pytest.fixture(scope="module")
 def chats(tokenizer, tmp_path_factory):
-    """Two sources of conversations, prepared: short answers and long ones."""
+    """Prepares two sources of conversations, with short answers and with long ones."""
     folder = tmp_path_factory.mktemp("chats")
     tokenizer.save(folder / "tokenizer.model")
     rng = random.Random(0)
@@ -342,7 +342,7 @@ def test_show_says_which_tokens_count(chats):
     )
     columns = re.split(r"  +", header)
     table = {row.split()[0]: dict(zip(columns, row.split(), strict=True)) for row in rows}
-    # Counted from 1,000 rows of 125 batches.
+    # Counts the tokens in 1,000 rows, which are 125 batches.
     counts, tokens = {"short": 0, "long": 0}, {"short": 0, "long": 0}
     for step in range(4, 129):
         batch = prepared.batches.rows(step, range(8))
@@ -373,7 +373,7 @@ def test_a_run_says_its_shares(chats):
 
 
 def test_a_run_with_shares_of_sequences_does_not_go_on_silently(chats):
-    """Versions before took the shares of sequences: the same config has other batches now."""
+    """In earlier versions, shares were of sequences: the same config has other batches now."""
     folder, config = chats
     data = open_data(config, epath.Path(folder))
     parts = [
@@ -388,7 +388,7 @@ def test_a_run_with_shares_of_sequences_does_not_go_on_silently(chats):
     told = replace(config, data__accept_other_data=True)
     changes = check_checkpoint(meta, "run/5", told, data)
     assert changes["data fingerprint"] == (before, data.fingerprint)
-    # Other data are still named as such, and a run of this version goes on.
+    # Other data are still reported as such, and a run of this version resumes.
     other = StepMeta(config, 5, "other", data.tokenizer.model_bytes)
     with pytest.raises(UserError, match=r"was trained on data other, but this is data"):
         check_checkpoint(other, "run/5", config, data)
@@ -398,7 +398,7 @@ def test_a_run_with_shares_of_sequences_does_not_go_on_silently(chats):
         )
         == {}
     )
-    # By size, and of one source, the rows are those of before.
+    # With shares by size, or with one source, the rows are those of earlier versions.
     by_size = open_data(replace(config, data__mixture=""), epath.Path(folder))
     assert (by_size.fingerprint, by_size.former_fingerprint) == (before, "")
     one = replace(config, data__mixture="long=1", data__source="long=x", data__path=str(folder))

@@ -1,4 +1,4 @@
-"""What a source of one's own needs to define, and what is said of its batches."""
+"""A user's own source needs only `rows`; errors describe its batches."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ T, BATCH = 16, 8
 
 
 class Numbers(BatchSource):
-    """Row r of step s holds s + r, s + r + 1, ..: one method is all."""
+    """A source with only `rows`: row r of step s holds s + r, s + r + 1, .."""
 
     def rows(self, step, rows):
         tokens = np.stack([np.arange(step + row, step + row + T + 1) for row in rows])
@@ -96,7 +96,7 @@ def test_a_source_without_rows_says_so():
         next(type("Bare", (BatchSource,), {})().batches(range(2), 0, 1))
 
 
-# What errors say of the batch of a step.
+# Descriptions of a step's batch in errors.
 
 
 def test_the_text_of_a_batch(shards, corpus, tokenizer):

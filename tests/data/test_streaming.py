@@ -18,7 +18,7 @@ T, BATCH = 16, 4
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """JSON lines of unequal lengths, some of them unusable."""
+    """Returns a config of JSON lines of unequal lengths, two of them unusable."""
     folder = tmp_path_factory.mktemp("stream")
     lines = [json.dumps({"text": f"document {n} " * (n % 7 + 1)}) for n in range(40)]
     lines[5] = "{broken"
@@ -35,7 +35,7 @@ def streams(config, tokenizer, step=0, position=None, process=0, processes=1, ro
 
 
 def expected_tokens(config, tokenizer, process=0, processes=1):
-    """All documents of a process, one after another, for ever."""
+    """Returns an endless iterator over the tokens of a process, and the number in one pass."""
     texts = list(read_source(config.source, config, Tally()))
     mine = texts[process::processes]
     one = [t for text in mine for t in (1, *tokenizer.encode(text), 2)]
@@ -89,7 +89,7 @@ def test_positions_of_the_last_steps_are_kept(config, tokenizer):
 
 
 def test_skips_are_counted_and_told(config, tokenizer, capsys):
-    """At the end of a pass and when asked; each pass counts anew, and tells only what is more."""
+    """The end of a pass and `tell_skips` log the skips of this pass, if there are new ones."""
     source, batches = streams(config, tokenizer)
     assert source.skipped() == 0
     step = 0
@@ -107,7 +107,7 @@ def test_skips_are_counted_and_told(config, tokenizer, capsys):
         assert source.skipped() <= 2
     source.tell_skips()
     assert capsys.readouterr().out == ""
-    # Going on late in a pass, the whole pass counts; the second process says nothing.
+    # After a resume late in a pass, the whole pass is counted; the second process logs nothing.
     for process, lines in ((0, 2), (1, 0)):
         later, rest = streams(config, tokenizer, 7, Position(0, 30 + process), process, 2)
         next(rest)

@@ -1,4 +1,4 @@
-"""Models with more rows than their tokenizer has ids: from data to sampling, on several meshes."""
+"""Models with more rows than their tokenizer has ids work from data to sampling, on any mesh."""
 
 import json
 import shutil
@@ -48,12 +48,12 @@ from tests.parallel.test_sharding import abstract_mesh
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
-IDS, ROWS = 300, 320  # of the tokenizer, and of the models here
+IDS, ROWS = 300, 320  # ids of the tokenizer; rows of the models
 
 
 @pytest.fixture(scope="module")
 def config(corpus, tokenizer, tmp_path_factory):
-    """Trains 4 steps on a mesh with tensor=2, with a tokenizer of 300 ids and 320 rows."""
+    """Returns a config of 4 steps on a mesh with tensor=2, with 300 ids and 320 rows."""
     tokenizer.save(path := tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
     return text_config(
         corpus,
@@ -70,7 +70,7 @@ def config(corpus, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
-    """A finished run from scratch."""
+    """Trains from scratch, and returns the work directory."""
     workdir = tmp_path_factory.mktemp("rows") / "run"
     run_lib.train(config, workdir)
     return workdir
@@ -80,7 +80,7 @@ def run(config, tmp_path_factory):
 
 
 def test_shards_do_not_depend_on_the_rows(config, tmp_path, tokenizer):
-    """Of a given tokenizer: neither their bytes, nor whether they are taken for prepared."""
+    """With a given tokenizer, shards stay valid when `model.vocab_size` changes."""
     folder = tmp_path / "shards"
     prepare(config, folder, log=quiet)
     assert read_manifest(folder)["vocab_size"] == IDS
@@ -88,7 +88,7 @@ def test_shards_do_not_depend_on_the_rows(config, tmp_path, tokenizer):
         lines = []
         prepare(replace(config, model__vocab_size=rows), folder, log=lines.append)
         assert lines == [f"{folder} is prepared already"]
-    # As an older version wrote it, for which both numbers were the same.
+    # Older versions, in which ids and rows were equal in number, wrote the same setting.
     assert read_manifest(folder)["settings"]["vocab_size"] == IDS
     with pytest.raises(UserError, match="have a vocabulary of 300, but model.vocab_size is 299"):
         open_data(replace(config, model__vocab_size=299, data__path=str(folder)), epath.Path("x"))
@@ -117,7 +117,7 @@ def test_a_tokenizer_of_more_ids_than_rows_says_what_to_do(config, tmp_path, str
 
 
 def test_a_damaged_shard_is_still_told_by_the_ids(config, tmp_path, tokenizer):
-    """An id that the model has a row for, but the tokenizer does not know."""
+    """The model has a row for the id, but the tokenizer does not know it."""
     prepare(config, tmp_path / "shards", log=quiet)
     dataset = TokenDataset.open(tmp_path / "shards", "train")
     path = tmp_path / "shards" / "train-00000-000.bin"
@@ -142,7 +142,7 @@ def test_the_remedy_for_a_vocabulary_that_does_not_divide(config):
 
 @pytest.mark.parametrize("shape", meshes((1, 2, 2, 2)))
 def test_the_loss_is_that_of_a_softmax_over_all_rows(config, run, tokenizer, shape):
-    """By NumPy in float64, from logits of one device; no target is a row without an id."""
+    """NumPy in float64, with logits of one device, gives the same; no target is a padding row."""
     params, mesh = random_params(config.model), mesh_of(shape)
     data = open_data(config, epath.Path(run / "data"))
     batch = data.train.rows(0, range(8))
@@ -167,7 +167,7 @@ def test_a_run_from_scratch(config, run):
 
 
 def test_the_sample_after_training_has_no_padding(config, run, monkeypatch, capsys):
-    """What is not drawn, `test_decode` shows. A mesh for training writes none, and costs no run."""
+    """The sample is limited to ids (see `test_decode`); a mesh that cannot sample fails no run."""
     seen = []
 
     def spy(*args, **options):
@@ -176,7 +176,7 @@ def test_the_sample_after_training_has_no_padding(config, run, monkeypatch, caps
 
     monkeypatch.setattr("llama_jax.inference.generation.generate", spy)
     sampled = replace(config, train__sample_prompt="def")
-    assert int(run_lib.train(sampled, run).step) == 4  # finished already
+    assert int(run_lib.train(sampled, run).step) == 4  # already finished
     assert seen == [IDS]
     assert "no sample after 'def': the mesh has context=2" in capsys.readouterr().out
 
@@ -204,12 +204,12 @@ def test_the_commands(run):
     assert json.loads(scored.stdout)["results"]["text"]["tokens"] > 0
 
 
-# Weights of others.
+# Pretrained weights.
 
 
 @pytest.fixture(scope="module")
 def base(config, tokenizer, tmp_path_factory):
-    """A Hugging Face folder of 304 rows and a tokenizer of 300 ids; and its weights."""
+    """Returns a Hugging Face folder with 304 rows and 300 ids, and its weights."""
     folder = tmp_path_factory.mktemp("base")
     config = replace(config, model__vocab_size=304, train__seq_len=64)
     params = jax.tree.map(lambda x: x * np.float32(0.2), random_params(config.model))
@@ -226,7 +226,7 @@ def base(config, tokenizer, tmp_path_factory):
     ],
 )
 def test_fine_tuning_and_back(config, base, rows, rank, tmp_path):
-    """With the rows that the base has, and with more, which are the mean of its own."""
+    """Fine-tuning keeps the rows of the base; additional rows begin as their mean."""
     folder, params = base
     tuned = replace(
         config,
@@ -248,7 +248,7 @@ def test_fine_tuning_and_back(config, base, rows, rank, tmp_path):
     exported = HfSource(tmp_path / "hf")
     assert exported.description.config.model.vocab_size == rows
     back = exported.read("embed", None)
-    if rank:  # adapters leave the embedding as it was
+    if rank:  # adapters do not change the embedding
         np.testing.assert_array_equal(back[:304], params["embed"])
         mean = params["embed"].mean(0)
         np.testing.assert_allclose(back[304:], np.tile(mean, (rows - 304, 1)), rtol=1e-5, atol=1e-7)
@@ -292,7 +292,7 @@ def test_added_rows_are_the_mean(config, base, shape):
 
 @pytest.mark.parity
 def test_an_export_has_the_logits_and_the_loss_of_transformers(run, base, tmp_path):
-    """Of a run with padding, and of a model of transformers whose rows were padded by itself."""
+    """Both a run with padding rows and a model that transformers itself padded agree."""
     import torch
     import transformers
 

@@ -1,6 +1,6 @@
-"""Chat: templates give the text and ids of `transformers`, and user text stays text.
+"""Chat templates give the text and ids of `transformers`; names of tokens in messages stay text.
 
-Of conversations in the terminal: what the model is given, what is forgotten, what is typed.
+Also conversations in the terminal: what the model sees, what is forgotten, what a user types.
 """
 
 import dataclasses
@@ -122,7 +122,7 @@ def test_templates_that_fail(llama3, source, message):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ids_are_those_of_the_text(name, llama3, tokenizer):
-    """Where no message holds a name of a special token."""
+    """Messages without names of special tokens get the ids of the rendered text."""
     template = template_of(TEMPLATES[name], llama3 if name == "llama3" else tokenizer)
     for messages in [*CONVERSATIONS, WITH_SYSTEM][: 3 if name == "mistral" else 4]:
         ids = template.encode(messages)
@@ -214,7 +214,7 @@ def test_special_tokens_have_the_names_of_the_checkpoint(llama3):
 
 
 def test_the_tokenizer_json_beside_a_sentencepiece_model_reads_conversations(tokenizer):
-    """It knows tokens that were added to write turns."""
+    """Only `tokenizer.json` has the tokens that were added to mark turns."""
     described = json.loads(released_json(tokenizer))
     added = {**described["added_tokens"][1], "id": 300, "content": "<|im_end|>"}
     described["added_tokens"].append(added)
@@ -381,7 +381,7 @@ def test_each_answer_sees_the_whole_conversation(open_conversation):
     second = "".join(talk.answer("d", pytest.fail))
     messages = said("abc", first, "d", system="s")
     assert talk.messages == [*messages, {"role": "assistant", "content": second}]
-    # The same as asked for at once; the second draws are those of the next seed.
+    # The same answer as for the whole conversation at once; the second answer uses the next seed.
     ids = talk._template.encode(messages)
     sampling = dataclasses.replace(SAMPLING, seed=1)
     assert second == "".join(a.text for a in new_texts(talk._model, [ids], sampling, chunk=1))
@@ -412,7 +412,7 @@ def test_the_oldest_exchange_is_forgotten(open_conversation):
         else:
             kept_lengths.append(length)
             assert talk.messages[:-1] == asked
-    # There is room for an answer, and no more is forgotten than that takes.
+    # A message is forgotten only when no room is left for an answer of 25 tokens.
     assert max(kept_lengths) == 64 - 25 and min(lost_lengths) == 64 - 25 + 1
 
 
@@ -447,7 +447,7 @@ def test_why_an_answer_was_cut(open_conversation, letters, reason):
     talk = open_conversation(Sampling(max_tokens=40, temperature=0.0))
     "".join(talk.answer("x" * letters, pytest.fail))
     assert talk.cut == reason
-    talk._model.__dict__["eos_ids"] = tuple(range(300))  # all of them end it
+    talk._model.__dict__["eos_ids"] = tuple(range(300))  # any token ends an answer
     "".join(talk.answer("x", lambda line: None))
     assert talk.cut == ""
 

@@ -21,7 +21,7 @@ NEVER = 10_000  # an end token that no model writes
 
 
 def greedy_by_hand(prompt, count):
-    """One full forward pass per token, no cache and no padding."""
+    """Decodes greedily with one full forward pass per token, without cache or padding."""
     tokens = list(prompt)
     for _ in range(count):
         tokens.append(int(logits(CONFIG, PARAMS, np.array([tokens]))[0, -1].argmax()))
@@ -86,7 +86,7 @@ def test_each_token_is_a_new_draw():
 
 
 def test_draws_follow_the_model():
-    """Frequencies of the first token over many rows against softmax of the logits."""
+    """The frequencies of the first token over many rows follow the softmax of the logits."""
     rows = 4096
     sampling = Sampling(max_tokens=1, temperature=2.0, top_p=1.0)
     prompt = PROMPTS[1]
@@ -94,7 +94,7 @@ def test_draws_follow_the_model():
     counts = collections.Counter(row[0] for row in drawn)
     expected = jax.nn.softmax(logits(CONFIG, PARAMS, np.array([prompt]))[0, -1] / 2.0)
     observed = np.array([counts[token] for token in range(64)]) / rows
-    # A frequency of 4,096 draws has a standard deviation of at most 0.008.
+    # A frequency over 4,096 draws has a standard deviation of at most 0.008.
     np.testing.assert_allclose(observed, expected, atol=0.04)
 
 
@@ -162,7 +162,7 @@ def test_knobs_out_of_range(field, value):
 
 
 def answers(chunks, rows):
-    """Tokens of each row, from what `stream_tokens` yields."""
+    """Returns the tokens of each row from the chunks of `stream_tokens`."""
     found = [[] for _ in range(rows)]
     for chunk in chunks:
         for row, new in zip(found, chunk, strict=True):
@@ -191,7 +191,7 @@ def test_streaming_compiles_one_program():
 
 
 def is_greedy(config, params, prompt, answer):
-    """Whether each token of the answer is the likeliest by one pass over all of it."""
+    """Returns whether one pass over the whole answer finds each of its tokens the likeliest."""
     tokens = np.array([[*prompt, *answer]])
     likeliest = logits(config, params, tokens)[0].argmax(axis=-1)[len(prompt) - 1 : -1]
     return likeliest.tolist() == answer
@@ -202,7 +202,7 @@ LONG = np.random.default_rng(0).integers(0, 64, 600).tolist()
 
 @pytest.mark.parametrize("window", [0, 24])
 def test_long_prompts_and_answers(window):
-    """Prompts of more than one piece, and more new tokens than a window's cache has room for."""
+    """Prompts may exceed one prefill piece, and answers the room in the cache of a window."""
     config = dataclasses.replace(CONFIG, sliding_window=window)
     sampling = Sampling(max_tokens=300, temperature=0.0)
     assert len(LONG) > decode.PREFILL and sampling.max_tokens > decode.ROOM
@@ -222,7 +222,7 @@ def test_the_cache_of_a_window_is_little_more_than_the_window():
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 2), (1, 2, 1, 2), (2, 1, 1, 1)])
 def test_sharded_decoding_gives_the_same_tokens(expected, shape):
-    """Also where the mesh divides the batch, and three prompts do not divide over it."""
+    """The mesh may also divide the batch, and three prompts need not divide evenly."""
     mesh = mesh_of(shape)
     with jax.set_mesh(mesh):
         params = jax.device_put(PARAMS, param_shardings(PARAMS, mesh))
@@ -268,11 +268,11 @@ def test_greedy_equals_transformers(changes):
     assert generate(config, params, PROMPTS, sampling, context=256, eos_id=NEVER) == expected
 
 
-IDS = 40  # of a tokenizer; the other 24 rows of the model are padding
+IDS = 40  # ids of the tokenizer; the other 24 rows of the model are padding
 
 
 def with_loud_padding():
-    """A model whose padding is by far likelier than all tokens; its first 40 rows are `PARAMS`."""
+    """Returns `PARAMS` with padding rows, after the 40 ids, that are far likelier than any id."""
     params = {**PARAMS, "lm_head": PARAMS["lm_head"].copy()}
     params["embed"] = PARAMS["embed"].copy()
     params["embed"][:, 0] = 50.0  # a direction that every hidden state has
@@ -292,7 +292,7 @@ def test_rows_without_an_id_are_never_drawn(shape):
         for knobs, first in [
             ({"temperature": 0.0}, likely[:1]),
             ({"temperature": 1e4}, likely),
-            ({"temperature": 1e4, "top_k": 3}, likely[:3]),  # of the tokens, not of all rows
+            ({"temperature": 1e4, "top_k": 3}, likely[:3]),  # the likeliest ids, not rows
             ({"temperature": 1e4, "top_p": 2.5 / IDS}, likely[:3]),
         ]:
             sampling = Sampling(max_tokens=10, **{"top_p": 1.0, **knobs})
@@ -311,7 +311,7 @@ def test_rows_without_an_id_are_never_drawn(shape):
         {"temperature": math.nan},
         {"temperature": math.inf},
         {"top_p": math.nan},
-        {"seed": 2**32},  # JAX would take it for 0
+        {"seed": 2**32},  # JAX would use seed 0
         {"seed": -(10**30)},
         {"top_k": 2**31},
         {"max_tokens": 10**30},

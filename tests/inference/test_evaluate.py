@@ -66,7 +66,7 @@ def test_several_sources_in_a_table(checkpoint, corpus):
     assert list(rows) == ["one", "two", "all"]
     assert rows["one"][0] == rows["two"][0] == 3
     assert [a + b for a, b in zip(rows["one"][:4], rows["two"][:4], strict=True)] == rows["all"][:4]
-    # The last word on the speed is on all tokens.
+    # The last line of the log counts all tokens.
     assert f"{rows['all'][1]:,.0f} tokens, " in process.stderr.splitlines()[-1]
 
 
@@ -126,7 +126,7 @@ def test_bad_input(checkpoint, corpus, shards, tmp_path, flags, message):
 
 
 def test_tasks_without_the_harness(checkpoint):
-    """Also where it is installed, what its import says is told in one line."""
+    """A failing import of the harness is also reported in one line."""
     process = run_command(
         "evaluate", f"--checkpoint={checkpoint}", "--tasks=/x.yaml", PYTHONPATH=_broken(checkpoint)
     )
@@ -134,7 +134,7 @@ def test_tasks_without_the_harness(checkpoint):
 
 
 def _broken(folder):
-    """A folder with a package of that name that cannot be imported."""
+    """Returns a folder with a package `lm_eval` that cannot be imported."""
     package = folder.parent / "broken" / "lm_eval"
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").write_text("raise ImportError('not here')")

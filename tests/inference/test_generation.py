@@ -51,10 +51,10 @@ def test_what_comes_piece_by_piece_is_the_whole(kind, tokenizer, corpus, one_dev
         found = list(new_texts(model, ids, sampling, chunk=1))
         whole = complete(model.config.model, model.params, tokenizer, prompts, sampling, context=64)
     texts = ["".join(a.text for a in found if a.row == row) for row in range(24)]
-    # Of a character that is cut off, SentencePiece marks each byte, and Python's decoder the rest.
+    # For a cut character, SentencePiece marks each byte; Python's decoder marks the rest once.
     got = [p + text for p, text in zip(prompts, texts, strict=True)]
     assert [re.sub("\ufffd+", "?", t) for t in got] == [re.sub("\ufffd+", "?", t) for t in whole]
-    assert any("\ufffd" in text for text in texts)  # random bytes are hardly ever UTF-8
+    assert any("\ufffd" in text for text in texts)  # random bytes are rarely valid UTF-8
     ended = [[a.ended for a in found if a.row == row] for row in range(24)]
     assert all(row[-1] and not any(row[:-1]) for row in ended)
     assert max(a.part for a in found) <= 40
@@ -90,14 +90,14 @@ def test_tokens_per_second(monkeypatch):
     rows = [(0, 0), (1, 0), (0, 1), (1, 1)]
     watch.count(NewText(row, "", 5, False, part) for row, part in rows)
     watch.count(iter([NewText(0, "", 50, False, 0)]))
-    # 60 tokens in the 12 seconds after the first program
+    # 60 tokens in the 12 seconds after the first pieces of the first batch.
     assert watch.summary() == (
         "70 new tokens; the first after 2.00 s (compilation included), then 5.0 tokens/s"
     )
 
 
 def test_a_damaged_step_is_one_line(tokenizer, tmp_path):
-    """Of orbax, which finds no arrays in what is cut, tracebacks came beside it."""
+    """Orbax finds no arrays in a cut file; its own tracebacks must not be printed as well."""
     config = replace(TINY, model__vocab_size=tokenizer.vocab_size)
     params = random_params(config.model)
     step = save_checkpoint(tmp_path, config, params, tokenizer.model_bytes) / "checkpoints" / "0"

@@ -1,4 +1,4 @@
-"""Our adapter against the harness's own `hf` model, on the same weights and tasks."""
+"""The adapter and the harness's own `hf` model agree on the same weights and tasks."""
 
 import json
 
@@ -44,7 +44,7 @@ metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
 
 @pytest.fixture(scope="module")
 def models(corpus, tmp_path_factory):
-    """The same weights in the adapter and in the harness's own model."""
+    """Returns the same weights in the adapter and in the harness's model, and their folder."""
     from lm_eval.models.huggingface import HFLM
 
     from llama_jax.inference.loaded_model import open_model
@@ -77,7 +77,7 @@ def models(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tasks(corpus, tmp_path_factory):
-    """Task files on questions made of the corpus: multiple choice, free text, rolling."""
+    """Returns task files with questions from the corpus: multiple choice, free text, rolling."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = []
     for number, path in enumerate(sorted(corpus.iterdir())[:24]):
@@ -101,7 +101,7 @@ def tasks(corpus, tmp_path_factory):
 
 
 def requests_of(tasks):
-    """The requests of the tasks, by kind."""
+    """Returns the requests of the tasks by their kind."""
     from llama_jax.inference.harness import find_tasks
 
     found, manager = find_tasks(tasks)
@@ -170,7 +170,7 @@ def test_few_shapes_are_compiled(models, tasks):
         adapter = HarnessModel(ours, batch_size=7, quiet=True)
         for kind, requests in kinds.items():
             getattr(adapter, kind)(requests)
-    # Inputs of up to 96 tokens: 16, 32, 64, 128, in two ranges of texts and contexts.
+    # Inputs of up to 96 tokens are padded to 16, 32, 64 or 128.
     assert [program._cache_size() <= 4 for program in programs] == [True] * 3
     lengths = {len(adapter.tok_encode("".join(r.args))) for r in kinds["loglikelihood"]}
     assert len(lengths) > 15

@@ -1,4 +1,4 @@
-"""A template that was learnt, above a base that brings another one, and two tokenizer files."""
+"""A learnt chat template replaces the template and the tokenizer files of the base."""
 
 import json
 
@@ -32,14 +32,14 @@ BASE_TEMPLATES = {
 
 
 def learnt_files(template):
-    """What a run that learnt a template has beside its weights."""
+    """Returns the files that a run with a learnt template stores next to its weights."""
     kind = "json" if template.tokenizer.model_bytes[:1] == b"{" else "model"
     data = TrainingData(None, None, template.tokenizer, "x", to_json(template))
     return {f"tokenizer.{kind}": template.tokenizer.model_bytes, **data.files}
 
 
 def adapters_over(base, workdir, config, files):
-    """A checkpoint of adapters that has these files."""
+    """Writes a checkpoint of adapters with these files."""
     config = replace(config, init_from=f"hf:{base}", lora__rank=2, lora__base_dtype="float32")
     print_of_base = base_fingerprint(open_source("hf", epath.Path(base)), config)
     workdir.mkdir()
@@ -49,9 +49,10 @@ def adapters_over(base, workdir, config, files):
 
 @pytest.fixture(scope="module")
 def runs(tokenizer, corpus, tmp_path_factory):
-    """By name of a template: it, and a folder with `base`, and `full` and `adapted` that learnt it.
+    """Returns, by name, a template and a folder: `base`, and the runs `full` and `adapted`.
 
-    A base has a template of its own and, but for llama3, both files of a tokenizer.
+    Both runs learnt the template. The base has another template and, except for llama3, both
+    tokenizer files.
     """
     found = {}
     for name in NAMES:
@@ -94,7 +95,7 @@ def test_an_exported_folder_has_only_the_learnt_template(runs, name, run):
         if path.suffix in (".json", ".jinja", ".model")
     }
     assert templates(files) == {"default": template.source}
-    # The tokenizer.json in it gives the same ids.
+    # The exported tokenizer.json gives the same ids.
     tokens = {"bos_token": template.tokens["bos_token"], "eos_token": template.tokens["eos_token"]}
     again = ChatTemplate(template.source, name, Tokenizer(files["tokenizer.json"]), tokens)
     assert again.example(TALK).ids.tolist() == template.example(TALK).ids.tolist()
@@ -114,7 +115,7 @@ def test_answers_end_where_the_template_ends_them(runs, name, run):
 
 
 def test_a_tokenizer_json_alone_says_what_ends_a_text(corpus):
-    """As of a run that trained all weights of a LLaMA-3 on text."""
+    """A run that trained all weights of a LLaMA-3 on text has only this file."""
     llama3 = Tokenizer(chat_tokenizer(corpus))
     assert special_ids({"tokenizer.json": llama3.model_bytes}) == (llama3.bos_id, llama3.eos_id)
     assert special_ids({"tokenizer.json": b"{}"}) == (None, None)

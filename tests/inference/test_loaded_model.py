@@ -41,7 +41,7 @@ def test_why_there_is_no_tokenizer(tmp_path):
 
 
 def test_a_checkpoint_opens_with_its_weights_where_they_belong(tokenizer, tmp_path):
-    config = replace(TINY, model__vocab_size=304, train__seq_len=24)  # padded, as some are
+    config = replace(TINY, model__vocab_size=304, train__seq_len=24)  # with padding rows
     params = random_params(config.model)
     save_checkpoint(tmp_path / "run", config, params, tokenizer.model_bytes)
     for mesh, sizes in (("fsdp=2,tensor=2", (1, 2, 1, 2)), ("", (1, 1, 1, 4))):
@@ -54,7 +54,7 @@ def test_a_checkpoint_opens_with_its_weights_where_they_belong(tokenizer, tmp_pa
 
 
 def test_a_vocabulary_that_tensor_does_not_divide(tokenizer, tmp_path):
-    """32,001 rows are what others have: each device holds the vocabulary whole."""
+    """Each device holds the whole vocabulary; released models have 32,001 rows, for example."""
     config = replace(TINY, model__vocab_size=301, train__seq_len=24)
     params = random_params(config.model)
     save_checkpoint(tmp_path / "run", config, params, tokenizer.model_bytes)

@@ -19,7 +19,7 @@ def spans_of(lengths, seed=0):
 
 
 def by_hand(span):
-    """Log-probabilities from all logits of one unpadded row, and whether each is the greatest."""
+    """Computes log-probabilities from all logits of one unpadded row, and whether each is top."""
     tokens = np.array(span.tokens)
     all_logits = np.asarray(logits(CONFIG, PARAMS, tokens[None, :-1])[0], np.float64)
     totals = np.log(np.exp(all_logits).sum(axis=-1))
@@ -29,7 +29,7 @@ def by_hand(span):
 
 
 def with_likely_ends(spans):
-    """The same, but the last token of each is the likeliest, so that not all are unlikely."""
+    """Returns the spans with the likeliest last token, so that not all tokens are unlikely."""
     return [
         Span(
             [
@@ -72,12 +72,12 @@ def test_few_shapes_are_compiled():
     spans = spans_of(range(4, 130), seed=1)  # the last batch is not full
     before = logprobs_lib.token_logprobs._cache_size()
     Scorer(config, random_params(config), 200, 4)(spans)
-    # Lengths of 3..128 inputs: 16, 32, 64, 128, whatever the order and the remainder.
+    # Lengths of 3 to 128 inputs are padded to 16, 32, 64 or 128, in any order and last batch.
     assert logprobs_lib.token_logprobs._cache_size() - before == 4
 
 
 def test_all_logits_never_exist():
-    """The compiled program has no array of tokens x vocabulary, but of chunks."""
+    """The program has arrays of one chunk x vocabulary, never of all tokens x vocabulary."""
     config = replace(TINY, model__vocab_size=1024).model
     ids = jax.ShapeDtypeStruct((2, 1024), "int32")
     params = jax.eval_shape(lambda: random_params(config))

@@ -56,7 +56,7 @@ def test_perplexities_by_hand(monkeypatch):
     documents = [Document(rng.integers(0, 64, n).tolist(), "zwei Wörter") for n in lengths]
     nll = 0.0
     for document in documents:
-        # One full pass for each token, over the window that scores it.
+        # Scores each token with one full pass over its window.
         for at in range(1, len(document.tokens)):
             begin = 0 if at <= 8 else -(-(at - 8) // 3) * 3
             row = logits(CONFIG, PARAMS, np.array([document.tokens[begin:at]]))[0, -1]
@@ -65,7 +65,7 @@ def test_perplexities_by_hand(monkeypatch):
     monkeypatch.setattr("llama_jax.inference.perplexity.BATCHES_AT_ONCE", 2)
     done = []
     totals = perplexity(scorer, iter(documents), 3, done.append)
-    # The document of BOS alone has nothing to score.
+    # A document of BOS alone has no token to score.
     assert totals == Totals(totals.nll, 3, 44, 6, 36)
     assert totals.nll == pytest.approx(nll, rel=1e-5)
     assert sum(done) == 44 and len(done) > 1

@@ -1,6 +1,6 @@
-"""What `convert` exports of SentencePiece models, against sentencepiece itself.
+"""The tokenizer.json that `convert` exports of a SentencePiece model gives sentencepiece's ids.
 
-`tokenizer.json` is read by the tokenizers library here, by transformers in `make parity`.
+The tokenizers library reads the file here; transformers reads it in `make parity`.
 """
 
 import importlib.util
@@ -61,7 +61,7 @@ def sources():
 
 
 def hard_strings(pieces):
-    """200 strings, some of them made of a model's pieces, none of names of control tokens."""
+    """Returns 200 or more strings that are easy to get wrong, some of them made of `pieces`."""
     found = [
         *(
             "",
@@ -139,14 +139,14 @@ def hard_strings(pieces):
 
 
 def proto(model_bytes):
-    from sentencepiece import sentencepiece_model_pb2  # which Beam's protobuf is too old for
+    from sentencepiece import sentencepiece_model_pb2  # Beam's protobuf is too old
 
     return vars(sentencepiece_model_pb2)["ModelProto"].FromString(model_bytes)
 
 
 @pytest.fixture(scope="module")
 def trained(sources):
-    """SentencePiece models by the options that differ from LLaMA's."""
+    """Returns a cached function that trains a model with options that differ from LLaMA's."""
     made = {}
 
     def train(**changes):
@@ -166,7 +166,7 @@ def trained(sources):
 
 
 def scored(model, rule):
-    """The model with other scores: `rule` maps a piece of several letters and its score."""
+    """Sets the score of each piece of several characters to `rule(piece, score)`."""
     for piece in model.pieces:
         if piece.type == NORMAL and len(piece.piece) > 1:
             piece.score = rule(piece.piece, piece.score)
@@ -185,14 +185,14 @@ def shuffled(model):
 
 
 def ties_apart(model):
-    """Equal scores of pieces that share no letter."""
+    """Gives the same score to two pieces that share no character."""
     found = {piece.piece: piece for piece in model.pieces}
     found["in"].score = found["se"].score
     return model
 
 
 def renamed(model, *names):
-    """Some pieces become others that no merges lead to."""
+    """Replaces some pieces by `names`, which no merges produce."""
     pieces = [p for p in model.pieces if p.type == NORMAL and len(p.piece) > 3]
     for piece, name in zip(pieces, names, strict=False):
         piece.piece = name
@@ -273,7 +273,7 @@ NOT_SAID = {
 
 
 def assert_same_ids(encode, decode, processor, texts):
-    """`encode` adds BOS, `decode` leaves it out."""
+    """Checks the ids and the decoded texts; `encode` adds BOS, and `decode` drops it."""
     for text in texts:
         ids = [processor.bos_id(), *processor.encode(text)]
         assert encode(text) == ids, text[:99]
@@ -281,7 +281,7 @@ def assert_same_ids(encode, decode, processor, texts):
 
 
 def same_text(text, found, wanted):
-    """Where extra spaces are removed, SentencePiece decodes a first U+2581 as one of them."""
+    """Returns whether the texts agree, except for a leading U+2581 that SentencePiece drops."""
     return found == wanted or (text[:1] == "\u2581" and found.lstrip() == wanted)
 
 
@@ -298,7 +298,7 @@ def test_the_ids_of_sentencepiece(trained, sources, name):
     plain += [text[:1500] for text in sources] + [text[-500:] for text in sources]
     assert_same_ids(lambda text: library.encode(text).ids, library.decode, processor, plain)
     library.encode_special_tokens = (
-        True  # their names are text, as they always are to sentencepiece
+        True  # sentencepiece always reads the names of control tokens as text
     )
     texts += [
         f"{before}{name}{after}" for name in names for before in (" ", "") for after in (" b", "")
@@ -431,7 +431,7 @@ def by_hand(pieces):
 
 
 def test_rules_of_any_scores_give_the_ids_or_are_refused():
-    """All texts of up to 8 letters, for 150 vocabularies whose scores are often equal."""
+    """All texts of up to 8 characters, with 150 vocabularies whose scores are often equal."""
     draw, refused = random.Random(4), 0
     texts = [
         "".join(letters) for size in range(1, 9) for letters in itertools.product("ab", repeat=size)
@@ -453,7 +453,7 @@ def test_rules_of_any_scores_give_the_ids_or_are_refused():
 
 
 def test_equal_scores_that_no_order_of_rules_has():
-    # "aba" is ab|a, and "bab" is ba|b: each piece is before the other.
+    # "aba" is ab|a, and "bab" is ba|b: each of the two pieces must come before the other.
     pieces = {"a": 0.0, "b": 0.0, "ab": -1.0, "ba": -1.0}
     processor = sentencepiece.SentencePieceProcessor(model_proto=by_hand(pieces))
     assert processor.encode(["aba", "bab"], out_type=str) == [["ab", "a"], ["ba", "b"]]
@@ -466,7 +466,7 @@ def test_files_of_the_same_pieces_but_other_merges_are_not_the_same(trained):
     described = json.loads(fast_files(model)["tokenizer.json"])
     assert model.same_ids(Tokenizer(json.dumps(described).encode()))
     ids = described["model"]["vocab"]
-    described["model"]["merges"].sort(key=lambda rule: ids["".join(rule)])  # by place in the file
+    described["model"]["merges"].sort(key=lambda rule: ids["".join(rule)])  # by id
     assert not model.same_ids(Tokenizer(json.dumps(described).encode()))
 
 
@@ -486,7 +486,7 @@ RELEASED = {
     "v3": "mistral_instruct_tokenizer_240323.model.v3",
     "v7": "mistral_instruct_tokenizer_241114.model.v7",
 }
-FEW = ["v7", pytest.param("v1", marks=pytest.mark.slow)]  # others have parts of what v7 has
+FEW = ["v7", pytest.param("v1", marks=pytest.mark.slow)]  # v7 has the features of the others
 
 
 def released(name):
@@ -498,7 +498,7 @@ def released(name):
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    """The export of a released model; its import, `run`; and the export of that, `again`."""
+    """Returns a cached function: a released model as `hf`, imported as `run`, back as `again`."""
     made = {}
 
     def make(name):
@@ -528,18 +528,18 @@ def test_a_released_model_through_export_and_import(folder_of, sources, name):
         assert (folder / "again" / file).read_bytes() == (folder / "hf" / file).read_bytes()
     model = open_model(folder / "run", "fsdp=1")
     chat = open_template(model)
-    assert chat.tokenizer.same_ids(model.tokenizer)  # --chat reads the one, --prompt the other
+    assert chat.tokenizer.same_ids(model.tokenizer)  # --chat uses one, --prompt the other
     assert chat.tokenizer.model_bytes != model.tokenizer.model_bytes
     assert chat.encode(TALK) == talk_by_hand(name)
 
 
 def talk_by_hand(name):
-    """Each part encoded by sentencepiece, without a space before it."""
+    """Encodes each part of `TALK` with sentencepiece, without adding a space before it."""
     model = normalizer(proto(released(name)), add_dummy_prefix=False).SerializeToString()
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     ids = [processor.bos_id()]
     for user, assistant in zip(CONTENTS[::2], CONTENTS[1::2], strict=True):
-        if name == "v1":  # where [INST] is text
+        if name == "v1":  # [INST] is text there
             ids += processor.encode(f"[INST] {user}[/INST] {assistant}")
         else:
             begin, end = map(processor.piece_to_id, ("[INST]", "[/INST]"))
@@ -562,7 +562,7 @@ def test_transformers_reads_a_released_model(folder_of, sources, name):
     theirs = load(folder / "hf")
     texts = [*hard_strings(map(processor.id_to_piece, range(800, 30_000)))]
     texts += sources if name == "v1" else [text[:2000] for text in sources]
-    if name != "v1":  # where they are control pieces
+    if name != "v1":  # control pieces there
         texts = [text for text in texts if "[INST]" not in text and "[/INST]" not in text]
     assert_same_ids(
         lambda text: theirs(text)["input_ids"],
@@ -578,7 +578,7 @@ def test_transformers_reads_a_released_model(folder_of, sources, name):
 @pytest.mark.parity
 @pytest.mark.parametrize("name", [*SAID, *NOT_SAID])
 def test_transformers_gives_the_ids(trained, sources, tmp_path, name):
-    """Also where there is no tokenizer.json, by the class that tokenizer_config.json names."""
+    """Without a tokenizer.json, the class that tokenizer_config.json names gives them."""
     make = SAID[name] if name in SAID else NOT_SAID[name][0]
     model = make(trained).SerializeToString()
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)

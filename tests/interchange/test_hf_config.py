@@ -1,4 +1,4 @@
-"""What `config.json` may say; `test_convert_parity` compares models with transformers."""
+"""Accepted values of `config.json`; `test_transfer_parity` compares models with transformers."""
 
 import json
 
@@ -10,8 +10,8 @@ from llama_jax.interchange import hf_config
 from llama_jax.interchange.hf import HfSource
 from tests.interchange.test_transfer import FAMILY, GROUPED, exported
 
-# Written by transformers 4.57.1: json.dumps(LlamaConfig(..).to_dict()), less what is null there and
-# the sizes, which are those of a test.
+# Written by transformers 4.57.1 as json.dumps(LlamaConfig(..).to_dict()), without null values and
+# with the sizes of a test.
 VERSION_4 = {
     **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048},
@@ -115,7 +115,7 @@ def test_architectures(changes, message):
 
 
 def test_a_factor_of_1_is_none():
-    """So that a config with the defaults fits: `init_from` compares the fields."""
+    """The fields then equal the defaults, which matters because `init_from` compares them."""
     for kind in ("linear", "llama3"):
         values = rope(type=kind, factor=1.0)
         if kind == "llama3":
@@ -237,7 +237,7 @@ def test_rope_that_cannot_be(values, message):
 
 
 def test_rope_of_released_models():
-    """Vicuna 16k, LongChat, deepseek-coder, YaRN-Llama-2: as their files have it."""
+    """Values from the files of Vicuna 16k, LongChat, deepseek-coder and YaRN-Llama-2."""
     vicuna = {**rope(factor=4.0, type="linear"), "max_position_embeddings": 4096}
     config = parse({**vicuna, "max_sequence_length": 16384})
     assert (config.model.rope_scaling, config.model.rope_scaling_factor) == ("linear", 4)
@@ -272,7 +272,7 @@ def test_sizes_beyond_the_tensors_are_told_at_once(tmp_path):
         assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-# The matrices tell the dtype.
+# The matrices determine the dtype.
 
 
 @pytest.mark.parametrize(

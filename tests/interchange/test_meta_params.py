@@ -1,4 +1,4 @@
-"""What `params.json` may say; no tensors are needed for it."""
+"""Accepted values of `params.json`; these tests need no tensors."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Which weights are opened, and whether they are those of the config's model."""
+"""The weights that a config names are opened only if they fit its model."""
 
 import pytest
 from etils import epath
@@ -13,7 +13,7 @@ ROWS = TINY.model.vocab_size
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Of a run that begins with weights of this model, which are there."""
+    """Returns the config of a run that begins with saved weights of the same model."""
     folder = tmp_path_factory.mktemp("base") / "ckpt"
     save_checkpoint(folder, TINY, random_params(TINY.model), b"")
     return replace(TINY, init_from=f"ckpt:{folder}")
@@ -41,7 +41,7 @@ def test_weights_of_fewer_rows_are_opened_as_they_are(config, open_it):
 
 
 def test_adapters_have_a_base_of_their_own_rows(config, tmp_path):
-    """Those that the run added to the weights are there."""
+    """The base includes the rows that the run added to the weights."""
     run = replace(config, model__vocab_size=ROWS + 8, lora=LoraConfig(rank=2))
     save_checkpoint(tmp_path / "run", run, random_adapters(run), b"")
     step = epath.Path(tmp_path / "run" / "checkpoints" / "0")

@@ -1,4 +1,4 @@
-"""Adapters in and out of PEFT's format."""
+"""Import and export of adapters in PEFT's format."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def equal(left, right):
 
 @pytest.fixture
 def base(tmp_path):
-    """The base of the golden, as a folder of Hugging Face."""
+    """Returns the base of the golden as a place, `hf:FOLDER`."""
     plain = replace(CASE, lora=LoraConfig(), init_from="")
     save_checkpoint(tmp_path / "base", plain, random_params(CASE.model), b"")
     convert(open_source("ckpt", epath.Path(tmp_path / "base")), "hf", tmp_path / "hf")
@@ -81,7 +81,7 @@ def test_peft_loads_what_we_write(tmp_path):
 
 
 FULL = [f"model.layers.{i}.mlp.{name}" for i in range(2) for name in ("up_proj", "gate_proj")]
-FORMS = {  # what PEFT is told
+FORMS = {  # fields of PEFT's LoraConfig
     "list": {"target_modules": ["q_proj", "down_proj"]},
     "one": {"target_modules": ["k_proj"]},
     "parents": {"target_modules": ["self_attn.q_proj", "mlp.down_proj"]},
@@ -101,7 +101,7 @@ FORMS = {  # what PEFT is told
 
 
 def saved_by_peft(folder, form):
-    """A random adapter of PEFT, saved; and the tokens' logits where PEFT has merged it."""
+    """Saves a random PEFT adapter; returns tokens and their logits after PEFT merged it."""
     import peft as library
     import torch
 
@@ -137,7 +137,7 @@ def test_forms_of_peft_are_merged_as_peft_does(tmp_path, base, form):
     tokens, expected = saved_by_peft(tmp_path / "peft", FORMS[form])
     got = merged_logits(tmp_path / "peft", base, tokens)
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
-    # And as people write it: PEFT saves a list for all-linear, and flags as it has reset them.
+    # Also as people write the file: PEFT saves all-linear as a list, and resets some flags.
     config = tmp_path / "peft" / "adapter_config.json"
     saved = json.loads(config.read_text())
     if any(saved[name] != value for name, value in FORMS[form].items()):
@@ -146,7 +146,7 @@ def test_forms_of_peft_are_merged_as_peft_does(tmp_path, base, form):
 
 
 def as_pickle(change):
-    """Puts adapter_model.bin in the place of adapter_model.safetensors."""
+    """Returns a function that replaces adapter_model.safetensors by adapter_model.bin."""
 
     def write(folder):
         import safetensors.torch
@@ -198,7 +198,7 @@ def test_files_of_adapters_are_read_as_peft_does(tmp_path, base, kind):
 
 
 def test_changes_of_the_config_end_in_one_line(tmp_path):
-    """400 changes of adapter_config.json: adapters as they are, or one line."""
+    """400 changes of adapter_config.json give the same adapters or a one-line error."""
     folder, read = shutil.copytree(GOLDEN, tmp_path / "adapters"), 0
     path = folder / "adapter_config.json"
     for content in mutations.of_json_file(path.read_bytes(), 400):
@@ -244,7 +244,7 @@ def test_adapters_go_round_and_keep_their_base(tmp_path, base):
     lora, name = peft.read_config(epath.Path(tmp_path / "again"))
     assert lora == meta.config.lora and f"hf:{name}" == base
     equal(peft.read(epath.Path(tmp_path / "again"), CASE.model, lora), random_adapters(CASE))
-    # Its fingerprint is that of the base, whose other bits are refused.
+    # The run stores the fingerprint of its base: a base with other bits is refused.
     other = {**random_params(CASE.model), "embed": np.ones((64, 32), np.float32)}
     plain = replace(CASE, lora=LoraConfig(), init_from="")
     save_checkpoint(tmp_path / "other", plain, other, b"")
@@ -255,7 +255,7 @@ def test_adapters_go_round_and_keep_their_base(tmp_path, base):
     with pytest.raises(UserError, match=message):
         export_adapters(epath.Path(tmp_path / "run"), tmp_path / "wrong", base=place)
     assert not (tmp_path / "wrong").exists()
-    # The same bits elsewhere are named; without a word nothing is read of the base.
+    # An export names a copy of the base; without one, it does not read the base at all.
     shutil.move(tmp_path / "hf", tmp_path / "moved")
     export_adapters(epath.Path(tmp_path / "run"), tmp_path / "named", f"hf:{tmp_path / 'moved'}")
     assert peft.read_config(epath.Path(tmp_path / "named"))[1] == str(tmp_path / "moved")

@@ -1,4 +1,4 @@
-"""The modules that adapter_config.json names, against what PEFT's own matching says."""
+"""The modules that adapter_config.json names are those that PEFT's own matching finds."""
 
 import random
 import re
@@ -131,7 +131,7 @@ def test_an_expression_that_never_ends(monkeypatch):
 
 
 def generated(count):
-    """Configs with lists and expressions that are made of pieces of names."""
+    """Yields random configs with lists and expressions made of parts of module names."""
     rng = random.Random(0)
     modules = [module_of(name, layer) for name in MATRICES for layer in range(LAYERS)]
     letters = [*"qkvo", "gate", "up", "down"]
@@ -170,7 +170,7 @@ def generated(count):
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")
 def test_the_same_modules_and_ranks_as_peft():
-    """120 generated configs at PEFT's matching, ranks and alphas for a real LLaMA and Mistral."""
+    """120 random configs give the modules, ranks and alphas of PEFT on a LLaMA and a Mistral."""
     import peft
     import transformers
 

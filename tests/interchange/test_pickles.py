@@ -1,4 +1,4 @@
-"""Weights in torch's pickles: what transformers loads of them, and never code. `make parity`."""
+"""Weights in torch's pickles load as in transformers, and never run code (`make parity`)."""
 
 import json
 import os
@@ -38,12 +38,12 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def folder(whole, tmp_path):
-    """A folder of Hugging Face, whose safetensors a test turns into pickles."""
+    """Returns a Hugging Face folder with safetensors, which a test turns into pickles."""
     return shutil.copytree(whole, tmp_path / "hf")
 
 
 def taken(folder):
-    """The tensors of the folder's file, which is removed."""
+    """Removes the folder's safetensors file and returns its tensors."""
     import safetensors.torch
 
     file = folder / "model.safetensors"
@@ -74,7 +74,7 @@ def each(change):
 
 
 def padded(tensor):
-    """The same numbers as every other one of a larger tensor."""
+    """Returns the same numbers as a view of every second element of a larger tensor."""
     import torch
 
     return torch.stack((tensor, torch.zeros_like(tensor)), -1)[..., 0]
@@ -87,7 +87,7 @@ def parameters(tensors):
 
 
 def one_storage(tensors):
-    """All tensors as views of one."""
+    """Returns all tensors as views of one storage."""
     import torch
 
     whole = torch.cat([tensor.flatten() for tensor in tensors.values()])
@@ -103,7 +103,7 @@ def with_frequencies(tensors):
 
 
 def state_dict(tensors):
-    """As a module gives it: an ordered dict with notes on its modules' versions."""
+    """Returns the tensors as a module's state_dict: an ordered dict with version metadata."""
     import torch
 
     module = torch.nn.ParameterDict({n.replace(".", "/"): t for n, t in tensors.items()})
@@ -163,7 +163,7 @@ def test_dtypes(folder, dtype):
     params = jax.tree.map(lambda leaf: leaf.astype(kind), random_params(GROUPED.model))
     assert_same(source, params)
     for name, tensor in theirs(folder).items():
-        assert torch.equal(tensor, tensors[name].float()), name  # as config.json says
+        assert torch.equal(tensor, tensors[name].float()), name  # float32, from config.json
 
 
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
@@ -207,7 +207,7 @@ def test_a_run_begins_with_a_pickle(folder):
 
 
 class Malice:
-    """An object whose loading makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self._path = str(path)
@@ -233,7 +233,7 @@ def evil_plain(value, file):
 def test_code_is_never_run(folder, tmp_path, kind, write):
     made = tmp_path / "made"
     values = {"model.norm.weight": Malice(made)}
-    with open(os.devnull) as _:  # the object works where it is loaded without care
+    with open(os.devnull) as _:  # plain pickle.loads does create the file
         pickle.loads(pickle.dumps(Malice(made))).close()  # noqa: S301
     assert made.exists()
     made.unlink()
@@ -308,7 +308,7 @@ def test_files_that_are_no_pickles(tmp_path):
 
 @pytest.mark.parametrize("old", [False, True])
 def test_changes_of_a_pickle_end_in_one_line(folder, old):
-    """300 changes of a file of weights: arrays of the same sizes, or one line."""
+    """300 changes of a file of weights give arrays of the stated shapes or a one-line error."""
     tensors = {"a": next(iter(taken(folder).values())), "b": 3}
     del tensors["b"]
     save(tensors, folder, _use_new_zipfile_serialization=not old)

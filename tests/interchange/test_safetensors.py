@@ -1,4 +1,4 @@
-"""Our reader of safetensors against the library's: what one refuses, the other refuses."""
+"""Our reader of safetensors refuses what the library refuses; `STRICTER` lists what it adds."""
 
 import json
 import random
@@ -24,7 +24,7 @@ def raw(header, data=b""):
 
 
 def text(entries, data=b""):
-    """A file whose header is written by hand: names may be given twice."""
+    """Returns a file with a header written by hand, in which a name may occur twice."""
     parts = ", ".join(f'"{name}": {json.dumps(value)}' for name, value in entries)
     return raw(f"{{{parts}}}".encode(), data)
 
@@ -123,7 +123,7 @@ WRONG = {
     "pickle": b"\x80\x04K\x01." * 9,
     "zip": b"PK\x03\x04" + bytes(99),
 }
-STRICTER = {  # than the library: see `read_header`
+STRICTER = {  # only our reader refuses these: see `read_header`
     "twice, the last one right": text([("a", TWO), ("a", ONE)], W[:4]),
     "twice the same": text([("a", ONE), ("a", ONE)], W[:4]),
     "twice in metadata": raw(
@@ -138,7 +138,7 @@ STRICTER = {  # than the library: see `read_header`
 
 
 def ours(path):
-    """Name -> shape, dtype's code and bytes."""
+    """Reads a file with our reader: name -> (shape, code of the dtype, bytes)."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     return {
         name: (list(found.shape), codes[found.dtype], found.rows().tobytes())
@@ -152,7 +152,7 @@ def theirs(content):
 
 
 def refusal(path):
-    """What our reader says of a file that it refuses, which must be one line."""
+    """Returns the error of our reader, and checks that it is one line with the path."""
     with pytest.raises(UserError) as caught:
         ours(path)
     message = str(caught.value)
@@ -169,7 +169,7 @@ def test_files_that_are_right(tmp_path, name):
 @pytest.mark.parametrize("name", WRONG)
 def test_files_that_the_library_refuses(tmp_path, name):
     (tmp_path / "x").write_bytes(WRONG[name])
-    if name != "overflow after zero":  # which the library reads, but NumPy cannot hold
+    if name != "overflow after zero":  # the library reads it, but NumPy cannot hold it
         with pytest.raises(library.SafetensorError):
             library.deserialize(WRONG[name])
     else:
@@ -186,7 +186,7 @@ def test_files_that_only_we_refuse(tmp_path, name):
 
 
 def made():
-    """A file with tensors of all dtypes and of several ranks, in the order of the library."""
+    """Returns a file of the library with tensors of all dtypes and several ranks."""
     rng = np.random.default_rng(0)
     arrays = {
         f"model.layers.{number}.w{number}": rng.normal(size=shape).astype(dtype)
@@ -203,14 +203,14 @@ def made():
 
 
 def changed_headers(count):
-    """Files whose header has a part of another kind, and is well-formed JSON."""
+    """Yields files with a changed header that is still well-formed JSON."""
     content = made()
     length = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
     for values in mutations.of_json(header, count):
         yield raw(values, data)
     rng = random.Random(1)
-    for _ in range(count):  # offsets and sizes that are nearly right
+    for _ in range(count):  # offsets and sizes that are slightly wrong
         values = json.loads(json.dumps(header))
         value = values[rng.choice([name for name in values if name != "__metadata__"])]
         numbers = value[rng.choice(("shape", "data_offsets"))]
@@ -220,7 +220,7 @@ def changed_headers(count):
 
 
 def test_the_library_and_we_accept_the_same(tmp_path):
-    """600 changes of a right file; where only we refuse, it is for one of our reasons."""
+    """600 changes of a valid file; what only our reader refuses has one of the known reasons."""
     files = [*changed_headers(150), *mutations.of_bytes(made(), 300)]
     path, accepted = tmp_path / "x", 0
     for number, content in enumerate(files):

@@ -1,4 +1,4 @@
-"""Weights in and out: the same numbers, the same logits, and bad input told in one line."""
+"""Import and export keep every bit, and report bad input in one line."""
 
 import dataclasses
 import json
@@ -76,7 +76,7 @@ FAMILY = {name: replace(config, train__seq_len=CONTEXT) for name, config in FAMI
 
 
 class Memory:
-    """A source that holds everything."""
+    """A source with all arrays in memory."""
 
     def __init__(self, config, params, dtype="float32", files=None):
         self.description = formats.Description(config, dtype, files or {})
@@ -95,7 +95,7 @@ def flat(params):
 
 
 def assert_same(source, params):
-    """Every array of a source is that of a tree, bit for bit."""
+    """Checks that every array of the source equals that of the tree, bit for bit."""
     wanted = flat(params)
     assert set(formats.shapes(source.description.config.model)) == set(wanted)
     for path, layer in formats.paths_and_layers(source.description.config.model):
@@ -116,7 +116,7 @@ def hf(tmp_path):
     return exported(tmp_path / "hf", GROUPED)
 
 
-# There and back.
+# Import and export.
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -143,7 +143,7 @@ def test_hugging_face_and_back(name, tmp_path):
 
 
 def test_a_trained_checkpoint_goes_out(tmp_path, capfd):
-    """What orbax wrote from a mesh, with its card."""
+    """A checkpoint that orbax wrote from a mesh is exported, with a model card."""
     from llama_jax.checkpoint.checkpointer import Checkpointer
     from llama_jax.checkpoint.saved_step import StepMeta
 
@@ -155,7 +155,7 @@ def test_a_trained_checkpoint_goes_out(tmp_path, capfd):
             saver.save(state.to_items(), StepMeta(config, 5, "data-1", b""))
     records = [
         {"step": 3, "loss": 2.5, "tokens_per_second": 1280.0, "chip_seconds": 7000.0},
-        # Killed, and resumed from step 2: what was lost was paid for, too.
+        # Killed and resumed from step 2: the chip-hours include the lost step.
         {"step": 3, "loss": 2.5, "tokens_per_second": 1280.0, "chip_seconds": 1640.0},
         {"step": 4, "loss": 2.5, "tokens_per_second": 1280.0, "chip_seconds": 540.0},
         {"step": 5, "eval_loss": 3.25},
@@ -185,7 +185,7 @@ def test_a_trained_checkpoint_goes_out(tmp_path, capfd):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 1, 2)])
 def test_a_trained_checkpoint_is_stored_layer_by_layer(tmp_path, monkeypatch, shape):
-    """Where layers are not small; then export reads one at a time."""
+    """Large layers are stored one by one, so that export reads one at a time."""
     from llama_jax.checkpoint import saving
     from llama_jax.checkpoint.checkpointer import Checkpointer
     from llama_jax.checkpoint.saved_step import StepMeta, find_step, load_params
@@ -211,7 +211,7 @@ def test_a_trained_checkpoint_is_stored_layer_by_layer(tmp_path, monkeypatch, sh
 
 
 def test_what_is_written_is_what_orbax_writes(tmp_path):
-    """The description of the tree, but for where it was and how it is cut."""
+    """Both write the same description of the tree (`_METADATA`)."""
     from llama_jax.checkpoint.checkpointer import Checkpointer
     from llama_jax.checkpoint.saved_step import StepMeta
 
@@ -254,7 +254,7 @@ def test_dtypes(tmp_path, dtype):
     assert compute == ("float32" if dtype == "float32" else "bfloat16")
     kind = {"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)
     assert_same(source, jax.tree.map(lambda leaf: leaf.astype(kind), params))
-    # From there on, nothing is lost: float32 holds each of them.
+    # Further conversions lose nothing: float32 holds every value of these dtypes.
     convert(source, "ckpt", tmp_path / "run")
     convert(open_source("ckpt", tmp_path / "run"), "hf", tmp_path / "again", dtype)
     first, again = (tmp_path / name / "model.safetensors" for name in ("hf", "again"))
@@ -379,7 +379,7 @@ def test_config_json_that_is_not_ours_or_not_its(hf, tmp_path, changes, message)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-# Files that are damaged.
+# Damaged files.
 
 
 def sharded(folder):
@@ -398,7 +398,7 @@ def truncate(folder):
 
 
 def rewrite(folder, change):
-    """Changes the tensors of a file by way of its header and bytes."""
+    """Reads the tensors of a file, applies `change` to them, and writes the file anew."""
     path = folder / "model.safetensors"
     tensors = {
         name: safetensors.read_rows(e)
@@ -503,7 +503,7 @@ def test_an_index_that_names_files_elsewhere(tmp_path):
         HfSource(tmp_path / "weights")
 
 
-# The target: all of it or nothing.
+# A target is written completely or not at all.
 
 
 def test_a_target_that_exists_is_refused(hf, tmp_path):
@@ -562,10 +562,10 @@ def test_places(text):
 @pytest.mark.slow
 @pytest.mark.long
 def test_7b_takes_less_than_4_gb(tmp_path):
-    """In and out again.
+    """Import and export hold one layer in memory at a time.
 
-    8 of the 32 layers, which take a quarter of the 41 GB of disk and of the minutes: one layer is
-    in memory at a time. benchmarks/convert.py has all 32, its README what they took.
+    Uses 8 of the 32 layers, with a quarter of the 41 GB of disk and of the time.
+    benchmarks/convert.py converts all 32, and its README has the results.
     """
     config = benchmark.llama2_7b(layers=8)
     for result in benchmark.in_and_out(config, tmp_path):
@@ -579,8 +579,8 @@ def test_7b_takes_less_than_4_gb(tmp_path):
 
 @pytest.mark.slow
 def test_what_was_trained_goes_out_layer_by_layer(tmp_path, monkeypatch):
-    """16 layers with matrices of 46 MB; Python, JAX and tensorstore alone take about 0.5 GB."""
-    # Else glibc keeps up to 0.3 GB that tensorstore's threads have freed: more on a busy machine.
+    """16 layers have matrices of 46 MB; Python, JAX and tensorstore alone take about 0.5 GB."""
+    # Without this, glibc keeps up to 0.3 GB that tensorstore's threads freed, or more under load.
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     (result,) = benchmark.trained(tmp_path)
     print(result)

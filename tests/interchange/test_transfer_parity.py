@@ -1,4 +1,4 @@
-"""Weights in and out, against transformers and torch: `make parity`."""
+"""Import and export of weights agree with transformers and torch (`make parity`)."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def scaled(factor, **changes):
 
 
 def stretched(kind, factor=4.0, context=CONTEXT, theta=1e4, **changes):
-    """A model whose RoPE is stretched, by default to the context of the tests."""
+    """Returns fields of a model with stretched RoPE, by default to the context of the tests."""
     rope = {"rope_type": kind, "rope_theta": theta, "factor": factor, **changes}
     return {"rope_parameters": rope, "max_position_embeddings": context}
 
@@ -59,12 +59,12 @@ MODELS = {
     "mistral without window": {"sliding_window": None, "head_dim": 16},
     "linear": stretched("linear", theta=1e5),
     "dynamic": stretched("dynamic", context=128),
-    "dynamic within": stretched("dynamic", 2.0),  # the original context is not left
+    "dynamic within": stretched("dynamic", 2.0),  # stays within the original context
     "dynamic by length": stretched("dynamic", 1.0, context=100),
     "yarn": stretched("yarn", **ORIGINAL),
     "yarn with scales": stretched("yarn", mscale=0.8, mscale_all_dim=0.3, **ORIGINAL),
     "yarn with all": stretched(
-        *("yarn", 3.5, 100),  # the original context is nowhere
+        *("yarn", 3.5, 100),  # no field has the original context
         beta_fast=20,
         beta_slow=2.5,
         attention_factor=1.4,
@@ -79,9 +79,9 @@ MODELS = {
 
 
 def make(name, folder):
-    """A random model of transformers, saved as it saves; logits are of about 5.
+    """Saves and returns a random model of transformers, with logits of about 5.
 
-    Larger weights make attention so sharp that float32 alone moves the logits by 1e-4.
+    With larger weights, attention is so sharp that float32 rounding moves the logits by 1e-4.
     """
     import torch
     import transformers
@@ -110,7 +110,7 @@ def tokens_of(vocab_size):
 
 
 def our_params(source):
-    """Config and weights in float32."""
+    """Returns the config and the weights of a source in float32."""
     description = source.description
     config = replace(description.config, model__compute_dtype="float32").model
     leaves, tree = jax.tree.flatten_with_path(abstract_state(description.config).params)
@@ -130,7 +130,7 @@ def our_logits(source, tokens):
 
 
 def load_quietly(folder):
-    """What transformers loads, with every warning an error and an empty log."""
+    """Loads a model with transformers; any warning, log line or loading problem is an error."""
     import torch
     import transformers
 
@@ -161,7 +161,7 @@ def test_in_and_out(name, tmp_path):
     source = HfSource(tmp_path / "theirs")
     expected = expected_logits(model, tokens)
     assert 3 < np.abs(expected).max() < 60
-    # All positions of the context: beyond the window, and near the end.
+    # All positions of the context, beyond the window and up to the end.
     np.testing.assert_allclose(our_logits(source, tokens), expected, rtol=0, atol=5e-5)
 
     convert(source, "ckpt", tmp_path / "run")
@@ -175,7 +175,7 @@ def test_in_and_out(name, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_generation(name, tmp_path):
-    """64 tokens after prompts of unequal lengths, beyond the window; then up to one of two ends."""
+    """Prompts of unequal lengths, 64 new tokens beyond the window; then two end tokens."""
     from llama_jax.inference.decode import Sampling, generate
     from tests.reference import hf_reference
 
@@ -198,11 +198,11 @@ def test_greedy_generation(name, tmp_path):
 
 @pytest.mark.parametrize("window", [None, 70])
 def test_greedy_generation_beyond_the_original_context(tmp_path, monkeypatch, window):
-    """Dynamic RoPE with a cache: each key keeps the theta of the step that computed it."""
+    """With dynamic RoPE, each cached key keeps the theta of the step that computed it."""
     from llama_jax.inference import decode
     from tests.reference import hf_reference
 
-    monkeypatch.setattr(decode, "PREFILL", 16)  # of longer prompts, several pieces
+    monkeypatch.setattr(decode, "PREFILL", 16)  # longer prompts take several pieces
     name = "mistral dynamic" if window else "dynamic"
     monkeypatch.setitem(SIZES, "max_position_embeddings", 40)
     dynamic = stretched("dynamic", context=40)
@@ -213,7 +213,7 @@ def test_greedy_generation_beyond_the_original_context(tmp_path, monkeypatch, wi
     sampling = decode.Sampling(max_tokens=64, temperature=0.0)
     found = decode.generate(config, params, [short, long], sampling, context=160, eos_id=10_000)
     for prompt, ours in zip((short, long), found, strict=True):
-        # Theirs takes the longest row for all of a batch, and remembers it.
+        # Transformers uses the longest row for the whole batch, and keeps that state in the model.
         model = make(name, tmp_path / "again")
         assert [ours] == hf_reference.greedy(model, [prompt])
         plain = dataclasses.replace(config, rope_original_context=10_000)
@@ -324,7 +324,7 @@ def test_our_tokenizer_loads(tmp_path, tokenizer, corpus):
 
 
 def test_a_long_context_of_scaled_rope(tmp_path):
-    """Positions near the end of 8192, whose angles are large."""
+    """Positions near the end of a context of 8192 have large angles."""
     import torch
 
     from llama_jax.model.llama import forward
@@ -358,7 +358,7 @@ def test_a_long_context_of_scaled_rope(tmp_path):
 
 
 def reference_meta(model, params, tokens):
-    """LLaMA as Meta computes it: interleaved pairs as complex numbers, in float64."""
+    """Computes LLaMA's logits like Meta: interleaved pairs as complex numbers, in float64."""
     heads, head_dim = params["n_heads"], params["dim"] // params["n_heads"]
     kv_heads = params["n_kv_heads"]
     w = {name: tensor.double().numpy() for name, tensor in model.items()}
@@ -426,7 +426,7 @@ def meta_state(seed=0):
 
 
 def save_meta(folder, state, pieces=1, embed_axis=1, **changes):
-    """Saves as Meta does, in so many tensor-parallel pieces."""
+    """Saves the weights as Meta does, in `pieces` tensor-parallel files."""
     import torch
 
     folder.mkdir()
@@ -464,12 +464,12 @@ def test_more_pieces_than_kv_heads(tmp_path):
 
     state = meta_state()
     whole = MetaSource(save_meta(tmp_path / "1", state))
-    folder = save_meta(tmp_path / "4", state, 4, 0)  # halves of heads
+    folder = save_meta(tmp_path / "4", state, 4, 0)  # each piece has half a head
     source = MetaSource(folder)
     assert source.description.config == whole.description.config
     for unit in formats.paths_and_layers(whole.description.config.model):
         np.testing.assert_array_equal(source.read(*unit), whole.read(*unit), str(unit))
-    for piece in range(4):  # copies of heads
+    for piece in range(4):  # each piece has a copy of a head
         path = folder / f"consolidated.{piece:02d}.pth"
         heads = {n: t.chunk(2)[piece // 2].clone() for n, t in state.items() if ".wk." in n}
         torch.save(torch.load(path) | heads, path)
@@ -640,7 +640,7 @@ def test_damage_is_told_in_one_line(tmp_path, kind, capfd):
 
 
 def test_the_command(tmp_path, tokenizer):
-    """transformers -> ours -> a continuation; and the same greedy one from transformers."""
+    """`convert` imports a Hugging Face folder, and `generate` continues a prompt with it."""
     config = replace(GROUPED, model__vocab_size=300, train__seq_len=64)
     source = Memory(config, random_params(config.model))
     source.description.files["tokenizer.model"] = tokenizer.model_bytes

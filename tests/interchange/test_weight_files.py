@@ -1,4 +1,4 @@
-"""Which files of a folder hold its weights, against what transformers loads from it."""
+"""The weights of a folder come from the files that transformers would load."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A model in shards, and in `other` another one in a single file."""
+    """Returns a folder: `model` in shards, and `other`, another model in a single file."""
     folder = tmp_path_factory.mktemp("folders")
     convert(Memory(GROUPED, random_params(GROUPED.model)), "hf", folder / "model")
     (folder / "model" / SINGLE).unlink()
@@ -33,7 +33,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def folder(folders, tmp_path):
-    """A copy of the model in shards, with `other` beside it."""
+    """Returns a copy of the model in shards; `other` is its sibling."""
     return shutil.copytree(folders, tmp_path / "folders") / "model"
 
 
@@ -52,7 +52,7 @@ def shards(folder):
 
 
 def join(folder):
-    """All tensors in one file, beside the shards."""
+    """Writes all tensors to one file next to the shards, and returns them."""
     arrays = {}
     for file in shards(folder):
         arrays |= safetensors.numpy.load_file(file)
@@ -67,7 +67,7 @@ def only_single(folder):
 
 
 def index_of_one_file(folder):
-    """As some tools write it: an index that names the one file that there is."""
+    """Writes an index of the single file, as some tools do."""
     weight_map = dict.fromkeys(join(folder), SINGLE)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
@@ -84,7 +84,7 @@ def of_mistral(folder):
 
 
 def stale(folder):
-    """A shard of an export with another number of files."""
+    """Adds a shard of an export with another number of files."""
     shutil.copy(folder.parent / "other" / SINGLE, folder / "model-00001-of-00002.safetensors")
 
 
@@ -100,7 +100,7 @@ def twice_the_same(folder):
 
 
 def twice(folder, chosen):
-    """A tensor with other numbers in two shards, of which the index names one."""
+    """Stores different values of one tensor in two shards; the index names one of them."""
     first, last = shards(folder)[0], folder / index_of(folder)["weight_map"][UP]
     assert first != last
     add(first, **{UP: np.zeros((48, 32), np.float32)})
@@ -123,7 +123,7 @@ def pickle_beside(folder):
     (folder / "pytorch_model.bin.index.json").write_bytes(b"never read")
 
 
-READ = {  # as transformers does
+READ = {  # transformers reads these, too
     "shards": lambda folder: None,
     "single": only_single,
     "an index of the single file": index_of_one_file,
@@ -198,7 +198,7 @@ def test_folders_that_are_refused(folder, case):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("case", [*READ, "a tensor twice, the first one named", "adapters"])
 def test_transformers_reads_the_same(folder, case):
-    """Where we read a folder, every array is that of transformers; elsewhere it reads others."""
+    """Where we read a folder, transformers loads equal arrays; where we refuse, it loads others."""
     import transformers
 
     change = READ.get(case) or REFUSED[case][0]
@@ -209,7 +209,7 @@ def test_transformers_reads_the_same(folder, case):
     if case == "adapters":
         assert any("lora_A" in name for name in state)
         return
-    if case not in READ:  # it takes the last file, and the index names the first
+    if case not in READ:  # it reads the last file; the index names the first
         assert (state[UP].numpy() == 1).all()
         return
     source = HfSource(folder)
@@ -223,7 +223,7 @@ def test_transformers_reads_the_same(folder, case):
 
 
 def test_changes_of_the_index_end_in_one_line(folder):
-    """400 changes of an index: the right weights, or one line."""
+    """400 changes of an index give the right weights or a one-line error."""
     wanted, read = open_weights(epath.Path(folder))[UP].rows(), 0
     for content in mutations.of_json_file((folder / INDEX).read_bytes(), 400):
         (folder / INDEX).write_bytes(content)
@@ -238,7 +238,7 @@ def test_changes_of_the_index_end_in_one_line(folder):
 
 
 def test_changes_of_a_header_end_in_one_line(folder):
-    """50 changes of the header of a model's file: a model, or one line."""
+    """50 changes of a file's header give a model or a one-line error."""
     only_single(folder)
     content = (folder / SINGLE).read_bytes()
     length = int.from_bytes(content[:8], "little")

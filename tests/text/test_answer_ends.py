@@ -1,4 +1,4 @@
-"""Answers that end in no token that generation stops at: counted by hand, stored, and warned of."""
+"""Answers without an end token are counted (expectations by hand), stored and warned about."""
 
 import json
 
@@ -24,7 +24,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Of each: a template whose answers have no end, but for those that are told below.
+# Chat templates; for each, `test_answers_without_an_end` states how many answers have no end.
 BARE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -47,13 +47,13 @@ IN_TWO = OUTSIDE.replace("{{ eos_token }}", "{% generation %}{{ eos_token }}{% e
 IN_PARTS = INSIDE.replace(
     "{% generation %}", "{% generation %}a{% endgeneration %}--{% generation %}"
 )
-# Nothing that is not of an answer stands between the answers.
+# The answers follow one another with nothing between them.
 BESIDE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
     "{{ eos_token if loop.last else '' }}{% endgeneration %}{% endif %}{% endfor %}"
 )
 ONLY_LAST = INSIDE.replace("{{ eos_token }}", "{{ eos_token if loop.last else '' }}")
-# 1 + 2 + 3 answers, one of which ends in the name of an end token, as its author has written it.
+# 1 + 2 + 3 answers; the author of one wrote the names of end tokens at its end, as text.
 RECORDS = [
     {"messages": said("one", "two")},
     {"messages": said("three", "four</s><|end_of_text|>", "five", "six  ")},
@@ -67,7 +67,7 @@ def byte_level(corpus):
 
 
 def with_names(model_bytes, *names, special=True):
-    """A tokenizer.json with more tokens."""
+    """Returns a tokenizer.json with these tokens added."""
     described = json.loads(model_bytes)
     first = tokenizers.Tokenizer.from_str(model_bytes.decode()).get_vocab_size()
     for number, name in enumerate(names, first):
@@ -87,7 +87,7 @@ def counted(source, tokenizer, tmp_path, seq_len=512, records=RECORDS):
 @pytest.mark.parametrize(
     ("source", "unended"),
     [
-        (CHATML, (1, 2, 3)),  # whose names are text here
+        (CHATML, (1, 2, 3)),  # its markers are text here
         (BARE, (1, 2, 3)),
         (BEFORE_THE_NEXT, (1, 2, 3)),
         (OUTSIDE, (1, 2, 3)),
@@ -111,7 +111,7 @@ def test_answers_without_an_end(source, unended, kind, tokenizer, byte_level, tm
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_templates_end_all_answers(name, tokenizer, byte_level, tmp_path):
-    records = RECORDS[:2] if name == "alpaca" else RECORDS  # which has no system message
+    records = RECORDS[:2] if name == "alpaca" else RECORDS  # no system message
     chosen = byte_level if name == "llama3" else tokenizer
     found = counted(name, chosen, tmp_path, records=records)
     assert found == [(1, 0), (2, 0), (3, 0)][: len(records)]
@@ -123,14 +123,14 @@ def test_chatml_with_its_names_in_the_vocabulary(byte_level, tmp_path):
 
 
 def test_an_end_with_white_space_behind_it_ends_generation(byte_level):
-    """`<|eot_id|>` and a line break between the tags: it is not the line break that ends it."""
+    """With `<|eot_id|>` and a line break between the tags, the token ends it, not the break."""
     source = SPACED.replace("eos_token", "'<|eot_id|>'")
     found = [byte_level.piece(token) for token in end_ids(own(source, byte_level))]
     assert found == ["<|end_of_text|>", "<|eot_id|>"]
 
 
 def test_answers_that_are_cut_are_not_counted(tokenizer, tmp_path):
-    """The first answer is whole; the second is cut before its end, and nobody's fault."""
+    """The second answer lost its end to the length limit: the template is not to blame."""
     template = own(INSIDE, tokenizer)
     encoded = template.example(RECORDS[1]["messages"])
     last = int(encoded.counts.nonzero()[0][-1])  # the second answer's end token
@@ -143,7 +143,7 @@ def test_answers_that_are_cut_are_not_counted(tokenizer, tmp_path):
 
 @pytest.fixture(scope="module")
 def unended(tokenizer, tmp_path_factory):
-    """Shards of 24 conversations with 1, 2 or 3 answers, and none of these with an end."""
+    """Returns the config, folder and log of 24 conversations whose 48 answers have no end."""
     folder = tmp_path_factory.mktemp("unended")
     records = [
         {"messages": said(*(f"{number} {turn}" for turn in range(2 + 2 * (number % 3))))}
@@ -189,7 +189,7 @@ def test_a_run_warns_once_of_shards_that_were_prepared_before(
 
     config, folder, _ = unended
     here = replace(config, data__path=str(folder / "shards"), mesh__fsdp=8)
-    monkeypatch.setattr(run_lib, "Checkpointer", reached)  # what follows needs no test here
+    monkeypatch.setattr(run_lib, "Checkpointer", reached)  # stops the run here
     with pytest.raises(Reached):
         run_lib.train(here, tmp_path / "run")
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
@@ -204,7 +204,7 @@ def test_no_warning_where_all_is_well_or_nothing_is_known(unended, tmp_path):
     path = folder / "shards" / "manifest.json"
     kept = path.read_bytes()
     manifest = json.loads(kept)
-    for split in manifest["splits"].values():  # as it was written before answers were counted
+    for split in manifest["splits"].values():  # older versions did not count answers
         del split["answers"], split["unended_answers"]
     path.write_bytes(encode_manifest(manifest))
     try:

@@ -1,4 +1,4 @@
-"""Tokens that mark turns, whether or not they are special: text in messages, ends in answers."""
+"""Tokens that mark turns, special or not, are plain text in messages and end answers."""
 
 import dataclasses
 import io
@@ -36,12 +36,12 @@ CHATML = """\
 
 
 def with_markers(content, normalizer=None):
-    """A tokenizer.json with markers and other tokens, none of them special."""
+    """Returns a tokenizer with markers and other added tokens, none of them special."""
     described = json.loads(content)
     if normalizer:
         described["normalizer"] = normalizer
     made = tokenizers.Tokenizer.from_str(json.dumps(described))
-    made.add_tokens([*MARKERS, *PLAIN[:-1]])  # which are normalized, as the library has it
+    made.add_tokens([*MARKERS, *PLAIN[:-1]])  # normalized, the library's default
     raw = {"special": False, "normalized": False}
     made.add_tokens([tokenizers.AddedToken("[RAW]", **raw)])
     made.add_tokens([tokenizers.AddedToken("[WIDE]", lstrip=True, rstrip=True)])
@@ -49,7 +49,7 @@ def with_markers(content, normalizer=None):
 
 
 def with_user_defined(**options):
-    """A SentencePiece model with such pieces of its own."""
+    """Returns a SentencePiece model with the markers as user-defined pieces."""
     model = io.BytesIO()
     pieces = [one for one in (*MARKERS, *PLAIN) if " " not in one and "\n" not in one]
     sentencepiece.SentencePieceTrainer.train(
@@ -88,7 +88,7 @@ def all_kinds(corpus, tokenizer):
 
 
 def library_ids(found, text):
-    """Ids of a whole text by the library itself."""
+    """Returns the ids that the library itself gives for the whole text."""
     if found.is_json:
         raw = tokenizers.Tokenizer.from_str(found.model_bytes.decode())
         return raw.encode(text, add_special_tokens=False).ids
@@ -106,7 +106,7 @@ HARMLESS = ["Hi there", "hello   world\n\n\n\tx    the end", "a < b && c[0] |> d
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_of_harmless_texts_are_the_library_s(all_kinds, kind):
-    """Words and white space are tokens as before, with or without an attack in another message."""
+    """Words and white space get the library's ids, with or without marks in the text."""
     found = all_kinds[kind]
     template = template_of(found)
     for text in HARMLESS:
@@ -126,7 +126,7 @@ ATTACKS = [
     f"<|im_{END}end|>",
     "x[RAW]y [WIDE] z",
     "<think></think><one>",
-    "\uff1c|im_end|\uff1e",  # NFKC makes it a name
+    "\uff1c|im_end|\uff1e",  # NFKC turns it into a marker
 ]
 
 
@@ -150,7 +150,7 @@ def test_nobody_writes_markers_in_messages(all_kinds, kind, attack):
     harmless = f"{attack[0]}a{attack[-1]}"  # with the same white space
     for place in places:
         assert markers(place(attack)) == markers(place(harmless))
-    # What was trained on, too.
+    # The same holds for examples to train on.
     ids, wanted = (template.example(said(one, "ok")).ids.tolist() for one in (attack, harmless))
     assert [one for one in ids if one in names] == [one for one in wanted if one in names]
     ids = found.encode(found.protected(attack), special=True)
@@ -161,7 +161,7 @@ def test_nobody_writes_markers_in_messages(all_kinds, kind, attack):
 
 @pytest.mark.parametrize("kind", ["byte level", "pieces"])
 def test_tags_of_an_answer_are_part_of_it(all_kinds, kind):
-    """`<think>` and `</think>`, but not what ends a turn, and not a tag without its other half."""
+    """`<think>` and `</think>` stay tokens; the end of a turn and an unpaired tag become text."""
     found = all_kinds[kind]
     think = [found.encode(one, special=True)[-1] for one in ("<think>", "</think>")]
     answer = f"<think>a</think>b{END}<one>"
@@ -181,14 +181,14 @@ def test_special_tokens_are_protected_whatever_they_are(corpus):
         assert made.token_to_id(name) not in ids and found.decode(ids) == f"a{name}b"
 
 
-# What ends an answer.
+# Tokens that end an answer.
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_ends_a_turn_ends_an_answer(all_kinds, kind):
     found = all_kinds[kind]
     end = found.encode(f"a{END}", special=True)[-1]
-    if kind in ("released",):  # there, the library does not find it after a letter
+    if kind in ("released",):  # the library does not match END after a character
         return
     tagged = CHATML.replace("{{ m.content }}", "{% generation %}{{ m.content }}")
     tagged = tagged.replace("<|im_end|>\n", "<|im_end|>{% endgeneration %}\n")
@@ -196,7 +196,7 @@ def test_what_ends_a_turn_ends_an_answer(all_kinds, kind):
     whole = whole.replace("<|im_end|>\n", "<|im_end|>\n{% endgeneration %}")
     for source in (CHATML, tagged, whole):
         assert end_ids(template_of(found, source)) == [found.eos_id, end]
-    # A word, or white space, is no end of a turn.
+    # A word or white space does not end a turn.
     for last in ("hello", "\n\n\n", "x"):
         source = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + last + "{% endfor %}"
         assert end_ids(template_of(found, source))[1:] == []
@@ -223,7 +223,7 @@ def test_answers_stop_there(all_kinds, one_device):
     assert changed.eos_ids == (5, found.encode(END, special=True)[0])
 
 
-# Ids that files name.
+# Ids in files.
 
 
 IDS = [
@@ -267,7 +267,7 @@ def test_ids_that_are_none(values, message):
 
 
 def test_ids_of_a_folder(tmp_path):
-    """In config.json, or in the file that counts before it."""
+    """The ids come from generation_config.json or, without that file, from config.json."""
     folder = exported(tmp_path / "hf", TINY)
     for file in ("config.json", "generation_config.json"):
         for values, message in (
@@ -310,7 +310,7 @@ def test_messages_that_are_nested_too_deeply(all_kinds):
 
 @pytest.mark.parametrize("kind", ["released", "pieces"])
 def test_half_a_surrogate_pair_is_told(all_kinds, kind):
-    """As of `--prompt` in Latin-1, and of JSON."""
+    """A `--prompt` in Latin-1 and JSON escapes can produce lone surrogates."""
     found = all_kinds[kind]
     for encode in (found.encode, found.encode_spans, found.encode_text):
         with pytest.raises(UserError, match="half of a surrogate pair, or bytes that are not UTF"):

@@ -1,4 +1,4 @@
-"""The tokenizer inside a saved step: verified as all of the step is."""
+"""The tokenizer inside a saved step is verified like the rest of the step."""
 
 import json
 

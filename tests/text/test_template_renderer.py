@@ -1,4 +1,4 @@
-"""Templates of strangers: whatever they compute, the outcome is a text or one line."""
+"""Untrusted templates: whatever they compute, the result is a text or a one-line error."""
 
 import os
 import signal
@@ -70,14 +70,14 @@ def outcome(limited, source):
     with pytest.raises(UserError) as caught:
         limited.render(source, "the template of a stranger", variables)
     assert "\n" not in str(caught.value) and str(caught.value).startswith("the template of a stra")
-    assert limited.render(GOOD, "it", variables) == "a"  # and it goes on
+    assert limited.render(GOOD, "it", variables) == "a"  # still usable
     return caught.value
 
 
 @pytest.mark.parametrize("kind", GREEDY)
 def test_memory_has_a_limit(limited, kind):
     error = outcome(limited, GREEDY[kind])
-    # The library may refuse what is far too large before it asks for the memory.
+    # The library may refuse a far too large size before it allocates memory.
     refused = isinstance(error, Refused) and "too" in str(error)
     assert refused or "MiB of memory" in str(error) or "characters" in str(error), error
 
@@ -98,7 +98,7 @@ def test_a_template_that_is_only_compiled_has_the_same_limits(limited):
 
 
 def test_a_template_without_end_is_told_when_its_ends_are_looked_for(tokenizer, monkeypatch):
-    """And not taken for one that is for other conversations, once for each that is tried."""
+    """The time limit is reported at once; other conversations are not tried as well."""
     asked = []
 
     def ask(self, request, name):
@@ -132,7 +132,7 @@ def test_a_process_that_was_killed_is_named_and_replaced(limited, monkeypatch):
         return read(stream)
 
     monkeypatch.setattr(jinja_process, "read_message", killed)
-    limited._process.send_signal(signal.SIGSTOP)  # so that it cannot answer before
+    limited._process.send_signal(signal.SIGSTOP)  # it must not answer before the kill
     with pytest.raises(UserError, match=r"ends the process that renders it \(status -9\)"):
         limited.render(GOOD, "it", {"messages": MESSAGES})
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Built-in templates: the ids of what was released with them, and exactly the answers counted."""
+"""Built-in templates give the ids of the released code, and count exactly the answers."""
 
 import json
 
@@ -43,7 +43,7 @@ ALPACA_INPUT = [
     {"role": "assistant", "content": "3"},
 ]
 ODD = said("日 🦙 </s> <s>[INST]", "🦙é日", "x", "1  2   3\n\n```\tx```  ")
-# Template, messages, and the text with what counts in [[ ]]: written by hand.
+# Template, messages, and the text with its counted parts in [[ ]], written by hand.
 EXPECTED = [
     (
         "alpaca",
@@ -110,7 +110,7 @@ def llama3(corpus):
 
 @pytest.fixture(scope="module")
 def released(tokenizer):
-    """The tokenizer.json of the SentencePiece model."""
+    """Returns the SentencePiece model as a tokenizer.json in its released form."""
     return Tokenizer(released_json(tokenizer))
 
 
@@ -123,15 +123,15 @@ def test_what_counts(name, messages, expected, kind, tokenizer, released, llama3
         tokenizer = released
     found = built_in(name, tokenizer).example(messages)
     text = marked(tokenizer, found.ids, found.counts)
-    if name == "alpaca" and kind == "json":  # which puts a space after any special token
+    if name == "alpaca" and kind == "json":  # it adds a space after specials
         text = text.replace("</s>]] \n", "</s>]]\n")
     assert text == expected
 
 
 def reference(name, messages, encode, bos, eos):
-    """Ids and counts as the code that was released with a template makes them.
+    """Computes ids and counts like the code that was released with the template.
 
-    `encode` gives the ids of a text of its own, which begins with a space.
+    `encode` gives the ids of a text by itself, with a space put before it.
     """
     system = None
     if messages[0]["role"] == "system":
@@ -179,7 +179,7 @@ def test_ids_are_those_of_the_reference(name, kind, tokenizer, released):
 
 
 def test_ids_of_llama3_are_those_of_the_reference(llama3):
-    """Every piece of a turn is encoded by itself."""
+    """The reference encodes each part of a turn separately."""
     raw = tokenizers.Tokenizer.from_str(llama3.model_bytes.decode())
     raw.encode_special_tokens = True
 
@@ -229,7 +229,7 @@ def test_roles_that_a_template_does_not_have(name, role, tokenizer):
         built_in(name, tokenizer).example(messages)
 
 
-# Templates of others.
+# Templates that are not built in.
 
 
 def own(source, tokenizer):
@@ -259,7 +259,7 @@ def test_white_space_between_turns_is_no_part_of_an_answer(llama3):
         f"{head}user\nq<|eot_id|>\n{head}assistant\n[[a<|eot_id|>]]\n"
         f"{head}user\nr<|eot_id|>\n{head}assistant\n[[b<|eot_id|>]]\n"
     )
-    # Without the end of a turn, all that the template adds is the answer.
+    # In a template without an end of turn, the line break counts as part of the answer.
     found = own("{% for m in messages %}{{ m.content }}\n{% endfor %}", llama3).example(ONE)
     assert marked(llama3, found.ids, found.counts) == "abc def?\n[[Yes. 42\n]]"
 
@@ -301,7 +301,7 @@ def test_which_template(tokenizer, tmp_path):
     assert found["own.jinja"].render(ONE) == "</s>P"
     assert found["one.json"].source == "A" and found["one.json"].tokens["eos_token"] == "E"
     assert found["many.json"].source == "B"
-    for name, template in found.items():  # what shards keep is read like any other
+    for name, template in found.items():  # the copy in shards can be read back
         (tmp_path / name).with_suffix(".again.json").write_bytes(to_json(template))
         again = open_choice(str((tmp_path / name).with_suffix(".again.json")), tokenizer, {})
         assert (again.source, again.tokens) == (template.source, template.tokens)
@@ -339,7 +339,7 @@ def test_files_that_hold_no_template(tokenizer, tmp_path, file, content, message
         (LLAMA3, ["<|end_of_text|>", "<|eot_id|>"]),
         ("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}", ["<|end_of_text|>"]),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", ["<|end_of_text|>"]),
-        # Where another token ends all answers but the last, both do; with a system message alone.
+        # One token ends the last answer, another earlier ones; the next needs a system message.
         (
             "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
             "{{ eos_token if loop.last else '<|eot_id|>' }}{% endgeneration %}"
@@ -404,7 +404,7 @@ def test_the_masks_of_transformers(kind, tokenizer, released, llama3, tmp_path):
 @pytest.mark.parity
 @pytest.mark.parametrize(("name", "source"), [("llama2", LLAMA2), ("llama3", LLAMA3_FIRST)])
 def test_built_in_ones_are_those_of_the_released_models(name, source, released, llama3):
-    """Transformers renders a template that is not ours; what counts is what comes upon a prompt."""
+    """Transformers renders the released template; all that follows a prompt counts."""
     import transformers
 
     ours = llama3 if name == "llama3" else released

@@ -1,4 +1,4 @@
-"""Llama 3's own tokenizer.model: the ids of tiktoken, through every conversion, and back."""
+"""Llama 3's tokenizer.model gives the ids of tiktoken, and survives every conversion."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from tests.interchange.test_transfer import Memory, exported
 from tests.reference.llama3_ranks import file_of, merged, ranks_of
 from tests.text.test_tokenizer_formats import HARD, MARKED
 
-# Texts, and how they are cut into words, by hand.
+# Texts, cut into words by hand.
 CUT = [
     ["Hello", ",", " world", "!", "  ", " It", "'s", " they", "'LL"],
     ["def", " f", "(x", "):\n", "   ", " return", " x", "\r\n\r\n", "\ty", " "],
@@ -56,7 +56,7 @@ def test_special_ids_follow_the_ranks(corpus, count):
     assert tokenizer.model_bytes == content and tokenizer.vocab_size == count + 256
     assert (tokenizer.bos_id, tokenizer.eos_id) == (count, count + 1)
     assert tokenizer.encode_text("a")[0] == count and len(tokenizer.special_names) == 256
-    # As published: 128000, 128001, 128004, 128006 and so on.
+    # In the published model, these are 128004, 128005, 128006 and so on.
     names = {4: "finetune_right_pad_id", 5: "reserved_special_token_2", 6: "start_header_id"}
     names |= {7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}
     names |= {2: "reserved_special_token_0", 11: "reserved_special_token_3"}
@@ -150,7 +150,7 @@ def test_shards_are_made_with_it(content, corpus, tmp_path):
 
 
 def test_a_hugging_face_folder_that_has_nothing_else(content, tmp_path):
-    """Also where it is the copy of Meta's file, as in Meta's own repositories."""
+    """The file may also be `original/tokenizer.model`, as in Meta's repositories."""
     size = Tokenizer(content).vocab_size
     config = replace(TINY, model__vocab_size=size, train__seq_len=64)
     exported(tmp_path / "hf", config)
@@ -168,7 +168,7 @@ def test_a_hugging_face_folder_that_has_nothing_else(content, tmp_path):
         again = tmp_path / f"{target.name}-again"
         convert(open_source("ckpt", target), "hf", again)
         assert (again / "original" / "tokenizer.model").read_bytes() == content
-        assert not (again / "tokenizer.model").exists()  # which others read as SentencePiece
+        assert not (again / "tokenizer.model").exists()  # others read it as SentencePiece
         config_json = json.loads((again / "config.json").read_text())
         assert (config_json["bos_token_id"], config_json["eos_token_id"]) == (
             size - 256,
@@ -180,7 +180,7 @@ def test_a_hugging_face_folder_that_has_nothing_else(content, tmp_path):
 
 
 def test_names_of_the_config_beside_it(content, tmp_path):
-    """As an instruct model's: its EOS ends turns."""
+    """The config of an instruct model names `<|eot_id|>`, which ends turns, as EOS."""
     size = Tokenizer(content).vocab_size
     names = json.dumps({"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}).encode()
     config = replace(TINY, model__vocab_size=size)
@@ -273,7 +273,7 @@ def test_the_ids_of_tiktoken(ranks, content):
 
 @pytest.mark.parity
 def test_ranks_that_no_merges_made():
-    """Tokens of two letters in any order, also some that no two others make."""
+    """Random tokens of the characters a and b; some are no two other tokens joined."""
     rng = random.Random(1)
     ranks = {bytes([byte]): byte for byte in range(256)}
     while len(ranks) < 400:
@@ -288,7 +288,7 @@ def test_ranks_that_no_merges_made():
 @pytest.mark.parametrize(("scaled", "names"), [(False, LLAMA3), (True, LLAMA31)])
 @pytest.mark.parametrize("above", [False, True])
 def test_metas_folder(tmp_path, corpus, scaled, names, above):
-    """To ours and back, the same bytes; to transformers, the same ids."""
+    """Conversion to our format and back keeps the bytes; transformers gives the same ids."""
     import transformers
 
     from tests.interchange.test_transfer_parity import load_quietly

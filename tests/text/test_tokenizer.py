@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 from llama_jax.errors import UserError
 from llama_jax.text.tokenizer import Tokenizer, train_tokenizer
 
-# Any text but surrogates, which are no characters, and U+2581, with which SentencePiece writes
-# spaces (documented at `Tokenizer`).
+# Any text without surrogates, which are no characters, and without U+2581, SentencePiece's
+# symbol for a space (see `Tokenizer`).
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"))
 
 
 @settings(max_examples=300, deadline=None)
 @given(text=TEXT)
 def test_decoding_gives_the_text_back(tokenizer, text):
-    # SentencePiece ends a text at NUL nowhere: it is a character like any other.
+    # NUL is a character like any other: SentencePiece does not end a text there.
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -32,8 +32,8 @@ def test_the_texts_of_tokens_make_the_text(tokenizer, text):
 def test_half_a_character_is_marked(tokenizer):
     ids = tokenizer.encode("🦙a")
     assert tokenizer.texts(ids[-5:]) == ["", "", "", "🦙", "a"]
-    assert tokenizer.texts(ids[-3:]) == ["\ufffd", "\ufffd", "a"]  # begins in the middle of it
-    assert tokenizer.texts(ids[-5:-2]) == ["", "", "\ufffd"]  # ends there
+    assert tokenizer.texts(ids[-3:]) == ["\ufffd", "\ufffd", "a"]  # begins inside the character
+    assert tokenizer.texts(ids[-5:-2]) == ["", "", "\ufffd"]  # ends inside it
     assert tokenizer.texts([*ids[-5:-3], ids[-1]]) == ["", "", "\ufffda"]
     assert tokenizer.texts([]) == []
 
@@ -86,7 +86,7 @@ def test_saved_and_loaded(tokenizer, tmp_path):
 
 
 def test_long_lines_are_learnt_from(tokenizer):
-    # A line longer than SentencePiece takes would otherwise be dropped without a word.
+    # SentencePiece silently drops lines that are longer than its limit.
     trained = train_tokenizer(["xyzzy " * 20_000], 270)
     assert any("xyzzy" in trained.piece(token) for token in range(259, 270))
 

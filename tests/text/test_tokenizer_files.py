@@ -1,4 +1,4 @@
-"""Folders with several tokenizers: the one with the most ids for which the model has rows."""
+"""In a folder with several tokenizers, the one with the most ids that fit the model is used."""
 
 import json
 
@@ -31,7 +31,7 @@ TEXTS = ["abc  def", " é ☃", "a<|im_end|>b", "ghi\n\nfed<s>", ""]
 
 
 def decoder_of(special):
-    """A tokenizer_config.json that lists the added tokens, as newer folders have it."""
+    """Returns a tokenizer_config.json that lists the added tokens, as in newer folders."""
     listed = {"300": NAMES[0], "301": NAMES[1], "2": "</s>"}
     values = {number: {"content": name, "special": special} for number, name in listed.items()}
     found = {"added_tokens_decoder": values, "chat_template": CHATML}
@@ -40,7 +40,7 @@ def decoder_of(special):
 
 @pytest.fixture(scope="module")
 def two_more(tokenizer):
-    """The tokenizer.json with two tokens more than the SentencePiece model."""
+    """Returns a tokenizer.json with two tokens more than the SentencePiece model."""
     return with_names(released_json(tokenizer), *NAMES)
 
 
@@ -113,14 +113,14 @@ def test_gaps_and_names_that_are_taken(tokenizer):
     found = Tokenizer(made.content)
     assert found.encode("a<unused_300>b", special=True) == [
         *found.encode("a<unused_300>b")
-    ]  # which is no token of anybody's
+    ]  # the name of an unused id is plain text
     taken = {"tokenizer.model": model, "added_tokens.json": b'{"<s>": 300}'}
     assert chosen(taken, 304) == ("tokenizer.model", 300, True)
 
 
 @pytest.mark.parametrize("special", [True, False])
 def test_a_model_with_added_tokens_encodes_as_it_did(special, tokenizer):
-    """Text by SentencePiece; of a name that is not special, by the tokenizers library's rule."""
+    """SentencePiece's ids for text; names that are not special follow the tokenizers library."""
     files = {"tokenizer.model": tokenizer.model_bytes, "tokenizer_config.json": decoder_of(special)}
     made = Tokenizer(tokenizer_files.choose(files, 302, "there").content)
     plain = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
@@ -136,7 +136,7 @@ def test_a_model_with_added_tokens_encodes_as_it_did(special, tokenizer):
 
 @pytest.fixture(scope="module")
 def folders(tokenizer, two_more, tmp_path_factory):
-    """Models of 304 rows in Hugging Face's format, with their two more tokens in three ways."""
+    """Returns a folder of Hugging Face models of 304 rows that add two tokens in three ways."""
     folder = tmp_path_factory.mktemp("folders")
     config = replace(TINY, model__vocab_size=304, train__seq_len=64)
     params = random_params(config.model)
@@ -162,7 +162,7 @@ def folders(tokenizer, two_more, tmp_path_factory):
 
 @pytest.mark.parametrize("way", ["json", "added", "config"])
 def test_the_added_tokens_are_kept_everywhere(way, folders, corpus, tmp_path):
-    """By convert and back, by init_from, by data.tokenizer, and in a chat."""
+    """`convert` (both ways), `init_from`, `data.tokenizer` and chat keep them."""
     source = HfSource(folders / way)
     convert(source, "ckpt", tmp_path / "ckpt")
     meta = load_meta(find_step(tmp_path / "ckpt"))
@@ -185,7 +185,7 @@ def test_the_added_tokens_are_kept_everywhere(way, folders, corpus, tmp_path):
 
 
 def test_the_ids_are_those_of_the_tokenizers_library(folders, two_more):
-    """Of a chat, by either way of adding: what tokenizer.json makes of the rendered text."""
+    """A rendered chat gets the ids that the library gives with the same tokenizer.json."""
     whole = tokenizers.Tokenizer.from_str(two_more.decode())
     text = "<|im_start|>user\nabc<|im_end|>\n<|im_start|>assistant\n"
     expected = whole.encode(text, add_special_tokens=False).ids
@@ -200,7 +200,7 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 @pytest.mark.parity
 @pytest.mark.parametrize("way", ["json", "added", "config"])
 def test_the_ids_are_those_of_transformers(way, folders):
-    """Of plain text and of a chat, by what transformers makes of the same folder."""
+    """Plain text and a chat get the ids that transformers gives with the same folder."""
     import transformers
 
     theirs = transformers.AutoTokenizer.from_pretrained(folders / way)

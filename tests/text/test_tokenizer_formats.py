@@ -1,4 +1,4 @@
-"""Both formats of tokenizers behind one interface, and the same ids as `transformers` gives."""
+"""Both tokenizer formats have one interface and give the ids of `transformers`."""
 
 import json
 
@@ -107,7 +107,7 @@ def test_bos_and_eos_of_other_names_are_in_the_config_beside_it(corpus, tmp_path
     config = {"bos_token": "<|begins|>", "eos_token": {"content": "<|ends|>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     loaded = Tokenizer.load(path)
-    again = Tokenizer(loaded.model_bytes)  # from a checkpoint, where no file is beside it
+    again = Tokenizer(loaded.model_bytes)  # as from a checkpoint, without config
     assert again.piece(again.bos_id) == "<|begins|>" and again.piece(again.eos_id) == "<|ends|>"
 
 
@@ -119,7 +119,7 @@ def test_a_tokenizer_json_is_kept_as_it_is(llama3, tmp_path):
 
 
 def described(corpus, pieces=(), added=(), bos=None):
-    """A byte-level tokenizer.json with further pieces, and added tokens (name, special)."""
+    """Returns a byte-level tokenizer.json with more pieces and added tokens (name, special)."""
     values = json.loads(llama3_tokenizer(corpus))
     vocab = values["model"]["vocab"]
     for piece in pieces:
@@ -134,7 +134,7 @@ def described(corpus, pieces=(), added=(), bos=None):
 
 
 def ends_of(values, config=None, more=None, folder=None):
-    """Names of BOS and EOS, as they are found."""
+    """Returns the names of BOS and EOS that `Tokenizer` finds."""
     for name, content in (("tokenizer_config", config), ("special_tokens_map", more)):
         if content is not None:
             (folder / f"{name}.json").write_text(json.dumps(content))
@@ -144,19 +144,19 @@ def ends_of(values, config=None, more=None, folder=None):
         (folder / "tokenizer.json").write_text(json.dumps(values))
         found = Tokenizer(Tokenizer.load(folder / "tokenizer.json").model_bytes)
     names = {found.piece(found.bos_id), found.piece(found.eos_id)}
-    assert names <= set(found.special_names)  # so that they are parsed, protected and left out
+    assert names <= set(found.special_names)  # parsed, protected, and not decoded
     assert found.decode([found.bos_id, *found.encode("abc"), found.eos_id]) == "abc"
     return found.piece(found.bos_id), found.piece(found.eos_id)
 
 
 def test_ends_are_added_tokens_before_ordinary_pieces(corpus):
-    """As Qwen's vocabulary, which has a piece `<s>`."""
+    """Qwen's vocabulary, for example, has an ordinary piece `<s>`."""
     qwen = [("<|endoftext|>", True), ("<|im_start|>", True), ("<|im_end|>", True)]
     pieces = ("<s>", "</s>", "<bos>", "<eos>")
     assert ends_of(described(corpus, pieces, qwen)) == ("<|endoftext|>",) * 2
     gemma = [("<bos>", True), ("<eos>", True)]
     assert ends_of(described(corpus, ("<s>", "</s>"), gemma)) == ("<bos>", "<eos>")
-    # Special ones before others that were added, whatever the order of names.
+    # Special tokens come before other added ones, whatever the order of names.
     mixed = [("<s>", False), ("<bos>", True), ("<eos>", True), ("</s>", False)]
     assert ends_of(described(corpus, (), mixed)) == ("<bos>", "<eos>")
     plain = [("<s>", False), ("</s>", False)]
@@ -167,7 +167,7 @@ def test_ends_are_added_tokens_before_ordinary_pieces(corpus):
 
 
 NAMED = [
-    # tokenizer_config.json, special_tokens_map.json, and what they say.
+    # tokenizer_config.json, special_tokens_map.json, and the names of BOS and EOS.
     ({"bos_token": "<s>", "eos_token": "</s>"}, None, ("<s>", "</s>")),  # though ordinary pieces
     ({"bos_token": None, "eos_token": "<|im_end|>"}, None, ("<|endoftext|>", "<|im_end|>")),
     (
@@ -202,7 +202,7 @@ def test_transformers_finds_the_same_ends(corpus, tmp_path, config, more, expect
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     ours = Tokenizer.load(tmp_path / "tokenizer.json")
     assert theirs.eos_token_id == ours.eos_id
-    assert theirs.bos_token_id in (ours.bos_id, None)  # documents need one
+    assert theirs.bos_token_id in (ours.bos_id, None)  # our documents need a BOS
 
 
 def test_documents_of_a_tokenizer_without_bos_begin_with_eos(corpus, tmp_path):
@@ -284,10 +284,10 @@ def test_the_ids_of_transformers_byte_level(llama3, tmp_path, text, special):
 
 
 def as_released(model):
-    """The pre-tokenizer of the tokenizer.json that came with LLaMA: a space before every text.
+    """Returns the tokenizer.json with LLaMA's released rule: a space before every text.
 
-    The one that transformers 5 makes of a `.model` file puts none before a text that begins with
-    one, and so loses it; SentencePiece itself, and so Meta's code, does as the released file.
+    The file that transformers 5 makes of a `.model` adds no space to a text that begins with
+    one, so that decoding loses it. SentencePiece, and so Meta's code, follows the released rule.
     """
     normalizers = tokenizers.normalizers
     model.normalizer = normalizers.Sequence(
@@ -338,7 +338,7 @@ def test_imported_weights_write_with_their_tokenizer_json_and_give_it_back(corpu
 
 @pytest.mark.parametrize("text", [*HARD, *MARKED, "  <s>  [INST] x</s>  y"])
 def test_the_exported_json_gives_the_ids_of_the_model(tokenizer, text):
-    """Spaces after special tokens, too, so that a template is right with both."""
+    """Spaces after special tokens agree as well, so that templates give the same ids."""
     exported = Tokenizer(fast_files(tokenizer)["tokenizer.json"])
     for special in (False, True):
         ids = tokenizer.encode(text, special=special)
@@ -348,7 +348,7 @@ def test_the_exported_json_gives_the_ids_of_the_model(tokenizer, text):
 
 
 def with_trimming(tokenizer):
-    """As LLaMA-3's was released: its post-processor cuts spaces off the places of tokens."""
+    """Adds the post-processor of the released LLaMA-3, which trims spaces from token offsets."""
     described = json.loads(tokenizer.model_bytes)
     trim = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     processors = [trim, described["post_processor"]]
@@ -386,7 +386,7 @@ def test_each_token_knows_its_letters(kind, llama3, tokenizer):
 
 
 def test_a_vocabulary_that_lacks_a_text(corpus):
-    """The library refuses a word that a vocabulary of words has not, and no token for unknown."""
+    """The library refuses an unknown word if the vocabulary has no token for unknown words."""
     values = described(corpus, (), [("<s>", True), ("</s>", True)])
     values["model"] = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "<unk>"}
     values["pre_tokenizer"] = {"type": "Whitespace"}
@@ -407,7 +407,7 @@ def test_a_vocabulary_that_lacks_a_text(corpus):
 
 
 def test_a_piece_of_letters_that_byte_level_does_not_have(corpus):
-    """It stands for itself, as the library decodes it."""
+    """The piece decodes to its own text, as in the library."""
     values = described(corpus, ("\u65e5 x",), [("<s>", True), ("</s>", True)])
     found = Tokenizer(json.dumps(values).encode())
     token = values["model"]["vocab"]["\u65e5 x"]

@@ -1,4 +1,4 @@
-"""A source of which chance holds out no document holds out its last tokens, or says why not."""
+"""If random choice holds out no document, the last tokens are held out, or a log says why not."""
 
 import contextlib
 import json
@@ -20,11 +20,11 @@ from llama_jax.train.overview import no_evaluation
 from tests.data.prepare.test_job import assert_same_folder, quiet
 from tests.helpers import TINY, TINY_FLAGS, records, replace, run_command, text_config
 
-UNLUCKY = 0.02  # none of the documents below
+UNLUCKY = 0.02  # chooses none of the documents below
 
 
 def large_texts(folder, count=5, letters="abcdefghij"):
-    """A few documents of some thousand letters each."""
+    """Writes `count` documents of some thousand characters each, and returns the folder."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(count):
@@ -35,7 +35,7 @@ def large_texts(folder, count=5, letters="abcdefghij"):
 
 @pytest.fixture
 def config(shards, tmp_path):
-    """Of five large documents, each of which is a part; chance holds out none."""
+    """Returns a config of five large documents, one a part; random choice holds out none."""
     return text_config(
         large_texts(tmp_path / "text"),
         data__tokenizer=str(shards / "tokenizer.model"),
@@ -51,7 +51,7 @@ def tokens_of(folder, split):
 
 
 def listed(folder):
-    """The files that a manifest knows of."""
+    """Returns the names of the files that a manifest lists."""
     shards = [s for split in read_manifest(folder)["splits"].values() for s in split["shards"]]
     kinds = {"mask_sha256": "mask", "pack_sha256": "pack"}
     names = {"manifest.json", "tokenizer.model"}
@@ -114,7 +114,7 @@ def test_in_every_way_that_shards_are_written(config, tmp_path, changes):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_chance_that_holds_out_everything(config, tmp_path, workers):
-    """Then there would be nothing to train on: all five hashes are below 0.6."""
+    """All five hashes are below 0.6: without the rule, nothing would be left to train on."""
     config = replace(config, data__validation_fraction=0.6, data__workers=workers)
     prepare(config, tmp_path / "out", log=quiet)
     prepare(replace(config, data__validation_fraction=0.0), tmp_path / "whole", log=quiet)
@@ -141,7 +141,7 @@ def test_small_parts_at_the_end_are_held_out_whole(config, tmp_path, workers):
 
 
 def test_a_part_that_is_just_enough_is_all_that_is_held_out(config, tmp_path):
-    """Ten texts alike, of which chance holds out none: one of them is a tenth."""
+    """Of ten equal texts, of which random choice holds out none, the last is held out: a tenth."""
     source = tmp_path / "alike"
     source.mkdir()
     for number in range(10):
@@ -173,7 +173,7 @@ def test_killed_while_everything_is_written_again(config, tmp_path, monkeypatch,
 
 def test_a_single_document_is_cut(config, tmp_path):
     source = tmp_path / "text" / "0.txt"
-    for fraction, share in ((0.01, 0.01), (0.3, 0.3), (0.9, 0.5)):  # half of it at most
+    for fraction, share in ((0.01, 0.01), (0.3, 0.3), (0.9, 0.5)):  # at most half
         out = tmp_path / f"out{fraction}"
         here = replace(config, data__source=str(source), data__validation_fraction=fraction)
         prepare(here, out, log=quiet)
@@ -183,7 +183,7 @@ def test_a_single_document_is_cut(config, tmp_path):
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Simulates the end of the process."""
 
 
 @pytest.mark.parametrize("at", ["begin", "shard", "report", "manifest"])
@@ -217,7 +217,7 @@ def test_killed_while_the_tail_is_held_out(config, tmp_path, monkeypatch, at):
 
 
 def test_letters_of_several_tokens_are_counted_once(config, tmp_path):
-    """Of text that the tokenizer knows only as bytes, a letter may be cut."""
+    """A cut may fall inside a character that the tokenizer encodes as several bytes."""
     source = large_texts(tmp_path / "bytes", 1, "éß日本🦙")
     for fraction in (0.01, 0.0101, 0.0102, 0.0103):
         here = replace(config, data__source=str(source), data__validation_fraction=fraction)
@@ -227,7 +227,7 @@ def test_letters_of_several_tokens_are_counted_once(config, tmp_path):
 
 
 def instructions(path, count, tokenizer):
-    """So many conversations, and how to read them."""
+    """Writes `count` conversations, and returns the config that reads them."""
     lines = (
         json.dumps({"instruction": f"spell {n}?", "output": f"it is {n} " * (22 - n)})
         for n in range(count)
@@ -258,7 +258,7 @@ def test_conversations_stay_whole(tokenizer, tmp_path, fraction, count):
     held_out = documents_of(tmp_path / "out", "validation")
     assert held_out == whole[-len(held_out) :]
     assert documents_of(tmp_path / "out", "train") == whole[: -len(held_out)]
-    # The longest run of conversations at the end that is no longer than asked, or the last one.
+    # As many conversations at the end as fit into the requested number of tokens, but at least one.
     wanted, taken = round(fraction * sum(map(len, whole))), 0
     fitting = 0
     for ids in reversed(whole):
@@ -287,7 +287,7 @@ def nothing_asked(tokenizer, tmp_path):
 
 
 def test_the_only_conversation_is_trained_on(tokenizer, tmp_path):
-    """Though chance would hold it out."""
+    """It is not held out, although random choice would hold it out."""
     config = replace(one_conversation(tokenizer, tmp_path), data__validation_fraction=0.99)
     report = prepare(config, tmp_path / "out", log=quiet)[0]
     assert [report.splits[name]["documents"] for name in ("train", "validation")] == [1, 0]
@@ -395,7 +395,7 @@ def test_the_border(lengths, wanted, whole, others):
         after = end - border
         assert after <= min(wanted, end // 2) or border == starts[-2]
         earlier = starts[:-1][starts[:-1] < border]
-        if len(earlier) and after <= min(wanted, end // 2):  # and no more would fit
+        if len(earlier) and after <= min(wanted, end // 2):  # one more would not fit
             assert end - earlier[-1] > min(wanted, end // 2)
         assert border or others
         return

@@ -170,12 +170,12 @@ def test_a_full_disk_keeps_what_is_done(corpus, shards, tmp_path, monkeypatch):
     lines = []
     prepare(config, tmp_path / "out", log=lines.append)
     assert "3 of" in lines[0] and "parts are done" in lines[0]
-    assert done == list(range(len(done)))  # none twice
+    assert done == list(range(len(done)))  # no part twice
     assert_same_folder(tmp_path / "out", tmp_path / "expected")
 
 
 def test_an_unreadable_file_keeps_what_is_done(corpus, tmp_path, monkeypatch):
-    """A file server that stumbles after days of work must not cost them."""
+    """An error of the file server after days of work must not lose that work."""
     config = text_config(corpus, data__part_bytes=1000, data__workers=1)
     write_part = workers.write_part
 
@@ -274,7 +274,7 @@ def test_named_sources_get_a_folder_each_and_share_a_tokenizer(corpus, tmp_path)
     assert [sum(s["documents"] for s in r.splits.values()) for r in reports] == [10, 20]
     assert sum("training a tokenizer" in line for line in lines) == 1
     assert any(line.startswith("b ") and "% of all" in line for line in lines)
-    # A source that is added later gets the tokenizer of the others.
+    # A source that is added later uses the tokenizer of the others.
     later = prepare(text_config(f"{first}; c={corpus}/03*.txt"), tmp_path / "out", log=quiet)
     c = TokenDataset.open(tmp_path / "out" / "c", "train")
     assert c.tokenizer_sha256 == a.tokenizer_sha256 and len(later) == 3
@@ -304,7 +304,7 @@ def test_the_progress_says_how_fast_and_how_long(monkeypatch, capsys, terminal):
     monkeypatch.setattr(report_lib.time, "monotonic", lambda: next(now))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     bar = report_lib.Progress(400_000_000)
-    bar.add(10_000_000, 3_000_000)  # too early to say anything
+    bar.add(10_000_000, 3_000_000)  # too early for an estimate
     assert capsys.readouterr().err == ""
     bar.add(70_000_000, 17_000_000)
     shown = capsys.readouterr().err
@@ -329,7 +329,7 @@ if __name__ == "__main__":
 
 
 def test_killed_and_started_again(corpus, tmp_path):
-    """SIGKILL in the middle; the next call keeps the finished parts, and the bytes are right."""
+    """After SIGKILL, the next call keeps the finished parts, and the shards have the same bytes."""
     command = [sys.executable, "-c", KILLED, str(corpus), str(tmp_path / "out")]
     out = tmp_path / "out"
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
@@ -365,7 +365,7 @@ def test_packing_loses_and_repeats_nothing(lengths, seq_len):
         for p in pieces:
             document = np.searchsorted(starts, first[p], side="right") - 1
             end = starts[document] + lengths[document]
-            assert first[p] + inputs[p] < end  # the target of the last input is in the document
+            assert first[p] + inputs[p] < end  # the last target is in the document
             if lengths[document] - 1 <= seq_len:
                 assert inputs[p] == lengths[document] - 1  # not cut
             used += range(int(first[p]), int(first[p] + inputs[p]))
@@ -410,7 +410,7 @@ def test_a_damaged_pack_file(corpus, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["", "memory://"])
 def test_files_are_read_by_ranges(shards, monkeypatch, scheme):
-    """From disk, and as from an object store, whose paths only `epath` can open."""
+    """Reads from disk, and as from an object store, whose paths only `epath` can open."""
     from etils import epath
 
     path = shards / "train-00000-000.bin"
@@ -426,7 +426,7 @@ def test_files_are_read_by_ranges(shards, monkeypatch, scheme):
 
 
 def test_threads_share_a_file_of_an_object_store(shards, monkeypatch):
-    """Batches are made by several threads; each must get what it asked for."""
+    """Several threads make batches; each must get the range that it requested."""
     from etils import epath
 
     path = shards / "train-00000-000.bin"
@@ -438,7 +438,7 @@ def test_threads_share_a_file_of_an_object_store(shards, monkeypatch):
     class Slow:
         def seek(self, offset):
             file.seek(offset)
-            time.sleep(0.01)  # another thread's turn
+            time.sleep(0.01)  # lets another thread run
 
         def read(self, size):
             return file.read(size)

@@ -1,4 +1,4 @@
-"""Where shards are made: in the target, which is checked at the start and held to the end."""
+"""Shards are made in the target folder, which is checked at the start and locked to the end."""
 
 import contextlib
 import fcntl
@@ -30,7 +30,7 @@ from tests.helpers import (
 
 @contextlib.contextmanager
 def mounted(place, *arguments):
-    """Another file system at a place; without the right to mount, a link to another folder."""
+    """Mounts a file system at `place`; without the right to, makes it a link to another folder."""
     made = subprocess.run(["mount", *arguments, place], capture_output=True).returncode == 0
     if not made:
         other = place.parent / f"{place.name}-elsewhere"
@@ -48,7 +48,7 @@ def config_of(corpus, **changes):
 
 
 def until_part(monkeypatch, number, error):
-    """From this part on, nothing can be written."""
+    """Raises `error` in place of writing part `number` and all later parts."""
     write_part = workers.write_part
 
     def write(*arguments, **options):
@@ -60,7 +60,7 @@ def until_part(monkeypatch, number, error):
 
 
 class Killed(BaseException):
-    """Stands for the end of the process: nothing handles it."""
+    """Simulates the end of the process: no code handles it."""
 
 
 def killed_at(monkeypatch, config, output, number=3, **options):
@@ -82,7 +82,7 @@ def expected(corpus, tmp_path_factory):
 
 
 def test_a_volume_is_filled_where_it_is(corpus, tmp_path, expected, monkeypatch):
-    """Also when it is killed, and nothing is made beside it."""
+    """This also holds after a kill, and no file is made next to the volume."""
     out = tmp_path / "volume"
     out.mkdir()
     with mounted(out, "-t", "tmpfs", "tmpfs") as made:
@@ -126,7 +126,7 @@ def test_targets_of_all_kinds(corpus, tmp_path, expected, kind):
 
 
 def block(out, kind):
-    """Makes a target that can take no shards; returns what the error says."""
+    """Makes a target that cannot hold shards; returns the expected error."""
     if kind == "a file":
         out.write_text("precious")
         return "it is a file"
@@ -181,7 +181,7 @@ def test_a_read_only_place_is_told_at_the_start(corpus, tmp_path, monkeypatch):
 
 
 def test_complete_shards_in_a_read_only_place(corpus, tmp_path, expected):
-    """Even with a file that a kill has left."""
+    """They are accepted even with a file that a kill left behind."""
     out = shutil.copytree(expected, tmp_path / "volume")
     (out / "plan.json").write_text("{}")
     lines = []
@@ -194,7 +194,7 @@ def test_complete_shards_in_a_read_only_place(corpus, tmp_path, expected):
 
 
 def test_a_volume_that_is_too_small(corpus, tmp_path, expected):
-    """It warns, keeps what is done when the disk is full, and goes on when there is room."""
+    """`prepare` warns, keeps finished parts on a full disk, and goes on when there is room."""
     out = tmp_path / "volume"
     out.mkdir()
     large = tmp_path / "large"
@@ -224,7 +224,7 @@ def test_a_volume_that_is_too_small(corpus, tmp_path, expected):
 
 
 def test_the_space_that_is_expected(corpus, tmp_path, monkeypatch):
-    """Half a byte of ids for each of text, 3 times that for compressed files."""
+    """The estimate is half a byte of ids per byte of text, and 3 times that if compressed."""
     monkeypatch.setattr(
         output_folder.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0)
     )
@@ -239,8 +239,10 @@ def test_the_space_that_is_expected(corpus, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("call", [1, 2, 3, 5, 8, 13, 21])
 def test_killed_while_it_is_completed(corpus, tmp_path, expected, monkeypatch, call):
-    """After the manifest, plan and reports are removed one by one: wherever that ends, the next
-    call finds shards that are whole and removes the rest."""
+    """After a kill at any point, the next call finds complete shards and removes the rest.
+
+    Once the manifest is written, the plan and the reports are removed one by one.
+    """
     out, calls = tmp_path / "out", []
     unlink = type(out).unlink
 
@@ -392,7 +394,7 @@ def test_a_report_of_a_part_that_is_damaged(corpus, tmp_path, monkeypatch):
 
 
 def test_killed_before_the_first_part(corpus, tmp_path, monkeypatch):
-    """Then nothing is lost by other settings, and no flag is asked for."""
+    """Other settings then lose no work, and need no flag."""
     killed_at(monkeypatch, config_of(corpus), tmp_path / "out", 0)
     other, lines = config_of(corpus, data__validation_fraction=0.5), []
     prepare(other, tmp_path / "out", log=lines.append)
@@ -416,7 +418,7 @@ prepare(config_of(sys.argv[1]), sys.argv[2], log=lambda line: None)
 
 @contextlib.contextmanager
 def another_process(source, out):
-    """Prepares there until the end, and is killed then."""
+    """Runs a process that is preparing `source` in `out`, and kills it at the end."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     command = [sys.executable, "-c", HOLDS, str(source), str(out)]
     with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
@@ -439,11 +441,11 @@ def test_two_at_once_exclude_each_other(corpus, tmp_path, expected):
         link.symlink_to(out)
         with pytest.raises(UserError, match="another process prepares shards in .*link"):
             prepare(config_of(corpus), link, restart=True, log=quiet)
-        # `train` prepares there, too.
+        # `train` prepares in the same folder.
         run = run_command("train", *flags, f"--workdir={tmp_path / 'run'}")
         assert message in one_line_error(run)
         assert names(out) == before
-    prepare(config_of(corpus), out, log=quiet)  # the kernel lets go of the folder
+    prepare(config_of(corpus), out, log=quiet)  # the kernel has released the lock
     assert_same_folder(out, expected)
 
 
@@ -465,7 +467,7 @@ def test_complete_shards_are_found_by_many_at_once(corpus, tmp_path, expected):
 
 
 def test_a_folder_that_was_removed_is_held_anew(tmp_path, monkeypatch):
-    """Who has opened a folder that another one then removes must not hold what is no more."""
+    """A folder that is removed between open and lock must be made and locked again."""
     folder, flock = tmp_path / "out", fcntl.flock
     handles = []
 

@@ -27,7 +27,7 @@ def checks(data):
 def test_a_checksum_is_that_of_every_crc32():
     sums = BlockSums()
     sums.add(b"123456789")
-    assert sums.hex() == "cbf43926"  # the check value of CRC-32 in every catalogue of CRCs
+    assert sums.hex() == "cbf43926"  # the standard check value of CRC-32
     assert BlockSums().hex() == ""
 
 

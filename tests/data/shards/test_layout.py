@@ -1,4 +1,4 @@
-"""What verifying a folder of shards finds."""
+"""`verify` finds every changed or missing file in a folder of shards."""
 
 import shutil
 

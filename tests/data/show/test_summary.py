@@ -1,4 +1,4 @@
-"""What `python -m llama_jax.data --show` prints and draws."""
+"""The text and the picture of `python -m llama_jax.data --show`."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ PLAIN = Screen(width=80, lines=0)
 
 @pytest.fixture(scope="module")
 def sources(corpus, tmp_path_factory):
-    """Three sources, concatenated and packed, one with documents that were skipped."""
+    """Prepares three sources, concatenated and packed; one of them has skipped documents."""
     folder = tmp_path_factory.mktemp("show")
     lines = [json.dumps({"text": path.read_text()}) for path in sorted(corpus.glob("03*.txt"))]
     (folder / "c.jsonl").write_text("\n".join([*lines, "{broken", '{"body": 1}', "[]"]))
@@ -37,7 +37,7 @@ def sources(corpus, tmp_path_factory):
 
 
 def shares_of(text):
-    """The cells of the table, by source and column."""
+    """Returns the cells of the table by source and column."""
     lines = text.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("source"))
     header = lines[start].split()
@@ -53,7 +53,7 @@ def test_the_table_says_what_is_there(sources, packing):
     text = summary.summary(prepared, 3, PLAIN)
     table = shares_of(text)
     assert [row["asked"] for row in table.values()] == ["10.00%", "70.00%", "20.00%"]
-    # Counted from the rows, of which 1,000 are 125 batches.
+    # Counts the tokens in 1,000 rows, which are 125 batches.
     tokens = dict.fromkeys("abc", 0)
     for step in range(3, 128):
         weights = prepared.batches.rows(step, range(8))["weights"]
@@ -107,7 +107,7 @@ def test_realised_shares_are_counted_from_the_step_on(sources):
 
 
 def test_rows_are_those_of_the_loader(sources):
-    """What is printed of a row, put together again, is the row."""
+    """The printed pieces of a row, joined again, are the row."""
     folder, configs = sources
     prepared = summary.open_prepared(folder / "best_fit", configs["best_fit"])
     batch = configs["best_fit"].train.global_batch
@@ -134,7 +134,7 @@ def test_rows_are_those_of_the_loader(sources):
             pieces = [marks.get(i, t) for i, t in zip(ids, texts, strict=True)]
             pieces[-1] = "→" + pieces[-1]
             assert "".join(part for _, part in shown[segment]) == visible("".join(pieces))
-            assert shown[segment][0][0] == 0  # positions begin again
+            assert shown[segment][0][0] == 0  # positions restart
         padding = int((expected["weights"] == 0).sum())
         assert (0 in shown) == (padding > 0)
         if padding:
@@ -224,7 +224,7 @@ def test_colours_only_where_they_are_wanted(sources):
     assert [re.sub(r"\033\[[\d;]*m", "", line) for line in coloured] == plain != coloured
 
 
-# Which folder, and which config.
+# The choice of the folder and the config.
 
 
 def test_shards_without_a_config(sources, shards):
@@ -250,7 +250,7 @@ def test_a_work_directory_has_its_own_config(sources, tmp_path):
         "b": 0.25,
         "c": 0.25,
     }
-    # And shards elsewhere.
+    # Shards in another folder.
     shutil.rmtree(tmp_path / "data")
     elsewhere = replace(config, data__path=str(folder / "concat"))
     (tmp_path / "config.json").write_text(elsewhere.to_json())
@@ -294,7 +294,7 @@ def test_nothing_to_show(tmp_path, sources):
     with pytest.raises(UserError, match="no token shards in"):
         summary.open_prepared(tmp_path)
     folder, configs = sources
-    shutil.copytree(folder / "concat" / "a", tmp_path / "a.partial")  # of a run that was killed
+    shutil.copytree(folder / "concat" / "a", tmp_path / "a.partial")  # left by a killed run
     with pytest.raises(UserError, match="no token shards in"):
         summary.open_prepared(tmp_path)
     with pytest.raises(UserError, match="made with data.packing=best_fit, but it is concat now"):

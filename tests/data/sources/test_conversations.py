@@ -1,4 +1,4 @@
-"""Instruction data from files to batches: what is read, what is skipped and why, what counts."""
+"""Instruction data, from files to batches: records read or skipped, and tokens that count."""
 
 import gzip
 import json
@@ -53,7 +53,7 @@ def turns(*pairs):
 
 
 def made(count):
-    """So many conversations of some turns, none like another."""
+    """Returns `count` different conversations of 1 to 3 questions and answers."""
     rng = np.random.default_rng(0)
     return [
         {
@@ -69,7 +69,7 @@ def made(count):
 
 
 def read(records, template, tmp_path, seq_len=T, **fields):
-    """The examples of these records, and what was counted."""
+    """Returns the examples of these records, and the tally."""
     path = tmp_path / "records.json"
     path.write_text(json.dumps(records))
     data = DataConfig(source=str(path), template="x", packing="best_fit", **fields)
@@ -91,7 +91,7 @@ def test_four_forms_of_records():
         assert found[0] == {"role": "user", "content": "Add.", "instruction": "Add.", "input": ""}
     assert messages_of(SHAREGPT) == said("Hi", "Hello.")
     assert messages_of(MESSAGES) == said("Hi", "Hello.", system="Be brief.")
-    # As openassistant-guanaco writes it: turns on one line, headings of Markdown within.
+    # The format of openassistant-guanaco: turns on one line, with Markdown headings inside.
     text = "### Human: Hi, Assistant: ?### Assistant: ## Hello\n### Human ### Human: Bye"
     found = messages_of({"text": text})
     assert found == said("Hi, Assistant: ?", "## Hello\n### Human", "Bye")
@@ -217,7 +217,7 @@ def test_nothing_follows_the_last_answer(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name", ["alpaca", "vicuna", "llama2", "llama3"])
 def test_long_conversations_are_cut(name, tokenizer, llama3, tmp_path):
-    """At seq_len inputs, and after the last token that counts."""
+    """They keep at most seq_len inputs, and end after the last token that counts."""
     template = built_in(name, llama3 if name == "llama3" else tokenizer)
     messages = said("abc", "one two three", "def", "four five")
     whole = template.example(messages)
@@ -321,7 +321,7 @@ def test_only_json_is_read(tmp_path):
             list_parts(source, config)
 
 
-# Prepared.
+# Prepared shards.
 
 
 def chat_config(tmp_path, tokenizer, records, **changes):
@@ -340,7 +340,7 @@ def chat_config(tmp_path, tokenizer, records, **changes):
 
 @pytest.fixture(scope="module")
 def chat(tokenizer, tmp_path_factory):
-    """Config, records, and shards of 60 conversations; tests must not change them."""
+    """Returns config, records and shards of 60 conversations; tests must not change them."""
     folder = tmp_path_factory.mktemp("chat")
     records = made(60)
     config = chat_config(folder, tokenizer, records, data__shard_tokens=3000)
@@ -349,13 +349,13 @@ def chat(tokenizer, tmp_path_factory):
 
 
 def whole(records, template):
-    """Of each conversation, ids and counts."""
+    """Returns the counts of each conversation by its ids."""
     found = (template.example(record["messages"]) for record in records)
     return {tuple(one.ids.tolist()): one.counts.tolist() for one in found}
 
 
 def segments(rows):
-    """Ids, and of each whether it counts as a target, of the documents in a batch."""
+    """Yields, per document of a batch, its ids and whether each counts as a target."""
     for row in range(len(rows["inputs"])):
         ids = rows["segment_ids"][row]
         for segment in range(1, ids.max() + 1):
@@ -415,7 +415,7 @@ def test_batches_are_a_function_of_the_step(chat):
 
 
 def test_the_split_is_by_conversation(chat, tokenizer, tmp_path):
-    """Copies go the same way, whatever they are written with."""
+    """Copies of a conversation go to the same split, with any template."""
     _, records, folder = chat
     again = replace(chat_config(tmp_path, tokenizer, records * 2), data__template="llama2")
     prepare(again, tmp_path / "shards", log=quiet)
@@ -465,7 +465,7 @@ def test_the_fingerprint_covers_mask_and_template(chat, tokenizer, tmp_path):
         part[name] += "1"
         assert data_fingerprint(manifest) != whole
         part[name] = part[name][:-1]
-    # The same text and mask, by other Jinja.
+    # Another Jinja source with the same text and mask.
     source = built_in("vicuna", tokenizer).source + "{# once more #}"
     (tmp_path / "own.jinja").write_text(source)
     other = replace(config, data__template=str(tmp_path / "own.jinja"))
@@ -487,7 +487,7 @@ def test_other_templates_and_shards_are_not_mixed_up(chat, tokenizer, tmp_path):
         open_data(plain, where)
     with pytest.raises(UserError, match="with another chat template, but data.template is llama2"):
         open_data(replace(config, data__template="llama2"), where)
-    # A file that is gone is no other one.
+    # A template file that no longer exists does not count as another template.
     assert open_data(replace(config, data__template="gone.jinja"), where).template
     (tmp_path / "a.jsonl").write_text("\n".join(f'{{"text": "abc {n}"}}' for n in range(9)))
     text = replace(plain, data__source=str(tmp_path / "a.jsonl"))
@@ -509,7 +509,7 @@ def test_shards_of_another_tokenizer_are_refused(chat, tokenizer, corpus, tmp_pa
 
     with pytest.raises(UserError, match=r"another tokenizer than \S+/other.model .*init_from"):
         opened(tmp_path / "other.model")
-    # The other format of the same one is no other, nor is a file that is gone since.
+    # The same tokenizer in its other format, or a file that no longer exists, is accepted.
     for same in (tmp_path / "tokenizer.json", tmp_path / "gone.model", folder / "tokenizer.model"):
         assert opened(same).tokenizer.fingerprint == tokenizer.fingerprint
 
@@ -587,7 +587,7 @@ def test_llama3_from_end_to_end(llama3, tmp_path):
     data = open_data(config, epath.Path(tmp_path / "shards"))
     rows = data.train.rows(0, range(1))
     ids, counts = next(segments(rows))
-    # What a checkpoint keeps makes the model stop at the end of a turn.
+    # With the files of a checkpoint, the model stops at the end of a turn.
     ends = [llama3.piece(one) for one in special_ids(data.files)[1]]
     assert ends == ["<|end_of_text|>", "<|eot_id|>"]
     head, tail = "<|start_header_id|>", "<|end_header_id|>"

@@ -15,7 +15,7 @@ from llama_jax.errors import UserError
 
 
 def read(source, **fields):
-    """Documents and skips, read as one part and again in many small ones, which must agree."""
+    """Returns documents and skips; one part and many small parts must give the same."""
     found = []
     for part_bytes in (1 << 30, 100):
         tally = Tally()
@@ -47,7 +47,7 @@ def test_wildcards_in_folders(tmp_path):
     names = lambda pattern: [path.name for path in list_files(f"{tmp_path}/{pattern}")]  # noqa: E731
     assert names("e?/*/*.txt") == ["a.txt", "b.txt"]
     assert names("*/0/c.txt") == ["c.txt"]
-    assert names("odd[1].txt") == ["odd[1].txt"]  # a name, although it looks like a pattern
+    assert names("odd[1].txt") == ["odd[1].txt"]  # an existing name, not a pattern
     with pytest.raises(UserError, match=r"fr/\*/\*.txt matches no file"):
         names("fr/*/*.txt")
     with pytest.raises(UserError, match=r"has '\*\*'; name the folder"):
@@ -100,7 +100,7 @@ def test_unusable_files_are_counted(tmp_path):
     (tmp_path / "d.txt").write_text("x" * 101)
     (tmp_path / "e.txt").write_text("x" * 100)
     texts, skipped = read(tmp_path, max_document_bytes=100)
-    assert texts == ["x" * 50, "x" * 51, "x" * 100]  # the first is too long, and is cut
+    assert texts == ["x" * 50, "x" * 51, "x" * 100]  # the first text is too long and is cut
     assert skipped == {"invalid UTF-8": 1, "empty": 2}
 
 
@@ -116,7 +116,7 @@ def test_an_endless_json_line_is_skipped_in_little_memory(tmp_path):
     "kind", ["txt", "jsonl.zst", "parquet", pytest.param("jsonl", marks=pytest.mark.slow)]
 )
 def test_a_document_of_100_mb_is_read_in_bounded_memory(tmp_path, kind):
-    """A plain text is cut; a record of that length is skipped."""
+    """A plain text of that length is cut; a record is skipped."""
     import pyarrow
     import zstandard
     from pyarrow import parquet
@@ -142,7 +142,7 @@ def test_a_document_of_100_mb_is_read_in_bounded_memory(tmp_path, kind):
         assert sum(texts) == 100_000_004 and max(texts) <= 10_000_000 and not tally.skipped
     else:
         assert texts == [5, 4] and tally.skipped == {"longer than 10,000,000 bytes": 1}
-    # A line is read up to 6 times the limit, as JSON may escape every byte; Parquet has no lines.
+    # Up to 6 times the limit of a line is read, because JSON may escape every byte.
     assert peak < 220e6
 
 
@@ -179,7 +179,7 @@ def test_zstandard(tmp_path, kind):
     import zstandard
 
     text = json.dumps({"text": "hello"}) if kind == "jsonl" else "hello"
-    # Two frames, as `cat a.zst b.zst` makes them.
+    # Two frames, as from `cat a.zst b.zst`.
     frames = [zstandard.compress((text + end).encode()) for end in ("\n", "")]
     (tmp_path / f"x.{kind}.zst").write_bytes(b"".join(frames))
     expected = ["hello", "hello"] if kind == "jsonl" else ["hello\nhello"]
@@ -220,13 +220,13 @@ def test_parquet(parquet):
 
 @pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
 def test_parquet_with_text_that_is_no_utf8(tmp_path, kind):
-    """Parquet does not check it; one damaged value costs itself only."""
+    """Parquet does not check UTF-8; only the damaged values are skipped."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     values = pyarrow.array([b"first", b"\xff\xfe", b"half \xed\xa0\x80 pair", None, b"last"])
     offsets, text = values.buffers()[1:]
-    nulls = pyarrow.py_buffer(b"\x17")  # the fourth is none
+    nulls = pyarrow.py_buffer(b"\x17")  # the fourth is null
     column = pyarrow.Array.from_buffers(pyarrow.string(), 5, [nulls, offsets, text])
     if kind == "dictionary":
         column = column.dictionary_encode()

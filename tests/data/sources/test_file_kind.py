@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes. Files are made by Python's own writers, and by PyArrow."""
+"""A file's first bytes determine its kind. Python's own writers and PyArrow make the files."""
 
 import bz2
 import csv
@@ -68,7 +68,7 @@ def test_a_list_of_texts(tmp_path, name, data):
 
 
 def test_objects_that_follow_each_other(tmp_path):
-    """As `jq .` writes them; and one alone."""
+    """`jq .` writes such files; a single object is read as well."""
     text = "\n".join(json.dumps(record, indent=2) for record in RECORDS)
     for name in ("a.json", "a.jsonl"):
         texts, tally = read(made(tmp_path / name, text.encode()))
@@ -175,7 +175,7 @@ def test_parquet_by_any_name(tmp_path, name):
 @pytest.mark.parametrize("data", [LINES, LIST, "some words é 語 🦙\n".encode()])
 @pytest.mark.parametrize("zip_", [bytes, gzip.compress])
 def test_byte_order_marks(tmp_path, encoding, data, zip_):
-    """Named by no BOM of its own, a text of -be gets one here, as editors write it."""
+    """Python's codecs ending in -be write no BOM, so the test adds one, as editors do."""
     text = data.decode() if not encoding.endswith("be") else "\ufeff" + data.decode()
     path = made(tmp_path / "a.json", b"")
     expected = TEXTS
@@ -232,7 +232,7 @@ FOREIGN = [
 ]
 
 
-# Archives hold the time: as names of tests they would differ between workers.
+# Archives contain the time: test ids made of their bytes would differ between workers.
 @pytest.mark.parametrize(("data", "kind"), FOREIGN, ids=range(len(FOREIGN)))
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a"])
 def test_what_is_no_text_is_named_and_never_read(tmp_path, data, kind, name):
@@ -273,7 +273,7 @@ def test_a_compressed_name_without_a_sign_of_it(tmp_path, name):
     (part,) = list_parts(str(tmp_path / name), config)
     assert list(read_records(part, config, tally)) == []
     assert tally.skipped == {"damaged compressed file": 1}
-    # What a web server has decompressed on the way keeps its name.
+    # A file that a web server decompressed in transit keeps its name.
     assert read(made(tmp_path / name, LINES))[0] == TEXTS
 
 
@@ -352,9 +352,9 @@ def test_the_report_says_what_was_read(tmp_path, tokenizer):
     made(source / "d.zip", archive(zip_file))
     tokenizer.save(tmp_path / "t.model")
     config = text_config(source, data__tokenizer=str(tmp_path / "t.model"), data__part_bytes=50)
-    config = replace(config, data__validation_fraction=0.0)  # whose tail would cut a document
+    config = replace(config, data__validation_fraction=0.0)  # a tail would cut a document
     lines = []
-    for _ in range(2):  # the second time from the manifest
+    for _ in range(2):  # the second report is from the manifest
         report = prepare(config, tmp_path / "out", log=lines.append)[0]
         assert report.files == {"JSON lines": 3, "JSON lists": 1, "plain text": 1}
         assert {why: count for why, (count, _) in report.left_out.items()} == {
@@ -370,7 +370,7 @@ def test_the_report_says_what_was_read(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("command", ["prepare", "train"])
 def test_why_there_is_no_text(tmp_path, command):
-    """In one line, with what was met instead and where, by both commands that train a tokenizer."""
+    """Both commands that train a tokenizer say in one line what they found instead, and where."""
     source = tmp_path / "source"
     source.mkdir()
     made(source / "a.jsonl", b'{"body": "words"}\n' * 3)

@@ -56,7 +56,7 @@ def test_only_one_value_is_in_memory():
     file = Counted("[" + ",".join(['{"a": "%s"}' % ("x" * 999)] * 1000) + "]")
     next(list_items(file, 10**6))
     assert file.taken == json_values.CHUNK
-    # What never ends is not waited for.
+    # A value without an end raises after the first chunk.
     endless = Counted('["' + "x" * 10**6)
     with pytest.raises(ValueError):
         list(list_items(endless, 1000))

@@ -1,4 +1,4 @@
-"""Which files a source names; names and folders are made here, and the expectations by hand."""
+"""The files that a source names; the expected lists are written by hand."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def tree(folder, *names):
 
 
 def listed(source, own=(), folder=None):
-    """Names of the files, and counts of what is left out."""
+    """Returns the names of the files, and the counts of those left out."""
     tally = Tally()
     files = list_files(str(source), own, tally)
     base = folder or source
@@ -67,7 +67,7 @@ def test_what_is_named_itself_is_read(tmp_path):
     assert listed(tmp_path / ".hidden")[0] == ["a.txt"]
     assert listed(f"{tmp_path}/*.md", folder=tmp_path)[0] == ["README.md"]
     assert listed(f"{tmp_path}/.*.txt", folder=tmp_path)[0] == [".b.txt"]
-    assert listed(tmp_path / "only") == (["README.md"], {})  # all there is
+    assert listed(tmp_path / "only") == (["README.md"], {})  # the only file
 
 
 def test_only_hidden_files(tmp_path):
@@ -92,8 +92,8 @@ def test_globs_as_a_shell_reads_them(tmp_path):
 def test_links(tmp_path):
     source = tree(tmp_path / "source", "a/one.txt", "a/b/two.txt")
     tree(tmp_path / "elsewhere", "three.txt", "back/x.txt")
-    (source / "again").symlink_to(source / "a")  # counts twice
-    (source / "a" / "loop").symlink_to(source)  # never ends
+    (source / "again").symlink_to(source / "a")  # would count twice
+    (source / "a" / "loop").symlink_to(source)  # would never end
     (source / "copy.txt").symlink_to("a/one.txt")
     (source / "gone.txt").symlink_to(tmp_path / "nothing")
     (source / "self").symlink_to(source / "self")
@@ -105,7 +105,7 @@ def test_links(tmp_path):
     assert left_out == {TWICE: 4, DEAD: 2}
     assert listed(f"{source}/a/one.txt,{source}/copy.txt", folder=source)[0] == ["a/one.txt"]
     assert len(listed(f"{source}/a,{source}/a/b,{source}/a", folder=source)[0]) == 4
-    assert len(listed(source / "again")[0]) == 4  # a link that is named itself is a folder
+    assert len(listed(source / "again")[0]) == 4  # a link as the source is a folder
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def special(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as server:
         here = os.getcwd()
-        os.chdir(tmp_path)  # the path of a socket may not be long
+        os.chdir(tmp_path)  # the path of a socket must be short
         server.bind("socket")
         os.chdir(here)
         yield tmp_path
@@ -144,7 +144,7 @@ ODD += ["web=x;books=y.txt", "?", "é=ü.txt", " lead.txt", "a,,b.txt", "=.txt",
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("relative", [True, False])
 def test_odd_names(tmp_path, monkeypatch, name, relative):
-    """What exists is meant: alone, in a list, by a glob of its folder, and as a named source."""
+    """An existing name is taken literally: alone, in a list, and in a named source."""
     tree(tmp_path, name, "other.txt")
     monkeypatch.chdir(tmp_path)
     path = name if relative else str(tmp_path / name)
@@ -253,7 +253,7 @@ def test_a_users_folder_that_looks_a_little_like_ours(tmp_path):
 
 
 def test_the_output_inside_of_the_source(tmp_path):
-    """Prepared twice: the second time finds the same text, and nothing of the first."""
+    """A second `prepare` reads the same text, and none of the files of the first."""
     source = write_corpus_in(tmp_path / "source")
     first = prepare(text_config(source), source / "out", log=lambda line: None)[0]
     again = prepare(text_config(source), source / "more" / "out2", log=lambda line: None)[0]
@@ -262,7 +262,7 @@ def test_the_output_inside_of_the_source(tmp_path):
 
 
 def test_a_streaming_run_inside_of_its_source(tmp_path):
-    """It goes on at its second start, and says what it leaves out."""
+    """It starts a second time, and logs that it leaves out its own folder."""
     source = write_corpus_in(tmp_path / "source")
     (source / ".hidden").write_text("x")
     steps = ("--config.data.streaming=True", "--config.train.steps=4")
@@ -278,7 +278,7 @@ def test_a_streaming_run_inside_of_its_source(tmp_path):
 
 
 def test_many_files_are_looked_at_at_once(tmp_path, monkeypatch):
-    """A bucket answers late: two looks must be under way together before either goes on."""
+    """Buckets answer slowly, so files are checked in parallel: each check waits for another."""
     tree(tmp_path, "a.txt", "b.txt")
     meeting, identify_file = threading.Barrier(2), file_kind.identify_file
 
@@ -302,7 +302,7 @@ def test_an_unreadable_folder_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_path_with_an_equals_sign_that_is_gone_later(tmp_path, monkeypatch):
-    """Its shards are found where they were put when it was there."""
+    """Its shards are found in the same folder as when the path existed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x=1.jsonl").write_text(
         "\n".join(json.dumps({"text": f"some words {n} " * 9}) for n in range(60))
@@ -338,7 +338,7 @@ def test_globs_below_folders_with_commas_and_semicolons(tmp_path, monkeypatch):
     assert sorted(map(str, list_files("?.txt, c;d,e/*"))) == ["4.txt", "c;d,e/3.txt"]
     assert named_sources("x=c;d,e/*.txt; y=a,b/*") == {"x": "c;d,e/*.txt", "y": "a,b/*"}
     assert named_sources("k=v,w/*.txt") == {"": "k=v,w/*.txt"}
-    tree(tmp_path, "x1,y1")  # which two globs may mean as one, too
+    tree(tmp_path, "x1,y1")  # "x*,y*" also matches this single name
     tree(tmp_path, "x2", "y2")
     assert sorted(map(str, list_files("x*,y*"))) == ["x1,y1", "x2", "y2"]
 
@@ -354,7 +354,7 @@ def test_shards_that_have_lost_their_manifest_are_no_text(tmp_path):
     tree(tmp_path, "a.txt", *(f"shards/{name}" for name in names), "shards/tokenizer.model")
     assert listed(tmp_path) == (["a.txt"], {OWN: 1})
     tree(tmp_path, "text/train-00000-000.txt", "text/train-1-2.bin")
-    assert len(listed(tmp_path)[0]) == 3  # somebody else's names
+    assert len(listed(tmp_path)[0]) == 3  # names of other tools
 
 
 def test_names_of_sources_in_buckets():

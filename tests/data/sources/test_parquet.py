@@ -1,4 +1,4 @@
-"""Parquet as strangers write it: gigantic values and pages, nested fields."""
+"""Parquet files of unknown origin: gigantic values and pages, damage, nested fields."""
 
 import itertools
 import random
@@ -17,7 +17,7 @@ pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
 LIMIT = 500_000  # `max_document_bytes` where memory is measured
-# Of pyarrow's memory: 4 times the limit are in a batch; a page and its bytes in the file besides.
+# Bound on pyarrow's memory: a batch has 4 times the limit; a page and its packed bytes come on top.
 MOST = 12 * LIMIT + (1 << 20)
 CODECS = ("zstd", "gzip", "brotli", "none")
 PAGES = (
@@ -25,7 +25,7 @@ PAGES = (
     *((False, "1.0", "brotli"), (True, "2.0", "brotli"), (True, "1.0", "none")),
     (False, "2.0", "none"),
 )
-POOLS = []  # as long as there are arrays of theirs
+POOLS = []  # kept alive as long as their arrays
 
 
 def read(path, **fields):
@@ -35,7 +35,7 @@ def read(path, **fields):
 
 
 def read_in_memory(path, **fields):
-    """Texts, what was skipped, and the peak of pyarrow's memory in bytes."""
+    """Returns the texts, the skips, and the peak of pyarrow's memory in bytes."""
     usual = pyarrow.default_memory_pool()
     pool = pyarrow.proxy_memory_pool(usual)
     POOLS.append(pool)
@@ -49,7 +49,7 @@ def read_in_memory(path, **fields):
 
 
 def write(path, texts, **options):
-    """A Parquet file with a column of text, and another one."""
+    """Writes a Parquet file with the columns `text` and `id`."""
     table = pyarrow.table({"text": texts, "id": range(len(texts))})
     parquet.write_table(table, path, **options)
     return path
@@ -58,7 +58,7 @@ def write(path, texts, **options):
 @pytest.mark.parametrize("compression", ["zstd", "snappy", "none"])
 @pytest.mark.parametrize("page_version", ["1.0", "2.0"])
 def test_equal_texts_of_a_dictionary(tmp_path, compression, page_version):
-    """All 256 are read, though a batch of them takes 128 MB."""
+    """All 256 texts are read, although together they take 128 MB."""
     text = "word " * 100_000
     options = {"compression": compression, "data_page_version": page_version}
     path = write(tmp_path / "x.parquet", [text] * 256, **options)
@@ -75,7 +75,7 @@ def test_a_dictionary_of_values_that_are_too_long(tmp_path):
 
 
 def test_a_column_that_was_a_dictionary_in_memory(tmp_path):
-    """pyarrow gives the dictionary with each batch: few of them, or it takes minutes."""
+    """pyarrow returns the dictionary with each batch; many batches would take minutes."""
     texts = [f"document {n} " * 100 for n in range(20_000)] * 2
     column = pyarrow.array(texts).dictionary_encode()
     parquet.write_table(pyarrow.table({"text": column}), tmp_path / "x.parquet")
@@ -85,7 +85,7 @@ def test_a_column_that_was_a_dictionary_in_memory(tmp_path):
 
 
 def test_a_few_large_values_among_many_small_ones(tmp_path):
-    """An average says nothing of them: 100 values of 400 KB stand together."""
+    """The average size is misleading here: 90 values of 400 KB are next to each other."""
     texts = [*["small"] * 50_000, *[f"{n}" * 200_000 for n in range(10, 100)], *["small"] * 50_000]
     path = write(tmp_path / "x.parquet", texts, use_dictionary=False, write_batch_size=1)
     found, skipped, peak = read_in_memory(path)
@@ -96,13 +96,13 @@ def test_a_few_large_values_among_many_small_ones(tmp_path):
 @pytest.mark.parametrize(
     ("nested", "page_version", "compression"),
     [
-        # Each of the codecs, with each kind of page and each kind of column among them.
+        # The fast cases cover each codec, each page version and each kind of column.
         case if case in PAGES else pytest.param(*case, marks=pytest.mark.slow)
         for case in itertools.product([False, True], ["1.0", "2.0"], CODECS)
     ],
 )
 def test_a_page_that_unpacks_to_a_hundred_megabytes(tmp_path, compression, page_version, nested):
-    """All of its values are read one by one, and those that are too long are passed over."""
+    """Its values are read one by one, and those that are too long are skipped."""
     texts = [f"document {n}" for n in range(700)]
     texts += [None, "y" * 400_000, "", "y" * 600_000, *["kä" * 130_000] * 300, None, None, "last"]
     field = "meta.text" if nested else "text"
@@ -134,7 +134,7 @@ def test_a_required_column_has_no_levels(tmp_path):
 
 
 def test_rows_from_a_page_on_that_cannot_be_read_in_little_memory(tmp_path):
-    """LZ4 is not unpacked piece by piece: these are left out and counted, those before are read."""
+    """LZ4 cannot be unpacked in pieces: such rows are counted as skipped; those before are read."""
     small, text = [f"document {n}" for n in range(1024)], "y" * 400_000
     groups = [[*small, *[text] * 300], ["last"]]
     path = tmp_path / "x.parquet"
@@ -155,7 +155,7 @@ def test_rows_from_a_page_on_that_cannot_be_read_in_little_memory(tmp_path):
 
 @pytest.mark.parametrize("page_version", ["1.0", "2.0"])
 def test_a_large_page_that_is_damaged(tmp_path, page_version):
-    """Damage anywhere in it costs no more than its row group, and never a traceback."""
+    """Damage anywhere in the page loses at most its row group, and never ends in a traceback."""
     texts = [f"{n}" * 200_000 if n % 3 else None for n in range(100, 200)]
     options = {"use_dictionary": False, "data_page_size": 10**9, "compression": "zstd"}
     path = write(tmp_path / "x.parquet", texts, data_page_version=page_version, **options)
@@ -172,7 +172,7 @@ def test_a_large_page_that_is_damaged(tmp_path, page_version):
 
 
 def test_large_values_that_do_not_pack_are_all_read(tmp_path):
-    """A page may be large where the file is: it is honest."""
+    """A page that is also large in the file is read: its size is no attack."""
     draw = random.Random(0)
     texts = ["".join(draw.choices("abcdefghijklmnop", k=300_000)) for _ in range(12)]
     path = write(tmp_path / "x.parquet", texts, use_dictionary=False, compression="zstd")
@@ -180,7 +180,7 @@ def test_large_values_that_do_not_pack_are_all_read(tmp_path):
 
 
 def test_a_row_group_streams(tmp_path):
-    """40 MB of small rows in one row group, which is not read whole."""
+    """A row group with 40 MB of small rows is not read at once."""
     lines = [f"document {number} " + "of some words " * 70 for number in range(40_000)]
     path = write(tmp_path / "x.parquet", lines, row_group_size=10**9, use_dictionary=False)
     texts, skipped, peak = read_in_memory(path)
@@ -194,7 +194,7 @@ def test_a_row_group_streams(tmp_path):
 def test_the_sizes_of_pages_are_what_pyarrow_counts(
     tmp_path, compression, page_version, dictionary
 ):
-    """All pages together, with their headers, are the column that the metadata describe."""
+    """The pages and their headers add up to the column sizes in the metadata."""
     texts = [None if n % 7 == 0 else f"{n % 900} " * 40 for n in range(20_000)]
     options = {"data_page_version": page_version, "use_dictionary": dictionary}
     path = write(
@@ -230,7 +230,7 @@ def test_a_header_of_nonsense(tmp_path, data):
 
 
 def test_every_flipped_byte_of_headers_and_pages(tmp_path):
-    """No damage to a file ends in a traceback, or in more documents than there are."""
+    """No damage to a file gives a traceback, or more documents than the file had."""
     texts = [f"document {number}" for number in range(300)]
     path = write(tmp_path / "x.parquet", texts, row_group_size=100, data_page_size=200)
     good, draw = path.read_bytes(), random.Random(3)

@@ -1,4 +1,4 @@
-"""Plain text to documents, against `str.split`, texts put together again, and counts by hand."""
+"""Plain text becomes documents, checked by `str.split`, by joining them, and by hand."""
 
 import gzip
 import io
@@ -18,13 +18,13 @@ from llama_jax.data.sources.text_files import separator_of, text_documents
 from llama_jax.errors import UserError
 from tests.helpers import text_config
 
-# Lines of few letters, so that blank lines, long lines and letters of several bytes are common.
+# Few characters, so that blank lines, long lines and characters of several bytes are common.
 PIECES = ["\n", "\n", "\n\n", "\r\n", "\r\n\r\n", " \t\n", "a", "bc", "é", "語", "🦙", "word " * 5]
 TEXTS = st.lists(st.sampled_from(PIECES), max_size=80).map("".join)
 
 
 def cut(data, size, limit=10**7, step=100_000, chunk=1 << 20, **fields):
-    """The documents of some bytes that are read in ranges of `size`, and what was counted."""
+    """Reads `data` in ranges of `size` bytes (0: at once); returns the documents and the tally."""
     config = DataConfig(source="x", max_document_bytes=limit, **fields)
     tally, found = Tally(), []
     with pytest.MonkeyPatch.context() as patch:
@@ -48,11 +48,11 @@ def cut(data, size, limit=10**7, step=100_000, chunk=1 << 20, **fields):
 @example(text="a" * 300, limit=100, step=40, size=7, chunk=3)
 @example(text="\n" * 400, limit=300, step=10, size=50, chunk=20)
 def test_a_large_text_is_cut_and_nothing_is_lost(text, limit, step, size, chunk):
-    """Read as one, or in ranges of any size: the same documents, that are the text together."""
+    """Reading at once or in ranges gives the same documents, which join to the text."""
     data = text.encode()
     whole, tally = cut(data, 0, limit, step, chunk)
     ranges, counted = cut(data, size, limit, step, chunk)
-    if len(data) > limit:  # only such a file is read in ranges
+    if len(data) > limit:  # only such files are read in ranges
         assert ranges == whole and counted.skipped == tally.skipped
         assert counted.changed == tally.changed
         assert sum(tally.changed.values()) == len(whole)
@@ -63,7 +63,7 @@ def test_a_large_text_is_cut_and_nothing_is_lost(text, limit, step, size, chunk)
     assert not tally.skipped
     if not blanks:
         assert "".join(whole) == (text if text.strip() else "")
-    else:  # documents of white space only are left out, and counted
+    else:  # blank documents are skipped and counted
         assert "".join("".join(whole).split()) == "".join(text.split())
 
 
@@ -88,7 +88,7 @@ def test_a_separator_cuts_as_split_does(text, separator, size, chunk):
         cut(text.encode(), size, chunk=chunk, separator=separator),
     ):
         assert found == expected
-        # White space between two separators is counted; what follows the last one is none.
+        # A blank piece before a separator is counted; after the last one, it is no document.
         blank = [p for p in pieces[:-1] if p and not p.strip()]
         if len(pieces) > 1:
             assert tally.skipped["empty"] == len(blank)
@@ -97,17 +97,17 @@ def test_a_separator_cuts_as_split_does(text, separator, size, chunk):
 def test_where_a_large_text_is_cut_by_hand():
     paragraphs = [f"paragraph {n}\nof two lines\n\n" for n in range(10)]  # 27 bytes each
     found, tally = cut("".join(paragraphs).encode(), 0, limit=200, step=50)
-    # The first blank line behind bytes 50, 100, 150, 200 and 250 ends at 54, 108, 162, 216, 270.
+    # The first blank line after bytes 50, 100, 150, 200 and 250 ends at 54, 108, 162, 216, 270.
     assert found == ["".join(paragraphs[at : at + 2]) for at in range(0, 10, 2)]
     assert tally.changed == {text_files.BLANK_LINE: 5}
     assert tally.first[text_files.BLANK_LINE] == "x at byte 0"
     lines = "".join(f"line {n:04}\n" for n in range(100))  # 10 bytes each, no blank line
     found, tally = cut(lines.encode(), 0, limit=200, step=75)
-    # The first line end behind 75, 150, 225, .. 900; from 975 on too little is left.
+    # Cuts at the first line end after 75, 150, 225, .. 900; after 975 too little is left.
     assert [len(document) for document in found] == [80, *[80, 70] * 5, 80, 90]
     assert tally.changed == {text_files.LINE_END: 13}
     found, tally = cut("語".encode() * 100, 0, limit=50, step=25)  # no line end
-    # The first letter behind 25, 50, .. 275, which begin at multiples of 3; 25 more reach the end.
+    # Cuts at the first multiple of 3 from 25, 50, .. 250 on; after 275 too little is left.
     assert [len(document) for document in found] == [9, 8, 8] * 3 + [9, 16]
     assert tally.changed == {text_files.LETTER: 11}
 
@@ -178,12 +178,12 @@ def test_a_large_file_takes_little_memory(tmp_path, zipped):
     tracemalloc.stop()
     assert found == size and peak < 12e6
     assert len(parts) == (1 if zipped else 6)
-    assert tally.files == {"plain text": 1}  # however many parts it has
+    assert tally.files == {"plain text": 1}  # counted once, not per part
     assert sum(tally.changed.values()) == 520
 
 
 def test_several_workers_share_a_large_file(tmp_path, tokenizer):
-    """And validation has documents of it; the shards have the same tokens as by one worker."""
+    """Validation gets documents of it, and the report is the same as with one worker."""
     words = [f"{number} apples and {number % 7} pears\n\n" for number in range(30_000)]
     (tmp_path / "all.txt").write_text("".join(words))
     tokenizer.save(tmp_path / "t.model")

@@ -1,4 +1,4 @@
-"""Data sets of TFDS: as they are built here, and with features in features."""
+"""Datasets of TFDS that the tests build, with flat and nested features."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from llama_jax.errors import UserError
 
 
 def read(source, **fields):
-    """Documents and skips, read as one part and again in many small ones, which must agree."""
+    """Returns documents and skips; one part and many small parts must give the same."""
     found = []
     for part_bytes in (1 << 30, 100):
         tally = Tally()
@@ -21,7 +21,7 @@ def read(source, **fields):
 
 @pytest.fixture(scope="module", params=["tfrecord", "array_record"])
 def tfds_dir(request, tmp_path_factory):
-    """A real TFDS dataset of 100 documents, built here."""
+    """Builds a real TFDS dataset of 100 documents, and returns its data_dir."""
     import tensorflow_datasets as tfds
 
     with tfds.core.registered.skip_registration():
@@ -69,7 +69,7 @@ def test_tfds_that_is_not_there(tfds_dir, source, fields, message):
 
 @pytest.fixture(scope="module", params=["tfrecord", "array_record"])
 def nested_tfds(request, tmp_path_factory):
-    """A TFDS dataset with features in features, as `wiki40b` and others have them."""
+    """Builds a TFDS dataset with nested features, and returns its data_dir."""
     import numpy as np
     import tensorflow_datasets as tfds
 
