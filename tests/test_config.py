@@ -71,7 +71,7 @@ FINETUNED = {
     "guanaco_7b_qlora": ("7b", 2e-4, 512, 16, 1875, 0.0, 0.3),
     "guanaco_65b_qlora": ("65b", 1e-4, 512, 16, 1875, 0.0, 0.3),
 }
-# rows that hold 128 records; the docstrings of the configs have the arithmetic
+# Rows that hold 128 records; the docstrings of the configs have the arithmetic.
 PACKED = {"alpaca_7b": 40, "vicuna_7b": 80}
 
 
@@ -135,7 +135,7 @@ def test_fine_tuning_follows_its_recipe(name):
     assert data.packing == "best_fit"
     expected = LoraConfig()
     if qlora:  # adapters on all matrices
-        # the paper has rank 64 for 65B too
+        # The paper has rank 64 for 65B too.
         rank, dropout = (64, 0.1) if base == "7b" else (16, 0.05)
         expected = LoraConfig(rank, 16.0, dropout, base_dtype="nf4")
     assert config.lora == expected
@@ -353,7 +353,7 @@ def test_an_odd_value_of_any_field_is_an_error_that_names_it(name):
         with pytest.raises(UserError, match=rf"\b{field}\b") as error:
             from_config_dict(ml_collections.ConfigDict(values))
         assert len(str(error.value)) < 300 and "\n" not in str(error.value), value
-        # a float that is given as an integer, as a program may do
+        # A program may give a float field an int.
         if type(value) is FIELD_TYPES[name]:
             with pytest.raises(UserError, match=rf"\b{field}\b"):
                 replace(Config(), **{name.replace(".", "__"): value})

@@ -36,7 +36,7 @@ def test_every_bit_of_every_file(folder):
     for name in names:
         path = folder / name
         good = path.read_bytes()
-        # every seventh bit, so that each bit of a byte has its turn
+        # Flip every seventh bit, so that each bit of a byte has its turn.
         for position in range(0, len(good) * 8, 7):
             bad = bytearray(good)
             bad[position // 8] ^= 1 << position % 8

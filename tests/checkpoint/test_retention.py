@@ -48,7 +48,7 @@ def test_in_an_object_store_the_manifest_makes_a_step(directory, monkeypatch):
     (directory / "10" / "manifest.json").write_text("")
     (directory / "20" / "manifest.json").write_text("")
     assert retention.saved_steps(directory) == [10, 20]
-    # a kill comes before the removal
+    # A kill comes before the removal.
     monkeypatch.setattr(type(directory), "rmtree", lambda self: None)
     retention.remove(directory / "10")
     assert retention.saved_steps(directory) == [20] and (directory / "10").exists()

@@ -29,7 +29,7 @@ from llama_jax.parallel.cluster import MEETING_S
 from llama_jax.train.step import jit_step
 from tests.helpers import mesh_of, outputs_of, records, restored_state, start_train, write_corpus
 
-# more SIGKILLs, for which a process cannot prepare
+# SIGKILL is twice as frequent, because a process cannot prepare for it.
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)
 
 

@@ -50,7 +50,7 @@ def test_killed_inside_a_save(tmp_path, kills):
         partial += any(not path.name.isdigit() for path in directory.iterdir())
         with Checkpointer(tmp_path, CONFIG) as saver:
             step = saver.newest_good_step()
-            # the folder may be renamed before the child could report it
+            # The folder may be renamed before the child could report it.
             assert step in (done, done + 1)
             state = restored_state(saver, step, CONFIG, shardings)
         jax.tree.map(np.testing.assert_array_equal, state, state_of(step))

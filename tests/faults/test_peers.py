@@ -45,7 +45,7 @@ def test_an_error_interrupts_who_works_and_who_waits():
 
 def test_who_cannot_be_interrupted_ends_as_well():
     (_, _, first), *others = ends_of(agree("stuck", 3))
-    # a bug has a traceback in the process where it occurs
+    # A bug has a traceback in the process where it occurs.
     assert first[-1] == "KeyError: 'a bug'" and first[0].startswith("Traceback")
     line = "error: process 0: KeyError: 'a bug'"
     assert [(status, errors) for status, _, errors in others] == [(1, [line])] * 2

@@ -13,7 +13,7 @@ from tests.helpers import outputs_of, read_until, start_train
 ENDLESS = ("--config.train.steps=100000", "--config.train.checkpoint_every=100000")
 NO_EVAL = "--config.train.eval_every=100000"
 TINY_RUN = (NO_EVAL, "--config.model.n_layers=1")
-# An evaluation of so many batches that no test can wait for the end of a slowed-down one.
+# An evaluation of so many batches that no test can wait for its end when it is slowed down.
 LONG_EVALUATION = (
     *("--config.train.eval_every=2", "--config.train.eval_batches=100000"),
     *("--config.data.validation_fraction=0.98", "--config.train.seq_len=4"),
@@ -256,7 +256,7 @@ def test_a_killed_process_ends_the_other_in_bounded_time(tmp_path, victim):
     pair[victim].communicate()
     assert status not in (0, -signal.SIGKILL), errors
     assert "another task died" in errors  # a message of JAX
-    # in a traceback or the stacks of the threads, because it was waiting there
+    # In a traceback or in the stacks of the threads: the process was waiting there.
     assert "in run_loop" in errors
 
 
@@ -305,7 +305,7 @@ def test_a_restore_that_hangs_is_noticed(corpus, tmp_path):
     read_until(first, "step +2/")
     first.send_signal(signal.SIGTERM)
     saved = stopped_at(end(first)[1])
-    # a restore has ten times as long, because it may compile
+    # A restore has ten times as long, because it may compile.
     slow = "--config.train.step_timeout=1"
     (process,) = start_slow("restore", 3600, corpus, run, NO_EVAL, slow)
     status, _, errors = end(process)

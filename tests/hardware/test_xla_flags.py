@@ -287,7 +287,7 @@ def command(module, *flags, tpu=""):
     ],
 )
 def test_plan_takes_the_preset_of_its_topology(topology, preset):
-    # the TPU of this machine does not matter
+    # The TPU of this machine does not matter.
     process = command("plan", f"--topology={topology}", tpu="v2")
     flags = " ".join(PRESETS[preset].flags()) if preset else "None"
     assert process.stderr == f"error: {topology}: {flags}\n"

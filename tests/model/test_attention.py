@@ -278,7 +278,7 @@ def test_a_mask_of_tiles_is_the_mask_itself(window, context):
         for columns in range(0, 1024, 128):
             tile = (slice(rows, rows + 128), slice(columns, columns + 128))
             np.testing.assert_array_equal(ours[tile], theirs[tile])
-    # this tile is hidden, found without a comparison
+    # This tile is hidden, which is found without a comparison.
     assert ours[:128, 512:640].strides == (0, 0) or context > 1
 
 

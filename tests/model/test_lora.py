@@ -210,7 +210,7 @@ def unsharded(config):
 @pytest.mark.parametrize(
     ("kind", "shape"),
     [
-        # By default only NF4 is tested, because the adapters are the same on every base.
+        # By default only NF4 is tested, because the adapters do not depend on the kind of base.
         (kind, shape)
         if shape == (1, 2, 2, 2) and kind == "nf4"
         else pytest.param(kind, shape, marks=pytest.mark.slow)
@@ -272,7 +272,7 @@ def test_matrices_in_nf4_are_no_stack_of_floats(remat):
     assert compiled.bytes["frozen"] == sum(x.size * x.dtype.itemsize for x in base)
     assert compiled.bytes["parameters"] == 4 * adapter_count(config.model, config.lora)
     assert "u8[3,32,128]" in compiled.text and "f32[64,128]" in compiled.text
-    # adapters have other shapes, such as 3,64,4
+    # Adapters have other shapes, such as 3,64,4.
     for shape in ("3,64,128", "3,128,64", "3,64,4,16", "3,4,16,64"):
         assert f"f32[{shape}]" not in compiled.text
 

@@ -107,7 +107,7 @@ def start(monkeypatch):
 def test_each_kind_of_cluster(start, env, means, arguments):
     found, called = start(env, timeout_s=7)
     assert found == means
-    # later than our own time-out, which gives one line
+    # Later than our own time-out, whose message is one line.
     assert called.pop("initialization_timeout") == 67
     assert called.pop("heartbeat_timeout_seconds") <= 30  # JAX's default is 100
     assert arguments is None or called == arguments

@@ -579,6 +579,6 @@ print(text.count("__cudnn$fmha"), text.count("__gpu$xla.gpu.triton"), text.count
     assert process.returncode == 0, process.stderr
     cudnn, triton, gathers = map(int, process.stdout.split())
     assert cudnn == (2 if backend == "cudnn" else 0)
-    # the forward pass, the sums for the backward pass, and the backward pass
+    # The forward pass, the sums for the backward pass, and the backward pass.
     assert triton == (3 if backend == "triton" else 0)
     assert gathers == 0

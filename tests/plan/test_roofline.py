@@ -61,7 +61,7 @@ def test_a_collective_beside_compute_costs_nothing():
 def test_bound_by_the_memory():
     slow = dataclasses.replace(H100, hbm_bandwidth=1e9)
     found = predict(module("", ""), slow, [0] * 8)
-    # the module does not define %k, so its bytes are not counted
+    # The module does not define %k, so its bytes are not counted.
     assert found.memory_bytes == 10 * (2 * 2048 * 8192 * 2)
     assert found.step == found.memory == pytest.approx(found.memory_bytes / 1e9)
 

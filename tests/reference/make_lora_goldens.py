@@ -67,7 +67,7 @@ def saved_by_peft(folder):
 
 def main():
     """Computes and writes one file per case."""
-    # nf4 goes first: peft would import bitsandbytes with its compiled library
+    # NF4 goes first: peft would import bitsandbytes with its compiled library.
     for cases in (nf4, lora):
         for name, arrays in cases():
             path = ROOT / "tests" / "goldens" / f"{name}.npz"

@@ -193,7 +193,7 @@ def test_a_kill_between_an_evaluation_and_its_save(config, whole, tmp_path, monk
             train(config, run)
     train(config, run)
     found = evaluations(run)
-    # the evaluations of steps 6 and 8 are there twice
+    # The evaluations of steps 6 and 8 are recorded twice.
     assert found == [*evaluations(whole[0]), *evaluations(whole[0])[2:]]
 
 

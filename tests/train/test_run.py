@@ -220,7 +220,7 @@ def test_restoring_is_watched(tmp_path, monkeypatch):
 def test_an_evaluation_is_broken_off_when_all_have_agreed():
     """The loop asks after each batch whether all processes have agreed to stop."""
     run = FakeRun(replace(SHORT, train__eval_batches=3))
-    # at steps 0 to 4, after the first batch, and after the second
+    # At steps 0 to 4, after the first batch, and after the second.
     asked = iter([*[False] * 6, True])
     run.stop.asked = lambda: bool(run.stop.name) or (next(asked) and run.stop_now())
     assert run.run() == 4

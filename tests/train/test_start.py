@@ -304,7 +304,7 @@ def test_converted_adapters_are_merged_into_their_base(finished, adapted, tmp_pa
     source = open_source("ckpt", epath.Path(workdir))
     described = convert(source, target, tmp_path / "merged", "float32" if target == "hf" else "")
     assert described.config.lora == LoraConfig() and described.config.init_from == ""
-    # the base's context, not the shorter sequences of training
+    # The base's context, not the shorter sequences of training.
     assert described.config.train.seq_len == 64
     tokens = np.arange(12)[None]
     merged = replace(described.config, init_from=f"{target}:{tmp_path / 'merged'}")

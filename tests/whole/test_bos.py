@@ -83,7 +83,7 @@ def test_a_bos_that_is_written_is_not_put_there_again(corpus, tokenizer, kind):
         bos, adds = found.piece(found.bos_id), bool(found.prefix)
         once = [found.bos_id, *found.encode(f"{bos}{TEXT}", special=True)[1:]]
         assert found.encode_text(f"{bos}{TEXT}", special=True) == once
-        # without `special`, the name of BOS is plain text
+        # Without `special`, the name of BOS is plain text.
         assert found.encode_text(f"{bos}{TEXT}").count(found.bos_id) == adds
         assert found.encode_text(bos, special=True) == [found.bos_id]
         later = found.encode_text(f"x{bos}", special=True)

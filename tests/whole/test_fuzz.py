@@ -375,7 +375,7 @@ def packed(corpus, tmp_path_factory):
 
 @pytest.mark.parametrize("sealed", [False, True])
 def test_the_manifest_of_shards(packed, tmp_path, sealed, monkeypatch):
-    # documents beyond the window are read in the same way
+    # Documents beyond the window are read in the same way.
     monkeypatch.setattr(summary, "WINDOW", 3 * summary.CHUNK)
     folder = shutil.copytree(packed, tmp_path / "shards")
     path = folder / "manifest.json"
@@ -421,7 +421,7 @@ def saved(made, corpus, tmp_path_factory):
 
 @pytest.fixture
 def run(saved, tmp_path, monkeypatch):
-    # starting 16 threads thousands of times would cost the most
+    # To start 16 threads thousands of times would cost the most.
     monkeypatch.setattr(manifest, "_THREADS", 1)
     return shutil.copytree(saved, tmp_path / "run")
 

@@ -36,7 +36,7 @@ BELOW = {
 }
 GROUND = ("errors", "files")
 COMMANDS = ("prepare", "generate", "evaluate", "convert")
-# What commands share is above all rooms.
+# The code that commands share is above all rooms.
 ABOVE = ("cli",)
 MOST_ENTRIES = 20
 OPTIONAL = ("inference.harness",)  # a plug-in of a library that may not be installed

@@ -141,7 +141,7 @@ def test_a_job_survives_a_killed_task_and_its_time_limit(slurm, tmp_path):
     slurm("scontrol", "update", f"jobid={job}", "StartTime=now+3")
     assert wait_for(r"resume  from step (\d+)", log, 2)[1] == stopped
 
-    slurm("scancel", job)  # saves, and ends the job for good
+    slurm("scancel", job)  # saves, and ends the job
     wait_for(r"stopped at step \d+, saved", log, 2)
     wait_for_state(slurm, job, "CANCELLED")
     assert "Restarts=1 " in slurm("scontrol", "show", "job", job)
