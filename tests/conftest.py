@@ -1,4 +1,4 @@
-"""Tests run on 8 fake CPU devices; what is dear to make is made once per worker."""
+"""Fixtures for all tests, on 8 fake CPU devices; each worker makes expensive objects once."""
 
 import gc
 import hashlib
@@ -9,11 +9,11 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-# One cache for this run: its workers and the commands that it starts share compiled programs.
+# All workers of this run, and the commands that they start, share one cache of compiled programs.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llama_jax_xla_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-# Shells start what they put in the background deaf to Ctrl-C, and so all that this starts in turn.
+# A shell starts background jobs with SIGINT ignored, and their child processes inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -22,7 +22,7 @@ import pytest
 
 from tests import forks, helpers
 
-# JAX reads it with the first use of a device.
+# JAX reads this variable when a device is used for the first time.
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {helpers.XLA_FLAGS}"
 QUARTERS = 4
 
@@ -31,13 +31,13 @@ gc.set_threshold(*forks.SELDOM)
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A folder of 40 small text files."""
+    """Returns a folder of 40 small text files."""
     return helpers.write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")
 def tokenizer(corpus):
-    """A tokenizer of 300 ids, trained on the corpus."""
+    """Returns a tokenizer of 300 ids, trained on the corpus."""
     from llama_jax.text.tokenizer import train_tokenizer
 
     return train_tokenizer([path.read_text() for path in sorted(corpus.iterdir())], 300)
@@ -45,7 +45,7 @@ def tokenizer(corpus):
 
 @pytest.fixture(scope="session")
 def shards(corpus, tmp_path_factory):
-    """A folder of prepared shards; tests must not change it (copy it first)."""
+    """Returns a folder of prepared shards; tests must not change it (copy it first)."""
     from llama_jax.data.prepare.job import prepare
 
     folder = tmp_path_factory.mktemp("prepared") / "shards"
@@ -55,7 +55,7 @@ def shards(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def one_device():
-    """A mesh of one device."""
+    """Returns a mesh of one device."""
     from llama_jax.config import MeshConfig
     from llama_jax.parallel.mesh import make_mesh
 
@@ -64,7 +64,7 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def shared_steps():
-    """Runs in this process take their compiled step from those before, where it is the same."""
+    """Lets all runs of this process whose steps are the same program share one compiled step."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llama_jax.train.run.jit_step", helpers.shared_step)
         yield
@@ -81,24 +81,24 @@ def pytest_addoption(parser):
 
 
 def quarter_of(name):
-    """The quarter, from 1, that a test of this name (`tests/test_x.py::test_y[z]`) belongs to."""
+    """Returns the quarter, from 1, of the test with this name (`tests/test_x.py::test_y[z]`)."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % QUARTERS + 1
 
 
-@pytest.hookimpl(trylast=True)  # of the tests that the marks leave
+@pytest.hookimpl(trylast=True)  # after the marks have removed their tests
 def pytest_collection_modifyitems(config, items):
-    """Leaves the tests of the quarter that is asked for, and begins with the longest."""
+    """Keeps only the tests of the chosen quarter, if any, and puts the longest tests first."""
     quarter = config.getoption("quarter")
     if quarter is not None:
         others = [item for item in items if quarter_of(item.nodeid) != quarter]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if quarter_of(item.nodeid) == quarter]
-    # Begun last, they would keep one worker busy long after the other one.
+    # If a long test began last, one worker would run it long after the other one is done.
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def pytest_collection_finish():
-    """Leaves all that was imported to no collection."""
+    """Excludes all imported objects from garbage collection."""
     gc.freeze()
 
 

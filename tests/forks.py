@@ -1,11 +1,12 @@
-"""Commands as forks of one process that has made all imports, which take most of a start.
+"""Runs commands as forks of one process that has done all imports, which take most of a start.
 
-A fork is a process like any other: it has its own id, environment, pipes and exit status, may be
-killed, and may meet others on loopback. Only the imports are made before it instead of by it. What
-tests the imports themselves, or sets limits before them, starts an interpreter of its own.
+A fork is an ordinary process: it has its own id, environment, pipes and exit status, may be killed,
+and may connect to others on loopback. Only the imports are done before the fork. A test of the
+imports themselves, or one that sets limits before them, starts an interpreter of its own.
 
-Run as a module this is the server: it imports, then waits for requests on the socket whose number
-it is given, one JSON object in each packet, and ends when the other side does.
+Run as a module, this file is the server: it does the imports, then waits for requests on the socket
+whose number it gets as an argument (one JSON object per packet), and ends when the other side
+closes the socket.
 """
 
 import atexit
@@ -27,8 +28,8 @@ import time
 import warnings
 
 ROOT = pathlib.Path(__file__).parent.parent
-# What the commands import, also when they need it. Not those that define flags when they are
-# imported: they run once more, and a flag can be defined once.
+# Modules that the commands import, also lazily. Modules that define flags when they are imported
+# are left out: the fork runs them again, and a flag can be defined only once.
 PRELOADED = (
     *("llama_jax.cli.command", "llama_jax.train.run", "llama_jax.data.prepare.job"),
     *(f"llama_jax.data.show.{name}" for name in ("summary", "plot")),
@@ -38,7 +39,8 @@ PRELOADED = (
     "tests.helpers",
 )
 PACKET = 1 << 17  # bytes; an environment has a few thousand
-# For `gc.set_threshold`: what is compiled is many objects that stay, and a collection walks all.
+# For `gc.set_threshold`: a compiled program is many long-lived objects, and each collection visits
+# all of them.
 SELDOM = (50_000, 20, 100)
 
 
@@ -46,20 +48,20 @@ class Fork:
     """A running command, with the part of `subprocess.Popen` that tests use.
 
     Attributes:
-      pid: of the process.
-      stdout: text file that reads what it prints.
-      stderr: the same of its errors.
-      returncode: exit status, or minus the signal that ended it; None as long as it runs.
+      pid: process id.
+      stdout: text file with the standard output of the command.
+      stderr: text file with its standard error.
+      returncode: exit status, or minus the number of the signal that ended it; None while it runs.
     """
 
     def __init__(self, module, arguments, env, stdin=None):
         """Starts `python -m MODULE ARGUMENTS` in the root of the repository.
 
         Args:
-          module: name of what is run.
-          arguments: strings.
-          env: all of its environment.
-          stdin: open file; None: nothing is there to read.
+          module: name of the module.
+          arguments: arguments of the command.
+          env: the whole environment.
+          stdin: open file; None: an empty one.
         """
         self.args, self.returncode = [module, *map(str, arguments)], None
         (self.stdout, out), (self.stderr, err) = _pipe(), _pipe()
@@ -72,13 +74,13 @@ class Fork:
             self.pid = _server().ask(request, [file.fileno() for file in files])
 
     def poll(self):
-        """The exit status, or None."""
+        """Returns the exit status, or None while the command runs."""
         if self.returncode is None:
             self.returncode = _server().ask({"poll": self.pid})
         return self.returncode
 
     def wait(self, timeout=None):
-        """Waits for the end; raises `subprocess.TimeoutExpired` if it takes longer."""
+        """Waits for the end; raises `subprocess.TimeoutExpired` after `timeout` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while self.poll() is None:
             if deadline is not None and time.monotonic() > deadline:
@@ -87,7 +89,7 @@ class Fork:
         return self.returncode
 
     def communicate(self, timeout=None):
-        """Reads both pipes to their ends; what was read before is not in it."""
+        """Returns the rest of both pipes, without lines that were read before."""
         texts, began = {}, time.monotonic()
 
         def read(name):
@@ -105,7 +107,7 @@ class Fork:
         return texts["stdout"], texts["stderr"]
 
     def send_signal(self, number):
-        """Sends a signal, unless it has ended."""
+        """Sends a signal, unless the command has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -124,13 +126,13 @@ class Fork:
 
 
 def _pipe():
-    """A text file to read what is written to the other one."""
+    """Returns a text file to read from, and a binary file whose content the first one reads."""
     read, write = os.pipe()
     return open(read, errors="replace"), open(write, "wb")
 
 
 class _Server:
-    """The other end of the socket: one for each process that runs tests."""
+    """The client's end of the socket; each process that runs tests has one."""
 
     def __init__(self):
         self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -152,7 +154,7 @@ _server = functools.cache(_Server)
 
 
 def _serve(requests):
-    """Answers requests; returns, in a fork, what this is to run."""
+    """Answers requests; in a fork, returns the request that the fork shall run."""
     running = set()
     while True:
         packet, files, _, _ = socket.recv_fds(requests, PACKET, 3)
@@ -180,7 +182,7 @@ def _serve(requests):
 
 
 def _set_environment(env):
-    """Also where JAX has read it already."""
+    """Replaces the environment, also for JAX options whose variables JAX has read already."""
     import jax
 
     changed = {name: value for name, value in env.items() if os.environ.get(name) != value}
@@ -193,7 +195,7 @@ def _set_environment(env):
 
 
 def _set_streams(encoding):
-    """New ones: a stream remembers what kind of file it was made on."""
+    """Makes new streams, because a stream remembers what kind of file it was opened on."""
     sys.stdin = sys.__stdin__ = io.TextIOWrapper(io.BufferedReader(io.FileIO(0)), encoding)
     sys.stdout = sys.__stdout__ = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w")), encoding)
     errors = io.BufferedWriter(io.FileIO(2, "w"))
@@ -201,23 +203,23 @@ def _set_streams(encoding):
     sys.stderr.reconfigure(line_buffering=True)
 
 
-_status: int | None = None  # of a fork that has ended as usual
+_status: int | None = None  # exit status of a fork whose command has ended normally
 
 
 def _leave():
-    """Ends a fork after all exit handlers: the interpreter is not taken apart."""
+    """Ends a fork after all exit handlers, without shutting down the interpreter."""
     if _status is not None:
-        with contextlib.suppress(OSError):  # Python says what is wrong with a stream
+        with contextlib.suppress(OSError):  # on an error, Python itself reports the broken stream
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(_status)
 
 
 def _run(argv):
-    """As `python -m ARGV`."""
+    """Runs `python -m ARGV`."""
     global _status
     sys.argv = argv
-    # A command that another one imports is run once more, as `python -m` does.
+    # A command that another one has imported runs a second time, as with `python -m`.
     warnings.filterwarnings("ignore", "'llama_jax.*' found in sys.modules", RuntimeWarning)
     try:
         runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
@@ -228,15 +230,15 @@ def _run(argv):
 
 
 def main():
-    """The server, and in each fork the command."""
-    atexit.register(_leave)  # the first is the last that is called
+    """Runs the server, and in each fork the command."""
+    atexit.register(_leave)  # the handler that is registered first is called last
     from llama_jax.cli.command import quieten_libraries
 
     requests = socket.socket(fileno=int(sys.argv[1]))
     quieten_libraries()
     for name in PRELOADED:
         importlib.import_module(name)
-    gc.freeze()  # else the collection at the end of each fork copies all of this memory
+    gc.freeze()  # otherwise the collection at the end of each fork copies all of this memory
     gc.set_threshold(*SELDOM)
     request = _serve(requests)
     _set_environment(request["env"])

@@ -1,4 +1,4 @@
-"""Small configs, batches and texts, and a way to run the commands."""
+"""Small configs, batches and texts, and functions that run the commands."""
 
 import dataclasses
 import json
@@ -24,11 +24,11 @@ from llama_jax.train.step import jit_step
 from tests.forks import Fork
 
 ROOT = pathlib.Path(__file__).parent.parent
-# What is run once need not be compiled well: tests/README.md has what that saves.
+# A program that runs once needs little optimization; tests/README.md says how much time that saves.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-if jax.__version_info__ < (0, 11):  # XLA has dropped the flag since
+if jax.__version_info__ < (0, 11):  # later versions of XLA have no such flag
     QUICK += " --xla_cpu_use_fusion_emitters=false"
-# `make parity` and `make slow` compile as a run does.
+# `make parity` and `make slow` compile with the optimizations of a real run.
 XLA_FLAGS = os.environ.get("TEST_XLA_FLAGS", QUICK)
 SPECIAL = ("begin_of_text", "end_of_text", "eot_id", "finetune_right_pad_id")
 MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 1, 4), (2, 2, 1, 2), (1, 2, 2, 2))
@@ -62,12 +62,12 @@ TINY_FLAGS = (
     "--config.train.log_every=2",
     "--config.train.eval_every=4",
     "--config.train.checkpoint_every=4",
-    "--config.train.sample_prompt=",  # what decodes it would be compiled, too
+    "--config.train.sample_prompt=",  # a prompt would have the decoder compiled, too
 )
 
 
 def replace(config, **changes):
-    """`replace(config, train__steps=3)` is the config with another `train.steps`."""
+    """Returns a changed config: `replace(config, train__steps=3)` has another `train.steps`."""
     for name, value in changes.items():
         group, _, field = name.partition("__")
         if not field:
@@ -79,12 +79,12 @@ def replace(config, **changes):
 
 
 def with_adapters(config):
-    """The config as that of a run with LoRA."""
+    """Returns the config as that of a run with LoRA."""
     return replace(config, init_from="hf:there", lora__rank=2)
 
 
 def field_names(separator):
-    """Every field of the config: `train`, the separator, `steps`; what is in no group by itself."""
+    """Returns the names of all fields of the config, `separator` between group and field."""
     found = set()
     for group in dataclasses.fields(Config):
         if dataclasses.is_dataclass(group.type):
@@ -95,7 +95,7 @@ def field_names(separator):
 
 
 def text_config(corpus, **changes):
-    """A config that trains on the files of a folder."""
+    """Returns a config that trains on the files of a folder."""
     config = replace(
         TINY,
         model__vocab_size=300,
@@ -108,7 +108,7 @@ def text_config(corpus, **changes):
 
 
 def meshes(*default):
-    """Parameters of a test: all of `MESHES` with several devices; only `default` is not slow."""
+    """Returns all `MESHES` of several devices for a test; those not in `default` are slow."""
     return [
         shape if shape in default else pytest.param(shape, marks=pytest.mark.slow)
         for shape in MESHES[1:]
@@ -116,12 +116,12 @@ def meshes(*default):
 
 
 def mesh_of(shape):
-    """A mesh of fake devices: (data, fsdp, context, tensor)."""
+    """Returns a mesh of fake devices; `shape` is (data, fsdp, context, tensor)."""
     n_devices = int(np.prod(shape))
     return make_mesh(MeshConfig(*shape), devices=jax.devices()[:n_devices])
 
 
-# Fields of `train` that the loop reads, and the compiled step does not.
+# Fields of `train` that the loop reads and the compiled step does not.
 LOOP_FIELDS = (
     *("log_every", "eval_every", "eval_batches", "sample_prompt", "profile_steps", "step_timeout"),
     *("checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "save_timeout"),
@@ -131,7 +131,7 @@ _steps = {}
 
 
 def shared_step(config, mesh, parts=LLAMA_PARTS):
-    """`jit_step`, once for all runs of this process whose steps are the same program."""
+    """Returns the result of `jit_step`, made once per process for each different program."""
     defaults = {name: getattr(TrainConfig(), name) for name in LOOP_FIELDS}
     train = dataclasses.replace(config.train, **defaults)
     key = config.model, config.optim, config.lora, train, mesh, parts
@@ -141,7 +141,7 @@ def shared_step(config, mesh, parts=LLAMA_PARTS):
 
 
 def random_batch(config, seed, masked=True):
-    """A host batch of random tokens, with about a fifth of the weights 0."""
+    """Returns a host batch of random tokens, with about a fifth of the weights 0."""
     rng = np.random.default_rng(seed)
     shape = (config.train.global_batch, config.train.seq_len)
     tokens = rng.integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), dtype=np.int32)
@@ -150,7 +150,7 @@ def random_batch(config, seed, masked=True):
 
 
 def random_params(config, seed=0):
-    """Weights of a size that makes logits of about 5, in NumPy, so that no JAX code is involved."""
+    """Returns NumPy weights that give logits of about 5. No JAX code is involved."""
     c, rng = config, np.random.default_rng(seed)
 
     def normal(*shape):
@@ -186,7 +186,7 @@ def random_params(config, seed=0):
 
 
 def random_adapters(config, seed=1):
-    """Adapters of which both matrices count, in NumPy."""
+    """Returns NumPy adapters; both matrices of each one are nonzero."""
     from llama_jax.model.lora import init_adapters
 
     shapes = jax.eval_shape(
@@ -197,7 +197,7 @@ def random_adapters(config, seed=1):
 
 
 def frozen_base(config, params):
-    """Parameters in NumPy as the base below adapters."""
+    """Returns NumPy parameters in the form of a frozen base of adapters."""
     from llama_jax.model.lora import to_frozen
 
     def leaf(path, x):
@@ -212,7 +212,7 @@ def frozen_base(config, params):
 
 
 def write_corpus(folder, files=40):
-    """Text files of a made-up language; the same text every time."""
+    """Writes text files of a made-up language; the text is the same every time."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(80)]
     for number in range(files):
@@ -223,12 +223,12 @@ def write_corpus(folder, files=40):
 
 
 def run_command(module, *arguments, **options):
-    """Runs `python -m llama_jax.MODULE`, as `run_module`."""
+    """Runs `python -m llama_jax.MODULE`. See `run_module`."""
     return run_module(f"llama_jax.{module}", *arguments, **options)
 
 
 def run_module(module, *arguments, devices=1, timeout=600, stdin="", fresh=False, **environment):
-    """Runs `python -m MODULE`, as a fork or, if it is to be `fresh`, in an interpreter of its own.
+    """Runs `python -m MODULE` as a fork, or with `fresh` in an interpreter of its own.
 
     Returns:
       The completed process, with its output as text.
@@ -252,37 +252,38 @@ def run_module(module, *arguments, devices=1, timeout=600, stdin="", fresh=False
 
 
 def start_train(corpus, workdir, *flags, module="llama_jax.train", **options):
-    """Starts `python -m llama_jax.train`, or another module, on a tiny model, as `start`."""
+    """Starts `python -m llama_jax.train`, or another module, on a tiny model. See `start`."""
     place = (f"--config.data.source={corpus}", f"--workdir={workdir}")
     return start(module, *TINY_FLAGS, *flags, *place, **options)
 
 
 def free_port():
-    """A port of this machine that nobody has."""
+    """Returns a port of this machine that is not in use."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return str(probe.getsockname()[1])
 
 
 def start(module, *arguments, processes=1, devices=None, fresh=False, **environment):
-    """Starts `python -m MODULE` in processes that meet on loopback.
+    """Starts `python -m MODULE` in one or more processes, which connect on loopback.
 
     Args:
-      module: what is run.
-      *arguments: of the command.
-      processes: how many there are.
-      devices: fake devices of each process; default: 8 in all.
-      fresh: whether each is to have an interpreter of its own; else it is a fork.
-      **environment: further variables.
+      module: name of the module.
+      *arguments: arguments of the command.
+      processes: number of processes.
+      devices: number of fake devices of each process; default: 8 in all.
+      fresh: start an interpreter for each process instead of a fork.
+      **environment: further environment variables.
 
     Returns:
-      The `Fork` or `Popen` of each, with their output as text in pipes.
+      The `Fork` or `Popen` of each process, with their output as text in pipes.
     """
     port = free_port()
     env = {
         **os.environ,
         "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices or 8 // processes}",
-        # A process that waits for another one's compiler would be taken for dead.
+        # With a shared cache, a process that waits for another one's compiler would be taken for
+        # dead.
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **environment,
     }
@@ -301,7 +302,7 @@ def start(module, *arguments, processes=1, devices=None, fresh=False, **environm
 
 
 def read_until(process, pattern):
-    """Reads the output up to the first line that matches, and returns it."""
+    """Returns the first line of output that matches, after reading up to it."""
     for line in process.stdout:
         if re.match(pattern, line):
             return line
@@ -309,9 +310,9 @@ def read_until(process, pattern):
 
 
 def outputs_of(processes, timeout=600):
-    """What each process says until it ends, (stdout, stderr); whatever happens, none is left.
+    """Returns (stdout, stderr) of each process at its end; kills all that still run after an error.
 
-    All are read at once: one with a full pipe stands still, and those that wait for it with it.
+    Reads all at once: a process with a full pipe stops, and so do the others that wait for it.
     """
     with ThreadPoolExecutor(len(processes)) as pool:
         try:
@@ -322,9 +323,9 @@ def outputs_of(processes, timeout=600):
 
 
 def without_gloo(output):
-    """The lines that are not of Gloo, which carries the messages between CPUs.
+    """Returns the lines that do not come from Gloo, which carries the messages between CPUs.
 
-    Its threads print piece by piece, at once: its lines come torn and mixed.
+    Threads of Gloo print piece by piece at the same time, so that its lines are broken and mixed.
     """
     for piece in (
         "[Gloo] Rank",
@@ -336,7 +337,7 @@ def without_gloo(output):
 
 
 def one_line_error(process):
-    """The message of a command that failed as it should: status 1, one line, no traceback."""
+    """Returns the error line of a command that failed with status 1, one line and no traceback."""
     lines = process.stderr.strip().splitlines()
     assert process.returncode == 1, (process.returncode, process.stdout, process.stderr)
     assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
@@ -344,7 +345,7 @@ def one_line_error(process):
 
 
 def llama3_tokenizer(corpus):
-    """A small byte-level BPE `tokenizer.json` with LLaMA-3's way of cutting text; 404 ids."""
+    """Returns a small byte-level BPE `tokenizer.json` that splits text like LLaMA-3's; 404 ids."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     words = Regex(
@@ -375,7 +376,7 @@ def llama3_tokenizer(corpus):
 
 
 def released_json(tokenizer):
-    """The tokenizer.json of a SentencePiece model, as it was released beside LLaMA's.
+    """Returns the tokenizer.json of a SentencePiece model in the form that was released with LLaMA.
 
     It puts a space before every text, also after a special token.
     """
@@ -389,7 +390,7 @@ def released_json(tokenizer):
 
 
 def made_state(config, params=None, step=0):
-    """A state with these weights and fresh moments, on one device; nothing is compiled for it."""
+    """Returns a state with these weights and fresh moments, on one device, without compiling."""
     from llama_jax.train.optimizer import make_optimizer
     from llama_jax.train.step import TrainState
 
@@ -400,7 +401,7 @@ def made_state(config, params=None, step=0):
 
 
 def restored_state(saver, step, config, shardings):
-    """The state of a saved step, on the mesh of a `TrainState` of shardings."""
+    """Returns the state of a saved step, on the mesh of a `TrainState` of shardings."""
     from llama_jax.parallel.sharding import with_shardings
     from llama_jax.train.step import TrainState, abstract_state
 
@@ -409,7 +410,7 @@ def restored_state(saver, step, config, shardings):
 
 
 def save_checkpoint(folder, config, params, tokenizer_model):
-    """A work directory with one saved step of these weights."""
+    """Writes one saved step of these weights to a work directory, and returns the directory."""
     from llama_jax.checkpoint.checkpointer import Checkpointer
     from llama_jax.checkpoint.saved_step import StepMeta
 
@@ -438,7 +439,7 @@ def write_manifest(folder, tokenizer, pack_len, vocab_size=None, **splits):
 
 
 def until(what):
-    """Waits until `what()` is true; ten minutes are a hang."""
+    """Waits until `what()` is true, for at most ten minutes."""
     deadline = time.monotonic() + 600
     while not what():
         assert time.monotonic() < deadline, "it never came true"
@@ -446,12 +447,12 @@ def until(what):
 
 
 def records(workdir):
-    """All that a run wrote to its metrics.jsonl."""
+    """Returns all records that a run wrote to its metrics.jsonl."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def flip_bit(path, position):
-    """Changes one bit of a file; again, it is as before."""
+    """Inverts one bit of a file; a second call restores the file."""
     data = bytearray(path.read_bytes())
     data[position // 8] ^= 1 << position % 8
     path.write_bytes(data)

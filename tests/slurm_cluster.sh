@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A Slurm of one node on this machine, for the tests of launch/slurm.sbatch.
+# Runs a Slurm of one node on this machine, for the tests of launch/slurm.sbatch.
 #
 # Usage: tests/slurm_cluster.sh install        Debian's packages, as root
-#        tests/slurm_cluster.sh start FOLDER   prints what to export: SLURM_CONF
+#        tests/slurm_cluster.sh start FOLDER   prints the export of SLURM_CONF
 #        tests/slurm_cluster.sh stop FOLDER
 #
-# It needs root, but neither systemd nor cgroups, so it runs in a bare container. All that it writes
-# is in FOLDER, and it leaves a Slurm that is there already alone.
+# It needs root, but neither systemd nor cgroups, so it runs in a bare container. It writes only to
+# FOLDER, and does not disturb another Slurm on this machine.
 set -euo pipefail
 
 install() {
@@ -33,7 +33,7 @@ start() {
   read -r ctld_port slurmd_port < <(free_ports)
   dd if=/dev/urandom of="$folder/munge.key" bs=1024 count=1 status=none
   chmod 400 "$folder/munge.key"
-  # --force: munged would rather not run as root, nor in a folder that others may write to.
+  # --force: by default munged refuses to run as root or in a folder that others may write to.
   munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" \
     --pid-file="$folder/munged.pid" --log-file="$folder/munged.log" \
     --seed-file="$folder/munge.seed" 2>"$folder/munged.err"
@@ -63,7 +63,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=30
 MinJobAge=3600
-# A requeued job would wait for two minutes of a busy cluster's politeness.
+# Schedule every second; the defaults are 30 s (bf_interval) and 60 s (sched_interval).
 SchedulerParameters=bf_interval=1,sched_interval=1
 NodeName=$host NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -83,7 +83,7 @@ CONF
 stop() {
   local folder=$1 name pid
   export SLURM_CONF=$folder/slurm.conf
-  # Jobs first: without slurmd, their daemons would stay.
+  # End the jobs first: without slurmd, their daemons would stay.
   scancel --user=root 2>/dev/null || true
   scancel --user=root --signal=KILL --full 2>/dev/null || true
   for _ in $(seq 600); do

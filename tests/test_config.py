@@ -40,8 +40,8 @@ PAPER = {
     "65b": (8192, 64, 80, 22016, 1.5e-4, 1.4e12, 65_285_660_672),
 }
 
-# As released, with exact counts: dim, layers, heads, kv heads, ffn,
-# vocabulary, context, theta, scaling, parameters.
+# The released models, with exact counts: dim, layers, heads, kv heads, ffn, vocabulary, context,
+# theta, scaling, parameters.
 FAMILY = {
     "llama2_7b": (4096, 32, 32, 32, 11008, 32000, 4096, 1e4, 1, 6_738_415_616),
     "llama2_13b": (5120, 40, 40, 40, 13824, 32000, 4096, 1e4, 1, 13_015_864_320),
@@ -71,7 +71,8 @@ FINETUNED = {
     "guanaco_7b_qlora": ("7b", 2e-4, 512, 16, 1875, 0.0, 0.3),
     "guanaco_65b_qlora": ("65b", 1e-4, 512, 16, 1875, 0.0, 0.3),
 }
-PACKED = {"alpaca_7b": 40, "vicuna_7b": 80}  # rows for 128 records, see their docstrings
+# Rows that hold 128 records; the docstrings of the configs have the arithmetic.
+PACKED = {"alpaca_7b": 40, "vicuna_7b": 80}
 
 
 def load(name):
@@ -133,15 +134,16 @@ def test_fine_tuning_follows_its_recipe(name):
     assert data.template == ("alpaca" if name == "alpaca_7b" else "vicuna")
     assert data.packing == "best_fit"
     expected = LoraConfig()
-    if qlora:  # on all matrices
-        rank, dropout = (64, 0.1) if base == "7b" else (16, 0.05)  # 64 there too in the paper
+    if qlora:  # adapters on all matrices
+        # The paper has rank 64 for 65B too.
+        rank, dropout = (64, 0.1) if base == "7b" else (16, 0.05)
         expected = LoraConfig(rank, 16.0, dropout, base_dtype="nf4")
     assert config.lora == expected
 
 
 @pytest.mark.parametrize("name", [*PAPER, *FAMILY, *FINETUNED])
 def test_each_config_makes_a_train_step(name):
-    """Shapes of the initial state and of one step on it; nothing is allocated."""
+    """Traces the shapes of the initial state and of one step on it; nothing is allocated."""
     config, _ = load(name)
     state = dataclasses.replace(abstract_state(config), frozen=abstract_frozen(config))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
@@ -213,7 +215,7 @@ def test_json_of_an_older_version_has_defaults_for_newer_fields():
         del values["model"][f"rope_{field}"]
     del values["data"]["packing"], values["dcn"], values["lora"], values["init_from"]
     assert from_json(json.dumps(values)) == TINY
-    values["model"]["rope_scaling_factor"] = 8.0  # which was Llama 3.1's kind, the only one
+    values["model"]["rope_scaling_factor"] = 8.0  # stands for Llama 3.1's kind, the only one then
     model = from_json(json.dumps(values)).model
     assert (model.rope_scaling, model.rope_is_stretched) == ("llama3", True)
 
@@ -330,7 +332,7 @@ def test_a_value_out_of_range_is_an_error_that_names_it(name, value, message):
 WIDE = ("train.seed", "data.shard_tokens", "data.part_bytes")
 FIELD_TYPES = config_lib.field_types()
 GROUPS = [one.type for one in dataclasses.fields(Config)]
-# No field can use these.
+# Values that no field accepts.
 ODD = {
     int: (10**30, -(10**30), 2**63, -2, True, 1.0, "1", None),
     float: (math.nan, math.inf, -math.inf, 1e39, 1e-40, 1e-50, -1.0, True, 10**30, "1", None),
@@ -351,7 +353,8 @@ def test_an_odd_value_of_any_field_is_an_error_that_names_it(name):
         with pytest.raises(UserError, match=rf"\b{field}\b") as error:
             from_config_dict(ml_collections.ConfigDict(values))
         assert len(str(error.value)) < 300 and "\n" not in str(error.value), value
-        if type(value) is FIELD_TYPES[name]:  # as a program makes it
+        # A program may give a float field an int.
+        if type(value) is FIELD_TYPES[name]:
             with pytest.raises(UserError, match=rf"\b{field}\b"):
                 replace(Config(), **{name.replace(".", "__"): value})
 
@@ -386,7 +389,7 @@ def test_fields_that_do_not_fit_each_other_come_with_a_flag_that_mends_them(chan
 
 
 def made(changes):
-    """The tiny config with all changes at once."""
+    """Returns the tiny config with all changes made at once."""
     values = json.loads(TINY.to_json())
     for name, value in changes.items():
         group, _, field = name.partition("__")

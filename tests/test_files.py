@@ -93,7 +93,7 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(path), "write_bytes", full)
-    write_atomically(path, b"second")  # as it is: nothing to write
+    write_atomically(path, b"second")  # the content is unchanged, so nothing is written
     with pytest.raises(OSError, match="No space left"):
         write_atomically(path, b"third")
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_no_part_of_a_record(tmp_path):
 
 
 def test_files_of_a_user_without_a_name(tmp_path, corpus, monkeypatch):
-    """As in a container that runs as another user than it was made for."""
+    """In a container that runs as another user than its image has, the user id has no name."""
 
     def unknown(uid):
         raise KeyError(f"getpwuid(): uid not found: {uid}")
@@ -171,7 +171,7 @@ def test_files_of_a_user_without_a_name(tmp_path, corpus, monkeypatch):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A home folder."""
+    """Returns a home folder, to which HOME points."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     return tmp_path / "home"
@@ -211,8 +211,8 @@ def test_a_path_of_a_scheme_that_cannot_be_read():
 
 
 def test_the_sha256_of_a_file_that_can_only_be_read(monkeypatch):
-    """As that of a bucket, which `hashlib.file_digest` refuses."""
-    content = bytes(range(256)) * 10_000  # several pieces
+    """`hashlib.file_digest` refuses the files of a bucket, which can only be read."""
+    content = bytes(range(256)) * 10_000  # longer than one read
 
     @contextlib.contextmanager
     def opened(path):

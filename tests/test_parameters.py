@@ -1,4 +1,4 @@
-"""The table of parameters against the model itself, and what derives from it."""
+"""The table of parameters agrees with the model itself, and so do the values derived from it."""
 
 import functools
 
@@ -21,7 +21,7 @@ from llama_jax.parameters import (
 )
 from tests.helpers import TINY, replace
 
-# Every letter has another size, so that no two can be exchanged.
+# Every axis has another size, so that a swap of two of them is noticed.
 ODD = replace(
     TINY,
     model__vocab_size=384,
@@ -44,7 +44,7 @@ def test_the_rows_are_the_arrays_of_the_model_in_the_order_of_its_tree(tied):
 
 
 def test_the_inputs_are_what_the_products_sum_over(monkeypatch):
-    """The model's own einsums name the dimensions of each weight, and those that vanish."""
+    """The model's own einsums name the axes of each weight, and those that are summed over."""
     from llama_jax.model import llama
 
     seen = {}

@@ -1,4 +1,4 @@
-"""Saving, saving that fails, and steps that are damaged."""
+"""Saving, failed saves, and damaged steps."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def save(saver, state, *steps, **changes):
 
 
 def noted_events():
-    """A list, and a function that adds to it what it is called with as `on_event`."""
+    """Returns a list, and an `on_event` function that adds its arguments to it."""
     noted = []
     return noted, lambda step, text, record: noted.append((step, text, record))
 
@@ -53,7 +53,7 @@ def two_steps(state, tmp_path_factory):
 
 @pytest.fixture
 def run(two_steps, tmp_path):
-    """A work directory of one's own, with steps 4 and 8."""
+    """Copies a work directory with steps 4 and 8."""
     return shutil.copytree(two_steps, tmp_path / "run")
 
 
@@ -86,7 +86,7 @@ def test_the_rename_is_the_last_act(state, tmp_path, monkeypatch):
     saver = Checkpointer(tmp_path, replace(CONFIG, train__keep_checkpoints=1))
     save(saver, state, 3, 5)
     saver.close()
-    # What is old goes when the new one is complete.
+    # An old step is removed when the new one is complete.
     assert seen == [
         ("3.saving", ["3.saving"]),
         ("5.saving", ["3", "5.saving"]),
@@ -98,7 +98,7 @@ def test_the_rename_is_the_last_act(state, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("limit", [0, 2])
 def test_failed_saves(state, run, monkeypatch, capsys, limit):
-    """So many in a row are survived; one that works starts the count anew."""
+    """At most max_failed_saves failures in a row are tolerated; a success resets the count."""
     noted, on_event = noted_events()
     saver = Checkpointer(run, replace(CONFIG, train__max_failed_saves=limit), on_event)
 
@@ -137,7 +137,7 @@ def test_a_save_that_fails_in_the_background(state, run, monkeypatch, capsys):
         patch.setattr(manifest, "write", full)
         save(saver, state, 12)
         saver._background.join()
-    # It is told at once, and leaves nothing on a disk that is full.
+    # The failure is reported at once, and leaves no files on the full disk.
     assert "warning: saving step 12" in capsys.readouterr().out
     assert names(run) == ["4", "8"]
     save(saver, state, 16)
@@ -146,7 +146,7 @@ def test_a_save_that_fails_in_the_background(state, run, monkeypatch, capsys):
 
 
 def test_what_a_failed_save_could_not_free_is_freed_by_the_next(state, run, monkeypatch):
-    """Somebody writes into its folder while it is removed."""
+    """Another process writes into its folder while it is removed."""
     saver, rmtree = Checkpointer(run, CONFIG), type(epath.Path(run)).rmtree
 
     def busy(path, missing_ok=False):
@@ -205,7 +205,7 @@ def test_an_error_elsewhere_does_not_lose_the_save_before_it(state, run, monkeyp
 
 @pytest.mark.parametrize("limit", [0, 1])
 def test_a_slow_save_is_told(state, run, monkeypatch, capsys, limit):
-    """While it goes on, and by whoever waits for it; it is no failure."""
+    """It is reported while it runs and by those who wait for it; it does not count as a failure."""
     write, say, gate = manifest.write, Events.say, threading.Event()
     slow = f"warning: saving step 12 to {run}/checkpoints takes longer than 1 s "
     awaited = {"waiting for the save of step 12, begun ", slow if limit else "waiting"}
@@ -251,7 +251,7 @@ def test_a_place_that_cannot_be_written_to(tmp_path):
 
 
 def test_an_old_step_that_cannot_be_deleted_keeps_no_other(state, tmp_path, monkeypatch, capsys):
-    """It is told once, and tried again."""
+    """It is reported once, and the removal is tried again."""
     config = replace(CONFIG, train__keep_checkpoints=1)
     remove, tried = retention.remove, []
 
@@ -270,7 +270,7 @@ def test_an_old_step_that_cannot_be_deleted_keeps_no_other(state, tmp_path, monk
     assert said.count("warning: an old checkpoint could not be deleted: [Errno 1]") == 1
 
 
-# Finding the newest good step, and what happens to those that are not.
+# The newest undamaged step is used; damaged steps are set aside.
 
 
 def restore(saver, step):
@@ -291,7 +291,7 @@ def test_a_damaged_step_is_named_and_the_one_before_is_used(state, run, capsys):
     with Checkpointer(run, CONFIG, on_event) as saver:
         assert saver.newest_good_step() == 4
         jax.tree.map(np.testing.assert_array_equal, restore(saver, 4), state)
-        save(saver, state, 8)  # its name is free again
+        save(saver, state, 8)  # the name of step 8 is free again
     reason = f"{file} holds other bytes than were written"
     aside = run / "checkpoints" / "8.damaged"
     said = f"damaged checkpoint 8: {reason}; set aside as {aside}, going on from step 4"
@@ -302,7 +302,7 @@ def test_a_damaged_step_is_named_and_the_one_before_is_used(state, run, capsys):
 
 
 def test_damage_that_only_the_fingerprint_sees(state, run):
-    """As from a bug, or a machine that computes wrong: the files are what was written."""
+    """A bug or faulty hardware computed it: the files are as they were written."""
     path = run / "checkpoints" / "8" / "meta" / "metadata"
     meta = json.loads(path.read_text())
     meta["fingerprint"]["params/embed"] ^= 1
@@ -323,7 +323,7 @@ def test_no_good_step_is_an_error_and_changes_nothing(run):
     damage(run, 8)
     (run / "checkpoints" / "4" / "meta" / "metadata").unlink()
     before = {path: path.stat() for path in run.rglob("*")}
-    for _ in range(2):  # and again
+    for _ in range(2):  # the second time gives the same error
         with Checkpointer(run, CONFIG) as saver:
             with pytest.raises(UserError, match=r"no good .*step 8: params/.*step 4: meta/meta"):
                 saver.newest_good_step()

@@ -13,7 +13,7 @@ def of(array):
 
 @pytest.fixture(scope="module")
 def state():
-    """Weights and moments, all of them random."""
+    """Returns random weights and random moments."""
     mesh = mesh_of((1, 1, 1, 1))
     with jax.set_mesh(mesh):
         fresh = jax.device_get(shared_step(TINY, mesh).init(jax.random.key(0)))

@@ -13,7 +13,7 @@ from tests.helpers import flip_bit
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with files of several sizes, in folders of their own, and its manifest."""
+    """Writes files of several sizes into several folders, and their manifest."""
     folder = epath.Path(tmp_path) / "7"
     for name, size in (("a", 3), ("d/b", 1000), ("d/e/c", 0), ("meta/metadata", 40)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def test_it_lists_every_file(folder):
     assert list(listed) == ["a", "d/b", "d/e/c", "meta/metadata"]
     assert listed["d/b"]["bytes"] == 1000 and listed["d/e/c"]["bytes"] == 0
     assert manifest.first_damage(folder) == ""
-    manifest.write(folder)  # again: it is not in itself
+    manifest.write(folder)  # a second call does not list the manifest in itself
     assert manifest.first_damage(folder) == ""
 
 
@@ -36,7 +36,8 @@ def test_every_bit_of_every_file(folder):
     for name in names:
         path = folder / name
         good = path.read_bytes()
-        for position in range(0, len(good) * 8, 7):  # 7: every bit of a byte in turn
+        # Flip every seventh bit, so that each bit of a byte has its turn.
+        for position in range(0, len(good) * 8, 7):
             bad = bytearray(good)
             bad[position // 8] ^= 1 << position % 8
             path.write_bytes(bad)
@@ -98,7 +99,7 @@ def test_a_manifest_that_is_none(folder, text):
 
 
 def test_names_do_not_leave_the_folder(folder):
-    """A manifest made up to name a file elsewhere: nothing there is opened."""
+    """No file is opened that a forged manifest names outside the folder."""
     (folder.parent / "secret").write_text("x")
     entry = {"bytes": 1, "sha256": sha256_of(folder.parent / "secret")}
     (folder / "manifest.json").write_text(encode_entries({"../secret": entry}))
@@ -106,7 +107,7 @@ def test_names_do_not_leave_the_folder(folder):
 
 
 def test_an_amended_file_is_verified_at_every_moment(folder, monkeypatch):
-    """Killed anywhere in between, the step is good, and the next try finishes it."""
+    """Killed at any moment in between, the step is undamaged, and the next try completes it."""
     name, seen = "meta/metadata", []
     old, new = (folder / name).read_bytes(), b'{"eval_loss": 2.5}'
     replace_file = manifest._replace
@@ -124,7 +125,7 @@ def test_an_amended_file_is_verified_at_every_moment(folder, monkeypatch):
                 manifest.amend(folder, name, new)
         manifest.amend(folder, name, new)
     assert seen[:3] == [(old, ""), (old, ""), (new, "")] and set(seen[3:]) == {(new, "")}
-    # Only what it was made to be is good now.
+    # Only the intended content is accepted now.
     assert '"before"' not in (folder / MANIFEST).read_text()
     (folder / name).write_bytes(old)
     assert manifest.first_damage(folder) != ""

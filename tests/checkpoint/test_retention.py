@@ -14,7 +14,7 @@ def directory(tmp_path):
 
 
 def make(directory, losses):
-    """Steps 10, 20, .. with these validation losses."""
+    """Saves steps 10, 20, .. with these validation losses."""
     for number, loss in enumerate(losses, start=1):
         meta = directory / str(10 * number) / "meta"
         meta.mkdir(parents=True)
@@ -42,19 +42,20 @@ def test_what_is_kept(directory, changes, kept):
 
 
 def test_in_an_object_store_the_manifest_makes_a_step(directory, monkeypatch):
-    """No folder is renamed there: what has no manifest is being written, or deleted."""
+    """Folders cannot be renamed there: a step without a manifest is being written or deleted."""
     monkeypatch.setattr(retention, "is_object_store", lambda _: True)
     make(directory, [2.0, 1.0, 3.0])
     (directory / "10" / "manifest.json").write_text("")
     (directory / "20" / "manifest.json").write_text("")
     assert retention.saved_steps(directory) == [10, 20]
-    monkeypatch.setattr(type(directory), "rmtree", lambda self: None)  # killed before it
+    # A kill comes before the removal.
+    monkeypatch.setattr(type(directory), "rmtree", lambda self: None)
     retention.remove(directory / "10")
     assert retention.saved_steps(directory) == [20] and (directory / "10").exists()
 
 
 def test_what_can_be_rewound_to():
-    """Regular steps and those of rewinds; not what a rewind left behind, nor a stop saved."""
+    """A run may rewind to regular steps and to saves after a rewind, not to the saves of a stop."""
     train = replace(TINY, train__checkpoint_every=10).train
     rewinds = [[35, 10], [57, 50]]
     fit = [s for s in range(1, 71) if retention.can_rewind_to(s, train, rewinds)]
@@ -66,7 +67,8 @@ def test_what_can_be_rewound_to():
 @pytest.mark.parametrize(
     ("newest", "kept"),
     [
-        # A stretch that is seen at the next log begins after 85: 60 is the newest of 65 or before.
+        # A bad stretch that the next log shows begins after 85; 60 is the newest regular step at
+        # least 20 (rewind_steps) before that.
         (90, [60, 70, 80, 85, 90]),
         (85, [60, 70, 80, 85]),
         (75, [50, 60, 70, 75]),
@@ -74,7 +76,7 @@ def test_what_can_be_rewound_to():
 )
 def test_what_a_rewind_may_need_is_kept(directory, newest, kept):
     make(directory, [2.0] * 9)
-    for step in (75, 85):  # saved by stops
+    for step in (75, 85):  # saved because of a stop
         (directory / str(step)).mkdir()
     for step in (70, 80, 85, 90):
         if step > newest:
@@ -151,7 +153,7 @@ def test_a_link_is_removed_and_not_what_it_names(directory, tmp_path_factory):
     (directory / "10").rename(elsewhere / "20")
     for name, place in (("10", "20"), ("20/params", "10")):
         os.symlink(elsewhere / place, directory / name)
-    (directory / "10.deleting").mkdir()  # left by a removal that was ended
+    (directory / "10.deleting").mkdir()  # the rest of an interrupted removal
     assert retention.remove(directory / "10") == [str(elsewhere / "20")]
     assert retention.remove(directory / "20") == [str(elsewhere / "10")]
     assert sorted(path.name for path in directory.iterdir()) == ["10.deleting"]

@@ -40,7 +40,7 @@ def trained(compiled, steps):
 
 @pytest.fixture(scope="module")
 def saved(compiled, tmp_path_factory):
-    """A work directory with step 3, and the state that was saved."""
+    """Saves step 3; returns the work directory and the state."""
     workdir = tmp_path_factory.mktemp("saved")
     state = trained(compiled, 3)
     saver = Checkpointer(workdir, CONFIG)
@@ -169,7 +169,7 @@ def test_a_missing_item_is_a_clear_error(saved, compiled, tmp_path):
         load_meta(workdir / "checkpoints" / "3")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from orbax itself
 def test_a_truncated_array_is_a_clear_error(saved, compiled, tmp_path):
     workdir = shutil.copytree(saved[0], tmp_path / "run")
     data = max(
@@ -185,7 +185,7 @@ def test_a_truncated_array_is_a_clear_error(saved, compiled, tmp_path):
 
 
 def with_meta(saved, tmp_path, change):
-    """The folder of a step whose description is changed, as if it had been written so."""
+    """Changes the description of a step, as if it had been written so, and returns the folder."""
     workdir = shutil.copytree(saved[0], tmp_path / "run")
     folder = epath.Path(workdir / "checkpoints" / "3")
     described = manifest.read_description(folder)
@@ -220,7 +220,7 @@ def test_weights_alone_are_not_trained_on(saved, compiled, tmp_path):
 
     workdir = shutil.copytree(saved[0], tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "3" / "optimizer")
-    manifest.write(epath.Path(workdir / "checkpoints" / "3"))  # as if it never had one
+    manifest.write(epath.Path(workdir / "checkpoints" / "3"))  # as if the step never had one
     with Checkpointer(workdir, CONFIG) as saver:
         data = types.SimpleNamespace(train=None, fingerprint="data-1")
         with pytest.raises(UserError, match="3 has weights but no optimiser state"):
@@ -238,7 +238,7 @@ def test_files_of_another_tokenizer_are_kept(tmp_path):
     "name", ["../x", "/etc/x", "additional_chat_templates/../x.jinja", "x.py", "..", ""]
 )
 def test_no_file_of_a_checkpoint_leaves_its_folder(tmp_path, name):
-    """They are written out where it is exported: a foreign one must not choose where."""
+    """Files are exported by their names, so a foreign checkpoint must not choose the place."""
     saved_step.save_meta(tmp_path, dataclasses.replace(META, tokenizer_files={name: b"x"}))
     manifest.write(epath.Path(tmp_path))
     with pytest.raises(UserError, match="holds a file .*, which is no tokenizer's"):

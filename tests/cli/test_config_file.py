@@ -12,7 +12,7 @@ HEAD = """from llama_jax.config import default
 def get_config():
     config = default()
 """
-TAIL = "    return config\n"  # line 7, after one more
+TAIL = "    return config\n"  # line 7, after one more line
 
 
 def refused(path):
@@ -118,7 +118,7 @@ def test_a_shipped_config_is_found_by_its_name(here, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT if here else tmp_path)
     for name in ("tiny", "configs/tiny", "tiny.py", "configs/tiny.py", "./configs/tiny"):
         assert load_config_file(name).train.steps == 850
-    (tmp_path / "tiny").mkdir()  # a run of this name hides no config
+    (tmp_path / "tiny").mkdir()  # a run's folder of this name does not hide the config
     assert load_config_file("tiny").train.steps == 850
 
 

@@ -1,4 +1,4 @@
-"""Flags of the config as commands read them."""
+"""Flags of config fields, as the commands read them."""
 
 import json
 import re
@@ -83,7 +83,7 @@ def test_the_list_of_fields_is_by_group_with_types_checks_defaults_and_meanings(
         "  --config.train.steps (int, positive; default 250_000)\n      Steps of the whole run.\n"
     ) in text
     assert "\n  --[no]config.data.streaming (bool; default False)\n      Tokenise" in text
-    assert "\n\n  --config.init_from (str; default '')\n" in text  # of no group
+    assert "\n\n  --config.init_from (str; default '')\n" in text  # a field without a group
     assert "such as --config.train.steps=200" in text
 
 
@@ -203,7 +203,7 @@ def test_a_value_of_the_file_is_told_to_be_of_the_file(tmp_path):
     )
     message = f"optim.peak_lr must be positive, got -1.0 (optim.peak_lr from {path})"
     assert refused(f"--config={path}", "--workdir=x") == message
-    # A field that refers to another one follows it.
+    # A field that is computed from another one changes with it.
     flags = ("--config.optim.peak_lr=1", "--config.train.steps=5")
     message = (
         "optim.warmup_steps=10 must be less than train.steps=5; set "

@@ -28,7 +28,7 @@ TRAIN = ("config", "workdir", "xla_preset", "start_timeout", "stopped_status", "
             "--noconfig.data.workers",
             "--config.data.workers is not a switch; give its value as --config.data.workers=VALUE",
         ),
-        # Other signs than dots, other letters, and a dash too many.
+        # Other separators than dots, other capitals, and one dash too many.
         *(
             (f"{flag}=9", f"unknown flag {flag}; did you mean --config.train.steps=9?")
             for flag in (

@@ -9,7 +9,7 @@ from llama_jax.cli import interrupts
 from tests.helpers import ROOT
 
 COMMANDS = ("train", "prepare", "generate", "evaluate", "convert", "checkpoint", "data", "plan")
-# Stands for a library: Ctrl-C comes while it is imported, and is swallowed.
+# Stands in for a library that swallows a Ctrl-C during its import.
 LIBRARY = """
 import os, signal, time
 try:
@@ -22,7 +22,7 @@ raise SystemExit("went on")
 
 
 def python(folder, *arguments):
-    """Runs Python where `import absl` is Ctrl-C; the folder comes before all installed packages."""
+    """Runs Python with an `absl` that raises Ctrl-C; `folder` comes before installed packages."""
     (folder / "absl.py").write_text(LIBRARY)
     env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
     command = [sys.executable, *arguments]

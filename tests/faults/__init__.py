@@ -1,1 +1,1 @@
-"""The fault laboratory: each fault is made for real, and what must follow is checked."""
+"""Fault injection: each test makes a real fault and checks what follows."""

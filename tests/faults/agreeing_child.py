@@ -1,4 +1,4 @@
-"""One process of test_peers.py: agrees with the others on this and that, and trains nothing.
+"""One process of test_peers.py: agrees with the others on some texts, and trains nothing.
 
 AGREE_MODE is one of `MODES`.
 """
@@ -17,14 +17,14 @@ from llama_jax.train.instruments.signals import StopRequest
 
 
 def keys_left(client):
-    """What the coordinator still holds of us."""
+    """Returns the number of our keys that the coordinator still holds."""
     return len(client.key_value_dir_get("llama_jax/"))
 
 
 def texts(me, peers):
-    """The first text that is not empty wins, and nothing is left of older ones."""
+    """Checks that the first text that is not empty wins, and that no older keys are left."""
     for number in range(40):
-        # The end is of a path that is not UTF-8.
+        # The text ends like a path that is not UTF-8.
         mine = f"{me}, ünïcode {'x' * 3000}/\udcff" if number % 3 <= me else ""
         first = min(index for index in range(jax.process_count()) if number % 3 <= index)
         text = agreed(mine)
@@ -37,16 +37,16 @@ def texts(me, peers):
 
 
 def fails(me, peers):
-    """Process 2 fails while 0 works and 1 waits for it."""
+    """Lets process 2 fail while process 0 works and process 1 waits for it."""
     if me == 2:
         raise UserError("the disk is\n  on fire")
     if me == 0:
-        time.sleep(3600)  # what a signal interrupts, as most of Python
+        time.sleep(3600)  # a signal interrupts this, as it does most Python code
     agreed("")
 
 
 def stuck(me, peers):
-    """Process 0 fails while nothing can interrupt 1 and 2."""
+    """Lets process 0 fail while nothing can interrupt processes 1 and 2."""
     if me == 0:
         raise KeyError("a bug")
     peers._interrupt = lambda: None
@@ -54,7 +54,7 @@ def stuck(me, peers):
 
 
 def waits(me, peers):
-    """All wait for process 0, which works for ever."""
+    """Lets all processes wait for process 0, which works for ever."""
     print("waits", flush=True)
     if me == 0:
         time.sleep(3600)
@@ -62,7 +62,7 @@ def waits(me, peers):
 
 
 def ends_late(me, peers):
-    """Process 0 fails when the others are through."""
+    """Lets process 0 fail when the others have finished."""
     agreed("")
     if me == 0:
         raise OSError(28, "No space left on device")

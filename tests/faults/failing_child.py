@@ -1,4 +1,4 @@
-"""One process of test_hosts.py: trains and saves, while one of the two fails to in all ways it can.
+"""One process of test_hosts.py: trains and saves, while one of two processes fails in each way.
 
 Usage: python -m tests.faults.failing_child WORKDIR, with the environment of `parallel.cluster`.
 """
@@ -24,7 +24,7 @@ FULL = OSError(28, "No space left on device")
 
 
 def small_files(saver):
-    """No file of this process may grow beyond so many bytes: it fails while it writes."""
+    """Limits the size of files that this process writes to 1 KB, so that its writes fail."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, old[1]))
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, old)
@@ -37,7 +37,7 @@ def broken(target, name):
 
 
 def broken_start(saver):
-    """What orbax does at once fails, after the steps that it takes together with the others."""
+    """Makes the synchronous part of orbax's save fail, after the steps that all processes share."""
     start = saver._background._orbax.handler.async_save
 
     async def fails(*args, **kwargs):
@@ -48,7 +48,7 @@ def broken_start(saver):
     return lambda: setattr(saver._background._orbax.handler, "async_save", start)
 
 
-# Which process fails, and how.
+# The process that fails, and the function that makes it fail.
 FAULTS = {
     "starts": (1, broken_start),
     "writes": (1, small_files),

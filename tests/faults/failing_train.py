@@ -1,8 +1,8 @@
-"""`python -m llama_jax.train` of several processes, of which one fails in one stage.
+"""Runs `python -m llama_jax.train` in several processes, of which one fails in one stage.
 
-FAIL_STAGE is a function of `llama_jax.train` that raises on process FAIL_PROCESS when it is called;
-or "batch", where the first batch is read, or "step", where the third one is. FAIL_WITH is the
-error: UserError, OSError, KeyError (a bug) or damage.
+FAIL_STAGE is a key of `PLACES`, whose function raises on process FAIL_PROCESS when it is called, or
+"step", which raises at the third batch. FAIL_WITH is the error: UserError, OSError, KeyError (a
+bug) or damage.
 """
 
 import os

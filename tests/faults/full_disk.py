@@ -1,8 +1,8 @@
-"""`python -m llama_jax.train` whose disk is full from the save of step 8 on.
+"""Runs `python -m llama_jax.train`, whose disk is full from the save of step 8 on.
 
-Usage: python -m tests.faults.full_disk HOW FLAGS; HOW is `full` (there is no room from the start)
-or `fills up` (no file may grow beyond 4 KB). When that save begins, that of step 4 is still being
-written.
+Usage: python -m tests.faults.full_disk HOW FLAGS; HOW is `full` (the disk has no room from the
+start) or `fills up` (no file may grow beyond 4 KB). When that save begins, the save of step 4 is
+still being written.
 """
 
 import collections

@@ -1,5 +1,7 @@
-"""One process of test_hosts.py: goes on from the newest step, says its fingerprint and the hashes
-of the batches that come next, trains on them if it is told to, saves the step that is reached.
+"""One process of test_hosts.py.
+
+It resumes from the newest step, prints the state's fingerprint and the hashes of the next batches,
+trains on these batches if it gets the argument `train`, and saves the step that it reaches.
 
 Usage: python -m tests.faults.hosts_child WORKDIR SHARDS [train], with the environment of
 `parallel.cluster`.
@@ -28,7 +30,7 @@ BATCHES = 3
 
 
 def sha(batch):
-    """Of all rows, whoever holds them."""
+    """Returns the sha256 of all rows, on whichever process they are."""
     found = hashlib.sha256()
     for name in sorted(batch):
         rows = multihost_utils.process_allgather(batch[name], tiled=True)

@@ -1,6 +1,6 @@
-"""One process of test_rewind.py: trains on batches of which some are bad, and says how that ended.
+"""One process of test_rewind.py: trains on some bad batches and prints how the run ended.
 
-Usage: python -m tests.faults.rewind_child WORKDIR CONFIG_JSON, with the environment of a
+Usage: python -m tests.faults.rewind_child WORKDIR CONFIG_JSON, with the environment of
 `parallel.cluster`.
 """
 

@@ -1,4 +1,4 @@
-"""Saves steps 1, 2, .. of a model of some 30 MB until it is killed; says when each starts and ends.
+"""Saves steps 1, 2, .. of a model of about 30 MB until it is killed; prints each start and end.
 
 Started by test_kill_in_save.py, as `python -m tests.faults.saving_child WORKDIR`.
 """

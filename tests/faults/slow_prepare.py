@@ -1,8 +1,8 @@
-"""`python -m llama_jax.prepare`, or `train`, that stands still at a part until the test lets it go.
+"""Runs `python -m llama_jax.prepare`, or `train`, which stops at some parts until the test says so.
 
-SLOW_FROM is the number of the first part that does, SLOW_UNTIL the file that ends it; before that,
-SLOW_UNTIL with the part's number behind it says that a part stands still. SLOW_COMMAND is the
-command. Worker processes import this, too.
+SLOW_FROM is the number of the first part that waits, SLOW_UNTIL the file that ends the wait. A
+waiting part announces itself by a file SLOW_UNTIL with the part's number appended. SLOW_COMMAND is
+the command. Worker processes import this module, too.
 """
 
 import functools
@@ -17,7 +17,7 @@ FROM, UNTIL = int(os.environ["SLOW_FROM"]), pathlib.Path(os.environ["SLOW_UNTIL"
 write_part = tokenize.write_part
 
 
-@functools.wraps(write_part)  # so that a pool finds it in its workers under the name of the other
+@functools.wraps(write_part)  # so that a pool's workers find it under the name of the original
 def slow(data, pack_len, folder, index, *rest, **options):
     if index >= FROM:
         pathlib.Path(f"{UNTIL}{index}").touch()
@@ -28,5 +28,5 @@ def slow(data, pack_len, folder, index, *rest, **options):
 
 tokenize.write_part = workers.write_part = slow
 if __name__ == "__main__":
-    # Without alter_sys: workers import the main module, which must be this one.
+    # Not with alter_sys, because workers import the main module, which must be this one.
     runpy.run_module(os.environ["SLOW_COMMAND"], run_name="__main__")

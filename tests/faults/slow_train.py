@@ -1,7 +1,8 @@
-"""`python -m llama_jax.train` of which one phase takes long, and says so: `phase PHASE`.
+"""Runs `python -m llama_jax.train` with one slow phase, which it announces as `phase PHASE`.
 
-SLOW_PHASE is data, restore, compile, evaluate (each batch of it) or save; SLOW_SECONDS is how long,
-or until there is a file SLOW_UNTIL; SLOW_PROCESS is the process that it takes long, default: each.
+SLOW_PHASE is data, restore, compile, evaluate (each batch of it) or save. SLOW_SECONDS is how long
+the phase takes, unless the file SLOW_UNTIL ends it earlier. SLOW_PROCESS is the process that is
+slow; default: all.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ def slow(function):
         if call == 0:
             print(f"phase {PHASE}", flush=True)
         if call == 0 or PHASE == "evaluate":
-            # In slices: a signal just before `sleep` begins would be handled when it ends.
+            # In slices: a signal that arrives just before `sleep` is handled only when it returns.
             deadline = time.monotonic() + SECONDS
             while time.monotonic() < deadline and not os.path.exists(UNTIL):
                 time.sleep(min(SECONDS, 0.1))
@@ -47,7 +48,7 @@ def slow_step(name):
     run.jit_step = patched
 
 
-if PHASE == "save":  # of process 0, when all is written
+if PHASE == "save":  # on process 0, when all files are written
     manifest.write = slow(manifest.write)
 elif PHASE == "data":
     run.open_data = slow(run.open_data)

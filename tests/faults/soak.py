@@ -1,4 +1,4 @@
-"""Kills a run at random times until it ends anyway, and compares it bit for bit with a twin.
+"""Kills a run at random times until it has finished, and compares it bit for bit with a twin.
 
 Example:
   python -m tests.faults.soak --kills=50
@@ -29,11 +29,12 @@ from llama_jax.parallel.cluster import MEETING_S
 from llama_jax.train.step import jit_step
 from tests.helpers import mesh_of, outputs_of, records, restored_state, start_train, write_corpus
 
-SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)  # kills are what cannot be prepared for
+# SIGKILL is twice as frequent, because a process cannot prepare for it.
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)
 
 
 def digest(workdir):
-    """sha256 of the whole newest state: weights, moments, counters."""
+    """Returns the sha256 of the whole newest state: weights, moments, counters."""
     folder = find_step(workdir)
     config = load_meta(folder).config
     mesh = mesh_of((1, 1, 1, 1))
@@ -47,12 +48,12 @@ def digest(workdir):
 
 
 def losses(workdir):
-    """The loss of each step, as it was logged last."""
+    """Returns the loss of each step; if a step was logged twice, the last one."""
     return {line["step"]: line["loss"] for line in records(workdir) if "loss" in line}
 
 
 def run_to_end(corpus, workdir, flags, options):
-    """Returns the seconds that it took."""
+    """Runs to the end, and returns the seconds that it took."""
     began = time.monotonic()
     running = start_train(corpus, workdir, *flags, **options)
     outputs = outputs_of(running, 1200)
@@ -65,8 +66,8 @@ def disturb(corpus, workdir, flags, options, rng, steps):
     """Sends one process of the run a signal, while it starts or at some step.
 
     Returns:
-      The signal's name, or "" where the run was finished before; the exit statuses; and the seconds
-      from the start to the first step, in a list that is empty where no step was reached.
+      The signal's name, or "" if the run finished first; the exit statuses; and a list with the
+      seconds from the start to the first step, empty if no step was reached.
     """
     began, first_step = time.monotonic(), []
     running = start_train(corpus, workdir, *flags, **options)
@@ -85,17 +86,17 @@ def disturb(corpus, workdir, flags, options, rng, steps):
     finished = all(process.poll() == 0 for process in running)
     if not finished:
         victim.send_signal(number)
-    # One that is killed before they have met is waited for.
+    # If one is killed before all have connected, the others wait for it.
     outputs = outputs_of(running, MEETING_S + 60)
     statuses = [process.returncode for process in running]
-    # Before our handler is there, SIGTERM just ends a process.
+    # Before our handler is installed, SIGTERM just ends a process.
     if number == signal.SIGTERM and len(running) == 1 and set(statuses) - {0, -number}:
         raise AssertionError(outputs)
     return "" if finished else number.name, statuses, first_step
 
 
 def newest(workdir):
-    """The newest complete step; 0 before there is one."""
+    """Returns the newest complete step; 0 if there is none."""
     return max(saved_steps(epath.Path(workdir) / CHECKPOINTS), default=0)
 
 
@@ -112,7 +113,7 @@ def soak(
     fresh=True,
     log=print,
 ):
-    """Runs a twin undisturbed, and others that are disturbed again and again to their ends.
+    """Runs an undisturbed twin, and other runs that are disturbed until they finish.
 
     Returns:
       How often each signal was sent, and whether all losses and last states are equal.
@@ -141,7 +142,7 @@ def soak(
 
 
 def summary(workdirs, sent, first_steps, steps):
-    """What the signals cost, in one line."""
+    """Returns a line that says what the signals cost."""
     signals = " and ".join(f"{count} {name}" for name, count in sent.items())
     logged = sum("loss" in line for workdir in workdirs for line in records(workdir))
     spent = collections.Counter()

@@ -1,4 +1,4 @@
-"""Every flipped bit in a folder of shards is found before it is used, or it is never read."""
+"""A flipped bit in a folder of shards is noticed before it is used, or it is never read."""
 
 import json
 import os
@@ -32,11 +32,11 @@ from tests.helpers import (
 
 T, BATCH = 2048, 4
 KINDS = ("concat", "best_fit", "template")
-FLIPS = 60  # of each kind
+FLIPS = 60  # per kind of shards
 
 
 def write(folder, tokenizer, kind, seed=0):
-    """Shards of random documents, whose files have several blocks and a middle."""
+    """Writes shards of random documents; their files have several blocks."""
     folder.mkdir()
     pack_len, rng = 0 if kind == "concat" else T, np.random.default_rng(seed)
     splits = {}
@@ -58,7 +58,7 @@ def folders(tokenizer, tmp_path_factory):
 
 
 def as_of_an_earlier_version(folder):
-    """Takes the checksums of blocks away."""
+    """Removes the checksums of blocks."""
     manifest = read_manifest(folder)
     for split in manifest["splits"].values():
         for shard in split["shards"]:
@@ -69,7 +69,7 @@ def as_of_an_earlier_version(folder):
 
 
 def read_everything(folder):
-    """All rows of an epoch, all rows of validation, all documents."""
+    """Returns all rows of an epoch, all rows of validation and all documents."""
     found = []
     for split in SPLITS:
         dataset = TokenDataset.open(folder, split)
@@ -84,7 +84,7 @@ def read_everything(folder):
 
 
 def assert_equal(found, expected):
-    """Compares what `read_everything` gave of two folders."""
+    """Compares the results of `read_everything` for two folders."""
     for one, other in zip(found, expected, strict=True):
         if isinstance(one, np.ndarray):
             np.testing.assert_array_equal(one, other)
@@ -138,7 +138,7 @@ def test_a_block_that_was_damaged_is_read_again_when_it_is_mended(folders, tmp_p
 
 
 def test_a_block_is_read_once_to_be_checked(folders, monkeypatch):
-    """Then only what is asked for is read."""
+    """After the check of a block, only the requested bytes are read."""
     dataset, read, pread = TokenDataset.open(folders["concat"], "train"), [], os.pread
 
     def recorded(file, size, offset):
@@ -148,13 +148,13 @@ def test_a_block_is_read_once_to_be_checked(folders, monkeypatch):
     monkeypatch.setattr(os, "pread", recorded)
     whole = np.fromfile(folders["concat"] / "train-00000-000.bin", "<u2")
     block = BLOCK_BYTES
-    for start in (40_000, 40_000, 32_768, 32_700):  # of 2 bytes each
+    for start in (40_000, 40_000, 32_768, 32_700):  # in tokens of 2 bytes
         np.testing.assert_array_equal(dataset.tokens(start, start + 100), whole[start:][:100])
     assert read == [
         (block, block),
         (80_000, 200),
         (65_536, 200),
-        (0, 2 * block),  # the first block is new; the second one is read in the same call
+        (0, 2 * block),  # The first block is new; the second one is read in the same call.
     ]
 
 
@@ -239,7 +239,7 @@ def test_the_command_names_the_file(folders, tmp_path, file):
 
 @pytest.mark.parametrize("remade", ["moved", "deleted", "written over"])
 def test_shards_made_anew_at_the_same_path_are_read(tokenizer, tmp_path, remade):
-    """In the same process; files of the shards before may still be open."""
+    """They are read in the same process, in which files of the old shards may still be open."""
     folder = write(tmp_path / "shards", tokenizer, "template", seed=1)
     before = TokenDataset.open(folder, "train")
     expected = before.tokens(0, 1000)
@@ -258,12 +258,12 @@ def test_shards_made_anew_at_the_same_path_are_read(tokenizer, tmp_path, remade)
     else:
         shutil.copytree(new, folder)
     assert_equal(read_everything(folder), read_everything(new))
-    if remade != "written over":  # those that were open then still give their own tokens
+    if remade != "written over":  # files that were open then still give their old tokens
         np.testing.assert_array_equal(before.tokens(0, 1000), expected)
 
 
 def test_a_file_that_is_opened_again_is_checked_again(tokenizer, tmp_path):
-    """The least recently used files are closed; by then, others may lie at their paths."""
+    """The least recently used files are closed; later, other files may have their paths."""
     folder = write(tmp_path / "shards", tokenizer, "concat", seed=1)
     dataset = TokenDataset.open(folder, "train")
     expected = dataset.tokens(0, 1000)
@@ -275,7 +275,7 @@ def test_a_file_that_is_opened_again_is_checked_again(tokenizer, tmp_path):
     for _ in range(2):
         with pytest.raises(UserError, match=r"train-00000-000\S* is not as it was .*was replaced"):
             dataset.tokens(0, 1000)
-    # The same files at another place, as of a copy that is put back, are as good.
+    # Identical files, for example a copy that is put back, are accepted.
     shutil.rmtree(folder)
     shutil.copytree(tmp_path / "old", folder)
     shards_lib._kept_open.cache_clear()
@@ -283,7 +283,7 @@ def test_a_file_that_is_opened_again_is_checked_again(tokenizer, tmp_path):
 
 
 def test_the_number_of_open_files_is_bounded(folders, tmp_path):
-    """Datasets that are opened one after another do not use up the files of a process."""
+    """Datasets that are opened one after another do not use up the open files of a process."""
     before = len(os.listdir("/proc/self/fd"))
     datasets = [TokenDataset.open(folders["template"], split) for split in SPLITS * 150]
     for dataset in datasets:
@@ -293,7 +293,7 @@ def test_the_number_of_open_files_is_bounded(folders, tmp_path):
 
 
 def test_the_manifest_of_a_packed_folder_is_json(folders):
-    """Eight digits for each block: what a reader in another language has to know."""
+    """A reader in another language needs to know only this: eight digits for each block."""
     folder = folders["template"]
     described = json.loads((folder / "train-00000-000.crc.json").read_text())
     assert described.keys() == {"block_bytes", "bin", "mask"}
@@ -316,7 +316,7 @@ def test_other_things_in_the_folder_do_not_matter(folders, tmp_path):
 
 @pytest.mark.parametrize("bad", [-1, 300, 65_536, 2**31 - 1])
 def test_no_shard_is_written_with_ids_beyond_the_vocabulary(tmp_path, bad):
-    """Readers take what is as it was written for ids of the vocabulary."""
+    """Readers do not check that ids are in the vocabulary."""
     writer = ShardWriter(tmp_path, "train-00000", 300, 1000, 0)
     writer.add(Example(np.array([0, 299], np.int32), 1, b""))
     with pytest.raises(ValueError, match=f"{bad}.* of 300"):

@@ -1,4 +1,4 @@
-"""docs/reliability.md: the clock of the machine jumps by decades while it trains."""
+"""The clock of the machine jumps by decades while it trains, as docs/reliability.md promises."""
 
 import time
 
@@ -17,14 +17,15 @@ YEARS_S = 20 * 365 * 86_400
 
 
 def trained(workdir, monkeypatch, jump):
-    """The batches, losses and last state of a run, with a jump before each batch."""
+    """Returns the batches, losses and last state of a run, with a clock jump before each batch."""
     stream, folder = loop.device_batches, workdir / "checkpoints"
     batches = []
 
     def noted(source, start, *rest):
         for batch in stream(source, start, *rest):
             batches.append(jax.device_get(batch))
-            # In the middle of a save, where there is one: it writes already, or has written.
+            # A save that runs has already written something, so that the clock jumps in the middle
+            # of it.
             until(lambda: not list(folder.glob("*.saving*")) or list(folder.glob("*.saving*/*/*")))
             jump(len(batches))
             yield batch

@@ -1,4 +1,4 @@
-"""docs/reliability.md: files that are not as they were written, other meshes."""
+"""Damaged files of checkpoints, and other meshes, as docs/reliability.md promises."""
 
 import collections
 import random
@@ -42,7 +42,7 @@ def shardings(name):
 
 
 def loss_of(state, name):
-    """Of one batch, by the program of the mesh."""
+    """Returns the loss of one batch on this mesh."""
     mesh = mesh_of(MESHES[name])
     with jax.set_mesh(mesh):
         compiled = shared_step(TINY, mesh)
@@ -58,7 +58,7 @@ def save(workdir, state, step):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Steps 4 and 8, saved on 8 devices."""
+    """Writes steps 4 and 8, saved on 8 devices."""
     workdir = tmp_path_factory.mktemp("damage") / "run"
     for step in (4, 8):
         save(workdir, jax.device_put(state_of(step), shardings("8 devices")), step)
@@ -71,14 +71,14 @@ def files_of(workdir, step):
 
 
 def restored(workdir):
-    """The step that a run would go on from, and its state; what it says goes to stdout."""
+    """Returns the step from which a run would go on, and its state."""
     with Checkpointer(workdir, TINY) as saver:
         step = saver.newest_good_step()
         return step, restored_state(saver, step, TINY, shardings("1"))
 
 
 def is_found(workdir, path, capsys):
-    """Whether damage to a file of step 8 is told with its name, and step 4 used."""
+    """Returns whether damage to a file of step 8 is reported by name, and step 4 used instead."""
     name = path.relative_to(workdir / "checkpoints" / "8").as_posix()
     capsys.readouterr()
     with Checkpointer(workdir, TINY) as saver:
@@ -93,7 +93,7 @@ def is_found(workdir, path, capsys):
 
 @pytest.mark.parametrize("flips", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_flipped_bits(saved, tmp_path, capsys, flips):
-    """Random bits of random files: each is found, none is restored."""
+    """Random bits of random files are flipped: each flip is noticed, none is restored."""
     workdir = shutil.copytree(saved, tmp_path / "run")
     files, choose = files_of(workdir, 8), random.Random(flips)
     found = collections.Counter()
@@ -145,13 +145,13 @@ def test_every_file_cut_emptied_zeroed_or_deleted(saved, tmp_path, capsys, harm)
 
 
 def partial(folder):
-    """As a copy that was broken off: half of the files are there."""
+    """Deletes half of the files, like a copy that was interrupted."""
     for path in files_of(folder.parent.parent, 8)[::2]:
         path.unlink()
 
 
 def half_deleted(folder):
-    """As a deletion by an older version, which was killed."""
+    """Deletes two folders, like a deletion by an older version that was killed."""
     shutil.rmtree(folder / "meta")
     shutil.rmtree(folder / "params" / "d")
 
@@ -193,7 +193,7 @@ def test_when_all_is_damaged_nothing_is_touched(saved, tmp_path):
 
 
 def test_from_8_devices_to_4_to_1_and_back(saved, tmp_path):
-    """The same bits on every mesh, and the same fingerprint, each saved by the one before."""
+    """Each mesh restores what the one before saved, with the same bits and the same fingerprint."""
     workdir = shutil.copytree(saved, tmp_path / "run")
     expected = state_of(8)
     prints, losses = fingerprint(expected), [loss_of(expected, "8 devices")]
@@ -208,4 +208,4 @@ def test_from_8_devices_to_4_to_1_and_back(saved, tmp_path):
         save(workdir, state, step + 1)
     apart = max(losses) - min(losses)
     print(f"4 of 4 states are equal; their losses of one batch ({losses[0]:.4f}) differ by {apart}")
-    assert losses[-1] == losses[0] and apart < 2e-6  # sums in another order: of float32
+    assert losses[-1] == losses[0] and apart < 2e-6  # float32 sums in another order

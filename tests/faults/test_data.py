@@ -1,4 +1,4 @@
-"""docs/reliability.md: token shards and text that are not as they should be."""
+"""Damaged token shards and damaged text, as docs/reliability.md promises."""
 
 import collections
 import errno
@@ -26,20 +26,20 @@ from tests.helpers import flip_bit, one_line_error, start_train, text_config, un
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
-# Saves at 2, 4, ..; the fault begins when batch 6 was handed out.
+# The run saves at 2, 4, ..; the fault begins when batch 6 was handed out.
 STEPS, FAULT = 12, 6
 KINDS = ("bin", "idx", "pack", "mask")
 FLIPS = 100
 
 
 def config_on(shards):
-    """A short run on prepared shards."""
+    """Returns the config of a short run on prepared shards."""
     changes = {"train__steps": STEPS, "train__checkpoint_every": 2, "train__eval_every": 100}
     return text_config("elsewhere", data__path=str(shards), data__source="stdlib", **changes)
 
 
 def disk_fault(monkeypatch):
-    """From now on the system reads nothing more from files."""
+    """Makes every later read from a file fail with an input/output error."""
 
     def fails(file, size, offset):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -49,13 +49,13 @@ def disk_fault(monkeypatch):
 
 @pytest.fixture(scope="module")
 def undisturbed(shards, tmp_path_factory):
-    """The last state of a run that meets no fault."""
+    """Returns the last state of a run without a fault."""
     return jax.device_get(train(config_on(shards), tmp_path_factory.mktemp("twin") / "run"))
 
 
 @pytest.mark.parametrize("fault", ["cut", pytest.param("EIO", marks=pytest.mark.slow)])
 def test_a_shard_is_lost_in_the_middle_of_a_run(shards, undisturbed, tmp_path, monkeypatch, fault):
-    """The file is named; when it is mended the same command ends where an undisturbed one does."""
+    """The file is named; once it is repaired, the same command ends like an undisturbed run."""
     folder = shutil.copytree(shards, tmp_path / "shards")
     stream = loop.device_batches
 
@@ -95,7 +95,7 @@ def test_the_command_ends_with_one_line(shards, tmp_path):
 
 @pytest.fixture(scope="module")
 def packed(corpus, tokenizer, tmp_path_factory):
-    """Shards with all kinds of files: of conversations, packed, with masks and a template."""
+    """Writes shards with all kinds of files: packed conversations, with masks and a template."""
     folder = tmp_path_factory.mktemp("packed")
     tokenizer.save(folder / "t.model")
     texts = [path.read_text() for path in sorted(corpus.iterdir())]
@@ -116,7 +116,7 @@ def packed(corpus, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def equals(tokenizer, tmp_path_factory):
-    """Two shards, all of whose files are of equal size and of other contents."""
+    """Writes two shards whose files have equal sizes and different contents."""
     folder, rng = tmp_path_factory.mktemp("equals"), np.random.default_rng(0)
     writer = ShardWriter(folder, "train-00000", tokenizer.vocab_size, 20_000, 1000)
     for lengths in ((900, 800) * 12, (800, 900) * 12):
@@ -155,7 +155,7 @@ def test_shards_of_a_version_before_are_refused(equals, tmp_path):
 
 
 def damaged(folder, path):
-    """Whether `verify` names this file, and no other."""
+    """Returns whether `verify` names this file, and no other."""
     try:
         return verify(folder) == [path.name]
     except UserError as error:
@@ -165,7 +165,7 @@ def damaged(folder, path):
 
 @pytest.mark.parametrize("name", ["shards", "packed"])
 def test_flipped_bits(name, request, tmp_path):
-    """Random bits of random files: `verify` finds each, and names the file."""
+    """Random bits of random files are flipped: `verify` notices each, and names the file."""
     folder = shutil.copytree(request.getfixturevalue(name), tmp_path / "shards")
     files, choose = sorted(path for path in folder.iterdir()), random.Random(15)
     found = collections.Counter()
@@ -183,7 +183,7 @@ def test_flipped_bits(name, request, tmp_path):
 
 @pytest.mark.parametrize("harm", [cut, empty, zero, delete])
 def test_every_file_cut_emptied_zeroed_or_deleted(packed, tmp_path, harm):
-    """Found by `verify`, and when it is opened."""
+    """`verify` notices each, and so does opening the shards."""
     folder = shutil.copytree(packed, tmp_path / "shards")
     files = sorted(path for path in folder.iterdir())
     assert len({path.suffix for path in files}) == 6

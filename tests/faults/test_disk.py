@@ -1,4 +1,4 @@
-"""docs/reliability.md: a disk that is full, read-only, gone, or slow."""
+"""A disk that is full, read-only, missing or slow, as docs/reliability.md promises."""
 
 import contextlib
 import json
@@ -25,17 +25,17 @@ from tests.helpers import ROOT, TINY, made_state, random_params, records, replac
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
-# Saves at 2, 4, .. 12; the fault begins in step 6 and ends in step 9.
+# The run saves at 2, 4, .. 12; the fault begins in step 6 and ends in step 9.
 CONFIG = replace(TINY, train__steps=12, train__checkpoint_every=2, train__eval_every=100)
 
 
 def mount(*arguments):
-    """Whether it could be mounted, which needs root."""
+    """Returns whether the mount succeeded; it needs root."""
     return subprocess.run(["mount", *map(str, arguments)], capture_output=True).returncode == 0
 
 
 class FullDisk:
-    """A tmpfs of 8 MB over the whole work directory, filled up but for so many bytes."""
+    """A tmpfs of 8 MB over the whole work directory, filled up to the last `left` bytes."""
 
     reason = "No space left|the disk has 0.00 GB free"
 
@@ -47,7 +47,7 @@ class FullDisk:
             self.reason = "File too large"
 
     def begin(self):
-        if not self.mounted:  # without root: no file may grow beyond this
+        if not self.mounted:  # Without root: no file may grow beyond this size.
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, self.limit[1]))
             return
         with contextlib.suppress(OSError), self.ballast.open("wb", buffering=0) as file:
@@ -62,7 +62,7 @@ class FullDisk:
 
 
 class ReadOnly:
-    """The checkpoints' folder, mounted over itself, becomes read-only."""
+    """The folder of checkpoints, mounted over itself, becomes read-only."""
 
     reason = "Read-only file system"
 
@@ -87,7 +87,7 @@ class ReadOnly:
 
 
 class Lost:
-    """Something else stands where the checkpoints, or the whole work directory, were."""
+    """A file takes the place of the folder of checkpoints, or of the whole work directory."""
 
     reason = "File exists|Not a directory"
 
@@ -127,8 +127,9 @@ def undisturbed(tmp_path_factory):
 
 
 def during(monkeypatch, workdir, first, begin, last, end):
-    """Runs `begin` and `end` as these batches are taken, between the saves in the background."""
-    # With the newest step saved, and the one that it replaces removed: a full disk stays full.
+    """Calls `begin` at batch `first` and `end` at batch `last`, while no save is running."""
+    # Wait until the newest step is saved and the one that it replaces is removed, so that a full
+    # disk stays full.
     kept = {str(step) for step in range(2, first, 2)[-CONFIG.train.keep_checkpoints :]}
     stream, folder = loop.device_batches, workdir / "checkpoints"
     warn, failed = Checkpointer._warn, set()
@@ -151,7 +152,7 @@ def during(monkeypatch, workdir, first, begin, last, end):
     monkeypatch.setattr(Checkpointer, "_warn", warned)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from orbax itself
 @pytest.mark.parametrize(
     "kind",
     [
@@ -202,7 +203,7 @@ def test_the_last_save_must_work(workdir, monkeypatch):
 
 
 def events(workdir):
-    """What was logged: steps, and what happened at them."""
+    """Returns (step, kind of event) of each record in the log."""
     return [(line["step"], line.get("event")) for line in records(workdir)]
 
 
@@ -253,17 +254,17 @@ Rewinder.take_skipped_in_a_row = stuck
 """
 
 
-@pytest.mark.slow  # three starts of a process
+@pytest.mark.slow  # it starts three processes
 @pytest.mark.parametrize(
     ("code", "every", "step", "where"),
     [
         (HANGS, 4, 4, "saving step 8"),
         (HANGS, 12, 12, "the last save"),
-        (BROKEN + HANGS, 8, 8, "step 10"),  # an error, on whose way out it hangs
+        (BROKEN + HANGS, 8, 8, "step 10"),  # an error is raised, and the exit hangs
     ],
 )
 def test_a_disk_that_never_answers(tmp_path, code, every, step, where):
-    """It is told what is waited for, and the watchdog ends it, wherever it waits."""
+    """The run reports which save it waits for, and the watchdog ends it, wherever it waits."""
     command = [sys.executable, "-c", code, str(tmp_path / "run"), str(every)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
@@ -272,7 +273,7 @@ def test_a_disk_that_never_answers(tmp_path, code, every, step, where):
 
 
 def test_a_console_that_is_full_ends_no_save(tmp_path, monkeypatch):
-    """A failed save is told and cleaned up, also where stdout is a file of the same full disk."""
+    """A failed save is reported and cleaned up, also where stdout is on the same full disk."""
     printed = []
 
     def full(*text, **_):

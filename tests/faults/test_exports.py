@@ -1,7 +1,7 @@
-"""What is read of a checkpoint is what was saved: exports, fine-tuning, sampling and evaluation.
+"""Exports, fine-tuning, sampling and evaluation read from a checkpoint exactly what was saved.
 
-Each file of a step is damaged in turn, or exchanged for that of another step or run. Every reader
-then refuses in one line and leaves no target, or gives exactly what the good step gives.
+Each file of a step is damaged in turn, or replaced by that of another step or run. Every reader
+then refuses with one line and leaves no target, or gives exactly the result of the undamaged step.
 """
 
 import shutil
@@ -36,7 +36,7 @@ from tests.helpers import (
     replace,
 )
 
-# Orbax leaves coroutines behind where an array is damaged.
+# Orbax leaves coroutines behind when an array is damaged.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 CONFIG = replace(TINY, model__vocab_size=300, model__n_layers=2)
@@ -56,7 +56,7 @@ def save(workdir, step, seed, tokenizer):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tokenizer, corpus):
-    """A run with steps 4 and 8, one of other weights and another tokenizer, and an imported one."""
+    """Writes a run with steps 4 and 8, one of other weights and tokenizer, and an imported one."""
     from llama_jax.text.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("exports")
@@ -75,7 +75,7 @@ def run(runs, tmp_path):
 
 
 def exported(place, scratch):
-    """The files that `convert` writes."""
+    """Returns the files that `convert` writes."""
     target = scratch / "exported"
     try:
         convert(open_source("ckpt", epath.Path(place)), "hf", target)
@@ -87,14 +87,14 @@ def exported(place, scratch):
 
 
 def read(place, scratch):
-    """What `convert` reads, without the time that it takes to write."""
+    """Returns what `convert` reads, without spending the time to write it."""
     source = open_source("ckpt", epath.Path(place))
     arrays = [source.read(*unit).tobytes() for unit in paths_and_layers(CONFIG.model)]
     return arrays, source.description
 
 
 def begun(place, scratch):
-    """The weights and the tokenizer that a run begins with."""
+    """Returns the fingerprint of the weights, and the tokenizer, with which a run begins."""
     config = replace(CONFIG, init_from=f"ckpt:{place}", data__source="text")
     config = with_tokenizer(config, epath.Path(scratch))
     mesh = mesh_of((1, 1, 1, 1))
@@ -106,7 +106,7 @@ def begun(place, scratch):
 
 
 def opened(place, scratch):
-    """The model that `generate` and `evaluate` read."""
+    """Returns a description of the model that `generate` and `evaluate` open."""
     model = open_model(place, "tensor=1")
     return fingerprint(model.params), model.tokenizer.model_bytes, model.config, model.context
 
@@ -115,7 +115,7 @@ READERS = (read, begun, opened)
 
 
 def outcome(reader, place, scratch):
-    """What a reader gives, or `refused`; anything but one line is a failure."""
+    """Returns the result of a reader, or `refused` if it raises an error of one line."""
     try:
         return reader(place, scratch)
     except UserError as error:
@@ -130,7 +130,7 @@ def files_of(folder, *items):
 
 
 def flips(path):
-    """The file with one bit changed: near its beginning, its middle and its end."""
+    """Yields after flipping one bit of the file: near its beginning, its middle and its end."""
     data = path.read_bytes()
     for place in (len(data) // 9, len(data) // 2, len(data) - 1):
         flip_bit(path, 8 * place + place % 8)
@@ -139,7 +139,7 @@ def flips(path):
 
 
 def flip(path):
-    """As `flips`, but once."""
+    """Yields after flipping one bit in the middle of the file. See `flips`."""
     flip_bit(path, 8 * (path.stat().st_size // 2))
     yield "bit in the middle"
     flip_bit(path, 8 * (path.stat().st_size // 2))
@@ -166,7 +166,7 @@ def cuts(path):
 def test_damage_of_any_file_is_refused_or_does_not_matter(
     run, tmp_path, monkeypatch, reader, harms
 ):
-    """By the step's folder, where large files are compared by their arrays alone."""
+    """For a step's own folder, large files are compared by their arrays alone."""
     monkeypatch.setattr(manifest, "QUICK_BYTES", 0)
     step = run / "checkpoints" / "8"
     good = reader(step, tmp_path)
@@ -183,7 +183,7 @@ def test_damage_of_any_file_is_refused_or_does_not_matter(
                 elif found != good:
                     wrong.append(f"{path.relative_to(step)}, {what}")
     assert wrong == []
-    # What holds the numbers and the description is never left out.
+    # Damage to the files with the numbers and the descriptions is always refused.
     largest = max(files, key=lambda path: path.stat().st_size).relative_to(step).as_posix()
     assert {largest, "meta/metadata", "tokenizer/metadata", "manifest.json"} <= refused
 
@@ -194,11 +194,11 @@ def test_in_a_work_directory_a_damaged_newest_step_is_never_read(run, tmp_path, 
     newest = run / "checkpoints" / "8"
     for path in files_of(newest):
         if reader is not read and path.name not in ("metadata", "manifest.json", "_METADATA"):
-            continue  # in this test, what is found does not depend on the reader
+            continue  # whether damage is noticed here does not depend on the reader
         for what in flip(path) if reader is not read else flips(path):
             found = outcome(reader, run, tmp_path)
             said = capsys.readouterr().err
-            if reader is opened:  # as a run goes on from it
+            if reader is opened:  # it uses the step before, like a run that goes on
                 assert found == older and "warning: " in said and "8 is damaged: " in said, what
             else:
                 assert found == "refused", (path, what)
@@ -206,7 +206,7 @@ def test_in_a_work_directory_a_damaged_newest_step_is_never_read(run, tmp_path, 
 
 @pytest.mark.parametrize("reader", READERS)
 def test_files_of_another_step_or_run_are_refused(runs, run, tmp_path, reader):
-    """They are whole, and often of the same size."""
+    """These files are undamaged, and often of the same size."""
     step = run / "checkpoints" / "8"
     good = reader(step, tmp_path)
     for other in (run / "checkpoints" / "4", runs / "other" / "checkpoints" / "8"):
@@ -238,7 +238,7 @@ def test_imported_weights_are_verified_too(runs, tmp_path):
         assert good != "refused"
         path = max(files_of(step, "params"), key=lambda path: path.stat().st_size)
         found = [outcome(reader, step, tmp_path) for _ in flips(path)]
-        # Its last bytes may be of a node that the database no longer refers to.
+        # The last bytes may belong to a node that the database no longer refers to.
         assert found[:2] == ["refused"] * 2 and found[2] in ("refused", good), reader
 
 

@@ -1,4 +1,4 @@
-"""docs/reliability.md: another number of hosts, and what only one of them fails to do."""
+"""The number of hosts changes, or one host fails to save, as docs/reliability.md promises."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ DEVICES = 8
 
 
 def run(workdir, processes, child="hosts_child", *arguments):
-    """Runs a child on so many processes; returns what each said."""
+    """Runs a child in this many processes; returns the output of each."""
     devices = DEVICES // processes
     children = start(
         f"tests.faults.{child}", workdir, *arguments, processes=processes, devices=devices
@@ -41,7 +41,7 @@ def state_in(output):
 
 @pytest.fixture(scope="module")
 def hashes(shards, corpus):
-    """sha256 of the first batches, as one host reads them."""
+    """Returns the sha256 of the first batches by step, as one host reads them."""
     config = text_config(corpus, data__path=str(shards))
     data, found = open_data(config, epath.Path("unused")).train, {}
     for step in range(8):
@@ -76,9 +76,9 @@ def test_the_number_of_hosts_changes(shards, hashes, tmp_path, counts):
     print(f"{compared} of {compared} batches are equal by sha256")
 
 
-@pytest.mark.slow  # seven starts of a process
+@pytest.mark.slow  # it starts seven processes
 def test_weights_after_training_on_another_number_of_hosts(shards, tmp_path):
-    """9 steps on 2, 1 and 2 hosts, the same devices in all: those of a run on one."""
+    """9 steps on 2, 1 and 2 hosts with the same devices in all give the weights of a run on one."""
     weights = {}
     for counts in ((2, 1, 2), (1, 1, 1)):
         workdir = tmp_path / str(counts)
@@ -97,11 +97,11 @@ def test_weights_after_training_on_another_number_of_hosts(shards, tmp_path):
         f"{np.mean(apart == 0):.0%} of {one.size} weights are equal; the median differs by "
         f"{np.median(ulps):.0f} ulp, the most by {apart.max():.2g} (of {np.abs(one).max():.2g})"
     )
-    # Messages between hosts sum gradients in another order than one process does.
+    # Between hosts, gradients are summed in another order than within one process.
     assert np.abs(one).max() > 0.5 and apart.max() < 1e-5
 
 
-@pytest.mark.slow  # five starts of a process
+@pytest.mark.slow  # it starts five processes
 def test_damage_that_one_of_two_reads(shards, tmp_path):
     first, second = map(state_in, run(tmp_path, 2, "hosts_child", shards))
     assert first == second and first[:2] == [0, 2]
@@ -119,9 +119,9 @@ def test_damage_that_one_of_two_reads(shards, tmp_path):
     assert names == ["1", "2", "2.damaged"]
 
 
-@pytest.mark.slow  # two starts of a process
+@pytest.mark.slow  # it starts two processes
 def test_a_save_that_fails_on_one_of_two(tmp_path):
-    """All of them tell it at once, training goes on, and the next save works."""
+    """All processes report the failure at once, training goes on, and the next save works."""
     outputs = run(tmp_path, 2, "failing_child")
     for output in outputs:
         lines = output.splitlines()
@@ -130,7 +130,7 @@ def test_a_save_that_fails_on_one_of_two(tmp_path):
         for step, (process, _) in enumerate(FAULTS.values(), start=2):
             (told,) = (line for line in lines if f"warning: saving step {step} to " in line)
             assert f"{tmp_path}/checkpoints failed: " in told
-            # Who has failed tells its own error, the others who it was.
+            # The process that failed reports its own error, the others name the process.
             if f"process {process}: " not in told:
                 assert output is outputs[process]
         assert f"trained {len(FAULTS) + 2}" in lines

@@ -1,4 +1,4 @@
-"""docs/reliability.md: SIGKILL while a checkpoint is written."""
+"""SIGKILL while a checkpoint is written, as docs/reliability.md promises."""
 
 import random
 import time
@@ -18,7 +18,7 @@ def state_of(step):
 
 
 def kill_inside_a_save(workdir, choose):
-    """Kills the child at a random moment of a save; returns the last step that it called saved."""
+    """Kills the child at a random time in a save; returns the last step that it called saved."""
     (process,) = start("tests.faults.saving_child", workdir, devices=1)
     done, seconds, started = 0, [], 0.0
     for line in process.stdout:
@@ -26,7 +26,7 @@ def kill_inside_a_save(workdir, choose):
         if what == "saved":
             done = int(step)
             seconds.append(time.monotonic() - started)
-        elif what == "saving" and len(seconds) >= 2:  # the first is slower
+        elif what == "saving" and len(seconds) >= 2:  # the first save is slower
             time.sleep(choose.random() * seconds[-1])
             break
         started = time.monotonic()
@@ -38,7 +38,7 @@ def kill_inside_a_save(workdir, choose):
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_killed_inside_a_save(tmp_path, kills):
-    """What was saved is there, bit by bit; what was half saved is gone, and counts for nothing."""
+    """A saved step is restored bit by bit; a half-saved step is removed and not used."""
     choose, directory = random.Random(kills), tmp_path / "checkpoints"
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.map(lambda _: device, state_of(0))
@@ -50,11 +50,12 @@ def test_killed_inside_a_save(tmp_path, kills):
         partial += any(not path.name.isdigit() for path in directory.iterdir())
         with Checkpointer(tmp_path, CONFIG) as saver:
             step = saver.newest_good_step()
-            assert step in (done, done + 1)  # renamed, but killed before it could say so
+            # The folder may be renamed before the child could report it.
+            assert step in (done, done + 1)
             state = restored_state(saver, step, CONFIG, shardings)
         jax.tree.map(np.testing.assert_array_equal, state, state_of(step))
         left = sorted((int(path.name) for path in directory.iterdir()), reverse=True)
         kept = list(range(step, max(0, step - CONFIG.train.keep_checkpoints), -1))
-        # Killed between the newest one's renaming and the oldest one's removal: one more is left.
+        # Killed between renaming the newest step and removing the oldest one, it leaves one more.
         assert left in (kept, [*kept, kept[-1] - 1])
     print(f"{partial} partial saves of {tries} kills, all recovered")

@@ -1,4 +1,4 @@
-"""Batches that give a loss or a gradient that nobody should follow, see docs/reliability.md."""
+"""Batches whose loss or gradient is not finite or far too large, as in docs/reliability.md."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from tests.helpers import TINY, mesh_of, random_batch, records, replace, shared_
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
 SMALL = replace(TINY, model__n_layers=1, train__global_batch=16, train__steps=8)
-BAD = 3  # of the steps from 0
+BAD = 3  # step, from 0
 CASES = {
     "1 device": (SMALL, (1, 1, 1, 1)),
     "8 devices": (SMALL, (2, 2, 1, 2)),
@@ -32,7 +32,7 @@ POISONS = (("8 devices", np.nan), ("2 microbatches", np.nan), ("8 devices", np.i
 
 
 def poisoned(batch, value):
-    """One weight of one token is no number that a loss should be multiplied with."""
+    """Returns the batch with the weight of one token set to `value`, which is not finite."""
     weights = batch["weights"].copy()
     weights[5, 7] = value
     return {**batch, "weights": weights}
@@ -47,7 +47,7 @@ def programs(name):
 
 
 def run(name, batches, keep=()):
-    """The last state, metrics of each step, and the states before the steps in `keep`."""
+    """Returns the last state, the metrics by step, and the states before the steps in `keep`."""
     _, mesh, compiled = programs(name)
     with jax.set_mesh(mesh):
         state, metrics, kept = compiled.init(jax.random.key(0)), [], []
@@ -81,13 +81,13 @@ def test_one_bad_batch_is_as_if_it_had_not_been(name, value):
     )
     expected, undisturbed, _ = run(name, good)
     assert not np.isfinite(metrics[BAD]["loss"])
-    # Exactly one step is skipped, and nothing but the counts of steps has changed.
+    # Exactly one step is skipped, and only the counters of steps change.
     assert [m["skipped"] for m in metrics] == [0] * BAD + [1] * 4
     assert [m["skipped_in_row"] for m in metrics] == [0] * BAD + [1] + [0] * 3
     assert_same_bits((after.params, after.opt_state), (before.params, before.opt_state))
     assert (int(before.step), int(after.step)) == (BAD, BAD + 1)
     assert (int(after.skips.last), int(after.skips.in_row)) == (BAD + 1, 1)
-    # The following steps: weights, moments, counters, learning rates, what is usual.
+    # The following steps have the same weights, moments, counters, learning rates and windows.
     assert_same_bits((state.params, state.opt_state), (expected.params, expected.opt_state))
     assert_same_bits(state.skips.losses, expected.skips.losses)
     assert_same_bits(state.skips.grad_norms, expected.skips.grad_norms)
@@ -110,10 +110,10 @@ def test_why_it_was_skipped_is_kept():
 
 
 def bad_from(monkeypatch, first, last):
-    """The weights of the batches of these steps (from 1) are not numbers.
+    """Makes the weights of the batches of steps `first` to `last` (from 1) NaN.
 
     Returns:
-      A dict that gets the time at which each of them was handed out.
+      A dict that gets, by step, the time at which each bad batch was handed out.
     """
     stream, handed = loop.device_batches, {}
 
@@ -143,7 +143,7 @@ def run_config(corpus, shards):
 
 
 def test_a_run_passes_over_a_bad_batch(run_config, tmp_path, monkeypatch, capsys):
-    """It is counted in the log and in the checkpoint, over a resume."""
+    """The skipped steps are counted in the log and in the checkpoint, also over a resume."""
     bad_from(monkeypatch, 4, 5)
     state = jax.device_get(run_lib.train(run_config, tmp_path))
     out = capsys.readouterr().out
@@ -152,7 +152,7 @@ def test_a_run_passes_over_a_bad_batch(run_config, tmp_path, monkeypatch, capsys
     assert [line["loss"] is None for line in lines] == [4 <= n <= 5 for n in range(1, 13)]
     assert "skipped      2 steps made no update" in out
     assert "ETA -  skipped" not in out and "  skipped 2\n" in out
-    for last in (4, 8):  # saved after a skipped step, and later
+    for last in (4, 8):  # 4 was saved after a skipped step, 8 later
         for step in (4, 8, 12):
             if step > last and (folder := tmp_path / "checkpoints" / str(step)).exists():
                 folder.rename(tmp_path / f"{last}-{step}")
@@ -189,13 +189,13 @@ def test_bad_batches_in_a_row_stop_the_run(
     good = f"the last checkpoint is {checkpoint_every}; weights and moments are finite"
     assert f"Nothing was saved, {good}" in message
     assert find_step(tmp_path).name == str(checkpoint_every)
-    # Told to pass over them, it does.
+    # With a larger train.max_skipped, the run passes over them.
     patient = replace(config, train__max_skipped=99)
     assert int(run_lib.train(patient, tmp_path).skips.total) == 7
 
 
 def test_a_bad_state_is_never_saved(run_config, tmp_path, monkeypatch):
-    """A weight that a fault of the machine has changed, between a step and the next."""
+    """A fault of the machine changes a weight between two steps."""
     jit_step_ = run_lib.jit_step
 
     def faulty(config, mesh):
@@ -222,13 +222,13 @@ def test_a_bad_state_is_never_saved(run_config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_a_spike_is_passed_over_where_that_is_asked_for(kind):
-    """The state after it is the one of a run without that batch; without the policy it is not."""
+    """With the policy, the state stays as before the batch; without it, the batch is followed."""
     config = replace(SMALL, train__spike_factor=8.0, train__steps=40)
     mesh = mesh_of((1, 1, 1, 1))
     usual = random_batch(SMALL, 0)
-    if kind == "loss":  # targets that were learnt never to come
+    if kind == "loss":  # targets that never occurred in training
         bad = {**usual, "targets": (usual["targets"] + 1) % 64}
-    else:  # the same loss, of few tokens: its gradient is noise
+    else:  # the usual targets, but of one token: its gradient is noise
         weights = np.zeros_like(usual["weights"])
         weights[0, 0] = 1
         bad = {**usual, "weights": weights}
@@ -238,7 +238,7 @@ def test_a_spike_is_passed_over_where_that_is_asked_for(kind):
             shared_step(replace(config, train__spike_factor=0.0), mesh),
         )
         state = compiled.init(jax.random.key(0))
-        for _ in range(250):  # until what is usual no longer changes
+        for _ in range(250):  # until loss and gradient norm no longer change
             state, _ = compiled.train(state, usual)
         assert int(state.skips.total) == 0
         before = jax.device_get(state)

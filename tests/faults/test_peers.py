@@ -1,4 +1,4 @@
-"""What ends one process of a job is told by all, in one line and at once; waiting has no end."""
+"""An error or a signal in one process ends all of them at once; other waits have no limit."""
 
 import os
 import pathlib
@@ -22,14 +22,14 @@ def agree(mode, processes):
 
 
 def ends_of(group):
-    """Of each process: exit status, stdout, and the lines of stderr."""
+    """Returns exit status, stdout and the lines of stderr of each process."""
     return [(status, out, errors.splitlines()) for status, out, errors in end_all(group)]
 
 
 def test_they_agree_on_texts_and_leave_no_keys_behind():
     ends = ends_of(agree("texts", 3))
     assert [(status, errors) for status, _, errors in ends] == [(0, [])] * 3
-    # What one exchange needs, of 120.
+    # No more keys than one exchange needs are left, after 120 exchanges.
     assert int(re.search(r"^keys (\d+)$", ends[0][1], re.M)[1]) <= 6
 
 
@@ -45,7 +45,8 @@ def test_an_error_interrupts_who_works_and_who_waits():
 
 def test_who_cannot_be_interrupted_ends_as_well():
     (_, _, first), *others = ends_of(agree("stuck", 3))
-    assert first[-1] == "KeyError: 'a bug'" and first[0].startswith("Traceback")  # a bug keeps it
+    # A bug has a traceback in the process where it occurs.
+    assert first[-1] == "KeyError: 'a bug'" and first[0].startswith("Traceback")
     line = "error: process 0: KeyError: 'a bug'"
     assert [(status, errors) for status, _, errors in others] == [(1, [line])] * 2
 
@@ -70,7 +71,7 @@ def test_a_run_ends_well_on_all_or_on_none():
     ids=str,
 )
 def test_a_signal_to_any_ends_all(number, victims):
-    """Also where all get it at the same moment, as from a scheduler."""
+    """All processes may also get it at the same time, as from a scheduler."""
     group = agree("waits", 3)
     for process in group:
         read_until(process, "waits")
@@ -126,7 +127,7 @@ def test_what_fails_on_one_is_told_by_both(corpus, tmp_path, stage, process, err
 
 @pytest.fixture(scope="module")
 def stopped(corpus, tmp_path_factory):
-    """A run of two processes that was stopped."""
+    """Returns the work directory of a run of two processes that was stopped."""
     run = tmp_path_factory.mktemp("two") / "run"
     group = start_train(corpus, run, *TINY_RUN, processes=2, devices=1)
     read_until(group[0], "step +2/")
@@ -157,7 +158,7 @@ def test_what_one_cannot_restore_is_told_by_both(corpus, stopped, tmp_path, stag
 
 
 def pair_of(*processes):
-    """Two processes with arguments of their own: each (arguments, environment)."""
+    """Starts two processes, each with its own (corpus, workdir, flags)."""
     job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     return [
         process
@@ -234,14 +235,14 @@ def test_a_signal_while_process_0_prepares(corpus, tmp_path, number, victim):
     assert f"{number.name}: stopped, nothing to save" in ends[0][1]
 
 
-# Longer than any time-out that is a default: what gives up first does so after 30 s.
+# Longer than the shortest default time-out: a collective between CPUs gives up after 30 s.
 LONG_S = 35
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["data", "restore"])
 def test_a_stage_that_takes_longer_than_every_time_out(corpus, stopped, tmp_path, phase):
-    """The data on process 0, and what process 1 alone reads slowly."""
+    """Process 0 prepares data for this long, or process 1 alone is slow to restore."""
     run, slow = tmp_path / "run", {"SLOW_PROCESS": "0"}
     if phase == "restore":
         os.rename(stopped, run)
@@ -259,7 +260,7 @@ def test_a_stage_that_takes_longer_than_every_time_out(corpus, stopped, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_is_killed_while_process_0_prepares(corpus, tmp_path, victim):
-    """JAX ends the others: at once without process 0, else when it misses heartbeats."""
+    """JAX ends the others: at once without process 0, otherwise when heartbeats are missing."""
     pair = start_slow("data", 3600, corpus, tmp_path / "run", NO_EVAL, processes=2)
     read_until(pair[0], "phase data")
     pair[victim].kill()
@@ -272,7 +273,7 @@ def test_a_process_that_is_killed_while_process_0_prepares(corpus, tmp_path, vic
 @pytest.mark.slow
 def test_two_processes_make_up_for_an_evaluation(corpus, tmp_path):
     run = tmp_path / "run"
-    # Each batch takes a moment until the stop is known: JAX passes the signal on within seconds.
+    # Each batch is slow, because JAX needs up to seconds to pass the signal on.
     pair = start_slow("evaluate", 0.05, corpus, run, *LONG_EVALUATION, processes=2)
     read_until(pair[0], "phase evaluate")
     pair[1].send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""However `prepare` is ended, it leaves no process behind, and the same command goes on."""
+"""`prepare` leaves no process behind, however it is ended, and the same command goes on."""
 
 import json
 import os
@@ -18,14 +18,14 @@ SLOW = "tests.faults.slow_prepare"
 
 
 def with_hangups(handled, *arguments):
-    """A Python command that begins with SIGHUP as it says; these tests may run under nohup."""
+    """Returns a Python command that sets this handler of SIGHUP; the tests may run under nohup."""
     code = f"import os, signal, sys; signal.signal(signal.SIGHUP, signal.{handled}); "
     code += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     return [sys.executable, "-c", code, *arguments]
 
 
 class Session:
-    """A command in a session of its own, so that all its processes are known."""
+    """Runs a command in its own session, so that all of its processes can be found."""
 
     def __init__(self, module, *arguments, **environment):
         self.process = subprocess.Popen(
@@ -44,7 +44,7 @@ class Session:
         assert self.process.poll() is None, self.process.communicate()
 
     def processes(self):
-        """Those that run, by id, with their command lines."""
+        """Returns the command lines of the running processes, by process id."""
         found = {}
         for path in pathlib.Path("/proc").glob("[0-9]*"):
             try:
@@ -52,15 +52,15 @@ class Session:
                 if int(session) == self.process.pid and state != "Z":
                     found[int(path.name)] = (path / "cmdline").read_text()
             except (FileNotFoundError, ProcessLookupError):
-                pass  # it has ended
+                pass  # the process has ended
         return found
 
     def of(self, what):
-        """The ids of those with this in their command lines."""
+        """Returns the ids of the processes with `what` in their command lines."""
         return [pid for pid, command in self.processes().items() if what in command]
 
     def end(self):
-        """Status, stdout and stderr, when all of its processes have ended."""
+        """Returns status, stdout and stderr when all processes have ended."""
         out, errors = self.process.communicate(timeout=600)
         until(lambda: not self.processes())
         return self.process.returncode, out, errors
@@ -85,7 +85,7 @@ def config_of(corpus):
 
 
 def halfway(corpus, tmp_path, command="llama_jax.prepare", arguments=None):
-    """A command that has done two parts, and stands still in two others."""
+    """Starts a command that finishes two parts and then waits in two others."""
     gate = tmp_path / "go"
     slow = {"SLOW_FROM": "2", "SLOW_UNTIL": str(gate), "SLOW_COMMAND": command}
     return Session(SLOW, *(arguments or flags(corpus, tmp_path / "out")), **slow)
@@ -98,7 +98,7 @@ def is_halfway(tmp_path):
 
 
 def goes_on(corpus, tmp_path):
-    """The same call keeps what is done, and ends as one that was never stopped."""
+    """Checks that the same call keeps finished parts and writes what an undisturbed run writes."""
     lines = []
     prepare(config_of(corpus), tmp_path / "out", log=lines.append)
     assert re.search(r": [2-9]\d* of \d+ parts are done", lines[0])
@@ -160,7 +160,7 @@ def test_a_killed_worker_is_named_and_ends_the_others(corpus, tmp_path):
 
 
 def test_what_is_ignored_stays_so(corpus, tmp_path):
-    """`nohup` keeps a command alive when the terminal goes."""
+    """`nohup` keeps a command alive when the terminal closes."""
     slow = {"SLOW_FROM": "2", "SLOW_UNTIL": str(tmp_path / "go")}
     command = with_hangups("SIG_IGN", "-m", SLOW, *flags(corpus, tmp_path / "out"))
     process = subprocess.Popen(
@@ -191,11 +191,11 @@ def test_train_that_prepares(corpus, tmp_path, send):
 
 
 def test_the_training_of_a_tokenizer_ends_at_a_signal(corpus, tmp_path):
-    """It is one call of a library, in which Python sees no signal."""
+    """The training is one call of a library, during which Python handles no signal."""
     with Session("llama_jax.prepare", *flags(corpus, tmp_path / "out")) as session:
         session.until(lambda: session.of("tokenizer_process"))
         (child,) = session.of("tokenizer_process")
-        os.kill(child, signal.SIGSTOP)  # it will not be done before
+        os.kill(child, signal.SIGSTOP)  # the training cannot finish before the signal
         os.kill(session.process.pid, signal.SIGTERM)
         status, _, errors = session.end()
     assert status == 128 + signal.SIGTERM
@@ -204,7 +204,7 @@ def test_the_training_of_a_tokenizer_ends_at_a_signal(corpus, tmp_path):
 
 
 def test_the_training_of_a_tokenizer_ends_with_its_parent(tmp_path):
-    """In the middle of the library's work, which here takes minutes."""
+    """The parent is killed during the library's work, which takes minutes here."""
     corpus = write_corpus(tmp_path, 1)
     texts = "".join(chr(0x4E00 + (n * n * 7919 + n) % 20_000) for n in range(1_500_000))
     (corpus / "large.txt").write_text(texts)

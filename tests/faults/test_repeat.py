@@ -1,4 +1,4 @@
-"""The same command twice, in fresh processes, gives the same bits, see docs/reliability.md."""
+"""The same command in two fresh processes gives the same bits, as docs/reliability.md promises."""
 
 import pytest
 
@@ -16,7 +16,7 @@ FLAGS = (
 
 
 def run(workdir, devices):
-    """Losses and gradient norms of each step as hexadecimal, and the sha256 of the last state."""
+    """Returns hexadecimal losses and gradient norms by step, and the sha256 of the last state."""
     done = run_command("train", f"--workdir={workdir}", *FLAGS, devices=devices, fresh=True)
     assert done.returncode == 0, done.stderr
     lines = records(workdir)
@@ -24,7 +24,7 @@ def run(workdir, devices):
     return steps, digest(workdir)
 
 
-@pytest.mark.slow  # four starts of an interpreter
+@pytest.mark.slow  # it starts four interpreters
 @pytest.mark.parametrize("devices", [1, 8])
 def test_two_runs_are_equal_to_the_last_bit(tmp_path, devices):
     first, second = (run(tmp_path / name, devices) for name in ("first", "second"))

@@ -1,4 +1,4 @@
-"""A run that would go on as something else is refused, field by field; see docs/reliability.md."""
+"""A run refuses to resume with changed fields and names them, as docs/reliability.md promises."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ from tests.train.test_run import STEP_FIELDS
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
-# Fields of the step that only say how it is computed, or what to do about a fault.
+# These fields of the step may change: they say how it is computed, or what to do about a fault.
 FREE = {
     "model__remat": "full",
     "model__scan_unroll": 2,
@@ -47,7 +47,7 @@ OF_DATA = {
     "data__separator": "<|endoftext|>",
     "data__template": "alpaca",
 }
-# Where a field does not go with all the others of TINY.
+# Configs for fields that do not fit the other fields of TINY.
 BASES = {"data__template": replace(TINY, data__source="a.json", data__packing="best_fit")}
 REFUSED = {
     **{name: value for name, value in STEP_FIELDS.items() if name not in FREE},
@@ -63,7 +63,7 @@ def data_of(fingerprint="tokens", tokenizer=None):
 
 
 def check_both(saved, config, tmp_path):
-    """The checks of config.json and of the checkpoint itself; what they allow."""
+    """Returns the checks against config.json and against the checkpoint, as two functions."""
     (tmp_path / "config.json").write_text(saved.to_json())
     meta = StepMeta(saved, 5, "tokens", b"")
 
@@ -77,7 +77,7 @@ def check_both(saved, config, tmp_path):
 
 
 def test_every_field_of_the_config_is_in_one_list():
-    """The lists above, and what is free because it does not touch the run at all."""
+    """A field in none of the lists above may change, because it does not affect the run."""
     from llama_jax.train.resume import RESUMABLE
 
     listed = {*FREE, *OF_DATA, *REFUSED}
@@ -92,7 +92,7 @@ def test_a_field_that_changes_the_run_is_refused(name, tmp_path):
     told = replace(config, data__accept_other_data=True)
     was = functools.reduce(getattr, name.split("__"), saved)
     difference = f"{name.replace('__', '.')} is {was}, now {REFUSED[name]}"
-    for each in (config, told):  # the flag for other data is none for this
+    for each in (config, told):  # the flag that accepts other data does not accept this change
         for check in check_both(saved, each, tmp_path):
             with pytest.raises(UserError) as caught:
                 check()
@@ -102,7 +102,7 @@ def test_a_field_that_changes_the_run_is_refused(name, tmp_path):
 
 
 def test_a_base_may_be_elsewhere(tmp_path):
-    """What it is, its fingerprint tells: see test_init_from."""
+    """A base is identified by its fingerprint: see tests/train/test_start.py."""
     saved = with_adapters(TINY)
     by_file, by_checkpoint = check_both(saved, replace(saved, init_from="hf:moved"), tmp_path)
     by_file()
@@ -181,7 +181,7 @@ def test_a_run_that_goes_on_writes_its_config(run, config, tmp_path):
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(run, config, corpus, tmp_path):
-    """Though other data are accepted: the same numbers would stand for other words."""
+    """Even where other data are accepted: the same ids would stand for other words."""
     workdir = shutil.copytree(run, tmp_path / "run")
     texts = [path.read_text()[::-1] for path in sorted(corpus.iterdir())]
     train_tokenizer(texts, config.model.vocab_size).save(tmp_path / "other.model")
@@ -219,7 +219,7 @@ def test_other_data_are_written_down_with_the_step(run, config, tmp_path, capsys
 
 @pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
 def test_moments_of_another_dtype_are_not_cast(run, config, moment_dtype):
-    """Orbax would cast; the arrays themselves are looked at, whatever the configs say."""
+    """Orbax would cast them, so the dtypes of the arrays are checked, whatever the configs say."""
     other = replace(config, optim__moment_dtype=moment_dtype)
     mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
     place = jax.sharding.NamedSharding(mesh, jax.P())

@@ -24,7 +24,8 @@ from tests.train.test_run import stop_after
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
 STEPS, BAD = 13, (7, 8, 9)
-# The log of 8 is read while 9 runs. Two steps before 7 or earlier, the newest regular one is 4.
+# The log of step 8 is read while step 9 runs. The first bad step is 7; the newest regular
+# checkpoint at least two steps before it is 4.
 AT, TO = 9, 4
 REASONS = "the loss is not finite; gradients are not finite in embed, attn, mlp, norms, lm_head"
 
@@ -48,7 +49,7 @@ def config(corpus, shards):
 
 
 def poison(monkeypatch, *bad, before=lambda step: None):
-    """The weights of the batches of these steps (from 1) are not numbers."""
+    """Makes the weights of the batches of these steps (from 1) NaN."""
     stream = loop.device_batches
 
     def poisoning(source, start, stop, *rest):
@@ -76,7 +77,7 @@ def assert_same(left, right):
 
 @pytest.fixture(scope="module")
 def rewound(config, tmp_path_factory):
-    """The last state of a run that was never disturbed but by its data, and its directory."""
+    """Returns the last state and the directory of a run that was disturbed by its data only."""
     workdir = tmp_path_factory.mktemp("rewound") / "run"
     with pytest.MonkeyPatch.context() as patch:
         poison(patch, *BAD)
@@ -84,7 +85,7 @@ def rewound(config, tmp_path_factory):
 
 
 def test_it_goes_on_from_the_old_weights_with_the_new_batches(config, rewound, tmp_path):
-    """A twin by hand: it trains to the checkpoint, leaves out what follows, and trains on."""
+    """The twin trains to the checkpoint, leaves out the batches that follow it, and trains on."""
     state, _ = rewound
     mesh = make_mesh(config.mesh)
     data = run_lib.open_data(config, epath.Path(tmp_path))
@@ -109,7 +110,7 @@ def test_it_goes_on_from_the_old_weights_with_the_new_batches(config, rewound, t
 
 
 def test_it_is_said_and_written_down(config, rewound, tmp_path, monkeypatch, capsys):
-    """And the same command in another directory does the same."""
+    """The same command in another directory does the same."""
     state, workdir = rewound
     poison(monkeypatch, *BAD)
     assert_same(run(config, tmp_path), state)
@@ -125,7 +126,7 @@ def test_it_is_said_and_written_down(config, rewound, tmp_path, monkeypatch, cap
         [(r["step"], r["loss"]) for r in records(w) if "loss" in r] for w in (tmp_path, workdir)
     ]
     assert losses[0] == losses[1]
-    # The steps that it left behind are no longer needed; the one that it went to may be again.
+    # Steps between the two are no longer needed; step 4 may be needed for another rewind.
     assert saved_steps(epath.Path(workdir / "checkpoints")) == [4, 9, 10, 12, 13]
     metas = {step: load_meta(workdir / "checkpoints" / str(step)) for step in (4, 9, 13)}
     assert [meta.rewinds for meta in metas.values()] == [[], [[9, 4]], [[9, 4]]]
@@ -137,8 +138,10 @@ def test_it_is_said_and_written_down(config, rewound, tmp_path, monkeypatch, cap
     ids=str,
 )
 def test_stopping_and_starting_changes_nothing(config, rewound, tmp_path, monkeypatch, stops):
-    """A save that only a stop has made is none to go back to, though it were the newest; a step
-    whose log would have been looked at, and was not, is looked at by the next start."""
+    """The run never rewinds to a save that only a stop made, even if it is the newest.
+
+    If a stop comes before the log of a step is checked, the next start checks it.
+    """
     poison(monkeypatch, *BAD)
     for stop in stops:
         with monkeypatch.context() as patch:
@@ -149,7 +152,7 @@ def test_stopping_and_starting_changes_nothing(config, rewound, tmp_path, monkey
 
 
 def test_streamed_data_go_on(config, tmp_path, monkeypatch):
-    """Where they stand is saved with the rewound weights."""
+    """The position in the stream is saved with the rewound weights."""
     config = replace(config, data__streaming=True, data__path="")
     poison(monkeypatch, *BAD)
     whole = run(config, tmp_path / "whole")
@@ -192,9 +195,9 @@ def test_who_reads_the_log_first_changes_nothing(config, rewound, tmp_path, monk
     assert len(rewinds(tmp_path)) == 1
 
 
-@pytest.mark.slow  # two processes
+@pytest.mark.slow  # it starts two processes
 def test_processes_go_back_together(config, tmp_path):
-    """Process 0 alone traces a profile, and so reads the log of step 8 earlier than the other."""
+    """Process 0 alone traces a profile, and so reads the log of step 8 earlier than process 1."""
     path = tmp_path / "config.json"
     path.write_text(replace(config, train__profile_steps="9,9").to_json())
     outputs = test_hosts.run(tmp_path / "run", 2, "rewind_child", path)
@@ -205,7 +208,7 @@ def test_processes_go_back_together(config, tmp_path):
 
 @pytest.mark.parametrize("allowed", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_it_rewinds_so_many_times(config, tmp_path, monkeypatch, allowed):
-    """The second time no further back than to what the first one saved."""
+    """The second rewind goes back to the step that the first one saved, and no further."""
     poison(monkeypatch, *BAD, 11, 12)
     config = replace(config, train__max_rewinds=allowed, train__log_every=1)
     if allowed == 1:
@@ -234,7 +237,7 @@ def test_nothing_to_go_back_to(config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["fingerprint", pytest.param("file", marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_is_passed_over(config, tmp_path, monkeypatch, capsys, kind):
-    """Whether its files show it, or only what is read from them."""
+    """The damage shows either in the files or only in the arrays that are read from them."""
     folder = tmp_path / "checkpoints" / "4"
 
     def damage(step):

@@ -1,4 +1,4 @@
-"""Small files and folders of a work directory that are cut, changed, or something else."""
+"""Small files and folders of a work directory that are cut off, changed, or of another kind."""
 
 import itertools
 import json
@@ -42,13 +42,13 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A work directory of one's own; the run has finished, with steps 6, 8, 10 and 12."""
+    """Copies the work directory of a finished run, with steps 6, 8, 10 and 12."""
     return shutil.copytree(finished, tmp_path / "run")
 
 
 @pytest.fixture
 def cut(run):
-    """The same, killed after step 8 was saved."""
+    """Returns the same work directory as if the run had been killed after saving step 8."""
     for step in ("10", "12"):
         shutil.rmtree(run / "checkpoints" / step)
     return run
@@ -75,7 +75,7 @@ def test_a_log_that_was_cut_off_loses_no_record(cut, end, capsys):
 
 
 def test_an_event_begins_on_a_new_line(cut):
-    """Also what is written in other places than the log of the steps."""
+    """The log of events and the list of changes both begin a new line after a cut-off one."""
     for name in ("metrics.jsonl", "changes.jsonl"):
         (cut / name).write_bytes(b'{"step": 3, "lo')
     (cut / "checkpoints" / "8" / "meta" / "metadata").write_bytes(b"{}")
@@ -92,7 +92,7 @@ def records_after_a_cut(path):
 
 
 def flips(content, every=1):
-    """The content with each n-th of its bits changed, one at a time."""
+    """Yields copies of the content with one bit changed, for every n-th bit."""
     for position in range(0, 8 * len(content), every):
         changed = bytearray(content)
         changed[position // 8] ^= 1 << position % 8
@@ -100,7 +100,7 @@ def flips(content, every=1):
 
 
 def told(act):
-    """What `act` gives; None where it ends in a clear line."""
+    """Returns the result of `act`, or None where it raises a `UserError` of one line."""
     try:
         return act()
     except UserError as error:
@@ -118,7 +118,7 @@ def test_bits_of_config_json(run):
 
 
 def test_every_bit_of_goodput_json(run, capsys):
-    """Each is found: the sums are the right ones, or counted anew."""
+    """Each flip is noticed: the sums are the right ones, or are counted anew."""
     path = epath.Path(run / "goodput.json")
     content = path.read_bytes()
     good = Goodput(path)
@@ -134,7 +134,7 @@ def test_every_bit_of_goodput_json(run, capsys):
             assert (now.seconds, now.runs) == (good.seconds, 2)
             same += 1
         assert now.report()
-    # A space may become a tab, and the name of the checksum another one.
+    # A flip may turn a space into a tab, or change the name of the checksum.
     assert same < 0.05 * anew
 
 
@@ -257,7 +257,7 @@ def test_times_of_a_version_before_are_added_to(run, capsys):
     path = run / "goodput.json"
     record = json.loads(path.read_text())
     record.pop("crc32", None)
-    record["time"] += 10**9  # a clock that was ahead
+    record["time"] += 10**9  # the time of a clock that was ahead
     path.write_text(json.dumps({**record, "saved_at_end": False}))
     goodput = Goodput(epath.Path(path))
     assert (goodput.runs, goodput.seconds) == (2, record["seconds"])
@@ -265,7 +265,7 @@ def test_times_of_a_version_before_are_added_to(run, capsys):
 
 
 def test_small_files_that_become_folders_end_no_run(tmp_path, monkeypatch, capsys):
-    """In the middle of it; the weights are those of a run that was left alone."""
+    """The files become folders during the run; its weights equal those of an undisturbed run."""
     run, stream = tmp_path / "run", loop.device_batches
 
     def disturbed(source, start, *rest):
@@ -283,7 +283,7 @@ def test_small_files_that_become_folders_end_no_run(tmp_path, monkeypatch, capsy
     said = capsys.readouterr().out
     assert "warning: step 5 could not be logged: " in said
     assert "warning: the loss could not be plotted: " in said and "finished at step 12" in said
-    # What could not be written then is written later.
+    # Records that could not be written at that time are written later.
     steps = [line["step"] for line in records(run) if "loss" in line]
     assert steps[-9:] == list(range(4, 13))[-9:] and set(steps) >= set(range(5, 13))
 
@@ -296,7 +296,7 @@ def test_a_profile_that_cannot_be_kept_ends_no_run(tmp_path, capsys):
 
 
 def link_elsewhere(path, elsewhere):
-    """Moves a file or folder to another place, and leaves a link; returns where it is."""
+    """Moves a file or folder to another place and leaves a link; returns the new path."""
     elsewhere.mkdir(exist_ok=True)
     path.rename(elsewhere / path.name)
     path.symlink_to(elsewhere / path.name)
@@ -326,7 +326,7 @@ def test_a_run_goes_on_whatever_lies_beside_its_steps(cut, tmp_path, capsys):
     (steps / "4.deleting").symlink_to(tmp_path / "gone")
     (steps / "9.saving").mkdir()
     (steps / "9.saving" / "params").symlink_to(tmp_path / "mine")
-    (steps / "10").write_text("no step")  # in the way of a save
+    (steps / "10").write_text("no step")  # a file in the way of a save
     (steps / "12").symlink_to(tmp_path / "gone")
     config = replace(CONFIG, train__keep_checkpoints=1)
     assert int(train(config, cut).step) == 12
@@ -341,7 +341,7 @@ def test_a_run_goes_on_whatever_lies_beside_its_steps(cut, tmp_path, capsys):
     assert f"damaged checkpoint 12: {nothing}; set aside as {steps}/12.damaged" in said
     assert files_of(elsewhere) | files_of(tmp_path / "mine") == before
     assert sorted(os.listdir(steps)) == sorted([*kept, "10.damaged", "12.damaged", "12"])
-    assert int(train(config, cut).step) == 12  # and again
+    assert int(train(config, cut).step) == 12  # a second start finds nothing to do
     assert "finished already" in capsys.readouterr().out
 
 
@@ -364,7 +364,7 @@ def test_links_within_a_step_that_lead_back(cut, capsys):
 
 
 def test_steps_on_a_disk_that_is_not_there(cut, tmp_path):
-    """No run begins anew because of that, and nothing is changed."""
+    """The run does not begin anew because of that, and changes nothing."""
     elsewhere = tmp_path / "elsewhere"
     for step in ("6", "8"):
         link_elsewhere(cut / "checkpoints" / step, elsewhere)

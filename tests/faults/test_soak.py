@@ -1,4 +1,4 @@
-"""A run that is killed at random times ends as if nothing had been: losses, weights, moments."""
+"""A run that is killed at random times ends with the losses, weights and moments of its twin."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.faults.soak import soak
 
 @pytest.mark.slow
 def test_killed_and_resumed_bit_for_bit(tmp_path):
-    """Two SIGKILLs, after about 10 and 20 steps."""
+    """It gets two SIGKILLs, after about 10 and 20 steps."""
     sent, equal = soak("synthetic", tmp_path, kills=2, devices=1, steps=40, seed=778, fresh=False)
     assert sent.total() >= 2 and equal
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT save and exit with 0 from every phase; what hangs or dies ends in time."""
+"""SIGTERM and SIGINT save and exit with 0 in every phase; a hung or dead process ends the run."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ from tests.helpers import outputs_of, read_until, start_train
 ENDLESS = ("--config.train.steps=100000", "--config.train.checkpoint_every=100000")
 NO_EVAL = "--config.train.eval_every=100000"
 TINY_RUN = (NO_EVAL, "--config.model.n_layers=1")
-# An evaluation of so many batches that, slowed down, no test waits for its end.
+# An evaluation of so many batches that no test can wait for its end when it is slowed down.
 LONG_EVALUATION = (
     *("--config.train.eval_every=2", "--config.train.eval_batches=100000"),
     *("--config.data.validation_fraction=0.98", "--config.train.seq_len=4"),
@@ -39,7 +39,7 @@ def stopped_at(out):
 
 
 def start_slow(phase, seconds, corpus, workdir, *flags, **options):
-    """A run of which a phase takes so long, or until `go_on(workdir)`."""
+    """Starts a run in which one phase takes this many seconds, or until `go_on(workdir)`."""
     slow = {"SLOW_PHASE": phase, "SLOW_SECONDS": str(seconds), "SLOW_UNTIL": f"{workdir}.go"}
     options = {"devices": 1, "module": "tests.faults.slow_train", **slow, **options}
     return start_train(corpus, workdir, *ENDLESS, "--config.model.n_layers=1", *flags, **options)
@@ -70,7 +70,7 @@ def test_while_it_compiles(corpus, tmp_path):
 
 
 def test_while_it_evaluates(corpus, tmp_path):
-    """A long evaluation is broken off: saving comes first."""
+    """A long evaluation is interrupted, because saving comes first."""
     (process,) = start_slow("evaluate", 0.05, corpus, tmp_path / "run", *LONG_EVALUATION)
     read_until(process, "phase evaluate")
     process.send_signal(signal.SIGTERM)
@@ -82,7 +82,7 @@ def test_while_it_evaluates(corpus, tmp_path):
 
 
 def test_in_the_last_evaluation(corpus, tmp_path):
-    """The run is not finished, which a launcher must know: it is started again for the rest."""
+    """The run is not finished, and its exit status tells a launcher to start it again."""
     flags = (*LONG_EVALUATION, NO_EVAL, "--config.train.steps=4")
     flags += ("--config.train.sample_prompt=a", "--stopped_status=75")
     (process,) = start_slow("evaluate", 0.05, corpus, tmp_path / "run", *flags)
@@ -105,7 +105,7 @@ def test_while_it_saves(corpus, tmp_path):
 
 
 def one_checkpoint(workdir, out):
-    """The run has saved the step that it says it stopped at, and no other one."""
+    """Returns whether the run saved the step that it reports as its last, and no other one."""
     (path,) = (workdir / "checkpoints").iterdir()
     return path.name == str(stopped_at(out))
 
@@ -139,10 +139,10 @@ SECOND = [
 
 @pytest.mark.parametrize(("phase", "number"), SECOND)
 def test_a_second_signal_ends_it_at_once(corpus, tmp_path, phase, number):
-    """Though what it waits for would take an hour."""
+    """Otherwise it would wait for an hour."""
     flags = ("--config.train.eval_every=1",) if phase == "evaluate" else (NO_EVAL,)
     (process,) = start_slow(phase, 3600, corpus, tmp_path / "run", *flags)
-    if phase == "save":  # nothing but a signal makes it save
+    if phase == "save":  # only a signal makes it save
         read_until(process, "step +2/")
     else:
         read_until(process, f"phase {phase}")
@@ -218,7 +218,7 @@ def test_process_0_of_two_before_the_first_step(corpus, tmp_path, number):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_to_one_of_two_ends_it_at_once(corpus, tmp_path, number):
-    """When they have agreed on where to stop; the save would take an hour."""
+    """They have agreed on the step at which to stop; its save would take an hour."""
     pair = start_slow("save", 3600, corpus, tmp_path / "run", NO_EVAL, processes=2)
     step_2_of(pair)
     pair[0].send_signal(number)
@@ -238,7 +238,7 @@ def test_a_second_job_in_the_same_directory_refuses(corpus, tmp_path):
     assert status == 1 and out == ""
     assert errors.startswith("error: another process trains in ")
     assert (tmp_path / "run" / "config.json").read_bytes() == config
-    first.kill()  # and the kernel lets go of the directory
+    first.kill()  # the kernel then releases the lock of the directory
     first.communicate()
     (third,) = start_train(corpus, tmp_path / "run", *ENDLESS, NO_EVAL, devices=1)
     read_until(third, "step +2/")
@@ -246,7 +246,7 @@ def test_a_second_job_in_the_same_directory_refuses(corpus, tmp_path):
     assert end(third)[0] == 0
 
 
-# Process 0 is the coordinator: what ends with it is noticed at once, without heartbeats.
+# Process 0 is the coordinator: its end is noticed at once, without heartbeats.
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_process_ends_the_other_in_bounded_time(tmp_path, victim):
     pair = start_train("synthetic", tmp_path / "run", *ENDLESS, *TINY_RUN, processes=2, devices=1)
@@ -255,11 +255,12 @@ def test_a_killed_process_ends_the_other_in_bounded_time(tmp_path, victim):
     status, _, errors = end(pair[1 - victim])
     pair[victim].communicate()
     assert status not in (0, -signal.SIGKILL), errors
-    assert "another task died" in errors  # JAX says so
-    assert "in run_loop" in errors  # a traceback or the threads' stacks, as it was waiting
+    assert "another task died" in errors  # a message of JAX
+    # In a traceback or in the stacks of the threads: the process was waiting there.
+    assert "in run_loop" in errors
 
 
-# Noticed before the heartbeats that it misses are.
+# The hang is noticed before the missing heartbeats are.
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_process_that_hangs_is_noticed(tmp_path, victim):
     flags = (*ENDLESS, *TINY_RUN, "--config.train.step_timeout=5")
@@ -278,7 +279,7 @@ def test_a_process_that_hangs_is_noticed(tmp_path, victim):
 
 @pytest.mark.slow
 def test_a_process_that_compiles_longer_than_the_other(corpus, tmp_path):
-    """The other one waits for it, and nobody hangs."""
+    """The other process waits for it, and the watchdog ends neither."""
     flags = (NO_EVAL, "--config.train.step_timeout=5", "--config.train.steps=4")
     slow = {"processes": 2, "SLOW_PROCESS": "1"}
     ends = end_all(start_slow("compile", 12, corpus, tmp_path / "run", *flags, **slow))
@@ -304,7 +305,8 @@ def test_a_restore_that_hangs_is_noticed(corpus, tmp_path):
     read_until(first, "step +2/")
     first.send_signal(signal.SIGTERM)
     saved = stopped_at(end(first)[1])
-    slow = "--config.train.step_timeout=1"  # ten times that: it may compile
+    # A restore has ten times as long, because it may compile.
+    slow = "--config.train.step_timeout=1"
     (process,) = start_slow("restore", 3600, corpus, run, NO_EVAL, slow)
     status, _, errors = end(process)
     assert status == 1

@@ -79,7 +79,7 @@ def test_slices_that_do_not_exist(name, message):
     ],
 )
 def test_where_a_slice_wraps_around(monkeypatch, name, wrap):
-    """And the compiler is told so, of three dimensions."""
+    """The compiler gets this too, always for three dimensions."""
     from jax.experimental import topologies
 
     asked = {}
@@ -116,8 +116,8 @@ LINE, PLANE, WHOLE = range(4), range(16), range(64)  # along z, along y and z, a
         (CUBE, PLANE, 4, 4),
         (CUBE, LINE, 2, 2),
         (CUBE, (0, 1), 1, 1),  # neighbours
-        (CUBE, (0, 1, 4), 2, 2),  # three corners of a square: a ring through others
-        (CUBE, range(0, 64, 4), 4, 4),  # every fourth: a plane across
+        (CUBE, (0, 1, 4), 2, 2),  # three corners of a square: the ring passes through other devices
+        (CUBE, range(0, 64, 4), 4, 4),  # every fourth device: a plane across
         (BLOCK, range(32), 3, 7),
         (POD, range(128), 3, 15),
         (POD, range(16), 2, 8),
@@ -134,7 +134,7 @@ def test_where_devices_lie_on_a_torus():
     assert torus.coords == ((0, 0), (0, 1), (1, 0), (1, 1))
     assert (torus.shape, torus.wrap) == ((2, 2), (False, False))
     assert torus_of(parse_topology("h100:8"), devices) is None
-    assert torus_of(parse_topology("v5e:2x2"), jax.devices()) is None  # CPUs in their place
+    assert torus_of(parse_topology("v5e:2x2"), jax.devices()) is None  # CPUs stand in for the chips
 
 
 def test_products_are_as_fast_as_their_types():
@@ -209,11 +209,11 @@ def test_without_the_compiler_of_gpus():
 
 @pytest.mark.parametrize("name", ["v5p-8", "h100:8"])
 def test_the_environment_stays_as_it_was(name, monkeypatch):
-    """Else what this process starts later would take itself for a TPU host."""
+    """Otherwise, processes that this one starts later would behave as on a TPU host."""
     monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
     before = dict(os.environ)
-    with contextlib.suppress(UserError):  # where the compiler is missing
+    with contextlib.suppress(UserError):  # the compiler may be missing
         topology_devices(parse_topology(name))
     assert dict(os.environ) == before
 

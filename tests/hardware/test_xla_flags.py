@@ -1,4 +1,4 @@
-"""Presets of compiler flags, handed to the real compilers."""
+"""Presets of compiler flags, and whether the real compilers accept them."""
 
 import json
 import os
@@ -17,7 +17,7 @@ GPU = [name for name, preset in PRESETS.items() if preset.variable == "XLA_FLAGS
 TPU = {"v4": "v4:2x2x2", "v5e": "v5e:4x4", "v5p": "v5p:2x2x2", "v6e": "v6e:4x4"}
 TPU |= {"v5p-sparsecore": TPU["v5p"], "v6e-sparsecore": TPU["v6e"]}
 TPU |= {"v6e-offload": TPU["v6e"], "tpu7x": "tpu7x:2x2x2"}
-# What `auto` takes.
+# The presets that `auto` chooses.
 OLD, NEW = "0.0.42.1", "0.0.50.1"  # libtpu of JAX 0.10 and 0.12
 DEFAULTS = {
     OLD: {chip: chip for chip in ("v4", "v5e", "v5p", "v6e", "tpu7x")},
@@ -50,7 +50,7 @@ def test_the_users_own_settings_win():
 
 
 def test_tpu_flags_go_to_libtpu_alone():
-    env = {"LIBTPU_INIT_ARGS": " --xla_tpu_use_enhanced_launch_barrier=true"}  # as JAX leaves it
+    env = {"LIBTPU_INIT_ARGS": " --xla_tpu_use_enhanced_launch_barrier=true"}  # JAX sets this one
     use_preset("v6e", env)
     assert list(env) == ["LIBTPU_INIT_ARGS"]
     assert env["LIBTPU_INIT_ARGS"].split() == [
@@ -104,7 +104,7 @@ def test_auto_for_a_tpu_of_the_future_sets_nothing():
 def test_nothing_is_set_without_a_tpu(name):
     env = {"JAX_PLATFORMS": "cpu", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_LIBRARY_PATH": __file__}
     before = dict(env)
-    for tpu in ("", None):  # a GPU of `plan`, and this machine
+    for tpu in ("", None):  # `plan` for a GPU, and this machine
         chosen = use_preset(name, env, tpu)
         assert (chosen.preset, chosen.tpu, str(chosen)) == ("none", "", "none")
         assert env == before
@@ -147,11 +147,11 @@ def test_the_help_names_all():
     assert f": {', '.join(NAMES)}. auto: on a TPU" in HELP
 
 
-# The machine.
+# The chips of this machine.
 
 
 def fake_bus(folder, *devices):
-    """A folder like /sys/bus/pci/devices."""
+    """Writes a folder like /sys/bus/pci/devices, and returns its path."""
     for number, (vendor, device) in enumerate(devices):
         path = folder / f"0000:00:{number:02}.0"
         path.mkdir()
@@ -160,7 +160,7 @@ def fake_bus(folder, *devices):
     return str(folder)
 
 
-LIBTPU = {"TPU_LIBRARY_PATH": __file__}  # a file that is there
+LIBTPU = {"TPU_LIBRARY_PATH": __file__}  # any file that exists
 NETWORK_CARD = ("0x1ae0", "0x0042")
 
 
@@ -177,7 +177,7 @@ NETWORK_CARD = ("0x1ae0", "0x0042")
 def test_the_chip_on_the_bus(tmp_path, device, chip):
     bus = fake_bus(tmp_path, ("0x10de", "0x2335"), NETWORK_CARD, ("0x1ae0", device))
     assert tpu_here(LIBTPU, bus) == chip
-    # The bus is right where a variable is left over from another machine.
+    # The bus wins over a variable that is left over from another machine.
     assert tpu_here({**LIBTPU, "TPU_ACCELERATOR_TYPE": "v2-8"}, bus) == chip
 
 
@@ -194,7 +194,7 @@ def test_the_chip_on_the_bus(tmp_path, device, chip):
     ],
 )
 def test_the_chip_that_the_cloud_names(tmp_path, kind, chip):
-    """Where a container does not show the bus."""
+    """A container may not show the bus."""
     env = {**LIBTPU, "TPU_ACCELERATOR_TYPE": kind}
     assert tpu_here(env, str(tmp_path / "missing")) == chip
     assert tpu_here(env, fake_bus(tmp_path, NETWORK_CARD, ("0x10de", "0x0062"))) == chip
@@ -207,7 +207,7 @@ def test_the_chip_that_the_cloud_names(tmp_path, kind, chip):
         ("tpu", "v5p"),
         ("tpu,cpu", "v5p"),
         ("cpu", ""),
-        ("cpu,tpu", ""),  # the first is the one that JAX runs on
+        ("cpu,tpu", ""),  # JAX runs on the first platform
         ("cuda", ""),
     ],
 )
@@ -244,7 +244,7 @@ def test_a_machine_without_a_tpu_and_without_jax():
     assert run(code).stdout == "none True False\n"
 
 
-# The commands. None compiles, so that they need no libtpu.
+# The commands. They stop before they compile, so they need no libtpu.
 
 
 COMMAND = """
@@ -268,7 +268,7 @@ finally:
 
 
 def command(module, *flags, tpu=""):
-    """Runs a command on a machine with this TPU up to where it would compile."""
+    """Runs a command, as on a machine with this TPU, to the point where it would compile."""
     return run(COMMAND, tpu, module, "--config=configs/tiny.py", *flags)
 
 
@@ -287,7 +287,8 @@ def command(module, *flags, tpu=""):
     ],
 )
 def test_plan_takes_the_preset_of_its_topology(topology, preset):
-    process = command("plan", f"--topology={topology}", tpu="v2")  # whatever is here
+    # The TPU of this machine does not matter.
+    process = command("plan", f"--topology={topology}", tpu="v2")
     flags = " ".join(PRESETS[preset].flags()) if preset else "None"
     assert process.stderr == f"error: {topology}: {flags}\n"
 
@@ -297,7 +298,7 @@ def test_plan_without_the_preset():
     assert process.stderr == "error: v5p:2x2x1: None\n"
 
 
-# The mesh has more devices than there are: training ends before it begins.
+# The mesh has more devices than this machine: training ends before it begins.
 ENDS = ("--config.mesh.tensor=3", "--workdir=/nowhere")
 
 
@@ -327,7 +328,7 @@ def test_every_setting_has_its_reason_and_source_once():
 
 @pytest.mark.parametrize("name", GPU)
 def test_this_jaxlib_knows_the_flags(name):
-    # Set as train sets them: after JAX is imported, before a backend starts.
+    # The flags are set as train sets them: after JAX is imported, before a backend starts.
     code = f"import jax; from llama_jax.hardware.xla_flags import use_preset; use_preset({name!r})"
     process = run(f"{code}; print(jax.jit(lambda x: x + 1)(1))")
     assert process.returncode == 0, process.stderr
@@ -335,7 +336,7 @@ def test_this_jaxlib_knows_the_flags(name):
 
 
 def test_xla_aborts_on_a_flag_that_it_does_not_know():
-    """What the test above rests on."""
+    """The test above relies on this."""
     code = "import jax, os; os.environ['XLA_FLAGS'] = '--xla_gpu_graph_level=0'; jax.devices()"
     process = run(code)
     assert process.returncode != 0

@@ -30,18 +30,18 @@ def inputs(seed, *, batch=2, queries=24, keys=24, n=4, k=2, h=8):
 
 
 def compiled(function):
-    """The function as one program, traced anew: op by op, each op would be a program."""
+    """Returns the function as one newly traced program; op by op, each op would be a program."""
     return jax.jit(lambda *arguments: function(*arguments))
 
 
 def pretend(monkeypatch, platform):
-    """Backends take the devices for some of another platform."""
+    """Makes the backends believe that the devices are of another platform."""
     for backend in BACKENDS.values():
         monkeypatch.setattr(backend, "platform", lambda: platform, raising=False)
 
 
 def segments(seed, batch, length):
-    """Documents of random lengths, then padding (0)."""
+    """Returns the ids of documents of random lengths, followed by padding (0)."""
     rng = np.random.default_rng(seed)
     ids = np.zeros((batch, length), np.int32)
     for row in range(batch):
@@ -52,7 +52,7 @@ def segments(seed, batch, length):
 
 
 def reference(q, k, v, mask_BTS):
-    """In float64, one head after another."""
+    """Computes attention in float64, one head after another."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     group = q.shape[2] // k.shape[2]
     out = np.empty_like(q)
@@ -152,7 +152,7 @@ def test_bfloat16_keeps_its_dtype_and_softmax_in_float32():
     out = compiled(attention)(q, k, v)
     assert out.dtype == jnp.bfloat16
     expected = reference(*(x.astype(jnp.float32) for x in (q, k, v)), causal(512, 512))
-    # bfloat16 has 8 bits: a weighted mean is right to about 2^-8 of the values' size.
+    # bfloat16 has 8 bits of precision: a weighted mean is exact to about 2^-8 of the values' size.
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.02)
 
 
@@ -186,7 +186,8 @@ def test_an_unknown_backend_is_an_error():
         attention(*inputs(0), backend="magic")
 
 
-# The other backends, as far as a CPU can go: Pallas in Python, and everything before the launch.
+# The other backends, as far as a CPU can test them: Pallas in interpret mode, and the checks before
+# a kernel is launched.
 
 
 @pytest.mark.parametrize("window", [0, 100])
@@ -264,7 +265,7 @@ def test_tiles_by_the_length_and_the_chip(monkeypatch, kind, keys, tile, fused):
 @pytest.mark.parametrize("context", [1, 4])
 @pytest.mark.parametrize("window", [0, 1, 128, 200])
 def test_a_mask_of_tiles_is_the_mask_itself(window, context):
-    """Whole tiles are answered at once; all together they are what JAX's own masks give."""
+    """Whole tiles have a short cut; every tile equals that of JAX's own masks."""
     shape, masks = (1024, 1024), attention_splash.masks
     ours, theirs = (
         (attention_splash._Window(shape, window), masks.LocalMask(shape, (window - 1, 0), 0))
@@ -277,7 +278,8 @@ def test_a_mask_of_tiles_is_the_mask_itself(window, context):
         for columns in range(0, 1024, 128):
             tile = (slice(rows, rows + 128), slice(columns, columns + 128))
             np.testing.assert_array_equal(ours[tile], theirs[tile])
-    assert ours[:128, 512:640].strides == (0, 0) or context > 1  # hidden: nothing was compared
+    # This tile is hidden, which is found without a comparison.
+    assert ours[:128, 512:640].strides == (0, 0) or context > 1
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 1, 2), (2, 1, 2, 2)])
@@ -380,7 +382,7 @@ def test_context_parallel_divides_the_scores():
     q, k, v = inputs(19, batch=2, queries=64, keys=64)
     with jax.set_mesh(mesh_of((1, 1, 8, 1))):
         text = jax.jit(attention).lower(q, k, v).compile().as_text()
-    # Chunks of 64 / 16 tokens against each other, and no more.
+    # Chunks of 64 / 16 tokens against each other, and nothing larger.
     assert "f32[2,2,2,4,4]" in text
     assert "f32[2,2,2,8,64]" not in text and "f32[2,2,2,64,64]" not in text
 
@@ -414,7 +416,7 @@ def test_every_device_computes_as_much_as_the_others(size):
             jax.shard_map(pairs, in_specs=(), out_specs=jax.P("context"), check_vma=False)
         )()
     seen = {(int(chunk), int(key)) for device in found for _, key, chunk in device}
-    # Exactly the pairs that the causal mask leaves, each once.
+    # Each pair of chunks that the causal mask leaves is computed exactly once.
     assert seen == {(q, k) for q in range(2 * size) for k in range(q + 1)}
     assert len(seen) == found.shape[0] * found.shape[1]
 
@@ -440,14 +442,14 @@ def test_what_a_backend_cannot_do_is_an_error(monkeypatch, backend, platform, ch
     q, k, v = (jnp.asarray(x, dtype) for x in inputs(0, **changes))
     with pytest.raises(UserError, match=message):
         attention(q, k, v, backend=backend)
-    # `auto` finds another way.
+    # `auto` chooses another backend.
     found = jax.eval_shape(lambda q, k, v: attention(q, k, v, backend="auto"), q, k, v)
     assert found.shape == q.shape
 
 
 @pytest.mark.parametrize("backend", ["auto", "splash"])
 def test_a_tile_that_does_not_divide_is_an_error(monkeypatch, backend):
-    """With `auto` too, which takes no other backend for it."""
+    """`auto` does not choose another backend because of it."""
     pretend(monkeypatch, "tpu")
     message = (
         "model.attention=splash: 512 tokens of a device are no multiple of "
@@ -475,7 +477,7 @@ def test_who_asks_for_the_same_bits(name):
         ("=true", True),
         ("=1", True),
         ("=false", False),
-        (f"=true --xla_gpu_{name}=false", False),  # XLA takes the last one
+        (f"=true --xla_gpu_{name}=false", False),  # XLA uses the last one
         ("x", False),
     ):
         flags = f"--xla_dump_to=x --xla_gpu_{name}{value} --xla_y=1"
@@ -504,7 +506,7 @@ def test_auto_takes_the_fast_one(monkeypatch, platform, chosen):
 
 
 def test_cudnn_gets_segments_and_window(monkeypatch):
-    """What reaches the library, on its XLA implementation."""
+    """Checks the arguments of the library call, which runs on its XLA implementation here."""
     call = jax.nn.dot_product_attention
     seen = {}
 

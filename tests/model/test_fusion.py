@@ -6,7 +6,7 @@ from llama_jax.model.fusion import gradient_barrier
 
 
 def test_a_gradient_is_complete_before_it_is_used():
-    """A border in the backward pass, and none in the forward pass."""
+    """The backward pass has a barrier, and the forward pass has none."""
     x = jnp.arange(6.0)
     plain = jax.grad(lambda x: jnp.sum(jnp.sin(x)))
     bordered = jax.grad(lambda x: jnp.sum(jnp.sin(gradient_barrier(x))))

@@ -12,8 +12,7 @@ import llama_jax
 from llama_jax.model.linear import unembed, unembed_gradients
 
 PACKAGE = pathlib.Path(llama_jax.__file__).parent
-# Scores of attention and the rotation of RoPE multiply activations with no weight; merging an
-# adapter multiplies weights with no activation.
+# Attention scores and RoPE multiply only activations; merging an adapter multiplies only weights.
 OTHERS = {"attention_scores", "attention_xla", "context_parallel", "rope", "lora"}
 PRODUCTS = ("einsum", "dot", "matmul", "dot_general")
 
@@ -26,7 +25,7 @@ def arrays(dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_head_by_hand(dtype):
-    """Logits of a sequence and of one token; gradients, that of the head in float32."""
+    """Logits of a sequence and of one token, and both gradients, the head's in float32."""
     hidden, head, d_logits = arrays(dtype)
     whole, last = jax.jit(lambda x, w: (unembed(x, w), unembed(x[:, -1], w)))(hidden, head)
     assert whole.dtype == last.dtype == jnp.float32
@@ -43,7 +42,7 @@ def test_the_head_by_hand(dtype):
 
 
 def test_products_with_weights_are_in_one_file():
-    """Another precision of products then changes one file."""
+    """To change the precision of products, one changes one file."""
     making = {
         file.stem
         for file in PACKAGE.rglob("*.py")

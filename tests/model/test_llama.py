@@ -52,7 +52,7 @@ def test_initial_weights_have_their_size():
     # Two layers: 1 / sqrt(2 * 2).
     assert float(params["layers"]["mlp"]["w2"].std()) == pytest.approx(0.01, rel=0.05)
     assert float(params["layers"]["attn"]["wo"].std()) == pytest.approx(0.01, rel=0.05)
-    # Normal: mean 0, and shares within one and two standard deviations of 68.3% and 95.4%.
+    # A normal distribution has mean 0, 68.3% within one standard deviation and 95.4% within two.
     scaled = np.abs(params["embed"]) / 0.02
     assert abs(float(params["embed"].mean())) < 0.02 * 0.02
     assert float((scaled < 1).mean()) == pytest.approx(0.683, abs=0.01)
@@ -96,7 +96,7 @@ def test_rms_norm_of_bfloat16_is_done_in_float32():
     exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
     got = rms_norm(x, jnp.ones(128), 1e-6)
     assert got.dtype == jnp.bfloat16
-    # Rounded once, at the end; in bfloat16 throughout, half of them would be another number.
+    # It is rounded once, at the end; with bfloat16 throughout, half of the numbers would differ.
     assert (got == jnp.asarray(exact, jnp.bfloat16)).mean() > 0.99
 
 
@@ -168,7 +168,8 @@ def test_bfloat16_is_near_float32():
     assert hidden.dtype == head.dtype == jnp.bfloat16
     exact, exact_head, _ = jax.jit(lambda p: forward(TINY.model, p, TOKENS))(params)
     assert exact.dtype == exact_head.dtype == jnp.float32
-    # Hidden states are of size 1 after the norm, bfloat16 has 8 bits, and errors of layers add.
+    # Hidden states are about 1 after the norm, bfloat16 has 8 bits of precision, and the errors of
+    # layers add up.
     np.testing.assert_allclose(hidden.astype(jnp.float32), exact, atol=0.05)
 
 
@@ -202,7 +203,7 @@ def test_remat_changes_memory_and_nothing_else(policy):
 
 
 def residual_elements(config, batch, params):
-    """Elements that the forward pass leaves for the backward pass."""
+    """Returns the number of elements that the forward pass keeps for the backward pass."""
     pullback = jax.eval_shape(lambda p: jax.vjp(lambda p: loss_of(config, p, batch), p)[1], params)
     return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
@@ -218,9 +219,9 @@ def test_each_named_tensor_is_kept_when_asked_for():
     for name in REMAT_NAMES:
         width = 48 if name in ("mlp_gate", "mlp_up") else 32
         extra = sizes[f"save:{name}"] - sizes["full"]
-        # attn_context brings one number per head along: log sum exp.
+        # attn_context comes with one more number per head, its log-sum-exp
         expected = width + (4 if name == "attn_context" else 0)
-        if name == "block_in":  # kept under "full" too: what all else is computed from
+        if name == "block_in":  # "full" keeps it too, because everything is recomputed from it
             expected = 0
         assert extra == layers * tokens * expected, name
     assert sizes["full"] < sizes["dots"] < sizes["none"]

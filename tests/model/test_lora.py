@@ -1,4 +1,4 @@
-"""Adapters: what they compute, what is trained, where it lies, what a run of them keeps."""
+"""Adapters: what they compute, what is trained, where it is placed, what a run keeps of it."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ from tests.helpers import (
 )
 
 STEPS = 4
-# Matrices of 64 inputs at least, as NF4 wants them.
+# All matrices have at least 64 inputs, because NF4 has blocks of 64.
 SMALL = replace(
     TINY,
     model__dim=64,
@@ -67,7 +67,7 @@ def peft_live(name):
 
 
 def peft_names(config, adapters):
-    """Ours under the names and shapes of PEFT; a copy of the mapping, which needs no torch."""
+    """Returns our adapters under PEFT's names and shapes; a copy of the mapping, without torch."""
     table = {
         **{"wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj"},
         **{"wo": "self_attn.o_proj", "w1": "mlp.gate_proj", "w2": "mlp.down_proj"},
@@ -96,7 +96,7 @@ def test_logits_loss_and_gradients_are_those_of_peft(name, reference):
     adapters, batch = random_adapters(config), random_batch(config, 0)
     got = logits(config.model, Adapted(base, adapters, config.lora), batch["inputs"])
     plain = logits(config.model, base, batch["inputs"])
-    assert np.abs(plain - expected["logits"]).max() > 1  # the adapters count
+    assert np.abs(plain - expected["logits"]).max() > 1  # the adapters make a difference
     np.testing.assert_allclose(got, expected.pop("logits"), rtol=0, atol=1e-4)
     (_, loss, _), grads = jax.jit(lambda a: _gradients(a, batch, config, base))(adapters)
     assert float(loss) == pytest.approx(float(expected.pop("loss")), abs=1e-4)
@@ -109,7 +109,7 @@ def test_logits_loss_and_gradients_are_those_of_peft(name, reference):
 def test_merged_is_unmerged():
     config = PEFT_CASES["all"]
     both = random_params(config.model), random_adapters(config)
-    # Of a size that makes logits of about 1.
+    # These weights give logits of about 1.
     params, adapters = jax.tree.map(lambda x: x * np.float32(0.7), both)
     tokens = random_batch(config, 0)["inputs"]
     merged = merge(params, adapters, config.lora)
@@ -143,14 +143,14 @@ def test_only_targets_have_adapters():
 
 
 def packed_batch(config, seed):
-    """A random batch of packed documents: three of other lengths in each row, and padding."""
+    """Returns a random batch with three packed documents per row, and padding."""
     batch, rng = random_batch(config, seed), np.random.default_rng(seed)
     rows, length = batch["inputs"].shape
     segments, positions = np.zeros((2, rows, length), np.int32)
     for row in range(rows):
         starts = [0, *np.sort(rng.choice(np.arange(1, length), 3, replace=False)), length]
         for number, (start, stop) in enumerate(itertools.pairwise(starts)):
-            segments[row, start:stop] = (number + 1) % 4  # 0, padding, comes last
+            segments[row, start:stop] = (number + 1) % 4  # the last part is padding, 0
             positions[row, start:stop] = np.arange(stop - start)
     weights = batch["weights"] * (segments > 0)
     return {**batch, "weights": weights, "segment_ids": segments, "positions": positions}
@@ -163,12 +163,12 @@ def compiled_step(config, shape):
 
 
 def small(weights):
-    """Weights whose losses no rounding moves."""
+    """Scales weights down, so that rounding changes no loss visibly."""
     return jax.tree.map(lambda x: x * np.float32(0.3), weights)
 
 
 def run(config, shape=(1, 1, 1, 1), steps=STEPS):
-    """Losses of packed documents, and the last state."""
+    """Trains on packed documents; returns the losses and the last state."""
     base = frozen_base(config, small(random_params(config.model)))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_state(config))
     state = dataclasses.replace(zeros, params=small(random_adapters(config)), frozen=base)
@@ -184,7 +184,7 @@ def run(config, shape=(1, 1, 1, 1), steps=STEPS):
 
 
 def all_losses(config, shape=(1, 1, 1, 1)):
-    """As `run`, and at last a validation loss."""
+    """Returns the losses of `run`, followed by a validation loss."""
     losses, state = run(config, shape)
     with jax.set_mesh(mesh_of(shape)):
         compiled = compiled_step(config, shape)
@@ -198,7 +198,7 @@ KINDS = {
     "nf4": replace(SMALL, lora__base_dtype="nf4", model__remat="full"),
     "dropout": replace(SMALL, lora__dropout=0.3, train__grad_accum=2),
 }
-# Blocks of 64 inputs divide over every mesh.
+# Its blocks of 64 inputs divide over every mesh.
 WIDE = replace(KINDS["nf4"], model__dim=512, model__ffn_dim=256)
 
 
@@ -210,7 +210,7 @@ def unsharded(config):
 @pytest.mark.parametrize(
     ("kind", "shape"),
     [
-        # The default suite has NF4 alone: the same adapters, above another base.
+        # By default only NF4 is tested, because the adapters do not depend on the kind of base.
         (kind, shape)
         if shape == (1, 2, 2, 2) and kind == "nf4"
         else pytest.param(kind, shape, marks=pytest.mark.slow)
@@ -221,11 +221,11 @@ def test_losses_are_the_same_on_every_mesh(kind, shape):
     config = WIDE if kind == "nf4" else KINDS[kind]
     losses = all_losses(config, shape)
     np.testing.assert_allclose(losses, unsharded(config), rtol=0, atol=2e-5)
-    assert abs(losses[0] - losses[-1]) > 1e-2  # the same documents, before and after
+    assert abs(losses[0] - losses[-1]) > 1e-2  # the same documents, before and after training
 
 
 def test_documents_of_a_row_are_apart():
-    """What the runs above are given: without the ids of documents, other losses come out."""
+    """Document ids matter in the batches above: without them, the losses differ."""
     config = SMALL
     base, adapters = random_params(config.model), random_adapters(config)
     batch = packed_batch(config, 0)
@@ -265,14 +265,15 @@ def test_only_adapters_are_trained_and_have_moments():
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_matrices_in_nf4_are_no_stack_of_floats(remat):
-    """Compiled as `plan` does; the state that it counts has the base in NF4."""
+    """The step is compiled as `plan` does; the reported size of the base is that of NF4."""
     config = replace(KINDS["nf4"], model__n_layers=3, model__remat=remat)
     compiled = compile_step(config, jax.devices()[:1])
     base = jax.tree.leaves(abstract_frozen(config))
     assert compiled.bytes["frozen"] == sum(x.size * x.dtype.itemsize for x in base)
     assert compiled.bytes["parameters"] == 4 * adapter_count(config.model, config.lora)
     assert "u8[3,32,128]" in compiled.text and "f32[64,128]" in compiled.text
-    for shape in ("3,64,128", "3,128,64", "3,64,4,16", "3,4,16,64"):  # of adapters: 3,64,4 and such
+    # Adapters have other shapes, such as 3,64,4.
+    for shape in ("3,64,128", "3,128,64", "3,64,4,16", "3,4,16,64"):
         assert f"f32[{shape}]" not in compiled.text
 
 

@@ -19,7 +19,7 @@ def inputs(seed=0):
 
 
 def reference(hidden, head, targets, weights, z_loss):
-    """Both sums in float64."""
+    """Computes the objective, the entropy and the sum of weights in float64."""
     logits = hidden.astype(np.float64) @ head.astype(np.float64)
     top = logits.max(-1, keepdims=True)
     log_z = np.log(np.exp(logits - top).sum(-1)) + top[..., 0]
@@ -83,7 +83,7 @@ def test_only_a_chunk_of_the_logits_ever_exists():
         return jax.jit(jax.grad(loss, (0, 1))).lower(hidden, head).compile().as_text()
 
     def largest(text):
-        """Most elements of any array whose last dimension is the vocabulary."""
+        """Returns the size of the largest array with a dimension of size V, except the head."""
         import math
         import re
 
@@ -101,7 +101,7 @@ def test_bfloat16_hidden_states_give_a_float32_loss():
     objective, entropy, weight = cross_entropy(*half, targets, weights, chunk=4)
     assert objective.dtype == entropy.dtype == weight.dtype == jnp.float32
     exact = reference(*(np.asarray(x, np.float32) for x in half), targets, weights, 0)
-    # Inputs are the same bfloat16 numbers; only float32 rounding is left.
+    # The inputs are the same bfloat16 numbers, so only float32 rounding is left.
     np.testing.assert_allclose(objective, exact[0], rtol=1e-5)
     grads = jax.grad(lambda h, w: cross_entropy(h, w, targets, weights, chunk=4)[0], (0, 1))(*half)
     assert grads[0].dtype == grads[1].dtype == jnp.bfloat16

@@ -1,4 +1,4 @@
-"""NF4 against bitsandbytes: goldens made by its CPU wheel, and its definition in float64."""
+"""NF4 equals goldens from bitsandbytes' CPU wheel, and its definition in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ MATRICES = {"wide": (192, 128), "long": (40, 704)}  # (out, in)
 
 
 def matrix(name):
-    """A weight as torch has it, (out, in), with some outliers."""
+    """Returns a weight as torch has it, (out, in), with some outliers."""
     rng = np.random.default_rng(len(name))
     weight = rng.standard_normal(MATRICES[name]) * 0.02
     weight[3, 5] = 0.5
@@ -21,7 +21,7 @@ def matrix(name):
 
 
 def by_definition(weight):
-    """bitsandbytes' definition in float64, one number after another: codes, scales, values."""
+    """Computes bitsandbytes' definition in float64: codes, scales and values."""
     flat = weight.astype(np.float64).reshape(-1, 64)
     largest = np.abs(flat).max(axis=1)
     levels = nf4.LEVELS.astype(np.float64)
@@ -45,7 +45,7 @@ def by_definition(weight):
 
 
 def flat_codes(held, weight):
-    """Ours in the order of bitsandbytes: output after output."""
+    """Returns our codes in the order of bitsandbytes, output after output."""
     both = np.stack([held.codes >> 4, held.codes & 15], axis=1)
     return both.reshape(weight.shape[::-1]).T.reshape(-1)
 

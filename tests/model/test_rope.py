@@ -1,4 +1,4 @@
-"""RoPE that is stretched to long contexts; `test_convert_parity` compares it with transformers."""
+"""RoPE that is stretched to long contexts; `test_transfer_parity` compares it with transformers."""
 
 import dataclasses
 import math
@@ -61,7 +61,7 @@ def test_yarn_by_hand(truncate):
         rope_original_context=4096,
         rope_truncate=truncate,
     )
-    # The pair whose wavelength 2 pi 10000^(2 i / 64) is 4096 / 32, and that where it is 4096.
+    # The pair whose wavelength 2 pi 10000^(2 i / 64) is 4096 / 32, and the pair where it is 4096.
     low = 32 * math.log(4096 / 32 / (2 * math.pi)) / math.log(1e4)
     high = 32 * math.log(4096 / (2 * math.pi)) / math.log(1e4)
     assert (round(low, 2), round(high, 2)) == (10.47, 22.51)
@@ -72,7 +72,7 @@ def test_yarn_by_hand(truncate):
         stretched = min(max((pair - low) / (high - low), 0), 1)
         expected.append(plain(pair) * (stretched / 16 + 1 - stretched))
     np.testing.assert_allclose(rope_frequencies(config), expected, rtol=1e-6)
-    # Equation 22: attention is sharpened, by way of cos and sin.
+    # Equation 22: cos and sin are scaled to sharpen attention.
     cos, sin = rope_tables(jnp.arange(50)[None], config)
     np.testing.assert_allclose(np.hypot(cos, sin), 0.1 * math.log(16) + 1, rtol=1e-6)
     given = dataclasses.replace(config, rope_attention_factor=0.75)
@@ -91,7 +91,7 @@ def hidden(tokens, **arguments):
 
 
 def test_dynamic_goes_by_the_length_of_each_document():
-    """Two documents in a row are computed as alone, on a mesh that divides the sequence too."""
+    """Packed documents give the results of each alone, also on a mesh that divides the sequence."""
     lengths = (44, 16)
     positions = np.concatenate([np.arange(length) for length in lengths])[None].repeat(2, 0)
     segments = np.repeat([1, 2], lengths)[None].repeat(2, 0).astype(np.int32)
@@ -115,7 +115,7 @@ def test_scores_do_not_depend_on_the_padding():
 
 
 def test_a_prompt_in_pieces_is_one_prompt(monkeypatch):
-    """Beyond the original context all pieces of a prompt have the theta of the whole."""
+    """Beyond the original context, all pieces of a prompt have the theta of the whole prompt."""
     params, lengths = random_params(DYNAMIC), [41, 30]
     monkeypatch.setattr(decode, "PREFILL", 16)
     padded = np.zeros((2, 64), np.int32)
@@ -156,7 +156,7 @@ def test_a_config_that_cannot_be(changes, message):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0), ("float32", 1e-6)])
 def test_a_tpu_rotates_by_a_product_and_gets_the_same(monkeypatch, dtype, tolerance):
-    """And so do its gradients; in bfloat16, in which TPUs train, to the bit."""
+    """The gradients are the same, too; in bfloat16, in which TPUs train, to the bit."""
     rng = np.random.default_rng(3)
     x, cotangent = (jnp.asarray(rng.standard_normal((2, 20, 3, 64)), dtype) for _ in range(2))
     positions = jnp.asarray(rng.integers(0, 5000, (2, 20)))

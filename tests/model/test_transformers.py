@@ -1,6 +1,6 @@
-"""It is LLaMA: the same numbers as `transformers.LlamaForCausalLM` and torch's AdamW.
+"""The model and optimizer agree with `transformers.LlamaForCausalLM` and torch's AdamW.
 
-By default against goldens made by `make_goldens.py`; `make parity` computes them anew.
+By default they are compared with goldens from `make_goldens.py`; `make parity` computes these anew.
 """
 
 import functools
@@ -50,7 +50,7 @@ def live(name):
 
 
 def to_hf_names(config, tree):
-    """Our gradients under their names; a copy of the mapping, so that no torch is needed."""
+    """Returns our gradients under transformers' names; a copy of the mapping, without torch."""
     layers, dim = tree["layers"], config.dim
     out = {"model.embed_tokens.weight": tree["embed"], "model.norm.weight": tree["final_norm"]}
     if "lm_head" in tree:
@@ -119,7 +119,7 @@ def test_twenty_steps_of_adamw(name, reference):
 
 
 def interleaved(params):
-    """Weights as they would be under Meta's pairing of dimensions (2i, 2i + 1)."""
+    """Returns the weights as for Meta's pairing of dimensions (2i, 2i + 1)."""
     order = np.arange(8).reshape(2, 4).T.reshape(-1)
     attn = dict(params["layers"]["attn"])
     attn["wq"], attn["wk"] = attn["wq"][..., order], attn["wk"][..., order]

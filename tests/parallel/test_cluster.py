@@ -1,4 +1,4 @@
-"""How a process finds the others of its job, and which GPUs it takes, in made-up environments."""
+"""How a process joins its job and which GPUs it takes, in made-up environments."""
 
 import os
 import subprocess
@@ -45,7 +45,7 @@ TPU_VM = {"TPU_ML_PLATFORM": "JAX"}
 
 @pytest.fixture
 def start(monkeypatch):
-    """Runs `join_job` in an environment; returns its result and what JAX was called with."""
+    """Returns a function that runs `join_job`, and returns its result and the arguments of JAX."""
 
     def run(env, machine_gpus=0, **kwargs):
         calls = []
@@ -97,7 +97,8 @@ def start(monkeypatch):
         (GKE, "GKE", {"cluster_detection_method": "gketpu"}),
         (SLICES, "GKE", {"cluster_detection_method": "gketpu"}),
         (TPU_VM, "TPU metadata", {"cluster_detection_method": "gcetpu"}),
-        # Which of several: the user's own word, then mpirun, which itself may run on Slurm.
+        # The order of precedence: the user's own variables, then mpirun, which itself may run on
+        # Slurm.
         ({**SLURM, **PLAIN}, "environment", None),
         ({**SLURM, **OPEN_MPI}, "Open MPI", None),
         ({**TPU_VM, **GKE}, "GKE", None),
@@ -106,8 +107,9 @@ def start(monkeypatch):
 def test_each_kind_of_cluster(start, env, means, arguments):
     found, called = start(env, timeout_s=7)
     assert found == means
-    assert called.pop("initialization_timeout") == 67  # after our own, which says it in one line
-    assert called.pop("heartbeat_timeout_seconds") <= 30  # JAX would wait for 100
+    # Later than our own time-out, whose message is one line.
+    assert called.pop("initialization_timeout") == 67
+    assert called.pop("heartbeat_timeout_seconds") <= 30  # JAX's default is 100
     assert arguments is None or called == arguments
 
 
@@ -119,7 +121,7 @@ def test_each_kind_of_cluster(start, env, means, arguments):
         {"JAX_NUM_PROCESSES": "1"},
         {**PLAIN, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"},
         {**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
-        # The shell of an interactive job of four tasks: a step of one.
+        # The shell of an interactive job of four tasks is a step of one task.
         {**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
         # A batch script, without srun.
         {name: value for name, value in SLURM.items() if "STEP" not in name},
@@ -163,7 +165,7 @@ def test_half_a_description_is_an_error(start, env, message):
 
 
 def test_an_address_of_ones_own_within_a_cluster(start):
-    env = {**SLURM, "JAX_COORDINATOR_ADDRESS": "node09:99"}  # JAX reads it
+    env = {**SLURM, "JAX_COORDINATOR_ADDRESS": "node09:99"}  # JAX reads this variable
     assert start(env)[0] == "Slurm"
     assert cluster.find_job(env).process_zero == "node09:99"
     without = {**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "", "JAX_COORDINATOR_ADDRESS": "node09:99"}
@@ -176,25 +178,25 @@ EIGHT = ",".join("01234567")
 @pytest.mark.parametrize(
     ("tasks", "index", "more", "gpus", "devices"),
     [
-        # One task per node takes all GPUs, however they are shown; JAX alone would take one.
+        # One task per node takes all GPUs, whether visible or not; JAX alone would take one.
         ("1(x4)", 0, {}, 8, []),
         ("1(x4)", 0, {"CUDA_VISIBLE_DEVICES": EIGHT, "SLURM_GPUS_ON_NODE": "8"}, 8, []),
-        # One task per GPU, all shown to all: one each.
+        # One task per GPU, all GPUs visible to all tasks: each takes one.
         ("8(x4)", 5, {}, 8, [5]),
         ("8(x4)", 5, {"CUDA_VISIBLE_DEVICES": EIGHT, "SLURM_GPUS_ON_NODE": "8"}, 8, [5]),
         ("2(x4)", 1, {}, 8, [4, 5, 6, 7]),
-        # Slurm (--gpus-per-task) or a wrapper has divided them: what is visible is ours.
+        # Slurm (--gpus-per-task) or a wrapper has divided the GPUs: a task takes the visible ones.
         ("8(x4)", 5, {"CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_ON_NODE": "8"}, 8, []),
         ("2(x4)", 1, {"CUDA_VISIBLE_DEVICES": "4,5,6,7", "SLURM_GPUS_ON_NODE": "8"}, 8, []),
         ("2(x4)", 1, {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, 8, []),
-        # A job with half of the node's GPUs, all of them shown to both of its tasks.
+        # A job with half of the node's GPUs, all of them visible to both of its tasks.
         ("2(x4)", 1, {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_ON_NODE": "4"}, 8, [2, 3]),
-        # None of NVIDIA's: left to JAX.
+        # Without an NVIDIA GPU, the choice is left to JAX.
         ("2(x4)", 1, {}, 0, None),
         ("2(x4)", 1, {"CUDA_VISIBLE_DEVICES": "-1"}, 8, None),
-        # The user's own word, which JAX reads.
+        # The user's own variable, which JAX reads.
         ("1(x4)", 0, {"JAX_LOCAL_DEVICE_IDS": "3"}, 8, None),
-        # The third of the nodes has one task.
+        # The third node has one task.
         ("2(x2),1", 0, {}, 8, []),
     ],
 )
@@ -228,7 +230,7 @@ def test_what_jax_says_is_told_in_a_line(start, monkeypatch):
         cluster.join_job()
 
 
-# What follows is the real JAX, in processes of its own.
+# The following tests use the real JAX, in processes of their own.
 CODE = """
 import sys, jax
 from llama_jax.parallel.cluster import join_job
@@ -294,7 +296,7 @@ def test_processes_that_do_not_meet_say_so_in_one_line():
     env = {"JAX_COORDINATOR_ADDRESS": here, "JAX_NUM_PROCESSES": "2"}
     there = {**env, "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}"}
     started = {
-        here: launch(1, {**env, "JAX_PROCESS_ID": "0"}),  # waits for 1
+        here: launch(1, {**env, "JAX_PROCESS_ID": "0"}),  # waits for process 1
         there["JAX_COORDINATOR_ADDRESS"]: launch(1, {**there, "JAX_PROCESS_ID": "1"}),
         "the first of the nodes node[01-04]": launch(1, SLURM),
     }

@@ -52,7 +52,7 @@ def test_dcn_multiplies_the_axis_that_ici_has_too():
 
 @dataclasses.dataclass(frozen=True)
 class FakeTpu:
-    """As much of a TPU device as arranging a mesh looks at."""
+    """A TPU device with only the attributes that are used to arrange a mesh."""
 
     id: int
     slice_index: int

@@ -23,7 +23,7 @@ def test_a_meeting_of_one_process():
 
 
 class Coordinator:
-    """JAX's, for threads that stand in for two processes."""
+    """Stands in for JAX's coordinator, for threads that act as two processes."""
 
     def __init__(self):
         self.values = {}
@@ -32,7 +32,7 @@ class Coordinator:
 
     def key_value_set(self, key, value):
         assert key not in self.values
-        value.encode()  # JAX's takes nothing else
+        value.encode()  # JAX's coordinator takes only UTF-8
         self.values[key] = value
 
     def wait_at_barrier(self, place, timeout_ms):
@@ -47,7 +47,7 @@ class Coordinator:
 
 @pytest.fixture
 def two(monkeypatch):
-    """Runs a call on two "processes"; returns what each returned or raised."""
+    """Returns a function that makes a call in two "processes", and returns results or errors."""
     mine = threading.local()
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: mine.index)
@@ -98,7 +98,7 @@ def test_a_failed_collective_is_printed_before_the_coordinator_is_asked(monkeypa
     said = []
 
     class Gone:
-        """A coordinator that has ended: JAX ends this process when it asks it."""
+        """A coordinator that has ended: JAX ends any process that contacts it."""
 
         def blocking_key_value_get(self, key, timeout_ms):
             asked.wait()
@@ -113,7 +113,7 @@ def test_a_failed_collective_is_printed_before_the_coordinator_is_asked(monkeypa
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(multihost.distributed.global_state, "client", Gone())
-    monkeypatch.setattr(multihost, "_peers", multihost._peers)  # put back at the end
+    monkeypatch.setattr(multihost, "_peers", multihost._peers)  # restored at the end of the test
     with pytest.raises(jax.errors.JaxRuntimeError, match="reset by peer"), multihost.Peers():
         raise jax.errors.JaxRuntimeError("Connection reset by peer")
     assert len(said) == 1 and "Connection reset by peer" in said[0] and "Traceback" in said[0]

@@ -133,12 +133,12 @@ def test_the_lowered_step_pins_activations():
     assert (f"[{{{rows[1:]}, {{}}]", "32x16x32xf32") in pinned  # residual stream
     assert (f'[{{{rows[1:]}, {{"tensor"}}, {{}}]', "32x16x4x8xf32") in pinned  # q, k, v
     assert (f'[{{{rows[1:]}, {{"tensor"}}]', "32x16x48xf32") in pinned  # SwiGLU
-    # Logits of a chunk, of one device's rows.
+    # Logits of a chunk, for the rows of one device.
     assert ('[{}, {}, {"tensor"}]', "8x8x64xf32") in pinned
 
 
 def trace_step(config, mesh):
-    """The step's jaxpr, its abstract state and what comes out, without any device."""
+    """Returns the step's jaxpr, its abstract state and its outputs, without any device."""
     shape = (config.train.global_batch, config.train.seq_len)
     batch = {
         "inputs": jax.ShapeDtypeStruct(shape, jnp.int32),
@@ -175,7 +175,7 @@ def test_65b_on_2048_devices_without_one():
     )
     # Only the norms' scales (1.3M) are whole on each device.
     assert per_device == pytest.approx(65_285_660_672 / 2048, rel=0.05)
-    # A deeper model is not longer to trace and compile.
+    # A deeper model takes no longer to trace and compile.
     shallow, *_ = trace_step(replace(config, model__n_layers=2), mesh)
     assert len(str(jaxpr).splitlines()) == len(str(shallow).splitlines())
 
@@ -191,7 +191,7 @@ def test_check_batch():
         sharding.check_batch(8, 4, 2, abstract_mesh(1, 1, 2, 4))
 
 
-# Compiles the train and the evaluation step; what the partitioner warns of is on standard error.
+# Compiles the train and the evaluation step; warnings of the partitioner go to standard error.
 COMPILE = """
 import sys
 import jax
@@ -217,15 +217,15 @@ for shape in shapes:
 
 
 def rematerialized(shapes, unpinned=False, packed=False, **changes):
-    """Meshes on which the partitioner replicates an array whole because it knows no other way."""
+    """Returns the meshes on which the partitioner can only reshard by replicating a whole array."""
     process = subprocess.run(
         [sys.executable, "-c", COMPILE, repr((changes, packed, unpinned, shapes))],
         cwd=ROOT,
         env={
             **os.environ,
-            "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings, which the tests elsewhere don't show
-            "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is not compiled warns of nothing
-            # The partitioner is the same; what follows it is not needed here.
+            "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings, which the other tests hide
+            "JAX_ENABLE_COMPILATION_CACHE": "false",  # a program from the cache gives no warnings
+            # The partitioner is the same; the optimizations after it are not needed here.
             "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {QUICK}",
         },
         capture_output=True,
@@ -244,7 +244,7 @@ def test_no_intermediate_is_unsharded():
 
 
 def test_an_unsharded_intermediate_is_seen():
-    """Without a place for gradients of the residual stream, one is replicated."""
+    """Without a sharding for gradients of the residual stream, one of them is replicated."""
     shapes = ((1, 1, 2, 4),)
     assert rematerialized(shapes, unpinned=True) == list(shapes)
 

@@ -1,4 +1,4 @@
-"""What predictions are compared with, and what `plan` says of it."""
+"""The runs with which predictions are compared, and what `plan` prints about them."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.reference import plans
 
 
 def test_the_published_runs():
-    """By MaxText's figures of tokens/s/chip, 692 on v5p and 905 on v6e, for 16,384 tokens."""
+    """MaxText published 692 tokens/s/chip on v5p and 905 on v6e, each for 16,384 tokens."""
     v5p, v6e = (next(run for run in RUNS if run.chip == chip) for chip in ("v5p", "v6e"))
     assert (v5p.measured, v6e.measured) == (16384 / 692, 16384 / 905)
     assert v5p.error == pytest.approx(0.058, abs=1e-3) and abs(v6e.error) < 0.08
@@ -44,7 +44,7 @@ def test_every_chip_has_a_line_and_its_runs():
 
 @pytest.mark.parametrize("home", plans.PUBLISHED, ids=lambda home: home.name)
 def test_shapes_of_published_runs_are_as_the_plan_has_them(home):
-    """`python -m tests.reference.plans` compiles this project's program for each."""
+    """`python -m tests.reference.plans` compiles this project's program for each shape."""
     chip = home.topology.split("-")[0].split(":")[0]
     stored = plans.golden(home)
     found = [run for run in SHAPES if run.chip == chip and run.predicted == stored["step_seconds"]]
@@ -52,7 +52,7 @@ def test_shapes_of_published_runs_are_as_the_plan_has_them(home):
 
 
 def test_llama_3_on_v6e_is_near_its_published_rate():
-    """960 tokens/s/chip, of the same batch, remat policy and flags."""
+    """960 tokens/s/chip were published, with the same batch, remat policy and flags."""
     stored = next(plans.golden(home) for home in plans.PUBLISHED if home.config == "llama3_1_70b")
     assert stored["fits"] and stored["gib_per_chip"]["host"] > 80
     assert stored["tokens_per_second_per_chip"] == pytest.approx(960, rel=0.1)

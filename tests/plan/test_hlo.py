@@ -98,7 +98,7 @@ def test_loops_fusions_and_asynchronous_starts():
 
 
 def test_an_estimate_that_is_none():
-    """libtpu writes the largest integer for what runs on a SparseCore."""
+    """libtpu writes the largest integer for operations on a SparseCore."""
     text = MODULE.replace('"estimated_cycles":"100"', f'"estimated_cycles":"{2**63 - 1}"')
     assert summarize(text).cycles == summarize(MODULE).cycles - 100
 
@@ -167,7 +167,7 @@ def test_collectives_of_a_look_up():
 
 
 def test_a_chain_of_fusions_is_one_collective():
-    """It begins at the first fusion with its channel, and is waited for at the last."""
+    """It starts at the first fusion with its channel, and ends at the last."""
     module = parse(CHAIN)
     gather, reduce = collective_schedule("main", module)
     assert (gather.start, gather.end) == ("async-collective-start", "async-collective-done")

@@ -8,7 +8,7 @@ from tests.helpers import ROOT  # noqa: F401  (CPU devices)
 
 
 def only(text, name="x"):
-    """The instruction x of a one-computation module, with its scope."""
+    """Returns the instruction `name` of a module of one computation, its scope and the module."""
     module = parse("ENTRY %main (a: f32[1]) -> f32[1] {\n" + text + "\n}\n")
     scope = module.computations["main"]
     return scope[name], scope, module
@@ -38,13 +38,13 @@ A = "%a = bf16[8,16]{1,0} parameter(0)\n"
             "%x = bf16[2,8,4]{2,1,0} convolution(%l, %r), window={size=1}, dim_labels=0bf_io0->0bf",
             2 * 2 * 8 * 4 * 16,
         ),
-        # Contracted: the window is all of it.
+        # A contracted spatial dimension: the window covers all of it.
         (
             "%l = bf16[8,16,3]{2,1,0} parameter(1)\n%r = bf16[3,16,4]{2,1,0} parameter(2)\n"
             "%x = bf16[8,4,1]{1,0,2} convolution(%l, %r), window={size=3}, dim_labels=bf0_0io->bf0",
             2 * 8 * 4 * 16 * 3,
         ),
-        # Padded all around: each output meets one element.
+        # Padded on both sides: each output uses one element.
         (
             "%l = bf16[8,16,1]{2,1,0} parameter(1)\n%r = bf16[16,5,4]{2,1,0} parameter(2)\n"
             "%x = bf16[8,5,4]{1,0,2} convolution(%l, %r), "
@@ -66,7 +66,8 @@ def kernel(target, name, shape, operands=3):
     )[0]
 
 
-SQUARE = 2 * 4 * 128 * 128 * 8  # B N T T H: multiplied and added, half of it masked
+# B N T T H: a multiplication and an addition each, half of it masked
+SQUARE = 2 * 4 * 128 * 128 * 8
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_kernels(target, name, products):
 
 @pytest.mark.parametrize(("batch", "square"), [("2,", SQUARE), ("", SQUARE // 2)])
 def test_the_kernels_of_one_sequence_and_of_several(batch, square):
-    """XLA drops a dimension of 1; the fused kernel of splash also returns d_q, once a tile."""
+    """XLA drops a dimension of 1; the fused kernel of splash also returns d_q, once per tile."""
 
     def flops_of(name, out="bf16[1]{0}"):
         one = kernel("tpu_custom_call", name, f"[{batch}4,128,8]")

@@ -1,4 +1,4 @@
-"""Seconds of a collective on a torus, counted by hand."""
+"""The predicted seconds of a collective on a torus equal a count by hand."""
 
 import pytest
 
@@ -25,8 +25,8 @@ def test_two_devices_of_one_chip():
     [
         ("all-gather", WHOLE, 0, 6),
         ("all-gather", PLANE, 0, 4),
-        ("all-gather", WHOLE, 2, 2),  # one ring through all, as the compiler says
-        ("all-gather", LINE, 6, 2),  # it cannot use more than there are
+        ("all-gather", WHOLE, 2, 2),  # one ring through all devices, as the compiler reports
+        ("all-gather", LINE, 6, 2),  # it cannot use more links than there are
         ("all-reduce", WHOLE, 6, 6),
         ("reduce-scatter", LINE, 0, 2),
     ],

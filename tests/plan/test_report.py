@@ -44,20 +44,20 @@ CONFIG = replace(TINY, train__global_batch=32, mesh__tensor=2)
 
 @pytest.fixture
 def eight(monkeypatch):
-    """Eight CPU devices in the place of a v5e slice."""
+    """Returns a v5e slice of eight chips, for which CPU devices stand in."""
     monkeypatch.setattr(report_lib, "topology_devices", lambda topology: jax.devices())
     return Topology(chip_named("v5e"), (2, 4))
 
 
 def test_the_plan_counts_what_is_there(eight):
     result = plan(CONFIG, eight)
-    assert set(KEYS) <= set(result)  # scripts rely on them
+    assert set(KEYS) <= set(result)  # scripts rely on these keys
     assert result["chips"] == 8 and result["mesh"]["fsdp"] == 4
     assert json.loads(json.dumps(result)) == result
     state = abstract_state(CONFIG)
     matrices = sum(leaf.size for leaf in jax.tree.leaves(state.params)) - 5 * 32
-    # Weights and two moments over 8 devices, norms and counters whole, tokens over 4; and what was
-    # skipped and usual.
+    # Weights and two moments over 8 devices, norms and counters whole, tokens over 4; and the state
+    # of the skip policy.
     expected = 3 * 4 * (matrices / 8 + 5 * 32) + 3 * 4 * 32 * 16 / 4 + 12
     expected += sum(leaf.nbytes for leaf in jax.tree.leaves(init_skips()))
     sizes = result["bytes_per_chip"]
@@ -79,7 +79,7 @@ def test_the_plan_counts_what_is_there(eight):
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 def test_the_batch_is_what_training_draws(packing, corpus, tmp_path):
-    """Attention above segment ids is another program than without."""
+    """Attention with segment ids is another program than attention without them."""
     config = text_config(corpus, data__packing=packing)
     drawn = open_data(config, epath.Path(tmp_path)).train.rows(0, range(8))
     lowered, _, _ = lower_step(config, jax.devices())
@@ -144,7 +144,7 @@ def test_what_it_costs(eight):
 
 
 def test_a_plan_of_adapters(monkeypatch):
-    """What there is of weights, which FLOPs count, hours and dollars."""
+    """It counts the weights, the FLOPs of adapters, hours and dollars."""
     monkeypatch.setattr(report_lib, "topology_devices", lambda topology: jax.devices()[:1])
     one, config = (
         Topology(chip_named("v5e"), (1, 1)),
@@ -204,7 +204,7 @@ def test_the_compilers_word_that_it_does_not_fit(eight, monkeypatch):
         ),
         ("RESOURCE_EXHAUSTED: whatever else", "(RESOURCE_EXHAUSTED: whatever else)"),
     ):
-        Lowered.message = message  # not the memory of which a larger machine has more
+        Lowered.message = message  # this memory is no larger on a larger machine
         with pytest.raises(UserError, match="too little on-chip memory for one of") as caught:
             plan(CONFIG, eight)
         assert told in str(caught.value) and "\n" not in str(caught.value)
@@ -216,7 +216,7 @@ def test_the_compilers_word_that_it_does_not_fit(eight, monkeypatch):
 def test_the_heap_of_a_tpu_program_is_in_its_newest_report(tmp_path):
     with pytest.raises(UserError, match=f"not reported the program's memory in {tmp_path}"):
         compilation.heap_bytes(tmp_path)
-    for order, size in (("0001", 5169836928), ("0000", 482433696)):  # the later one comes last
+    for order, size in (("0001", 5169836928), ("0000", 482433696)):  # the later program comes last
         path = tmp_path / f"module_{order}.jit_x.after_optimizations-memory-usage-report.txt"
         path.write_text(
             f"Memory Space: default (color=0)\nTotal bytes: {size} (x)\n  shapes\n"
@@ -247,14 +247,14 @@ def test_the_users_dump_is_where_the_report_is(monkeypatch, flags, folder):
 
 
 def test_a_step_that_is_written_to_a_folder_makes_no_other(eight, monkeypatch, tmp_path):
-    """Its process may end within the compiler, and leave behind what it has made."""
+    """If the compiler ended the process, such a temporary folder would be left behind."""
     made = []
     monkeypatch.setattr(compilation.tempfile, "mkdtemp", lambda *_: made.append(1))
     assert compilation.compile_step(CONFIG, jax.devices(), tmp_path).text and not made
 
 
 def test_what_the_compiler_works_around_is_told(eight, monkeypatch):
-    """A step that splits a dimension in the wrong order, which XLA does by gathering all of it."""
+    """The step splits a dimension in the wrong order, which XLA solves by gathering all of it."""
     _, state, mesh = lower_step(CONFIG, jax.devices())
 
     def reshard(x):
@@ -271,7 +271,7 @@ def test_what_the_compiler_works_around_is_told(eight, monkeypatch):
 
 
 def test_sharding_constraints_are_in_the_lowered_step(eight):
-    """Eight of a layer's forward pass, the embedding's two and the logits' at least."""
+    """At least eight in a layer's forward pass, two at the embedding and one at the logits."""
     assert plan(CONFIG, eight)["sharding_constraints"] >= 11
     lowered, _, _ = lower_step(CONFIG, jax.devices())
     assert "sdy.sharding_constraint" in lowered.as_text()
@@ -311,7 +311,7 @@ def test_the_command_with_bad_input(flags, message):
 
 @pytest.mark.parametrize("home", plans.HOMES, ids=lambda home: home.name)
 def test_every_config_names_its_homes(home):
-    """In the docstring, with the figures of the golden plan; they fit."""
+    """Its docstring has the figures of the golden plans, which fit."""
     stored = plans.golden(home)
     assert stored["fits"] and not stored["warnings"]
     text = (ROOT / "configs" / f"{home.config}.py").read_text()
@@ -330,7 +330,7 @@ def test_the_tables_are_those_of_the_goldens(page):
 
 def test_the_table_of_fine_tuning():
     text = (ROOT / "docs" / "finetuning.md").read_text()
-    # The plan's own figure is of the config's steps, which for alpaca_7b are Alpaca's.
+    # The plan's own hours are those of the config's steps, which for alpaca_7b equal Alpaca's.
     own = [home for home in plans.FINETUNING if home.config == "alpaca_7b"]
     for home in own:
         hours = f"| {plans.hours(home):.2f} | {plans.golden(home)['chip_hours']:.2f} |"
@@ -345,13 +345,13 @@ def test_the_table_of_fine_tuning():
 @pytest.mark.parametrize(
     ("config", "topology", "gb"),
     [
-        ("alpaca_7b", "rtx4090:1x1", 24),  # LoRA
+        ("alpaca_7b", "rtx4090:1x1", 24),  # with LoRA
         ("guanaco_7b_qlora", "rtx4090:1x1", 16),
         ("guanaco_65b_qlora", "l40s:1x1", 48),
     ],
 )
 def test_fine_tuning_fits_a_gpu_of_so_many_gb(config, topology, gb):
-    """Of which a tenth is for the driver and libraries, as in `chips`."""
+    """A tenth of the memory is left for the driver and libraries, as in `chips`."""
     home = plans.Home(config, topology)
     sizes = plans.golden(home)["gib_per_chip"]
     assert sizes["total"] < 0.9 * gb * 1e9 / GIB and "frozen" in sizes
@@ -368,7 +368,7 @@ def test_fine_tuning_fits_a_gpu_of_so_many_gb(config, topology, gb):
     ],
 )
 def test_how_fast_the_papers_models_are_on_tpus(name, mfu):
-    """Predicted, by 6N; and the network of 65B on v5p is hidden."""
+    """The MFU is predicted, by 6N; the network of 65B on v5p is hidden."""
     stored = next(plans.golden(home) for home in plans.HOMES if home.name == name)
     assert stored["mfu_6n"] >= mfu
     assert set(stored["asynchronous"]) >= {"all-gather"}
@@ -388,15 +388,16 @@ def home_of(config, marker):
 
 
 def check(home):
-    """The compiler still says what the golden plan says.
+    """Checks that the compiler still gives the golden plan.
 
-    Compiled for the same versions of JAX the plan is the same; 3% are for other releases of the
-    compilers, which the constraints leave open. `python -m tests.reference.plans` writes it anew.
+    Compiled with the same versions of JAX, the plan is the same; the 3% allow for other releases of
+    the compilers, which the constraints leave open. `python -m tests.reference.plans` writes the
+    golden plan anew.
     """
     result = plans.compile_plan(home)
     got, stored = plans.summary(result), plans.golden(home)
     assert got["fits"] and got["warnings"] == []
-    assert got["lookup_collectives"] == 0  # of the embedding, but for the gather of its table
+    assert got["lookup_collectives"] == 0  # the embedding needs only the gather of its table
     assert got["sharding_constraints"] >= 11
     gathered = {kind: one["gb"] for kind, one in got["collectives"].items() if "gather" in kind}
     assert gathered.get("all-gather f32", 0) < 0.01, "weights are gathered in bfloat16"
@@ -411,7 +412,7 @@ def check(home):
 
 
 def check_that_warnings_are_seen(name):
-    """A step that splits a dimension in the wrong order; the tests' own log level hides it."""
+    """Checks a step that splits a dimension in the wrong order; the log level of tests hides it."""
     code = f"""
 import jax, jax.numpy as jnp
 jax.config.update("jax_platforms", "cpu")
@@ -458,7 +459,7 @@ def test_the_tpu_compiler_says_that_it_fits(config):
 
 @pytest.mark.tpu
 def test_what_is_offloaded_is_not_in_the_chips_memory():
-    """The compiler's peak_memory_in_bytes has both; what is kept instead is in the chip's."""
+    """peak_memory_in_bytes of the compiler counts both; saved tensors are in the chip's memory."""
     code = """
 import jax, json
 jax.config.update("jax_platforms", "cpu")
@@ -484,10 +485,10 @@ for remat in ("save:block_in,q", "offload:block_in,q"):
 @pytest.mark.tpu
 @pytest.mark.parametrize("name", ["v5p:4x4x4", "v5e:16x16"])
 def test_a_torus_has_gathers(name):
-    """Of each weight of a layer, in both loops; no all-reduce stands for one.
+    """Both loops gather each weight of a layer, and no all-reduce replaces a gather.
 
-    A compiler that takes the slice for a mesh without wrap-around, or a 3-D gather for one that it
-    has not, adds up zero-filled arrays instead.
+    A compiler that takes the slice for a mesh without wrap-around, or that has no gather for this
+    torus, adds up zero-filled arrays instead.
     """
     code = f"""
 import jax
@@ -540,7 +541,7 @@ def test_the_compiler_says_that_fine_tuning_fits(home):
 
 @pytest.mark.gpu
 def test_a_look_up_with_collectives_is_seen():
-    """The vocabulary over tensor: what each device finds is added up."""
+    """The vocabulary is divided over tensor, and the devices add up the rows that each one has."""
     home = plans.Home("7b", "h100:8", ("--config.mesh.tensor=2", "--config.train.grad_accum=64"))
     assert plans.compile_plan(home)["lookup_collectives"] > 0
 
@@ -549,7 +550,7 @@ def test_a_look_up_with_collectives_is_seen():
 @pytest.mark.parametrize("with_segments", [False, True])
 @pytest.mark.parametrize("backend", ["xla", "cudnn", "triton"])
 def test_attention_for_eight_h100s(backend, with_segments):
-    """Forward and backward, by the compiler that the GPUs have."""
+    """The GPUs' compiler compiles the forward and the backward pass."""
     code = f"""
 import jax, jax.numpy as jnp
 jax.config.update("jax_platforms", "cpu")
@@ -578,5 +579,6 @@ print(text.count("__cudnn$fmha"), text.count("__gpu$xla.gpu.triton"), text.count
     assert process.returncode == 0, process.stderr
     cudnn, triton, gathers = map(int, process.stdout.split())
     assert cudnn == (2 if backend == "cudnn" else 0)
-    assert triton == (3 if backend == "triton" else 0)  # forward, sums of the backward pass, it
+    # The forward pass, the sums for the backward pass, and the backward pass.
+    assert triton == (3 if backend == "triton" else 0)
     assert gathers == 0

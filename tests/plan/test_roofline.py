@@ -61,7 +61,8 @@ def test_a_collective_beside_compute_costs_nothing():
 def test_bound_by_the_memory():
     slow = dataclasses.replace(H100, hbm_bandwidth=1e9)
     found = predict(module("", ""), slow, [0] * 8)
-    assert found.memory_bytes == 10 * (2 * 2048 * 8192 * 2)  # %k is not there to be read
+    # The module does not define %k, so its bytes are not counted.
+    assert found.memory_bytes == 10 * (2 * 2048 * 8192 * 2)
     assert found.step == found.memory == pytest.approx(found.memory_bytes / 1e9)
 
 
@@ -83,9 +84,9 @@ def test_cycles_of_the_compiler():
         # One node: NVLink.
         ("all-gather", (tuple(range(8)),), 7 / 8 * GATHER / 450e9 + 7 * 1.9e-6),
         ("all-reduce", ((0, 1),), GATHER / 450e9 + 2 * 1.9e-6),
-        # Two nodes of eight: eight cards together.
+        # Two nodes of eight GPUs: the eight network cards work together.
         ("all-gather", (tuple(range(16)),), 15 / 16 * GATHER / 400e9 + 14 * 1.9e-6 + 4e-6),
-        # One of each node: its card alone.
+        # One GPU of each node: only its own network card.
         ("reduce-scatter", ((0, 8),), 1 / 2 * GATHER / 50e9 + 4e-6),
         ("collective-permute", ((0, 8),), GATHER / 50e9 + 4e-6),
         ("all-gather", ((0,),), 0.0),
@@ -126,7 +127,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {{
 
 
 def test_a_chain_is_sent_once_and_hidden_behind_what_runs_between():
-    """As libtpu writes an asynchronous gather: three fusions with one channel."""
+    """libtpu writes an asynchronous gather so: three fusions with one channel."""
     cycles = {"short": 175_000, "long": 17_500_000}  # 0.1 and 10 ms
     size = 64 * 2**20
     gather = "all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}"

@@ -22,26 +22,26 @@ from tests.test_config import load
 EIGHT = Topology(chip_named("v5e"), (2, 4))
 CONFIG = replace(TINY, train__global_batch=32)
 LARGE, SLICE = load("65b")[0], parse_topology("v5p-1024")
-BEST = "save:mlp_gate,mlp_up,attn_out,q"  # of what 96 GB hold of LARGE
+BEST = "save:mlp_gate,mlp_up,attn_out,q"  # the policy that keeps most of LARGE in 96 GB
 
 
 # Left out: attention by XLA over a divided sequence of 131,072 tokens, NF4 unpacked on a TPU, and
-# models so small that what is neither a product nor a kernel takes the time.
+# models so small that most of the time goes to neither products nor kernels.
 FAR = ("h200:64x8", "h200:128x8", "v5e:2x2", "v5e:4x4")
 NEAR = [one for one in plans.HOMES if one.topology not in FAR and one not in plans.SMALL]
 
 
 @pytest.mark.parametrize("home", NEAR, ids=lambda home: home.name)
 def test_the_estimate_is_near_the_compiler(home):
-    """Within a factor of two in memory and time: enough to sort by."""
+    """A factor of two in memory and time is enough to sort candidates."""
     guess = estimate(home.loaded, parse_topology(home.topology))
     stored = plans.golden(home)
     assert guess.total / 2**30 == pytest.approx(stored["gib_per_chip"]["total"], rel=0.5)
     assert guess.seconds == pytest.approx(stored["step_seconds"], rel=0.5)
 
 
-# Of one device, GiB: the heaps of programs that libtpu 0.0.42.1 has scheduled with the preset of
-# their chip and fsdp over the whole slice unless said.
+# GiB of one device: the heaps of programs that libtpu 0.0.42.1 scheduled with the preset of their
+# chip, with fsdp over the whole slice by default.
 MLP = "save:mlp_gate,mlp_up"
 HEAPS = [
     ("65b", "v5p-1024", {"model__remat": "full"}, 16.02),
@@ -83,14 +83,15 @@ def test_the_estimate_knows_the_torus():
         return estimate(replace(LARGE, model__remat="full", **changes), SLICE).seconds
 
     assert seconds() < seconds(mesh__data=2) < seconds(mesh__tensor=2)
-    # 512 sequences leave little to hide the network behind, and v5e's is two-dimensional.
+    # 512 sequences leave little compute to hide the network behind, and v5e's network has two
+    # dimensions.
     flat, halves = parse_topology("v5e:16x16"), parse_topology("v5e:8x32")
     config = replace(LARGE, model__remat="full", train__global_batch=256)
     assert estimate(config, flat).seconds < estimate(config, halves).seconds
 
 
 def test_the_estimate_knows_the_attention_kernel():
-    """What is kept of it saves its forward pass: 2 of 11 products at half of the peak."""
+    """Its saved output spares the second forward pass: 2 of 11 products, at half of the peak."""
     config = replace(LARGE, train__seq_len=16384, train__global_batch=512)
     times = [
         estimate(replace(config, model__remat=remat), SLICE).seconds
@@ -103,7 +104,7 @@ def test_the_estimate_knows_the_attention_kernel():
 
 @pytest.mark.parametrize(("flag", "factor"), [("", 1), ("=true", 1.5), ("=false", 1)])
 def test_two_microbatches_at_once_take_more_memory(monkeypatch, flag, factor):
-    """As XLA's double buffering has them: 7B on 128 H100s takes 45.4 GiB without, 67.2 with."""
+    """XLA's double buffering overlaps them: 7B on 128 H100s takes 67.2 GiB instead of 45.4."""
     name = "--xla_gpu_enable_while_loop_double_buffering"
     monkeypatch.setenv("XLA_FLAGS", f"--xla_a=1 {name}{flag}" if flag else "")
     keep = "save:q,k,v,attn_context,mlp_gate,mlp_up"
@@ -116,7 +117,7 @@ def test_candidates_divide():
     found = list(candidates(CONFIG, EIGHT))
     meshes = {dataclasses.astuple(one.mesh) for one in found}
     assert (1, 8, 1, 1) in meshes and (2, 2, 1, 2) in meshes
-    assert all(one.mesh.tensor <= 4 for one in found)  # four heads
+    assert all(one.mesh.tensor <= 4 for one in found)  # it has four heads
     assert {one.model.remat for one in found} >= {"full", "none"}
     for one in found:
         rows = one.mesh.data * one.mesh.fsdp
@@ -139,19 +140,19 @@ ADAPTERS |= {"train__global_batch": 40, "model__remat": "full"}
 
 @pytest.mark.parametrize("base_dtype", ["float32", "bfloat16", "nf4"])
 def test_the_estimate_of_adapters_is_of_a_frozen_base(base_dtype):
-    """Which is known to the byte; weights that are trained take 16 bytes and more."""
+    """The base's size is known to the byte; trained weights take 16 bytes each and more."""
     config = replace(load("7b")[0], **ADAPTERS, lora__base_dtype=base_dtype)
     base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_frozen(config)))
     assert frozen_bytes(config.model, config.lora) == pytest.approx(base, rel=1e-3)
     one = parse_topology("h100:1x1")
     total = estimate(replace(config, train__grad_accum=40), one).total
     assert base < total < base + 2 * 2**30
-    # Half as much is left on two GPUs, but for what each of them works on.
+    # Two GPUs share the base, but each needs its own working memory.
     assert estimate(replace(config, train__grad_accum=20), parse_topology("h100:1x2")).total < total
 
 
 def test_the_time_of_adapters():
-    """4 FLOPs a weight in place of 6; NF4 costs that each microbatch unpacks the base again."""
+    """4 FLOPs a weight instead of 6; with NF4, each microbatch unpacks the base again."""
     config, one = replace(load("7b")[0], **ADAPTERS), parse_topology("h100:1x1")
     full = estimate(replace(config, lora__rank=0), one).seconds
     frozen = estimate(config, one).seconds
@@ -194,7 +195,7 @@ def test_search_finds_the_fastest_that_fits(monkeypatch, capsys):
 
     def fake_plan(config, topology, price):
         compiled.append(config)
-        first = len(compiled) == 1  # the fastest does not fit
+        first = len(compiled) == 1  # the fastest candidate does not fit
         return {
             "bytes_per_chip": {"total": 2**30},
             "fits": not first,
@@ -216,7 +217,7 @@ def test_search_finds_the_fastest_that_fits(monkeypatch, capsys):
 
 
 def fake_compilers(monkeypatch, *, scheduled_gib, plan_gib=None, steps=None, fails=()):
-    """Compilers that say what is asked, by the remat policy of a candidate or its mesh."""
+    """Installs compilers with these answers, given by a candidate's remat policy or "other"."""
     said = {"scheduled": [], "compiled": []}
 
     def key(config):
@@ -254,7 +255,7 @@ def test_a_search_for_tpus_schedules_all_and_compiles_the_best(monkeypatch, caps
     first = said["scheduled"][:3]
     assert all((one.mesh.data, one.mesh.fsdp, one.mesh.tensor) == (1, 512, 1) for one in first)
     assert all(one.train.grad_accum == 1 for one in first)
-    assert first[0].model.remat == BEST  # as much as 96 GB hold
+    assert first[0].model.remat == BEST  # the policy that keeps most in 96 GB
     rest = [(one.mesh.fsdp, one.train.grad_accum) for one in said["scheduled"][3:]]
     assert rest[:2] == [(512, 2), (512, 4)] and rest[2][0] != 512
     meshes = [dataclasses.astuple(one.mesh) for one in said["scheduled"][5:]]
@@ -272,7 +273,7 @@ def test_a_search_for_tpus_schedules_all_and_compiles_the_best(monkeypatch, caps
 
 
 def test_of_few_microbatches_one_is_compiled_too(monkeypatch):
-    """Where more of them have the better schedules."""
+    """More microbatches have the better schedules here."""
     said = fake_compilers(monkeypatch, scheduled_gib=lambda remat: 80)
     real = tpu_schedule.schedule
 
@@ -287,7 +288,7 @@ def test_of_few_microbatches_one_is_compiled_too(monkeypatch):
 
 
 def test_a_search_for_tpus_takes_the_fastest_plan(monkeypatch):
-    """Not the first schedule: cycles are known only once the code is generated."""
+    """It may not be the first schedule: cycles are known only after code generation."""
     second = "save:mlp_gate,mlp_up,attn_out"
     said = fake_compilers(monkeypatch, scheduled_gib=lambda remat: 80, steps={second: 4.0})
     result = search(LARGE, SLICE, limit=6, price=0.0)
@@ -363,7 +364,7 @@ def test_a_batch_that_divides_over_no_mesh():
 
 
 def told(config, topology, factor):
-    """Advice, where the program needs so many times the memory that there is."""
+    """Returns the advice for a program that needs `factor` times the available memory."""
     each = topology.chip.hbm_bytes
     mesh = {"data": 1, "fsdp": topology.devices, "context": 1, "tensor": 1}
     return advice(config, topology, {"bytes_per_chip": {"total": factor * each}, "mesh": mesh})
@@ -389,7 +390,7 @@ def test_advice_when_more_chips_are_needed():
 
 
 def test_advice_for_adapters():
-    """What the compiler said of 40 sequences at once, in GiB; all it takes is named."""
+    """The memory is what the compiler reported for 40 sequences at once, in GiB."""
     config = replace(load("7b")[0], **ADAPTERS)
 
     def lines(config, topology, total):
@@ -414,7 +415,7 @@ def test_advice_for_adapters():
 
 
 def repeated(config, lines):
-    """Flags of advice that the config says already."""
+    """Returns the fields that advice sets to the value that the config already has."""
     values = dataclasses.asdict(config)
     flags = [flag for line in lines for flag in line.split() if flag.startswith("--config.")]
     pairs = [flag.removeprefix("--config.").split("=", 1) for flag in flags]
@@ -447,7 +448,7 @@ def kept(config, remat):
 
 
 def test_advice_for_a_tpu_begins_with_fsdp_over_the_whole_slice():
-    """Its state is least there, and all links serve it."""
+    """The state is smallest there, and all links are used."""
     machine = parse_topology("v5p-128")
     for data, tensor in ((16, 1), (2, 1), (2, 2)):
         sizes = {"data": data, "fsdp": 64 // data // tensor, "context": 1, "tensor": tensor}

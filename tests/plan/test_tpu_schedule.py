@@ -32,7 +32,7 @@ def test_gpus_have_no_schedule(monkeypatch):
 
 @pytest.fixture
 def compiler(monkeypatch, tmp_path):
-    """A command in the place of the process that compiles."""
+    """Returns a function that replaces the compiling process by a script."""
 
     def make(lines):
         path = tmp_path / "compiler"
@@ -73,7 +73,7 @@ def test_the_compiler_is_given_the_flags_of_the_user(compiler, monkeypatch):
 
 
 def ended(process_id):
-    """Whether there is no such process, within seconds."""
+    """Returns whether a process ends within ten seconds."""
     for _ in range(200):
         state = pathlib.Path(f"/proc/{process_id}/stat")
         if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
@@ -83,7 +83,7 @@ def ended(process_id):
 
 
 def written(path):
-    """What is in a file, once there is something."""
+    """Returns the content of a file as soon as it has some."""
     for _ in range(600):
         if path.exists() and path.read_text():
             return path.read_text()
@@ -134,14 +134,14 @@ def test_the_compiler_ends_with_its_schedule(tmp_path):
     written(tmp_path / "pid")
     (folder / "module_0.jit_train_step.cl_1.after_optimizations.txt").touch()
     time.sleep(0.5)
-    assert process.poll() is None  # what comes after it is not there
+    assert process.poll() is None  # the last file is still missing
     last = "module_0.jit_train_step.cl_1.after_optimizations_after_buffer_assignment.txt"
     (folder / last).touch()
     assert process.wait(timeout=60) == 0
 
 
 def test_the_compiler_ends_with_the_process_that_asked(tmp_path):
-    """Even if that is killed; the folder goes too."""
+    """It ends even if that process is killed, and removes the folder."""
     folder = tmp_path / "dump"
     folder.mkdir()
     process = watcher(folder, tmp_path / "pid", os.getpid() + 1)
@@ -151,7 +151,7 @@ def test_the_compiler_ends_with_the_process_that_asked(tmp_path):
 
 @pytest.mark.tpu
 def test_a_schedule_of_the_tpu_compiler():
-    """Of two layers; with all sequences in one microbatch it does not fit."""
+    """The model has two layers; with all sequences in one microbatch it does not fit."""
     machine = parse_topology("v5e:2x2")
     model = {"n_layers": 2, "n_kv_heads": 8, "n_heads": 8, "ffn_dim": 2048, "dim": 1024}
     config = replace(
@@ -173,7 +173,7 @@ def test_a_schedule_of_the_tpu_compiler():
 
 
 def test_a_schedule_is_read_without_cycles(monkeypatch, tmp_path):
-    """A product at 0.8 of the peak, and a gather that nothing hides."""
+    """The program is a product at 0.8 of the peak, and a gather that nothing hides."""
     name = "module_0000.jit_train_step.cl_1.after_optimizations"
     (tmp_path / f"{name}-memory-usage-report.txt").write_text(
         "Memory Space: default (color=0)\nTotal bytes: 5169836928 (4.81GiB)\n\n"

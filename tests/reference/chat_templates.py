@@ -40,7 +40,7 @@ LLAMA3 = """\
   {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
 """
-# As LLAMA3, as the first Llama-3-Instruct has it: no date, no system message of its own.
+# Like LLAMA3, but as in the first Llama-3-Instruct: no date, and no system message by default.
 LLAMA3_FIRST = """\
 {% for message in messages %}
 {% set head = '<|start_header_id|>' ~ message['role'] ~ '<|end_header_id|>' %}
@@ -48,7 +48,7 @@ LLAMA3_FIRST = """\
 {{ bos_token + turn if loop.first else turn }}{% endfor %}
 {% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}
 """
-# BOS once; an answer ends with EOS; extra fields as JSON.
+# One BOS; an answer ends with EOS; extra fields as JSON.
 MISTRAL = """\
 {{ bos_token }}{% for message in messages %}
 {% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
@@ -60,7 +60,7 @@ TEMPLATES = {"llama2": LLAMA2, "llama3": LLAMA3, "mistral": MISTRAL}
 
 
 def said(*texts, system=None):
-    """A conversation in which user and assistant take turns."""
+    """Returns a conversation in which user and assistant take turns."""
     first = [] if system is None else [{"role": "system", "content": system}]
     roles = ("user", "assistant")
     return first + [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
@@ -75,7 +75,7 @@ WITH_SYSTEM = said("Hello", "Hi.", "And?", system=" Be brief. ")
 
 
 def chat_tokenizer(corpus):
-    """A small tokenizer.json in the style of LLaMA-3's, with all tokens of its conversations."""
+    """Returns a small tokenizer.json like LLaMA-3's, with all tokens of its conversations."""
     from tokenizers import Tokenizer
 
     from tests.helpers import llama3_tokenizer
@@ -86,7 +86,7 @@ def chat_tokenizer(corpus):
 
 
 def marked(tokenizer, ids, counts):
-    """The text of tokens, with what counts in [[ ]]; special tokens by name."""
+    """Returns the text of tokens, counted ones in [[ ]]; special tokens appear by name."""
     stream, text, inside = tokenizer.stream(), "", False
     for token, count in zip(ids, counts, strict=True):
         if count != inside:

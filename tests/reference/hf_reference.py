@@ -1,6 +1,6 @@
 """The same LLaMA in `transformers` on torch: logits, gradients, and a run of AdamW.
 
-Our half-split RoPE is theirs, so weights carry over by transposing alone.
+Both use half-split RoPE, so weights need only a transposition.
 """
 
 import math
@@ -11,7 +11,7 @@ import transformers
 
 
 def build(config, params):
-    """`LlamaForCausalLM` in float32 with our NumPy weights."""
+    """Returns a `LlamaForCausalLM` in float32 with our NumPy weights."""
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=config.vocab_size,
@@ -34,7 +34,7 @@ def build(config, params):
 
 
 def to_hf(config, params):
-    """Our tree (of weights, or of gradients) under the names and shapes of `transformers`."""
+    """Returns our tree of weights, or gradients, under the names and shapes of `transformers`."""
     layers, dim = params["layers"], config.dim
     out = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["final_norm"]}
     if not config.tied_embeddings:
@@ -65,7 +65,7 @@ def _loss(model, batch):
 
 
 def greedy(model, prompts, ends=None):
-    """64 new tokens of each prompt; after an end token, zeros."""
+    """Returns 64 new tokens for each prompt; after an end token, zeros."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
@@ -81,7 +81,7 @@ def greedy(model, prompts, ends=None):
 
 
 def logits_and_gradients(config, params, batch):
-    """Logits B T V, and the gradient of the weighted mean loss, by their names."""
+    """Returns logits B T V, and the gradients of the weighted mean loss by transformers' names."""
     model = build(config, params)
     logits, loss = _loss(model, batch)
     loss.backward()
@@ -90,7 +90,7 @@ def logits_and_gradients(config, params, batch):
 
 
 def adamw_losses(config, params, batches):
-    """Losses of torch's AdamW with clipping and the LLaMA schedule, on the same batches."""
+    """Returns losses of torch's AdamW with clipping and the LLaMA schedule, on these batches."""
     model, optim, steps = build(config.model, params), config.optim, config.train.steps
     named = list(model.named_parameters())
     groups = [

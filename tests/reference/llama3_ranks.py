@@ -1,4 +1,4 @@
-"""A small tokenizer.model in Llama 3's own format, and what it gives, counted by hand."""
+"""A small tokenizer.model in Llama 3's own format, and its results, counted by hand."""
 
 import base64
 import collections
@@ -9,7 +9,7 @@ NAMES = ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eo
 
 
 def train_ranks(words, count):
-    """Ranks by bytes: 256 of single bytes, then the most frequent pair again and again."""
+    """Returns ranks by bytes: first 256 single bytes, then the most frequent pair, repeatedly."""
     ranks = {bytes([byte]): 255 - byte for byte in range(256)}  # not in the order of the bytes
     parts = {word: [bytes([byte]) for byte in word.encode()] for word in set(words)}
     weight = collections.Counter(words)
@@ -30,7 +30,7 @@ def train_ranks(words, count):
 
 
 def ranks_of(corpus, count=420):
-    """Ranks of the words of a folder and of this file, each also with a space before it."""
+    """Returns ranks of the words of a folder and of this file, each also with a space before it."""
     text = " ".join(
         path.read_text() for path in [pathlib.Path(__file__), *sorted(corpus.iterdir())]
     )
@@ -39,12 +39,12 @@ def ranks_of(corpus, count=420):
 
 
 def file_of(ranks):
-    """The file's bytes."""
+    """Returns the bytes of the file."""
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
 
 
 def merged(ranks, word):
-    """Ids of one word: whole if it is a token, else the pair of lowest rank first, as tiktoken."""
+    """Returns the ids of a word: its own if it is a token, otherwise tiktoken's merges by rank."""
     pieces = [bytes([byte]) for byte in word.encode()]
     if word.encode() in ranks:
         return [ranks[word.encode()]]

@@ -1,6 +1,6 @@
 """Writes what `peft` and `bitsandbytes` compute for test_lora.py and test_nf4.py.
 
-python -m tests.reference.make_lora_goldens  (with `pip install bitsandbytes` beside '.[parity]')
+python -m tests.reference.make_lora_goldens  (with `pip install bitsandbytes '.[parity]'`)
 """
 
 from unittest import mock
@@ -11,7 +11,7 @@ from tests.helpers import ROOT, random_adapters, random_batch, random_params
 
 
 def lora():
-    """Logits, loss and gradients of each case."""
+    """Yields logits, loss and gradients of each case."""
     from tests.model.test_lora import PEFT_CASES
     from tests.reference import peft_reference
 
@@ -23,10 +23,10 @@ def lora():
 
 
 def nf4():
-    """Codes, scales and the matrix that they stand for.
+    """Yields codes, scales and the matrix that they stand for.
 
-    Without bitsandbytes' own library, so that its definition in torch computes: the kernel for CPUs
-    takes the second nearest scale now and then.
+    It hides bitsandbytes' compiled library, so that the definition in torch is used: the CPU kernel
+    sometimes takes the second nearest scale.
     """
     import torch
 
@@ -54,7 +54,7 @@ def nf4():
 
 
 def saved_by_peft(folder):
-    """The adapters of one case as peft saves them."""
+    """Writes the adapters of one case as peft saves them."""
     from tests.model.test_lora import PEFT_CASES
     from tests.reference import peft_reference
 
@@ -67,7 +67,8 @@ def saved_by_peft(folder):
 
 def main():
     """Computes and writes one file per case."""
-    for cases in (nf4, lora):  # peft would import bitsandbytes as it is
+    # NF4 goes first: peft would import bitsandbytes with its compiled library.
+    for cases in (nf4, lora):
         for name, arrays in cases():
             path = ROOT / "tests" / "goldens" / f"{name}.npz"
             np.savez_compressed(path, **arrays)

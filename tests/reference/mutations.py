@@ -11,7 +11,7 @@ STRANGE = (
 
 
 def of_bytes(content, count, seed=0):
-    """Yields copies of some bytes, in each of which a few are changed, added or lost."""
+    """Yields copies of some bytes, in each of which a few are changed, added or removed."""
     rng = random.Random(seed)
     for _ in range(count):
         changed = bytearray(content)
@@ -31,7 +31,7 @@ def of_bytes(content, count, seed=0):
 
 
 def of_json(values, count, seed=0):
-    """Yields copies of a JSON value, in each of which one or two parts are changed or lost."""
+    """Yields copies of a JSON value, in each of which one or two parts are changed or removed."""
     rng = random.Random(seed)
     for _ in range(count):
         changed = copy.deepcopy(values)
@@ -54,7 +54,7 @@ def _one(value, rng):
 
 
 def of_json_file(content, count, seed=0):
-    """Yields both kinds of changes of a file of JSON, and one that is nested too deeply."""
+    """Yields both kinds of changes of a JSON file, an empty one, and one nested too deeply."""
     yield b"[" * 100_000
     yield b""
     yield from of_bytes(content, count // 2, seed)

@@ -18,7 +18,7 @@ MODULES = {
 
 
 def build(config, params, adapters):
-    """A `PeftModel` in float32 with our NumPy weights."""
+    """Returns a `PeftModel` in float32 with our NumPy weights."""
     lora = config.lora
     model = peft.get_peft_model(
         hf_reference.build(config.model, params),
@@ -37,7 +37,7 @@ def build(config, params, adapters):
 
 
 def to_peft(config, adapters):
-    """Our tree (of adapters, or of their gradients) under the names and shapes of `peft`."""
+    """Returns our tree of adapters, or of their gradients, under the names and shapes of `peft`."""
     out = {}
     for group in adapters["layers"].values():
         for name, adapter in group.items():
@@ -50,7 +50,7 @@ def to_peft(config, adapters):
 
 
 def logits_loss_gradients(config, params, adapters, batch):
-    """Logits B T V, the weighted mean loss, and the adapters' gradients by their names."""
+    """Returns logits B T V, the weighted mean loss, and the adapters' gradients by peft's names."""
     model = build(config, params, adapters)
     logits, loss = hf_reference._loss(model, batch)
     loss.backward()

@@ -1,10 +1,10 @@
-"""Homes of every config: a TPU slice and a GPU cluster that it fits on, and what the plan says.
+"""The homes of every config, a TPU slice and a GPU cluster on which it fits, and their plans.
 
-`python -m tests.reference.plans` compiles those whose compilers are installed (`.[tpu]`,
-`.[cuda13]`: two minutes of a core for a TPU, a quarter of an hour for a v6e, 20 seconds for GPUs),
-and writes tests/goldens/plans/*.json, the lines about them in the docstrings of configs/*.py, and
-the tables of benchmarks/README.md and docs/finetuning.md. `python -m tests.reference.plans
-65b-v5p-1024` does one.
+`python -m tests.reference.plans` compiles the homes whose compilers are installed (`.[tpu]`,
+`.[cuda13]`: two minutes of a core for a TPU, a quarter of an hour for a v6e, 20 seconds for GPUs).
+It writes tests/goldens/plans/*.json, the lines about the plans in the docstrings of configs/*.py,
+and the tables of benchmarks/README.md and docs/finetuning.md. `python -m tests.reference.plans
+65b-v5p-1024` compiles one home.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ GOLDENS = ROOT / "tests" / "goldens" / "plans"
 
 @dataclasses.dataclass(frozen=True)
 class Home:
-    """A config, a topology, and what makes the one fit on the other."""
+    """A config, a topology, and the flags with which the config fits on the topology."""
 
     config: str
     topology: str
@@ -34,12 +34,12 @@ class Home:
 
     @property
     def marker(self):
-        """The test environment that has its compiler."""
+        """The pytest marker of the environment that has the compiler."""
         return "tpu" if parse_topology(self.topology).chip.torus else "gpu"
 
     @property
     def loaded(self):
-        """The config with the flags."""
+        """The config with the flags applied."""
         changes = {}
         for flag in self.flags:
             if flag.startswith("--config."):
@@ -61,7 +61,7 @@ def _accumulate(times):
     return f"--config.train.grad_accum={times}"
 
 
-_HOPPER = "--xla_preset=hopper"  # TPUs take theirs by default
+_HOPPER = "--xla_preset=hopper"  # TPUs take their preset by default
 _ALL = _save("q,k,v,attn_context,attn_out,mlp_gate,mlp_up")
 _ATTENTION = _save("q,k,v,attn_context")
 _UP = _save("q,k,v,attn_context,mlp_up")
@@ -84,7 +84,7 @@ def _context(size):
     return f"--config.mesh.context={size}"
 
 
-# Of LLaMA's successors, each on one slice and one cluster.
+# LLaMA's successors, each on one slice and one cluster.
 FAMILY = (
     Home("llama2_7b", "v5p-128", (_ALL, _accumulate(4))),
     Home("llama2_7b", "h100:16x8", (_HOPPER, _MLP, _accumulate(2))),
@@ -152,11 +152,11 @@ PUBLISHED = (
     _published("llama3_1_405b", "v5p-1024", 8192, 1024),
 )
 HOMES = PRETRAINING + FAMILY + FINETUNING + SMALL
-ALPACA_TOKENS = 1_218 * 40 * 512  # of alpaca_7b.py: three times 52,002 records
+ALPACA_TOKENS = 1_218 * 40 * 512  # as in alpaca_7b.py: three times 52,002 records
 
 
 def compile_plan(home):
-    """The object that `plan --json` prints for a home."""
+    """Returns the object that `plan --json` prints for a home."""
     _, *arguments = home.command
     process = run_command("plan", *arguments, "--json", timeout=3600, XLA_FLAGS="")
     assert process.returncode == 0, process.stderr
@@ -164,7 +164,7 @@ def compile_plan(home):
 
 
 def summary(result):
-    """What of a plan is worth a diff: small, and rounded."""
+    """Returns the part of a plan that should show in a diff, with rounded numbers."""
     hours = result["chip_hours"]
     sizes = {name: round(size / 2**30, 2) for name, size in result["bytes_per_chip"].items()}
     return {
@@ -190,17 +190,17 @@ def summary(result):
 
 
 def golden(home):
-    """The stored summary."""
+    """Returns the stored summary."""
     return json.loads((GOLDENS / f"{home.name}.json").read_text())
 
 
 def hours(home):
-    """Of a whole run."""
+    """Returns the predicted hours of a whole run."""
     return golden(home)["chip_hours"] / parse_topology(home.topology).chips
 
 
 def docstring_lines(home):
-    """What the config's docstring says of a home."""
+    """Returns the lines about a home in the config's docstring."""
     stored = golden(home)
     sizes = stored["gib_per_chip"]
     rule = "4N" if "frozen" in sizes or load(home.config)[0].lora.rank else "6N"
@@ -221,7 +221,7 @@ def docstring_lines(home):
 
 
 def docstring(config):
-    """The part of a config's docstring that tells where it fits."""
+    """Returns the part of a config's docstring that lists its homes."""
     lines = ["Fits, as the compilers of these machines say (tests/reference/plans.py checks it):"]
     for home in HOMES:
         if home.config == config:
@@ -230,7 +230,7 @@ def docstring(config):
 
 
 def write_docstring(config):
-    """Puts `docstring` in its place: before the end of the config's own."""
+    """Writes `docstring` to the end of the config's own docstring."""
     path = ROOT / "configs" / f"{config}.py"
     text = re.sub(r'Fits, as the compilers.*?(?=""")', "", path.read_text(), count=1, flags=re.S)
     head, rest = text[3:].split('"""', 1)
@@ -238,7 +238,7 @@ def write_docstring(config):
 
 
 def table(homes):
-    """Rows of benchmarks/README.md."""
+    """Returns the rows of a table in benchmarks/README.md."""
     rows = []
     for home in homes:
         stored, sizes = golden(home), golden(home)["gib_per_chip"]
@@ -261,7 +261,7 @@ def table(homes):
 
 
 def finetuning_table():
-    """Rows of docs/finetuning.md, for Alpaca's tokens at a dollar an hour."""
+    """Returns the rows of docs/finetuning.md, for Alpaca's number of tokens."""
     rows = []
     for home in FINETUNING:
         stored, sizes = golden(home), golden(home)["gib_per_chip"]
@@ -281,7 +281,7 @@ def finetuning_table():
     return "\n".join(rows) + "\n"
 
 
-# A table of a page begins under the line of dashes after its heading: (page, heading, rows).
+# Tables of pages: (page, heading, rows). The rows begin under the line of dashes after the heading.
 TABLES = (
     ("benchmarks/README.md", "| config | topology | flags |", lambda: table(PRETRAINING)),
     ("benchmarks/README.md", "| successor | topology | flags |", lambda: table(FAMILY)),
@@ -290,7 +290,7 @@ TABLES = (
 
 
 def page_with_tables(page):
-    """The text of a page with all its tables as the goldens have them."""
+    """Returns the text of a page with all its tables made from the goldens."""
     text = (ROOT / page).read_text()
     for path, heading, rows in TABLES:
         if path == page:
@@ -302,7 +302,7 @@ def page_with_tables(page):
 
 
 def main(names):
-    """Compiles and writes."""
+    """Compiles the homes with these names, or all, and writes the results."""
     GOLDENS.mkdir(exist_ok=True)
     for home in (*HOMES, *PUBLISHED):
         if names and home.name not in names:

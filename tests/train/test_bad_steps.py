@@ -38,7 +38,7 @@ def test_what_is_not_finite_is_named(value):
 
 
 def test_a_norm_that_overflows_only_in_sum_is_not_finite():
-    half = jnp.full(1, 1.5e19)  # whose square is a float32, twice of it is not
+    half = jnp.full(1, 1.5e19)  # its square fits in float32, twice its square does not
     grads = {"embed": half, "lm_head": half}
     norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads.values()))
     assert np.isinf(norm) and np.isfinite(group_norms(grads)["embed"])
@@ -59,14 +59,14 @@ def filled(updates, rng=None):
 def test_a_spike_is_far_above_the_median_in_loss_or_norm(loss, norm):
     skips = filled(WINDOW + 5)
     deviation = 1.4826 * np.median(np.abs(skips.losses - np.median(skips.losses)))
-    assert 0.008 < deviation < 0.012  # of a normal distribution, its standard deviation
-    assert judged(skips, loss, norm=norm) == 0  # off
+    assert 0.008 < deviation < 0.012  # for a normal distribution this is the standard deviation
+    assert judged(skips, loss, norm=norm) == 0  # the policy is off
     assert judged(skips, loss, norm=norm, factor=6.0) == SPIKE
     assert judged(skips, loss, norm=norm, factor=60.0) == 0
     bound = float(np.median(skips.losses) + 6 * deviation)
     assert judged(skips, bound - 1e-4, norm=2.0, factor=6.0) == 0
     assert judged(skips, bound + 1e-4, norm=2.0, factor=6.0) == SPIKE
-    assert judged(skips, -5.0, norm=0.0, factor=6.0) == 0  # below is none
+    assert judged(skips, -5.0, norm=0.0, factor=6.0) == 0  # a value below the median is not a spike
 
 
 def test_no_spike_before_half_of_the_window_is_known():
@@ -93,7 +93,7 @@ def test_the_window_holds_the_last_updates_and_no_skipped_step():
 
 
 def test_a_rewind_is_a_longer_skip():
-    """What follows the updates goes on as at the checkpoint, what follows the batches does not."""
+    """After a rewind, counters of updates go on from the checkpoint, counters of batches do not."""
     then, at = filled(WINDOW + 5), WINDOW + 5
     then = updated(then, jnp.int32(SPIKE), jnp.int32(at), jnp.float32(9), jnp.float32(9))
     step, skips = skips_after_rewind(then, jnp.int32(at + 1), jnp.int32(at + 40), jnp.int32(LOSS))

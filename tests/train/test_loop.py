@@ -1,4 +1,4 @@
-"""What the loop must not do: wait for the device, move arrays implicitly, compile twice."""
+"""The loop never waits for the device too early, moves arrays implicitly, or compiles twice."""
 
 import itertools
 import types
@@ -19,7 +19,7 @@ from tests.train.test_run import SHORT, FakeRun
 
 
 class Output:
-    """Stands in for an array of a step: notes when the host asks for its value or waits for it."""
+    """Stands in for an array of a step; records when the host waits for it or reads its value."""
 
     def __init__(self, events, step):
         self.wait = lambda value: (events.append(("wait", step)), value)[1]
@@ -60,7 +60,7 @@ def test_every_way_to_wait_is_noted():
 
 @pytest.mark.parametrize("log_every", [1, 2])
 def test_the_loop_waits_for_nothing_but_the_previous_step(log_every):
-    """The contract: a step but the first is read when its successor is already running."""
+    """Every step but the first is read while the next one runs."""
     run = FakeRun(
         replace(SHORT, train__log_every=log_every, train__eval_every=4, train__steps=8),
     )
@@ -81,17 +81,17 @@ def test_the_loop_waits_for_nothing_but_the_previous_step(log_every):
     run.start, run.push, run.flush, run.write = log.start, log.push, log.flush, log.write
     run.run(outputs(0))
     order = [event for event, _ in itertools.groupby(events)]
-    expected = [("wait", 0)]  # which step it starts from
+    expected = [("wait", 0)]  # the loop asks for the step that it starts from
     for step in range(1, 9):
         expected.append(("run", step))
-        if step == 1:  # which compiles, on other processes too
+        if step == 1:  # it compiles, on other processes too
             expected.append(("wait", 1))
         elif (step - 1) % log_every == 0 and step - 1 != 4:
             expected.append(("wait", step - 1))
-        if step in (4, 8):  # evaluation: all that ran is logged first
+        if step in (4, 8):  # all steps are logged before an evaluation
             expected.append(("wait", step))
         if step % 3 == 0 or step == 8:
-            if step != 8:  # what is copied is looked at: a bad state is not saved
+            if step != 8:  # the skip counter is read before a save, so that no bad state is saved
                 expected.append(("wait", step))
             expected.append(("save", step))
     assert order == expected
@@ -107,7 +107,7 @@ def test_an_implicit_transfer_is_an_error():
 
 @pytest.fixture
 def compiled_names(monkeypatch):
-    """Names of the programs that are compiled, as it happens; from the cache counts too."""
+    """Yields a growing list of the programs that are compiled or loaded from the cache."""
     names = []
 
     def listen(event, duration, **what):
@@ -122,7 +122,7 @@ def compiled_names(monkeypatch):
 def compiled_before_each_batch(
     config, workdir, names, monkeypatch, change=lambda step, batch: batch
 ):
-    """Trains; what was compiled between the batches: [before the first, .., after the last]."""
+    """Trains; returns the programs compiled before the first batch, .., after the last batch."""
     stream = loop.device_batches
     marks = []
 
@@ -141,7 +141,7 @@ def compiled_before_each_batch(
 
 @pytest.fixture
 def run_config(corpus, shards):
-    """Two evaluations and saves, and a profile."""
+    """Returns a config with two evaluations and saves, and a profile."""
     return text_config(
         corpus,
         data__path=str(shards),
@@ -175,11 +175,11 @@ def test_a_recompilation_is_seen(run_config, tmp_path, compiled_names, monkeypat
     assert "jit(train_step)" in between[8]
 
 
-# The speed that is logged: of steps only.
+# The logged speed, which is that of steps only.
 
 
 class Clock:
-    """`time.perf_counter`, in the hands of the test."""
+    """Replaces `time.perf_counter` by `now`, which the test sets."""
 
     def __init__(self, monkeypatch):
         self.now = 1000.0
@@ -187,9 +187,9 @@ class Clock:
 
 
 class Device:
-    """Runs steps one after another in made-up time; the host does not wait for it.
+    """Runs steps one after another in simulated time; the host does not wait for it.
 
-    With `inline` the call of a step returns when it is done, as on some backends.
+    With `inline` the call of a step returns when the step is done, as on some backends.
     """
 
     def __init__(self, clock, seconds, inline):
@@ -205,7 +205,7 @@ class Device:
 
 
 class DeviceNumber:
-    """A result: waiting for it moves the clock to the moment at which it is there."""
+    """A result of the device: waiting for it moves the clock to the time at which it is ready."""
 
     def __init__(self, clock, done_at):
         self.clock, self.done_at = clock, done_at
@@ -229,7 +229,7 @@ STEP_S, COMPILE_S, SAVE_S, EVAL_S, DEVICES = 2.0, 500.0, 70.0, 31.0, 4
 
 
 def timed_run(monkeypatch, config, inline, start=0, compiles_at=()):
-    """Runs the loop against the clock; returns its records, and seconds until the last of them."""
+    """Runs the loop in simulated time; returns its records, and the seconds until the last one."""
     clock = Clock(monkeypatch)
     run, device = FakeRun(config), Device(clock, STEP_S, inline)
     dispatched = start
@@ -240,7 +240,7 @@ def timed_run(monkeypatch, config, inline, start=0, compiles_at=()):
         if dispatched == start + 1 or dispatched in compiles_at:
             clock.now += COMPILE_S
             if dispatched in compiles_at:
-                jax.jit(lambda x: x + dispatched)(device_zero)  # a program that is new
+                jax.jit(lambda x: x + dispatched)(device_zero)  # a new program
         number = device.step()
         state = TrainState(
             number, number, number, types.SimpleNamespace(in_row=number, to_dict=dict)
@@ -289,19 +289,19 @@ TIMED = replace(
     ],
 )
 def test_tokens_per_second_are_of_steps_only(monkeypatch, changes, log_every, inline):
-    """Neither saves, evaluations nor the first compile are in it, wherever the log falls."""
+    """The speed counts no save, no evaluation and no first compilation, at any logging interval."""
     config = replace(TIMED, train__log_every=log_every, **changes)
     found, seconds = timed_run(monkeypatch, config, inline)
     assert [step for step, _ in found] == list(range(log_every, 13, log_every))
     rate = config.train.global_batch * config.train.seq_len / STEP_S
     flops = flops_per_token(config.model, config.lora, config.train.seq_len)
     for step, record in found:
-        if step == 1:  # it compiled, and no other step has been timed
+        if step == 1:  # step 1 compiled, and no other step has been timed
             assert record["tokens_per_second"] is None and record["mfu"] is None
             continue
         assert record["tokens_per_second"] == pytest.approx(rate, rel=1e-12)
         assert record["mfu"] == pytest.approx(rate * flops / (1e9 * DEVICES), rel=1e-12)
-    # The chips are paid for all of the time.
+    # All of the time counts as time of the chips.
     total = sum(record["chip_seconds"] for _, record in found)
     assert total == pytest.approx(seconds * DEVICES, rel=1e-12)
 
@@ -317,10 +317,10 @@ def test_a_run_that_goes_on_times_no_compile_either(monkeypatch, inline):
 
 @pytest.mark.parametrize("inline", [False, True])
 def test_a_later_compile_is_left_out(monkeypatch, inline):
-    """Step 6 compiles: the batch has another shape, say."""
+    """Step 6 compiles, for example because its batch has another shape."""
     found, _ = timed_run(monkeypatch, TIMED, inline, compiles_at=(6,))
     rate = TIMED.train.global_batch * TIMED.train.seq_len / STEP_S
     speeds = {step: record["tokens_per_second"] for step, record in found}
     assert speeds.pop(1) is None and speeds.pop(6) is None
-    speeds.pop(5)  # it was read when step 6 had compiled
+    speeds.pop(5)  # step 5 is read only after step 6 has compiled
     assert speeds == {step: pytest.approx(rate) for step in (2, 3, 4, 7, 8, 9, 10, 11, 12)}

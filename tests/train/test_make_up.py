@@ -1,4 +1,4 @@
-"""An evaluation that a stop has cost is made up for when the run is started again."""
+"""A stop interrupts an evaluation; the next start of the run makes up for it."""
 
 import shutil
 import signal
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("shared_steps")
 
 
 class Killed(BaseException):
-    """Stands in for a kill: nothing handles it."""
+    """Stands in for a kill: no code handles it."""
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,13 @@ def config(corpus, shards):
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
-    """A run that nobody stopped, and the state at its end."""
+    """Returns the directory of a run without a stop, and the state at its end."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     return workdir, jax.device_get(train(config, workdir))
 
 
 def stop_in_evaluation(patch, number):
-    """SIGTERM comes in the evaluation of this number, from 1."""
+    """Raises SIGTERM in the evaluation of this number, from 1."""
     stream, seen = loop.device_batches, []
 
     def stopping(source, *rest):
@@ -78,7 +78,7 @@ def good(workdir):
 
 
 def start_again(config, workdir, whole, times=2):
-    """All is as if nobody had stopped the run, after any number of starts."""
+    """Starts the run again some times, and compares it with the run without a stop."""
     for _ in range(times):
         state = jax.device_get(train(config, workdir))
     jax.tree.map(np.testing.assert_array_equal, state, whole[1])
@@ -106,7 +106,7 @@ def test_a_stop_on_an_evaluation_step(config, whole, tmp_path, monkeypatch, caps
 
 @pytest.fixture(scope="module")
 def stopped_at_the_end(config, whole, tmp_path_factory):
-    """All steps are done, and the last evaluation is not."""
+    """Returns a run that has done all steps but not the last evaluation."""
     run = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         stop_in_evaluation(patch, 4)
@@ -140,7 +140,7 @@ def test_a_stop_while_it_is_made_up_for(
 def test_a_kill_while_it_is_written_down(
     config, whole, stopped_at_the_end, tmp_path, monkeypatch, writes
 ):
-    """After the record is written, after the manifest is, and after the file is."""
+    """The kill comes after the record, after the manifest, or after the file is written."""
     run = shutil.copytree(stopped_at_the_end, tmp_path / "run")
     replace_file, done = manifest._replace, []
 
@@ -178,7 +178,7 @@ def test_a_kill_before_the_record_is_written(
 
 
 def test_a_kill_between_an_evaluation_and_its_save(config, whole, tmp_path, monkeypatch):
-    """The run that goes on comes by there again, and finds the same number."""
+    """The resumed run evaluates at the same step again, with the same result."""
     run = tmp_path / "run"
 
     def killed(saver, items, meta):
@@ -193,11 +193,12 @@ def test_a_kill_between_an_evaluation_and_its_save(config, whole, tmp_path, monk
             train(config, run)
     train(config, run)
     found = evaluations(run)
-    assert found == [*evaluations(whole[0]), *evaluations(whole[0])[2:]]  # 6 and 8 twice
+    # The evaluations of steps 6 and 8 are recorded twice.
+    assert found == [*evaluations(whole[0]), *evaluations(whole[0])[2:]]
 
 
 def test_the_best_is_kept_though_its_evaluation_was_stopped(config, tmp_path, monkeypatch):
-    """With a rate that is much too high, the first is the best."""
+    """The learning rate is much too high, so the first checkpoint is the best one."""
     changes = {"train__keep_checkpoints": 1, "train__keep_best": 1, "train__checkpoint_every": 2}
     config = replace(config, train__steps=4, optim__peak_lr=5.0, **changes)
     train(config, tmp_path / "whole")
@@ -244,7 +245,7 @@ def test_a_full_disk_ends_no_run(config, whole, stopped_at_the_end, tmp_path, mo
     [{"train__eval_every": 3}, {"data__source": "synthetic", "data__path": ""}],
 )
 def test_what_needs_no_evaluation_gets_none(config, tmp_path, monkeypatch, changes):
-    """A step between two evaluations, and a run without held-out text."""
+    """A step between two evaluations, and a run without held-out text, have none to make up for."""
     config = replace(config, **changes)
     stream = loop.device_batches
 

@@ -1,4 +1,4 @@
-"""Runs on batches that a class of the caller's gives."""
+"""Runs on batches from a `BatchSource` that the caller wrote."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ CONFIG = replace(
 
 
 class Walk(BatchSource):
-    """Begins each batch where the one before has ended, so that a step alone says nothing."""
+    """Begins each batch where the one before ended: it does not depend on the step alone."""
 
     def __init__(self):
         self.at = {}
@@ -65,7 +65,7 @@ def test_a_run_stopped_and_resumed_ends_at_the_same_bits(source, tmp_path, monke
 
 
 def test_a_validation_of_ones_own(tmp_path):
-    """One without an end is evaluated for eval_batches, one with an end for no more than it has."""
+    """An endless source is evaluated for eval_batches, one with an end for no more than it has."""
     few = Numbers()
     few.n_sequences = 8
     for workdir, validation in (("endless", Numbers()), ("few", few)):

@@ -1,4 +1,4 @@
-"""The loop's contract with fakes, and whole runs in this process."""
+"""The order of the loop's actions, checked with fakes, and whole runs in this process."""
 
 import dataclasses
 import functools
@@ -92,7 +92,7 @@ class FakeRun:
         self.stop.name = "SIGTERM"
         return True
 
-    # As saver:
+    # The methods of a saver:
     def save(self, items, meta):
         assert items == {"step": meta.step}
         self.events.append(("save", meta.step))
@@ -100,7 +100,7 @@ class FakeRun:
     def wait(self):
         self.events.append(("wait",))
 
-    # As log:
+    # The methods of a log:
     def start(self, step):
         pass
 
@@ -150,7 +150,7 @@ def test_the_order_is_the_contract():
         ("train", 0),
         ("train", 1),
         ("train", 2),
-        ("log", 2),  # the previous step, while the next one runs
+        ("log", 2),  # logged while the next step runs
         ("save", 3),
         ("train", 3),
         ("log", 4),  # everything pending is written before evaluating
@@ -189,7 +189,7 @@ def test_eval_batches_is_how_many():
 
 
 def test_each_batch_of_an_evaluation_is_a_sign_of_life(monkeypatch):
-    """And the first may take as long as compiling does."""
+    """The first batch may take as long as compiling does."""
     run, beat = FakeRun(replace(SHORT, train__eval_batches=3)), Watchdog.beat
 
     def noted(dog, what, compiles=False):
@@ -218,9 +218,10 @@ def test_restoring_is_watched(tmp_path, monkeypatch):
 
 
 def test_an_evaluation_is_broken_off_when_all_have_agreed():
-    """It asks after each batch, not only whether a signal came to this process."""
+    """The loop asks after each batch whether all processes have agreed to stop."""
     run = FakeRun(replace(SHORT, train__eval_batches=3))
-    asked = iter([*[False] * 6, True])  # at steps 0 to 4, the first batch, and the second
+    # At steps 0 to 4, after the first batch, and after the second.
+    asked = iter([*[False] * 6, True])
     run.stop.asked = lambda: bool(run.stop.name) or (next(asked) and run.stop_now())
     assert run.run() == 4
     assert [event[0] for event in run.events].count("evaluate") == 2
@@ -260,7 +261,7 @@ def config(corpus):
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
-    """A work directory of 8 steps in one go, and the state at the end."""
+    """Returns a work directory of 8 uninterrupted steps, and the state at the end."""
     workdir = tmp_path_factory.mktemp("run") / "finished"
     return workdir, jax.device_get(train(config, workdir))
 
@@ -301,7 +302,7 @@ def test_metrics_of_a_run(finished):
 
 @pytest.mark.parametrize("mesh", [(2, 2, 1, 2), pytest.param((1, 8, 1, 1), marks=pytest.mark.slow)])
 def test_stopped_and_resumed_equals_one_go(finished, config, tmp_path, monkeypatch, mesh):
-    """8 steps = 3, a stop, and 5 more; the resumed half also on another mesh."""
+    """3 steps, a stop and 5 more steps equal 8; the second part also runs on another mesh."""
     whole_dir, whole = finished
     shutil.copytree(whole_dir / "data", tmp_path / "run" / "data")
     counted = {"steps": 0}
@@ -419,7 +420,7 @@ def test_synthetic_data_trains_too(tmp_path, capsys):
 
 
 def stop_after(monkeypatch, steps):
-    """Sends SIGTERM once so many batches were taken."""
+    """Sends SIGTERM after this many batches."""
     stream = loop.device_batches
 
     def stopping(source, start, *rest):
@@ -443,7 +444,7 @@ def test_streamed_data_goes_on_exactly(corpus, tmp_path, monkeypatch, capsys):
     )
     whole = jax.device_get(train(config, tmp_path / "whole"))
     said = capsys.readouterr().out
-    # By the pass that trained the tokenizer, and at the end by that of the run.
+    # Once by the pass that trains the tokenizer, and once by that of the run, at its end.
     assert said.count(f"skipped  1 invalid UTF-8; the first: {folder}/000-bad.txt\n") == 2
     assert {line["documents_skipped"] for line in records(tmp_path / "whole")} == {1}
     with monkeypatch.context() as patch:
@@ -516,7 +517,7 @@ def test_a_mixture_of_shards_prepared_elsewhere(corpus, tmp_path):
     assert data.train.schedule.names == ["a", "b"]
     with pytest.raises(UserError, match="the sources are a, b: see 'c'"):
         open_data(replace(config, data__mixture="a=0.5,c=0.5"), epath.Path(tmp_path))
-    # Of another tokenizer:
+    # Shards of another tokenizer:
     shutil.rmtree(tmp_path / "shards" / "b")
     other = text_config(f"{corpus}/02*.txt")
     prepare(other, tmp_path / "shards" / "b", log=lambda line: None)
@@ -565,7 +566,7 @@ def test_check_memory_tells_how_many_devices_it_takes():
     assert f"use {devices} or more such devices" in str(caught.value)
     assert f"need {parameters * 16 / 8 / 2**30:,.0f} GiB per device" in str(caught.value)
     half = replace(config, optim__moment_dtype="bfloat16")
-    # The scales of the norms and a few counters are on every device.
+    # Norm scales and a few counters are on every device.
     capacity = int(parameters * 14 / 8 * 1.001)
     check_memory(config, state_of(half), mesh, capacity)
     with pytest.raises(UserError):
@@ -585,7 +586,7 @@ def test_check_memory_counts_the_base_below_adapters():
         check_memory(config, state, mesh, int(held * 0.999))
 
 
-# Every field is live: each one is named here with the test that shows it.
+# Every field has an effect: this list names each with the test that shows it.
 
 SCALING = "model__rope_scaling_factor"
 YARN = ("beta_fast", "beta_slow", "truncate", "attention_factor")
@@ -636,7 +637,7 @@ STEP_FIELDS = {
     "lora__targets": "wq,w2",
     "lora__base_dtype": "float32",
 }
-# The test that shows that a field is live.
+# For each field, the test that shows its effect.
 OTHER_FIELDS = {
     "init_from": "interchange/test_opening::test_weights_of_another_model_are_refused",
     "model.attention": "model/test_attention::test_an_unknown_backend_is_an_error",
@@ -707,7 +708,7 @@ def test_the_test_of_a_field_is_there(where):
 
 @functools.cache
 def program(config):
-    """The train step as text."""
+    """Returns the train step as text."""
     from llama_jax.model.weights import abstract_frozen
     from llama_jax.train.step import abstract_state, train_step
 
@@ -722,7 +723,7 @@ def program(config):
 @pytest.mark.parametrize("field", STEP_FIELDS)
 def test_the_field_changes_the_step(field):
     if field.startswith("model__rope_") and field not in ("model__rope_theta", SCALING):
-        # What says how frequencies are scaled, where they are.
+        # These fields have an effect only where RoPE is scaled.
         kind = "yarn" if field.removeprefix("model__rope_") in YARN else "llama3"
         scaled = replace(TINY, **{SCALING: 8.0}, model__rope_scaling=kind)
         assert program(replace(scaled, **{field: STEP_FIELDS[field]})) != program(scaled)

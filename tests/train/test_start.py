@@ -1,4 +1,4 @@
-"""Runs that begin with weights of others: all of them trained, or adapters above them."""
+"""Runs that begin with given weights: all of them are trained, or adapters on a frozen base."""
 
 import contextlib
 import dataclasses
@@ -69,13 +69,13 @@ def config(corpus):
 
 @pytest.fixture(scope="module")
 def params(config):
-    """Small, as trained ones are."""
+    """Returns weights as small as trained ones."""
     return jax.tree.map(lambda x: x * np.float32(0.2), random_params(config.model))
 
 
 @pytest.fixture(scope="module")
 def bases(config, params, tokenizer, tmp_path_factory):
-    """The same weights as a checkpoint and as a folder of Hugging Face; and other ones."""
+    """Writes the same weights as a checkpoint and a Hugging Face folder, and others as `other`."""
     folder = tmp_path_factory.mktemp("bases")
     longer = replace(config, train__seq_len=64)
     save_checkpoint(folder / "ckpt", longer, params, tokenizer.model_bytes)
@@ -95,7 +95,7 @@ def equal(left, right):
 
 @contextlib.contextmanager
 def opened_sources():
-    """Gives a list, to which a weak reference to each source that is opened is added."""
+    """Yields a list to which each source that is opened adds a weak reference to itself."""
     references, open_it = [], opening.open_source
 
     def noted(*arguments, **named):
@@ -114,7 +114,7 @@ def test_full_fine_tuning_starts_from_these_weights_with_fresh_moments(config, p
     with jax.set_mesh(mesh):
         compiled = shared_step(config, mesh)
         saver = types.SimpleNamespace(newest_good_step=lambda: None)
-        # None: there was a step when the weights would have been opened.
+        # None stands for a start that had a step to resume when it would have opened the weights.
         weights = open_init(config) if kind == "hf" else None
         state, meta = initial_state(compiled, saver, NO_DATA, config, weights)
         equal(state.params, params)
@@ -240,7 +240,7 @@ def test_the_checkpoint_holds_adapters_and_names_the_base(finished, adapted, bas
     assert meta.config.init_from == f"ckpt:{bases / 'ckpt'}"
     assert meta.config.train.seq_len == 16 and meta.base_context == meta.context == 64
     assert not any(name.startswith("frozen") for name in meta.fingerprint)
-    # Nothing else is there: neither another item nor another array.
+    # The step holds no other item and no other array.
     items = {path.name for path in folder.iterdir() if path.is_dir()}
     assert items == {"params", "optimizer", "skips", "meta", "tokenizer"}
     for item, tree in (("params", state.params), ("optimizer", (state.step, state.opt_state))):
@@ -251,13 +251,13 @@ def test_the_checkpoint_holds_adapters_and_names_the_base(finished, adapted, bas
 
 
 def test_resume_is_bit_exact(finished, adapted, tmp_path, monkeypatch):
-    """Dropout, too: its masks are those of the step."""
+    """Dropout resumes too, because its masks depend on the step alone."""
     workdir = shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "4")
     run_loop = run_lib.run_loop
 
     def released(*arguments):
-        """The base was opened once, and its source takes no memory in the loop."""
+        """Checks that the base was opened once, and that its source takes no memory in the loop."""
         assert [reference() for reference in sources] == [None]
         return run_loop(*arguments)
 
@@ -265,7 +265,7 @@ def test_resume_is_bit_exact(finished, adapted, tmp_path, monkeypatch):
     with opened_sources() as sources:
         equal(run_lib.train(adapted, workdir), finished[1])
     assert len(sources) == 1
-    # What was read of the base at first is known later, too.
+    # A resumed run keeps what the first start learnt about the base.
     assert saved_step.load_meta(saved_step.find_step(workdir)).base_context == 64
 
 
@@ -281,14 +281,14 @@ def test_another_base_is_refused(finished, adapted, bases, tmp_path):
         source = open_source("ckpt", epath.Path(workdir), base=other)
         convert(source, "hf", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
-    # One that is not there, with the flag that says where it is.
+    # A missing base is an error that names the flag for its place.
     for open_it in (
         open_model,
         lambda folder, base: open_source("ckpt", epath.Path(folder), 0, base),
     ):
         with pytest.raises(UserError, match=r"/gone, the base of \S+/4, is not here; .*--base=hf:"):
             open_it(workdir, base="hf:/gone")
-    # The same weights elsewhere are the same base.
+    # The same weights at another place are the same base.
     with opened_sources() as sources:
         open_model(workdir, base=f"hf:{bases / 'hf'}")
     assert len(sources) == 1
@@ -310,7 +310,8 @@ def test_converted_adapters_are_merged_into_their_base(finished, adapted, tmp_pa
     source = open_source("ckpt", epath.Path(workdir))
     described = convert(source, target, tmp_path / "merged", "float32" if target == "hf" else "")
     assert described.config.lora == LoraConfig() and described.config.init_from == ""
-    assert described.config.train.seq_len == 64  # the base's, not the shorter one of training
+    # The base's context, not the shorter sequences of training.
+    assert described.config.train.seq_len == 64
     tokens = np.arange(12)[None]
     merged = replace(described.config, init_from=f"{target}:{tmp_path / 'merged'}")
     mesh = mesh_of((1, 1, 1, 1))
@@ -329,9 +330,9 @@ def test_converted_adapters_are_merged_into_their_base(finished, adapted, tmp_pa
     assert np.abs(base - unmerged).max() > 1e-3
 
 
-@pytest.mark.slow  # five starts of a process
+@pytest.mark.slow  # it starts five processes
 def test_two_processes_train_above_nf4_as_one(corpus, tokenizer, tmp_path):
-    """The blocks of a matrix lie on both of them; each reads what the source lets it."""
+    """Both processes hold blocks of a matrix; each reads as small a part as the source allows."""
     model = {"dim": 256, "ffn_dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4}
     config = text_config(corpus, **{f"model__{name}": size for name, size in model.items()})
     params = jax.tree.map(lambda x: x * np.float32(0.2), random_params(config.model))
@@ -345,7 +346,7 @@ def test_two_processes_train_above_nf4_as_one(corpus, tokenizer, tmp_path):
     fields |= {"optim.peak_lr": 1e-2}
 
     def losses(processes, kind):
-        """With the fingerprint of the base."""
+        """Returns the losses of a run by step, and the fingerprint of its base."""
         workdir = tmp_path / f"{kind}-{processes}"
         flags = [f"--config.{name}={value}" for name, value in fields.items()]
         flags.append(f"--config.init_from={kind}:{tmp_path / kind}")

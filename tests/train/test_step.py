@@ -30,7 +30,7 @@ def unsharded():
     return losses_and_state(TINY, mesh_of((1, 1, 1, 1)))
 
 
-# Microbatches alone and with three axes; three axes without them. The rest is slow.
+# By default: microbatches alone, three axes alone, and both together. The other cases are slow.
 PLACEMENTS = [
     ((1, 1, 1, 1), 4),
     ((2, 2, 1, 2), 1),
@@ -52,7 +52,8 @@ def test_sharding_and_accumulation_are_only_placement(shape, grad_accum):
     expected, expected_state, _ = unsharded()
     np.testing.assert_allclose(losses, expected, rtol=0, atol=2e-6)
     assert losses[0] - losses[-1] != 0
-    # Adam divides by the gradient's size, so rounding shows in weights of tiny gradients first.
+    # Adam divides by the size of the gradient, so rounding shows first in weights of tiny
+    # gradients.
     for got, want in zip(
         jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True
     ):
@@ -61,7 +62,7 @@ def test_sharding_and_accumulation_are_only_placement(shape, grad_accum):
 
 def test_microbatches_with_unequal_masks_weigh_by_tokens():
     batch = random_batch(TINY, 0)
-    # Rows 0, 4, 8, .. make the first of four microbatches: almost nothing of it counts.
+    # Rows 0, 4, 8, .. make the first of four microbatches; almost no token of it has weight.
     batch["weights"][0::4] = 0
     batch["weights"][0, 0] = 1
 
@@ -164,7 +165,7 @@ def test_the_state_is_updated_in_place():
     text = lowered.compile().as_text()
     model = TINY.model
     for rows, columns in [(model.vocab_size, model.dim), (model.dim, model.vocab_size)]:
-        shape = f"f32[{rows},{columns}]"  # of embed or lm_head, and of their moments
+        shape = f"f32[{rows},{columns}]"  # embed or lm_head, and their moments
         assert shape in text
         assert not re.search(re.escape(shape) + r"\S* copy\(", text), shape
 
@@ -174,7 +175,7 @@ def test_bfloat16_on_a_mesh(shape):
     config = replace(TINY, model__compute_dtype="bfloat16")
     losses, _, _ = losses_and_state(config, mesh_of(shape))
     expected, _, _ = losses_and_state(config, mesh_of((1, 1, 1, 1)))
-    # bfloat16 has 8 bits, and sums of gradients come in another order.
+    # bfloat16 has 8 bits of precision, and gradients are summed in another order.
     np.testing.assert_allclose(losses, expected, atol=2e-3)
 
 

@@ -1,4 +1,4 @@
-"""BOS is put before a text where transformers puts it: generate, evaluate and the harness."""
+"""generate, evaluate and the harness put BOS before a text exactly where transformers does."""
 
 import json
 
@@ -27,7 +27,7 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, 
 
 
 def template(ids, before=(), after=()):
-    """A post-processor that puts tokens around a text."""
+    """Returns a post-processor that puts tokens around a text."""
     single = [{"SpecialToken": {"id": name, "type_id": 0}} for name in before]
     single.append({"Sequence": {"id": "A", "type_id": 0}})
     single += [{"SpecialToken": {"id": name, "type_id": 0}} for name in after]
@@ -39,7 +39,7 @@ def template(ids, before=(), after=()):
 
 
 def processors(ids):
-    """Post-processors, and whether they put BOS before a text."""
+    """Returns post-processors by kind, and whether each puts BOS before a text."""
     bos, eos = ids
     cls, sep = [[name, ids[name]] for name in (bos, eos)]
     return {
@@ -72,7 +72,7 @@ def test_a_tokenizer_json_says_it_by_its_post_processor(corpus, kind):
     assert found.piece(found.bos_id) == BOS and found.piece(found.eos_id) == EOS
     assert found.encode_text(TEXT) == ([found.bos_id] if adds else []) + ids
     assert text_document(TEXT, found).tokens == found.encode_text(TEXT)
-    # Documents to train on have both anyway.
+    # Training documents have both tokens in any case.
     (row,) = found.encode_documents([TEXT])
     assert row.tolist() == [found.bos_id, *ids, found.eos_id]
 
@@ -83,7 +83,8 @@ def test_a_bos_that_is_written_is_not_put_there_again(corpus, tokenizer, kind):
         bos, adds = found.piece(found.bos_id), bool(found.prefix)
         once = [found.bos_id, *found.encode(f"{bos}{TEXT}", special=True)[1:]]
         assert found.encode_text(f"{bos}{TEXT}", special=True) == once
-        assert found.encode_text(f"{bos}{TEXT}").count(found.bos_id) == adds  # its name is text
+        # Without `special`, the name of BOS is plain text.
+        assert found.encode_text(f"{bos}{TEXT}").count(found.bos_id) == adds
         assert found.encode_text(bos, special=True) == [found.bos_id]
         later = found.encode_text(f"x{bos}", special=True)
         assert later == [*found.prefix, *found.encode(f"x{bos}", special=True)]
@@ -92,7 +93,7 @@ def test_a_bos_that_is_written_is_not_put_there_again(corpus, tokenizer, kind):
 
 
 def opened(folder, files, size):
-    """The model of a Hugging Face folder with such files, after it became ours."""
+    """Imports a Hugging Face folder with these files, and opens the model."""
     config = replace(TINY, model__vocab_size=size, train__seq_len=32)
     exported(folder / "hf", config, files=files)
     convert(open_source("hf", folder / "hf"), "ckpt", folder / "run")
@@ -100,7 +101,7 @@ def opened(folder, files, size):
 
 
 def sentencepiece_files(tokenizer, config, kind=None):
-    """A SentencePiece model, a tokenizer_config.json, and perhaps a tokenizer.json beside it."""
+    """Returns a SentencePiece model with tokenizer_config.json and, for `kind`, tokenizer.json."""
     names = {"bos_token": "<s>", "eos_token": "</s>", **config}
     names.setdefault("tokenizer_class", "LlamaTokenizer")
     files = {"tokenizer.model": tokenizer.model_bytes}
@@ -115,11 +116,11 @@ def sentencepiece_files(tokenizer, config, kind=None):
 @pytest.mark.parametrize(
     ("config", "kind", "adds"),
     [
-        ({}, None, True),  # as LLaMA's own code does
+        ({}, None, True),  # as in LLaMA's own code
         ({"add_bos_token": True}, None, True),
         ({"add_bos_token": None}, None, True),
         ({"add_bos_token": False}, None, False),
-        # Where there is a tokenizer.json, it says so; as for transformers.
+        # A tokenizer.json decides, as it does for transformers.
         ({"add_bos_token": False}, "bos", True),
         ({"add_bos_token": True}, "empty", False),
     ],
@@ -173,7 +174,7 @@ def theirs_of(folder):
 @pytest.mark.parity
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_begins_texts_so(corpus, tmp_path, kind):
-    """Whatever its config says of BOS: for version 5, a tokenizer.json says it all."""
+    """Version 5 takes this from tokenizer.json alone, whatever tokenizer_config.json says."""
     content, adds = byte_level(corpus, kind)
     (tmp_path / "tokenizer.json").write_bytes(content)
     ours = Tokenizer(content)

@@ -1,4 +1,4 @@
-"""The commands as users run them: exit status, messages, and what is left on disk."""
+"""The commands as users run them: exit status, messages, and the files that they leave."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def test_generate_with_bad_input(run, flags, message):
 
 
 def test_weights_go_out_and_come_back(run, tmp_path):
-    """A trained model as Hugging Face's folder, and from there the same continuation."""
+    """A trained model is exported to Hugging Face and imported again; it writes the same text."""
     workdir, _ = run
     places = (f"--source=ckpt:{workdir}", f"--target=hf:{tmp_path}/hf")
     out = run_command("convert", *places)
@@ -250,12 +250,12 @@ def test_two_processes_train_as_one(corpus, tmp_path):
     assert [process.returncode for process in pair] == [0, 0], outputs
     assert "start   2 processes, found by environment\n" in outputs[0][0]
     assert "on 4 cpu device(s), 2 process(es)" in outputs[0][0]
-    # Only the first one talks, and the library that carries the messages between CPUs.
+    # Only process 0 prints, apart from the library that carries the messages between CPUs.
     assert without_gloo(outputs[1][0]) == []
     one = train(corpus, tmp_path / "one", *flags, devices=4)
     assert one.returncode == 0, one.stderr
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=2e-6)
-    # One process goes on, or sees that there is nothing to do, where two have stopped.
+    # After two processes stopped, one process goes on or sees that nothing is left to do.
     again = train(corpus, tmp_path / "two", *flags, devices=4)
     assert "finished already" in again.stdout, again.stderr
 
@@ -300,7 +300,7 @@ def test_nothing_is_writable_for_all_whatever_the_umask(corpus, tmp_path):
         assert any(path.name.endswith(suffix) for path in paths), paths
         modes = {str(path): path.stat().st_mode for path in paths}
         assert not [path for path, mode in modes.items() if mode & stat.S_IWOTH]
-        # The rest of the mask is the user's.
+        # The other bits of the mask stay as the user set them.
         assert all(mode & stat.S_IROTH for mode in modes.values())
 
 
@@ -316,7 +316,7 @@ def test_prepare_and_verify(corpus, tmp_path):
     data[7] ^= 255
     path.write_bytes(data)
     assert "damaged or missing" in one_line_error(run_command("prepare", verify))
-    # All the sources of a folder.
+    # All sources of a folder are verified.
     shutil.copytree(tmp_path / "shards", tmp_path / "both" / "bad")
     path.write_bytes(bytes([*data[:7], data[7] ^ 255, *data[8:]]))
     shutil.copytree(tmp_path / "shards", tmp_path / "both" / "good")
@@ -346,20 +346,20 @@ def test_a_tokenizer_file_that_is_none(corpus, tmp_path):
 
 @pytest.mark.parametrize("how", ["full", pytest.param("fills up", marks=pytest.mark.slow)])
 def test_a_full_disk_during_the_last_saves(corpus, tmp_path, how):
-    """Training goes on after the first that fails; that the last one fails is an error."""
+    """Training goes on after the first failed save; a failure of the last save is an error."""
     flags = (*TINY_FLAGS, f"--config.data.source={corpus}", f"--workdir={tmp_path / 'run'}")
     process = run_module("tests.faults.full_disk", how, *flags, "--config.train.steps=12")
     if how == "full":
         message = one_line_error(process)
         assert "it takes 0.00 GB, the disk has 0.00 GB free" in message
     else:
-        # Threads of tensorstore print that orbax has given up, whoever asked them to be quiet, and
-        # that may be in the middle of our line.
+        # Threads of tensorstore print that orbax gave up, whatever the log level, and may do so in
+        # the middle of our line.
         assert process.returncode == 1
         message = process.stderr
         assert "error: saving to" in message and "File too large" in message
     assert "saving to" in message and "earlier checkpoints are untouched" in message
-    # A thread says it, which may be in the middle of another line.
+    # A thread prints the warning, possibly in the middle of another line.
     assert re.findall(r"warning: saving step (\d+) ", process.stdout) == ["8", "12"]
     assert "step 12/12" in process.stdout
     again = train(corpus, tmp_path / "run", "--config.train.steps=12")
@@ -382,7 +382,8 @@ def test_verify_checkpoints_and_go_on_after_damage(run, corpus, tmp_path):
         name = path.relative_to(newest)
         damaged = f"{newest}: damaged: {name} holds other bytes than were written"
         assert process.stdout.splitlines()[-1] == damaged
-    # A step that is named is not passed over; no file is read twice, but the fingerprint sees it.
+    # A step that is given by name is not replaced by another one. Its files are not hashed, but the
+    # fingerprint shows the damage.
     process = run_command("generate", f"--checkpoint={newest}", "--prompt=abc")
     assert "8 does not give back what was saved: params/" in one_line_error(process)
     process = train(corpus, workdir, "--config.train.steps=8")
@@ -415,7 +416,7 @@ def test_verify_with_bad_input(flags, message):
     "module", ["train", "prepare", "generate", "evaluate", "data", "convert", "checkpoint"]
 )
 def test_help_is_complete_and_has_an_example(module):
-    """In an interpreter of its own, which imports what the command says and no more."""
+    """A new interpreter imports only what the command needs."""
     process = run_command(module, "--help", fresh=True)
     assert process.returncode == 0 and process.stderr == ""
     assert f"python -m llama_jax.{module}" in process.stdout
@@ -441,7 +442,7 @@ def test_help_is_complete_and_has_an_example(module):
     }[module]
     for flag in expected:
         assert f"  {flag}:" in process.stdout, flag
-    # Only our flags, not those of every library.
+    # Only our flags are listed, not those of every library.
     assert "--logtostderr" not in process.stdout
 
 

@@ -22,12 +22,12 @@ from tests.helpers import (
 )
 from tests.reference.chat_templates import said
 
-pytestmark = pytest.mark.slow  # two trainings, and both again
+pytestmark = pytest.mark.slow  # two trainings, each resumed once
 
 
 @pytest.fixture(scope="module")
 def finetuned(tokenizer, tmp_path_factory):
-    """A base, a run that trains all of its weights, and one with adapters on top of that."""
+    """Trains all weights of a base, then adapters on top; returns the folder of all three."""
     folder = tmp_path_factory.mktemp("finetune")
     pairs = [
         {"instruction": f"say {n}", "input": "", "output": f"{n} is what I say"} for n in range(60)
@@ -52,7 +52,7 @@ def finetuned(tokenizer, tmp_path_factory):
 
 @pytest.mark.parametrize("run", ["full", "adapted"])
 def test_resume_on_packed_conversations_is_bit_exact(finetuned, run, tmp_path):
-    """Weights and moments, by their fingerprints, and the losses of steps that are done again."""
+    """Weights and moments, compared by their fingerprints, and the losses of the repeated steps."""
     workdir = shutil.copytree(finetuned / run, tmp_path / run)
     expected = load_meta(workdir / "checkpoints" / "4")
     shutil.rmtree(workdir / "checkpoints" / "4")
@@ -91,6 +91,6 @@ def test_the_command_chats_above_a_base_that_was_moved(finetuned, tmp_path):
     assert there.returncode == 0 and there.stdout == here.stdout, there.stderr
     gone = run_command("generate", *flags, "--base=ckpt:/gone", **talk)
     assert "is not here; say where: --base=hf:DIR" in one_line_error(gone)
-    # The base of all weights is another one than the base of the adapters.
+    # The run that trains all weights and the adapters have different bases.
     other = run_command("generate", *flags, f"--base=ckpt:{finetuned / 'base'}", **talk)
     assert "were trained on another base than" in one_line_error(other)

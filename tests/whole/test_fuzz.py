@@ -1,7 +1,7 @@
-"""Foreign files with something wrong in them: every command succeeds, or says so in one line.
+"""Foreign files with an error in them: every command succeeds or fails with one line.
 
-Each test throws changes of one format at the functions of the commands that read it, and lists
-all that ended otherwise.
+Each test gives changed files of one format to the functions that read it in the commands, and lists
+every change that ended in another way.
 """
 
 import itertools
@@ -49,14 +49,14 @@ from tests.reference import mutations
 from tests.reference.chat_templates import LLAMA3, WITH_SYSTEM
 
 COUNT = 300
-WHOLE = 40  # of so many changes that are read without complaint, one goes through all of `convert`
+WHOLE = 40  # one in this many accepted changes goes through all of `convert`
 CONFIG = replace(TINY, model__vocab_size=404, train__seq_len=64)
-# Sizes that no machine has the memory for; Python's own JSON has no limit.
+# Sizes for which no machine has the memory. Python's own JSON has no limit of size.
 HUGE = (10**9, 10**12, 2**31 - 1, 2**63, -(10**9), 10**400)
 
 
 def of_anything(content):
-    """Yields what may lie in the place of any file."""
+    """Yields contents that any file may be replaced with."""
     yield from (b"", b"\n", b"\0" * 10, b"\xff\xfe\xfd", b"[" * 100_000, b'{"a":' * 100_000)
     yield from (b"[]", b"{}", b"null", b"3", b'"x"', b"NaN", b"1e999", b"[{}]", b"9" * 5000)
     yield content[: len(content) // 2]
@@ -90,13 +90,14 @@ def _numbers(values, place=()):
 
 
 def of_json_file(content, count=COUNT):
-    """Yields files of JSON with something changed: bytes, values, keys, sizes, encoding."""
+    """Yields changed JSON files: other bytes, values, keys, sizes or encoding."""
     yield from of_anything(content)
     yield from mutations.of_bytes(content, count // 3)
     values = json.loads(content)
     yield from (dumped(one) for one in of_sizes(values))
     yield from (dumped(one) for one in mutations.of_json(values, 2 * count // 3))
-    # One value nested deeply, one key twice, one number with more digits than Python reads.
+    # A value nested deeply, a number with more digits than Python reads, an infinite number, or a
+    # key that occurs twice.
     for key in list(values)[:20] if isinstance(values, dict) else ():
         text = json.dumps({**values, key: "PLACE"})
         for given in ("[" * 50_000 + "]" * 50_000, "9" * 5000, "1e999", f'1, "{key}": 2'):
@@ -108,9 +109,10 @@ def dumped(values):
 
 
 def failures(path, changes, act):
-    """Puts each change in the place of a file; what ends in neither success nor a line, by place.
+    """Writes each change to `path` and calls `act`; returns those with another end, by place.
 
-    A folder in its place, and nothing, come last; then the file is as it was.
+    An accepted end is success or an error of one line. The last two changes are no file and a
+    folder in its place; after them, the file is restored.
     """
     good, found = path.read_bytes(), {}
 
@@ -122,7 +124,7 @@ def failures(path, changes, act):
                 note(f"{_where(error)}: more than one line", what, error)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # Rust's panics, too
+        except BaseException as error:  # panics of Rust, too
             note(f"{_where(error)}: {type(error).__name__}", what, error)
 
     def note(kind, what, error):
@@ -138,12 +140,12 @@ def failures(path, changes, act):
     attempt(b"(a folder)")
     path.rmdir()
     path.write_bytes(good)
-    act()  # as it was, it is good
+    act()  # the restored file must be accepted
     return found
 
 
 def _where(error):
-    """The last line of ours."""
+    """Returns the last line of the package in the traceback."""
     where = ""
     trace = error.__traceback__
     while trace is not None:
@@ -155,7 +157,7 @@ def _where(error):
 
 
 def none(found):
-    """Fails with all that was found, each with its smallest input."""
+    """Fails if there are failures, and shows each kind with its smallest input."""
     lines = []
     for what, inputs in found.items():
         smallest, said = min(inputs, key=lambda one: len(one[0]))
@@ -170,7 +172,7 @@ def none(found):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, corpus):
-    """A folder of Hugging Face with several shards and every file that travels with one."""
+    """Writes a Hugging Face folder with several shards and all kinds of files that belong to it."""
     folder = tmp_path_factory.mktemp("fuzz") / "hf"
     folder.mkdir()
     bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
@@ -209,7 +211,7 @@ def hf(made, tmp_path):
 
 
 class There:
-    """What `convert` and a run do with a folder of Hugging Face; one in `WHOLE` to the end."""
+    """Opens a Hugging Face folder as `convert` and a run do; every `WHOLE`-th call converts it."""
 
     def __init__(self, folder, scratch):
         self.folder, self.scratch, self.count = folder, scratch, 0
@@ -240,14 +242,14 @@ class There:
 )
 def test_files_of_hugging_face(hf, tmp_path, name):
     path = hf / name
-    # What nothing is taken from is read in the same way, whatever it holds.
+    # No value of special_tokens_map.json is used, so fewer changes are enough.
     every = 5 if name == "special_tokens_map.json" else 1
     changes = itertools.islice(of_json_file(path.read_bytes()), 0, None, every)
     none(failures(path, changes, There(hf, tmp_path)))
 
 
 def of_tokenizer_json(content):
-    """As `of_json_file`, but for values in what is not the vocabulary, too, which is most of it."""
+    """Yields the changes of `of_json_file`, and changes outside of the large vocabulary."""
     yield from of_json_file(content, COUNT // 3)
     values = json.loads(content)
     vocabulary = values["model"].pop("vocab"), values["model"].pop("merges")
@@ -291,7 +293,7 @@ def test_chats_of_a_checkpoint_with_such_files(hf, tmp_path, name):
         if is_tokenizer_file(file.relative_to(hf).as_posix())
     }
     if name == "tokenizer_config.json":
-        del others["chat_template.jinja"]  # which would be preferred
+        del others["chat_template.jinja"]  # the file that would be preferred
     path = hf / name
 
     def act():
@@ -327,7 +329,7 @@ def test_a_template_for_training(hf, tmp_path, name):
     none(failures(path, changes, act))
 
 
-# PEFT's and Meta's.
+# PEFT's and Meta's files.
 
 
 def test_adapter_config(made, tmp_path):
@@ -359,12 +361,12 @@ def test_params_json(made, tmp_path):
     none(failures(path, of_json_file(path.read_bytes()), act))
 
 
-# Our own, which may come from elsewhere, too.
+# Our own files, which may be foreign, too.
 
 
 @pytest.fixture(scope="module")
 def packed(corpus, tmp_path_factory):
-    """Shards of packed documents."""
+    """Writes shards of packed documents."""
     folder = tmp_path_factory.mktemp("fuzz") / "shards"
     config = text_config(corpus, data__packing="best_fit", train__seq_len=32)
     prepare(config, folder, log=lambda line: None)
@@ -373,7 +375,8 @@ def packed(corpus, tmp_path_factory):
 
 @pytest.mark.parametrize("sealed", [False, True])
 def test_the_manifest_of_shards(packed, tmp_path, sealed, monkeypatch):
-    monkeypatch.setattr(summary, "WINDOW", 3 * summary.CHUNK)  # the rest is read in the same way
+    # Documents beyond the window are read in the same way.
+    monkeypatch.setattr(summary, "WINDOW", 3 * summary.CHUNK)
     folder = shutil.copytree(packed, tmp_path / "shards")
     path = folder / "manifest.json"
 
@@ -395,7 +398,7 @@ def test_the_manifest_of_shards(packed, tmp_path, sealed, monkeypatch):
 
 
 def _sealed(content, encode, sealed):
-    """Changes of a manifest; if `sealed`, those of its values, with a checksum that fits."""
+    """Yields changes of a manifest; with `sealed`, changed values with a checksum that fits."""
     if not sealed:
         yield from of_json_file(content)
         return
@@ -408,7 +411,7 @@ def _sealed(content, encode, sealed):
 
 @pytest.fixture(scope="module")
 def saved(made, corpus, tmp_path_factory):
-    """A work directory with one step, and what a run writes beside it."""
+    """Writes a work directory with one step, and the files that a run writes next to it."""
     tokenizer = Tokenizer.load(made / "tokenizer.json")
     folder = tmp_path_factory.mktemp("fuzz") / "run"
     save_checkpoint(folder, CONFIG, random_params(CONFIG.model), tokenizer.model_bytes)
@@ -418,12 +421,13 @@ def saved(made, corpus, tmp_path_factory):
 
 @pytest.fixture
 def run(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest, "_THREADS", 1)  # thousands of times, to begin 16 costs most
+    # To start 16 threads thousands of times would cost the most.
+    monkeypatch.setattr(manifest, "_THREADS", 1)
     return shutil.copytree(saved, tmp_path / "run")
 
 
 def sealer(step):
-    """A function that makes the manifest of a step fit a file that has changed."""
+    """Returns a function that updates the manifest of a step after a change of a file."""
     entries = read_entries(epath.Path(step) / MANIFEST)
 
     def seal(path):
@@ -435,7 +439,7 @@ def sealer(step):
 
 
 def described(run):
-    """What every reader does with a step before its arrays; it may be named itself."""
+    """Does what every reader of a step does before it reads arrays; `run` may also be the step."""
     step = saved_step.find_step(run)
     meta = saved_step.load_meta(step)
     describe(step, meta)
@@ -463,13 +467,14 @@ def test_what_a_step_says_about_itself(run, tmp_path, item, sealed, capfd):
         number = next(count)
         if sealed:
             seal(path)
-        # A work directory has the whole step hashed; a step that is named, only what is read.
+        # For a work directory the whole step is hashed; for a step given by name, only the files
+        # that are read.
         found, _ = described(step if sealed and number % WHOLE else run)
         if number % (4 * WHOLE) == 0:
             convert(open_source("ckpt", found), "hf", tmp_path / "x")
             shutil.rmtree(tmp_path / "x")
 
-    # What does not fit the manifest is not even parsed.
+    # A file that does not fit the manifest is not even parsed, so fewer changes are enough.
     none(failures(path, itertools.islice(changes(), 0, None, 1 if sealed else 10), act))
 
 
@@ -485,7 +490,7 @@ def test_the_manifest_of_a_step(run, sealed, capfd):
 
 @pytest.mark.parametrize("sealed", [False, True])
 def test_the_list_of_arrays_of_a_step(run, sealed, capfd):
-    """Orbax reads it: the numbers that come out are those that were saved, or none."""
+    """Orbax reads the list: either the numbers are those that were saved, or none are read."""
     step = run / "checkpoints" / "0"
     path = step / "params" / "_METADATA"
     good = fingerprint(open_model(step, "tensor=1").params)
@@ -513,7 +518,7 @@ def test_the_config_of_a_work_directory(run, tmp_path):
 
 
 def test_what_a_run_wrote_of_itself(run, tmp_path):
-    """Read by `convert` for the model card, and by a run that goes on."""
+    """`convert` reads it for the model card, and a run that goes on reads it, too."""
     step = run / "checkpoints" / "0"
     meta = saved_step.load_meta(step)
     late = type(meta)(**{**vars(meta), "step": 5})

@@ -1,8 +1,8 @@
-"""The rooms of llama_jax: who may import whom, read from the imports themselves.
+"""The rooms of llama_jax import only what their rules allow, as the imports themselves show.
 
-Three rules: a noun is a room (a package), a verb is a command (a module of flags, which nobody
+Three rules: a noun is a room (a package), a verb is a command (a module of flags that no module
 imports); `python -m llama_jax.X` runs `X.py` or `X/__main__.py`; a room imports only rooms below
-it, and its `__init__.py` is a docstring. Imports inside functions count.
+it, and its `__init__.py` holds only a docstring. Imports inside functions count.
 """
 
 import ast
@@ -18,7 +18,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "llama_jax"
 
-# The rooms that each may import; errors and files all may.
+# The rooms that each room may import. All may import errors and files.
 BELOW = {
     "config": "",
     "hardware": "",
@@ -31,20 +31,20 @@ BELOW = {
     "interchange": "config parameters model text checkpoint",
     "inference": "config parameters model parallel text data checkpoint interchange",
     "train": "config parameters hardware parallel text model data checkpoint interchange inference",
-    # The step that is planned is the one that trains.
+    # The planned step is the one that trains.
     "plan": "config parameters hardware parallel model train.step train.optimizer",
 }
 GROUND = ("errors", "files")
 COMMANDS = ("prepare", "generate", "evaluate", "convert")
-# Above all rooms: what commands share.
+# The code that commands share is above all rooms.
 ABOVE = ("cli",)
 MOST_ENTRIES = 20
-OPTIONAL = ("inference.harness",)  # the other side of a library that may not be there
+OPTIONAL = ("inference.harness",)  # a plug-in of a library that may not be installed
 
 
 @functools.cache
 def modules() -> dict[str, pathlib.Path]:
-    """All modules by their names within the package; a package has the name of its folder."""
+    """Returns the files of all modules by module name; a package has the name of its folder."""
     files = {}
     for file in sorted(PACKAGE.rglob("*.py")):
         parts = file.relative_to(PACKAGE).with_suffix("").parts
@@ -53,14 +53,14 @@ def modules() -> dict[str, pathlib.Path]:
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """Names of the modules of the package that a syntax tree imports, wherever it does."""
+    """Returns the modules of the package that a syntax tree imports, inside functions as well."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"a relative import in line {node.lineno}"
-            # What is imported from a package may be a module of it.
+            # A name that is imported from a package may be a module.
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [name if name.partition(".")[2] in modules() else node.module for name in names]
         else:
@@ -71,7 +71,7 @@ def imported(tree: ast.AST) -> set[str]:
 
 @functools.cache
 def imports() -> dict[str, set[str]]:
-    """What each module imports."""
+    """Returns the imports of each module."""
     return {name: imported(ast.parse(file.read_text())) for name, file in modules().items()}
 
 
@@ -84,7 +84,7 @@ def is_command(module: str) -> bool:
 
 
 def may_import(module: str, other: str) -> bool:
-    """Whether the table lets a module import another one."""
+    """Returns whether the table lets a module import another one."""
     room, wanted = room_of(module), room_of(other)
     if is_command(other) or wanted in ABOVE:
         return is_command(module) or (room in ABOVE and not is_command(other))
@@ -115,7 +115,7 @@ def test_nobody_imports_a_command():
 
 
 def test_there_is_no_circle():
-    list(graphlib.TopologicalSorter(imports()).static_order())  # raises CycleError, with its names
+    list(graphlib.TopologicalSorter(imports()).static_order())  # CycleError names the modules
 
 
 def test_the_top_is_read_at_one_glance():
@@ -129,7 +129,7 @@ ROOMS = [name for name, file in modules().items() if name and file.stem == "__in
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_begins_with_its_map(room):
-    """Its docstring names each file, and that is all there is: it imports nothing."""
+    """The docstring of a room names each of its files, and the room's `__init__.py` has no code."""
     file = modules()[room]
     (docstring,) = ast.parse(file.read_text()).body
     text = docstring.value.value
@@ -145,7 +145,7 @@ def test_imports_no_jax(module):
 
 
 def eager(tree: ast.AST) -> set[str]:
-    """Names of the packages that a syntax tree imports outside of functions."""
+    """Returns the packages that a syntax tree imports outside of functions."""
     found = set()
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):

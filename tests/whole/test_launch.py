@@ -1,4 +1,4 @@
-"""The launchers: what they would run, and what they do with commands that fail or are stopped."""
+"""The commands that launchers would run, and what they do with failed or stopped commands."""
 
 import os
 import pathlib
@@ -153,7 +153,7 @@ def test_local_numbers_are_decimal():
 
 
 def test_local_hands_on_every_argument(tmp_path):
-    """Through the loop of restarts, too; compared as bytes."""
+    """Also through the loop of restarts; the arguments are compared as bytes."""
     words = [os.fsencode(word) for word in (*TRAIN, *WORDS, "\udcff")]
     code = f"printf '%s\\0' \"$@\" > {tmp_path}/got.$JAX_PROCESS_ID"
     env = {**os.environ, "PYTHON": fake_python(tmp_path, code)}
@@ -177,7 +177,7 @@ def test_slurm_hands_on_every_argument(tmp_path):
 
 
 def test_tpu_vm_hands_on_every_argument(tmp_path):
-    """By the shell of the worker, in whatever locale this machine and that one are."""
+    """The worker's shell gets them unchanged in any locale of either machine."""
     worker = tmp_path / "llama_jax"
     (worker / ".venv" / "bin").mkdir(parents=True)
     shutil.copytree(LAUNCH, worker / "launch")
@@ -195,7 +195,7 @@ def test_tpu_vm_hands_on_every_argument(tmp_path):
 
 
 def fake_python(folder, code):
-    """An interpreter that does something else instead of training: a shell script."""
+    """Writes a shell script that replaces the interpreter, and returns its path."""
     path = folder / "python"
     path.write_text(f"#!/usr/bin/env bash\n{code}\n")
     path.chmod(0o755)
@@ -213,7 +213,7 @@ def test_local_ends_all_when_one_fails(tmp_path):
 
 
 def listeners(port):
-    """Addresses on which somebody listens at a port, in the kernel's hexadecimal."""
+    """Returns the addresses that listen on a port, in the kernel's hexadecimal."""
     found = set()
     for path in map(pathlib.Path, ("/proc/net/tcp", "/proc/net/tcp6")):
         lines = path.read_text().splitlines()[1:] if path.exists() else []
@@ -228,7 +228,7 @@ LOOPBACK = {"0100007F", "0" * 24 + "01000000", "0000000000000000FFFF00000100007F
 
 
 def test_local_listens_on_loopback_only(tmp_path):
-    """The coordinator, which has no password; process 1 never comes."""
+    """The coordinator has no password. Process 1 never connects here."""
     code = "from llama_jax.parallel.cluster import join_job; join_job(100)"
     python = f"((JAX_PROCESS_ID)) && exec sleep 100; exec {sys.executable} -c '{code}'"
     port = int(free_port())
@@ -245,7 +245,7 @@ def test_local_listens_on_loopback_only(tmp_path):
             time.sleep(0.1)
         assert found and found <= LOOPBACK
     finally:
-        while process.poll() is None:  # the second one kills
+        while process.poll() is None:  # the second signal kills
             process.send_signal(signal.SIGTERM)
             time.sleep(0.5)
 
@@ -351,7 +351,7 @@ def test_what_is_no_number_is_refused(script, flag):
 
 
 def test_retry_stops_by_a_command_of_the_shell(tmp_path):
-    """With quotes and patterns, as it is typed."""
+    """The command may have quotes and patterns, as on a command line."""
     marker = tmp_path / "a * b"
     code = f"echo up; while [[ ! -e '{marker}' ]]; do sleep 0.1; done; exit 75"
     process = subprocess.Popen(
@@ -369,7 +369,7 @@ def test_retry_does_not_restart_what_was_stopped(tmp_path):
     for status in (74, 75):
         process = run("retry.sh", "--", "bash", "-c", f"exit {status}", check=False)
         assert process.returncode == status and "restart" not in process.stderr
-    # The command that stops it, and not the signal, reaches the child.
+    # The child gets the stop command, not the signal.
     marker = tmp_path / "stop"
     child = f"trap 'exit 9' TERM; while [[ ! -e {marker} ]]; do sleep 0.1; done; exit 7"
     process = subprocess.Popen(
@@ -383,7 +383,7 @@ def test_retry_does_not_restart_what_was_stopped(tmp_path):
 
 
 def test_retry_exits_as_a_child_that_ends_while_it_is_stopped(tmp_path):
-    """The command that stops it returns only after its end."""
+    """The stop command returns only after the end of the child."""
     pid, stop = tmp_path / "pid", tmp_path / "stop"
     stop.write_text(f"kill -TERM $(<{pid}); while kill -0 $(<{pid}); do sleep 0.1; done\n")
     child = f"trap 'exit 9' TERM; echo $$ > {pid}; echo up; while :; do sleep 0.1; done"
@@ -413,7 +413,7 @@ def test_slurm_dry_run():
 
 
 def commands(folder, **scripts):
-    """A folder of shell scripts of these names; returns PATH with it in front."""
+    """Writes shell scripts with these names to a folder; returns PATH with the folder in front."""
     folder.mkdir(exist_ok=True)
     for name, code in scripts.items():
         (folder / name).write_text(f"#!/usr/bin/env bash\n{code}")
@@ -422,7 +422,7 @@ def commands(folder, **scripts):
 
 
 def test_slurm_queues_again_what_ends_while_it_is_stopped(tmp_path):
-    """A script that goes on only after the end of what it has asked to stop learns its status."""
+    """A script that continues only after the end of the stopped command still learns its status."""
     pid = tmp_path / "pid"
     path = commands(
         tmp_path / "bin",
@@ -449,7 +449,7 @@ def test_slurm_queues_again_what_ends_while_it_is_stopped(tmp_path):
     assert out.splitlines() == ["slurm: saved; queueing job 7 again", "scontrol requeue 7"]
 
 
-# Cloud TPU VMs, with a gcloud that runs on this machine what it should run on the workers.
+# Cloud TPU VMs, with a gcloud that runs the workers' commands on this machine.
 
 GCLOUD = r"""
 echo "$*" >> "$HOME/calls"
@@ -548,9 +548,9 @@ def test_gke_jobset():
 
 
 def expanded(text):
-    """What Kubernetes makes of a word of `command`, by third_party/forked/golang/expansion there.
+    """Expands a word of `command` as Kubernetes does in its third_party/forked/golang/expansion.
 
-    It knows no variable: $(NAME) is replaced, which a container would see.
+    No variable is defined here: a $(NAME) that Kubernetes would expand becomes "replaced".
     """
     return re.sub(r"\$(\$|\([^)]*\))", lambda m: "$" if m[1] == "$" else "replaced", text)
 
@@ -576,7 +576,7 @@ def test_gke_hands_on_every_argument(tmp_path):
     (job,) = yaml.safe_load(output)["spec"]["replicatedJobs"]
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
     assert tuple(map(expanded, container["command"][5:])) == (*TRAIN, *WORDS)
-    # A $ that Kubernetes leaves alone stays as it was typed.
+    # A $ that Kubernetes leaves alone is passed on as it was typed.
     assert [word for word in container["command"] if word in ("$(HOME)", "$$(HOME)")] == [
         "$$(HOME)"
     ]

@@ -1,4 +1,4 @@
-"""The notebook runs, and what is printed in it is what it prints."""
+"""The notebook runs, and its saved outputs are what it prints."""
 
 import json
 import os
@@ -17,8 +17,8 @@ CELLS = [
     for cell in json.loads((ROOT / "notebooks" / "mesh.ipynb").read_text())["cells"]
     if cell["cell_type"] == "code"
 ]
-# The cells one after another in a fresh Python, as a kernel would; what each prints, and the key
-# figures. Without the TPU compiler, which takes minutes.
+# Runs the cells one after another in a fresh Python, as a kernel would; prints the output of each
+# cell and the key figures. Without the TPU compiler, which takes minutes.
 EXECUTE = """
 import contextlib, io, json, sys
 sys.modules["libtpu"] = None
@@ -37,7 +37,7 @@ print(json.dumps({"printed": printed, **figures}))
 def executed():
     process = subprocess.run(
         [sys.executable, "-c", EXECUTE],
-        cwd=ROOT / "notebooks",  # as Jupyter does
+        cwd=ROOT / "notebooks",  # the working directory that Jupyter uses
         env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "MPLBACKEND": "Agg"},
         input=json.dumps(["".join(cell["source"]) for cell in CELLS]),
         capture_output=True,
@@ -49,7 +49,7 @@ def executed():
 
 
 def words(text):
-    """The text without what depends on the version of XLA: numbers, their padding, collectives."""
+    """Returns the words of a text without numbers and collectives, which depend on XLA."""
     text = re.sub(r"^ +[\d,]+ x [a-z-]+ .*$", "", text, flags=re.M)
     return re.sub(r"[\d.,]+(e[+-]\d+)?", "#", text).split()
 
@@ -61,7 +61,8 @@ def test_outputs_in_the_file_are_those_of_the_code(executed):
         kinds = {output["output_type"] for output in cell["outputs"]}
         assert kinds <= {"stream", "display_data"} and kinds, cell["source"]
         saved = "".join("".join(output.get("text", "")) for output in cell["outputs"])
-        # A drawing is printed here, but is rich text there; a plan may be of the real compiler.
+        # Skip drawings, which are saved as rich text, and plans that the real compiler may have
+        # made.
         if kinds == {"stream"} and "plan(large" not in "".join(cell["source"]):
             assert words(saved) == words(printed)
 

@@ -10,7 +10,7 @@ from tests.helpers import ROOT, TINY, TINY_FLAGS, one_line_error, replace, run_c
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A home folder."""
+    """Returns a home folder, to which HOME points."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     return tmp_path / "home"
@@ -35,7 +35,7 @@ def test_paths_in_a_config_are_expanded_once_for_all(home):
 
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):
-    """A home folder in which a run, shards and text were named with a tilde."""
+    """Returns a home folder in which a run, shards and text were named with a tilde."""
     home = tmp_path_factory.mktemp("home")
     (home / "text").symlink_to(corpus)
     flags = (*TINY_FLAGS, "--config.data.source=~/text", "--config.train.steps=3")

@@ -1,4 +1,4 @@
-"""Files that Git LFS has not fetched are named as such, whatever they stand for."""
+"""Files that Git LFS has not fetched are named as such, whichever file they replace."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The questions of examples/quiz.py: their answers are right, and those held out are new."""
+"""examples/quiz.py: the answers to its questions are right, and the held-out questions are new."""
 
 import ast
 import collections
@@ -53,7 +53,7 @@ def test_signatures_have_plain_parameters_only(quiz, tmp_path):
 
 @pytest.mark.slow
 def test_a_small_model_answers_more_than_before(tmp_path):
-    """The whole of it, smaller: a base of random weights, and a template of its own."""
+    """The whole example at a small size, with a base of random weights and its own template."""
     base, workdir, template = (tmp_path / name for name in ("base", "quiz", "short.jinja"))
     template.write_text(
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ m.content + '\\n' }}"

@@ -1,4 +1,4 @@
-"""What the README says is true of the code."""
+"""The statements of the README agree with the code."""
 
 import ast
 import importlib.metadata
@@ -48,7 +48,7 @@ def test_the_table_of_configs(name):
     assert cells[7].startswith(f"{train.global_batch:,} x {train.seq_len:,}")
 
 
-# What is asked for where it is used, with an error that names the extra of setup.py.
+# These are imported only where they are used, with an error that names the extra of setup.py.
 OPTIONAL = {"apache_beam", "lm_eval", "tokenizers", "torch", "tqdm"}
 
 

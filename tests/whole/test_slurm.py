@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch on a real Slurm, which slurm_cluster.sh starts: two tasks, on CPUs."""
+"""launch/slurm.sbatch on a real Slurm that slurm_cluster.sh starts: two tasks, on CPUs."""
 
 import os
 import pathlib
@@ -26,7 +26,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    """Runs a command of Slurm, in the submit environment; returns its output."""
+    """Yields a function that runs a command of Slurm and returns its output."""
     if shutil.which("slurmctld") is None:
         pytest.fail("Slurm is not installed; `make slurm` does that")
     folder = tmp_path_factory.mktemp("slurm")
@@ -48,7 +48,7 @@ def slurm(tmp_path_factory):
 
 
 def submit(slurm, tmp_path, steps, *flags, restarts=10, python=sys.executable):
-    """Queues a run; returns the job and its log."""
+    """Queues a run; returns the id of the job and the path of its log."""
     log = tmp_path / "job.log"
     flags = [*FLAGS, f"--workdir={tmp_path / 'run'}", f"--config.train.steps={steps}", *flags]
     export = f"--export=ALL,PYTHON={python}"
@@ -58,7 +58,7 @@ def submit(slurm, tmp_path, steps, *flags, restarts=10, python=sys.executable):
 
 
 def wait_for(pattern, log, count=1, seconds=900):
-    """The matches of a pattern in the log, once there are `count`."""
+    """Returns the matches of a pattern in the log, once there are at least `count`."""
     deadline = time.monotonic() + seconds
     while True:
         text = log.read_text() if log.exists() else ""
@@ -70,7 +70,7 @@ def wait_for(pattern, log, count=1, seconds=900):
 
 
 def wait_for_state(slurm, job, state, also="", seconds=900):
-    """Until Slurm says so, and that the job has left its node."""
+    """Waits until Slurm reports this state and the job has left its node."""
     deadline = time.monotonic() + seconds
     while True:
         text = slurm("scontrol", "show", "job", job)
@@ -82,7 +82,7 @@ def wait_for_state(slurm, job, state, also="", seconds=900):
 
 
 def python_that_ends_late(folder):
-    """An interpreter that takes 5 s to end in task 0, as on a busy machine."""
+    """Writes an interpreter that ends 5 s late in task 0, like a busy machine; returns its path."""
     script = folder / "python"
     script.write_text(f"""#!/usr/bin/env bash
 trap : TERM  # the interpreter gets it too, and saves
@@ -97,13 +97,13 @@ exit $status
 
 
 def tasks_of(workdir):
-    """The training processes, by their command lines."""
+    """Returns the ids of the training processes, which their command lines show."""
     found = []
     for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_text().split("\0")
         except OSError:
-            continue  # it has ended
+            continue  # the process has ended
         if f"--workdir={workdir}" in words and words[1:3] == ["-m", "llama_jax.train"]:
             found.append(int(path.parent.name))
     return sorted(found)
@@ -134,13 +134,14 @@ def test_a_job_survives_a_killed_task_and_its_time_limit(slurm, tmp_path):
     slurm("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
     (stopped,) = wait_for(r"stopped at step (\d+), saved", log)
     wait_for(f"saved; queueing job {job} again", log)
-    # Slurm would wait for two minutes, counted from when the job has wholly left its node. Within
-    # the same second a node takes the new start for the old one ("already killed, do not launch").
+    # Slurm would wait for two minutes, counted from when the job has left its node completely. A
+    # new start within the same second would be taken for the old one ("already killed, do not
+    # launch").
     wait_for_state(slurm, job, "PENDING", "Reason=BeginTime")
     slurm("scontrol", "update", f"jobid={job}", "StartTime=now+3")
     assert wait_for(r"resume  from step (\d+)", log, 2)[1] == stopped
 
-    slurm("scancel", job)  # ends it for good, saved
+    slurm("scancel", job)  # saves, and ends the job
     wait_for(r"stopped at step \d+, saved", log, 2)
     wait_for_state(slurm, job, "CANCELLED")
     assert "Restarts=1 " in slurm("scontrol", "show", "job", job)

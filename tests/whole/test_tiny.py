@@ -1,4 +1,4 @@
-"""What `make train` promises, in full."""
+"""The full run of `make train` reaches the loss that its config promises."""
 
 import json
 import keyword
@@ -26,11 +26,11 @@ def test_the_tiny_config_learns_python(tmp_path):
     sample = again.stdout.split("what it writes after 'def __init__(self':\n")[1]
     assert sample == process.stdout.split("what it writes after 'def __init__(self':\n")[1]
     assert sample.startswith("def __init__(self")
-    # One draw is no proof of much: but it is no row of digits, and has a block in it.
+    # One sample proves little, but it is not a row of digits, and it has an indented block.
     assert sum(letter.isdigit() for letter in sample) < 0.2 * len(sample), sample
     assert "\n    " in sample, sample
 
-    # Several draws together look like Python: keywords, and blocks indented by four.
+    # Several samples together look like Python: keywords, and blocks indented by four.
     prompts = [f"--prompt={prompt}" for prompt in ("def", "class", "if", "for")]
     arguments = (f"--checkpoint={tmp_path / 'run'}", *prompts, "--temperature=0.5")
     assert_looks_like_python(run_command("generate", *arguments).stdout)

@@ -9,7 +9,7 @@ from llama_jax.train.instruments.goodput import PHASES, Goodput
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Both clocks, in the test's hands."""
+    """Returns an object whose `now` is the time of both clocks."""
 
     class Clock:
         now = 1000.0
@@ -56,7 +56,7 @@ def test_it_is_kept_across_restarts_and_a_crash_is_lost_time(clock, tmp_path):
 
 
 def test_what_was_before_is_counted_once(clock, tmp_path):
-    """Start-up is init, and not lost as well."""
+    """Start-up counts as init, and not as lost time as well."""
     path = epath.Path(tmp_path / "goodput.json")
     Goodput(path).save()
     clock.now += 7

@@ -21,7 +21,7 @@ def test_speed_and_mfu(monkeypatch):
     flops = flops_per_token(TINY.model, TINY.lora, TINY.train.seq_len)
     assert reading["mfu"] == pytest.approx(tokens / 2 * flops / 4e9)
     assert reading["chip_seconds"] == pytest.approx(4 * 2.0)
-    now[0] += 1.0  # evaluation: not slow steps, but time of the chips
+    now[0] += 1.0  # an evaluation: it does not slow the steps, but takes time of the chips
     speed.restart()
     now[0] += 1.0
     reading = speed.read(1)
@@ -56,7 +56,7 @@ def test_a_step_is_logged_when_the_next_is_pushed():
 
 
 def test_a_speed_that_nobody_has_measured_is_left_out(tmp_path, capsys):
-    """Of a record before which no step was timed: null, `-`, and nothing in TensorBoard."""
+    """Without a timed step, a speed is null, `-` on the console, and left out in TensorBoard."""
     from tensorboardX.proto.event_pb2 import Event
 
     record = dict.fromkeys(("loss", "learning_rate", "grad_norm"), 1.0)
@@ -75,7 +75,7 @@ def test_a_speed_that_nobody_has_measured_is_left_out(tmp_path, capsys):
 
 
 def framed(data):
-    """The records of a TFRecord file: length (8 bytes), checksum (4), content, checksum (4)."""
+    """Yields the contents of a TFRecord file: length (8 bytes), checksum (4), content, checksum."""
     while data:
         length = int.from_bytes(data[:8], "little")
         yield data[12 : 12 + length]

@@ -1,4 +1,4 @@
-"""Traces are where TensorBoard looks for them, and hold the steps of the window."""
+"""TensorBoard finds the traces, and they hold the steps of the window."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("shared_steps")
 
 
 def traced(workdir):
-    """Numbers of the steps in each trace of a work directory."""
+    """Returns the numbers of the steps in each trace of a work directory."""
     # The layout that TensorBoard's plugin lists: LOGDIR/plugins/profile/RUN/HOST.xplane.pb
     files = sorted(pathlib.Path(workdir).glob("tensorboard/plugins/profile/*/*.xplane.pb"))
     return [
@@ -77,9 +77,9 @@ class Recorder:
     [
         (1, 6, [1, "start", 2, 3, "stop", 4, 5]),
         (3, 5, ["start", 3, "stop", 4]),  # resumed inside the window
-        (4, 6, [4, 5]),  # resumed after it
-        (1, 3, [1, "start", 2, "stop"]),  # ended inside it
-        (1, 2, [1, "start", "stop"]),  # ended before it
+        (4, 6, [4, 5]),  # resumed after the window
+        (1, 3, [1, "start", 2, "stop"]),  # ended inside the window
+        (1, 2, [1, "start", "stop"]),  # ended before the window
     ],
 )
 def test_when_a_trace_runs(monkeypatch, tmp_path, first, end, expected):

@@ -34,7 +34,7 @@ def test_what_has_nothing_to_save_stops_at_once(number):
 
 
 def test_a_signal_in_the_middle_of_a_printed_line(monkeypatch):
-    """Python lets nobody print in between; the signal must not be lost by that."""
+    """Python forbids a print inside another print; the signal must not get lost because of that."""
     read, write = os.pipe()
 
     class Terminal(io.FileIO):
@@ -56,7 +56,7 @@ def test_a_signal_in_the_middle_of_a_printed_line(monkeypatch):
 
 @pytest.fixture
 def listener(monkeypatch):
-    """JAX's, as two processes would have it: what it was asked and sent; `at` is where to stop."""
+    """Replaces JAX's listener by one for two processes; yields its calls. `at`: where to stop."""
     found = types.SimpleNamespace(asked=[], started=0, received=0, at=None)
 
     def received(*_):
@@ -80,14 +80,14 @@ def listener(monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_many_processes_agree_by_jax(listener, capsys, number):
-    """Its listener for SIGTERM, which is not Python's, makes all of them stop at the same place."""
+    """JAX's own listener for SIGTERM makes all of them stop at the same place."""
     listener.at = 4
     with StopRequest() as stop:
         assert not stop.asked()
         signal.raise_signal(number)
         assert listener.received == 1 and stop.name == ""
         assert [stop.asked() for _ in range(4)] == [False, False, True, True]
-        # What was agreed on is not asked for again, and another signal kills.
+        # Once the processes agree, JAX is not asked again, and another signal kills.
         assert listener.asked == [1, 2, 3, 4] and listener.started == 1
         for each in (signal.SIGTERM, signal.SIGINT):
             assert signal.getsignal(each) == signal.SIG_DFL
@@ -111,9 +111,9 @@ def test_one_of_many_that_has_nothing_to_save_stops_at_once(listener, number):
 
 
 def test_another_process_interrupts_what_is_done_at_once():
-    """A signal of one's own, which a scheduler often sends at the same moment, does not kill."""
+    """A signal to this process, which a scheduler often sends at the same time, does not kill."""
     with StopRequest() as stop:
-        stop.interrupt()  # nothing is done that may be interrupted
+        stop.interrupt()  # no interruptible work is under way
         with pytest.raises(Stopped), stop.at_once():
             thread = threading.Thread(target=stop.interrupt)
             thread.start()
@@ -130,4 +130,4 @@ def test_a_signal_of_ones_own_comes_before_an_interruption():
         with pytest.raises(Stopped, match="SIGTERM"), stop.at_once():
             signal.raise_signal(signal.SIGTERM)
         with stop.at_once():
-            stop.interrupt()  # it would kill
+            stop.interrupt()  # without the signal before, this would kill

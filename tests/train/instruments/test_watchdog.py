@@ -27,11 +27,11 @@ with Watchdog(1) as dog:
     assert process.returncode == 1
     first = process.stderr.splitlines()[0]
     assert first.startswith("error: no sign of life in step 7 for longer than 1 s (")
-    assert "in stuck" in process.stderr  # the stack
+    assert "in stuck" in process.stderr  # the stack is in the output
 
 
 class Ticks:
-    """Stands in for the event that the thread waits on: a tick passes when the test says so."""
+    """Replaces the event that the thread waits on: a tick passes when the test allows it."""
 
     def __init__(self):
         self.allowed, self.begun = threading.Semaphore(0), threading.Semaphore(0)
@@ -47,7 +47,7 @@ class Ticks:
         self.allowed.release()
 
     def pass_by(self, n):
-        """Returns when the thread has done what it does after the last of `n` ticks."""
+        """Lets `n` ticks pass, and returns when the thread has done its work after the last one."""
         for _ in range(n):
             self.allowed.release()
             self.begun.acquire()
@@ -55,14 +55,14 @@ class Ticks:
 
 @pytest.fixture
 def given_up(monkeypatch):
-    """What the watchdogs of a test have given up on."""
+    """Returns a list to which the watchdogs of a test add what they give up on."""
     found = []
     monkeypatch.setattr(Watchdog, "_give_up", lambda dog, what: found.append(what))
     return found
 
 
 def started(timeout_s):
-    """A watchdog after its first beat, whose thread waits for the first tick."""
+    """Returns a watchdog after its first beat, whose thread waits for the first tick."""
     dog = Watchdog(timeout_s)
     dog._ended = ticks = Ticks()
     dog.beat("step 0")
@@ -75,7 +75,7 @@ def test_beats_keep_it_alive(given_up):
     with dog:
         for step in range(10):
             dog.beat(f"step {step}")
-            ticks.pass_by(4)  # one to see the beat, and three half seconds
+            ticks.pass_by(4)  # one tick to notice the beat, and three of half a second
         assert given_up == []
         ticks.pass_by(1)
         assert given_up == ["step 9"]
@@ -100,7 +100,7 @@ def test_its_end_calls_it_off(given_up):
 
 
 def test_a_stopped_process_did_not_hang():
-    """It is stopped for longer than it may be silent, and counts none of that."""
+    """It is stopped for longer than its limit, and does not count that time."""
     process = run("""
 from llama_jax.train.instruments import watchdog
 watchdog.TICK_S = 0.1

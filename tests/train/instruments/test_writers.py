@@ -95,7 +95,7 @@ def test_further_metrics_are_printed_by_name(capsys):
 
 
 class Noted(list):
-    """A writer that keeps all that it is given."""
+    """A writer that keeps all its records and events in a list."""
 
     def write(self, step, record):
         self.append((step, record))
@@ -132,7 +132,7 @@ def test_a_record_that_cannot_be_written_ends_no_run(capsys):
 
 
 def test_writers_are_opened_by_their_first_record(tmp_path):
-    """An event comes before the first step; a run that is refused makes no files."""
+    """An event may come before the first step; a run that is refused makes no files."""
     opened, noted = [], Noted()
     with AllWriters(lambda: opened.append(1) or [noted]) as all_writers:
         assert not opened
@@ -159,7 +159,7 @@ def test_events_of_two_threads_are_written_one_after_the_other():
     class Slow(Noted):
         def write(self, step, record):
             inside.append(step)
-            gate.wait(0.05)  # the other one would come, were it let in
+            gate.wait(0.05)  # time for the other thread to come in, if it were not kept out
             both.append(len(inside))
             inside.pop()
 
@@ -175,7 +175,7 @@ def test_events_of_two_threads_are_written_one_after_the_other():
 
 
 def test_events_in_json_lines(tmp_path, monkeypatch):
-    """As they are: the step, the kind, the details. What finds a full disk is written later."""
+    """An event is one line of step, kind and details; after a full disk it is written late."""
     path = epath.Path(tmp_path / "metrics.jsonl")
     writer = JsonlWriter(path)
     with monkeypatch.context() as patch:
