@@ -284,7 +284,7 @@ def test_a_column_whose_name_has_a_dot_goes_first(tmp_path):
             r"column 'meta' of .*x.parquet holds struct<.*>, not text; name one of "
             r"meta.text, meta.lang, meta.in.body",
         ),
-        ("meta.in", r"not text; name one of meta.in.body$"),
+        ("meta.in", r"not text; name one of its fields: meta.in.body$"),
         (
             "meta.title",
             r"has no column 'meta.title'; it has meta.text, meta.lang, meta.in.body, "
