@@ -2,7 +2,7 @@
 
 A hash of its contents decides whether a document is held out for validation; about
 `data.validation_fraction` of the documents are. In a source of a few large documents, this may
-choose none, and the run has no validation, or all, and nothing is left for training. Then the last
+choose none or all of them, which would leave no validation data or no training data. Then the last
 tokens of the source are held out: the last parts are written again, and one of them is cut in two.
 """
 

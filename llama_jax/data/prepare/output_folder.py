@@ -186,9 +186,9 @@ def begin(
     restart: bool,
     log: Log,
 ) -> None:
-    """Writes the plan of the work in a folder, or checks that the plan there is the same.
+    """Writes the plan of the work in a folder, or checks that an existing plan is the same.
 
-    If the plan there is another one but none of its parts is done, the old work is deleted.
+    If an existing plan differs but none of its parts is done, the old work is deleted.
 
     Args:
       folder: the folder of the shards.
@@ -199,7 +199,7 @@ def begin(
       log: receives lines for the user.
 
     Raises:
-      UserError: the plan there is another one and has finished parts, or it cannot be read.
+      UserError: an existing plan differs and has finished parts, or it cannot be read.
     """
     plan = {
         "settings": settings,
@@ -207,7 +207,7 @@ def begin(
         "part_bytes": config.data.part_bytes,
         "parts": [dataclasses.asdict(part) for part in parts],
     }
-    folder.mkdir(parents=True, exist_ok=True)  # a folder on a bucket is not made by `locked_folders`
+    folder.mkdir(parents=True, exist_ok=True)  # the lock does not make it on a bucket
     path = folder / PLAN
     done = len(list(folder.glob("part-*.json")))
     if path.exists() and restart:
@@ -257,7 +257,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Returns the settings that differ, as `name (was 1, is 2)`; for checksums only the name."""
-    found = []
+    differences = []
     for name in {**old, **new}:
         was, now = old.get(name), new.get(name)
         if was == now:
@@ -265,10 +265,10 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         if any(
             isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in (was, now)
         ):
-            found.append(name)
+            differences.append(name)
         else:
-            found.append(f"{name} (was {_shown(was)}, is {_shown(now)})")
-    return found
+            differences.append(f"{name} (was {_shown(was)}, is {_shown(now)})")
+    return differences
 
 
 def _shown(value: Any) -> str:

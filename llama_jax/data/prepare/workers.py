@@ -33,7 +33,7 @@ _counters: Any = None
 def _start_worker(counters: Any) -> None:
     global _counters
     _counters = counters
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))  # which the pool sends to workers
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))  # the pool ends workers so
     parent = multiprocessing.parent_process()
     assert parent is not None
     if sys.platform == "linux":

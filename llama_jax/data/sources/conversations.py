@@ -36,7 +36,7 @@ FOLLOWS = {
 # The marks at the beginning of the turns in openassistant-guanaco.
 _GUANACO = re.compile(r"### (Human|Assistant):")
 EMPTY = {"assistant": "an empty answer", "user": "an empty question"}
-_DROPPED = str.maketrans("", "", MARK + BEGIN + END)  # these characters are kept from templates
+_DROPPED = str.maketrans("", "", MARK + BEGIN + END)  # these never reach a template
 BEGINS_WITH_ANSWER = "an answer before the first question, which is left out"
 
 
@@ -157,8 +157,8 @@ def examples(
     ends = frozenset(end_ids(template))
     for record, where in read_records(part, data, tally):
         try:
-            found = messages_of(record)
-            messages = check_turns(found)
+            recorded = messages_of(record)
+            messages = check_turns(recorded)
             key = _checked(messages, data)
             encoded = template.example(messages)
             last = _last(encoded.counts)
@@ -177,7 +177,7 @@ def examples(
             raise UserError(f"{where}: {error}") from error
         if role := _not_written(messages, encoded.text):
             tally.change(f"a message of the {role} that the template omits or changes", where)
-        if len(messages) < len(found):
+        if len(messages) < len(recorded):
             tally.change(BEGINS_WITH_ANSWER, where)
         if kept < last:
             tally.change(f"longer than train.seq_len={seq_len}, and cut there", where)

@@ -57,27 +57,27 @@ def list_parts(
             small.clear()
             small_bytes = 0
 
-    for path, found in _identified(source, list_files(source, own, tally, name), config):
-        size = found.size
-        if not found.kind:
-            tally.leave_out(found.label, str(path))
+    for path, file in _identified(source, list_files(source, own, tally, name), config):
+        size = file.size
+        if not file.kind:
+            tally.leave_out(file.label, str(path))
             continue
-        if config.template and found.kind in ("files", "parquet"):
+        if config.template and file.kind in ("files", "parquet"):
             raise UserError(
-                f"data.source: {path} is neither .json nor .jsonl, but {found.label}; "
+                f"data.source: {path} is neither .json nor .jsonl, but {file.label}; "
                 "data.template reads only these two"
             )
-        if found.kind != "damaged":
-            tally.files[found.label] += 1
-        ranges = found.as_stored and _is_cut(found.kind, size, config)
-        if found.kind in ("files", "damaged") and not ranges:
+        if file.kind != "damaged":
+            tally.files[file.label] += 1
+        ranges = file.as_stored and _is_cut(file.kind, size, config)
+        if file.kind in ("files", "damaged") and not ranges:
             small.append(str(path))
             small_bytes += size
             if small_bytes >= config.part_bytes:
                 close()
             continue
         close()
-        kind = "text" if found.kind == "files" else found.kind
+        kind = "text" if file.kind == "files" else file.kind
         if kind == "parquet":
             parts.extend(parquet_parts(path, size, config))
         elif not ranges:

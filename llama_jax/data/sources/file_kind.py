@@ -164,9 +164,9 @@ class _Decision:
         """
         if self.text.startswith(_PARQUET) or (self.named == "parquet" and not self.zipped):
             return "parquet", "Parquet"
-        found = {b"{": self._object, b"[": self._list}.get(self.text[:1], self._neither)()
-        if found:
-            return found
+        decision = {b"{": self._object, b"[": self._list}.get(self.text[:1], self._neither)()
+        if decision:
+            return decision
         if self.zipped and not self.opened.compression:
             return "damaged", DAMAGED
         if self.named == "jsonl":
@@ -176,7 +176,7 @@ class _Decision:
         if self.named == "json" and self.text:
             raise UserError(
                 f"{self.path} is neither JSON lines nor a JSON list or object; if it is plain "
-                "text, rename it to .txt, else name only the other files in data.source"
+                "text, rename it to .txt, otherwise name only the other files in data.source"
             )
         marker = next((mark.decode() for mark in MARKERS if mark in self.text), "")
         if marker and not self.config.separator:

@@ -103,8 +103,8 @@ def _values(part: Part, config: DataConfig, tally: Tally) -> Iterator[tuple[Any,
         # Bytes that are not UTF-8 become half surrogate pairs, so that only their record is lost.
         text = io.TextIOWrapper(open_stream(raw).file, "utf-8-sig", "surrogateescape")
         try:
-            found = values(text, longest_json(config), config.template and RECORD_FIELDS)
-            for number, record in enumerate(found, start=1):
+            records = values(text, longest_json(config), config.template and RECORD_FIELDS)
+            for number, record in enumerate(records, start=1):
                 tally.position = raw.tell()
                 yield record, f"{path}, record {number}"
         except Damaged:
@@ -148,10 +148,10 @@ def _text_document(
 ) -> Iterator[str]:
     """Yields the text of a JSON record, or counts in `tally` why it cannot be used."""
     if not isinstance(text, str):
-        found = (
+        problem = (
             describe_fields(record) if text is None else f"it holds {type(text).__name__}, not text"
         )
-        tally.skip(f"no text in field {config.text_field!r}", f"{where}: {found}")
+        tally.skip(f"no text in field {config.text_field!r}", f"{where}: {problem}")
         return
     # JSON may contain half of a surrogate pair, which is not Unicode text.
     yield from decode_document(text.encode("utf-8", "surrogatepass"), where, config, tally)

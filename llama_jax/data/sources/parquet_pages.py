@@ -115,12 +115,12 @@ class _Thrift:
         """Returns the fields of a struct by their numbers, and the offset of its end."""
         if depth > _DEPTH:
             raise ValueError("the header of a page is nested too deeply")
-        found: dict[int, Any] = {}
+        fields: dict[int, Any] = {}
         number = 0
         while kind := self._byte():
             number = number + (kind >> 4) if kind >> 4 else self._zigzag()
-            found[number] = self._value(kind & 15, depth)
-        return found, self._at
+            fields[number] = self._value(kind & 15, depth)
+        return fields, self._at
 
     def _value(self, kind: int, depth: int) -> Any:
         if kind in (1, 2):  # the type itself is the value: true or false

@@ -135,7 +135,16 @@ class _Window:
         self.start = max(self.start, stop)
 
     def find(self, what: bytes, start: int, stop: int) -> int:
-        """Returns the first position of the bytes `what` within a range; -1 if not found."""
+        """Returns the first position of some bytes within a range.
+
+        Args:
+          what: the bytes.
+          start: first position of the range.
+          stop: one past the last position of the range.
+
+        Returns:
+          The position of the first byte; -1: not found.
+        """
         at = self.data.find(what, start - self.start, max(0, stop - self.start))
         return at if at < 0 else at + self.start
 
