@@ -1,13 +1,13 @@
-"""Documents to token shards, once; training then only reads.
+"""Preparation of token shards from documents, done once before training.
 
-  job.py                the whole: finds what is done, does the rest
-  new_tokenizer.py      the tokenizer that is given, or a new one
-  tokenize.py           one part of a source to shards
-  workers.py            processes, or Apache Beam, that do the parts
-  hold_out.py           a validation split where chance left none
+  job.py                the whole job: finds what is done, and does the rest
+  new_tokenizer.py      the tokenizer of the shards: a given one or a new one
+  tokenize.py           turns one part of a source into shards
+  workers.py            writes the parts in processes or on Apache Beam
+  hold_out.py           a validation split for sources that chance does not split
   merge_reports.py      the manifest of a source whose parts are all done
-  report.py             what was read and written, in words
-  output_folder.py      the folder that is made: locked, begun, cut short, complete
+  report.py             the report at the end, and the progress display
+  output_folder.py      the folder of shards while it is written: its lock, plan and completion
 
-Rule: a part's shards depend on the part and the config only.
+Rule: the shards of a part depend only on the part and the config.
 """

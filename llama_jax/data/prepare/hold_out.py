@@ -1,9 +1,9 @@
-"""The held-out tail of a source that chance does not split.
+"""A validation split for a source that chance does not split: its last tokens.
 
-Documents are held out by their contents, about `data.validation_fraction` of them. Of a few large
-ones that may be none, and a run would have no validation; or all, and there would be nothing to
-train on. Then the last tokens of the source are held out: the last parts are written again, one of
-them cut in two.
+A hash of its contents decides whether a document is held out for validation; about
+`data.validation_fraction` of the documents are. In a source of a few large documents, this may
+choose none or all of them, which would leave no validation data or no training data. Then the last
+tokens of the source are held out: the last parts are written again, and one of them is cut in two.
 """
 
 import os
@@ -21,9 +21,9 @@ from llama_jax.data.sources.part import Part
 from llama_jax.errors import as_user_error
 from llama_jax.files import read_json
 
-LEAST = 2  # tokens that can be trained on or validated on: an input and its target
+LEAST = 2  # the fewest tokens of a split: an input and its target
 
-Note = dict[str, Any]  # `tokens` that are held out at the end, and `why`
+Note = dict[str, Any]  # `tokens`: the number held out at the end; `why`: the reason
 
 
 def hold_out_tail(
@@ -35,19 +35,22 @@ def hold_out_tail(
 ) -> Note | None:
     """Holds out the tail of a source whose parts are all done, if chance has not split it.
 
-    It can be killed at any place, and called again when all parts are done once more: what it does
-    depends on their reports alone.
+    The process may be killed at any point. When all parts are done once more, call this again: its
+    work depends on their reports alone.
 
     Args:
-      data: how to read; its `validation_fraction` of all tokens is held out, but no more than half
-        of the part that is cut. Plain text is cut at any token, conversations stay whole.
-      pack_len: sequence length to pack documents for; 0: do not.
-      parts: of the source.
-      folder: where their shards are.
-      log: takes a line for the user.
+      data: how to read. `validation_fraction` of all tokens are held out, but at most half of the
+        part that is cut. Plain text is cut at any token, conversations stay whole.
+      pack_len: sequence length in tokens to pack documents for; 0: do not pack.
+      parts: the parts of the source.
+      folder: the folder of their shards.
+      log: receives a line for the user.
 
     Returns:
-      What the manifest says about it; None: chance has held out some documents, as it should.
+      The note for the manifest; None: chance has split the source, or the source is empty.
+
+    Raises:
+      UserError: a report of a part cannot be read, or a file of the source cannot be opened.
     """
     with as_user_error(f"a report of a finished part in {folder} (--restart begins again)"):
         reports = [read_json(folder / report_name(index)) for index in range(len(parts))]
@@ -59,7 +62,7 @@ def hold_out_tail(
     fraction = f"data.validation_fraction={data.validation_fraction:g}"
     why = f"{fraction} chose none or all of its documents"
     if any(0 < border < total for border, total in zip(borders, totals, strict=True)):
-        return _note(sum(totals) - sum(borders), why)  # it was killed after it was done
+        return _note(sum(totals) - sum(borders), why)  # an earlier call has finished this
     begun = any("train_tokens" in report for report in reports)
     if (trained and held_out and not begun) or not trained + held_out:
         return None
@@ -75,9 +78,9 @@ def hold_out_tail(
         if report.get("train_tokens") != borders[index]
         and (_count(report, "documents", "validation") or borders[index] < totals[index])
     ]
-    # The cut comes last: it says that all is done.
+    # The part that is cut comes last: its report shows that all is done.
     for index in sorted(todo, key=lambda index: index == cut):
-        # From here on the part is not done: its shards are replaced one by one.
+        # Without its report the part is not done, while its shards are replaced one by one.
         (folder / report_name(index)).unlink()
         write_part(
             *(data, pack_len, str(folder), index, parts[index]),
@@ -97,10 +100,21 @@ def _plan(
     wanted: int,
     whole: bool,
 ) -> tuple[int, list[int]]:
-    """Which part is cut, -1 for none, and how many tokens of each part are trained on.
+    """Plans which part to cut, and how many tokens of each part to train on.
 
-    Small parts at the end are held out whole, and the one before them is cut. It does not depend
-    on which of the small parts are written again already.
+    Small parts at the end are held out whole, and the part before them is cut. The plan is the same
+    whether or not some of the small parts are already written again.
+
+    Args:
+      folder: the folder of the shards.
+      reports: the reports of the parts.
+      totals: number of tokens of each part.
+      wanted: number of tokens to hold out.
+      whole: documents must not be cut.
+
+    Returns:
+      The index of the part to cut (-1: no part is cut), and the number of tokens of each part to
+      train on.
     """
     borders = list(totals)
     for index in reversed(range(len(totals))):
@@ -123,7 +137,7 @@ def _note(tokens: int, why: str) -> Note:
 
 
 def why_no_validation(manifest: dict[str, Any]) -> str:
-    """Why the validation split of a manifest is empty."""
+    """Returns the reason why the validation split of a manifest is empty."""
     if "held_out" in manifest:
         return str(manifest["held_out"]["why"]).removeprefix("tokens: ")
     fraction = manifest["settings"].get("validation_fraction", 0)
@@ -135,9 +149,9 @@ def _count(report: dict[str, Any], what: str, *splits: str) -> int:
 
 
 def _starts(folder: epath.Path, report: dict[str, Any]) -> np.ndarray:
-    """Where each document of a part begins, in tokens, and the end of the last.
+    """Returns where the documents of a part begin, in tokens, followed by the end of the last one.
 
-    All of them are in one split.
+    All documents of the part must be in one split.
     """
     starts, before = [], 0
     for shard in (shard for split in SPLITS for shard in report["splits"][split]["shards"]):
@@ -148,16 +162,16 @@ def _starts(folder: epath.Path, report: dict[str, Any]) -> np.ndarray:
 
 
 def _border(starts: np.ndarray, wanted: int, whole: bool, others: bool) -> int | None:
-    """How many tokens of a part are still trained on when its tail is held out.
+    """Returns how many tokens of a part remain for training when its tail is held out.
 
     Args:
-      starts: of its documents, and the end of the last.
-      wanted: tokens to hold out; half of the part at most.
+      starts: where its documents begin, in tokens, followed by the end of the last one.
+      wanted: number of tokens to hold out; at most half of the part is.
       whole: documents must not be cut.
       others: whether other parts have documents to train on.
 
     Returns:
-      The border; None: the part cannot be cut.
+      The number of tokens; None: the part cannot be cut.
     """
     end = int(starts[-1])
     border = end - min(wanted, end // 2)
@@ -167,7 +181,7 @@ def _border(starts: np.ndarray, wanted: int, whole: bool, others: bool) -> int |
         return int(starts[min(int(starts.searchsorted(border)), len(starts) - 2)])
     if end < 2 * LEAST:
         return None
-    # A piece of a single token has no target.
+    # A piece of one token has no target, so the cut moves to the border of a document.
     after = int(starts.searchsorted(border, side="right"))
     if border - int(starts[after - 1]) < LEAST:
         border = int(starts[after - 1])

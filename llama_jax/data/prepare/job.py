@@ -1,8 +1,8 @@
-"""Raw text to token shards, once; training then only reads.
+"""Prepares token shards from raw text, once; training then only reads them.
 
-The work is a list of parts (`documents.list_parts`), each turned into its own shards by
-`write_part`, a function of its arguments alone. Who calls it does not matter: this process, a pool
-of processes, or the workers of Apache Beam; the bytes are the same.
+The work is a list of parts (`documents.list_parts`). `write_part` turns each part into its own
+shards, which depend on the arguments alone. So the bytes are the same whether this process, a pool
+of processes or the workers of Apache Beam call it.
 """
 
 import contextlib
@@ -44,29 +44,28 @@ def prepare(
     log: Log = print,
     own: Sequence[epath.PathLike] = (),
 ) -> list[Report]:
-    """Writes the token shards of `config.data` to `output`, or finds that they are there.
+    """Writes the token shards of `config.data` to `output`, unless they exist already.
 
-    Named sources get a folder each. Shards are written where they stay, and the manifest, which
-    comes last, completes a folder; the same call goes on with what is finished of one that was
-    killed.
+    Each named source gets its own folder. Shards are written where they stay. The manifest comes
+    last and completes a folder. After a killed call, the same call goes on with the finished parts.
 
     Args:
-      config: `data` says what to read, `data.tokenizer_size` or else `model.vocab_size` how many
-        ids a new tokenizer gets.
-      output: the folder to make, or an empty one.
+      config: `data` names what to read; `data.tokenizer_size`, or `model.vocab_size` if it is not
+        set, is the number of ids of a new tokenizer.
+      output: the folder of the shards: a new or empty one, or one with unfinished work.
       beam_options: run on Apache Beam with these pipeline options, such as
-        `--runner=DataflowRunner --project=P`; None: on this machine.
-      restart: delete unfinished work in `output` and begin again.
-      log: takes lines for the user.
-      own: further folders that this run writes, which are no part of a source that they lie in.
+        `--runner=DataflowRunner --project=P`; None: run on this machine.
+      restart: delete unfinished work in `output`, and begin again.
+      log: receives lines for the user.
+      own: further folders that this run writes; they are left out of the sources that contain them.
 
     Returns:
       A report for each source.
 
     Raises:
-      UserError: no usable text, an unreadable source or tokenizer, an `output` that cannot be
-        written, holds something else or unfinished work of other settings, another process that
-        prepares there, or a full disk. What was in `output` before is still there.
+      UserError: there is no usable text; a source or the tokenizer cannot be read; `output` cannot
+        be written, holds other files or work with other settings, or another process prepares
+        there; or the disk is full. Files that were in `output` before are kept.
     """
     output = epath.Path(output)
     sources = named_sources(config.data.source)
@@ -75,16 +74,16 @@ def prepare(
     settings = {name: _settings(config, source, template) for name, source in sources.items()}
     folders = {name: output / name for name in sources}
     with contextlib.ExitStack() as stack:
-        if not all(
-            map(output_folder.is_tidy, folders.values())
-        ):  # others may read what is complete
+        # Complete folders are only read, which needs no lock.
+        if not all(map(output_folder.is_tidy, folders.values())):
             stack.enter_context(output_folder.locked_folders(output, list(sources)))
         manifests = {
             name: _finished(folder, settings[name])
             for name, folder in folders.items()
             if output_folder.is_complete(folder)
         }
-        # All are listed before any is read: a misspelt glob must not wait behind days of work.
+        # All sources are listed before one is read: a misspelt glob must not fail after days of
+        # work.
         own = (*own, output)
         listings = {name: Tally() for name in sources}
         parts = {
@@ -127,7 +126,7 @@ def prepare(
 
 @contextlib.contextmanager
 def _abandoned(folders: dict[str, epath.Path], parts: dict[str, list[Part]]) -> Iterator[None]:
-    """Removes the work of sources that cannot be used, unless parts of it help another try."""
+    """Removes failed work of sources, unless parts are done that the next attempt can use."""
     try:
         yield
     except UserError:
@@ -137,10 +136,10 @@ def _abandoned(folders: dict[str, epath.Path], parts: dict[str, list[Part]]) -> 
 
 
 def _check_mixture(mixture: str, sources: dict[str, str]) -> None:
-    """Shares of sources that are not there would be noticed when training starts, and not before.
+    """Checks that a mixture names only known sources; otherwise only training would notice.
 
     Raises:
-      UserError: bad shares, or one of an unknown source.
+      UserError: the mixture cannot be parsed, or names an unknown source.
     """
     unknown = set(parse_shares(mixture) if mixture else ()) - set(sources)
     if unknown and "" not in sources:
@@ -151,10 +150,10 @@ def _check_mixture(mixture: str, sources: dict[str, str]) -> None:
 
 
 def _template(data: DataConfig) -> bytes:
-    """The chat template of instruction data as the shards keep it; nothing for plain text.
+    """Returns the chat template of instruction data, as stored with the shards; empty for text.
 
     Raises:
-      UserError: there is no such template, or no tokenizer for it.
+      UserError: the template does not exist, or `data.tokenizer` is not set.
     """
     if not data.template:
         return b""
@@ -171,7 +170,7 @@ def _template(data: DataConfig) -> bytes:
 
 
 def _settings(config: Config, source: str, template: bytes) -> dict[str, Any]:
-    """What the shards depend on; another value would give other shards."""
+    """Returns the settings that the shards depend on."""
     data = config.data
     instructions = {"template": hashlib.sha256(template).hexdigest()} if template else {}
     given = open_tokenizer(data.tokenizer) if data.tokenizer else None
@@ -191,10 +190,10 @@ def _settings(config: Config, source: str, template: bytes) -> dict[str, Any]:
 
 
 def _finished(folder: epath.Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a complete folder.
+    """Returns the manifest of a complete folder.
 
     Raises:
-      UserError: it is damaged, or of other settings.
+      UserError: the manifest is damaged, or the shards were made with other settings.
     """
     manifest = layout.read_manifest(folder)
     if changed := output_folder.changes(manifest["settings"], settings):
@@ -202,7 +201,7 @@ def _finished(folder: epath.Path, settings: dict[str, Any]) -> dict[str, Any]:
             f"{folder} holds shards made with another {', '.join(changed)}; choose another "
             "folder, or delete this one if you don't need it"
         )
-    with contextlib.suppress(OSError):  # it may be read only
+    with contextlib.suppress(OSError):  # the folder may be read-only
         output_folder.tidy(folder, manifest)
     return manifest
 
@@ -221,8 +220,8 @@ def _write_source(
     """Completes a folder of unfinished work; returns its manifest.
 
     Raises:
-      UserError: no usable text, or an unreadable source or tokenizer.
-      OSError: the disk is full, or cannot be written.
+      UserError: there is no usable text, or a source or the tokenizer cannot be read.
+      OSError: the disk is full, or not writable.
     """
     if not (folder / layout.TOKENIZER).exists():
         write_atomically(folder / layout.TOKENIZER, tokenizer().model_bytes)
@@ -232,13 +231,13 @@ def _write_source(
         write_parts(config.data, settings["pack_len"], parts, folder, beam_options)
         held_out = hold_out_tail(config.data, settings["pack_len"], parts, folder, log)
     except KeyboardInterrupt:
-        with contextlib.suppress(OSError):  # of a terminal that is gone
+        with contextlib.suppress(OSError):  # the terminal may be closed
             done = sum(parts_done(folder, len(parts)))
             log(f"{done} of {len(parts)} parts are done in {folder}")
         raise
     manifest = merge_reports(settings, parts, folder, listing)
     if not manifest["splits"]["train"]["documents"]:
-        output_folder.clear(folder)  # which would only fail again
+        output_folder.clear(folder)  # the same parts would only fail again
         what = "conversation" if template else "text"
         raise UserError(
             f"data.source={settings['source']} has no {what} to train on {_reasons(manifest)}"
@@ -250,7 +249,7 @@ def _write_source(
 
 
 def _reasons(manifest: dict[str, Any]) -> str:
-    """Why a source has nothing to train on: what was met instead, and where the first of each."""
+    """Describes what was skipped and left out in a source that has nothing to train on."""
     noted = [
         (f"{count} {why}{' left out' if kind == 'left_out' else ''}", first)
         for kind in ("skipped", "left_out")

@@ -1,4 +1,4 @@
-"""The reports of all parts of a source, as one manifest."""
+"""Merges the reports of all parts of a source into its manifest."""
 
 import itertools
 import json
@@ -15,13 +15,13 @@ from llama_jax.text.tokenizer import Tokenizer
 def merge_reports(
     settings: dict[str, Any], parts: list[Part], folder: epath.Path, listing: Tally
 ) -> dict[str, Any]:
-    """The manifest of a source whose parts are all done.
+    """Returns the manifest of a source whose parts are all done.
 
     Args:
-      settings: that the shards depend on.
-      parts: of the source.
-      folder: that holds their reports.
-      listing: what was met while the source was listed.
+      settings: the settings that the shards depend on.
+      parts: the parts of the source.
+      folder: the folder of their reports and shards.
+      listing: the files that were listed and left out in the source.
     """
     reports = [json.loads((folder / report_name(i)).read_text()) for i in range(len(parts))]
     noted: dict[str, dict[str, list[Any]]] = {"skipped": {}, "changed": {}}

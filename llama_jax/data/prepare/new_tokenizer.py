@@ -1,4 +1,4 @@
-"""The tokenizer of shards that are prepared: a given one, one made before, or one trained here."""
+"""The tokenizer of new shards: a given one, one that exists already, or one trained here."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,17 +23,19 @@ def find_or_train(
     log: Callable[[str], None],
     own: Sequence[epath.PathLike] = (),
 ) -> Tokenizer:
-    """The given tokenizer, that of a source prepared before, or a new one from all sources.
+    """Returns the given tokenizer, that of a source prepared before, or a new one.
 
     Args:
-      config: of the run.
+      config: `data.tokenizer` names the given tokenizer; without it, `data.mixture` sets the share
+        of each source in the text that a new tokenizer learns from.
       sources: what to read, by name.
       output: folder of the shards.
-      log: takes a line for the user.
-      own: folders that this run writes, which are no part of a source.
+      log: receives a line for the user.
+      own: folders that this run writes; they are left out of the sources that contain them.
 
     Raises:
-      UserError: the given one cannot be read or does not fit the model, or there is no text.
+      UserError: the given tokenizer cannot be read or does not fit the model, or the sources hold
+        no text.
     """
     size = trained_size(config)
     if config.data.tokenizer:
@@ -65,15 +67,15 @@ def find_or_train(
 
 
 def train(texts: Iterable[str], size: int, tally: Tally) -> Tokenizer:
-    """A new tokenizer.
+    """Trains a new tokenizer.
 
     Args:
-      texts: to learn from.
+      texts: the texts to learn from.
       size: number of ids.
-      tally: that the texts are counted in.
+      tally: the counts of what was skipped and left out, for the error message.
 
     Raises:
-      UserError: there is no text, with what was met instead; or too little for so many ids.
+      UserError: there is no text, or too little text for this number of ids.
     """
     rest = iter(texts)
     first = list(itertools.islice(rest, 1))

@@ -1,9 +1,9 @@
-"""A folder of shards while it is made: whether it can be, who holds it, and what is done of it.
+"""A folder of shards while it is written: its checks, its lock, its plan and its completion.
 
-Shards are written where they will stay: a volume, a link or an existing folder cannot be replaced
-by another one at the end. `plan.json` comes first and says what the work is. A report for each part
-(`part-00000.json`) says that it is done. The manifest comes last and completes the folder; only
-then are the plan and the reports removed, the plan last.
+Shards are written where they stay: a volume, a link or an existing folder cannot be replaced by
+another folder at the end. `plan.json` comes first and describes the work. The report of a part
+(`part-00000.json`) shows that the part is done. The manifest comes last and completes the folder.
+After that the reports and the plan are removed, the plan last.
 """
 
 import contextlib
@@ -34,42 +34,43 @@ from llama_jax.data.sources.part import Part
 from llama_jax.errors import UserError, as_user_error
 from llama_jax.files import is_object_store, locked, read_json, write_atomically
 
-# What `prepare` writes, and what a killed `write_atomically` leaves of it.
+# The files that `prepare` writes, and the temporary files that a killed `write_atomically` leaves.
 _OURS = re.compile(
     r"((?P<shard>(train|validation)-\d+-\d+)\.\w+(\.json)?|part-\d+\.json"
     rf"|{re.escape(PLAN)}|{re.escape(MANIFEST)}|{re.escape(TOKENIZER)}|{re.escape(TEMPLATE)})"
     r"(?P<torn>\.tmp-.+)?"
 )
-# What an empty volume has, besides hidden files.
+# The folders of an empty volume, besides hidden files.
 _OF_VOLUMES = ("lost+found", "System Volume Information", "$RECYCLE.BIN")
 _COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".parquet")
-_COMPRESSION = 3  # of text, about
-_BYTES_PER_TOKEN = 4  # of text, about
+_COMPRESSION = 3  # approximate compression ratio of text
+_BYTES_PER_TOKEN = 4  # approximate bytes of text per token
 
 Log = Callable[[str], None]
 
 
 def is_complete(folder: epath.Path) -> bool:
-    """Whether a folder has its manifest."""
+    """Returns whether a folder has its manifest."""
     return (folder / MANIFEST).exists()
 
 
 def is_tidy(folder: epath.Path) -> bool:
-    """Whether it is complete, and nothing of the unfinished work is left."""
+    """Returns whether a folder is complete, and no file of the unfinished work is left."""
     return is_complete(folder) and not (folder / PLAN).exists()
 
 
 @contextlib.contextmanager
 def locked_folders(output: epath.Path, names: list[str]) -> Iterator[None]:
-    """Makes the folders of all sources and holds them; those that stay empty are removed again.
+    """Makes and locks the folders of all sources; removes at the end those that are still empty.
 
     Args:
-      output: folder of all.
-      names: of the sources, which have a folder each; "" is the only source.
+      output: the folder that contains all others.
+      names: the names of the sources, which are also their folders; "": the only source, in
+        `output` itself.
 
     Raises:
-      UserError: a folder cannot be made or written, holds something else, or another process
-        prepares in it.
+      UserError: a folder cannot be made or written, contains files that are not shards, or is
+        locked by another process.
     """
     folders = list(dict.fromkeys([output, *(output / name for name in names)]))
     for folder in folders:
@@ -81,8 +82,8 @@ def locked_folders(output: epath.Path, names: list[str]) -> Iterator[None]:
                 stack.enter_context(
                     locked(
                         folder,
-                        f"another process prepares shards in {folder}; wait for its end, or choose "
-                        "another folder",
+                        f"another process prepares shards in {folder}; wait until it ends, or "
+                        "choose another folder",
                     )
                 )
             stack.callback(_remove_empty, missing)
@@ -91,10 +92,10 @@ def locked_folders(output: epath.Path, names: list[str]) -> Iterator[None]:
 
 
 def _check_place(folder: epath.Path) -> None:
-    """Checks that a folder is there or can be made.
+    """Checks that a folder exists or can be made.
 
     Raises:
-      UserError: something else is there, or a link leads nowhere.
+      UserError: the path or one of its parents is a file or a broken link.
     """
     if is_object_store(folder):
         return
@@ -114,10 +115,10 @@ def _check_place(folder: epath.Path) -> None:
 
 
 def _check_contents(output: epath.Path, names: list[str]) -> None:
-    """Checks that the folders hold shards, unfinished work, or nothing; and that they take files.
+    """Checks that the folders hold shards, unfinished work or nothing, and are writable.
 
     Raises:
-      UserError: they do not.
+      UserError: a folder holds other files, or is not writable.
     """
     if "" not in names:
         for name in (MANIFEST, PLAN):
@@ -141,7 +142,7 @@ def _check_contents(output: epath.Path, names: list[str]) -> None:
 
 
 def _foreign(folder: epath.Path) -> str:
-    """The first name in a folder that is neither of an empty volume nor of a killed first write."""
+    """Returns the first name in a folder that neither an empty volume nor a killed write leaves."""
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     for name in names:
         if not name.startswith((".", f"{PLAN}.tmp-")) and name not in _OF_VOLUMES:
@@ -150,7 +151,7 @@ def _foreign(folder: epath.Path) -> str:
 
 
 def _missing(folder: epath.Path) -> list[pathlib.Path]:
-    """Of a folder and those it lies in, the ones that do not exist, the folder first."""
+    """Returns the folder and its parents as far as they do not exist, the folder first."""
     if is_object_store(folder):
         return []
     path = pathlib.Path(folder)
@@ -165,14 +166,14 @@ def _remove_empty(folders: list[pathlib.Path]) -> None:
 
 @contextlib.contextmanager
 def system_errors(place: epath.Path) -> Iterator[None]:
-    """Turns what the system refuses into a `UserError` that names the place."""
+    """Turns an OSError into a `UserError` that names the place."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"the disk is full: cannot write {place}; free some space, and the same command "
-                "goes on where it was"
+                f"the disk is full: cannot write {place}; free some space and run the same command "
+                "again, it goes on where it was"
             ) from error
         raise UserError(f"cannot write {place}: {error.strerror or error}") from error
 
@@ -185,10 +186,20 @@ def begin(
     restart: bool,
     log: Log,
 ) -> None:
-    """Writes down what the work in a folder is, or finds that it is the work that was begun there.
+    """Writes the plan of the work in a folder, or checks that an existing plan is the same.
+
+    If an existing plan differs but none of its parts is done, the old work is deleted.
+
+    Args:
+      folder: the folder of the shards.
+      settings: the settings that the shards depend on.
+      parts: the parts of the source.
+      config: sets the sizes of shards and parts.
+      restart: delete unfinished work, and begin again.
+      log: receives lines for the user.
 
     Raises:
-      UserError: parts of other work are done, and `restart` does not allow to delete them.
+      UserError: an existing plan differs and has finished parts, or it cannot be read.
     """
     plan = {
         "settings": settings,
@@ -196,7 +207,7 @@ def begin(
         "part_bytes": config.data.part_bytes,
         "parts": [dataclasses.asdict(part) for part in parts],
     }
-    folder.mkdir(parents=True, exist_ok=True)  # of a bucket
+    folder.mkdir(parents=True, exist_ok=True)  # the lock does not make it on a bucket
     path = folder / PLAN
     done = len(list(folder.glob("part-*.json")))
     if path.exists() and restart:
@@ -217,12 +228,12 @@ def begin(
             return
         if done:
             raise UserError(
-                f"{folder} holds unfinished work, {done} parts of it done, with another "
-                f"{', '.join(changed)}; put the old value back to go on with it, or {mend}"
+                f"{folder} holds unfinished work ({done} parts are done) with another "
+                f"{', '.join(changed)}; set the old value again to go on with it, or {mend}"
             )
         clear(folder)
         log(
-            f"no part of the work begun in {folder} was done; it begins again with the new settings"
+            f"no part of the work begun in {folder} was done; beginning again with the new settings"
         )
     before = folder.parent / f"{folder.name}.partial"
     if before.is_dir():
@@ -235,18 +246,18 @@ def begin(
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What makes two plans differ, each with what it was and is."""
+    """Returns the differences between two plans, each with its old and new value."""
     changed = changes(old["settings"], new["settings"])
     changed += changes(*({"shard_tokens": plan["shard_tokens"]} for plan in (old, new)))
-    if not changed and old["parts"] != new["parts"]:  # which follow from all else
+    if not changed and old["parts"] != new["parts"]:  # the parts depend on all other settings
         changed = changes(*({"part_bytes": plan["part_bytes"]} for plan in (old, new)))
-        changed = changed or ["list of files, or sizes of these"]
+        changed = changed or ["list of files, or their sizes"]
     return changed
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The settings of other values, each as `name (was 1, is 2)`; of checksums the name alone."""
-    found = []
+    """Returns the settings that differ, as `name (was 1, is 2)`; for checksums only the name."""
+    differences = []
     for name in {**old, **new}:
         was, now = old.get(name), new.get(name)
         if was == now:
@@ -254,10 +265,10 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         if any(
             isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in (was, now)
         ):
-            found.append(name)
+            differences.append(name)
         else:
-            found.append(f"{name} (was {_shown(was)}, is {_shown(now)})")
-    return found
+            differences.append(f"{name} (was {_shown(was)}, is {_shown(now)})")
+    return differences
 
 
 def _shown(value: Any) -> str:
@@ -265,13 +276,13 @@ def _shown(value: Any) -> str:
 
 
 def complete(folder: epath.Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, and removes what only unfinished work needs."""
+    """Writes the manifest, and removes the files that only unfinished work needs."""
     write_atomically(folder / MANIFEST, encode_manifest(manifest))
     tidy(folder, manifest)
 
 
 def tidy(folder: epath.Path, manifest: dict[str, Any]) -> None:
-    """Removes what a complete folder does not need, the plan last, if it is there."""
+    """Removes our files that a complete folder does not need, the plan last."""
     if is_tidy(folder):
         return
     shards = {shard["name"] for split in manifest["splits"].values() for shard in split["shards"]}
@@ -283,13 +294,13 @@ def tidy(folder: epath.Path, manifest: dict[str, Any]) -> None:
 
 
 def abandon(folder: epath.Path, n_parts: int) -> None:
-    """Removes work that has failed, unless a part of it is done, which helps another try."""
+    """Removes work that has failed, unless a part is done, which the next attempt can use."""
     if not is_complete(folder) and not any(parts_done(folder, n_parts)):
         clear(folder)
 
 
 def clear(folder: epath.Path) -> None:
-    """Removes unfinished work, and nothing else; the plan last, which says that it is that."""
+    """Removes unfinished work and no other files; the plan last, since it marks such work."""
     for path, _ in _our_files(folder):
         if path.name != PLAN:
             path.unlink()
@@ -302,10 +313,10 @@ def _our_files(folder: epath.Path) -> list[tuple[epath.Path, re.Match[str]]]:
 
 
 def _warn_of_space(folder: epath.Path, parts: list[Part], vocab_size: int, log: Log) -> None:
-    """Warns where a disk has less space free than the shards of parts will take, about.
+    """Warns if a disk has less free space than the shards of the parts will take, by an estimate.
 
-    Not an error: how much of a file is text, nobody knows before it is read, and what is done when
-    the disk is full is kept.
+    This is no error: how much of a file is text is unknown before it is read, and finished parts
+    are kept when the disk is full.
     """
     if is_object_store(folder):
         return
@@ -317,6 +328,6 @@ def _warn_of_space(folder: epath.Path, parts: list[Part], vocab_size: int, log: 
     if needed > free:
         log(
             f"warning: the shards may take about {needed / 1e9:,.2f} GB, and {folder} has "
-            f"{free / 1e9:,.2f} GB free; if the disk gets full, free some space, and the same "
-            "command goes on where it was"
+            f"{free / 1e9:,.2f} GB free; if the disk gets full, free some space and run the same "
+            "command again, it goes on where it was"
         )

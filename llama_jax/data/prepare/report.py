@@ -1,4 +1,4 @@
-"""What `prepare` tells: how far it is, and at the end what it found."""
+"""The report of `prepare` on what it read and wrote, and its progress display."""
 
 import dataclasses
 import sys
@@ -14,18 +14,20 @@ from llama_jax.text import answer_ends
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What preparing found in one source.
+    """The report on one prepared source.
 
     Attributes:
-      folder: where its shards are.
-      splits: per split: documents, tokens, text_bytes, sequences where documents are packed, and
-        answer_tokens where only these count, with the numbers of answers and of unended_answers.
-      skipped: documents that could not be used: reason -> (how many, where the first was).
-      changed: documents that are not used as they are, in the same way.
-      pack_len: sequence length that documents were packed for; 0 if they were not.
-      files: how many files of each kind were read; empty for shards of an earlier version.
-      left_out: files and folders that were not read, as `skipped`.
-      held_out: where no document was held out: how many tokens at the end were, and why.
+      folder: the folder of its shards.
+      splits: for each split, the numbers of documents, tokens, text_bytes and sequences (0 if
+        documents are not packed); for instruction data also of answer_tokens (the tokens that count
+        in the loss), answers and unended_answers (without an end token).
+      skipped: documents that could not be used: reason -> [count, place of the first].
+      changed: documents that were changed before use, in the same form.
+      pack_len: sequence length in tokens that documents were packed for; 0: not packed.
+      files: number of files of each kind that were read; empty for shards of an earlier version.
+      left_out: files and folders that were not read, in the form of `skipped`.
+      held_out: number of tokens that were held out at the end of the source, and why; None: whole
+        documents were held out by chance.
     """
 
     folder: epath.Path
@@ -71,10 +73,10 @@ class Report:
 
 
 def report_of(folder: epath.Path, manifest: dict[str, Any]) -> Report:
-    """The report that a manifest holds.
+    """Reads the report from a manifest.
 
     Raises:
-      UserError: it holds none.
+      UserError: the manifest lacks an entry of the report.
     """
     with as_user_error(f"{folder}/{MANIFEST}"):
         return _report_of(folder, manifest)
@@ -87,7 +89,7 @@ def _report_of(folder: epath.Path, manifest: dict[str, Any]) -> Report:
         splits[name] = {key: split[key] for key in ("documents", "tokens", "text_bytes")}
         splits[name]["sequences"] = sum(shard.get("sequences", 0) for shard in split["shards"])
         if "template_sha256" in manifest:
-            kinds = ("answer_tokens", "answers", "unended_answers")  # before: not all
+            kinds = ("answer_tokens", "answers", "unended_answers")  # older shards lack some
             splits[name] |= {kind: split[kind] for kind in kinds if kind in split}
     pack_len = manifest["settings"].get("pack_len", 0)
     held_out = manifest.get("held_out")
@@ -104,7 +106,10 @@ def _report_of(folder: epath.Path, manifest: dict[str, Any]) -> Report:
 
 
 class Progress:
-    """One line on a terminal, rewritten twice a second; in a log file, a line a minute."""
+    """A progress display on stderr: a line that is rewritten twice a second on a terminal.
+
+    In a log file, it writes one line a minute.
+    """
 
     def __init__(self, total: int) -> None:
         self._began = self._shown = time.monotonic()
@@ -112,11 +117,11 @@ class Progress:
         self._terminal = sys.stderr.isatty()
 
     def add(self, n_bytes: int, n_tokens: int) -> None:
-        """Counts what is done."""
+        """Adds bytes of the source and tokens that are done, and shows the progress."""
         self.set(self._bytes + n_bytes, self._tokens + n_tokens)
 
     def set(self, n_bytes: int, n_tokens: int) -> None:
-        """Shows how much is done."""
+        """Sets how many bytes of the source and tokens are done, and shows the progress."""
         self._bytes, self._tokens = n_bytes, n_tokens
         now = time.monotonic()
         if now - self._shown < (0.5 if self._terminal else 60):
@@ -134,6 +139,6 @@ class Progress:
         print(f"{start}{text:<90}", end=end, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Clears the line."""
+        """Clears the line on the terminal."""
         if self._terminal:
             print("\r" + " " * 90 + "\r", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,7 @@
-"""One part of a source to its shards: a function of its arguments alone."""
+"""Tokenises one part of a source into shards.
+
+The result depends on the arguments alone, so any worker may write a part, or write it again.
+"""
 
 import dataclasses
 import hashlib
@@ -18,13 +21,13 @@ from llama_jax.files import write_atomically
 from llama_jax.text import templates
 from llama_jax.text.tokenizer import Tokenizer
 
-# Documents that are tokenised at once: enough to keep the library busy, few enough for the memory.
+# Limits of a batch that is tokenised at once: enough work for the threads, but little memory.
 BATCH_DOCUMENTS = 64
 BATCH_CHARACTERS = 8_000_000
 
 
 def report_name(index: int) -> str:
-    """The file that says that a part is done, and what was in it."""
+    """Returns the name of the report of a part, which shows that the part is done."""
     return f"part-{index:05d}.json"
 
 
@@ -38,18 +41,22 @@ def write_part(
     threads: int = 1,
     train_tokens: int = -1,
 ) -> int:
-    """Writes the shards of one part and then its report, which makes it count; returns the index.
+    """Writes the shards of one part, and then its report, which marks the part as done.
 
     Args:
-      data: how to read, and how large shards are.
-      pack_len: sequence length to pack documents for; 0: do not.
-      folder: where to; holds the tokenizer, and the chat template of instruction data.
+      data: how to read the part, and how large shards are.
+      pack_len: sequence length in tokens to pack documents for; 0: do not pack.
+      folder: folder of the shards; must hold the tokenizer, and for instruction data the chat
+        template.
       index: number of the part.
       part: what to read.
-      progress: takes bytes of the source and tokens as they are done.
-      threads: that tokenise.
-      train_tokens: of the part, from its beginning; the rest is held out, whatever it is. -1: whole
-        documents are held out, by their contents.
+      progress: receives the numbers of bytes of the source and of tokens that were just done.
+      threads: number of threads that tokenise.
+      train_tokens: the first tokens of the part, which are trained on; all others are held out.
+        -1: whole documents are held out, by their contents.
+
+    Returns:
+      The index.
 
     Raises:
       UserError: a file cannot be opened.
@@ -118,13 +125,13 @@ def _batches(stream: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _held_out(data: bytes, fraction: float) -> bool:
-    """Whether a document is held out: by its contents, so that copies go the same way."""
+    """Returns whether a document is held out: depends on its contents, so copies share a split."""
     digest = hashlib.sha256(data).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def _cut(example: Example, at: int, tokenizer: Tokenizer) -> list[tuple[str, Example]]:
-    """A document at the border of the held-out tail: its tokens before `at` are trained on."""
+    """Cuts a document at the border of the held-out tail: tokens before `at` are trained on."""
     if at >= len(example.ids):
         return [("train", example)]
     if at <= 0:

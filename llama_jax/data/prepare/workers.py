@@ -1,4 +1,4 @@
-"""Writes the parts of a source: here, in a pool of processes, or on the workers of Apache Beam."""
+"""Writes the parts of a source: in this process, in a pool of processes, or on Apache Beam."""
 
 import concurrent.futures
 import contextlib
@@ -21,24 +21,24 @@ from llama_jax.data.sources.part import Part
 from llama_jax.errors import UserError
 from llama_jax.text import child_process
 
-# What ends all processes of a terminal or a job.
+# The signals that end all processes of a terminal or a job.
 _SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
-# Of a worker process: bytes and tokens done of each part, shared with the parent. Without a lock,
-# which a worker that is killed would keep: a part is one worker's.
+# In a worker process: the bytes and tokens that are done of each part, shared with the parent. It
+# has no lock, because a killed worker would keep it. It needs none: one worker writes each part.
 _counters: Any = None
 
 
 def _start_worker(counters: Any) -> None:
     global _counters
     _counters = counters
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))  # the pool ends workers by it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))  # the pool ends workers so
     parent = multiprocessing.parent_process()
     assert parent is not None
     if sys.platform == "linux":
-        # The kernel does it in the same moment: whoever sees that the parent has gone, and starts
-        # again, meets no worker that still writes.
+        # The kernel kills the worker at the moment when the parent dies. So a new run, started
+        # after that, never meets a worker that still writes.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     child_process.end_with(parent.sentinel)
 
@@ -52,6 +52,13 @@ def write_parts(
     data: DataConfig, pack_len: int, parts: list[Part], folder: epath.Path, beam_options: str | None
 ) -> None:
     """Writes all parts that are not done yet.
+
+    Args:
+      data: how to read the parts, how large shards are, and the number of workers.
+      pack_len: sequence length in tokens to pack documents for; 0: do not pack.
+      parts: all parts of the source.
+      folder: folder of the shards.
+      beam_options: pipeline options of Apache Beam; None: write on this machine.
 
     Raises:
       UserError: a file cannot be opened, or a worker was killed.
@@ -77,11 +84,11 @@ def write_parts(
 
 
 def _run_on_beam(work: Callable[..., Any], items: list[tuple[Any, ...]], options: str) -> None:
-    """Calls `work(*item)` for each item, on the workers of a pipeline.
+    """Calls `work(*item)` for each item on the workers of a Beam pipeline.
 
     Args:
-      work: what to do; can be pickled, and may be called twice for an item.
-      items: arguments.
+      work: the function; must allow pickling, and more than one call for the same item.
+      items: tuples of arguments.
       options: pipeline options, such as `--runner=DirectRunner`.
 
     Raises:
@@ -96,7 +103,7 @@ def _run_on_beam(work: Callable[..., Any], items: list[tuple[Any, ...]], options
         _ = (
             pipeline
             | beam.Create(items)
-            | beam.Reshuffle()  # so that items spread over workers
+            | beam.Reshuffle()  # spreads the items over the workers
             | beam.MapTuple(work)
         )
 
@@ -109,10 +116,12 @@ def _write_in_pool(
     workers: int,
     bar: Progress,
 ) -> None:
-    # Not a fork: JAX, TensorFlow and SentencePiece have threads, which do not survive one.
+    # Not a fork: JAX, TensorFlow and SentencePiece have threads, which do not survive a fork.
     context = multiprocessing.get_context("spawn")
     counters = context.RawArray("q", 2 * len(todo))
-    with _signals_held_back():  # apart: this starts a process that cleans up, and lets signals in
+    # In a block of its own, because starting the pool starts a resource tracker, which unblocks the
+    # signals.
+    with _signals_held_back():
         pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (counters,))
     with pool, _killed_by_interrupts():
         with _signals_held_back():
@@ -133,18 +142,18 @@ def _write_in_pool(
                     future.result()
                 bar.set(sum(counters[::2]), sum(counters[1::2]))
         except Exception as error:
-            pool.shutdown(cancel_futures=True)  # what is begun is finished, and counts
+            pool.shutdown(cancel_futures=True)  # parts that have begun are finished and kept
             if isinstance(error, concurrent.futures.process.BrokenProcessPool):
                 raise UserError(
-                    "a worker process was killed (out of memory?); the same command goes on with "
-                    "what is done, and fewer data.workers take less memory"
+                    "a worker process was killed (out of memory?); run the same command again, it "
+                    "keeps the finished parts; a smaller data.workers takes less memory"
                 ) from error
             raise
 
 
 @contextlib.contextmanager
 def _killed_by_interrupts() -> Iterator[None]:
-    """Kills the processes that are started inside when a signal ends what is done there."""
+    """Kills the processes that were started inside the block if a signal ends it."""
     before = multiprocessing.active_children()
     try:
         yield
@@ -159,10 +168,11 @@ def _killed_by_interrupts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Holds signals back until all processes that are started inside are known.
+    """Delays signals until all processes that are started inside the block are known.
 
-    These inherit the mask, and stay deaf to what a terminal sends to all processes of a group. It
-    does not keep signals from this process, whose other threads take them.
+    These processes inherit the signal mask, and so ignore the signals that a terminal sends to its
+    process group. The mask alone does not protect this process, whose other threads still receive
+    signals; so the handlers record them, and the signals are raised again at the end.
     """
     came: list[int] = []
     handlers = {}
@@ -182,5 +192,5 @@ def _signals_held_back() -> Iterator[None]:
 
 
 def parts_done(folder: epath.Path, n_parts: int) -> list[bool]:
-    """Of each part, whether its shards are complete."""
+    """Returns for each part whether its shards are complete."""
     return [(folder / report_name(index)).exists() for index in range(n_parts)]

@@ -1,20 +1,20 @@
-"""Files of strangers to documents.
+"""Readers of the user's data files: they find the files and stream the documents.
 
-  listing.py         which files a source names
-  folder_walk.py     reads folders, each once
-  file_kind.py       finds out what a file is, from its first bytes
-  decompression.py   gzip, zstandard, xz and bzip2 as streams
-  part.py            a part of a source, and the tally of what is met in it
-  documents.py       parts and documents of any source
+  listing.py         the files that a source names
+  folder_walk.py     the files below a folder
+  file_kind.py       the kind of a file, from its first bytes and its name
+  decompression.py   compressed files and UTF-16 files as streams of UTF-8
+  part.py            a part of a source, and a tally of what is skipped or changed in it
+  documents.py       the parts and the documents of any source
   text_files.py      plain text, cut into documents
   json_files.py      JSON lines and JSON lists
-  json_values.py     the values of a long JSON list, one at a time
-  parquet.py         Parquet tables
-  parquet_pages.py   their pages
-  parquet_stream.py  columns that are read page by page
+  json_values.py     the values of a long JSON file, one at a time
+  parquet.py         Parquet files
+  parquet_pages.py   the sizes of the pages of a Parquet column
+  parquet_stream.py  the values of a Parquet column, one at a time
   tfds.py            TensorFlow Datasets
-  nested_fields.py   a field inside of a record
-  conversations.py   records that are conversations
+  nested_fields.py   fields inside other fields
+  conversations.py   records that hold conversations
 
-Rule: knows no shards.
+Rule: nothing here depends on the format of the shards.
 """

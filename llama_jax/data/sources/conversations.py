@@ -1,9 +1,9 @@
-"""Instruction data: records to conversations, and these to tokens of which the answers count.
+"""Instruction data: turns records into conversations, and these into tokens with loss weights.
 
-Four forms of records are known by their fields, each record for itself: Alpaca's (`instruction`,
-`input`, `output`), ShareGPT's, which Vicuna took (`conversations` of `from` and `value`),
-`messages` of `role` and `content`, and Guanaco's (`text` with the turns marked in it). What cannot
-be used is counted by reason, never repaired by guessing.
+Four forms of records are recognised by their fields: Alpaca's (`instruction`, `input`, `output`),
+ShareGPT's, which Vicuna used (`conversations` with `from` and `value`), `messages` with `role` and
+`content`, and Guanaco's (`text` that contains marks for the turns). One file may mix the forms.
+Records that cannot be used are counted by reason and never repaired by guessing.
 """
 
 import dataclasses
@@ -28,20 +28,25 @@ ROLES = {
     **{"human": "user", "user": "user", "system": "system"},
     **{"gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant"},
 }
-# What may follow what; "" is the beginning.
+# The roles that may follow each role; "" is the beginning of a conversation.
 FOLLOWS = {
     **{"": ("system", "user"), "system": ("user",)},
     **{"user": ("assistant",), "assistant": ("user",)},
 }
-# What begins a turn of openassistant-guanaco.
+# The marks at the beginning of the turns in openassistant-guanaco.
 _GUANACO = re.compile(r"### (Human|Assistant):")
 EMPTY = {"assistant": "an empty answer", "user": "an empty question"}
-_DROPPED = str.maketrans("", "", MARK + BEGIN + END)  # letters that no template gets
+_DROPPED = str.maketrans("", "", MARK + BEGIN + END)  # these never reach a template
 BEGINS_WITH_ANSWER = "an answer before the first question, which is left out"
 
 
 class Unusable(Exception):
-    """A record that cannot be trained on: the reason, and more of it that is not counted by."""
+    """Raised for a record that cannot be used for training.
+
+    Attributes:
+      reason: the reason, by which such records are counted.
+      detail: more about this record; does not take part in the counting.
+    """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -49,12 +54,13 @@ class Unusable(Exception):
 
 
 def messages_of(record: Any) -> Messages:
-    """The conversation in a record: a system message or none, then questions and answers in turn.
+    """Returns the messages of the conversation in a record. Does not check their order.
 
-    One of Alpaca's has `instruction` and `input` in its question besides the `content` of both.
+    The question of an Alpaca record has the keys `instruction` and `input` besides `content`, which
+    joins the two.
 
     Raises:
-      Unusable: it has none of the known forms, lacks a field, or its roles are out of order.
+      Unusable: the record has none of the known forms, lacks a field, or has an unknown role.
     """
     if not isinstance(record, dict):
         raise Unusable("a record without fields")
@@ -88,7 +94,7 @@ def _turns(turns: Any, field: str, role: str, content: str) -> Messages:
 
 
 def _marked(text: str) -> Messages:
-    """Turns that are told apart by Guanaco's marks; white space around each is no part of it."""
+    """Splits a text at Guanaco's marks into messages, without white space around them."""
     _, *parts = _GUANACO.split(text)
     return [
         {"role": ROLES[name.lower()], "content": content.strip()}
@@ -104,7 +110,9 @@ def _text(record: dict[str, Any], field: str) -> str:
 
 
 def check_turns(messages: Messages) -> Messages:
-    """The messages from the first question on; Vicuna's, too, are without an answer before it.
+    """Checks the order of the messages; returns them without answers before the first question.
+
+    The training code of Vicuna also drops such answers.
 
     Raises:
       Unusable: roles are out of order, an answer or a question is empty, or there is no answer.
@@ -130,27 +138,27 @@ def check_turns(messages: Messages) -> Messages:
 def examples(
     part: Part, data: DataConfig, template: ChatTemplate, seq_len: int, tally: Tally
 ) -> Iterator[Example]:
-    """Streams the conversations of a part as tokens; what cannot be used is counted in `tally`.
+    """Streams the conversations of a part as tokens.
 
-    So is what the template leaves out. One longer than a sequence is cut there, and all end with
-    their last token that counts: what follows would train nothing. Each example says how many of
-    its answers end in no end token.
+    A conversation that is longer than a sequence is cut. Each example ends with its last token that
+    counts in the loss, because the tokens behind it would train nothing.
 
     Args:
-      part: of JSON.
-      data: how to read.
-      template: how to write.
-      seq_len: inputs in a sequence; an example has one token more at most.
-      tally: takes the counts.
+      part: what to read; a part of JSON.
+      data: how to read it.
+      template: the chat template that renders the conversations.
+      seq_len: number of inputs of a sequence; an example has at most one token more.
+      tally: receives the counts of records that are skipped or changed, and of messages that the
+        template leaves out.
 
     Raises:
-      UserError: a file cannot be opened, or the template does not say what an answer is.
+      UserError: a file cannot be opened, or the template does not mark the answers.
     """
     ends = frozenset(end_ids(template))
     for record, where in read_records(part, data, tally):
         try:
-            found = messages_of(record)
-            messages = check_turns(found)
+            recorded = messages_of(record)
+            messages = check_turns(recorded)
             key = _checked(messages, data)
             encoded = template.example(messages)
             last = _last(encoded.counts)
@@ -163,13 +171,13 @@ def examples(
             tally.skip(error.reason, f"{where}: {error.detail}" if error.detail else where)
             continue
         except Refused as error:
-            tally.skip("the template does not take it", f"{where}: {first_line(error)}")
+            tally.skip("a conversation that the template rejects", f"{where}: {first_line(error)}")
             continue
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         if role := _not_written(messages, encoded.text):
-            tally.change(f"a message of the {role} that the template does not write so", where)
-        if len(messages) < len(found):
+            tally.change(f"a message of the {role} that the template omits or changes", where)
+        if len(messages) < len(recorded):
             tally.change(BEGINS_WITH_ANSWER, where)
         if kept < last:
             tally.change(f"longer than train.seq_len={seq_len}, and cut there", where)
@@ -179,10 +187,11 @@ def examples(
 
 
 def _checked(messages: Messages, data: DataConfig) -> bytes:
-    """What tells one conversation from another, whatever template it is written with.
+    """Checks a conversation; returns its key, which does not depend on the template.
 
     Raises:
-      Unusable: it is too long, or holds half of a surrogate pair, which is no Unicode text.
+      Unusable: the conversation is too long, or contains half of a surrogate pair, which is not
+        Unicode text.
     """
     contents = [[message["role"], message["content"]] for message in messages]
     try:
@@ -195,7 +204,12 @@ def _checked(messages: Messages, data: DataConfig) -> bytes:
 
 
 def _not_written(messages: Messages, text: str) -> str:
-    """The role of the first message whose words are not in the text; empty: all are there."""
+    """Returns the role of the first message that is missing in the text; empty: none is missing.
+
+    Args:
+      messages: the conversation.
+      text: the conversation as the template renders it.
+    """
     written = text.replace(MARK, "")
     for message in messages:
         words: str = message["instruction" if "instruction" in message else "content"]
@@ -205,9 +219,9 @@ def _not_written(messages: Messages, text: str) -> str:
 
 
 def _last(counts: np.ndarray) -> int:
-    """The last token that counts; 0 without one, as the first of all cannot be a target."""
-    found = np.flatnonzero(counts)
-    return int(found[-1]) if len(found) else 0
+    """Returns the index of the last token that counts, or 0: token 0 is never a target."""
+    targets = np.flatnonzero(counts)
+    return int(targets[-1]) if len(targets) else 0
 
 
 def _example(encoded: Encoded, n_tokens: int, key: bytes) -> Example:

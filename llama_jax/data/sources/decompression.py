@@ -1,6 +1,6 @@
-"""A file as a stream of UTF-8 bytes: decompressed, and decoded where it is in UTF-16 or UTF-32.
+"""Opens a file as a stream of UTF-8 bytes: decompresses it, and decodes UTF-16 and UTF-32.
 
-What a file is compressed with is decided by its first bytes; its name does not matter.
+The first bytes of a file decide how it is compressed; its name does not matter.
 """
 
 import bz2
@@ -14,12 +14,12 @@ from typing import IO, Any
 
 import zstandard
 
-MAGIC_BYTES = 16  # enough to tell every kind of compression
+MAGIC_BYTES = 16  # enough to recognise every kind of compression
 _BROKEN = (
     *(gzip.BadGzipFile, zlib.error, zstandard.ZstdError, lzma.LZMAError, EOFError),
     *(ValueError, UnicodeError),
 )
-# The longer marks first: UTF-32's begins with UTF-16's.
+# The longer marks come first: the mark of UTF-32 begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -29,17 +29,17 @@ _MARKS = (
 
 
 class Damaged(Exception):
-    """A compressed file cannot be decompressed any further."""
+    """Raised when a compressed file cannot be decompressed any further."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A file that is open.
+    """An open file.
 
     Attributes:
-      file: its contents in UTF-8, decompressed; the file itself where it is stored like that.
-      compression: such as `gzip`; empty: none.
-      encoding: `UTF-16` or `UTF-32` where the file is decoded; empty: its bytes are as stored.
+      file: a stream of the contents in UTF-8; the file itself if it is stored like that.
+      compression: such as `gzip`; empty: not compressed.
+      encoding: `UTF-16` or `UTF-32` if the stream decodes the file; empty: it does not.
     """
 
     file: Any
@@ -48,15 +48,15 @@ class Opened:
 
     @property
     def as_stored(self) -> bool:
-        """Whether the stream has the bytes of the file, so that it can be read from the middle."""
+        """Whether the stream has the bytes of the file itself, so that it can seek."""
         return not self.compression and not self.encoding
 
 
 def compression_of(magic: bytes) -> str:
-    """What a file that begins with these bytes is compressed with; empty: with nothing known."""
+    """Returns the compression of a file that begins with these bytes; empty: no known one."""
     if magic.startswith(b"\x1f\x8b\x08"):
         return "gzip"
-    skippable = magic[1:4] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5  # a zstandard frame, too
+    skippable = magic[1:4] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5  # zstandard's skippable frame
     if magic.startswith(b"\x28\xb5\x2f\xfd") or skippable:
         return "zstandard"
     if magic.startswith(b"\xfd7zXZ\0"):
@@ -67,9 +67,9 @@ def compression_of(magic: bytes) -> str:
 
 
 def open_stream(raw: IO[bytes]) -> Opened:
-    """The contents of an open binary file, from its beginning.
+    """Opens the contents of a binary file, from its beginning, as a stream.
 
-    Reading from it raises `Damaged` where it cannot be decompressed.
+    Reading from the stream raises `Damaged` where the file cannot be decompressed.
     """
     magic = raw.read(MAGIC_BYTES)
     raw.seek(0)
@@ -98,16 +98,16 @@ def _decompressor(raw: IO[bytes], compression: str) -> Any:
 
 
 class _Zstandard:
-    """Frames of zstandard, one after another, as `cat a.zst b.zst` makes them.
+    """A reader of zstandard frames, one after another, as in the result of `cat a.zst b.zst`.
 
-    The library's own reader takes a file that is cut within a frame for a whole one.
+    The reader of the zstandard library does not notice that a file is cut within a frame.
     """
 
-    PIECE = 1024  # bytes that are decompressed at once, as they may become 30,000 times as many
+    PIECE = 1024  # bytes to decompress at once: they may expand by a factor of 30,000
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw, self._decompressor = raw, zstandard.ZstdDecompressor()
-        self._frame: Any = None  # that is not at its end
+        self._frame: Any = None  # the decompressor of a frame that has not ended
         self._stored = self._left = memoryview(b"")
 
     def read1(self, size: int) -> bytes:
@@ -115,7 +115,7 @@ class _Zstandard:
             self._stored = self._stored or memoryview(self._raw.read(1 << 16))
             if not self._stored:
                 if self._frame is not None:
-                    raise EOFError("it ends within a frame")
+                    raise EOFError("the file ends within a frame")
                 return b""
             piece, rest = self._stored[: self.PIECE], self._stored[self.PIECE :]
             self._frame = self._frame or self._decompressor.decompressobj()
@@ -129,7 +129,7 @@ class _Zstandard:
 
 
 class _Stream(io.RawIOBase):
-    """What a decompressor or decoder gives; each of its failures is `Damaged`, then and later."""
+    """A stream over a decompressor or decoder; after a failure, every read raises `Damaged`."""
 
     def __init__(self, source: Any) -> None:
         self._source, self._failure = source, ""
@@ -141,9 +141,9 @@ class _Stream(io.RawIOBase):
         if self._failure:
             raise Damaged(self._failure)
         try:
-            piece = self._source.read1(len(buffer))  # all that was read before a failure
+            piece = self._source.read1(len(buffer))  # returns all bytes that precede the damage
         except OSError as error:
-            if error.errno is not None:  # the disk's, not the decompressor's
+            if error.errno is not None:  # an error of the disk, not of the decompressor
                 raise
             self._failure = str(error) or "damaged"
             raise Damaged(self._failure) from error
@@ -155,7 +155,7 @@ class _Stream(io.RawIOBase):
 
 
 class _Decoder:
-    """A stream of UTF-16 or UTF-32 as UTF-8; what is invalid in it is invalid in UTF-8, too."""
+    """A reader that turns UTF-16 or UTF-32 into UTF-8; invalid input gives invalid UTF-8."""
 
     def __init__(self, file: Any, encoding: str) -> None:
         self._file = file
@@ -168,7 +168,7 @@ class _Decoder:
             self._ended = not piece
             try:
                 text = self._decoder.decode(piece, final=self._ended)
-            except UnicodeDecodeError:  # where the next letter begins is not known
+            except UnicodeDecodeError:  # the start of the next character is unknown
                 text, self._ended = "", True
                 self._left = b"\xff"
             self._left = text.encode("utf-8", "surrogatepass") + self._left

@@ -1,7 +1,7 @@
-"""Where documents come from: files of text, JSON lines and Parquet, TFDS, and Python's own library.
+"""The parts and documents of any source: files, TFDS datasets, or Python's standard library.
 
-A source is cut into parts, each read by itself, so that many processes can share the work and a
-part can be done again. What the parts are depends on names, sizes and first bytes of the files.
+A source is cut into parts. Each part can be read alone, so that many processes can share the work
+and can repeat a part. The parts depend on the names, sizes and first bytes of the files.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,12 +34,12 @@ def list_parts(
     Args:
       source: what to read.
       config: how to read it.
-      own: folders that this run writes, which are left out of the folder that they are in.
-      tally: takes the numbers of files of each kind, and of what is left out.
-      name: of the source, for errors.
+      own: folders that this run writes; they are left out of the folders that contain them.
+      tally: receives the number of files of each kind, and of those that are left out.
+      name: name of the source, for errors.
 
     Raises:
-      UserError: as `list_files`; or a file cannot be read, or is not of a kind that is read here.
+      UserError: `list_files` fails, a file cannot be read, or its kind does not fit `config`.
     """
     if config.template and (source == "stdlib" or source.startswith("tfds:")):
         raise UserError(f"data.source={source} has no instruction data, which data.template needs")
@@ -57,27 +57,27 @@ def list_parts(
             small.clear()
             small_bytes = 0
 
-    for path, found in _identified(source, list_files(source, own, tally, name), config):
-        size = found.size
-        if not found.kind:
-            tally.leave_out(found.label, str(path))
+    for path, file in _identified(source, list_files(source, own, tally, name), config):
+        size = file.size
+        if not file.kind:
+            tally.leave_out(file.label, str(path))
             continue
-        if config.template and found.kind in ("files", "parquet"):
+        if config.template and file.kind in ("files", "parquet"):
             raise UserError(
-                f"data.source: {path} is neither .json nor .jsonl, which data.template reads, but "
-                f"{found.label}"
+                f"data.source: {path} is neither .json nor .jsonl, but {file.label}; "
+                "data.template reads only these two"
             )
-        if found.kind != "damaged":
-            tally.files[found.label] += 1
-        ranges = found.as_stored and _is_cut(found.kind, size, config)
-        if found.kind in ("files", "damaged") and not ranges:
+        if file.kind != "damaged":
+            tally.files[file.label] += 1
+        ranges = file.as_stored and _is_cut(file.kind, size, config)
+        if file.kind in ("files", "damaged") and not ranges:
             small.append(str(path))
             small_bytes += size
             if small_bytes >= config.part_bytes:
                 close()
             continue
         close()
-        kind = "text" if found.kind == "files" else found.kind
+        kind = "text" if file.kind == "files" else file.kind
         if kind == "parquet":
             parts.extend(parquet_parts(path, size, config))
         elif not ranges:
@@ -93,7 +93,7 @@ def list_parts(
 def _identified(
     source: str, files: list[epath.Path], config: DataConfig
 ) -> Iterator[tuple[epath.Path, FileKind]]:
-    """Each file with what it is; many are asked about at once, since buckets answer late."""
+    """Yields each file with its kind. Reads many files at once: buckets have a high latency."""
     if source == "stdlib":
         for path in files:
             yield path, FileKind("files", "plain text", True, size_of(path))
@@ -104,14 +104,19 @@ def _identified(
 
 
 def _is_cut(kind: str, size: int, config: DataConfig) -> bool:
-    """Whether a file is read in ranges of bytes."""
+    """Returns whether a file is read in ranges of bytes."""
     if kind == "files" and not config.separator:
         return size > config.max_document_bytes
     return kind in ("files", "jsonl") and size > config.part_bytes
 
 
 def read_documents(part: Part, config: DataConfig, tally: Tally) -> Iterator[str]:
-    """Streams the documents of a part, none empty; what cannot be used is counted in `tally`.
+    """Streams the documents of a part that are not empty.
+
+    Args:
+      part: what to read.
+      config: how to read it.
+      tally: receives the counts of documents that are skipped or changed.
 
     Raises:
       UserError: a file cannot be opened.
@@ -144,12 +149,12 @@ def read_source(
     Args:
       source: what to read.
       config: how to read it.
-      tally: takes the counts of files and of documents.
+      tally: receives the counts of files and of documents.
       own: folders that this run writes, as in `list_parts`.
-      name: of the source, for errors.
+      name: name of the source, for errors.
 
     Raises:
-      UserError: as `list_parts` and `read_documents`.
+      UserError: `list_parts` or `read_documents` fails.
     """
     for part in list_parts(source, config, own, tally, name):
         yield from read_documents(part, config, tally)

@@ -1,7 +1,7 @@
-"""What a file of a source is: decided by its first bytes, and by its name where they leave it open.
+"""The kind of a file: its first bytes decide, and its name if they leave the question open.
 
-JSON lines are lines that are objects, whatever the file is called; a JSON list is looked for in
-files that are named `.json`, or begin as a list of objects.
+A file whose lines are JSON objects is read as JSON lines, whatever its name is. A file is read as a
+JSON list if it is named `.json`, or begins with a list of objects.
 """
 
 import dataclasses
@@ -18,17 +18,17 @@ from llama_jax.data.sources.part import longest_json
 from llama_jax.errors import UserError
 from llama_jax.files import refuse_lfs_pointer, size_of
 
-HEAD = 1 << 16  # bytes that are looked at
-LINES = 20  # lines that are looked at
+HEAD = 1 << 16  # bytes at the beginning of a file that decide
+LINES = 20  # lines at the beginning of a file that decide
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 ZIPPED = (".gz", ".gzip", ".zst", ".zstd", ".xz", ".bz2")
 RECORD_FIELDS = ("conversations", "messages", "instruction", "text")
 # Texts that end a document in widely used corpora.
 MARKERS = (b"<|endoftext|>", b"<|end_of_text|>")
 DAMAGED = "damaged compressed file"
-_PARQUET = b"PAR1\x15"  # and how the first header behind it begins
+_PARQUET = b"PAR1\x15"  # the magic bytes, and the first byte of the header after them
 _BOM = b"\xef\xbb\xbf"
-# Where a file begins like this, at this offset, it is none that is read here.
+# Files that cannot be read here: an offset, the bytes at that offset, and what the files are.
 _FOREIGN = (
     *((0, b"PK\x03\x04", "zip archives"), (0, b"PK\x05\x06", "zip archives")),
     *((0, b"7z\xbc\xaf\x27\x1c", "7z archives"), (0, b"Rar!\x1a\x07", "RAR archives")),
@@ -43,13 +43,13 @@ _FOREIGN = (
 
 @dataclasses.dataclass(frozen=True)
 class FileKind:
-    """What a file is.
+    """The kind of a file.
 
     Attributes:
-      kind: that of its `Part`: `files`, `jsonl`, `json` or `parquet`; `damaged`: a compressed file
-        without a sign of it; empty: nothing that is read here.
-      label: the same in words, for the report.
-      as_stored: whether it can be read from the middle.
+      kind: the `kind` of its `Part`: `files`, `jsonl`, `json` or `parquet`; `damaged`: its name
+        says that it is compressed, but it is not; empty: it cannot be read here.
+      label: the kind in words, for the report.
+      as_stored: whether reading can begin in the middle, since the bytes are those on disk.
       size: bytes on disk.
     """
 
@@ -60,11 +60,11 @@ class FileKind:
 
 
 def identify_file(path: epath.Path, config: DataConfig) -> FileKind:
-    """Finds out what a file is.
+    """Determines the kind of a file.
 
     Raises:
-      UserError: it cannot be read, is the pointer that Git LFS leaves, or is a `.json` that holds
-        something else than records.
+      UserError: the file cannot be read, is a pointer of Git LFS, or is named `.json` but does not
+        hold records.
     """
     try:
         size = size_of(path)
@@ -83,7 +83,7 @@ def identify_file(path: epath.Path, config: DataConfig) -> FileKind:
 
 
 def format_by_name(path: epath.Path) -> tuple[str, bool]:
-    """The format that a file's name says, if it says one, and whether it says "compressed"."""
+    """Returns the format by the name of a file, or '', and whether it is named as compressed."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     zipped = suffixes[-1:] != [] and suffixes[-1] in ZIPPED
     last = suffixes[-2:-1] if zipped else suffixes[-1:]
@@ -91,7 +91,7 @@ def format_by_name(path: epath.Path) -> tuple[str, bool]:
 
 
 def _read_head(opened: Opened) -> tuple[bytes, bool]:
-    """The first bytes of a stream, as far as they can be had, and whether that is all of it."""
+    """Reads up to `HEAD` bytes of a stream; also returns whether the stream ends there."""
     read = getattr(opened.file, "read1", opened.file.read)
     head = b""
     try:
@@ -106,7 +106,13 @@ def _read_head(opened: Opened) -> tuple[bytes, bool]:
 
 
 def _foreign(head: bytes, opened: Opened, name: str) -> str:
-    """What kind of file it is that is not read here; empty: none that is known."""
+    """Returns a name for files like this if they cannot be read here; empty: they may be readable.
+
+    Args:
+      head: the first bytes.
+      opened: the open file.
+      name: the format by the name of the file.
+    """
     if opened.as_stored and (head.startswith(_PARQUET) or name == "parquet"):
         return ""
     for offset, magic, name in _FOREIGN:
@@ -116,8 +122,8 @@ def _foreign(head: bytes, opened: Opened, name: str) -> str:
         return f"Parquet files inside {opened.compression}"
     line = head.removeprefix(_BOM).lstrip().split(b"\n", 1)[0]
     if 0 not in line and isinstance(_parse(line), dict):
-        return ""  # JSON lines, which a crash of the writer's machine may have padded
-    # A text may hold a NUL; UTF-16 has one beside each ASCII letter, and binaries have many.
+        return ""  # JSON lines; a crash of the writer's machine may have padded them with NULs
+    # A text may contain a NUL. UTF-16 has one for each ASCII character, and binary files have many.
     if head.count(0) > 1 + len(head) // 20:
         even, odd = head[::2].count(0), head[1::2].count(0)
         if len(head) % 2 == 0 and min(even, odd) * 10 < max(even, odd) > len(head) // 5:
@@ -127,7 +133,7 @@ def _foreign(head: bytes, opened: Opened, name: str) -> str:
 
 
 def _parse(line: bytes | str) -> Any:
-    """The value of a line of JSON; None without one."""
+    """Returns the value of a line of JSON; None if the line is not JSON."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
@@ -135,12 +141,12 @@ def _parse(line: bytes | str) -> Any:
 
 
 def _most(objects: list[bool]) -> bool:
-    """Whether most lines are objects: some may be damaged."""
+    """Returns whether most lines are objects: a few lines may be damaged."""
     return 2 * sum(objects) > len(objects)
 
 
 class _Decision:
-    """What one file is; a class, since what is read of it may have to grow."""
+    """The decision of what kind one file is. Keeps its first bytes, and reads more if needed."""
 
     def __init__(
         self, path: epath.Path, config: DataConfig, opened: Opened, head: bytes, ended: bool
@@ -151,22 +157,26 @@ class _Decision:
         self.ended = ended
 
     def decide(self) -> tuple[str, str]:
-        """Kind and label, as in `FileKind`."""
+        """Returns kind and label, as in `FileKind`.
+
+        Raises:
+          UserError: the file is named `.json` but does not hold records.
+        """
         if self.text.startswith(_PARQUET) or (self.named == "parquet" and not self.zipped):
             return "parquet", "Parquet"
-        found = {b"{": self._object, b"[": self._list}.get(self.text[:1], self._neither)()
-        if found:
-            return found
+        decision = {b"{": self._object, b"[": self._list}.get(self.text[:1], self._neither)()
+        if decision:
+            return decision
         if self.zipped and not self.opened.compression:
             return "damaged", DAMAGED
         if self.named == "jsonl":
             return "jsonl", "JSON lines"
         if self.named == "json" and (self.config.template or not (self.text or self.ended)):
-            return "json", "JSON lists"  # reading it says what is wrong
+            return "json", "JSON lists"  # reading the file reports what is wrong
         if self.named == "json" and self.text:
             raise UserError(
                 f"{self.path} is neither JSON lines nor a JSON list or object; if it is plain "
-                "text, rename it to .txt, else name the files that are meant, without this one"
+                "text, rename it to .txt, otherwise name only the other files in data.source"
             )
         marker = next((mark.decode() for mark in MARKERS if mark in self.text), "")
         if marker and not self.config.separator:
@@ -174,18 +184,18 @@ class _Decision:
         return "files", "plain text"
 
     def _lines(self) -> list[bytes]:
-        """The complete lines of the head that are not empty."""
+        """Returns the first complete lines that are not empty."""
         lines = self.text.split(b"\n")
         if not self.ended:
             lines = lines[:-1]
         return [line for line in lines if line.strip()][:LINES]
 
     def _objects(self) -> list[bool]:
-        """Of each of these lines, whether it is an object of JSON."""
+        """Returns for each of these lines whether it is a JSON object."""
         return [isinstance(_parse(line), dict) for line in self._lines()]
 
     def _grow(self) -> bool:
-        """Reads as much again, up to the length that one document may have in JSON.
+        """Doubles the text read so far, up to the length that one document may have in JSON.
 
         Returns:
           Whether there may be more to read.
@@ -227,14 +237,14 @@ class _Decision:
             raise UserError(
                 f"{self.path} begins with an object of more than {len(self.text):,} bytes, which "
                 "cannot be one document; write the documents as JSON lines or as a list, or name "
-                "the files that are meant, without this one"
+                "only the other files in data.source"
             )
         if alone and self.named == "json":
             self._check_object(value)
         return "json", "JSON objects"
 
     def _first_value(self) -> tuple[Any, bool]:
-        """The value that the file begins with, None without one; whether it is all there is."""
+        """Returns the first value of the file, or None, and whether the file holds nothing else."""
         if self.named == "json" or not self.ended:
             self._grow_whole()
         text = self.text.decode("utf-8", "replace")
@@ -245,10 +255,10 @@ class _Decision:
         return value, self.ended and not text[end:].strip()
 
     def _check_object(self, value: Any) -> None:
-        """Asks what to do about an object that is no record.
+        """Checks that the only object of a file is a record.
 
         Raises:
-          UserError: it has no text.
+          UserError: the object has no text in `data.text_field`.
         """
         field = self.config.text_field
         if self.config.template or isinstance(field_of(value, field), str):
@@ -256,8 +266,8 @@ class _Decision:
         raise UserError(
             f"{self.path} is one JSON object without a text in field {field!r} "
             f"({describe_fields(value)}); "
-            "name its field by data.text_field, write the documents as JSON lines or as a list, or "
-            "name the files that are meant, without this one"
+            "set data.text_field to the field that holds the text, write the documents as JSON "
+            "lines or as a list, or name only the other files in data.source"
         )
 
     def _list(self) -> tuple[str, str] | None:
@@ -282,7 +292,7 @@ class _Decision:
         return None
 
     def _neither(self) -> tuple[str, str] | None:
-        """JSON lines may begin with a line that is damaged."""
+        """Recognises JSON lines whose first line is damaged."""
         objects = [
             line.lstrip().startswith(b"{") and isinstance(_parse(line), dict)
             for line in self._lines()
@@ -293,7 +303,7 @@ class _Decision:
 
 
 def describe_fields(record: Any) -> str:
-    """Which fields a record has, in a few words."""
+    """Describes the fields of a record in a few words."""
     if not isinstance(record, dict):
         return f"it is {type(record).__name__}, not an object"
     names = [repr(str(name)[:40]) for name in list(record)[:6]]

@@ -1,4 +1,4 @@
-"""What is read of a folder: all that is below it, but for what is not text of the user's."""
+"""The files below a folder, without those that are not text of the user."""
 
 import dataclasses
 import os
@@ -13,13 +13,13 @@ from llama_jax.data.sources.part import Tally
 from llama_jax.errors import UserError
 from llama_jax.files import is_object_store
 
-THREADS = 32  # that ask a bucket, which answers late, about files
+THREADS = 32  # requests about files that run at the same time: buckets have a high latency
 HIDDEN = "hidden files and folders"
 ABOUT = "files about the data, such as README, LICENSE and checksums"
 OWN = "folders that llama_jax writes: token shards and runs"
 SPECIAL = "pipes, sockets and devices"
-DEAD = "links to nothing"
-TWICE = "links to what is read under another name"
+DEAD = "broken links"
+TWICE = "links to files or folders that are read under another name"
 _ABOUT = re.compile(
     r"((readme|licen[cs]e)([-_. ][-\w().]{1,16})?"
     r"|(copying|notice|citation|dataset_?card|data_?card|datasheet|unlicen[cs]e|code_of_conduct)"
@@ -31,21 +31,21 @@ _ABOUT = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _ABOUT_FOLDERS = ("__pycache__", "__MACOSX", "_temporary", "_delta_log", "lost+found")
-# Our own folders are known by what they hold.
+# Folders that llama_jax wrote are recognised by the names of their files.
 _SHARD = re.compile(r"(train|validation)-\d+-\d+\.\w+|part-\d+\.json")
 _INDEX = re.compile(r"(train|validation)-\d{5}-\d{3,}\.idx")
-_PASSING = re.compile(r"\.|lost\+found$|.*\.tmp-\d+$")  # files that come and go beside others
+_PASSING = re.compile(r"\.|lost\+found$|.*\.tmp-\d+$")  # these names may occur in any folder
 _RUN = ("checkpoints", "metrics.jsonl", "goodput.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
     path: epath.Path
-    kind: str  # `folder`, `file`, or why it is left out
+    kind: str  # `folder`, `file`, or the reason why it is left out
 
 
 class Walk:
-    """Reads folders, each once, however many links lead to it."""
+    """A walk through folders. Visits each folder once, even if several links lead to it."""
 
     def __init__(
         self, own: Sequence[epath.PathLike], tally: Tally, excluded: tuple[str, ...] = ()
@@ -55,10 +55,10 @@ class Walk:
         self._seen: set[str] = set()
 
     def files_of_root(self, folder: epath.Path) -> list[epath.Path]:
-        """The files below a folder that is named itself.
+        """Returns the files below a folder that the user named; empty if it was read before.
 
         Raises:
-          UserError: there are none, or the folder is one that this program writes.
+          UserError: the folder holds no file to read, cannot be read, or was written by llama_jax.
         """
         entries = _entries(folder)
         kind = _own_kind({entry.path.name for entry in entries})
@@ -66,11 +66,11 @@ class Walk:
             kind = "the folder that this run writes to"
         if kind:
             raise UserError(
-                f"data.source: {folder} is {kind}; name the folder or the files of text"
-                + ("; token shards are read by data.path" if "shards" in kind else "")
+                f"data.source: {folder} is {kind}; name the folder or the files that hold the text"
+                + ("; to read token shards, set data.path" if "shards" in kind else "")
             )
         if _real(folder) in self._seen:
-            return []  # named twice
+            return []  # the user named it twice
         before = self._tally.left_out[HIDDEN]
         files = list(self.files_below(folder))
         about = [path for path in files if _ABOUT.fullmatch(path.name)]
@@ -80,12 +80,12 @@ class Walk:
             files = [path for path in files if not _ABOUT.fullmatch(path.name)]
         if not files:
             hidden = self._tally.left_out[HIDDEN] > before
-            more = " but hidden ones" if hidden else " to read" if entries else ""
+            more = " except hidden ones" if hidden else " to read" if entries else ""
             raise UserError(f"data.source: the folder {folder} holds no file{more}")
         return files
 
     def files_below(self, folder: epath.Path) -> Iterator[epath.Path]:
-        """All files below a folder but what is left out of it; in no order."""
+        """Yields the files below a folder, in no order, and counts what it leaves out."""
         waiting = [folder]
         while waiting:
             folder = waiting.pop()
@@ -96,7 +96,7 @@ class Walk:
             self._seen.add(real)
             entries = _entries(folder)
             if self._is_own(real, {entry.path.name for entry in entries}):
-                if entries:  # else it was made a moment ago
+                if entries:  # this run has just made an empty folder: do not report it
                     self._tally.leave_out(OWN, str(folder))
                 continue
             for entry in entries:
@@ -123,26 +123,26 @@ def _real(folder: epath.PathLike) -> str:
 
 
 def _own_kind(names: set[str]) -> str:
-    """What kind of folder of this program holds these names; empty: none."""
+    """Returns the kind of folder of llama_jax that holds these names; empty: not such a folder."""
     if {"manifest.json", "plan.json"} & names and any(map(_SHARD.fullmatch, names)):
         return "a folder of token shards"
     visible = {name for name in names if not _PASSING.match(name)}
-    if any(map(_INDEX.fullmatch, names)):  # whose manifest was lost
+    if any(map(_INDEX.fullmatch, names)):  # shards without their manifest
         return "a folder of token shards"
     if "plan.json" in names and visible <= {"plan.json", "tokenizer.model", "chat_template.json"}:
         return "a folder of token shards"
     if "config.json" in names and names.intersection(_RUN):
         return "the work directory of a run"
-    if "goodput.json" in names and visible <= {"data", *_RUN}:  # it is preparing its data
+    if "goodput.json" in names and visible <= {"data", *_RUN}:  # the run still prepares its data
         return "the work directory of a run"
     return ""
 
 
 def _entries(folder: epath.Path) -> list[_Entry]:
-    """What is in a folder, sorted.
+    """Returns the entries of a folder, sorted by name.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the folder cannot be read.
     """
     try:
         if is_object_store(folder):

@@ -1,4 +1,4 @@
-"""Records and documents of files of JSON: lines that are objects, and lists of records."""
+"""Records and documents of JSON files: lines that are objects, and lists of records."""
 
 import io
 import json
@@ -17,22 +17,37 @@ from llama_jax.errors import UserError
 
 
 def read_json_lines(part: Part, config: DataConfig, tally: Tally) -> Iterator[str]:
-    """Streams the documents of a part of JSON lines."""
+    """Streams the documents of a part of JSON lines.
+
+    Args:
+      part: what to read.
+      config: how to read it.
+      tally: receives the counts of lines that cannot be used.
+    """
     for line, where in _lines(part, config, tally):
         yield from _json_document(line, where, config, tally)
 
 
 def read_json_list(part: Part, config: DataConfig, tally: Tally) -> Iterator[str]:
-    """Streams the documents of a JSON list, or of the objects that a file holds instead."""
+    """Streams the documents of a file that holds a JSON list, or objects without a list.
+
+    Args:
+      part: what to read; a whole file.
+      config: how to read it.
+      tally: receives the counts of records that cannot be used.
+    """
     for record, where in _values(part, config, tally):
         text = record if isinstance(record, str) else field_of(record, config.text_field)
         yield from _text_document(text, record, where, config, tally)
 
 
 def read_records(part: Part, config: DataConfig, tally: Tally) -> Iterator[tuple[Any, str]]:
-    """Streams the records of a part of JSON, each with where it is.
+    """Streams the records of a part of JSON, each with its place for the report.
 
-    What is no JSON is counted in `tally`.
+    Args:
+      part: what to read.
+      config: how to read it.
+      tally: receives the counts of records that are not JSON.
 
     Raises:
       UserError: a file cannot be opened.
@@ -41,7 +56,7 @@ def read_records(part: Part, config: DataConfig, tally: Tally) -> Iterator[tuple
         if part.kind == "json":
             yield from _values(part, config, tally)
             return
-        if part.kind == "files":  # no other files get here, see `documents.list_parts`
+        if part.kind == "files":  # only damaged files get here, see `documents.list_parts`
             for path in part.paths:
                 tally.skip(DAMAGED, path)
             return
@@ -52,7 +67,7 @@ def read_records(part: Part, config: DataConfig, tally: Tally) -> Iterator[tuple
 
 
 def _lines(part: Part, config: DataConfig, tally: Tally) -> Iterator[tuple[bytes, str]]:
-    """Lines that are not empty, and where they are."""
+    """Yields the lines that are not empty, each with its place."""
     path = epath.Path(part.paths[0])
     limit = longest_json(config)
     with path.open("rb") as raw:
@@ -81,15 +96,15 @@ def _lines(part: Part, config: DataConfig, tally: Tally) -> Iterator[tuple[bytes
 
 
 def _values(part: Part, config: DataConfig, tally: Tally) -> Iterator[tuple[Any, str]]:
-    """Items of the list in a file, or the objects that it holds instead."""
+    """Yields the items of the list in a file, or its objects if it has no list, with places."""
     path = epath.Path(part.paths[0])
     number = 0
     with path.open("rb") as raw:
-        # What is no UTF-8 costs the record that it is in: half of a surrogate pair stands for it.
+        # Bytes that are not UTF-8 become half surrogate pairs, so that only their record is lost.
         text = io.TextIOWrapper(open_stream(raw).file, "utf-8-sig", "surrogateescape")
         try:
-            found = values(text, longest_json(config), config.template and RECORD_FIELDS)
-            for number, record in enumerate(found, start=1):
+            records = values(text, longest_json(config), config.template and RECORD_FIELDS)
+            for number, record in enumerate(records, start=1):
                 tally.position = raw.tell()
                 yield record, f"{path}, record {number}"
         except Damaged:
@@ -102,7 +117,7 @@ def _values(part: Part, config: DataConfig, tally: Tally) -> Iterator[tuple[Any,
 
 
 def _rest_of_line(file: Any, limit: int) -> int:
-    """Reads past the next newline, in little memory; how many bytes that were."""
+    """Reads past the next newline, in little memory; returns the number of bytes read."""
     taken = 0
     while piece := file.readline(limit):
         taken += len(piece)
@@ -116,7 +131,7 @@ def _json_record(line: bytes, where: str, tally: Tally) -> Iterator[tuple[Any, s
         record: Any = json.loads(line)
     except UnicodeDecodeError:
         tally.skip("invalid UTF-8", where)
-    except (ValueError, RecursionError):  # the former also for a number of 5,000 digits
+    except (ValueError, RecursionError):  # a number of 5,000 digits also raises a ValueError
         tally.skip("broken JSON line", where)
     else:
         yield record, where
@@ -131,14 +146,12 @@ def _json_document(line: bytes, where: str, config: DataConfig, tally: Tally) ->
 def _text_document(
     text: Any, record: Any, where: str, config: DataConfig, tally: Tally
 ) -> Iterator[str]:
-    """The text of a record of JSON, or nothing and a count of why."""
+    """Yields the text of a JSON record, or counts in `tally` why it cannot be used."""
     if not isinstance(text, str):
-        found = (
-            describe_fields(record)
-            if text is None
-            else f"it holds {type(text).__name__}, not a text"
+        problem = (
+            describe_fields(record) if text is None else f"it holds {type(text).__name__}, not text"
         )
-        tally.skip(f"no text in field {config.text_field!r}", f"{where}: {found}")
+        tally.skip(f"no text in field {config.text_field!r}", f"{where}: {problem}")
         return
-    # JSON may hold half of a surrogate pair, which is no Unicode text.
+    # JSON may contain half of a surrogate pair, which is not Unicode text.
     yield from decode_document(text.encode("utf-8", "surrogatepass"), where, config, tally)

@@ -1,16 +1,16 @@
-"""Values in a JSON file, one after another: such files may be larger than the memory."""
+"""The values of a JSON file, read one at a time: the file may be larger than the memory."""
 
 import json
 import re
 from collections.abc import Collection, Iterator
 from typing import Any, TextIO
 
-CHUNK = 1 << 16  # letters read at a time
+CHUNK = 1 << 16  # characters read at a time
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class _Scanner:
-    """The text of a file from where it was read to, in the memory of one value."""
+    """A position in the text of a JSON file. Keeps about one value in memory."""
 
     def __init__(self, file: TextIO, limit: int) -> None:
         self._file, self._limit = file, limit
@@ -18,30 +18,30 @@ class _Scanner:
         self._text, self._at = "", 0
 
     def _more(self) -> bool:
-        # As much again, so that a long value is not begun too often.
+        # Doubles the text, so that a long value is not decoded from its start too often.
         piece = self._file.read(max(CHUNK, len(self._text) - self._at))
         self._text, self._at = self._text[self._at :] + piece, 0
         return bool(piece)
 
     def following(self) -> str:
-        """The next letter that is not white space; empty at the end."""
+        """Returns the next character that is not white space; empty at the end of the file."""
         while True:
             space = _SPACE.match(self._text, self._at)
-            assert space is not None  # it matches nothing, too
+            assert space is not None  # the pattern also matches the empty string
             self._at = space.end()
             if self._at < len(self._text) or not self._more():
                 return self._text[self._at : self._at + 1]
 
     def skip(self) -> None:
-        """Passes over the letter that `following` gave."""
+        """Skips the character that `following` returned."""
         self._at += 1
 
     def value(self) -> Any:
-        """The next value.
+        """Reads the next value.
 
         Raises:
-          ValueError: there is none, or it is longer than the limit.
-          RecursionError: it is nested too deeply.
+          ValueError: the text is not JSON, or the value is longer than the limit.
+          RecursionError: the value is nested too deeply.
         """
         self.following()
         while True:
@@ -51,7 +51,7 @@ class _Scanner:
                 if len(self._text) - self._at > self._limit or not self._more():
                     raise
                 continue
-            # A number may go on in what is not read yet.
+            # A number may continue in text that is not read yet.
             if at == len(self._text) and not isinstance(value, dict | list | str) and self._more():
                 continue
             self._at = at
@@ -59,35 +59,38 @@ class _Scanner:
 
 
 def list_items(file: TextIO, limit: int) -> Iterator[Any]:
-    """The values of the list that a file holds, in the memory of one of them.
+    """Yields the items of the JSON list in a file, with about one of them in memory.
 
     Lists that follow the first one count as its continuation.
 
     Args:
-      file: to read from where it stands.
-      limit: letters of a value; a longer one is not waited for.
+      file: a text file, read from its current position.
+      limit: maximum number of characters of one value.
 
     Raises:
-      ValueError: it is no JSON list, or is none from here on.
-      RecursionError: a value is too deep.
+      ValueError: the file does not hold a JSON list, the list is broken from here on, or a value is
+        longer than the limit.
+      RecursionError: a value is nested too deeply.
     """
     scanner = _Scanner(file, limit)
     if scanner.following() != "[":
-        raise ValueError("no list")
+        raise ValueError("not a JSON list")
     yield from _lists(scanner)
 
 
 def values(file: TextIO, limit: int, fields: Collection[str] = ()) -> Iterator[Any]:
-    """The items of the list in a file; where it has no list, the values that follow each other.
+    """Yields the items of the JSON list in a file, or the values of a file without a list.
 
     Args:
-      file: to read from where it stands.
-      limit: letters of a value; a longer one is not waited for.
-      fields: of which the first value must have one, if it is not in a list; empty: need not.
+      file: a text file, read from its current position.
+      limit: maximum number of characters of one value.
+      fields: in a file without a list, the first value must have one of these fields; empty: no
+        check.
 
     Raises:
-      ValueError: it is not JSON, or is none from here on.
-      RecursionError: a value is too deep.
+      ValueError: the file is not JSON, is broken from here on, or has a value longer than the
+        limit.
+      RecursionError: a value is nested too deeply.
     """
     scanner = _Scanner(file, limit)
     if scanner.following() == "[":
@@ -104,7 +107,7 @@ def values(file: TextIO, limit: int, fields: Collection[str] = ()) -> Iterator[A
 def _lists(scanner: _Scanner) -> Iterator[Any]:
     while mark := scanner.following():
         if mark != "[":
-            raise ValueError("something else behind the list")
+            raise ValueError("the list is followed by something that is not a list")
         scanner.skip()
         if scanner.following() == "]":
             scanner.skip()
@@ -113,7 +116,7 @@ def _lists(scanner: _Scanner) -> Iterator[Any]:
             yield scanner.value()
             mark = scanner.following()
             if mark not in (",", "]"):
-                raise ValueError("neither a comma nor the end of the list")
+                raise ValueError("a comma or the end of the list is missing")
             scanner.skip()
             if mark == "]":
                 break

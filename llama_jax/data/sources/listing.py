@@ -1,7 +1,8 @@
-"""Which files a source names: paths, folders and globs, in a list, or several lists by name.
+"""The files that a source names: a list of paths, folders and globs, or several named lists.
 
-What exists under the very words of a source is meant, whatever signs are in its name. Of a folder
-all is read that is below it, but for what is not text of the user's; that is counted.
+If a path with exactly the given name exists, it is used, even if it contains special characters
+such as `*`, `,` or `=`. A folder stands for all files below it. Files that are not text of the user
+are left out and counted.
 """
 
 import contextlib
@@ -20,25 +21,27 @@ from llama_jax.data.sources.part import Tally
 from llama_jax.errors import UserError
 from llama_jax.files import expand, is_object_store
 
-# Not what Python is written like: tests of odd syntax, generated tables, other people's packages.
+# These folders hold no typical Python code: tests of odd syntax, generated tables, third-party
+# packages.
 STDLIB_EXCLUDED = (
     *("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"),
     *("lib2to3", "encodings", "pydoc_data"),
 )
-FOLDERS = "folders that a glob matches, which names files only"
+FOLDERS = "folders that match a glob (a glob names only files)"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _WILDCARD = re.compile(r"[*?\[]")
-_JOINED = 8  # pieces of a list that may be one path with commas in it
+_JOINED = 8  # maximum number of pieces that are tried as one path with commas in it
 
 
 def named_sources(source: str) -> dict[str, str]:
-    """`web=a/*.jsonl; books=b/*.txt` by name; a source without names is called ''.
+    """Splits `web=a/*.jsonl; books=b/*.txt` by name; a source without names gets the name ''.
 
-    A path that exists, or a glob that matches, is one, although its name may look like NAME=FILES.
+    A path that exists or a glob that matches is not split, even if it looks like NAME=FILES.
 
     Raises:
-      UserError: a name that cannot be a folder, or comes twice.
+      UserError: an item is not NAME=FILES, its name cannot be the name of a folder, or a name
+        occurs twice.
     """
     if "=" not in source or _is_there(source) or _is_there(_split(source)[0]):
         return {"": source}
@@ -72,12 +75,12 @@ def _is_named(item: str) -> bool:
 
 
 def _place(text: str) -> epath.Path:
-    """The path that a text names.
+    """Returns the path that a text names.
 
     Raises:
-      UserError: it is a URL of a kind that cannot be read.
+      UserError: the text is a URL with a scheme that cannot be read.
     """
-    if not _SCHEME.match(text):  # NAME=gs://BUCKET is none
+    if not _SCHEME.match(text):  # NAME=gs://BUCKET does not match
         return epath.Path(pathlib.PurePath(text)).expanduser()
     try:
         return epath.Path(expand(text))
@@ -86,7 +89,7 @@ def _place(text: str) -> epath.Path:
 
 
 def _is_there(path: str) -> bool:
-    """Whether a path exists or a glob matches something."""
+    """Returns whether a path exists or a glob matches something."""
     with contextlib.suppress(OSError, ValueError):
         place = _place(path)
         if place.exists():
@@ -96,7 +99,7 @@ def _is_there(path: str) -> bool:
 
 
 def _split(source: str) -> list[str]:
-    """The items of a comma-separated list; a path with commas in it is one, if it exists."""
+    """Splits a comma-separated list; a path that exists is one item, even if it has commas."""
     pieces = source.split(",")
     items: list[str] = []
     while pieces:
@@ -109,9 +112,10 @@ def _split(source: str) -> list[str]:
 
 
 def _joined(pieces: list[str], mark: str) -> int:
-    """How many of the first pieces, with a mark between them, are a path that exists; else 1.
+    """Returns how many pieces from the first on, joined by `mark`, name a path that exists.
 
-    Where the first alone is nothing, they may be a glob that matches.
+    If they name no such path, and the first piece alone does not exist either, they may be a glob
+    that matches. Otherwise returns 1.
     """
     if is_object_store(pieces[0]):
         return 1
@@ -128,17 +132,17 @@ def _joined(pieces: list[str], mark: str) -> int:
 def list_files(
     source: str, own: Sequence[epath.PathLike] = (), tally: Tally | None = None, name: str = ""
 ) -> list[epath.Path]:
-    """The files that a source names, sorted, each once.
+    """Lists the files that a source names, sorted, each once.
 
     Args:
       source: `stdlib`, or a comma-separated list of files, folders and globs.
-      own: folders that this run writes, which are left out of the folder that they are in.
-      tally: takes counts of what is left out of folders.
-      name: of the source, for errors.
+      own: folders that this run writes; they are left out of the folders that contain them.
+      tally: receives the counts of files and folders that are left out.
+      name: name of the source, for errors.
 
     Raises:
-      UserError: a path does not exist or is no file, a glob matches nothing, or a folder holds
-        nothing to read or is one that this program writes.
+      UserError: a path does not exist or is a pipe or a device, a glob matches no file or contains
+        `**`, a folder holds no file to read, or a folder was written by llama_jax.
     """
     if source == "stdlib":
         root = epath.Path(sysconfig.get_paths()["stdlib"])
@@ -167,7 +171,7 @@ def list_files(
 def _exists(path: epath.Path) -> bool:
     try:
         return bool(path.exists())
-    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+    except (OSError, ValueError):  # the name is too long, or contains a NUL
         return False
 
 
@@ -180,34 +184,34 @@ def _how_to_name(pattern: str, name: str) -> str:
 
 
 def _file(path: epath.Path) -> epath.Path:
-    """A path that was named itself.
+    """Returns a path that the user named; checks that it is a file.
 
     Raises:
-      UserError: it is a pipe or a device.
+      UserError: the path is a pipe or a device.
     """
     if not _is_file(path):
         raise UserError(
             f"data.source: {path} is a pipe or a device, not a file; a source is read more than "
-            "once, so write it to a file first"
+            "once, so write its contents to a file first"
         )
     return path
 
 
 def _is_file(path: epath.Path) -> bool:
-    # `epath` takes all that is no folder for a file.
+    # On a local disk, `epath` also calls pipes and devices files.
     return bool(path.is_file()) if is_object_store(path) else os.path.isfile(path)
 
 
 def _matches(path: epath.Path, pattern: str, tally: Tally) -> list[epath.Path]:
-    """The files that a glob matches.
+    """Returns the files that a glob matches.
 
     Raises:
-      UserError: none does.
+      UserError: the glob matches no file, or contains `**`.
     """
-    if "**" in str(path):  # in a bucket it could list for hours
+    if "**" in str(path):  # listing a bucket this way could take hours
         raise UserError(
-            f"data.source: {pattern} has '**'; name the folder, which is read with all "
-            "that is below it"
+            f"data.source: {pattern} has '**'; name the folder instead, then all files below it "
+            "are read"
         )
     matches, hidden = _glob(path)
     folders = [match for match in matches if match.is_dir()]
@@ -218,17 +222,17 @@ def _matches(path: epath.Path, pattern: str, tally: Tally) -> list[epath.Path]:
     for place in set(matches) - set(folders) - set(files):
         tally.leave_out(DEAD if os.path.islink(place) else SPECIAL, str(place))
     if not files:
-        what = "only folders, whose names are read with all that is below them" if folders else ""
+        what = "only folders; name a folder itself to read all files below it" if folders else ""
         what = what or ("only hidden files" if hidden else "no file")
         raise UserError(f"data.source: {pattern} matches {what}")
     return files
 
 
 def _glob(path: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
-    """What a pattern matches, and what it would match if hidden names were no exception."""
+    """Returns the paths that a pattern matches, and the hidden paths that it leaves out."""
     if is_object_store(path):
         return list(path.parent.glob(path.name)), []
-    # Folders at the beginning may have brackets in their names.
+    # The first folders may have brackets in their names, which are no pattern if they exist.
     parts = path.parts
     root, rest = "", list(parts)
     while len(rest) > 1 and os.path.isdir(os.path.join(root, rest[0])):
@@ -240,7 +244,7 @@ def _glob(path: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
 
 
 def _once(paths: list[epath.Path], tally: Tally) -> list[epath.Path]:
-    """The files without those that are links to others of them."""
+    """Removes the files that are links to other files of the list."""
     folder = functools.cache(os.path.realpath)
     seen: set[str] = set()
     kept = []

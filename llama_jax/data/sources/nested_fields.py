@@ -1,6 +1,6 @@
-"""Fields within fields: `data.text_field=meta.text` is field `text` of `meta`.
+"""Fields inside other fields: `data.text_field=meta.text` is field `text` of `meta`.
 
-A record of JSON has its fields in itself; those of a table or a TFDS example are in its schema.
+A JSON record holds its fields itself; the fields of a table or a TFDS example are in a schema.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -8,14 +8,12 @@ from typing import Any
 
 
 def field_of(record: Any, name: str) -> Any:
-    """The value of a field; `meta.text` is field `text` of `meta`, unless there is a `meta.text`.
+    """Returns the value of a field of a record, or None if the record has no such field.
 
     Args:
-      record: a mapping, such as an object of JSON; anything else has no field.
-      name: of the field, or the names on the way to it, with dots between them.
-
-    Returns:
-      The value; None where there is no such field.
+      record: a mapping, such as a JSON object; any other value has no fields.
+      name: name of the field, or the names that lead to it, joined by dots. `meta.text` is field
+        `text` of `meta`, unless a field is called `meta.text`.
     """
     if not isinstance(record, Mapping):
         return None
@@ -31,11 +29,20 @@ def field_of(record: Any, name: str) -> Any:
 def nested_field(
     parent: Any, path: str, fields: Callable[[Any], dict[str, Any] | None]
 ) -> tuple[list[str], Any]:
-    """Names and type of a field, `meta.text` is `text` in `meta`; a name with a dot goes first."""
-    there = fields(parent) or {}
-    if path in there:
-        return [path], there[path]
-    for name, kind in there.items():
+    """Finds a field in a schema.
+
+    Args:
+      parent: the schema, or the type of a field that has fields of its own.
+      path: `meta.text` is field `text` of `meta`, unless a field is called `meta.text`.
+      fields: returns the types of the fields of a type, by name; None: the type has no fields.
+
+    Returns:
+      The names that lead to the field, and its type; `[], None` if the field does not exist.
+    """
+    children = fields(parent) or {}
+    if path in children:
+        return [path], children[path]
+    for name, kind in children.items():
         if path.startswith(f"{name}."):
             names, found = nested_field(kind, path[len(name) + 1 :], fields)
             if names:
@@ -46,7 +53,13 @@ def nested_field(
 def listed_fields(
     parent: Any, fields: Callable[[Any], dict[str, Any] | None], prefix: str = ""
 ) -> str:
-    """The fields that have none of their own, as they would be named."""
+    """Lists the names of all fields without fields of their own, with a comma between them.
+
+    Args:
+      parent: the schema, or the type of a field.
+      fields: as for `nested_field`.
+      prefix: the names that lead to `parent`, joined by dots; empty: `parent` is the schema.
+    """
 
     def leaves(parent: Any, prefix: str) -> Iterable[str]:
         for name, kind in (fields(parent) or {}).items():

@@ -1,4 +1,4 @@
-"""Documents of Parquet files; pyarrow is imported when it is used."""
+"""Documents of Parquet files. pyarrow is imported only when it is used."""
 
 import itertools
 from collections.abc import Iterator
@@ -14,21 +14,27 @@ from llama_jax.data.sources.parquet_stream import can_stream
 from llama_jax.data.sources.part import Part, Tally, texts
 from llama_jax.errors import UserError, as_user_error, first_line
 
-BATCH_ROWS = 256  # at most
-# The same of a column that pyarrow keeps as a dictionary and numbers: each batch has all of it.
+BATCH_ROWS = 256  # maximum number of rows of a batch
+# The maximum for a column that pyarrow keeps as a dictionary and indices. It is larger, because
+# each batch contains the whole dictionary.
 NUMBERED_ROWS = 1 << 14
-BATCH_DOCUMENTS = 4  # times `max_document_bytes` are the bytes that rows of a batch may take
-# A page may take as much, and in any case PAGE_BYTES, 32 times what most writers make. A larger one
-# is read value by value; where that cannot be, it may take PACKED times its bytes in the file, more
-# than text usually does.
+BATCH_DOCUMENTS = 4  # the rows of a batch may take this many times `max_document_bytes`
+# A page may take as many bytes as a batch, and at least PAGE_BYTES, 32 times the page size of most
+# writers. A larger page is read value by value. If that is impossible, it may take at most PACKED
+# times its bytes in the file; text rarely compresses as well.
 PAGE_BYTES, PACKED = 1 << 25, 32
 
 
 def parquet_parts(path: epath.Path, size: int, config: DataConfig) -> Iterator[Part]:
-    """Cuts a Parquet file at row groups.
+    """Cuts a Parquet file into parts at row groups.
+
+    Args:
+      path: the file.
+      size: its bytes on disk, which are shared out among the parts.
+      config: names the column, and sets the size of a part.
 
     Raises:
-      UserError: it is none, or has no column of text.
+      UserError: the file is not a Parquet file, or has no such column of text.
     """
     with path.open("rb") as raw:
         file = _open_parquet(raw, str(path), config)[0]
@@ -45,8 +51,17 @@ def parquet_parts(path: epath.Path, size: int, config: DataConfig) -> Iterator[P
 def read_parquet(part: Part, config: DataConfig, tally: Tally) -> Iterator[str]:
     """Streams the documents of some row groups, in memory of a few times `max_document_bytes`.
 
-    Left out and counted are a row group that is damaged, and the rows of a row group from a page on
-    that cannot be read in little memory and would unpack to far more than its bytes in the file.
+    Two things are skipped and counted: a damaged row group; and the rest of a row group, from the
+    first page that cannot be read in little memory and unpacks to far more than its bytes on disk.
+
+    Args:
+      part: the row groups.
+      config: names the column, and limits the length of a document.
+      tally: receives the counts of rows and row groups that are skipped.
+
+    Raises:
+      UserError: the file is not a Parquet file, or has no such column of text.
+      OSError: the file cannot be read.
     """
     import pyarrow
 
@@ -60,7 +75,7 @@ def read_parquet(part: Part, config: DataConfig, tally: Tally) -> Iterator[str]:
                 found, good = _values(raw, file, group, names, kind, config)
                 yield from texts(found, where, config, tally)
             except (pyarrow.ArrowException, OSError, ValueError) as error:
-                if isinstance(error, OSError) and error.errno:  # the disk's, not the decoder's
+                if isinstance(error, OSError) and error.errno:  # from the disk, not the decoder
                     raise
                 tally.skip("damaged Parquet row group", where)
                 continue
@@ -71,20 +86,20 @@ def read_parquet(part: Part, config: DataConfig, tally: Tally) -> Iterator[str]:
 
 
 def _open_parquet(raw: Any, path: str, config: DataConfig) -> tuple[Any, list[str], Any]:
-    """The `ParquetFile`, and what `_text_column` says of it.
+    """Opens a Parquet file; returns the `ParquetFile` and the result of `_text_column`.
 
     Raises:
-      UserError: it is damaged or something else, or has no column of text.
+      UserError: the file is damaged or not a Parquet file, or has no such column of text.
     """
     import pyarrow
     from pyarrow import parquet
 
     with as_user_error(path):
         try:
-            # Row groups may be larger than the memory: their pages are read one after another.
+            # Row groups may be larger than the memory, so their pages are read one by one.
             file = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20)
         except (pyarrow.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno:  # the disk's, not the decoder's
+            if isinstance(error, OSError) and error.errno:  # from the disk, not the decoder
                 raise
             raise UserError(f"{path} is not a Parquet file: {first_line(error)}") from error
         return file, *_text_column(file.schema_arrow, config.text_field, path)
@@ -97,7 +112,9 @@ def _largest_page(config: DataConfig) -> int:
 def _values(
     raw: Any, file: Any, group: int, names: list[str], kind: Any, config: DataConfig
 ) -> tuple[Iterator[bytes | memoryview | None], int]:
-    """The values of a column of text in a row group, and how many there are before a gigantic page.
+    """Returns the values of a text column in a row group, and how many of its rows can be read.
+
+    The rows from a huge page on cannot be read.
 
     Raises:
       ValueError: the header of a page is damaged.
@@ -108,7 +125,7 @@ def _values(
     numbered = types.is_dictionary(kind)
     most, largest, good = BATCH_DOCUMENTS * config.max_document_bytes, 1, meta.num_rows
     indices = [i for i in range(meta.num_columns) if meta.column(i).path_in_schema == path]
-    for index in indices:  # two where a name with a dot looks like a field of a struct
+    for index in indices:  # two if the name of one column looks like a path into a struct
         column, schema = meta.column(index), file.schema.column(index)
         found = list(pages(raw, column))
         large = [page.size > _largest_page(config) for page in found]
@@ -127,9 +144,9 @@ def _values(
             average = page.size // max(1, page.values)
             if not page.numbered:
                 largest = max(largest, average)
-            elif not numbered:  # each row gets its value
+            elif not numbered:  # pyarrow copies the value of the dictionary to each row
                 largest = max(largest, dictionary)
-    # Row by row up to a gigantic page, so that a batch does not need it.
+    # Before a huge page, rows are read one by one, so that no batch includes rows of that page.
     rows = max(1, min(NUMBERED_ROWS if numbered else BATCH_ROWS, most // largest))
     rows = 1 if good < meta.num_rows else rows
     return _in_batches(file, group, names, rows, good), good
@@ -138,16 +155,16 @@ def _values(
 def _in_batches(
     file: Any, group: int, names: list[str], rows: int, good: int
 ) -> Iterator[memoryview | None]:
-    """The first values of a column of text, without a copy; None: no value.
+    """Yields the first values of a text column, without a copy; None stands for a null.
 
-    As bytes: a value that is no UTF-8 would cost all others of its batch.
+    The values are bytes: as strings, one value that is not UTF-8 would make its whole batch fail.
 
     Args:
       file: the `ParquetFile`.
-      group: which row group.
-      names: of the column, and of the fields that lead to the text.
-      rows: of a batch.
-      good: rows that may be read.
+      group: number of the row group.
+      names: name of the column, and names of the fields that lead to the text.
+      rows: rows in a batch.
+      good: number of rows that may be read.
     """
     from pyarrow import compute, types
 
@@ -166,10 +183,10 @@ def _in_batches(
 
 
 def _text_column(schema: Any, field: str, path: str) -> tuple[list[str], Any]:
-    """The names that lead to a column of text (those of structs around it, its own), and its type.
+    """Returns the names that lead to a text column (outer structs first), and its type.
 
     Raises:
-      UserError: there is none, or it holds something else.
+      UserError: the column does not exist, or does not hold text.
     """
     from pyarrow import types
 
@@ -187,6 +204,6 @@ def _text_column(schema: Any, field: str, path: str) -> tuple[list[str], Any]:
         inside = listed_fields(kind, fields, field)
         raise UserError(
             f"column {field!r} of {path} holds {kind}, not text"
-            + (f"; name one of {inside}" if types.is_struct(kind) else "")
+            + (f"; name one of its fields: {inside}" if types.is_struct(kind) else "")
         )
     return names, kind

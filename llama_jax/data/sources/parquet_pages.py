@@ -1,7 +1,7 @@
-"""The sizes of the pages of a Parquet column, which say how much memory it takes to read it.
+"""The sizes of the pages of a Parquet column, which tell how much memory it takes to read them.
 
-pyarrow unpacks a page whole, and does not say how large it is: a file of a few hundred bytes can
-hold a page of a gigabyte. The header of each page says it, in Thrift's compact protocol
+pyarrow unpacks each page as a whole, and does not report its size: a file of a few hundred bytes
+can contain a page of a gigabyte. The header of each page has its size, in Thrift's compact protocol
 (https://github.com/apache/parquet-format, `parquet.thrift`; `thrift-compact-protocol.md`).
 """
 
@@ -9,9 +9,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import IO, Any
 
-_HEADER_BYTES = 1 << 8, 1 << 24  # read at first, and at most: statistics may hold long values
-_DEPTH = 8  # structs within structs; the format has 3
-_DICTIONARY, _INDEX = 2, 1  # types of pages without values of rows
+_HEADER_BYTES = 1 << 8, 1 << 24  # first and largest read: statistics may contain long values
+_DEPTH = 8  # maximum depth of nested structs; the format has 3
+_DICTIONARY, _INDEX = 2, 1  # types of pages that hold no rows
 _PLAIN, _NUMBERS = 0, (2, 8)  # encodings
 
 
@@ -20,16 +20,16 @@ class Page:
     """A page of a column.
 
     Attributes:
-      is_dictionary: whether it holds the values that other pages only number.
-      numbered: whether its values are numbers of values in the dictionary.
-      is_plain: whether its values are there as they are, one after another.
-      values: how many it has, nulls included.
-      size: bytes that it takes in memory.
-      packed: bytes that it takes in the file.
-      start: its first byte after its header.
-      levels_bytes: bytes that say which values are there, before all that is compressed; None: they
-        are compressed, too.
-      is_compressed: whether the rest is.
+      is_dictionary: whether this is the dictionary, to whose values other pages refer by index.
+      numbered: whether its values are indices into the dictionary.
+      is_plain: whether its values are stored in full, one after another (encoding PLAIN).
+      values: number of values, nulls included.
+      size: bytes of the page in memory.
+      packed: bytes of the page in the file.
+      start: offset of the first byte after its header.
+      levels_bytes: length of the levels, which tell which values are null, if they are stored
+        uncompressed before the values; None: they are compressed with the values.
+      is_compressed: whether the values are compressed.
     """
 
     is_dictionary: bool
@@ -60,7 +60,7 @@ def pages(file: IO[bytes], column: Any) -> Iterator[Page]:
     left = column.num_values
     while left > 0:
         header, length = _header(file, at)
-        # The fields of a data page, of a dictionary page, and of a data page of version 2.
+        # Headers of a data page (5), a dictionary page (7) and a data page of version 2 (8).
         described = header.get(5) or header.get(7) or header.get(8) or {}
         kind, size, packed, values = (
             _size(one) for one in (*map(header.get, (1, 2, 3)), described.get(1, 0))
@@ -91,7 +91,7 @@ def _size(value: Any) -> int:
 
 
 def _header(file: IO[bytes], at: int) -> tuple[dict[int, Any], int]:
-    """The fields of the header at an offset, by their number, and its length."""
+    """Reads the header at an offset; returns its fields by their numbers, and its length."""
     first, most = _HEADER_BYTES
     size = first
     while True:
@@ -99,37 +99,37 @@ def _header(file: IO[bytes], at: int) -> tuple[dict[int, Any], int]:
         data = file.read(size)
         try:
             return _Thrift(data).struct()
-        except IndexError as error:  # it is longer
+        except IndexError as error:  # the header is longer than `data`
             if len(data) < size or size >= most:
                 raise ValueError("the header of a page is cut off") from error
             size *= 16
 
 
 class _Thrift:
-    """Reads values in the compact protocol; an IndexError where the data end."""
+    """A reader of values in the compact protocol. Raises an IndexError at the end of the data."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
 
     def struct(self, depth: int = 0) -> tuple[dict[int, Any], int]:
-        """The fields of a struct, by their number, and where it ends."""
+        """Returns the fields of a struct by their numbers, and the offset of its end."""
         if depth > _DEPTH:
             raise ValueError("the header of a page is nested too deeply")
-        found: dict[int, Any] = {}
+        fields: dict[int, Any] = {}
         number = 0
         while kind := self._byte():
             number = number + (kind >> 4) if kind >> 4 else self._zigzag()
-            found[number] = self._value(kind & 15, depth)
-        return found, self._at
+            fields[number] = self._value(kind & 15, depth)
+        return fields, self._at
 
     def _value(self, kind: int, depth: int) -> Any:
-        if kind in (1, 2):  # true and false are the type itself
+        if kind in (1, 2):  # the type itself is the value: true or false
             return kind == 1
         if kind == 3:
             return self._byte()
         if kind in (4, 5, 6):
             return self._zigzag()
-        if kind in (7, 8):  # a double; a string, of which only the length matters here
+        if kind in (7, 8):  # a double or a string, which are skipped
             length = 8 if kind == 7 else self._varint()
             self._at += length
             if self._at > len(self._data):

@@ -1,9 +1,9 @@
-"""The values of a Parquet column of text one by one, where pyarrow would take too much memory.
+"""The values of a Parquet text column, one at a time, where pyarrow would take too much memory.
 
-pyarrow unpacks a page whole. Some writers put a whole row group into one page, and a gigabyte of
-equal texts packs into a few kilobytes. This reads the simplest form of a column, which such pages
-often have: no dictionary, no lists, and a compression that can be unpacked piece by piece
-(https://github.com/apache/parquet-format, `Encodings.md`).
+pyarrow unpacks each page as a whole. Some writers put a whole row group into one page, and a
+gigabyte of equal texts packs into a few kilobytes. This module reads the simplest form of a column,
+which such pages often have: no dictionary, no lists, and a compression that can be unpacked piece
+by piece (https://github.com/apache/parquet-format, `Encodings.md`).
 """
 
 import io
@@ -20,29 +20,29 @@ _DAMAGED = "the values of a page are damaged"
 
 
 def can_stream(column: Any, schema: Any, found: list[Page]) -> bool:
-    """Whether `values` reads a column in one row group.
+    """Returns whether `values` can read a column in one row group.
 
     Args:
-      column: its `ColumnChunkMetaData`.
-      schema: its `ColumnSchema`.
-      found: its pages.
+      column: the `ColumnChunkMetaData` of the column.
+      schema: the `ColumnSchema` of the column.
+      found: the pages of the column.
     """
     simple = schema.physical_type == "BYTE_ARRAY" and schema.max_repetition_level == 0
     return simple and column.compression in _CODECS and all(page.is_plain for page in found)
 
 
 def values(file: IO[bytes], column: Any, levels: int, most: int) -> Iterator[bytes | None]:
-    """Streams the values of a column in one row group; None: no value.
+    """Streams the values of a column in one row group; None stands for a null.
 
     Args:
       file: the Parquet file.
-      column: its `ColumnChunkMetaData`.
-      levels: definition level of a value that is there.
-      most: bytes of a value; for a longer one come that many and one zero bytes.
+      column: the `ColumnChunkMetaData` of the column.
+      levels: the definition level of a value that is not null.
+      most: maximum number of bytes of a value; a longer value is replaced by `most + 1` zero bytes.
 
     Raises:
       ValueError: a page is damaged.
-      OSError: the file cannot be read, or a page not be unpacked.
+      OSError: the file cannot be read, or a page cannot be unpacked.
     """
     too_long = bytes(most + 1)
     for page in pages(file, column):
@@ -63,11 +63,11 @@ def values(file: IO[bytes], column: Any, levels: int, most: int) -> Iterator[byt
 def _body(
     file: IO[bytes], page: Page, compression: str, levels: int
 ) -> tuple[io.BufferedReader, Iterator[int]]:
-    """The bytes of a page's values, and the definition level of each."""
+    """Returns a stream of the bytes of a page's values, and the definition level of each value."""
     from pyarrow import CompressedInputStream, PythonFile
 
     section: Any = _Section(file, page.start, page.packed)
-    # In pages of version 2, the levels come before what is compressed.
+    # In pages of version 2, the levels come before the compressed values.
     if page.levels_bytes is not None:
         data = _exactly(section, page.levels_bytes)
     if (codec := _CODECS[compression]) and page.is_compressed:
@@ -75,7 +75,7 @@ def _body(
     stream = io.BufferedReader(section, 1 << 16)
     if page.levels_bytes is None:
         length = int.from_bytes(_exactly(stream, 4), "little") if levels else 0
-        if length > 2 * page.values + 64:  # of at most 8 bits each
+        if length > 2 * page.values + 64:  # a level has at most 8 bits
             raise ValueError(_DAMAGED)
         data = _exactly(stream, length)
     if not levels:
@@ -84,7 +84,7 @@ def _body(
 
 
 class _Section(io.RawIOBase):
-    """Some bytes of a file."""
+    """A stream of a range of bytes of a file."""
 
     def __init__(self, file: IO[bytes], start: int, size: int) -> None:
         self._file, self._at, self._stop = file, start, start + size
@@ -116,7 +116,7 @@ def _exactly_many(levels: Iterator[int], count: int) -> Iterator[int]:
 
 
 def _hybrid(data: bytes, width: int) -> Iterator[int]:
-    """Integers of `width` bits, some as runs of equal ones, others packed by eight."""
+    """Yields integers of `width` bits from Parquet's hybrid of run-length and bit packing."""
     at = 0
     while at < len(data):
         header, shift = 0, 0

@@ -1,4 +1,4 @@
-"""A piece of a source, and what is met while it is read."""
+"""A part of a source, its documents, and a tally of what is skipped or changed in it."""
 
 import collections
 import dataclasses
@@ -12,15 +12,15 @@ from llama_jax.config import DataConfig
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A piece of a source.
+    """A part of a source, which one worker reads.
 
     Attributes:
-      kind: `files` (whole files of plain text), `text` (a range of a large one), `jsonl`, `json` (a
-        list of records), `parquet` or `tfds`.
+      kind: `files` (whole files of plain text), `text` (a range of one large text file), `jsonl`,
+        `json` (a list of records), `parquet` or `tfds`.
       paths: the files; for TFDS the name of the dataset.
-      start: first byte (text, jsonl), row group (parquet) or example (tfds).
-      stop: where it ends; -1: at the end.
-      size: bytes on disk, for progress.
+      start: the first byte (text, jsonl), row group (parquet) or example (tfds).
+      stop: one past the last, in the same unit; -1: the end of the file.
+      size: bytes on disk, for the progress display.
     """
 
     kind: str
@@ -32,15 +32,15 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A document as it goes into a shard.
+    """A tokenised document, ready for a shard.
 
     Attributes:
       ids: its tokens, int32.
-      text_bytes: length of their text in UTF-8.
-      key: decides whether it is held out; copies have the same.
-      counts: of each token, whether it counts in the loss as a target; None: each does.
-      answers: of a conversation, how many it has that are not cut.
-      unended: how many of them end in no end token.
+      text_bytes: length of its text in UTF-8.
+      key: decides whether the document is held out; copies of a document have the same key.
+      counts: for each token, whether it counts in the loss as a target; None: all tokens count.
+      answers: number of answers of a conversation that are not cut.
+      unended: number of these answers that do not end in an end token.
     """
 
     ids: np.ndarray
@@ -52,15 +52,15 @@ class Example:
 
 
 class Tally:
-    """What was met while a source was listed, or one pass over a part was read.
+    """Counts of what was left out, skipped or changed in a source or in a part of it.
 
     Attributes:
-      files: how many files of each kind the source has, as far as it is listed.
-      left_out: files and folders that are not read, by reason.
-      skipped: documents that could not be used, by reason.
-      changed: documents that were not used as they are, by what was done to them.
-      first: where the first of each reason was.
-      position: bytes of the part read so far, about.
+      files: number of files of each kind that were listed so far.
+      left_out: number of files and folders that are not read, by reason.
+      skipped: number of documents that could not be used, by reason.
+      changed: number of documents that were changed before use, by what was changed.
+      first: the place where each reason occurred first.
+      position: approximate number of bytes of the part that were read so far.
     """
 
     def __init__(self) -> None:
@@ -82,19 +82,26 @@ class Tally:
         self.first.setdefault(reason, where)
 
     def change(self, what: str, where: str) -> None:
-        """Counts a document that is not used as it is."""
+        """Counts a document that is changed before it is used."""
         self.changed[what] += 1
         self.first.setdefault(what, where)
 
     def noted(self, kind: str) -> dict[str, list[Any]]:
-        """`left_out`, `skipped` or `changed` as a manifest has it: reason -> [count, first]."""
+        """Returns `left_out`, `skipped` or `changed` as a manifest stores it.
+
+        Args:
+          kind: the name of the attribute.
+
+        Returns:
+          reason -> [count, place of the first].
+        """
         return {why: [count, self.first[why]] for why, count in getattr(self, kind).items()}
 
     def lines(self, *kinds: str) -> list[str]:
-        """Lines for the user: for each reason how often, and where the first was.
+        """Returns a line for each reason: how often it occurred, and where it occurred first.
 
         Args:
-          *kinds: of `left_out`, `skipped` and `changed`.
+          *kinds: any of `left_out`, `skipped` and `changed`.
         """
         return [
             f"{kind.replace('_', ' ')}  {count:,} {reason}; the first: {first}"
@@ -103,7 +110,7 @@ class Tally:
         ]
 
     def why_nothing(self) -> str:
-        """Why there may be no text, in one line: all that was left out and skipped."""
+        """Returns in one line what was skipped and left out, to explain why no text was read."""
         reasons = [
             f"{kind.replace('_', ' ')}: {count:,} {reason} (the first: {first})"
             for kind in ("skipped", "left_out")
@@ -112,17 +119,17 @@ class Tally:
         return ", ".join(reasons) or "it holds no document"
 
     def __str__(self) -> str:
-        """What was not used, or not as it is: a line for each reason."""
+        """Returns a line for each reason why something was skipped, changed or left out."""
         return "\n".join(self.lines("skipped", "changed", "left_out"))
 
 
 def too_long(config: DataConfig) -> str:
-    """Why a document of more than `max_document_bytes` is skipped."""
+    """Returns the reason for skipping a document of more than `max_document_bytes`."""
     return f"longer than {config.max_document_bytes:,} bytes"
 
 
 def longest_json(config: DataConfig) -> int:
-    """Bytes of JSON that a document may take: escapes such as \\u00e9 make it longer."""
+    """Returns how many bytes of JSON a document may take: escapes such as \\u00e9 need more."""
     return 6 * config.max_document_bytes + 1024
 
 
@@ -133,14 +140,14 @@ def decode_document(
     tally: Tally,
     begins: bool = True,
 ) -> Iterator[str]:
-    """The text of a document's bytes, or nothing and a count of why.
+    """Yields the text of a document, or counts in `tally` why it cannot be used.
 
     Args:
-      data: UTF-8.
-      where: the document, for the report.
-      config: how long it may be.
-      tally: takes the count.
-      begins: whether a byte order mark at its beginning is one, and no part of the text.
+      data: the document in UTF-8.
+      where: the place of the document, for the report.
+      config: limits the length of a document.
+      tally: receives the count.
+      begins: remove a byte order mark at the beginning; False: keep it as a part of the text.
     """
     if len(data) > config.max_document_bytes:
         tally.skip(too_long(config), where)
@@ -159,11 +166,18 @@ def decode_document(
 
 
 def texts(values: Iterable[Any], where: str, config: DataConfig, tally: Tally) -> Iterator[str]:
-    """The texts among the values of a column, with a count of those that are none."""
+    """Yields the texts of a column, and counts in `tally` the values that cannot be used.
+
+    Args:
+      values: the values of the column; those that are neither str nor bytes are skipped.
+      where: the place of the column, for the report.
+      config: limits the length of a document.
+      tally: receives the counts.
+    """
     for number, value in enumerate(values):
         place = f"{where}, number {number}"
         if isinstance(value, str):
-            if len(value) > config.max_document_bytes:  # without a copy of a gigantic one
+            if len(value) > config.max_document_bytes:  # avoids a copy of a huge value
                 tally.skip(too_long(config), place)
                 continue
             value = value.encode("utf-8", "surrogatepass")

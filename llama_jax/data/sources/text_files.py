@@ -1,7 +1,7 @@
-"""Plain text to documents: a file is one, unless it is cut at a separator or is too large.
+"""Turns plain text into documents: one per file, unless a file has separators or is too large.
 
-Where a large file is cut depends on the text alone, never on where reading began: so several
-workers can read a file each from another place on, and cut it as one worker would.
+The cuts in a large file depend on the text alone, never on the byte where reading begins. So
+several workers can read ranges of one file and cut it as one worker would.
 """
 
 import dataclasses
@@ -16,22 +16,22 @@ from llama_jax.data.sources.decompression import Damaged, open_stream
 from llama_jax.data.sources.file_kind import DAMAGED, format_by_name
 from llama_jax.data.sources.part import Part, Tally, decode_document, too_long
 
-STEP = 100_000  # bytes of a document that is cut out of a large file, about
+STEP = 100_000  # approximate bytes of a document that is cut out of a large file
 CHUNK = 1 << 20  # bytes that are read at a time
-# A line end, then lines of white space only: up to so many bytes, for a match is to be bounded.
+# A line end, then lines of white space only. The limit of 200 bytes bounds the length of a match.
 _BLANK = re.compile(rb"\n[ \t\r\n]{0,200}\n")
 _LONGEST_BLANK = 202
 _ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[ntrf\\])")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "\\": "\\"}
 BLANK_LINE = "cut out of a larger file at blank lines"
 LINE_END = "cut out of a larger file at line ends, far from any blank line"
-LETTER = "cut out of a larger file between two letters, far from any line end"
+LETTER = "cut out of a larger file between two characters, far from any line end"
 SEPARATOR = "cut out of a file at data.separator"
-NO_SEPARATOR = "of a whole file, which does not hold data.separator"
+NO_SEPARATOR = "a whole file, because it does not contain data.separator"
 
 
 def separator_of(config: DataConfig) -> str:
-    r"""`data.separator` with its escapes read: \n, \t, \r, \f, \xHH, \uHHHH, and \\ for \."""
+    r"""Returns `data.separator` with \n, \t, \r, \f, \xHH, \uHHHH and \\ replaced."""
 
     def letter(match: re.Match[str]) -> str:
         code = match[1]
@@ -41,14 +41,20 @@ def separator_of(config: DataConfig) -> str:
 
 
 def read_texts(part: Part, config: DataConfig, tally: Tally) -> Iterator[str]:
-    """Streams the documents of files of plain text, or of a range of one."""
+    """Streams the documents of files of plain text, or of a range of one file.
+
+    Args:
+      part: what to read.
+      config: where to cut, and how long a document may be.
+      tally: receives the counts of documents that are skipped or changed.
+    """
     position = tally.position
     for name in part.paths:
         path = epath.Path(name)
         with path.open("rb") as raw:
             opened = open_stream(raw)
             if format_by_name(path)[1] and not opened.compression:
-                tally.skip(DAMAGED, name)  # nothing else in it says what it is
+                tally.skip(DAMAGED, name)  # named like a compressed file, but not compressed
                 continue
             texts = text_documents(opened.file, part.start, part.stop, name, config, tally)
             try:
@@ -67,12 +73,12 @@ def text_documents(
     """Streams the documents of a plain-text file that begin in a range of it.
 
     Args:
-      file: in UTF-8, at its beginning; can be sought unless `start` is 0.
+      file: UTF-8, at its beginning; must be seekable unless `start` is 0.
       start: first byte of the range.
-      stop: where the range ends; -1: at the end of the file.
-      where: the file, for the report.
+      stop: one past the last byte of the range; -1: the end of the file.
+      where: the name of the file, for the report.
       config: where to cut, and how long a document may be.
-      tally: takes the counts.
+      tally: receives the counts of documents that are skipped or changed.
 
     Raises:
       Damaged: the file cannot be decompressed any further.
@@ -94,7 +100,7 @@ def text_documents(
 
 
 class _Window:
-    """The part of a stream that is in memory; positions are those of the stream."""
+    """The part of a stream that is in memory. All positions are bytes from the stream's start."""
 
     def __init__(self, file: Any, start: int) -> None:
         if start:
@@ -115,21 +121,30 @@ class _Window:
             self.data += piece
 
     def is_at_most(self, size: int) -> bool:
-        """Whether no more than so many bytes are left."""
+        """Returns whether at most `size` bytes are left in the stream."""
         self.load(self.start + size + 1)
         return self.ended and len(self.data) <= size
 
     def between(self, start: int, stop: int) -> bytes:
-        """The bytes of a range."""
+        """Returns the bytes of a range."""
         return bytes(self.data[start - self.start : stop - self.start])
 
     def drop(self, stop: int) -> None:
-        """Forgets the bytes up to a position."""
+        """Drops the bytes up to a position from memory."""
         del self.data[: stop - self.start]
         self.start = max(self.start, stop)
 
     def find(self, what: bytes, start: int, stop: int) -> int:
-        """The first position of some bytes that lie within a range; -1 without."""
+        """Returns the first position of some bytes within a range.
+
+        Args:
+          what: the bytes.
+          start: first position of the range.
+          stop: one past the last position of the range.
+
+        Returns:
+          The position of the first byte; -1: not found.
+        """
         at = self.data.find(what, start - self.start, max(0, stop - self.start))
         return at if at < 0 else at + self.start
 
@@ -138,28 +153,29 @@ class _Window:
 class _Cut:
     begin: int  # first byte
     data: bytes
-    how: str  # at what kind of place it ends, for the report
+    how: str  # the kind of place where it is cut, for the report
 
 
 class _Cuts:
-    """Where a large text is cut, if nothing is said: once behind each multiple of `STEP`.
+    """The cuts of a large text without a separator: one behind each multiple of `STEP`.
 
-    That is at the end of the first blank line there; where none comes before a document would
-    become too long, at the first end of a line; without any, between two letters. Several
-    multiples may share a place. So each place is a function of the bytes around it.
+    The cut is at the end of the first blank line behind the multiple. If no blank line comes before
+    the document would become too long, the cut is at the first line end; without a line end, it is
+    between two characters. Several multiples may share a cut. So each cut depends only on the bytes
+    around it.
     """
 
     def __init__(self, file: Any, start: int, limit: int) -> None:
         self._step = max(1, min(STEP, limit // 2))
-        # No place is farther from its multiple, so no document is longer than the limit.
+        # No cut is farther from its multiple than this, so no document is longer than the limit.
         self._reach = max(0, limit - self._step)
         self._first = max(0, start - self._reach - 4) // self._step
         self.window = _Window(file, self._first * self._step)
         self._blank: tuple[int, int] | None = None  # the last blank line that was found
-        self._no_blank = 0  # none begins before this position, but that one
+        self._no_blank = 0  # no other blank line begins before this position
 
     def documents(self, start: int, stop: int) -> Iterator[_Cut]:
-        """The documents that begin in a range, in order."""
+        """Yields the documents that begin in a range, in order."""
         begin, how = (0, "") if start == 0 else (-1, "")
         for at, place, kind in self._places():
             if begin >= 0 and place > begin:
@@ -174,8 +190,8 @@ class _Cuts:
             yield _Cut(begin, self.window.between(begin, self.window.end), how)
 
     def _places(self) -> Iterator[tuple[int, int, str]]:
-        """Multiples and the places behind them, from the first multiple of the window on."""
-        multiple = max(1, self._first)  # the beginning of the file is no cut
+        """Yields each multiple, and the place and kind of its cut, from the window's start on."""
+        multiple = max(1, self._first)  # there is no cut at the beginning of the file
         while True:
             at = multiple * self._step
             self.window.load(at + self._reach + _LONGEST_BLANK)
@@ -191,25 +207,25 @@ class _Cuts:
             return blank[1], BLANK_LINE
         left = self.window.end - at if self.window.ended else self._reach + 1
         if left <= self._step:
-            return self.window.end, ""  # the rest is no document of its own
+            return self.window.end, ""  # the rest is too short for another document
         line = self.window.find(b"\n", at, far)
         if line >= 0:
             return line + 1, LINE_END
         if left <= self._reach:
             return self.window.end, ""
-        # A letter has at most three bytes behind its first.
+        # In UTF-8, a character has at most three bytes after its first.
         for position in range(at, min(at + 4, self.window.end)):
             if self.window.data[position - self.window.start] & 0xC0 != 0x80:
                 return position, LETTER
         return at, LETTER
 
     def _next_blank(self, at: int) -> tuple[int, int] | None:
-        """The first blank line that begins at a position or behind it, as far as is loaded."""
+        """Returns the first blank line in the window that begins at or after a position."""
         if self._blank is not None and self._blank[0] >= at:
             return self._blank
         window = self.window
         match = _BLANK.search(window.data, max(at, self._no_blank) - window.start)
-        # What is loaded later may end a blank line that begins here, or make it longer.
+        # Bytes that are loaded later may complete a blank line that begins here, or extend it.
         sure = window.end if window.ended else window.end - _LONGEST_BLANK
         if match is None or match.start() + window.start >= sure:
             self._blank, self._no_blank = None, max(self._no_blank, sure)
@@ -227,15 +243,15 @@ def _at_separators(
     config: DataConfig,
     tally: Tally,
 ) -> Iterator[str]:
-    """Documents between separators, as `bytes.split` finds them; those that hold nothing are not.
+    """Yields the documents between separators, as `bytes.split` does, without empty ones.
 
-    One that is too long is counted without being held in memory.
+    A document that is too long is counted, but never held in memory.
     """
     window = _Window(file, _synchronised(file, start, separator))
     begin = 0 if start == 0 else -1
     at, long, cut = window.start, False, False
 
-    def found(end: int) -> Iterator[str]:
+    def document(end: int) -> Iterator[str]:
         place = f"{where} at byte {begin}"
         if long:
             tally.skip(too_long(config), place)
@@ -243,7 +259,7 @@ def _at_separators(
         data = window.between(begin, end)
         last = window.ended and end == window.end
         if cut and (not data or (last and not data.strip())):
-            return  # between two separators in a row, or behind the last one
+            return  # nothing between two separators, or only white space after the last one
         for text in decode_document(data, place, config, tally):
             if cut:
                 tally.change(SEPARATOR, place)
@@ -255,7 +271,7 @@ def _at_separators(
         place = window.find(separator, at, window.end)
         if place < 0 and window.ended:
             if begin >= 0:
-                yield from found(window.end)
+                yield from document(window.end)
             return
         if place < 0:
             at = max(at, window.end - len(separator) + 1)
@@ -266,7 +282,7 @@ def _at_separators(
             continue
         cut = True
         if begin >= 0:
-            yield from found(place)
+            yield from document(place)
         at = place + len(separator)
         window.drop(at)
         begin, long = (at if at >= start else -1), False
@@ -275,10 +291,10 @@ def _at_separators(
 
 
 def _synchronised(file: Any, start: int, separator: bytes) -> int:
-    """A position from which on the same separators are found as from the beginning of the file.
+    """Returns a position from which a search finds the same separators as from the file's start.
 
-    Separators such as two line ends may overlap, and then it matters where the search begins: at a
-    position that none of them, chosen or not, goes across.
+    Occurrences of a separator such as two line ends may overlap. Then the result depends on where
+    the search begins. This returns a position that no occurrence crosses.
     """
     at = max(0, start - len(separator))
     while at > 0:

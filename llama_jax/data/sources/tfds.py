@@ -1,4 +1,4 @@
-"""Documents of TensorFlow Datasets; the library is imported when it is used."""
+"""Documents of TensorFlow Datasets. The library is imported only when it is used."""
 
 import functools
 import itertools
@@ -36,14 +36,14 @@ def tfds_parts(name: str, config: DataConfig) -> list[Part]:
     """Cuts a split of a TFDS dataset into ranges of examples.
 
     Raises:
-      UserError: there is no such dataset, split or feature.
+      UserError: the dataset, the split or the feature does not exist, or the feature is not text.
     """
     builder = _tfds_builder(name, config)
     splits = builder.info.splits
     if config.tfds_split not in splits:
         raise UserError(
             f"data.tfds_split={config.tfds_split!r}: {name} has {', '.join(splits) or 'no splits'}"
-            + ("" if splits else "; is it in data.tfds_data_dir?")
+            + ("" if splits else "; check that data.tfds_data_dir contains it")
         )
     _text_feature(name, builder.info.features, config.text_field)
     split = splits[config.tfds_split]
@@ -57,10 +57,15 @@ def tfds_parts(name: str, config: DataConfig) -> list[Part]:
 
 
 def _text_feature(name: str, features: Any, field: str) -> list[str]:
-    """The keys that lead to a feature of text, as in a Parquet file.
+    """Returns the keys that lead to a text feature.
+
+    Args:
+      name: the name of the dataset, for errors.
+      features: the features of the dataset.
+      field: the field, as in `data.text_field`.
 
     Raises:
-      UserError: there is none, or it holds something else.
+      UserError: the feature does not exist, or does not hold text.
     """
     tfds = _library()
 
@@ -73,7 +78,9 @@ def _text_feature(name: str, features: Any, field: str) -> list[str]:
         raise UserError(f"{name} has no feature {field!r}; it has {listed}")
     if fields(feature) is not None:
         listed = listed_fields(feature, fields, field)
-        raise UserError(f"feature {field!r} of {name} has no text; name one of {listed}")
+        raise UserError(
+            f"feature {field!r} of {name} has no text; name one of its fields: {listed}"
+        )
     info = feature.get_tensor_info()
     if not isinstance(info, tfds.features.TensorInfo) or info.shape or info.np_dtype != np.object_:
         raise UserError(f"feature {field!r} of {name} is {type(feature).__name__}, not text")
@@ -81,14 +88,23 @@ def _text_feature(name: str, features: Any, field: str) -> list[str]:
 
 
 def read_tfds(part: Part, config: DataConfig, tally: Tally) -> Iterator[str]:
-    """Documents of a range of examples, in the order of the files."""
+    """Streams the documents of a range of examples, in the order of the files.
+
+    Args:
+      part: the range.
+      config: how to read it.
+      tally: receives the counts of skipped documents.
+
+    Raises:
+      UserError: the dataset cannot be opened, or the feature does not hold text.
+    """
     tfds = _library()
 
     builder = _tfds_builder(part.paths[0], config)
     split = f"{config.tfds_split}[{part.start}:{part.stop}]"
     if builder.info.file_format == tfds.core.FileFormat.TFRECORD:
         rows = tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False))
-    else:  # random-access formats cannot be read as a tf.data.Dataset
+    else:  # a random-access format cannot be read as a tf.data.Dataset
         rows = iter(builder.as_data_source(split=split))
     names = _text_feature(part.paths[0], builder.info.features, config.text_field)
     values = (functools.reduce(lambda found, key: found[key], names, row) for row in rows)

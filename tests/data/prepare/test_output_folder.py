@@ -341,7 +341,7 @@ def test_changed_settings_drop_no_finished_part(
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     with pytest.raises(UserError) as caught:
         prepare(replace(config, **{field: value}), out, log=quiet)
-    assert f"3 parts of it done, with another {named}; put the old value back" in str(caught.value)
+    assert f"(3 parts are done) with another {named}; set the old value again" in str(caught.value)
     assert "--restart" in str(caught.value)
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     prepare(config, out, log=quiet)
@@ -352,7 +352,7 @@ def test_files_that_changed_are_named(corpus, tmp_path, monkeypatch):
     mine = shutil.copytree(corpus, tmp_path / "corpus")
     killed_at(monkeypatch, config_of(mine), tmp_path / "out")
     (mine / "039.txt").write_text("another text " * 50)
-    with pytest.raises(UserError, match="with another list of files, or sizes of these"):
+    with pytest.raises(UserError, match="with another list of files, or their sizes"):
         prepare(config_of(mine), tmp_path / "out", log=quiet)
 
 
@@ -435,7 +435,7 @@ def test_two_at_once_exclude_each_other(corpus, tmp_path, expected):
         before = names(out)
         flags = (*TINY_FLAGS, f"--config.data.source={corpus}")
         second = run_command("prepare", *flags, f"--output={out}")
-        message = f"another process prepares shards in {out}; wait for its end"
+        message = f"another process prepares shards in {out}; wait until it ends"
         assert message in one_line_error(second)
         link = tmp_path / "link"
         link.symlink_to(out)

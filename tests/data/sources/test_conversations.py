@@ -151,7 +151,7 @@ BAD = [
     (turns(("system", "x"), ("system", "y"), ("gpt", "z")), "roles out of order"),
     (turns(("human", "x"), ("gpt", "")), "an empty answer"),
     (turns(("human", "x"), ("gpt", "y"), ("human", " "), ("gpt", "z")), "an empty question"),
-    (MESSAGES, "the template does not take it"),
+    (MESSAGES, "a conversation that the template rejects"),
     (turns(("human", "x" * 900), ("gpt", "y")), "all answers are beyond train.seq_len=512"),
     (turns(("human", "x"), ("gpt", "y" * 3000)), "longer than 2,000 bytes"),
     ({"instruction": "x", "output": "\ud800"}, "invalid UTF-8"),
@@ -173,7 +173,9 @@ def test_what_a_reason_does_not_say_stands_with_the_first(tokenizer, tmp_path):
     _, tally = read([*records, MESSAGES], built_in("alpaca", tokenizer), tmp_path)
     assert tally.first["an unknown from"].endswith("record 1: 'bot'")
     assert tally.first["roles out of order"].endswith("record 2: user after user")
-    assert tally.first["the template does not take it"].endswith("Alpaca has no role system")
+    assert tally.first["a conversation that the template rejects"].endswith(
+        "Alpaca has no role system"
+    )
 
 
 def test_an_answer_before_the_first_question_is_left_out(tokenizer, tmp_path):
@@ -197,7 +199,7 @@ def test_what_a_template_leaves_out_is_counted(tokenizer, tmp_path):
     found, tally = read([SHAREGPT, odd, ALPACA, MESSAGES], template, tmp_path)
     assert len(found) == 4 and not tally.skipped
     (what,) = tally.changed
-    assert what == "a message of the system that the template does not write so"
+    assert what == "a message of the system that the template omits or changes"
     assert tally.changed[what] == 1 and tally.first[what].endswith("record 4")
 
 

@@ -319,7 +319,7 @@ def test_nested_fields_of_files(tmp_path):
     texts, tally = read(made(tmp_path / "a.jsonl", lines))
     assert texts == [] and tally.first["no text in field 'text'"].endswith(": it has 'meta'")
     tally = read(made(tmp_path / "b.jsonl", b'{"text": 5}'))[1]
-    assert tally.first["no text in field 'text'"].endswith(": it holds int, not a text")
+    assert tally.first["no text in field 'text'"].endswith(": it holds int, not text")
 
 
 def test_instructions_by_any_name(tmp_path):

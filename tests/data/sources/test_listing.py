@@ -72,7 +72,7 @@ def test_what_is_named_itself_is_read(tmp_path):
 
 def test_only_hidden_files(tmp_path):
     tree(tmp_path, ".a", ".b/c")
-    with pytest.raises(UserError, match="holds no file but hidden ones"):
+    with pytest.raises(UserError, match="holds no file except hidden ones"):
         listed(tmp_path)
     with pytest.raises(UserError, match="matches only hidden files"):
         listed(f"{tmp_path}/*")

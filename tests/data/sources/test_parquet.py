@@ -281,10 +281,10 @@ def test_a_column_whose_name_has_a_dot_goes_first(tmp_path):
     [
         (
             "meta",
-            r"column 'meta' of .*x.parquet holds struct<.*>, not text; name one of "
+            r"column 'meta' of .*x.parquet holds struct<.*>, not text; name one of its fields: "
             r"meta.text, meta.lang, meta.in.body",
         ),
-        ("meta.in", r"not text; name one of meta.in.body$"),
+        ("meta.in", r"not text; name one of its fields: meta.in.body$"),
         (
             "meta.title",
             r"has no column 'meta.title'; it has meta.text, meta.lang, meta.in.body, "
