@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a model by arithmetic: nothing is allocated or compiled."""
+"""Counts of a model's parameters and FLOPs, by arithmetic: nothing is allocated or compiled."""
 
 import math
 
@@ -8,7 +8,7 @@ from llama_jax.parameters import PARAMETERS, Parameter, Table, layer_matrices, p
 
 
 def parameter_count(model: ModelConfig, rows: Table = PARAMETERS) -> int:
-    """Counts the parameters: embeddings are included, adapters are not."""
+    """Counts the parameters, with embeddings and without adapters."""
     return sum(math.prod(row.shape(model)) for row in present(model, rows))
 
 
@@ -22,7 +22,7 @@ def adapter_count(model: ModelConfig, lora: LoraConfig) -> int:
 
 
 def frozen_bytes(model: ModelConfig, lora: LoraConfig) -> float:
-    """Counts the bytes of the base below adapters."""
+    """Counts the bytes of the frozen base of the adapters."""
 
     def each(row: Parameter) -> float:
         if is_quantized(row, lora):
@@ -33,20 +33,27 @@ def frozen_bytes(model: ModelConfig, lora: LoraConfig) -> float:
 
 
 def flops_per_token(model: ModelConfig, lora: LoraConfig, seq_len: int) -> float:
-    """FLOPs of one training token, forward and backward: the sum of `flops_by_part`."""
-    return sum(flops_by_part(model, lora, seq_len).values())
-
-
-def flops_by_part(model: ModelConfig, lora: LoraConfig, seq_len: int) -> dict[str, float]:
-    """FLOPs of one training token: 6 per weight of a matrix product, plus causal attention.
-
-    A weight that is frozen below adapters has no gradient, so its product counts 4. The embedding
-    look-up multiplies nothing and is not counted, nor is recomputation.
+    """Counts the FLOPs of one training token, forward and backward: the sum of `flops_by_part`.
 
     Args:
       model: the model.
       lora: the adapters; with rank 0, all weights are trained.
-      seq_len: tokens of a sequence.
+      seq_len: tokens per sequence.
+    """
+    return sum(flops_by_part(model, lora, seq_len).values())
+
+
+def flops_by_part(model: ModelConfig, lora: LoraConfig, seq_len: int) -> dict[str, float]:
+    """Counts the FLOPs of one training token by part of the model, forward and backward.
+
+    A weight of a matrix product counts 6, or 4 if it is frozen, because then it has no gradient.
+    Causal attention is added. The embedding look-up (which multiplies nothing) and recomputation
+    are not counted.
+
+    Args:
+      model: the model.
+      lora: the adapters; with rank 0, all weights are trained.
+      seq_len: tokens per sequence.
     """
     scores = "attention scores"
     weights = {row.group: 0 for row in layer_matrices().values()}
@@ -65,9 +72,9 @@ def flops_by_part(model: ModelConfig, lora: LoraConfig, seq_len: int) -> dict[st
 
 
 def attention_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """FLOPs of one training token in attention scores and weighted values.
+    """Counts the FLOPs of one training token in attention scores and weighted values.
 
-    12 L N H T as in PaLM (arXiv:2204.02311, appendix B), halved because the causal mask leaves half
-    of it.
+    The count is 12 L N H T as in PaLM (arXiv:2204.02311, appendix B), halved because the causal
+    mask hides half of the scores.
     """
     return 6.0 * model.n_layers * model.n_heads * model.head_dim * seq_len

@@ -450,7 +450,7 @@ def test_a_tile_that_does_not_divide_is_an_error(monkeypatch, backend):
     """With `auto` too, which takes no other backend for it."""
     pretend(monkeypatch, "tpu")
     message = (
-        "model.attention=splash: 512 tokens of a device are no multiple of "
+        "model.attention=splash: the 512 tokens of a device are not a multiple of "
         "model.attention_tile=384; use 0"
     )
     with pytest.raises(UserError, match=message):
