@@ -298,7 +298,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], context: int) -> int:
         raise UserError("there is no prompt")
     longest = max(len(prompt) for prompt in prompts)
     if min(len(prompt) for prompt in prompts) == 0:
-        raise UserError("a prompt is empty; begin it with the BOS token at least")
+        raise UserError("a prompt is empty; it needs at least the BOS token")
     if longest >= context:
         raise UserError(
             f"a prompt has {longest} tokens, but the model's context is {context}; "

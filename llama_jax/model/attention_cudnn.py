@@ -25,12 +25,12 @@ def obstacle(q_BTNH: jax.Array, segment_ids: SegmentIds | None, options: Options
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN takes bfloat16, not {q_BTNH.dtype}; use xla or model.compute_dtype"
     if head_dim > MAX_HEAD_DIM or head_dim % 8:
-        return f"cuDNN takes heads of a multiple of 8 up to {MAX_HEAD_DIM}, not {head_dim}"
+        return f"cuDNN takes a head dim in multiples of 8 up to {MAX_HEAD_DIM}, not {head_dim}"
     if devices_along("seq") > 1:
         return "cuDNN attention does not divide the sequence over mesh.context; use xla"
     if is_determinism_requested():
         return (
-            "XLA fails with cuDNN attention where XLA_FLAGS ask for the same bits in every run "
+            "XLA fails with cuDNN attention if XLA_FLAGS request the same bits in every run "
             "(openxla/xla#46500); use triton or xla"
         )
     return ""

@@ -25,7 +25,7 @@ def obstacle(q_BTNH: jax.Array, segment_ids: SegmentIds | None, options: Options
     if platform() != "gpu":
         return f"the Triton kernel runs on NVIDIA GPUs, and this is a {platform()}; use xla"
     if not smallest <= head_dim <= largest:
-        return f"the Triton kernel takes heads of {smallest} to {largest}, not {head_dim}"
+        return f"the Triton kernel takes a head dim of {smallest} to {largest}, not {head_dim}"
     if length % BLOCK:
         return f"the Triton kernel takes multiples of {BLOCK} tokens, not {length}"
     if devices_along("seq") > 1:

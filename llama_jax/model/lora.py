@@ -3,8 +3,8 @@
 For example, the matrix `layers/attn/wq` of the base, L D N H, has the adapter `layers/attn/wq/a`,
 L D r, and `layers/attn/wq/b`, L r N H. The effective weight is W + (alpha / rank) A B.
 
-The base is stored in a smaller form than trained weights: its matrices have the dtype
-`lora.base_dtype`. Only the matrices of the layers can be NF4; with it, the embedding and output
+The base is usually stored in a smaller form than trained weights: its matrices have the dtype
+`lora.base_dtype`. Only the matrices of the layers can be NF4; then the embedding and output
 matrices are bfloat16, as in QLoRA. The scales of norms stay float32: they are small, and the model
 uses them in float32.
 """
