@@ -1,8 +1,9 @@
-"""Compares the attention backends on this device: speed and distance from float64's answer.
+"""Compares the attention backends on this device: speed, and error against float64.
 
-One line of JSON for each shape and backend: seconds and TFLOP/s of forward and backward together,
-causal halves counted, and the largest error of the output and of each gradient, as a share of the
-largest value of it, against NumPy in float64 at 1 sequence of 512 tokens.
+Prints one line of JSON for each shape and backend: milliseconds and TFLOP/s of forward and backward
+together, where only the visible half of the causal square counts; and the largest error of the
+output and each gradient, as a fraction of its largest value, against NumPy in float64 for one
+sequence of 512 tokens.
 
 Example:
   python benchmarks/attention.py
@@ -27,9 +28,14 @@ EXACT_TOKENS = 512
 
 
 def arrays(shape: tuple[int, ...], segments: int) -> tuple[list[jax.Array], jax.Array | None]:
-    """Queries, keys, values and the gradient of the output, bfloat16; ids of `segments` documents.
+    """Makes random inputs of attention in bfloat16.
 
-    The gradient is of the loss that weighs the output with it.
+    Args:
+      shape: B, T, N, K and H.
+      segments: number of documents per sequence; 0: no segment ids.
+
+    Returns:
+      Queries, keys, values and the gradient of the output; and the segment ids or None.
     """
     b, t, n, k, h = shape
     keys = jax.random.split(jax.random.key(0), 4)
@@ -42,7 +48,15 @@ def arrays(shape: tuple[int, ...], segments: int) -> tuple[list[jax.Array], jax.
 
 
 def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, d_out: np.ndarray, mask: np.ndarray) -> list:
-    """The output, and the gradients of q, k and v, of one sequence: (T, heads, H) in float64."""
+    """Computes the output and the gradients of q, k and v for one sequence with NumPy.
+
+    Args:
+      q: queries, T N H, float64.
+      k: keys, T K H.
+      v: values, T K H.
+      d_out: gradient of the output, T N H.
+      mask: T T; True where a query sees a key.
+    """
     group, root = q.shape[1] // k.shape[1], q.shape[2] ** 0.5
     keys, values = (np.repeat(x, group, axis=1) for x in (k, v))
     scores = np.where(mask, np.einsum("tnh,snh->nts", q, keys) / root, -np.inf)
@@ -63,7 +77,7 @@ def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, d_out: np.ndarray, mask: 
 
 
 def program(backend: str, segments: jax.Array | None) -> Callable[..., list[jax.Array]]:
-    """Compiled: output and gradients of `arrays`."""
+    """Returns a compiled function from the inputs of `arrays` to the output and gradients."""
 
     @jax.jit
     def run(q: jax.Array, k: jax.Array, v: jax.Array, d_out: jax.Array) -> list[jax.Array]:
@@ -76,7 +90,13 @@ def program(backend: str, segments: jax.Array | None) -> Callable[..., list[jax.
 
 
 def errors(backend: str, shape: tuple[int, ...], segments: int) -> dict[str, float]:
-    """Of output and gradients, as shares of the largest value of each."""
+    """Measures the largest errors of output and gradients, as fractions of their largest values.
+
+    Args:
+      backend: name of the backend.
+      shape: see `arrays`; B and T are replaced by 1 and `EXACT_TOKENS`.
+      segments: see `arrays`.
+    """
     made, ids = arrays((1, EXACT_TOKENS, *shape[2:]), segments)
     found = program(backend, ids)(*made)
     mask = np.tril(np.ones((EXACT_TOKENS, EXACT_TOKENS), bool))
@@ -93,7 +113,14 @@ def errors(backend: str, shape: tuple[int, ...], segments: int) -> dict[str, flo
 
 
 def measure(backend: str, shape: tuple[int, ...], segments: int, rounds: int) -> dict[str, object]:
-    """One line of the report."""
+    """Measures one backend, and returns a line of the report.
+
+    Args:
+      backend: name of the backend.
+      shape: see `arrays`.
+      segments: see `arrays`.
+      rounds: timed calls.
+    """
     b, t, n, _, h = shape
     line = {"backend": backend, "shape": "x".join(map(str, shape)), "segments": segments}
     try:
@@ -105,7 +132,7 @@ def measure(backend: str, shape: tuple[int, ...], segments: int, rounds: int) ->
             out = run(*made)
         jax.block_until_ready(out)
         seconds = (time.perf_counter() - began) / rounds
-        # Two products forward, five backward, over half of the square.
+        # Two products forward and five backward, each over half of the square of scores.
         tflops = 7 * b * n * t * t * h / seconds / 1e12
         off = errors(backend, shape, segments)
     except (UserError, jax.errors.JaxRuntimeError, ValueError) as error:
@@ -115,13 +142,13 @@ def measure(backend: str, shape: tuple[int, ...], segments: int, rounds: int) ->
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     try:
         shapes = [tuple(map(int, shape.split("x"))) for shape in _SHAPES.value]
     except ValueError:
         shapes = [()]
     if any(len(shape) != 5 for shape in shapes):
-        raise UserError("--shapes takes BxTxNxKxH, such as 8x2048x32x32x128")
+        raise UserError("--shapes must have the form BxTxNxKxH, such as 8x2048x32x32x128")
     for shape in shapes:
         for segments in (0, 4):
             for backend in _BACKENDS.value:
@@ -133,8 +160,8 @@ if __name__ == "__main__":
     _SHAPES = flags.DEFINE_list(
         "shapes",
         ["8x2048x32x32x128", "2x8192x32x8x128", "8x2048x32x8x64"],
-        "Sequences x tokens x query heads x key heads x size of a head; several.",
+        "Shapes to measure: sequences x tokens x query heads x kv heads x head dim.",
     )
-    _BACKENDS = flags.DEFINE_list("backends", ["xla", "cudnn", "triton"], "Of attention.py.")
+    _BACKENDS = flags.DEFINE_list("backends", ["xla", "cudnn", "triton"], "Backends to measure.")
     _ROUNDS = flags.DEFINE_integer("rounds", 20, "Timed calls.", lower_bound=1)
     command.run(main, __doc__)

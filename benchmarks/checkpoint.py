@@ -1,9 +1,10 @@
-"""What verified checkpoints cost: the step, a save, hashing and the fingerprint. One line of JSON.
+"""Measures the cost of verified checkpoints: the step, a save, hashing and the fingerprint.
 
-Steps with and without a save are timed in turns of `--every` steps, a save at the beginning of
-every second turn: `overhead` is the mean over pairs of turns of their ratio less 1, and stands
-beside its standard error and the pairs themselves. `cpu_overhead` is the same of the CPU seconds of
-the process: a noisy machine moves them less, and they hold all that a save does in the background.
+Prints one line of JSON. Turns of `--every` steps are timed in pairs: one turn begins with a save,
+and the other has none. `overhead` is the mean over pairs of (time with a save / time without) - 1;
+its standard error and the values of the pairs are given, too. `cpu_overhead` is the same for the
+CPU seconds of the process, which include the work of a save in the background; a noisy machine
+changes them less.
 
 Example:
   python benchmarks/checkpoint.py --config=configs/tiny.py --every=100 --pairs=4
@@ -33,21 +34,24 @@ from llama_jax.data.loader import device_batches
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.train.step import jit_step
 
-_WARMUP = 5  # steps
+_WARMUP = 5  # steps before the measurement
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Wall time of `call()`."""
+    """Returns the wall time of `call()` in seconds."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-Times = tuple[float, float]  # of the wall, of the CPU
+Times = tuple[float, float]  # wall time and CPU time, in seconds
 
 
 def in_turns(turn: Callable[[bool], Times], pairs: int) -> Iterator[tuple[Times, Times]]:
-    """(without, with) of each pair; every second one the other way round, so that drift cancels."""
+    """Yields the times (without a save, with a save) of each pair of turns.
+
+    The order of the turns alternates from pair to pair, so that drift cancels.
+    """
     for number in range(pairs):
         first = turn(bool(number % 2))
         second = turn(not number % 2)
@@ -60,7 +64,7 @@ def in_turns(turn: Callable[[bool], Times], pairs: int) -> Iterator[tuple[Times,
 
 
 def main() -> None:
-    """Trains on synthetic tokens, with and without saves, and times the parts of one."""
+    """Trains on synthetic tokens with and without saves, and times the parts of a save."""
     config = command.load_config(_CONFIG)
     train, every, pairs = config.train, _EVERY.value, _PAIRS.value
     mesh = make_mesh(config.mesh, config.dcn)
@@ -75,7 +79,7 @@ def main() -> None:
         blocked: list[float] = []
 
         def turn(saving: bool, steps: int = every) -> Times:
-            """Seconds of these steps, and of all that a save costs in them."""
+            """Runs steps, the first one with a save if `saving`; returns their times."""
             nonlocal state
             start, cpu = time.perf_counter(), time.process_time()
             for number in range(steps):
@@ -88,7 +92,7 @@ def main() -> None:
             return time.perf_counter() - start, time.process_time() - cpu
 
         def save_alone(number: int) -> float:
-            """CPU seconds of a save, all that it does in the background among them."""
+            """Returns the CPU seconds of a save, with its work in the background."""
             cpu = time.process_time()
             saver.save(
                 state.to_items(), StepMeta(config, int(state.step) + number, "benchmark", b"")
@@ -96,7 +100,7 @@ def main() -> None:
             saver.wait()
             return time.process_time() - cpu
 
-        turn(True, _WARMUP)  # compiles; and the first save is slower
+        turn(True, _WARMUP)  # compiles, and takes the first save, which is slower
         times = list(in_turns(turn, pairs))
         alone = statistics.median(save_alone(number) for number in range(1, 6))
         prints = [seconds(lambda: fingerprint(state)) for _ in range(5)]
@@ -111,7 +115,7 @@ def main() -> None:
         [saving[kind] / without[kind] - 1 for without, saving in times] for kind in (0, 1)
     )
     base = statistics.mean(plain) / every
-    # How much two turns without a save differ: what the overhead must be seen against.
+    # The difference between turns without a save: an overhead below it means nothing.
     noise = [abs(later / sooner - 1) for sooner, later in itertools.pairwise(plain)]
     print(
         json.dumps(
@@ -147,6 +151,6 @@ if __name__ == "__main__":
     _CONFIG = command.config_flag()
     _EVERY = flags.DEFINE_integer("every", 100, "Steps between saves.", lower_bound=1)
     _PAIRS = flags.DEFINE_integer(
-        "pairs", 4, "Turns with a save, each beside one without.", lower_bound=2
+        "pairs", 4, "Pairs of a turn with a save and one without.", lower_bound=2
     )
     command.run(main, __doc__)

@@ -1,12 +1,12 @@
-"""Time and memory of conversions: a line of JSON for each.
+"""Measures time and memory of conversions, and prints a line of JSON for each.
 
-A checkpoint of random weights is written in Hugging Face's format, in bfloat16, converted to ours,
-and back; and one that is saved as training saves it is exported. Every conversion is a process of
-its own, whose largest resident memory is reported. What the check of an export costs is measured in
-one process, in turns with exports without it.
+A checkpoint of random weights is written in Hugging Face's format, in bfloat16, converted to our
+format, and back. A checkpoint in the form that training saves is exported, too. Each conversion
+runs in its own process, whose largest resident memory is reported. The cost of the check of an
+export is measured in one process, by exports with and without it in turn.
 
-  python benchmarks/convert.py --folder=FOLDER     # LLaMA-2 7B; checks for 41 GB of space
-  python benchmarks/convert.py --only_check        # what the fingerprints of an export cost
+  python benchmarks/convert.py --folder=FOLDER     # LLaMA-2 7B; needs 41 GB of space
+  python benchmarks/convert.py --only_check        # only the cost of the check of an export
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from llama_jax.model.cost import parameter_count
 from llama_jax.train.step import TrainState, abstract_state
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Many layers, each much smaller than all of them.
+# Many layers, so that one layer is much smaller than the model.
 TRAINED = Config(
     model=ModelConfig(
         vocab_size=1024, dim=2048, n_layers=16, n_heads=16, n_kv_heads=16, ffn_dim=5632
@@ -45,12 +45,12 @@ TRAINED = Config(
 
 
 def llama2_7b(layers: int) -> Config:
-    """The shapes of LLaMA-2 7B, with so many layers."""
+    """Returns a config with the shapes of LLaMA-2 7B and this number of layers."""
     return Config(model=ModelConfig(n_layers=layers, norm_eps=1e-5))
 
 
 class Repeated:
-    """A source of bfloat16 weights of any size: parts of one array of random numbers."""
+    """A source of bfloat16 weights of any size, which are parts of one array of random numbers."""
 
     def __init__(self, config: Config) -> None:
         self.description = formats.Description(config, "bfloat16", {})
@@ -59,12 +59,12 @@ class Repeated:
         self._shapes = formats.shapes(config.model)
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
-        """An array that differs from layer to layer."""
+        """Returns an array that differs from layer to layer."""
         return np.resize(np.roll(self._numbers, layer or 0), self._shapes[path])
 
 
-# Runs a command and prints the KiB that it had resident at most. A small process of its own: Linux
-# counts what the parent had when it forked, too.
+# Runs a command and prints its largest resident memory in KiB. It is a small process of its own,
+# because Linux also counts the memory of the parent at the time of the fork.
 WATCH = """
 import resource, subprocess, sys
 status = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
@@ -74,7 +74,7 @@ sys.exit(status)
 
 
 def run(source: str, target: str, *flags: str) -> dict[str, Any]:
-    """One conversion by the command; its seconds, and GB of memory at most."""
+    """Runs the command `convert`, and returns its seconds and its largest memory in GB."""
     arguments = (f"--source={source}", f"--target={target}", *flags)
     command = [sys.executable, "-m", "llama_jax.convert", *arguments]
     start = time.perf_counter()
@@ -87,7 +87,7 @@ def run(source: str, target: str, *flags: str) -> dict[str, Any]:
 
 
 def in_and_out(config: Config, folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Hugging Face -> ours -> Hugging Face, which stays in `folder/again`."""
+    """Converts from Hugging Face to our format and back; the result stays in `folder/again`."""
     convert(Repeated(config), "hf", folder / "hf")
     results = [run(f"hf:{folder}/hf", f"ckpt:{folder}/run")]
     shutil.rmtree(folder / "hf")
@@ -98,7 +98,7 @@ def in_and_out(config: Config, folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def save_trained(config: Config, workdir: pathlib.Path) -> None:
-    """A step as `train` saves it, of zeros but for the number of the layer; no optimiser state."""
+    """Saves a step as `train` does, without optimiser state; a weight is its first index."""
 
     def numbered(leaf: Any) -> jax.Array:
         shape = (-1,) + (1,) * (len(leaf.shape) - 1)
@@ -111,15 +111,20 @@ def save_trained(config: Config, workdir: pathlib.Path) -> None:
 
 
 class Unprinted(LayerPrints):
-    """Computes no fingerprints, so that none is compared."""
+    """A replacement that computes no fingerprints, so that the export compares none."""
 
     def add(self, path: str, layer: int | None, array: Any) -> dict[str, int]:
-        """Takes an array."""
+        """Ignores an array; see `LayerPrints.add`."""
         return {}
 
 
 def check(folder: pathlib.Path, pairs: int = 7) -> dict[str, Any]:
-    """Medians of exports with fingerprints and without, in turns; the first of each is left out."""
+    """Measures exports with and without fingerprints in turn; leaves out the first of each.
+
+    Args:
+      folder: folder for the checkpoints.
+      pairs: number of timed pairs of exports.
+    """
     model = dataclasses.replace(TRAINED.model, n_layers=1)
     convert(Repeated(Config(model=model)), "ckpt", folder / "run")
     seconds: dict[bool, list[float]] = {True: [], False: []}
@@ -141,8 +146,8 @@ def check(folder: pathlib.Path, pairs: int = 7) -> dict[str, Any]:
 
 
 def main(_: list[str]) -> None:
-    """Prints the figures."""
-    logging.set_verbosity(logging.ERROR)  # orbax tells every save
+    """Runs the command."""
+    logging.set_verbosity(logging.ERROR)  # orbax logs every save
     with tempfile.TemporaryDirectory(dir=_FOLDER.value) as name:
         folder = pathlib.Path(name)
         print(json.dumps({"model": "1 layer of dim 2048", **check(folder)}), flush=True)
@@ -157,13 +162,13 @@ def main(_: list[str]) -> None:
 
 
 def trained(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Export of a step that one device saved."""
+    """Exports a step that one device saved."""
     save_trained(TRAINED, folder / "trained")
     return [run(f"ckpt:{folder}/trained", f"hf:{folder}/exported", "--dtype=bfloat16")]
 
 
 if __name__ == "__main__":
-    _FOLDER = flags.DEFINE_string("folder", None, "Where to write; default: the system's own.")
-    _LAYERS = flags.DEFINE_integer("layers", 32, "Layers of the 7B shape.")
-    _ONLY_CHECK = flags.DEFINE_bool("only_check", False, "Measure only what the check costs.")
+    _FOLDER = flags.DEFINE_string("folder", None, "Folder to write to; default: the system's.")
+    _LAYERS = flags.DEFINE_integer("layers", 32, "Number of layers of the 7B shape.")
+    _ONLY_CHECK = flags.DEFINE_bool("only_check", False, "Measure only the cost of the check.")
     app.run(main)

@@ -1,6 +1,6 @@
-"""Measures the data path, from tokenising to loading, in time and memory; a JSON line for each.
+"""Measures time and memory of the data path, from tokenising to loading; prints lines of JSON.
 
-Rates are per CPU second of this process, which other jobs on the machine disturb little.
+Rates are per CPU second of this process, which other jobs on the machine affect little.
 
 Example:
   python benchmarks/data.py
@@ -45,7 +45,7 @@ TRAIN = TrainConfig(seq_len=SEQ_LEN, global_batch=BATCH)
 
 
 def config_for(source: str, tokenizer: str, **data: object) -> Config:
-    """A config that tokenises `source` in one process."""
+    """Makes a config that tokenises `source` in one process."""
     fields = {"source": source, "tokenizer": tokenizer, "workers": 1, **data}
     return Config(
         model=ModelConfig(vocab_size=VOCAB),
@@ -64,15 +64,15 @@ def write_fake_shards(
     pack_len: int = 0,
     checksums: bool = True,
 ) -> None:
-    """Shards of random tokens, one document each, with a manifest that fits them.
+    """Writes shards of random tokens, one document per shard, and their manifest.
 
     Args:
-      folder: to make.
-      tokenizer: goes with them.
-      count: shards.
-      tokens: of each.
-      pack_len: sequence length to pack them for; 0: do not.
-      checksums: of blocks; without, they are as an earlier version wrote them.
+      folder: the folder to make.
+      tokenizer: tokenizer to save with the shards.
+      count: number of shards.
+      tokens: tokens per shard.
+      pack_len: sequence length to pack for, in tokens; 0: do not pack.
+      checksums: whether to write checksums of blocks; earlier versions wrote none.
     """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -125,14 +125,20 @@ def write_fake_shards(
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
-    """CPU seconds of one call, all threads together."""
+    """Returns the CPU seconds of one call, summed over all threads."""
     began = time.process_time()
     work()
     return time.process_time() - began
 
 
 def measure_loader(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator[dict]:
-    """Tokens per CPU second, from one source and from LLaMA's mixture, bare and through tf.data."""
+    """Measures tokens per CPU second for one source and LLaMA's mixture, with and without tf.data.
+
+    Args:
+      root: folder for the data; the arguments are those of all functions in `MEASURES`.
+      tokenizer: tokenizer of the data.
+      _: unused.
+    """
     write_fake_shards(root / "one", tokenizer, 4, 25_000_000)
     one = TokenDataset.open(root / "one", "train")
     shares = parse_shares("llama")
@@ -151,7 +157,7 @@ def measure_loader(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator
             for _ in batches.batches(range(BATCH), 0, steps):
                 pass
 
-        bare()  # the page cache is warm
+        bare()  # warms the page cache
         loader_tokens = steps * BATCH * SEQ_LEN
         through_tf()
         yield {
@@ -172,9 +178,14 @@ def measure_loader(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator
 
 
 def measure_checksums(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator[dict]:
-    """Tokens per CPU second with checksums of blocks, and of the same tokens without.
+    """Measures tokens per CPU second with and without checksums of blocks.
 
-    Each turn opens the shards again, so that no block is checked yet.
+    Each turn opens the shards again, so that it checks each block again.
+
+    Args:
+      root: folder for the data.
+      tokenizer: tokenizer of the data.
+      _: unused.
     """
     count, tokens, turns = 8, 12_500_000, 7
     for name in ("with", "without"):
@@ -197,7 +208,7 @@ def measure_checksums(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Itera
 
     for tf_data in (False, True):
         for epochs in (0.02, 1, 3):
-            speed("with", 0.1, tf_data)  # the page cache is warm
+            speed("with", 0.1, tf_data)  # warms the page cache
             pairs = [
                 (speed("with", epochs, tf_data), speed("without", epochs, tf_data))
                 for _ in range(turns)
@@ -214,7 +225,13 @@ def measure_checksums(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Itera
 
 
 def measure_tokenise(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator[dict]:
-    """`prepare` (read, tokenise, hash, write) against the library's own batch call."""
+    """Compares `prepare` (read, tokenise, hash, write) with SentencePiece's own batch call.
+
+    Args:
+      root: folder for the data.
+      tokenizer: tokenizer of the data.
+      _: unused.
+    """
     texts = 3 * list(read_source("stdlib", DataConfig(), Tally()))
     with (root / "texts.jsonl").open("w") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
@@ -238,7 +255,13 @@ def measure_tokenise(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterat
 
 
 def measure_startup(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator[dict]:
-    """Seconds from a manifest of 10,000 shards to the first batch, and to a look at them."""
+    """Measures the seconds from a manifest of 10,000 shards to the first batch and a summary.
+
+    Args:
+      root: folder for the data.
+      tokenizer: tokenizer of the data.
+      _: unused.
+    """
     count = 10_000
     for name, pack_len in (("many", 0), ("many packed", SEQ_LEN)):
         write_fake_shards(root / name, tokenizer, count, SEQ_LEN + 1, pack_len=pack_len)
@@ -263,7 +286,13 @@ def measure_startup(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterato
 
 
 def measure_verify(root: pathlib.Path, tokenizer: Tokenizer, _: int) -> Iterator[dict]:
-    """GB per second of `prepare --verify`, all threads together, from the page cache."""
+    """Measures GB per second of `prepare --verify`, with all threads, from the page cache.
+
+    Args:
+      root: folder for the data.
+      tokenizer: tokenizer of the data.
+      _: unused.
+    """
     write_fake_shards(root / "verify", tokenizer, 16, 50_000_000)
     began, cpu = time.perf_counter(), time.process_time()
     assert layout.verify(root / "verify") == []
@@ -291,8 +320,8 @@ def _peak_of(target: str, megabytes: int, root: str, queue: multiprocessing.Queu
         batches = Batches({"": dataset}, SEQ_LEN, BATCH, 0)
         for step in range(batches.n_sequences // BATCH):
             batches.rows(step, range(BATCH))
-    # Linux only: getrusage would also count what the parent had when it started this program. Pages
-    # of mapped files are the kernel's to drop, but count as resident while they are there.
+    # Linux only: getrusage would also count the parent's memory at the start of this process. The
+    # kernel may drop pages of mapped files, but until then they count as resident.
     lines = (line.split() for line in pathlib.Path("/proc/self/status").read_text().splitlines())
     sizes = {words[0]: int(words[1]) // 1024 for words in lines if words[-1] == "kB"}
     names = {"VmHWM:": "peak_mib", "RssAnon:": "anonymous_mib", "RssFile:": "mapped_files_mib"}
@@ -300,7 +329,13 @@ def _peak_of(target: str, megabytes: int, root: str, queue: multiprocessing.Queu
 
 
 def measure_memory(root: pathlib.Path, tokenizer: Tokenizer, megabytes: int) -> Iterator[dict]:
-    """Peak memory of preparing and of loading, for a corpus and for one ten times larger."""
+    """Measures the peak memory of preparing and loading a corpus and one ten times larger.
+
+    Args:
+      root: folder for the data.
+      tokenizer: unused.
+      megabytes: size of the smaller corpus, in MB.
+    """
     rng = random.Random(0)
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(5000)]
     for size in (megabytes, 10 * megabytes):
@@ -329,7 +364,7 @@ MEASURES = {
 
 
 def main() -> None:
-    """The command; flags are defined below."""
+    """Runs the command."""
     unknown = set(_ONLY.value) - set(MEASURES)
     if unknown:
         raise UserError(f"--only knows {', '.join(MEASURES)}, not {', '.join(sorted(unknown))}")
@@ -345,7 +380,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _ONLY = flags.DEFINE_list("only", list(MEASURES), "Which to run.")
+    _ONLY = flags.DEFINE_list("only", list(MEASURES), "Measurements to run.")
     _MEGABYTES = flags.DEFINE_integer(
         "megabytes", 100, "Size of the smaller corpus of the memory measurement.", lower_bound=1
     )

@@ -1,8 +1,8 @@
 """Measures the train step alone, on synthetic batches, and prints one line of JSON.
 
-Runs on any backend and needs no TensorFlow. Without a config it measures the shape that
-benchmarks/README.md compares peers on: 10.5M parameters, T 256, batch 8, float32. Weights are
-random, those below adapters too; rows of a packed config hold four documents of equal length.
+It runs on any backend and needs no TensorFlow. Without a config it measures the shape with which
+benchmarks/README.md compares other libraries: 10.5M parameters, T 256, batch 8, float32. All
+weights are random, also a frozen base. Rows of a packed config have four documents of equal length.
 
 Example:
   python benchmarks/train_step.py
@@ -54,7 +54,7 @@ PEER_SHAPE = Config(
 
 
 def peak_memory(device: jax.Device) -> int:
-    """Bytes: of the device where it tells, else the largest resident size of this process."""
+    """Returns the peak memory in bytes: the device's, or this process's if that is not known."""
     stats = device.memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
@@ -63,7 +63,7 @@ def peak_memory(device: jax.Device) -> int:
 
 
 def random_batch(config: Config) -> dict[str, np.ndarray]:
-    """Of the shapes and dtypes that the loader would make; all tokens count."""
+    """Makes a random batch with the loader's shapes and dtypes; all tokens have weight 1."""
     train = config.train
     rng = np.random.default_rng(train.seed)
     shape = (train.global_batch, train.seq_len + 1)
@@ -81,7 +81,7 @@ def random_batch(config: Config) -> dict[str, np.ndarray]:
 
 
 def random_state(compiled: CompiledStep, config: Config) -> TrainState:
-    """As at the start of a run; below adapters lie weights that are not worth reading."""
+    """Makes the state of a run's start; a frozen base gets random weights, not those of a file."""
     state = compiled.init(jax.random.key(config.train.seed))
     frozen = abstract_frozen(config)
     if frozen is None:
@@ -102,7 +102,7 @@ def random_state(compiled: CompiledStep, config: Config) -> TrainState:
 
 
 def kernel_seconds(folder: str, steps: int) -> dict[str, float]:
-    """Seconds a step of each kind of kernel on the first device, by a trace; the longest first."""
+    """Reads a trace: seconds per step of each kind of kernel on the first device, longest first."""
     (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
     total: collections.Counter[str] = collections.Counter()
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
@@ -119,10 +119,10 @@ def measure(config: Config, warmup: int, steps: int, kernels: int = 0) -> dict[s
     """Compiles, warms up, and times each step until its loss is on the host.
 
     Args:
-      config: what to train.
-      warmup: steps before, not counted.
-      steps: that are timed.
-      kernels: so many of the longest kernels are listed, by a trace of three further steps.
+      config: config of the training.
+      warmup: steps before the timed steps.
+      steps: timed steps.
+      kernels: number of longest kernels to list, from a trace of three further steps; 0: none.
     """
     mesh = make_mesh(config.mesh, config.dcn)
     train = config.train
@@ -181,7 +181,7 @@ def measure(config: Config, warmup: int, steps: int, kernels: int = 0) -> dict[s
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     config = PEER_SHAPE if _CONFIG.value is None else command.load_config(_CONFIG)
     chosen = xla_flags.use_preset(_XLA_PRESET.value)
     measured = measure(config, _WARMUP.value, _STEPS.value, _KERNELS.value)
@@ -191,9 +191,9 @@ def main() -> None:
 if __name__ == "__main__":
     _CONFIG = command.config_flag()
     _STEPS = flags.DEFINE_integer("steps", 30, "Timed steps.", lower_bound=1)
-    _WARMUP = flags.DEFINE_integer("warmup", 10, "Steps before, not counted.", lower_bound=0)
+    _WARMUP = flags.DEFINE_integer("warmup", 10, "Steps before the timed steps.", lower_bound=0)
     _XLA_PRESET = flags.DEFINE_string("xla_preset", xla_flags.AUTO, xla_flags.HELP)
     _KERNELS = flags.DEFINE_integer(
-        "kernels", 0, "List so many of an accelerator's longest kernels.", lower_bound=0
+        "kernels", 0, "Number of an accelerator's longest kernels to list.", lower_bound=0
     )
     command.run(main, __doc__)

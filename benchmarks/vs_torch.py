@@ -1,8 +1,8 @@
-"""Our train step and `transformers` + torch in turn, same shape, same machine; prints the ratio.
+"""Compares our train step with `transformers` and torch on this machine, and prints the ratio.
 
 Both train the shape of `train_step.py` (float32, AdamW, clipping, two threads) on the same random
-batch. They run alternately, in processes of their own, so that a busy machine slows both. Needs the
-`parity` extra.
+batch. They run alternately, each in its own process, so that a busy machine slows both. The script
+needs the `parity` extra.
 
 Example:
   python benchmarks/vs_torch.py --rounds=3
@@ -18,15 +18,24 @@ import time
 from absl import app, flags
 from train_step import PEER_SHAPE
 
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "How often each runs.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 20, "Timed steps a round.", lower_bound=1)
-_WARMUP = flags.DEFINE_integer("warmup", 8, "Steps before, not counted.", lower_bound=0)
-_THREADS = flags.DEFINE_integer("threads", 2, "CPU threads of either.", lower_bound=1)
-_SIDE = flags.DEFINE_enum("side", None, ["torch"], "Internal: run one side and print its JSON.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Number of runs of each side.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 20, "Timed steps per round.", lower_bound=1)
+_WARMUP = flags.DEFINE_integer("warmup", 8, "Steps before the timed steps.", lower_bound=0)
+_THREADS = flags.DEFINE_integer("threads", 2, "CPU threads of each side.", lower_bound=1)
+_SIDE = flags.DEFINE_enum("side", None, ["torch"], "Internal: run this side and print its JSON.")
 
 
 def measure_torch(warmup: int, steps: int, threads: int) -> dict[str, float]:
-    """Tokens per second of the same training step in transformers, eager, SDPA attention."""
+    """Measures the same training step in transformers, in eager mode with SDPA attention.
+
+    Args:
+      warmup: steps before the timed steps.
+      steps: timed steps.
+      threads: CPU threads.
+
+    Returns:
+      `tokens_per_second`, by the median step, and the last `loss`.
+    """
     import numpy as np
     import torch
     import transformers
@@ -81,14 +90,14 @@ def _run(command: list[str]) -> dict[str, float]:
 
 
 def main(_: list[str]) -> None:
-    """The command."""
+    """Runs the command."""
     if _SIDE.value == "torch":
         print(json.dumps(measure_torch(_WARMUP.value, _STEPS.value, _THREADS.value)))
         return
     folder = os.path.dirname(os.path.abspath(__file__))
     common = [f"--steps={_STEPS.value}", f"--warmup={_WARMUP.value}"]
     ours = [sys.executable, os.path.join(folder, "train_step.py"), *common]
-    if hasattr(os, "sched_setaffinity"):  # XLA:CPU takes as many threads as it may use cores
+    if hasattr(os, "sched_setaffinity"):  # XLA:CPU uses one thread per core that it may use
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
     theirs = [sys.executable, os.path.abspath(__file__), "--side=torch", *common]
     theirs.append(f"--threads={_THREADS.value}")

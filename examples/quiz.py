@@ -1,5 +1,6 @@
-"""Fine-tunes the small model of `make train` on questions about signatures, and asks it before and
-after: on functions of Python's own library that it was not trained to answer questions about.
+"""Fine-tunes the small model of `make train` on questions about the signatures of functions.
+
+It asks the model before and after, about other functions of Python's library than in training.
 
 Example:
   python examples/quiz.py --base=runs/tiny --workdir=runs/quiz
@@ -40,9 +41,9 @@ class Question:
     """A question of the quiz.
 
     Attributes:
-      kind: of `ASKED`.
-      signature: what is asked about.
-      answer: the only right one.
+      kind: a key of `ASKED`.
+      signature: the signature that the question is about.
+      answer: the only correct answer.
     """
 
     kind: str
@@ -50,12 +51,12 @@ class Question:
     answer: str
 
     def record(self) -> dict[str, str]:
-        """As a record of Alpaca's data."""
+        """Returns the question in the form of a record of Alpaca's data."""
         return {"instruction": ASKED[self.kind], "input": self.signature, "output": self.answer}
 
 
 def signatures(folder: pathlib.Path) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Names of functions in the modules of a folder, and their plain parameters, one to four."""
+    """Yields name and parameters of each function in a folder with one to four plain parameters."""
     for path in sorted(folder.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_bytes())):
             if not isinstance(node, ast.FunctionDef):
@@ -68,7 +69,7 @@ def signatures(folder: pathlib.Path) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def questions(functions: list[tuple[str, tuple[str, ...]]], seed: int) -> list[Question]:
-    """One of each kind for each function, mixed."""
+    """Makes one question of each kind for each function, in random order."""
     found = []
     for name, parameters in functions:
         signature = f"def {name}({', '.join(parameters)}):"
@@ -84,10 +85,16 @@ def questions(functions: list[tuple[str, tuple[str, ...]]], seed: int) -> list[Q
 
 
 def split(train: int, test: int, seed: int) -> tuple[list[Question], list[Question]]:
-    """Questions to train on and to hold out; no function is in both."""
+    """Makes questions for training and held-out questions; no function is in both.
+
+    Args:
+      train: number of questions for training.
+      test: number of held-out questions.
+      seed: seed of the random order.
+    """
     functions = sorted(dict(signatures(pathlib.Path(sysconfig.get_paths()["stdlib"]))).items())
     random.Random(seed).shuffle(functions)
-    # As many of each number of parameters, so that "how many" is no question of habit.
+    # Equally many functions for each number of parameters, so that a guess of "how many" fails.
     groups = [[f for f in functions if len(f[1]) == count] for count in (1, 2, 3, 4)]
     mixed = [function for four in zip(*groups, strict=False) for function in four]
     n_train, n_test = train // len(ASKED), test // len(ASKED)
@@ -96,8 +103,14 @@ def split(train: int, test: int, seed: int) -> tuple[list[Question], list[Questi
 
 
 def answers(model: InferenceModel, template: ChatTemplate, asked: list[Question]) -> list[str]:
-    """What a model answers, greedily, to questions in a template."""
-    # As training reads the records, without the answer.
+    """Returns the greedy answers of a model.
+
+    Args:
+      model: the model.
+      template: chat template for the questions.
+      asked: the questions.
+    """
+    # The prompts have the form of the records in training, without the answer.
     ids = [template.encode(messages_of(question.record())[:-1]) for question in asked]
     texts = [""] * len(asked)
     with jax.set_mesh(model.mesh):
@@ -108,7 +121,13 @@ def answers(model: InferenceModel, template: ChatTemplate, asked: list[Question]
 
 
 def table(asked: list[Question], before: list[str], after: list[str]) -> str:
-    """How many answers of each kind are right, and a few of them."""
+    """Formats the number of right answers of each kind, and a few answers.
+
+    Args:
+      asked: the questions.
+      before: answers before training.
+      after: answers after training.
+    """
     lines = ["question  asked  right before  right after"]
     for kind in ASKED:
         rows = [n for n, question in enumerate(asked) if question.kind == kind]
@@ -123,18 +142,18 @@ def table(asked: list[Question], before: list[str], after: list[str]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base", default="runs/tiny", help="work directory of the base")
-    parser.add_argument("--workdir", default="runs/quiz", help="of the fine-tuning")
-    parser.add_argument("--train", type=int, default=640, help="questions to train on")
-    parser.add_argument("--test", type=int, default=80, help="questions held out")
+    parser.add_argument("--base", default="runs/tiny", help="work directory of the base model")
+    parser.add_argument("--workdir", default="runs/quiz", help="work directory of the fine-tuning")
+    parser.add_argument("--train", type=int, default=640, help="number of questions for training")
+    parser.add_argument("--test", type=int, default=80, help="number of held-out questions")
     options, flags = parser.parse_known_args()
     command_lib.quieten_libraries()
     if not (pathlib.Path(options.base) / "checkpoints").exists():
-        sys.exit(f"error: there is no base in {options.base}; make it with: make train")
+        sys.exit(f"error: there is no base model in {options.base}; make it with: make train")
     train, test = split(options.train, options.test, seed=0)
     workdir = pathlib.Path(options.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -148,7 +167,7 @@ def main() -> None:
         sys.exit(status)
     print(f"\n{len(train)} questions to train on; {len(test)} held out, on other functions:\n")
     after, before = (open_model(place, "fsdp=1") for place in (workdir, options.base))
-    template = open_template(after)  # what it was trained with, for both
+    template = open_template(after)  # the template of the training, for both models
     given = (answers(model, template, test) for model in (before, after))
     print(table(test, *given))
 

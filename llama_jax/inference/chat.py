@@ -1,11 +1,11 @@
-"""Conversations with a checkpoint: its chat template, and what `generate --chat` does.
+"""Conversations with a checkpoint: its chat template, and the loop of `generate --chat`.
 
-A template comes as `chat_template.jinja`, others by name in `additional_chat_templates/`, or all of
-them in `tokenizer_config.json`; `data/chat_template.py` renders it, `data/templates.py` has
-built-in ones.
+The default template of a checkpoint is in `chat_template.jinja`, and further ones are in
+`additional_chat_templates/` under their names; or all are in `tokenizer_config.json`.
+`text/chat_template.py` renders a template, and `text/templates.py` has built-in templates.
 
-The whole conversation is the prompt of each answer; what no longer fits into the model's context is
-forgotten from the oldest exchange on, which is said.
+The whole conversation is the prompt of each answer. When it no longer fits into the model's
+context, the oldest exchanges are left out, with a message to the user.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ from llama_jax.text.tokenizer_config import json_tokenizer, tokenizer_config
 from llama_jax.text.tokenizer_files import MORE_TEMPLATES
 
 HELP = """\
-/new          forget all that was said
-/system TEXT  tell the model what to be, and start anew
-/help         these lines
-/exit         end, as Ctrl-D does; Ctrl-C breaks off an answer"""
+/new          forget the conversation
+/system TEXT  set the system message, and start a new conversation
+/help         show these lines
+/exit         quit, as Ctrl-D does; Ctrl-C interrupts an answer"""
 
 
 def templates(files: Mapping[str, bytes]) -> dict[str, str]:
-    """Templates by name, `default` among them where there is one.
+    """Returns the templates of a checkpoint by name; the default one is named `default`.
 
     Raises:
       UserError: tokenizer_config.json is damaged.
@@ -56,12 +56,12 @@ def templates(files: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def open_template(model: InferenceModel, choice: str = DEFAULT) -> ChatTemplate:
-    """A template of a checkpoint, one of a file, or a built-in one.
+    """Opens a template of the checkpoint, of a file, or a built-in one.
 
     Args:
-      model: with the files that came with it.
-      choice: name of a template of the checkpoint or, failing that, of a built-in one; or a file
-        that ends in `.jinja`.
+      model: the model, with its files.
+      choice: name of a template of the checkpoint; if it has none of that name, name of a built-in
+        template; or a file that ends in `.jinja`.
 
     Raises:
       UserError: there is no such template.
@@ -87,9 +87,10 @@ def open_template(model: InferenceModel, choice: str = DEFAULT) -> ChatTemplate:
 
 
 def _tokenizer(model: InferenceModel) -> Tokenizer:
-    """The tokenizer.json where there is one beside a SentencePiece model.
+    """Returns the tokenizer of tokenizer.json, if that file comes with a SentencePiece model.
 
-    It has the tokens that were added for turns, and puts spaces where transformers puts them.
+    It has the tokens that were added for turns, and it puts spaces in the same places as
+    transformers.
     """
     if model.tokenizer.is_json or "tokenizer.json" not in model.files:
         return model.tokenizer
@@ -97,16 +98,17 @@ def _tokenizer(model: InferenceModel) -> Tokenizer:
 
 
 def with_turn_ends(model: InferenceModel, template: ChatTemplate) -> InferenceModel:
-    """The model, for which a token that ends a turn of the template ends an answer, too."""
+    """Returns the model, with answers that also end at the tokens that end the template's turns."""
     return dataclasses.replace(model, turn_ends=tuple(end_ids(template)[1:]))
 
 
 class Conversation:
-    """Messages so far, and the model that answers them.
+    """The messages of a conversation, and the model that answers them.
 
     Attributes:
-      messages: of the system, the user and the assistant, as they were said.
-      cut: why the last answer stopped before the model ended it; empty: it did end it.
+      system: the system message; empty: none.
+      messages: messages of the system, the user and the assistant, in order.
+      cut: why the last answer stopped before the model ended it; empty if the model ended it.
     """
 
     def __init__(
@@ -118,7 +120,15 @@ class Conversation:
         system: str = "",
         special: bool = False,
     ) -> None:
-        """Begins one; arguments as `ChatTemplate.encode` and `generation.new_texts`."""
+        """Begins a conversation.
+
+        Args:
+          model: the model that answers.
+          template: turns messages into a prompt.
+          sampling: how to draw tokens; each answer adds 1 to the seed.
+          system: the system message; empty: none.
+          special: see `ChatTemplate.encode`.
+        """
         self._model, self._template, self._sampling = (
             with_turn_ends(model, template),
             template,
@@ -130,15 +140,15 @@ class Conversation:
         self.restart(system)
 
     def restart(self, system: str) -> None:
-        """Forgets all but `system`, the message that says what to be; empty: none."""
+        """Forgets the messages, and starts again with a system message; empty: none."""
         self.system = system
         self.messages: Messages = [{"role": "system", "content": system}] if system else []
 
     def _fit(self, messages: Messages) -> tuple[Messages, list[int]]:
-        """The newest of the messages that leave room for an answer, and their tokens.
+        """Returns the newest messages that leave room for an answer, and their tokens.
 
         Raises:
-          UserError: even the last one leaves none, or the template does not take them.
+          UserError: the last message alone leaves no room, or the template rejects the messages.
         """
         context = self._model.context
         room = min(self._sampling.max_tokens, context // 2)
@@ -153,24 +163,26 @@ class Conversation:
                     f"the message has {len(ids)} tokens with its template, but the model's context "
                     f"is {context}; shorten it"
                 )
-            # A user and the answer to them, so that the roles go on taking turns.
+            # Drops a message and its answer together, so that the roles still alternate.
             messages = messages[:first] + messages[first + 2 :]
 
     def answer(self, text: str, tell: Callable[[str], None]) -> Generator[str]:
-        """Answers a message, piece by piece; what was yielded is remembered as the answer.
+        """Answers a message, and yields the answer piece by piece.
+
+        The conversation keeps the pieces that were yielded as the answer, even if it is incomplete.
 
         Args:
-          text: what the user says.
-          tell: gets a line on what was forgotten for it.
+          text: the message of the user.
+          tell: called with a line for the user, if old messages no longer fit.
 
         Raises:
-          UserError: as `_fit`; the conversation is then as it was before.
+          UserError: see `_fit`; the conversation has not changed.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         kept, ids = self._fit(asked)
         if len(kept) < len(asked):
             tell(f"(the oldest {len(asked) - len(kept)} messages no longer fit, and are forgotten)")
-        seed = self._sampling.seed + self._answers  # the same question, another answer
+        seed = self._sampling.seed + self._answers  # so that a repeated question gets a new answer
         sampling = dataclasses.replace(self._sampling, seed=seed)
         self._answers += 1
         parts: list[str] = []
@@ -188,11 +200,11 @@ class Conversation:
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, with a prompt and a history in a terminal."""
+    """Yields the lines that the user types; in a terminal, with a prompt and a history."""
     prompt = ""
     if sys.stdin.isatty():
         prompt = "\n> "
-        with contextlib.suppress(ImportError):  # not on every system
+        with contextlib.suppress(ImportError):  # some systems have no readline
             import readline  # noqa: F401
     while True:
         try:
@@ -203,11 +215,11 @@ def _lines() -> Iterator[str]:
 
 
 def converse(conversation: Conversation, lines: Iterable[str] | None = None) -> None:
-    """Answers line after line, until there is none or one is /exit.
+    """Answers line after line, until the lines end or a line is /exit.
 
     Args:
-      conversation: that goes on.
-      lines: what the user says; None: from standard input.
+      conversation: the conversation to continue.
+      lines: messages and commands of the user; None: read from standard input.
     """
     if lines is None:
         lines = _lines()
@@ -234,9 +246,9 @@ def _answer(conversation: Conversation, line: str) -> None:
                 print(text, end="", flush=True)
         if conversation.cut:
             print(f" (cut: {conversation.cut})", end="")
-    except UserError as error:  # the next message may do better
+    except UserError as error:  # the conversation goes on: the next message may fit
         print(f"error: {error}", file=sys.stderr, flush=True)
         return
     except KeyboardInterrupt:
-        print(" (broken off)", end="")
+        print(" (interrupted)", end="")
     print(flush=True)

@@ -1,7 +1,7 @@
-"""Decoding with a KV cache: batches of unequal prompts, token after token, on any mesh.
+"""Decoding with a KV cache: batches of prompts of unequal lengths, on any mesh.
 
-Long prompts fill the cache piece by piece, so that no scores of prompt x prompt exist; a model with
-a sliding window keeps little more than its window.
+Long prompts enter the cache piece by piece, so that no array of prompt x prompt scores exists. The
+cache of a model with a sliding window is little larger than the window.
 """
 
 import dataclasses
@@ -22,23 +22,23 @@ from llama_jax.model.linear import unembed
 from llama_jax.model.llama import KVCache, forward, init_cache
 from llama_jax.parallel.sharding import constrain, devices_along
 
-PREFILL = 512  # tokens of each prompt that enter the cache at once
-# Slots that the cache has beyond a sliding window: what is behind the window is moved out when they
-# are full, and not at each token.
+PREFILL = 512  # number of tokens of each prompt that enter the cache at once
+# Number of slots of the cache beyond the sliding window. Tokens behind the window are moved out
+# when these slots are full, not at each token.
 ROOM = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """Settings for drawing the next token.
 
     Attributes:
-      max_tokens: new tokens at most.
-      temperature: divides the logits; 0 takes the most likely token (greedy).
-      top_k: only the k most likely tokens; 0: all.
-      top_p: only the most likely tokens that together have this probability (nucleus sampling,
-        arXiv:1904.09751); 1: all.
-      seed: of the random draws.
+      max_tokens: largest number of new tokens.
+      temperature: divides the logits; 0 selects the most likely token (greedy).
+      top_k: draw only from the k most likely tokens; 0: from all.
+      top_p: draw only from the most likely tokens that together have this probability (nucleus
+        sampling, arXiv:1904.09751); 1: from all.
+      seed: seed of the random draws.
     """
 
     max_tokens: int = 128
@@ -56,8 +56,8 @@ class Sampling:
             raise UserError(f"top_k must be 0 (all) or positive, got {self.top_k}")
         if self.temperature and not 0 < as_float32(self.temperature) < math.inf:
             raise UserError(
-                f"temperature={self.temperature} is {as_float32(self.temperature)} in float32, in "
-                "which it is used"
+                f"temperature={self.temperature} is {as_float32(self.temperature)} in float32, the "
+                "dtype in which it is used"
             )
         if not -(2**31) <= self.seed < 2**32:
             raise UserError(f"seed must be in [-2**31, 2**32), got {self.seed}")
@@ -68,7 +68,13 @@ class Sampling:
 
 
 def filter_logits(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Sets the logits of tokens outside of top-k and top-p to -inf; the likeliest always stays."""
+    """Sets the logits of tokens outside top-k and top-p to -inf; keeps the most likely token.
+
+    Args:
+      logits_BV: logits, already divided by the temperature.
+      top_k: see `Sampling`.
+      top_p: see `Sampling`.
+    """
     vocab = logits_BV.shape[-1]
     order_BV = jnp.argsort(-logits_BV, axis=-1)
     sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
@@ -84,7 +90,7 @@ def filter_logits(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> j
 def _draw(
     logits_BV: jax.Array, key: jax.Array, knobs: tuple[jax.Array, ...], n_ids: jax.Array
 ) -> jax.Array:
-    """Draws a token for each row; rows of the model from `n_ids` on have no chance."""
+    """Draws a token for each row; never an id of `n_ids` or more, which only pads the model."""
     temperature, top_k, top_p = knobs
     logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < n_ids, logits_BV, -jnp.inf)
     scaled_BV = logits_BV / jnp.where(temperature > 0, temperature, 1.0)
@@ -94,14 +100,14 @@ def _draw(
 
 @struct.dataclass
 class DecodeState:
-    """Where a batch of rows stands between two tokens.
+    """The state of a batch of rows between two tokens.
 
     Attributes:
       cache: keys and values so far; rows are padded on the left.
-      logits_BV: of the next token, float32.
-      position_B: of the next token in its row.
+      logits_BV: logits of the next token, float32.
+      position_B: position of the next token in its row.
       done_B: whether the row has ended.
-      step: tokens drawn so far.
+      step: number of tokens drawn so far.
     """
 
     cache: KVCache
@@ -111,7 +117,7 @@ class DecodeState:
     step: jax.Array
 
     def constrained(self) -> "DecodeState":
-        """Pinned to the mesh, so that what one program returns the next takes as it is."""
+        """Returns the state with fixed shardings, so that the next program takes it unchanged."""
         kv = (None, "batch", None, "heads", "head_dim")
         cache = dataclasses.replace(
             self.cache,
@@ -130,7 +136,13 @@ class DecodeState:
 
 
 def cache_slots(config: ModelConfig, width: int, max_tokens: int) -> int:
-    """Slots of the cache for prompts of `width` and so many new tokens."""
+    """Returns the number of slots that a cache needs.
+
+    Args:
+      config: the model; with a sliding window, the cache does not hold all tokens.
+      width: length of the padded prompts, in tokens.
+      max_tokens: number of new tokens.
+    """
     everything = width + max_tokens
     if not config.sliding_window:
         return everything
@@ -144,10 +156,15 @@ def _extend(
     *arrays: jax.Array,
     lengths_B: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    """Takes tokens_BT, positions_BT, segment_ids_BT into the cache; logits after the last.
+    """Adds tokens to the cache, and returns the logits after the last token and the new cache.
 
-    Where RoPE goes by the length of the sequence, this is `lengths_B`, or ends with these tokens;
-    the keys in the cache stay as they are, as in transformers.
+    Args:
+      config: the model.
+      params: its parameters.
+      cache: the cache so far.
+      *arrays: tokens_BT, positions_BT and segment_ids_BT of the new tokens.
+      lengths_B: tokens of each row's sequence, for RoPE that depends on it; None: the sequence ends
+        with the new tokens. Keys in the cache are not rotated again, as in transformers.
     """
     tokens_BT, positions_BT, segment_ids_BT = arrays
     if config.sliding_window:
@@ -168,7 +185,7 @@ def _extend(
 
 
 def _forget(window: int, cache: KVCache) -> KVCache:
-    """Moves the last `window` tokens to the front; later slots are not seen until written anew."""
+    """Moves the last `window` tokens to the front; the slots after them will be overwritten."""
     shift = cache.index - window
     return KVCache(
         k=jnp.roll(cache.k, -shift, axis=2),
@@ -182,7 +199,7 @@ def _forget(window: int, cache: KVCache) -> KVCache:
 def _prefill(
     config: ModelConfig, slots: int, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array
 ) -> DecodeState:
-    """Fills a cache with left-padded prompts; rows of length 0 have ended."""
+    """Fills a cache with left-padded prompts; marks rows of length 0 as ended."""
     batch, width = tokens_BT.shape
     pad_B1 = (width - lengths_B)[:, None]
     index_1T = jnp.arange(width)[None]
@@ -223,7 +240,8 @@ def _decode(
     """Draws up to `count` tokens for each row, until all rows have ended or `limit` steps are done.
 
     Returns:
-      New tokens, B x count, of which as many count as `step` went on; and the new state.
+      New tokens, B x count, of which only the first (new `step` - old `step`) are valid; and the
+      new state.
     """
     batch, begin = state.done_B.shape[0], state.step
 
@@ -233,7 +251,7 @@ def _decode(
 
     def body(carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
         state, out_BT = carry
-        # The key of a draw is that of its step, however the steps are cut into programs.
+        # The key depends only on the step, so the number of steps per program changes no token.
         token_B = _draw(state.logits_BV, jax.random.fold_in(key, state.step), knobs, n_ids)
         arrays = (token_B[:, None], state.position_B[:, None], jnp.ones((batch, 1), jnp.int32))
         logits_BV, cache = _extend(config, params, state.cache, *arrays)
@@ -252,15 +270,15 @@ def _decode(
 
 
 def round_up(length: int) -> int:
-    """To a power of two, so that prompts of many lengths share few compiled programs."""
+    """Rounds up to a power of two (at least 16), so that few programs serve many lengths."""
     return max(16, 1 << (length - 1).bit_length())
 
 
 def batch_multiple() -> int:
-    """What the mesh divides a batch by; 1 without a mesh.
+    """Returns the number of devices that the mesh divides a batch over; 1 without a mesh.
 
     Raises:
-      UserError: the mesh divides the sequence, which neither decoding nor scoring does.
+      UserError: the mesh divides the sequence, which decoding and scoring do not support.
     """
     context = devices_along("seq")
     if context > 1:
@@ -271,16 +289,16 @@ def batch_multiple() -> int:
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], context: int) -> int:
-    """The length of the longest prompt.
+    """Checks the prompts, and returns the length of the longest one, in tokens.
 
     Raises:
-      UserError: no prompt, an empty one, or one that leaves no room for a new token.
+      UserError: there is no prompt, or a prompt is empty or leaves no room for a new token.
     """
     if not prompts:
         raise UserError("there is no prompt")
     longest = max(len(prompt) for prompt in prompts)
     if min(len(prompt) for prompt in prompts) == 0:
-        raise UserError("a prompt is empty; begin it with the BOS token at least")
+        raise UserError("a prompt is empty; it needs at least the BOS token")
     if longest >= context:
         raise UserError(
             f"a prompt has {longest} tokens, but the model's context is {context}; "
@@ -306,20 +324,21 @@ def stream_tokens(
     Args:
       config: the model.
       params: its parameters.
-      prompts: token ids, each at least one (BOS).
-      sampling: how to draw; tokens do not depend on `chunk`.
-      context: longest sequence the model was trained on, in tokens; generation stops there.
-      eos_id: a row ends after this token, or after any of these.
-      n_ids: ids of the tokenizer. The model may have more rows, which pad its vocabulary and are
-        never drawn; None: every row has an id.
-      chunk: tokens drawn by one program; more cost fewer dispatches.
-      rows: of the program, at least; what is more than the prompts is padding.
+      prompts: token ids of each prompt, at least one (BOS).
+      sampling: how to draw tokens.
+      context: longest sequence that the model supports, in tokens; generation stops there.
+      eos_id: a row ends after this token, or after any of these tokens.
+      n_ids: number of ids of the tokenizer. Larger ids of the model, which pad its vocabulary, are
+        never drawn. None: the tokenizer has all ids of the model.
+      chunk: tokens drawn by one program. A larger number needs fewer dispatches; the tokens are
+        the same.
+      rows: smallest number of rows of the program; rows without a prompt are padding.
 
     Yields:
-      The next tokens of each row, EOS included where it came; none for a row that has ended.
+      The next tokens of each row, with its EOS; an empty list for a row that has ended.
 
     Raises:
-      UserError: as `check_prompts`.
+      UserError: see `check_prompts`.
     """
     longest = check_prompts(prompts, context)
     width, multiple = round_up(longest), batch_multiple()
@@ -368,7 +387,20 @@ def generate(
     eos_id: int | Sequence[int],
     n_ids: int | None = None,
 ) -> list[list[int]]:
-    """All new tokens of each row, from one program; the rest as `stream_tokens`."""
+    """Returns all new tokens of each row, drawn by one program.
+
+    Args:
+      config: the model; all arguments are those of `stream_tokens`.
+      params: its parameters.
+      prompts: token ids of each prompt, at least one (BOS).
+      sampling: how to draw tokens.
+      context: longest sequence that the model supports, in tokens.
+      eos_id: a row ends after this token, or after any of these tokens.
+      n_ids: number of ids of the tokenizer.
+
+    Raises:
+      UserError: see `check_prompts`.
+    """
     parts = stream_tokens(
         config,
         params,

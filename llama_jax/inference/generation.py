@@ -1,6 +1,7 @@
-"""Text that goes on: what `decode` draws as token ids, as text.
+"""Continuations of prompts as text; `decode` works on token ids.
 
-`complete` gives whole texts, for a sample after training; `new_texts` gives what comes as it comes.
+`complete` returns whole texts, for the sample after training. `new_texts` yields text as the model
+generates it.
 """
 
 import dataclasses
@@ -23,10 +24,18 @@ def complete(
     *,
     context: int,
 ) -> list[str]:
-    """Continues texts; returns each prompt with its continuation.
+    """Continues texts, and returns each prompt with its continuation.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      tokenizer: tokenizer of the model.
+      prompts: the texts.
+      sampling: how to draw tokens.
+      context: longest sequence that the model supports, in tokens.
 
     Raises:
-      UserError: as `decode.stream_tokens`.
+      UserError: see `decode.stream_tokens`.
     """
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     new = generate(
@@ -47,14 +56,14 @@ def complete(
 
 @dataclasses.dataclass(frozen=True)
 class NewText:
-    """What a row got.
+    """New text of one row.
 
     Attributes:
-      row: of which prompt.
-      text: new text, of whole characters.
-      tokens: how many new tokens that came with.
-      ended: nothing follows.
-      part: how many programs drew tokens of the batch before.
+      row: index of the prompt.
+      text: the new text; it contains only whole characters.
+      tokens: number of new tokens.
+      ended: whether this is the last text of the row.
+      part: number of programs that drew tokens for this batch before.
     """
 
     row: int
@@ -67,17 +76,23 @@ class NewText:
 def new_texts(
     model: InferenceModel, prompts: Sequence[Sequence[int]], sampling: Sampling, *, chunk: int
 ) -> Iterator[NewText]:
-    """Continues prompts of token ids, and decodes what comes.
+    """Continues prompts of token ids, and yields the new text of each row as it comes.
+
+    Args:
+      model: the model.
+      prompts: token ids of each row.
+      sampling: how to draw tokens.
+      chunk: tokens drawn by one program.
 
     Raises:
-      UserError: as `decode.stream_tokens`.
+      UserError: see `decode.stream_tokens`.
     """
     tokenizer = model.tokenizer
     streams = [tokenizer.stream() for _ in prompts]
     for begun, prompt in zip(streams, prompts, strict=True):
         for token in prompt:
             begun.add(token)
-        begun.end()  # what half a character the prompt ends with is not ours to show
+        begun.end()  # drops an incomplete character at the end of the prompt
     running = set(range(len(prompts)))
     parts = stream_tokens(
         model.config.model,
@@ -108,13 +123,16 @@ def show_in_order(
     write: Callable[[str], Any],
     first: int | None = None,
 ) -> Iterator[NewText]:
-    """Writes each prompt and what it got: one row as it comes, the next when that has ended.
+    """Writes each prompt and its continuation, one row after another.
+
+    The text of the current row is written as it comes; text of later rows waits.
 
     Args:
       prompts: texts of the rows.
-      found: what the rows get; passed on.
-      write: takes text.
-      first: rows before these, to number texts above each; None: no numbers.
+      found: new text of the rows; yielded again.
+      write: writes a text.
+      first: number of rows of earlier batches, for a line with a number above each text; None: no
+        such lines.
     """
     waiting, ended, shown = list(prompts), set(), 0
 
@@ -139,7 +157,7 @@ def show_in_order(
 
 
 class Stopwatch:
-    """Counts new tokens, and the time that they took after those of the very first program."""
+    """Counts new tokens, and their time without that of the first program, which compiles."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -148,7 +166,7 @@ class Stopwatch:
         self._first_tokens = self._tokens = 0
 
     def count(self, found: Iterator[NewText]) -> None:
-        """Takes all additions of a batch."""
+        """Counts the tokens of a batch, until its texts end."""
         first_batch = not self._tokens
         for piece in found:
             self._last = time.perf_counter()
@@ -158,7 +176,7 @@ class Stopwatch:
                 self._first_seconds = self._last - self._start
 
     def summary(self) -> str:
-        """One line."""
+        """Returns one line with the number of tokens, the first delay and the speed."""
         later = self._tokens - self._first_tokens
         seconds = self._last - self._start - self._first_seconds
         speed = f", then {later / seconds:,.1f} tokens/s" if later else ""

@@ -1,7 +1,7 @@
-"""Our models in lm-evaluation-harness (0.4), and its tasks run on them.
+"""An adapter that runs the tasks of lm-evaluation-harness (0.4) on models of this library.
 
-https://github.com/EleutherAI/lm-evaluation-harness. Needs `pip install 'llama_jax[eval]'`; nothing
-else here imports it.
+https://github.com/EleutherAI/lm-evaluation-harness. It needs `pip install 'llama_jax[eval]'`; no
+other module imports the harness.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-# A library that asks the network for what is on the disk is slow where there is none.
+# Telemetry makes the Hub's library slow without a network, even for data on the disk.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from lm_eval import evaluator, utils
@@ -26,17 +26,17 @@ from llama_jax.inference.decode import Sampling, stream_tokens
 from llama_jax.inference.loaded_model import InferenceModel
 from llama_jax.inference.logprobs import Scorer, Span
 
-MAX_NEW_TOKENS = 256  # where a task does not say, as the harness's own models
-CHUNK = 16  # tokens between two looks for what ends an answer
-# Spans that are sorted by length together, in batches.
+MAX_NEW_TOKENS = 256  # for tasks that give no number; the default of the harness's own models
+CHUNK = 16  # number of tokens between two searches for a text that ends an answer
+# Number of batches whose spans are sorted by length together.
 BATCHES_AT_ONCE = 256
 
 
 class HarnessModel(TemplateLM):
-    """Answers the three kinds of requests; call the harness inside `jax.set_mesh(model.mesh)`.
+    """Answers the harness's three kinds of requests; use it inside `jax.set_mesh(model.mesh)`.
 
-    Text is tokenized as the harness's `hf` model does: after BOS, if the tokenizer adds it. Names
-    of special tokens in it stay text.
+    A text is tokenized as by the harness's `hf` model: with BOS, if the tokenizer adds it. Names of
+    special tokens in the text are read as plain text.
     """
 
     def __init__(self, model: InferenceModel, batch_size: int, quiet: bool = False) -> None:
@@ -44,8 +44,8 @@ class HarnessModel(TemplateLM):
 
         Args:
           model: the model.
-          batch_size: requests at a time.
-          quiet: show no bars of progress.
+          batch_size: requests per batch.
+          quiet: show no progress bars.
         """
         super().__init__()
         self._model, self._quiet = model, quiet
@@ -55,23 +55,29 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """Ends a text."""
+        """The token that ends a text."""
         return self._model.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context."""
+        """The token before a text that has no context."""
         return self._model.tokenizer.bos_id
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer in the harness's caches."""
+        """The name of the tokenizer in the harness's caches."""
         return self._model.tokenizer.fingerprint
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids; with BOS, if the tokenizer adds it, unless told not to."""
+        """Converts a text to token ids.
+
+        Args:
+          string: the text.
+          add_special_tokens: False: no BOS; True or None: with BOS, if the tokenizer adds it.
+          **kwargs: ignored.
+        """
         if add_special_tokens is False:
             return self._model.tokenizer.encode(string)
         return self._model.encode(string)
@@ -100,7 +106,7 @@ class HarnessModel(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows side by side as the harness cuts them."""
+        """Computes the log-likelihood of whole texts, in the harness's disjoint windows."""
         spans, owners = [], []
         for number, request in enumerate(requests):
             windows = utils.get_rolling_token_windows(
@@ -120,7 +126,7 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continues contexts until one of the request's texts, or EOS, comes."""
+        """Continues contexts until EOS or one of the request's stop texts."""
         ids = [self._model.tokenizer.encode_prompt(request.args[0]) for request in requests]
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -150,7 +156,7 @@ class HarnessModel(TemplateLM):
         temperature = float(arguments.get("temperature", 0.0) or 0.0)
         sampling = Sampling(
             max_tokens=count,
-            # The harness's tasks give a temperature for sampling, and do_sample where they mean it.
+            # Tasks may give a temperature that has no effect because do_sample is false.
             temperature=temperature if arguments.get("do_sample", temperature > 0) else 0.0,
             top_k=int(arguments.get("top_k", 0)),
             top_p=float(arguments.get("top_p", 1.0)),
@@ -188,11 +194,11 @@ class HarnessModel(TemplateLM):
 
 
 def find_tasks(names: Sequence[str]) -> tuple[list[str], TaskManager]:
-    """Names of tasks, and a manager that knows them.
+    """Resolves the names of tasks, and returns them with a manager that can load them.
 
     Args:
-      names: tasks, groups or tags of the harness, or paths of task files; a file may use other
-        files beside it.
+      names: tasks, groups or tags of the harness, or paths of task files; a task file may use
+        other files in its folder.
 
     Raises:
       UserError: a file is missing or names no task, or a name is unknown.
@@ -230,18 +236,19 @@ def run_tasks(
     limit: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Runs tasks; returns the harness's own results, without the samples.
+    """Runs tasks, and returns the harness's own results without the samples.
 
     Args:
       model: the model.
-      names: as `find_tasks`.
-      batch_size: requests at a time.
-      num_fewshot: examples in the context, where not the task's own number.
-      limit: documents of each task at most.
-      quiet: show no bars of progress.
+      names: see `find_tasks`.
+      batch_size: requests per batch.
+      num_fewshot: number of examples in the context; None: the number of the task.
+      limit: largest number of documents per task; None: all.
+      quiet: show no progress bars.
 
     Raises:
-      UserError: as `find_tasks`, or a task's data cannot be read.
+      UserError: see `find_tasks`; or the data of a task cannot be read, or a task runs code that
+        the model writes.
     """
     found, manager = find_tasks(names)
     with jax.set_mesh(model.mesh):
@@ -261,14 +268,14 @@ def run_tasks(
             if "unsafe" not in str(error).lower():
                 raise
             raise UserError(
-                f"one of {', '.join(names)} runs what the model writes; evaluate does not"
+                f"one of {', '.join(names)} runs code that the model writes; evaluate does not"
             ) from error
     assert results is not None
     return results
 
 
 def table(results: dict[str, Any]) -> str:
-    """The harness's own table of results, with its groups where there are some."""
+    """Formats the results as the harness's own table, and one of its groups, if any."""
     tables = [utils.make_table(results)]
     if results.get("groups"):
         tables.append(utils.make_table(results, "groups"))
@@ -276,5 +283,5 @@ def table(results: dict[str, Any]) -> str:
 
 
 def to_json(results: dict[str, Any]) -> str:
-    """The harness's own JSON of results."""
+    """Formats the results as the harness's own JSON."""
     return json.dumps(results, indent=2, default=utils.handle_non_serializable, ensure_ascii=False)

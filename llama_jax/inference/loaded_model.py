@@ -1,4 +1,4 @@
-"""What `generate` and `evaluate` share: a model read from a checkpoint, on a mesh of its own."""
+"""A model that is read from a checkpoint onto its own mesh, for `generate` and `evaluate`."""
 
 import dataclasses
 import functools
@@ -27,18 +27,19 @@ from llama_jax.text.tokenizer_config import adds_bos, special_ids, with_base_fil
 
 @dataclasses.dataclass(frozen=True)
 class InferenceModel:
-    """A model to write or to score with.
+    """A model for generation or scoring.
 
     Attributes:
-      folder: the step that it was read from.
-      config: of the run.
-      params: on the mesh; matrices in the compute dtype, norms in float32. Of a run with adapters
-        these and their base, not merged (`lora.Adapted`).
-      tokenizer: of the run.
-      mesh: set it with `jax.set_mesh` around all uses.
-      context: longest sequence that the weights are for, in tokens.
-      files: that came with imported weights, by name: `generation_config.json`, chat templates.
-      turn_ends: further tokens that end an answer: of a chat template.
+      folder: folder of the step that the model was read from.
+      config: config of the run.
+      params: parameters on the mesh; matrices in the compute dtype, norms in float32. For a run
+        with adapters, these and their base, not merged (`lora.Adapted`).
+      tokenizer: tokenizer of the run.
+      mesh: the devices; use the model inside `jax.set_mesh(mesh)`.
+      context: longest sequence that the model supports, in tokens.
+      files: contents of the files that came with imported weights, such as
+        `generation_config.json` and chat templates, by name.
+      turn_ends: tokens of a chat template that end an answer as well.
     """
 
     folder: epath.Path
@@ -52,14 +53,14 @@ class InferenceModel:
 
     @functools.cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: `generation_config.json`'s, or EOS; and those of turns."""
+        """Tokens that end an answer: those of `generation_config.json` or EOS, and turn ends."""
         found = special_ids(self.files, self.config.model.vocab_size)[1]
         found = self.tokenizer.eos_id if found is None else found
         ends = [found] if isinstance(found, int) else found
         return tuple(dict.fromkeys([*ends, *self.turn_ends]))
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids of a text as the model is to read it: `Tokenizer.encode_text`."""
+        """Converts a text to the token ids that the model reads; see `Tokenizer.encode_text`."""
         return self.tokenizer.encode_text(text, special=special)
 
 
@@ -73,13 +74,13 @@ def open_model(
 
     Args:
       checkpoint: a work directory, or the folder of one step.
-      mesh: as `mesh.parse_mesh`; empty: as many devices along `tensor` as it divides over.
-      base: FORMAT:DIR of the weights below adapters; empty: where they were in training.
-      architecture: with which it was trained.
+      mesh: the devices, see `mesh.parse_mesh`; empty: see `decoding_mesh`.
+      base: FORMAT:DIR of the base of the adapters; empty: the place that training read it from.
+      architecture: the architecture that it was trained with.
 
     Raises:
-      UserError: there is no checkpoint, none with a tokenizer, or it does not fit the mesh; its
-        adapters belong to another base, or it has none but a base is given.
+      UserError: there is no checkpoint, it has no tokenizer, it does not fit the mesh, its adapters
+        belong to another base, or `base` is given but the checkpoint has no adapters.
     """
     if checkpoint is None:
         raise UserError("--checkpoint is missing; try --checkpoint=runs/tiny")
@@ -90,7 +91,7 @@ def open_model(
             raise no_adapters(folder)
         config = dataclasses.replace(meta.config, init_from=base)
         meta = dataclasses.replace(meta, config=config)
-    # Old checkpoints have Llama 3's own format only there.
+    # In old checkpoints, a tokenizer in Llama 3's own format is only among the files.
     model_bytes = meta.tokenizer_model or meta.tokenizer_files.get("tokenizer.model", b"")
     if not model_bytes:
         reason = (
@@ -104,14 +105,14 @@ def open_model(
         raise UserError(f"{folder} has no tokenizer to read text: {reason}")
     tokenizer = Tokenizer(model_bytes, f"the tokenizer of {folder}")
     size = meta.config.model.vocab_size
-    if tokenizer.vocab_size > size:  # beyond the embedding, JAX would take its last row
+    if tokenizer.vocab_size > size:  # for a larger id, JAX would use the last row of the embedding
         raise UserError(
             f"the tokenizer of {folder} has {tokenizer.vocab_size} ids, but model.vocab_size is "
             f"{size}: convert the weights again with a tokenizer of {size} ids at most"
         )
     source = open_base(meta.config, folder) if meta.config.lora.rank else None
     files = meta.tokenizer_files
-    if source is not None:  # what was not learnt, such as special ids, is the base's
+    if source is not None:  # settings that training does not change, such as special ids
         files = with_base_files(files, source.description.files)
     begins = adds_bos(files, tokenizer, str(folder))
     if begins is not None:
@@ -159,7 +160,7 @@ def cast_matrices(config: ModelConfig, params: Any, rows: Table = PARAMETERS) ->
 
 
 def decoding_mesh(config: ModelConfig, lora: LoraConfig | None = None) -> jax.sharding.Mesh:
-    """As many devices along `tensor` as heads, ffn and blocks of NF4 divide over."""
+    """Makes a mesh of the most devices along `tensor` that divide heads, ffn and NF4 blocks."""
     devices = jax.devices()
     tensor = math.gcd(len(devices), config.n_kv_heads, config.ffn_dim)
     if lora is not None and lora.base_dtype == "nf4" and lora.rank:

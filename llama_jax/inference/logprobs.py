@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens: batched, in few shapes, and never all logits at once."""
+"""Log probabilities of given tokens, in batches of few shapes, without all logits at once."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from llama_jax.model.llama import forward
 from llama_jax.model.loss import from_chunks, n_chunks_of, to_chunks
 from llama_jax.parallel.sharding import constrain, devices_along
 
-CHUNK = 128  # positions whose logits exist at once
+CHUNK = 128  # number of positions whose logits exist at once
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -27,9 +27,17 @@ def token_logprobs(
     targets_BT: jax.Array,
     lengths_B: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """log p(target | inputs up to there), float32, and whether it is the likeliest; both B T.
+    """Computes log p(target | inputs up to its position) for each target.
 
-    Padding belongs on the right, where nothing before it sees it; `lengths_B` are without it.
+    Args:
+      config: the model.
+      params: its parameters.
+      inputs_BT: token ids, padded on the right, where no earlier token sees the padding.
+      targets_BT: the token to score at each position.
+      lengths_B: tokens of each row without padding, see `rope_tables`.
+
+    Returns:
+      Log probabilities in nats, float32, and whether the target is the most likely token; both B T.
     """
     hidden_BTD, head_DV, _ = forward(config, params, inputs_BT, lengths_B=lengths_B)
     head_DV = constrain(head_DV, "embed", "vocab")  # gathered once, not once per chunk
@@ -49,23 +57,26 @@ def token_logprobs(
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Tokens of which the last `scored` are scored, given all before each."""
+    """A sequence of tokens, of which the last `scored` are scored, each given all before it."""
 
     tokens: Sequence[int]
     scored: int
 
     def __post_init__(self) -> None:
         if not 0 < self.scored < len(self.tokens):
-            raise ValueError(f"of {len(self.tokens)} tokens, {self.scored} cannot be scored")
+            raise ValueError(
+                f"{self.scored} of {len(self.tokens)} tokens cannot be scored; score at least one, "
+                "and not the first"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Of the scored tokens of a span, in their order.
+    """The scores of a span's scored tokens, in their order.
 
     Attributes:
-      logprobs: log-probability of each, in nats, float32.
-      greedy: whether each was the likeliest.
+      logprobs: log probability of each token, in nats, float32.
+      greedy: whether each token was the most likely one.
     """
 
     logprobs: np.ndarray
@@ -74,15 +85,15 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """Scores spans in batches of one size and of lengths that are powers of two.
+    """Scores spans in batches of one size, padded to lengths that are powers of two.
 
     Call it inside `jax.set_mesh`.
 
     Attributes:
       config: the model.
       params: its parameters.
-      context: most tokens that the model sees at once.
-      batch_size: spans at a time; rounded up to what the mesh divides.
+      context: longest sequence that the model supports, in tokens.
+      batch_size: spans per batch; rounded up to a multiple that the mesh divides.
     """
 
     config: ModelConfig
@@ -93,21 +104,21 @@ class Scorer:
     def __call__(
         self, spans: Sequence[Span], progress: Callable[[int], Any] = lambda count: None
     ) -> list[Score]:
-        """The score of each span.
+        """Computes the score of each span.
 
         Args:
-          spans: each of at most `context` + 1 tokens, of which the last is only a target.
-          progress: gets the number of spans done since the last call.
+          spans: each has at most `context` + 1 tokens; the last token is only a target.
+          progress: called with the number of spans done since the last call.
 
         Raises:
-          ValueError: a longer span.
+          ValueError: a span is longer.
           UserError: the mesh divides the sequence.
         """
         if spans and max(len(span.tokens) for span in spans) > self.context + 1:
             raise ValueError(f"a span has more than {self.context} + 1 tokens")
         multiple = batch_multiple()
         size = -(-self.batch_size // multiple) * multiple
-        # The longest come first: what does not fit into memory fails at once.
+        # The longest come first, so that a lack of memory shows at once.
         order = sorted(range(len(spans)), key=lambda index: -len(spans[index].tokens))
         batches = [order[first : first + size] for first in range(0, len(order), size)]
         found: dict[int, Score] = {}
@@ -125,7 +136,7 @@ class Scorer:
             padded = self._pad([spans[index].tokens for index in batch], size)
             arrays = token_logprobs(self.config, self.params, *padded)
             waiting.append((batch, arrays))
-            if len(waiting) > 1:  # the next batch runs while this one is taken apart
+            if len(waiting) > 1:  # the next batch runs while the host reads this one
                 take()
         while waiting:
             take()
@@ -134,7 +145,7 @@ class Scorer:
     def _pad(
         self, rows: list[Sequence[int]], size: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Inputs and targets, B T, and the lengths of the inputs, B."""
+        """Returns padded inputs and targets, B T, and the lengths of the inputs, B."""
         width = round_up(max(map(len, rows)) - 1)
         parts = devices_along("residual_seq")
         width = -(-width // parts) * parts

@@ -1,4 +1,4 @@
-"""Perplexity of text by a strided window: of tokens, words and bytes, and bits per byte."""
+"""Perplexity of texts per token, word and byte, and bits per byte, with a strided window."""
 
 import dataclasses
 import itertools
@@ -23,9 +23,9 @@ from llama_jax.inference.loaded_model import InferenceModel
 from llama_jax.inference.logprobs import Scorer, Span
 from llama_jax.text.tokenizer import Tokenizer
 
-# Documents wait until there are so many batches to sort by length.
+# Number of batches whose spans are collected and sorted by length together.
 BATCHES_AT_ONCE = 32
-COLUMNS = {  # of the table: result -> format
+COLUMNS = {  # of the table: the result and its number format
     "documents": ",",
     "tokens": ",",
     "words": ",",
@@ -36,12 +36,12 @@ COLUMNS = {  # of the table: result -> format
     "byte_perplexity": ",.4f",
     "bits_per_byte": ".4f",
 }
-REPORT_SECONDS = 5.0  # between two lines about the progress
+REPORT_SECONDS = 5.0  # time between two lines about the progress
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """Tokens, the first of which is not scored, without EOS, and the text that they are."""
+    """A text and its tokens, without EOS; the first token is not scored."""
 
     tokens: Sequence[int]
     text: str
@@ -49,14 +49,14 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """Sums over documents, from which all perplexities follow.
+    """Sums over documents, from which all perplexities are computed.
 
     Attributes:
-      nll: -log p of all tokens but the first of each document, in nats.
-      documents: that were scored.
-      tokens: that were scored: BOS is not, nor is the first token where there is no BOS.
-      words: separated by white space.
-      bytes: of UTF-8.
+      nll: sum of -log p over all scored tokens, in nats.
+      documents: number of scored documents.
+      tokens: number of scored tokens: all except the first of each document (BOS, if it has one).
+      words: number of words, separated by white space.
+      bytes: number of bytes of the texts in UTF-8.
     """
 
     nll: float = 0.0
@@ -70,7 +70,7 @@ class Totals:
         return Totals(*(left + right for left, right in zip(mine, others, strict=True)))
 
     def results(self) -> dict[str, float]:
-        """The sums, loss per token, the three perplexities and bits per byte."""
+        """Computes loss per token, the three perplexities and bits per byte; includes the sums."""
         return {
             **dataclasses.asdict(self),
             "loss": _per(self.nll, self.tokens),
@@ -90,17 +90,23 @@ def _exp(value: float) -> float:
 
 
 def windows(tokens: Sequence[int], context: int, stride: int) -> Iterator[Span]:
-    """Spans of at most `context` inputs, each `stride` after the one before.
+    """Cuts tokens into spans of at most `context` inputs, each `stride` after the one before.
 
-    Every token but the first is scored once. All but those of the first window have at least
-    `context - stride` tokens before them: a smaller stride costs time and gives each more context.
+    Every token except the first is scored once. Tokens after the first window are scored with at
+    least `context - stride` tokens before them, so a smaller stride gives more context and takes
+    more time.
+
+    Args:
+      tokens: tokens of a document.
+      context: largest number of inputs of a span.
+      stride: distance between the starts of two spans, in tokens.
 
     Raises:
       UserError: the stride is not in 1..context.
     """
     if not 1 <= stride <= context:
         raise UserError(f"--stride must be in 1..{context}, the context, got {stride}")
-    scored = 1  # tokens before this one are
+    scored = 1  # all tokens before this index are scored, or need no score
     for begin in range(0, len(tokens) - 1, stride):
         end = min(begin + context + 1, len(tokens))
         yield Span(tokens[begin:end], end - scored)
@@ -110,12 +116,12 @@ def windows(tokens: Sequence[int], context: int, stride: int) -> Iterator[Span]:
 
 
 def text_document(text: str, tokenizer: Tokenizer) -> Document:
-    """A text that begins with BOS if the tokenizer adds it, and does not end with EOS."""
+    """Makes a document of a text, with BOS if the tokenizer adds it, and without EOS."""
     return Document(tokenizer.encode_text(text), text)
 
 
 def shard_document(tokens: np.ndarray, tokenizer: Tokenizer) -> Document:
-    """A document of a shard, from BOS to EOS."""
+    """Makes a document of the tokens of a shard's document, which go from BOS to EOS."""
     ids = tokens[:-1].tolist()
     return Document(ids, tokenizer.decode(ids[1:]))
 
@@ -126,16 +132,16 @@ def perplexity(
     stride: int,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> Totals:
-    """Scores documents, each by itself; call it inside `jax.set_mesh`.
+    """Scores documents independently of each other; call it inside `jax.set_mesh`.
 
     Args:
-      scorer: the model, and its context.
-      documents: read as they are needed.
-      stride: of the window.
-      progress: gets the number of tokens scored since the last call.
+      scorer: the model and its context.
+      documents: the documents, read one by one.
+      stride: see `windows`.
+      progress: called with the number of tokens scored since the last call.
 
     Raises:
-      UserError: a stride beyond the context, or there is no document.
+      UserError: the stride is larger than the context, or there is no document.
     """
     totals = Totals()
     spans: list[Span] = []
@@ -164,14 +170,14 @@ def perplexity(
 
 
 class Progress:
-    """Says on stderr, now and then and at the end, how many tokens are scored."""
+    """Prints to stderr how many tokens are scored, every `REPORT_SECONDS` and at the end."""
 
     def __init__(self) -> None:
         self._start = self._said = time.perf_counter()
         self._tokens = 0
 
     def __call__(self, tokens: int) -> None:
-        """Counts more tokens."""
+        """Counts newly scored tokens."""
         self._tokens += tokens
         now = time.perf_counter()
         if now - self._said >= REPORT_SECONDS:
@@ -179,16 +185,21 @@ class Progress:
             self.say()
 
     def say(self) -> None:
-        """Says it now."""
+        """Prints the count and the speed now."""
         speed = self._tokens / (time.perf_counter() - self._start)
         print(f"{self._tokens:,} tokens, {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
 
 
 def read_texts(source: str, field: str, model: InferenceModel) -> dict[str, Iterator[Document]]:
-    """Documents of each named source of `--text`.
+    """Returns the documents of each named source of `--text`, read when they are needed.
+
+    Args:
+      source: the value of `--text`, see `DataConfig.source`.
+      field: field of the records that has the text.
+      model: the model, for its tokenizer.
 
     Raises:
-      UserError: a source is misspelt; when read: a file is missing.
+      UserError: a source is misspelt; during reading: a file is missing.
     """
     data = DataConfig(source=source, text_field=field)
     return {
@@ -198,29 +209,34 @@ def read_texts(source: str, field: str, model: InferenceModel) -> dict[str, Iter
 
 
 def _texts(source: str, data: DataConfig) -> Iterator[str]:
-    """Texts of a source; at the end it says what was skipped of it."""
+    """Yields the texts of a source, and prints at the end what was skipped."""
     tally, some = Tally(), False
     try:
         for text in read_source(source, data, tally):
             some = True
             yield text
-    finally:  # also where no more of them are asked for; without any, an error says so
+    finally:  # also if the caller stops early; without any text, an error reports the skips
         if some and str(tally):
             print(tally, file=sys.stderr, flush=True)
 
 
 def read_shards(folder: str, split: str, model: InferenceModel) -> dict[str, Iterator[Document]]:
-    """Documents of each source of prepared shards.
+    """Returns the documents of each source of prepared shards, read when they are needed.
+
+    Args:
+      folder: folder that `prepare` wrote.
+      split: `train` or `validation`.
+      model: the model, for its tokenizer.
 
     Raises:
-      UserError: there are no shards, they are damaged, or of another tokenizer.
+      UserError: there are no shards, they are damaged, or they use another tokenizer.
     """
     found: dict[str, Iterator[Document]] = {}
     for name, path in source_folders(folder).items():
         data = TokenDataset.open(path, split)
         if data.tokenizer_sha256 != model.tokenizer.fingerprint:
             raise UserError(
-                f"the shards in {path} are of another tokenizer than the checkpoint {model.folder}"
+                f"the shards in {path} use another tokenizer than the checkpoint {model.folder}"
             )
         if data.unchecked:
             remark = unchecked_remark([str(path)])
@@ -237,10 +253,17 @@ def evaluate(
     batch_size: int,
     limit: int | None,
 ) -> dict[str, dict[str, float]]:
-    """Results of each source, and of all together where there are several.
+    """Computes the results of each source; with several sources, also of `all` together.
+
+    Args:
+      model: the model.
+      sources: documents of each source by name.
+      stride: see `windows`.
+      batch_size: spans per batch.
+      limit: largest number of documents per source; None: all.
 
     Raises:
-      UserError: as `perplexity`.
+      UserError: see `perplexity`.
     """
     scorer = Scorer(model.config.model, model.params, model.context, batch_size)
     progress, totals = Progress(), {}
@@ -255,7 +278,7 @@ def evaluate(
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """The results in columns."""
+    """Formats the results as a table."""
     rows = [["", *(name.replace("_", " ") for name in COLUMNS)]]
     rows += [
         [name, *(format(row[column], how) for column, how in COLUMNS.items())]
@@ -268,7 +291,13 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def to_json(model: InferenceModel, stride: int, results: dict[str, dict[str, float]]) -> str:
-    """The results and what they are of; null for what is infinite or undefined."""
+    """Formats the results as JSON; numbers that are infinite or undefined become null.
+
+    Args:
+      model: the model.
+      stride: stride of the window.
+      results: see `evaluate`.
+    """
     finite = {
         name: {key: value if math.isfinite(value) else None for key, value in row.items()}
         for name, row in results.items()

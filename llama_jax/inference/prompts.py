@@ -1,4 +1,4 @@
-"""Prompts and conversations that stand in files."""
+"""Prompts and conversations that are read from files."""
 
 import dataclasses
 import json
@@ -13,27 +13,27 @@ from llama_jax.text.chat_template import Messages
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the user wants continued: a prompt, or a conversation."""
+    """Input that the model continues: a prompt, or a conversation."""
 
     prompt: str = ""
     conversation: Messages | None = None
 
     def messages(self) -> Messages:
-        """The conversation; a prompt is one of a single message."""
+        """Returns the conversation; a prompt becomes a conversation of one message."""
         return self.conversation or [{"role": "user", "content": self.prompt}]
 
     def to_dict(self) -> dict[str, Any]:
-        """As the line of a file would have it."""
+        """Returns the request in the form of a line of a .jsonl file."""
         if self.conversation is None:
             return {"prompt": self.prompt}
         return {"messages": self.conversation}
 
 
 def read_prompts(path: epath.PathLike) -> list[str]:
-    """Prompts of a file; empty lines are none.
+    """Reads the prompts of a file, one per line; skips empty lines.
 
     Raises:
-      UserError: it cannot be read, holds none, or a line of a .jsonl file is no prompt.
+      UserError: the file cannot be read or has no prompt, or a line of a .jsonl file is not one.
     """
     path = epath.Path(path)
     if path.suffix not in (".jsonl", ".ndjson"):
@@ -49,10 +49,10 @@ def read_prompts(path: epath.PathLike) -> list[str]:
 
 
 def read_messages(path: epath.PathLike) -> list[Messages]:
-    """Conversations of a .jsonl file: a line is a list of messages, or {"messages": [...]}.
+    """Reads conversations of a .jsonl file: a line is a list of messages, or {"messages": [...]}.
 
     Raises:
-      UserError: it cannot be read, holds none, or a line is no conversation.
+      UserError: the file cannot be read or is empty, or a line is not a conversation.
     """
     path = epath.Path(path)
     found = []
@@ -73,7 +73,7 @@ def _is_message(value: Any) -> bool:
 
 
 def _lines(path: epath.Path, flag: str) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that is not empty."""
+    """Yields number and text of each line that is not empty."""
     try:
         lines = path.read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -88,5 +88,5 @@ def _json(path: epath.Path, number: int, line: str) -> Any:
     with as_user_error(f"{path}, line {number}"):
         try:
             return json.loads(line)
-        except ValueError as error:  # numbers that are too long, too
+        except ValueError as error:  # also for numbers that are too long
             raise UserError(f"{path}, line {number}: not JSON: {error}") from error

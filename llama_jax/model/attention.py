@@ -1,8 +1,8 @@
-"""Computes causal, grouped-query attention by one of a table of backends.
+"""Causal, grouped-query attention with several backends.
 
-Shape letters as in llama.py. Every backend computes the same: none takes a mask that it cannot
-honour. A new backend is a file with `obstacle` and `attend`, a row of `BACKENDS`, and a name that
-configs accept (`config.ATTENTION_BACKENDS`).
+Shape letters are those of llama.py. All backends compute the same function: a backend rejects a
+mask that it does not support. To add a backend, write a module with `obstacle` and `attend`, add it
+to `BACKENDS`, and add its name to `config.ATTENTION_BACKENDS`.
 """
 
 from collections.abc import Mapping
@@ -16,15 +16,18 @@ from llama_jax.model.attention_scores import Options, SegmentIds
 
 
 class Backend(Protocol):
-    """A module that computes attention of as many queries as keys."""
+    """A module that computes attention for equal numbers of queries and keys."""
 
     def obstacle(self, q_BTNH: jax.Array, segment_ids: SegmentIds | None, options: Options) -> str:
-        """Says why it cannot compute this here, and what would work; '' if it can.
+        """Explains why the backend cannot run with these arguments on this machine.
 
         Args:
           q_BTNH: queries, of which only shape and dtype are read.
-          segment_ids: of queries and keys.
-          options: what else is asked for.
+          segment_ids: segment ids of queries and keys.
+          options: the other arguments of `attention`.
+
+        Returns:
+          The reason and what would work instead; '' if the backend can run.
         """
 
     def attend(
@@ -35,17 +38,17 @@ class Backend(Protocol):
         segment_ids: SegmentIds | None,
         options: Options,
     ) -> jax.Array:
-        """Computes it.
+        """Computes attention; see `attention`.
 
         Args:
-          q_BTNH: queries, and all arguments, as those of `attention`.
+          q_BTNH: queries.
           k_BSKH: keys.
           v_BSKH: values.
-          segment_ids: of queries and keys.
-          options: what else is asked for.
+          segment_ids: segment ids of queries and keys.
+          options: the other arguments of `attention`.
 
         Returns:
-          Values averaged per query, B T N H, in the dtype of `q_BTNH`.
+          The average of the values for each query, B T N H, in the dtype of `q_BTNH`.
         """
 
 
@@ -55,7 +58,7 @@ BACKENDS: Mapping[str, Backend] = {
     "cudnn": attention_cudnn,
     "triton": attention_triton,
 }
-AUTO = ("splash", "cudnn", "xla")  # `auto` takes the first without an obstacle
+AUTO = ("splash", "cudnn", "xla")  # `auto` selects the first one without an obstacle
 
 
 def attention(
@@ -70,7 +73,7 @@ def attention(
     tile: int = 0,
     backward: str = "auto",
 ) -> jax.Array:
-    """Computes softmax(q k^T / sqrt(H)) v; query t sees the keys s <= t + q_offset of its segment.
+    """Computes softmax(q k^T / sqrt(H)) v; query t sees keys s <= t + q_offset in its segment.
 
     N query heads share K key/value heads in groups of G = N / K (arXiv:2305.13245).
 
@@ -79,22 +82,23 @@ def attention(
       k_BSKH: keys.
       v_BSKH: values.
       q_offset: position of the first query among the keys; non-zero when decoding with a cache.
-      segment_ids: ids of shape (B, T) for queries and (B, S) for keys; tokens of different
-        documents, or of a document and its padding, do not see each other.
-      window: keys that a query sees back, itself included (sliding-window attention, Mistral,
+      segment_ids: ids of shape (B, T) for queries and (B, S) for keys; a query sees only keys with
+        its own id, so documents and padding are separate. None: one segment per row.
+      window: number of keys that a query sees, its own included (sliding-window attention, Mistral,
         arXiv:2310.06825); 0: all.
-      backend: a row of `BACKENDS`: `xla` everywhere; `splash`, a Pallas kernel on TPU; `cudnn` and
-        `triton` (a Pallas kernel too) on NVIDIA GPUs; or `auto`, see `AUTO`. Decoding is always
-        `xla`.
-      tile: tokens of a tile of splash; 0: by the sequence length and the chip.
-      backward: `split` or `fused` kernels for the gradients of splash; `auto`: as `tile`.
+      backend: `xla` on every platform; `splash`, a Pallas kernel on TPUs; `cudnn`, and `triton`, a
+        Pallas kernel, on NVIDIA GPUs; or `auto`, see `AUTO`. Decoding always uses `xla`.
+      tile: tokens per tile of the splash kernel; 0: chosen by sequence length and chip.
+      backward: splash kernels for the gradients: `split`, `fused`, or `auto`: chosen by sequence
+        length and tile.
 
     Returns:
-      Values averaged per query, B T N H, in the dtype of `q_BTNH`; softmax is done in float32.
+      The average of the values for each query, B T N H, in the dtype of `q_BTNH`. The softmax is
+      computed in float32.
 
     Raises:
-      ValueError: an unknown backend.
-      UserError: the backend cannot compute this here; the message says what would work.
+      ValueError: the backend is unknown.
+      UserError: the backend cannot run here; the message says what would work.
     """
     if not (isinstance(q_offset, int) and q_offset == 0 and q_BTNH.shape[1] == k_BSKH.shape[1]):
         return attention_xla.dense_attention(q_BTNH, k_BSKH, v_BSKH, q_offset, segment_ids, window)

@@ -1,6 +1,6 @@
-"""Holds what attention backends are given, and the scores and masks that plain ones compute.
+"""Types that all attention backends share, and the scores and masks of those in plain JAX.
 
-Shape letters as in llama.py; Q and C are the queries and keys of one block.
+Shape letters are those of llama.py; Q and C are the queries and keys of one block.
 """
 
 import dataclasses
@@ -9,21 +9,21 @@ import math
 import jax
 import jax.numpy as jnp
 
-# Of queries B T and of keys B S.
+# The segment ids of queries, B T, and of keys, B S.
 SegmentIds = tuple[jax.Array, jax.Array]
 
-# Finite, so that a query that sees no key (padding) gives an average instead of NaN.
+# Finite, so that the result for a query that sees no key (padding) is an average, not NaN.
 MASKED = float(jnp.finfo(jnp.float32).min)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Says how to compute attention: the arguments of `attention.attention` that are no arrays.
+    """The arguments of `attention.attention` that configure a backend.
 
     Attributes:
-      window: tokens that a query sees back, itself included; 0: all.
-      tile: tokens of a tile of splash; 0: by the sequence length and the chip.
-      backward: kernels for the gradients of splash: `split`, `fused` or `auto`.
+      window: number of keys that a query sees, its own included; 0: all.
+      tile: tokens per tile of the splash kernel; 0: chosen by sequence length and chip.
+      backward: splash kernels for the gradients: `split`, `fused` or `auto`.
     """
 
     window: int = 0
@@ -34,7 +34,16 @@ class Options:
 def by_kv_head(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """B T N H, B S K H, B S K H -> B K G T H, B K S H, B K S H."""
+    """Groups the query heads by kv head, and moves the head axes to the front.
+
+    Args:
+      q_BTNH: queries.
+      k_BSKH: keys.
+      v_BSKH: values.
+
+    Returns:
+      Queries B K G T H, keys B K S H and values B K S H.
+    """
     batch, n_queries, n_heads, head_dim = q_BTNH.shape
     n_kv_heads = k_BSKH.shape[2]
     shape = (batch, n_queries, n_kv_heads, n_heads // n_kv_heads, head_dim)
@@ -48,7 +57,17 @@ def visibility_mask(
     segment_ids: SegmentIds | None,
     window: int,
 ) -> jax.Array:
-    """True where a query sees a key; broadcasts to B K G Q C."""
+    """Makes the mask of a block of scores: True where a query sees a key.
+
+    Args:
+      queries_Q: positions of the queries.
+      keys_C: positions of the keys.
+      segment_ids: segment ids of these queries, B Q, and keys, B C; None: one segment.
+      window: number of keys that a query sees, its own included; 0: all.
+
+    Returns:
+      An array of booleans that broadcasts to B K G Q C.
+    """
     mask_QC = keys_C[None, :] <= queries_Q[:, None]
     if window:
         mask_QC &= keys_C[None, :] > queries_Q[:, None] - window
@@ -59,7 +78,13 @@ def visibility_mask(
 
 
 def masked_scores(q_BKGQH: jax.Array, k_BKCH: jax.Array, mask: jax.Array) -> jax.Array:
-    """q k^T / sqrt(H) in float32, `MASKED` where the mask is False."""
+    """Computes q k^T / sqrt(H) in float32.
+
+    Args:
+      q_BKGQH: queries.
+      k_BKCH: keys.
+      mask: the mask of `visibility_mask`; the score is `MASKED` where it is False.
+    """
     scores_BKGQC = jnp.einsum(
         "BKGQH,BKCH->BKGQC", q_BKGQH, k_BKCH, preferred_element_type=jnp.float32
     )

@@ -1,6 +1,6 @@
-"""Computes attention by the splash (sparse flash) kernel that comes with JAX, on TPUs.
+"""The splash backend of attention: the sparse flash kernel that comes with JAX, for TPUs.
 
-Shape letters as in llama.py.
+Shape letters are those of llama.py.
 """
 
 import math
@@ -19,16 +19,16 @@ from llama_jax.parallel.mesh import device_kind, platform
 from llama_jax.parallel.sharding import activation_spec, devices_along
 
 LANES = 128  # the kernel works on multiples of this number of tokens
-LONG_SEQUENCE = 8192  # tokens from which on splash takes large tiles
-MOST_KEY_TILES = 8  # with which the fused backward kernel is the default
-ROOMY_CHIPS = ("TPU v6", "TPU7x")  # whose compilers give a kernel room for tiles of 2,048 tokens
+LONG_SEQUENCE = 8192  # the shortest sequence, in tokens, for which the default tile is large
+MOST_KEY_TILES = 8  # the largest number of key tiles for which `auto` uses the fused backward
+ROOMY_CHIPS = ("TPU v6", "TPU7x")  # their compilers give a kernel memory for 2,048-token tiles
 
 
 def obstacle(q_BTNH: jax.Array, segment_ids: SegmentIds | None, options: Options) -> str:
-    """Says why the kernel cannot compute this here, and what would work; '' if it can.
+    """Explains why the kernel cannot run here, '' if it can; see `attention.Backend.obstacle`.
 
     A tile that does not divide the sequence is a mistake in the config, not an obstacle: `attend`
-    raises, where `auto` would silently take another backend.
+    raises an error then, because `auto` would silently select another backend.
     """
     length, context = q_BTNH.shape[1], devices_along("seq")
     if platform() != "tpu":
@@ -42,10 +42,10 @@ def obstacle(q_BTNH: jax.Array, segment_ids: SegmentIds | None, options: Options
 
 
 class _Tiled:
-    """Makes a mask answer at once for a tile that is seen whole, or not at all.
+    """A mixin for masks that returns fully visible and fully hidden tiles without comparisons.
 
-    The kernel asks for each tile when it is made, and to compare each query with each key takes
-    minutes from 100,000 tokens on.
+    The kernel reads each tile of its mask when it is made. From 100,000 tokens on, it takes minutes
+    to compare each query with each key.
     """
 
     def __getitem__(self: Any, index: tuple[slice, slice]) -> np.ndarray:
@@ -65,7 +65,7 @@ class _Causal(_Tiled, masks.CausalMask):
 
 
 class _Window(_Tiled, masks.LocalMask):
-    """A query sees the last `window` keys, itself included."""
+    """A mask with which a query sees the last `window` keys, its own included."""
 
     def __init__(self, shape: tuple[int, int], window: int):
         super().__init__(shape, (window - 1, 0), 0)
@@ -73,18 +73,24 @@ class _Window(_Tiled, masks.LocalMask):
 
 
 def _tiles(queries: int, keys: int, tile: int, backward: str) -> dict[str, Any]:
-    """Tile sizes of the splash kernels, where a device has so many queries and keys of a sequence.
+    """Returns the tile sizes of the splash kernels.
 
-    As published recipes have them (MaxText's for Llama 2 at T 4096 and Llama 3.1 at T 8192): tiles
-    of 512 and two backward kernels for short sequences. From 8,192 tokens on, where attention is a
-    large part of the step, tiles of 2,048 on chips whose vector memory holds them and of 1,024 on
-    others, and one backward kernel, which makes five products instead of seven. That kernel writes
-    the gradient of the queries once for each tile of keys, so two kernels take over again where
-    there are many.
+    The defaults follow published recipes (MaxText's for Llama 2 at T 4096 and Llama 3.1 at T 8192).
+    Short sequences use tiles of 512 and two backward kernels. From 8,192 tokens on, attention is a
+    large part of the step: tiles are 2,048 on chips whose vector memory holds them and 1,024 on
+    others, and one fused backward kernel computes five products instead of seven. The fused kernel
+    writes the gradient of the queries once per tile of keys, so with more than `MOST_KEY_TILES`
+    tiles of keys the default is again two kernels.
+
+    Args:
+      queries: queries of a sequence on one device.
+      keys: keys of the whole sequence.
+      tile: tokens per tile; 0: the default.
+      backward: `split`, `fused` or `auto`, the default.
     """
     if tile and queries % tile:
         raise UserError(
-            f"model.attention=splash: {queries} tokens of a device are no multiple of "
+            f"model.attention=splash: the {queries} tokens of a device are not a multiple of "
             f"model.attention_tile={tile}; use 0"
         )
     long = keys >= LONG_SEQUENCE
@@ -104,7 +110,7 @@ def _tiles(queries: int, keys: int, tile: int, backward: str) -> dict[str, Any]:
 
 
 def _kernel(length: int, n_heads: int, options: Options, interpret: bool) -> Any:
-    """Makes the kernel, with its mask, for `length` tokens and the heads of one device."""
+    """Makes the kernel and its mask for `length` tokens and the heads of one device."""
     context = devices_along("seq")
     shape = (length, length)
     mask = _Window(shape, options.window) if options.window else _Causal(shape)
@@ -142,7 +148,7 @@ def _local_with_context(
     v_BKSH: jax.Array,
     segments: SegmentIds | None,
 ) -> jax.Array:
-    """Runs the kernel where each device has a part of each sequence."""
+    """Runs the kernel on the part of each sequence that one device has."""
     exchange, gather = context_parallel.to_zigzag, context_parallel.gather
     if segments is not None:
         segments = (exchange(segments[0], 1), gather(segments[1], 1))
@@ -160,21 +166,21 @@ def attend(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Computes attention by the splash kernel, on each device's heads.
+    """Computes attention with the splash kernel on each device's heads.
 
-    Under `context` each device takes an early and a late chunk of queries and gathers the keys, see
-    `context_parallel`; what the mask hides in whole blocks is skipped.
+    On a mesh with a `context` axis, each device takes an early and a late chunk of queries and
+    gathers the keys (see `context_parallel`). The kernel skips blocks that the mask fully hides.
 
     Args:
-      q_BTNH: queries; all arguments are those of `attention.Backend`.
+      q_BTNH: queries; all arguments are those of `attention.Backend.attend`.
       k_BSKH: keys.
       v_BSKH: values.
-      segment_ids: of queries and keys.
+      segment_ids: segment ids of queries and keys.
       options: window, tile and backward kernels.
-      interpret: run the kernel in Python, on any platform (tests).
+      interpret: run the kernel in Python, on any platform (for tests).
 
     Raises:
-      UserError: a device's part of the sequence is no multiple of the tile.
+      UserError: a device's part of the sequence is not a multiple of the tile.
     """
     mesh = jax.sharding.get_abstract_mesh()
     n_heads = q_BTNH.shape[2] // devices_along("heads")
@@ -194,5 +200,5 @@ def attend(
             out_specs=here,
             check_vma=False,
         )(kernel, q_BNTH, k_BKSH, v_BKSH, segment_ids)
-    # What the kernel itself names is enough to keep; a second name would keep it twice.
+    # The kernel itself names its result for remat policies; a second name would keep it twice.
     return out_BNTH.swapaxes(1, 2)

@@ -1,7 +1,7 @@
-"""Computes attention by the Pallas-Triton kernel that comes with JAX, on NVIDIA GPUs.
+"""The Triton backend of attention: a Pallas kernel that comes with JAX, for NVIDIA GPUs.
 
-It needs no library beside XLA, and knows segments, which cuDNN does not. Shape letters as in
-llama.py.
+It needs no library except XLA, and supports segments, which cuDNN does not. Shape letters are those
+of llama.py.
 """
 
 import math
@@ -14,18 +14,18 @@ from llama_jax.model.attention_scores import Options, SegmentIds
 from llama_jax.parallel.mesh import platform
 from llama_jax.parallel.sharding import activation_spec, devices_along
 
-BLOCK = 128  # queries and keys of a tile of the kernel
-HEAD_DIMS = (16, 128)  # smaller ones its matrix unit does not take, larger ones do not fit
+BLOCK = 128  # queries and keys per tile of the kernel
+HEAD_DIMS = (16, 128)  # the matrix unit takes no smaller heads, and larger ones do not fit
 
 
 def obstacle(q_BTNH: jax.Array, segment_ids: SegmentIds | None, options: Options) -> str:
-    """Says why the kernel cannot compute this here, and what would work; '' if it can."""
+    """Explains why the kernel cannot run here, '' if it can; see `attention.Backend.obstacle`."""
     _, length, _, head_dim = q_BTNH.shape
     smallest, largest = HEAD_DIMS
     if platform() != "gpu":
         return f"the Triton kernel runs on NVIDIA GPUs, and this is a {platform()}; use xla"
     if not smallest <= head_dim <= largest:
-        return f"the Triton kernel takes heads of {smallest} to {largest}, not {head_dim}"
+        return f"the Triton kernel takes a head dim of {smallest} to {largest}, not {head_dim}"
     if length % BLOCK:
         return f"the Triton kernel takes multiples of {BLOCK} tokens, not {length}"
     if devices_along("seq") > 1:
@@ -46,15 +46,17 @@ def attend(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Computes attention on each device's heads; K heads become N: the kernel knows no groups.
+    """Computes attention on each device's heads; see `attention.Backend.attend`.
+
+    The kernel does not support grouped heads, so the K kv heads are repeated to N.
 
     Args:
-      q_BTNH: queries; all arguments are those of `attention.Backend`.
+      q_BTNH: queries.
       k_BSKH: keys.
       v_BSKH: values.
-      segment_ids: one array, for queries and keys.
-      options: without a window.
-      interpret: run the kernel in Python, on any platform (tests).
+      segment_ids: the same array for queries and keys.
+      options: must have no window.
+      interpret: run the kernel in Python, on any platform (for tests).
     """
     from jax.experimental.pallas.ops.gpu.attention import mha
 

@@ -1,6 +1,6 @@
-"""Computes attention in plain XLA operations, for every platform and mesh.
+"""The XLA backend of attention: plain operations, for every platform and mesh.
 
-Shape letters as in llama.py; Q and C are the queries and keys of one block.
+Shape letters are those of llama.py; Q and C are the queries and keys of one block.
 """
 
 import functools
@@ -20,14 +20,14 @@ from llama_jax.model.attention_scores import (
 from llama_jax.model.context_parallel import context_parallel_attention
 from llama_jax.parallel.sharding import devices_along
 
-# The sequence is cut into at most so many blocks of queries, each of which sees only the keys up to
-# its own end: of the square of scores, the half above the diagonal is mostly never computed.
+# The largest number of blocks of queries per sequence. A block uses only the keys up to its own
+# end, so most scores above the diagonal are never computed.
 MAX_BLOCKS = 8
-MIN_BLOCK = 64  # smaller ones make matrix products too small to be fast
+MIN_BLOCK = 64  # tokens; smaller blocks make the matrix products too small to be fast
 
 
 def obstacle(q_BTNH: jax.Array, segment_ids: SegmentIds | None, options: Options) -> str:
-    """Returns '': plain XLA computes all that `attention.attention` can be asked for."""
+    """Returns '': plain XLA supports all arguments of `attention.attention` everywhere."""
     return ""
 
 
@@ -38,9 +38,9 @@ def attend(
     segment_ids: SegmentIds | None,
     options: Options,
 ) -> jax.Array:
-    """Computes attention in blocks, on any mesh; arguments as of `attention.Backend`."""
+    """Computes attention in blocks, on any mesh; see `attention.Backend.attend`."""
     context = devices_along("seq")
-    # The mesh does not divide the two tokens with which parameters are initialised.
+    # `init_params` runs the model on two tokens, which the mesh does not divide.
     divides = q_BTNH.shape[0] % devices_along("batch") == 0 and q_BTNH.shape[1] % (2 * context) == 0
     if context > 1 and divides:
         return context_parallel_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids, options.window)
@@ -54,7 +54,15 @@ def blocked_attention(
     segment_ids: SegmentIds | None,
     window: int,
 ) -> jax.Array:
-    """Causal attention of as many queries as keys; arguments as of `attention.attention`."""
+    """Computes causal attention for equal numbers of queries and keys, block by block.
+
+    Args:
+      q_BTNH: queries; all arguments are those of `attention.attention`.
+      k_BSKH: keys.
+      v_BSKH: values.
+      segment_ids: segment ids of queries and keys.
+      window: number of keys that a query sees; 0: all.
+    """
     q_BKGTH, k_BKSH, v_BKSH = by_kv_head(q_BTNH, k_BSKH, v_BSKH)
     n_blocks = _n_blocks(q_BTNH.shape[1])
     out_BKGTH = _blocked(n_blocks, window, q_BKGTH, k_BKSH, v_BKSH, segment_ids)
@@ -69,7 +77,16 @@ def dense_attention(
     segment_ids: SegmentIds | None,
     window: int,
 ) -> jax.Array:
-    """The same for queries that begin at `q_offset` among the keys; scores exist all at once."""
+    """Computes causal attention for queries that begin at `q_offset`, with all scores at once.
+
+    Args:
+      q_BTNH: queries; all arguments are those of `attention.attention`.
+      k_BSKH: keys.
+      v_BSKH: values.
+      q_offset: position of the first query among the keys.
+      segment_ids: segment ids of queries and keys.
+      window: number of keys that a query sees; 0: all.
+    """
     q_BKGTH, k_BKSH, v_BKSH = by_kv_head(q_BTNH, k_BSKH, v_BSKH)
     queries_T = jnp.arange(q_BTNH.shape[1]) + q_offset
     mask = visibility_mask(queries_T, jnp.arange(k_BSKH.shape[1]), segment_ids, window)
@@ -82,7 +99,7 @@ def dense_attention(
 
 
 def _n_blocks(length: int) -> int:
-    """The most blocks of equal size that are not too many and not too small."""
+    """Returns the largest number of equal blocks that `MAX_BLOCKS` and `MIN_BLOCK` permit."""
     most = max(1, min(MAX_BLOCKS, length // MIN_BLOCK))
     return next(count for count in range(most, 0, -1) if length % count == 0)
 
@@ -94,7 +111,7 @@ def _block_scores(
     k_BKSH: jax.Array,
     segment_ids: SegmentIds | None,
 ) -> jax.Array:
-    """Masked scores of the queries start..stop against the keys low..stop."""
+    """Computes the masked scores of the queries start..stop and the keys low..stop."""
     low, start, stop = bounds
     if segment_ids is not None:
         segment_ids = (segment_ids[0][:, start:stop], segment_ids[1][:, low:stop])
@@ -103,11 +120,11 @@ def _block_scores(
 
 
 def _bounds(n_blocks: int, window: int, length: int) -> list[tuple[int, int, int]]:
-    """Of each block of queries: the first key that any of them may see, and the block's ends."""
+    """Returns, for each block of queries, the first key to use, and the block's start and stop."""
     size = length // n_blocks
     bounds = []
     for start in range(0, length, size):
-        # Rounded down to a block, so that gradients of keys add up block by block.
+        # Rounded down to the start of a block, so that gradients of keys are summed per block.
         low = max(0, start - window + 1) // size * size if window else 0
         bounds.append((low, start, start + size))
     return bounds
@@ -122,10 +139,10 @@ def _blocked(
     v_BKSH: jax.Array,
     segment_ids: SegmentIds | None,
 ) -> jax.Array:
-    """Causal attention in blocks of queries, with FlashAttention's backward pass.
+    """Computes causal attention in blocks of queries, with FlashAttention's backward pass.
 
-    The forward pass keeps one number per query, log sum exp of its scores, from which the backward
-    pass recomputes the weights (arXiv:2205.14135), so that no T x T array outlives its block.
+    The forward pass keeps one number per query: the log-sum-exp of its scores. The backward pass
+    recomputes the weights from it (arXiv:2205.14135), so it needs no T x T array.
     """
     return _blocked_forward(n_blocks, window, q_BKGTH, k_BKSH, v_BKSH, segment_ids)[0]
 
@@ -152,7 +169,7 @@ def _blocked_forward(
         )
         out.append((out_BKGQH / sum_BKGQ1).astype(q_BKGTH.dtype))
         log_sums.append(max_BKGQ1 + jnp.log(sum_BKGQ1))
-    # Named together: a remat policy that keeps one without the other would recompute both.
+    # One name for both: a remat policy that kept only one of them would recompute both.
     out_BKGTH = checkpoint_name(jnp.concatenate(out, axis=3), "attn_context")
     log_sum_BKGT1 = checkpoint_name(jnp.concatenate(log_sums, axis=3), "attn_context")
     return out_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, segment_ids, out_BKGTH, log_sum_BKGT1)

@@ -1,13 +1,13 @@
-"""Context parallelism: each device has some queries and gathers the keys of all.
+"""Context parallelism: each device has a part of the queries and gathers all keys and values.
 
-Gathering keys and values is what Llama 3 does (arXiv:2407.21783, section 3.3.2): with grouped heads
-they are small. Under the causal mask late queries see more keys than early ones, so the sequence is
-cut into two chunks per device, and device i takes the chunks i and 2C - 1 - i: together they see
-as many keys on every device. Outside of attention each device keeps its contiguous part of the
-sequence; queries are exchanged on the way in and their results on the way out, one chunk each.
+Llama 3 also gathers keys and values (arXiv:2407.21783, section 3.3.2): with grouped heads they are
+small. Under the causal mask, late queries see more keys than early ones. To balance the work, the
+sequence is cut into two chunks per device, and device i computes chunks i and 2C - 1 - i: the two
+chunks together see the same number of keys on every device. Outside of attention each device keeps
+its contiguous part of the sequence. Devices exchange queries before attention and results after it.
 
-Shape letters as in llama.py; C is the size of the `context` axis, and Q the tokens of a chunk. All
-functions but `context_parallel_attention` run inside `jax.shard_map`.
+Shape letters are those of llama.py; C is the size of the `context` axis, and Q the number of tokens
+of a chunk. The array functions except `context_parallel_attention` run inside `jax.shard_map`.
 """
 
 import functools
@@ -32,22 +32,23 @@ from llama_jax.parallel.sharding import ACTIVATION_AXES, activation_spec, mesh_a
 
 
 def _owner(chunk: int, size: int) -> int:
-    """The device that computes a chunk of queries."""
+    """Returns the index of the device that computes a chunk of queries."""
     return chunk if chunk < size else 2 * size - 1 - chunk
 
 
 def query_order(length: int, size: int) -> np.ndarray:
-    """The position of each query, device after device, when all have exchanged theirs."""
+    """Returns the position of each query in zigzag order, device after device."""
     chunks = np.arange(length).reshape(2 * size, -1)
     order = [chunk for device in range(size) for chunk in (device, 2 * size - 1 - device)]
     return chunks[order].reshape(-1)
 
 
 def to_zigzag(x: jax.Array, axis: int) -> jax.Array:
-    """Own contiguous part of a sequence -> the chunks i and 2C - 1 - i."""
+    """Exchanges this device's contiguous part of a sequence for its chunks i and 2C - 1 - i."""
     size, index = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
     parts = jnp.split(x, 2, axis=axis)
-    # The first halves are the even chunks, and go to as many different devices; so do the odd.
+    # The first halves are the even chunks. No two of them go to the same device, so that one
+    # permutation can move them; the same holds for the odd chunks.
     even, odd = (
         jax.lax.ppermute(part, AXIS, [(i, _owner(2 * i + half, size)) for i in range(size)])
         for half, part in enumerate(parts)
@@ -59,7 +60,7 @@ def to_zigzag(x: jax.Array, axis: int) -> jax.Array:
 
 
 def from_zigzag(x: jax.Array, axis: int) -> jax.Array:
-    """The inverse of `to_zigzag`."""
+    """Exchanges the chunks back: the inverse of `to_zigzag`."""
     size, index = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
     early, late = jnp.split(x, 2, axis=axis)
     first_is_even = index % 2 == 0
@@ -72,7 +73,7 @@ def from_zigzag(x: jax.Array, axis: int) -> jax.Array:
 
 
 def gather(x: jax.Array, axis: int) -> jax.Array:
-    """The whole sequence; its gradient is summed and scattered."""
+    """Gathers the whole sequence; the gradient is summed over devices and scattered."""
     return jax.lax.all_gather(x, AXIS, axis=axis, tiled=True)
 
 
@@ -83,7 +84,15 @@ def context_parallel_attention(
     segment_ids: SegmentIds | None,
     window: int,
 ) -> jax.Array:
-    """Causal attention over a mesh with a `context` axis; arguments as of `attention.attention`."""
+    """Computes causal attention on a mesh with a `context` axis.
+
+    Args:
+      q_BTNH: queries; all arguments are those of `attention.attention`.
+      k_BSKH: keys.
+      v_BSKH: values.
+      segment_ids: segment ids of queries and keys.
+      window: number of keys that a query sees; 0: all.
+    """
     heads = activation_spec("batch", "seq", "heads", "head_dim")
     ids = activation_spec("batch", "seq")
     return jax.shard_map(
@@ -121,11 +130,11 @@ def _chunks(x: jax.Array, axis: int, count: int) -> jax.Array:
 
 
 def _pair(step: jax.Array, n_chunks: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of the C + C + 1 pairs of chunks that a device computes: which queries, keys, and position.
+    """Returns one of the 2C + 1 pairs of chunks (queries, keys) that a device computes.
 
     Returns:
-      0 for the early and 1 for the late chunk of queries, the chunk of keys, and the chunk of the
-      sequence that the queries are.
+      0 for the early and 1 for the late chunk of queries; the index of the chunk of keys; and the
+      index of the chunk of queries in the sequence.
     """
     index = jax.lax.axis_index(AXIS)
     early = step <= index
@@ -150,17 +159,17 @@ def _pair_scores(
 def _pairs(
     window: int, q: jax.Array, k: jax.Array, v: jax.Array, ids: SegmentIds | None
 ) -> jax.Array:
-    """Attention of two chunks of queries, one pair of chunks after another.
+    """Computes attention for two chunks of queries, one pair of chunks after another.
 
-    The softmax is accumulated as in FlashAttention (arXiv:2205.14135): scores of one pair only
-    exist at once, forward and backward.
+    The softmax is accumulated as in FlashAttention (arXiv:2205.14135): only the scores of one pair
+    exist at a time, forward and backward.
 
     Args:
-      window: as of `attention.attention`.
-      q: 2 B K G Q H, the early and the late chunk.
-      k: 2C B K Q H, all chunks.
-      v: 2C B K Q H.
-      ids: of queries 2 B Q and keys 2C B Q.
+      window: see `attention.attention`.
+      q: the early and the late chunk of queries, 2 B K G Q H.
+      k: all chunks of keys, 2C B K Q H.
+      v: all chunks of values, 2C B K Q H.
+      ids: segment ids of queries, 2 B Q, and keys, 2C B Q.
     """
     return _pairs_forward(window, q, k, v, ids)[0]
 
@@ -191,7 +200,7 @@ def _pairs_forward(
     column = jnp.zeros((*q.shape[:-1], 1), jnp.float32)
     start: tuple[jax.Array, ...] = (jnp.zeros(q.shape, jnp.float32), column + MASKED, column)
     (out, maximum, total), _ = jax.lax.scan(body, start, jnp.arange(n_chunks + 1))
-    # Named together: a remat policy that keeps one without the other would recompute both.
+    # One name for both: a remat policy that kept only one of them would recompute both.
     out = checkpoint_name((out / total).astype(q.dtype), "attn_context")
     log_sum = checkpoint_name(maximum + jnp.log(total), "attn_context")
     return out, (q, k, v, ids, out, log_sum)

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a model by arithmetic: nothing is allocated or compiled."""
+"""Counts of a model's parameters and FLOPs, by arithmetic: nothing is allocated or compiled."""
 
 import math
 
@@ -8,7 +8,7 @@ from llama_jax.parameters import PARAMETERS, Parameter, Table, layer_matrices, p
 
 
 def parameter_count(model: ModelConfig, rows: Table = PARAMETERS) -> int:
-    """Counts the parameters: embeddings are included, adapters are not."""
+    """Counts the parameters, with embeddings and without adapters."""
     return sum(math.prod(row.shape(model)) for row in present(model, rows))
 
 
@@ -22,7 +22,7 @@ def adapter_count(model: ModelConfig, lora: LoraConfig) -> int:
 
 
 def frozen_bytes(model: ModelConfig, lora: LoraConfig) -> float:
-    """Counts the bytes of the base below adapters."""
+    """Counts the bytes of the frozen base of the adapters."""
 
     def each(row: Parameter) -> float:
         if is_quantized(row, lora):
@@ -32,7 +32,7 @@ def frozen_bytes(model: ModelConfig, lora: LoraConfig) -> float:
     return sum(each(row) * math.prod(row.shape(model)) for row in present(model))
 
 
-# What the log calls the groups of matrices; other ones have their own names.
+# Names of the groups of matrices in the log; any other group keeps its own name.
 _PARTS = {"attn": "attention projections", "mlp": "MLP"}
 
 
@@ -44,7 +44,7 @@ def flops_per_token(
     Args:
       model: the model.
       lora: the adapters; with rank 0, all weights are trained.
-      seq_len: tokens of a sequence.
+      seq_len: tokens per sequence.
       rows: the table of the model.
     """
     return sum(flops_by_part(model, lora, seq_len, rows).values())
@@ -53,15 +53,16 @@ def flops_per_token(
 def flops_by_part(
     model: ModelConfig, lora: LoraConfig, seq_len: int, rows: Table = PARAMETERS
 ) -> dict[str, float]:
-    """FLOPs of one training token: 6 per weight of a matrix product, plus causal attention.
+    """Counts the FLOPs of one training token by part of the model, forward and backward.
 
-    A weight that is frozen below adapters has no gradient, so its product counts 4. The embedding
-    look-up multiplies nothing and is not counted, nor is recomputation.
+    A weight of a matrix product counts 6, or 4 if it is frozen, because then it has no gradient.
+    Causal attention is added. The embedding look-up (which multiplies nothing) and recomputation
+    are not counted.
 
     Args:
       model: the model.
       lora: the adapters; with rank 0, all weights are trained.
-      seq_len: tokens of a sequence.
+      seq_len: tokens per sequence.
       rows: the table of the model.
     """
     scores = "attention scores"
@@ -79,9 +80,9 @@ def flops_by_part(
 
 
 def attention_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """FLOPs of one training token in attention scores and weighted values.
+    """Counts the FLOPs of one training token in attention scores and weighted values.
 
-    12 L N H T as in PaLM (arXiv:2204.02311, appendix B), halved because the causal mask leaves half
-    of it.
+    The count is 12 L N H T as in PaLM (arXiv:2204.02311, appendix B), halved because the causal
+    mask hides half of the scores.
     """
     return 6.0 * model.n_layers * model.n_heads * model.head_dim * seq_len

@@ -1,9 +1,10 @@
-"""A border that XLA's fusions do not cross, where a product with something fused to it is slower.
+"""A barrier against XLA fusions that make a matrix product slower.
 
-A matrix product on a TPU reads its operands tile by tile, several times: what is fused into its
-input is computed again for each tile, and what is fused to its output holds up the multipliers. By
-the compiler's own estimate of cycles, products for the gradient of a norm's input with the norm's
-backward pass fused to them reach 0.58 to 0.69 of the peak on a v5p, and 0.70 to 0.86 without.
+A matrix product on a TPU reads its operands tile by tile, several times. An operation that is fused
+into an input is computed again for each tile, and one that is fused into the output delays the
+multipliers. By the compiler's own estimate of cycles on a v5p, the products for the gradient of a
+norm's input reach 0.58 to 0.69 of the peak with the norm's backward pass fused into them, and 0.70
+to 0.86 without.
 """
 
 import jax
@@ -11,7 +12,7 @@ import jax
 
 @jax.custom_vjp
 def gradient_barrier(x: jax.Array) -> jax.Array:
-    """`x`, with a gradient that is complete before anything is computed from it."""
+    """Returns `x`; its gradient is complete before any operation reads it."""
     return x
 
 

@@ -1,8 +1,8 @@
 """Random initial weights that have the same bits on every mesh.
 
-Those of `jax.random.normal` do not: the last bit of its inverse error function depends on how XLA
-vectorises the part of an array that a device holds. Here weights are integers, which are exact,
-times one constant.
+The numbers of `jax.random.normal` depend on the mesh: the last bit of its inverse error function
+depends on how XLA vectorises a device's part of the array. Here a weight is an integer, which is
+exact, times one constant.
 """
 
 from typing import Any
@@ -13,10 +13,11 @@ import jax.numpy as jnp
 
 
 def normal(std: float) -> nn.initializers.Initializer:
-    """Initial weights of mean 0 and standard deviation `std`.
+    """Returns an initializer for weights of mean 0 and standard deviation `std`.
 
-    A weight is the sum of eight 16-bit uniform integers, exact in int32, times one constant: normal
-    but for its last tail, which ends at 4.9 std (Irwin-Hall distribution, excess kurtosis -0.15).
+    A weight is the sum of eight 16-bit uniform integers, exact in int32, times one constant. Its
+    distribution (Irwin-Hall, excess kurtosis -0.15) is normal except for the tails, which end at
+    4.9 std.
     """
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -29,7 +30,7 @@ def normal(std: float) -> nn.initializers.Initializer:
 
 
 def uniform(bound: float) -> nn.initializers.Initializer:
-    """Initial weights that are uniform from -`bound` to `bound`, in steps of 2**-23 of it."""
+    """Returns an initializer for uniform weights in [-bound, bound), in steps of 2**-23 bound."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         words = jax.random.bits(key, shape, jnp.uint32)

@@ -1,8 +1,8 @@
-"""Holds every product of activations and weights, and SwiGLU's gate.
+"""All products of activations and weights, and the gate of SwiGLU.
 
-A weight is trained, frozen or has an adapter; the output head has functions of its own.
+A weight is trained, frozen, or frozen with an adapter. The output head has its own functions.
 
-Letters of equations as in llama.py; r is the rank of an adapter.
+Einsum letters are those of llama.py; r is the rank of an adapter.
 """
 
 import functools
@@ -24,7 +24,15 @@ def weight(
     shape: tuple[int, ...],
     dtype: Any,
 ) -> Any:
-    """The parameter `name` of a module in the compute dtype; one in NF4 as it is."""
+    """Returns a parameter of a module in the compute dtype, or unchanged if it is in NF4.
+
+    Args:
+      module: the module, which declares the parameter by this call.
+      name: name of the parameter in the module.
+      init: makes the initial values.
+      shape: shape of the parameter.
+      dtype: compute dtype.
+    """
     held: Any = module.get_variable("params", name)
     if isinstance(held, NF4):
         return held
@@ -33,10 +41,15 @@ def weight(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def project(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`einsum(equation, x, w)` of activations and a weight.
+    """Computes `einsum(equation, x, w)`, with a weight gradient that is faster on CPUs.
 
-    Its gradient is the usual one, but with the product for the weight written as x, d_out: in JAX's
-    own order XLA:CPU first transposes d_out, which in an MLP is the larger of the two.
+    The gradient of the weight is written as the product of x and d_out. In JAX's own order,
+    XLA:CPU first transposes d_out, which is the larger of the two in an MLP.
+
+    Args:
+      equation: the einsum equation.
+      x: activations.
+      w: the weight.
     """
     return jnp.einsum(equation, x, w)
 
@@ -62,10 +75,15 @@ project.defvjp(_project_forward, _project_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def project_frozen(equation: str, x: jax.Array, w: Any) -> jax.Array:
-    """`project` with a weight that has no gradient, an array or NF4.
+    """Computes `einsum(equation, x, w)` with a weight that gets no gradient.
 
-    What stays for the backward pass is the weight as it is held, and no x: a matrix in NF4 exists
-    in x's dtype only while one product takes place, whatever `model.remat` says.
+    The backward pass keeps the weight in its stored form, and does not keep x. So a matrix in NF4
+    exists in the dtype of x only during one product, for every value of `model.remat`.
+
+    Args:
+      equation: the einsum equation.
+      x: activations.
+      w: the weight, an array or `NF4`.
     """
     return jnp.einsum(equation, x, _as_array(w, x.dtype))
 
@@ -89,7 +107,7 @@ project_frozen.defvjp(_frozen_forward, _frozen_backward)
 
 
 def unembed(hidden: jax.Array, head_DV: jax.Array) -> jax.Array:
-    """Logits in float32 of hidden states B T D, or B D: B T V, or B V."""
+    """Computes logits in float32: B T V from hidden states B T D, or B V from B D."""
     tokens = "BT"[: hidden.ndim - 1]
     equation = f"{tokens}D,DV->{tokens}V"
     return jnp.einsum(equation, hidden, head_DV, preferred_element_type=jnp.float32)
@@ -98,7 +116,7 @@ def unembed(hidden: jax.Array, head_DV: jax.Array) -> jax.Array:
 def unembed_gradients(
     hidden_BTD: jax.Array, head_DV: jax.Array, d_logits_BTV: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of both operands of `unembed`, which the loss takes chunk by chunk.
+    """Computes the gradients of both operands of `unembed`; the loss calls it once per chunk.
 
     Args:
       hidden_BTD: hidden states.
@@ -106,7 +124,7 @@ def unembed_gradients(
       d_logits_BTV: gradient of the logits, in the dtype of `hidden_BTD`.
 
     Returns:
-      d_hidden_BTD in that dtype, and d_head_DV in float32, in which chunks are summed.
+      d_hidden_BTD in that dtype, and d_head_DV in float32, because the chunks are summed.
     """
     d_hidden_BTD = jnp.einsum("BTV,DV->BTD", d_logits_BTV, head_DV)
     d_head_DV = jnp.einsum(
@@ -117,14 +135,18 @@ def unembed_gradients(
 
 @jax.custom_vjp
 def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up, the elementwise part of SwiGLU; only the two inputs are kept."""
+    """Computes silu(gate) * up, the elementwise part of SwiGLU.
+
+    The backward pass keeps only the two inputs.
+    """
     return jax.nn.silu(gate) * up
 
 
 def _gated_silu_forward(
     gate: jax.Array, up: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # A product that reads silu(gate) * up computes it once per tile, if it is fused in.
+    # Without the barrier XLA may fuse silu(gate) * up into the product that reads it, which then
+    # computes it once per tile.
     return jax.lax.optimization_barrier(gated_silu(gate, up)), (gate, up)
 
 
@@ -132,13 +154,14 @@ def _gated_silu_backward(
     saved: tuple[jax.Array, jax.Array], d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     gate, up = saved
-    # d_gate and d_up can take the place of gate and up, if they are not made in the product before.
+    # With the barrier, d_gate and d_up are not computed inside the product that makes d_out, and
+    # so they can reuse the buffers of gate and up.
     d_out = jax.lax.optimization_barrier(d_out)
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     d_gate = d_out * up * (sigmoid + silu * (1 - sigmoid))
     # Without the barrier XLA:CPU recomputes the exponentials inside the transposed copies that the
-    # weight gradients read, which takes longer than the matrix products themselves.
+    # weight gradients read; that takes longer than the matrix products themselves.
     return jax.lax.optimization_barrier((d_gate, d_out * silu))
 
 
@@ -146,7 +169,10 @@ gated_silu.defvjp(_gated_silu_forward, _gated_silu_backward)
 
 
 def adapter_equations(equation: str) -> tuple[str, str]:
-    """The equations of x A and of (x A) B, for that of x W: `BTD,DNH->BTNH` has `BTD,Dr->BTr`."""
+    """Derives the equations of x A and (x A) B from the equation of x W.
+
+    For example, `BTD,DNH->BTNH` gives `BTD,Dr->BTr` and `BTr,rNH->BTNH`.
+    """
     operands, out_axes = equation.split("->")
     x_axes, w_axes = operands.split(",")
     inputs = "".join(axis for axis in w_axes if axis in x_axes)
@@ -158,11 +184,18 @@ def adapter_equations(equation: str) -> tuple[str, str]:
 def project_named(
     module: nn.Module, lora: LoraConfig | None, name: str, equation: str, x: jax.Array, w: Any
 ) -> jax.Array:
-    """`project` with the weight `name` of a module.
+    """Computes the product with a weight of a module, and adds that with its adapter, if any.
 
-    With `lora` that weight is frozen, and where it has an adapter the product of that is added:
-    scale (dropout(x) A) B (arXiv:2106.09685; dropout as in PEFT, each adapter with a mask of its
-    own).
+    The adapter adds scale (dropout(x) A) B (LoRA, arXiv:2106.09685). As in PEFT, each adapter has
+    its own dropout mask.
+
+    Args:
+      module: the module that has the weight and the adapter.
+      lora: the adapters; with them, the weight is frozen. None: the weight is trained.
+      name: name of the weight in the module.
+      equation: the einsum equation of x and w.
+      x: activations.
+      w: the weight, see `weight`.
     """
     if lora is None:
         return project(equation, x, w)

@@ -5,7 +5,7 @@ Shapes are in the names; einsum letters are the same letters:
   N query heads   K kv heads   G = N / K   H head dim   F ffn
 
 Parameters are a plain nested dict of float32 arrays with Meta's names; the layers are stacked on a
-leading axis L. The model knows no mesh and no files: `constrain` only names dimensions.
+leading axis L. The model does not depend on a mesh or on files: `constrain` only names dimensions.
 """
 
 import dataclasses
@@ -28,8 +28,9 @@ from llama_jax.model.rope import apply_rope, rope_tables
 from llama_jax.parallel.sharding import constrain, reshard
 from llama_jax.parameters import PARAMETERS, Table, shape_of
 
-# Standard deviation of the initial weights, as in GPT-2 (the LLaMA paper gives none); projections
-# back into the residual stream are scaled by 1 / sqrt(2 L), which keeps its variance near 1.
+# Standard deviation of the initial weights, as in GPT-2 (the LLaMA paper gives no value).
+# Projections back into the residual stream are scaled by 1 / sqrt(2 L), which keeps the variance
+# of the stream near 1.
 INIT_STD = 0.02
 
 
@@ -40,7 +41,7 @@ class KVCache:
     Attributes:
       k: L B S K H (B S K H inside a layer), after RoPE.
       v: L B S K H.
-      segment_ids: B S; 0 marks padding and slots that are not filled yet.
+      segment_ids: B S; 0 marks padding and empty slots.
       index: number of filled slots, the same for each row.
     """
 
@@ -51,7 +52,13 @@ class KVCache:
 
 
 def init_cache(config: ModelConfig, batch: int, length: int) -> KVCache:
-    """An empty cache for `batch` rows of up to `length` tokens."""
+    """Returns an empty cache.
+
+    Args:
+      config: the model.
+      batch: number of rows.
+      length: tokens per row that fit into the cache.
+    """
     shape = (config.n_layers, batch, length, config.n_kv_heads, config.head_dim)
     zeros = jnp.zeros(shape, config.compute_dtype)
     segment_ids = jnp.zeros((batch, length), jnp.int32)
@@ -59,7 +66,13 @@ def init_cache(config: ModelConfig, batch: int, length: int) -> KVCache:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale over the last axis, in float32 (arXiv:1910.07467); keeps x's dtype."""
+    """Computes x / rms(x) * scale over the last axis (RMSNorm, arXiv:1910.07467).
+
+    Args:
+      x: activations; the computation is in float32, the result has the dtype of `x`.
+      scale: one factor per feature, of shape D.
+      eps: added to the mean square.
+    """
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * inverse * scale).astype(x.dtype)
@@ -68,7 +81,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 class Attention(nn.Module):
     """Causal self-attention with RoPE; several query heads may share a kv head.
 
-    A variant overrides `attend`, which has the arguments of `attention.attention`, or `heads`.
+    A variant overrides `heads` or `attend`; `attend` takes the arguments of `attention.attention`.
     """
 
     config: ModelConfig
@@ -77,12 +90,16 @@ class Attention(nn.Module):
 
     @nn.nowrap
     def heads(self, name: str, x_BTNH: jax.Array) -> jax.Array:
-        """Returns queries (`name` is `q`) or keys (`k`) as they enter RoPE: here, unchanged."""
+        """Transforms the queries (`name` is `q`) or keys (`k`) before RoPE; here, not at all."""
         return x_BTNH
 
     @nn.compact
     def __call__(self, x_BTD, rope_BT1h, segment_ids_BT, cache):
-        """x_BTD -> x_BTD; a cache is (k, v, segment_ids, index), and new (k, v) come back."""
+        """Maps x_BTD to (x_BTD, new cache).
+
+        The cache that goes in is (k, v, segment_ids, index), and the new one is (k, v); both are
+        None without a cache.
+        """
         c, dtype = self.config, self.config.compute_dtype
         project = functools.partial(project_named, self, self.lora)
         into, out_of = normal(INIT_STD), normal(INIT_STD / (2 * c.n_layers) ** 0.5)
@@ -124,9 +141,9 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w2(silu(w1 x) * w3 x), arXiv:2002.05202.
+    """The MLP w2(silu(w1 x) * w3 x), arXiv:2002.05202.
 
-    A variant overrides `gated`, which takes w1 x and w3 x: with GELU it is GEGLU.
+    A variant overrides `gated`, a function of w1 x and w3 x; one with GELU makes the MLP a GEGLU.
     """
 
     config: ModelConfig
@@ -135,7 +152,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD):
-        """x_BTD -> x_BTD."""
+        """Maps x_BTD to x_BTD."""
         c, dtype = self.config, self.config.compute_dtype
         project = functools.partial(project_named, self, self.lora)
         into, out_of = normal(INIT_STD), normal(INIT_STD / (2 * c.n_layers) ** 0.5)
@@ -149,9 +166,9 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the body of the layer scan.
+    """A layer: x + attention(norm(x)), then x + mlp(norm(x)); the body of the layer scan.
 
-    A variant overrides `attention` or `mlp` by another class, or `__call__`; see `Architecture`.
+    A variant replaces the class `attention` or `mlp`, or overrides `__call__`; see `Architecture`.
     """
 
     config: ModelConfig
@@ -162,9 +179,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, layer_cache, rope_BT1h, segment_ids_BT, cache_segments):
-        """One step of the scan: the carry x_BTD, and this layer's part of the cache."""
+        """Runs one step of the scan: returns the new carry x_BTD and the layer's new (k, v)."""
         c = self.config
-        # With a cache there may be one token, which is not to be divided.
+        # With a cache, the sequence may be a single token, which devices cannot divide.
         residual = ("batch", "residual_seq" if layer_cache is None else "seq", "embed")
         whole = ("batch", "seq", "embed")
         x_BTD = checkpoint_name(x_BTD, "block_in")
@@ -185,11 +202,12 @@ class Block(nn.Module):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Architecture:
-    """A LLaMA, or a variant of it that a researcher makes; the plain model stays as it is.
+    """The LLaMA, or a researcher's variant of it, which needs no change to the plain model.
 
     Attributes:
-      block: the module of a layer: a class with the fields and the call of `Block`.
-      parameters: the table that has a row for each array, such as
+      block: the module of a layer: a class with the fields of `Block` and the arguments of its
+        `__call__`.
+      parameters: the table with a row for each array, such as
         `{**PARAMETERS, **parameter_table(Parameter(...))}`.
     """
 
@@ -198,7 +216,7 @@ class Architecture:
 
     @property
     def name(self) -> str:
-        """What a checkpoint calls the architecture: the block's name; empty for the LLaMA."""
+        """The name of the architecture in checkpoints: the block's class; empty for the LLaMA."""
         return "" if self.block is Block else f"{self.block.__module__}.{self.block.__qualname__}"
 
 
@@ -207,11 +225,11 @@ LLAMA = Architecture()
 
 @struct.dataclass
 class Variant:
-    """Parameters of another architecture: what `forward` takes in place of plain ones.
+    """Parameters of another architecture, which `forward` accepts in place of plain parameters.
 
     Attributes:
       params: the parameters, or `Adapted`.
-      architecture: what they are the parameters of.
+      architecture: the architecture of these parameters.
     """
 
     params: Any
@@ -219,7 +237,7 @@ class Variant:
 
 
 def _remat(block: Any, config: ModelConfig) -> Any:
-    """Wraps the block so that only what `config.remat` names is kept for the backward pass."""
+    """Wraps the block so that the backward pass keeps only the values that `config.remat` names."""
     policies = jax.checkpoint_policies
     if config.remat == "none":
         return block
@@ -234,15 +252,15 @@ def _remat(block: Any, config: ModelConfig) -> Any:
             offload_src="device",
             offload_dst="pinned_host",
         )
-    # prevent_cse is needless inside a scan, and costs speed.
+    # Inside a scan prevent_cse is unnecessary, and it costs speed.
     return nn.remat(block, policy=policy, prevent_cse=False)
 
 
 class Llama(nn.Module):
     """The decoder, from token ids to the last hidden state and the output matrix.
 
-    It stops short of logits, which training never needs all at once (see `loss.py`):
-    `logits_BTV = hidden_BTD @ head_DV`.
+    The logits are `hidden_BTD @ head_DV`. The module does not compute them, because training never
+    holds all of them at once (see `loss.py`).
     """
 
     config: ModelConfig
@@ -263,12 +281,12 @@ class Llama(nn.Module):
 
         Args:
           tokens_BT: token ids.
-          positions_BT: position of each token in its document, for RoPE; default 0..T-1, after what
-            the cache holds.
-          segment_ids_BT: id of each token's document; tokens see only their own. Required with a
-            cache, where 0 marks padding.
-          cache: what earlier calls returned, or `init_cache`.
-          lengths_B: as of `rope_tables`.
+          positions_BT: position of each token in its document, for RoPE; default: 0..T-1, plus
+            the number of filled slots of the cache.
+          segment_ids_BT: id of each token's document; a token sees only tokens with its own id.
+            Required with a cache, where 0 marks padding.
+          cache: the result of an earlier call or of `init_cache`; None: no cache.
+          lengths_B: see `rope_tables`.
 
         Returns:
           hidden_BTD (after the final norm) and head_DV, both in the compute dtype, and the new
@@ -276,8 +294,8 @@ class Llama(nn.Module):
         """
         c = self.config
         embed_VD = self.param("embed", normal(INIT_STD), shape_of("VD", c))
-        # Gathered over fsdp before the look-up: XLA's gather from a table that is sharded on both
-        # axes falls back to replicating it ("involuntary full rematerialization").
+        # The table is gathered over fsdp before the look-up. For a look-up in a table that is
+        # sharded on both axes, XLA replicates the table ("involuntary full rematerialization").
         table_VD = constrain(embed_VD.astype(c.compute_dtype), "vocab", "embed")
         residual = ("batch", "residual_seq" if cache is None else "seq", "embed")
         x_BTD = constrain(jnp.take(table_VD, tokens_BT, axis=0), *residual)
@@ -322,14 +340,15 @@ class Llama(nn.Module):
 def init_params(
     config: ModelConfig, key: jax.Array, architecture: Architecture = LLAMA
 ) -> dict[str, Any]:
-    """Makes random initial parameters, float32: a plain nested dict of 12 arrays (11 if tied).
+    """Makes random initial parameters in float32: a plain nested dict of 12 arrays (11 if tied).
 
     Args:
       config: the model.
-      key: selects the numbers.
-      architecture: which has a row for each array.
+      key: the key of the random numbers.
+      architecture: the LLaMA, or the variant that the parameters are for.
     """
-    # Parameters depend on no input; two tokens are enough, for which kernels have no use.
+    # Parameters do not depend on the input, so two tokens are enough. Kernels take no sequence as
+    # short as that, but `xla` does.
     config = dataclasses.replace(config, attention="xla")
     return Llama(config, None, architecture.block).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
@@ -345,9 +364,20 @@ def forward(
     lengths_B: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, KVCache | None]:
-    """`Llama.__call__` as a pure function of its parameters: hidden_BTD, head_DV, cache.
+    """Runs `Llama.__call__` as a pure function of its parameters.
 
-    Parameters may be `Adapted`, which have dropout where there is a key; or a `Variant`.
+    Args:
+      config: the model.
+      params: plain parameters, `Adapted` (a base with adapters), or a `Variant`.
+      tokens_BT: token ids; see `Llama.__call__` for this argument and the next four.
+      positions_BT: position of each token in its document.
+      segment_ids_BT: id of each token's document.
+      cache: keys and values of earlier tokens.
+      lengths_B: tokens of each row's sequence.
+      dropout_key: the key for the dropout of adapters; None: no dropout.
+
+    Returns:
+      hidden_BTD, head_DV and the new cache (None without one).
     """
     architecture = LLAMA
     if isinstance(params, Variant):
@@ -370,6 +400,15 @@ def forward(
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits(config: ModelConfig, params: Any, tokens_BT: jax.Array) -> jax.Array:
-    """Next-token logits B T V in float32, for small inputs and comparisons."""
+    """Computes next-token logits, for small inputs and comparisons.
+
+    Args:
+      config: the model.
+      params: see `forward`.
+      tokens_BT: token ids.
+
+    Returns:
+      B T V, float32.
+    """
     hidden_BTD, head_DV, _ = forward(config, params, tokens_BT)
     return unembed(hidden_BTD, head_DV)

@@ -1,11 +1,12 @@
-"""Adapters of low rank (LoRA, arXiv:2106.09685): a small second tree beside a frozen base.
+"""Low-rank adapters (LoRA, arXiv:2106.09685): a second, small tree of parameters on a frozen base.
 
-`layers/attn/wq` of the base, L D N H, has `layers/attn/wq/a`, L D r, and `layers/attn/wq/b`,
-L r N H; the weight in effect is W + alpha / rank A B.
+For example, the matrix `layers/attn/wq` of the base, L D N H, has the adapter `layers/attn/wq/a`,
+L D r, and `layers/attn/wq/b`, L r N H. The effective weight is W + (alpha / rank) A B.
 
-The base is kept in a form that is smaller than the weights that are trained. Matrices are in
-`lora.base_dtype`. NF4 is for those of the layers; embedding and output matrix are then bfloat16, as
-in QLoRA. The scales of norms stay float32: they are small, and used in float32.
+The base is usually stored in a smaller form than trained weights: its matrices have the dtype
+`lora.base_dtype`. Only the matrices of the layers can be NF4; then the embedding and output
+matrices are bfloat16, as in QLoRA. The scales of norms stay float32: they are small, and the model
+uses them in float32.
 """
 
 import math
@@ -25,12 +26,12 @@ from llama_jax.parameters import PARAMETERS, Parameter, Table, layer_matrices, p
 
 @struct.dataclass
 class Adapted:
-    """A base with adapters: what `llama.forward` takes in place of plain parameters.
+    """A base with adapters, which `llama.forward` accepts in place of plain parameters.
 
     Attributes:
       base: parameters, in the form of `to_frozen`.
       adapters: see `init_adapters`.
-      lora: what the adapters were made by.
+      lora: the config of the adapters.
     """
 
     base: Any
@@ -41,16 +42,16 @@ class Adapted:
 def init_adapters(
     model: ModelConfig, lora: LoraConfig, key: jax.Array, rows: Table = PARAMETERS
 ) -> dict[str, Any]:
-    """Makes the adapters of the first step, float32: A is random, and B is 0 and changes nothing.
+    """Makes the initial adapters, float32: A is random, and B is 0, so that they have no effect.
 
-    A is drawn as PEFT draws it: uniform within 1 / sqrt(inputs) (torch's Kaiming uniform with
-    a = sqrt(5)).
+    A has the distribution that PEFT uses: uniform from -1 / sqrt(inputs) to 1 / sqrt(inputs), which
+    is torch's Kaiming uniform with a = sqrt(5).
 
     Args:
-      model: the base.
-      lora: the rank, and which matrices have an adapter.
-      key: selects the numbers of A.
-      rows: the table of the model.
+      model: config of the base.
+      lora: the rank, and the matrices that get an adapter.
+      key: the key of the random numbers.
+      rows: the model's table of parameters.
     """
     pairs = {}
     for number, (name, row) in enumerate(layer_matrices(rows).items()):
@@ -65,7 +66,7 @@ def init_adapters(
 
 
 def adapter_of(adapters: Any, path: str) -> Any:
-    """Returns the adapter of the array at a path, such as `layers/attn/wq`; None if it has none."""
+    """Returns the adapter of the array at a path, such as `layers/attn/wq`, or None."""
     for key in path.split("/"):
         if key not in adapters:
             return None
@@ -74,7 +75,13 @@ def adapter_of(adapters: Any, path: str) -> Any:
 
 
 def delta(adapter: Any, lora: LoraConfig, stacked: bool = True) -> Any:
-    """What an adapter adds to its matrix, in the matrix's shape; of NumPy or JAX arrays."""
+    """Computes the change that an adapter makes to its matrix, in the shape of the matrix.
+
+    Args:
+      adapter: its arrays `a` and `b`, of NumPy or JAX.
+      lora: the config of the adapter.
+      stacked: whether the arrays have a leading axis L.
+    """
     a, b = adapter["a"], adapter["b"]
     first = 1 if stacked else 0
     product = a.reshape(*a.shape[:first], -1, lora.rank) @ b.reshape(
@@ -84,7 +91,13 @@ def delta(adapter: Any, lora: LoraConfig, stacked: bool = True) -> Any:
 
 
 def merge(base: Any, adapters: Any, lora: LoraConfig) -> Any:
-    """The base with its adapters added to it: plain parameters, which need no adapters any more."""
+    """Adds the adapters to the base, and returns plain parameters.
+
+    Args:
+      base: parameters, not in NF4.
+      adapters: see `init_adapters`.
+      lora: the config of the adapters.
+    """
 
     def add(keys: tuple[Any, ...], w: jax.Array) -> jax.Array:
         adapter = adapter_of(adapters, path_of(keys))
@@ -96,23 +109,23 @@ def merge(base: Any, adapters: Any, lora: LoraConfig) -> Any:
 
 
 def is_quantized(row: Parameter, lora: LoraConfig) -> bool:
-    """Whether an array of the base is in NF4: the matrices of the layers may be."""
+    """Returns whether an array of the base is in NF4; only matrices of the layers can be."""
     return lora.base_dtype == "nf4" and row.is_matrix and row.is_stacked
 
 
 def frozen_dtype(row: Parameter, lora: LoraConfig) -> Any:
-    """The dtype of an array of the base that is not in NF4."""
+    """Returns the dtype of an array of the base that is not in NF4."""
     whole = lora.base_dtype == "float32" or row.is_vector
     return np.dtype(np.float32 if whole else ml_dtypes.bfloat16)
 
 
 def to_frozen(path: str, array: np.ndarray, lora: LoraConfig) -> Any:
-    """Converts an array of the base (of one layer, if it is stacked) to the form that is kept.
+    """Converts an array of the base to its stored form.
 
     Args:
-      path: of the array in the tree of parameters.
-      array: its numbers.
-      lora: which form that is.
+      path: path of the array in the tree of parameters.
+      array: its numbers; of one layer, if the parameter is stacked.
+      lora: selects the stored form.
     """
     row = PARAMETERS[path]
     if is_quantized(row, lora):
@@ -121,19 +134,19 @@ def to_frozen(path: str, array: np.ndarray, lora: LoraConfig) -> Any:
 
 
 def to_float32(frozen: Any) -> np.ndarray:
-    """The float32 numbers that `to_frozen` kept."""
+    """Converts the result of `to_frozen` to float32."""
     if isinstance(frozen, nf4.NF4):
         return np.asarray(nf4.dequantize(jax.tree.map(jnp.asarray, frozen), jnp.float32))
     return frozen.astype(np.float32)
 
 
 def abstract_base(params: Any, lora: LoraConfig, rows: Table = PARAMETERS) -> Any:
-    """Returns shapes and dtypes of the base, as it is kept.
+    """Returns shapes and dtypes of the base in its stored form.
 
     Args:
       params: shapes and dtypes of the parameters.
-      lora: the form in which it is kept.
-      rows: the table of the model.
+      lora: selects the stored form.
+      rows: the model's table of parameters.
     """
 
     def leaf(keys: Any, x: Any) -> Any:

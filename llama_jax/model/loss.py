@@ -1,9 +1,9 @@
-"""Next-token cross-entropy that never holds all logits.
+"""Next-token cross-entropy that never holds all logits at once.
 
-At LLaMA's vocabulary of 32,000 the float32 logits of one 2048-token sequence take 262 MB, and their
-gradient as much again. So the sequence is cut into chunks, and each chunk's gradient is taken in
-the forward pass, while its logits exist: three matrix products per chunk, as in the plain form, and
-no recomputation.
+With LLaMA's vocabulary of 32,000 the float32 logits of one 2048-token sequence take 262 MB, and
+their gradient takes the same again. So the sequence is cut into chunks, and the forward pass
+computes the gradient of each chunk while its logits exist. This takes three matrix products per
+chunk, as the plain form does, and recomputes nothing.
 """
 
 import functools
@@ -31,21 +31,21 @@ def cross_entropy(
     chunk: int,
     z_loss: float = 0.0,
 ) -> Sums:
-    """Weighted sum of -log p(target), in float32.
+    """Computes the weighted sum of -log p(target), in float32.
 
     Args:
       hidden_BTD: last hidden states.
       head_DV: output matrix; logits are `hidden_BTD @ head_DV`.
       targets_BT: the token that follows each position.
       weights_BT: weight of each position, 0 on padding. It gets no gradient.
-      chunk: positions of the sequence, as one device has it, whose logits exist at once; rounded
-        down to a divisor.
+      chunk: largest number of positions whose logits exist at once on a device; rounded down to a
+        divisor of the device's part of the sequence.
       z_loss: weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311).
 
     Returns:
-      Objective (cross-entropy plus z-loss), cross-entropy alone, and weight, all summed
-      over tokens; only the first has a gradient. Divide by the weight of the *whole* batch, which
-      makes the mean right under gradient accumulation and unequal masks.
+      Objective (cross-entropy plus z-loss), cross-entropy alone, and weight, all summed over
+      tokens; only the objective has a gradient. Divide by the weight of the *whole* batch: then
+      the mean is also right with gradient accumulation and unequal masks.
     """
     weights_BT = jax.lax.stop_gradient(weights_BT)
     return _cross_entropy(chunk, z_loss, hidden_BTD, head_DV, targets_BT, weights_BT)
@@ -54,12 +54,12 @@ def cross_entropy(
 def _on_each_device(function: Callable[..., Any], with_gradients: bool) -> Callable[..., Any]:
     """Runs `function(hidden, head, targets, weights)` on the tokens of each device of the mesh.
 
-    Left to the partitioner, the matrix would be gathered, and its gradient summed over all devices,
-    once per chunk. Here both happen once: the gradient comes back as the parameter lies.
+    XLA's partitioner would gather the matrix and sum its gradient over all devices once per chunk.
+    Here both happen once, and the gradient has the sharding of the parameter.
 
     Args:
-      function: returns the three sums, and with gradients also d_hidden_BTD and d_head_DV.
-      with_gradients: whether it does.
+      function: returns the three sums; with `with_gradients` also d_hidden_BTD and d_head_DV.
+      with_gradients: whether `function` returns the gradients.
     """
     mesh, tokens = jax.sharding.get_abstract_mesh(), activation_spec("batch", "seq")
     axes = tuple(axis for entry in tokens for axis in mesh_axes(entry))
@@ -72,14 +72,14 @@ def _on_each_device(function: Callable[..., Any], with_gradients: bool) -> Calla
 
     def local(hidden_BTD: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         sums, *gradients = function(hidden_BTD, *arrays)
-        sums_1S = jnp.stack(sums)[None]  # one sum over devices for all
+        sums_1S = jnp.stack(sums)[None]  # so that one reduction over devices sums all three
         if not with_gradients:
             return (sums_1S,)
         d_hidden_BTD, d_head_DV = gradients
         if shards:
             d_head_DV = jax.lax.psum_scatter(d_head_DV, shards, tiled=True)
-        # The barrier: nothing else needs the sum before the optimiser, and a scheduler that puts it
-        # off until then keeps the whole matrix in memory beside the layers.
+        # Nothing needs this sum before the optimiser. Without the barrier a scheduler may delay it
+        # until then, which keeps the whole unsummed matrix in memory together with the layers.
         return (sums_1S, *jax.lax.optimization_barrier((d_hidden_BTD, d_head_DV[None])))
 
     hidden = P(*tokens, None)
@@ -87,7 +87,7 @@ def _on_each_device(function: Callable[..., Any], with_gradients: bool) -> Calla
         local,
         in_specs=(hidden, P(), tokens, tokens),
         out_specs=(P(axes), *((hidden, P(rest, by_dim)) if with_gradients else ())),
-        axis_names=set(axes),  # the vocabulary stays the partitioner's
+        axis_names=set(axes),  # the partitioner still divides the vocabulary
         check_vma=False,
     )
 
@@ -101,19 +101,19 @@ def _on_each_device(function: Callable[..., Any], with_gradients: bool) -> Calla
 
 
 def n_chunks_of(chunk: int, length: int) -> int:
-    """As few chunks of equal size as there can be of at most `chunk` positions."""
+    """Returns the smallest number of equal chunks of at most `chunk` positions."""
     size = next(size for size in range(min(chunk, length), 0, -1) if length % size == 0)
     return length // size
 
 
 def to_chunks(x_BT: jax.Array, n_chunks: int) -> jax.Array:
-    """B T ... -> C B T/C ..."""
+    """Cuts axis T into chunks: maps B T ... to C B T/C ..."""
     shape = (x_BT.shape[0], n_chunks, x_BT.shape[1] // n_chunks, *x_BT.shape[2:])
     return jnp.moveaxis(x_BT.reshape(shape), 1, 0)
 
 
 def from_chunks(x_CBT: jax.Array) -> jax.Array:
-    """The inverse of `to_chunks`."""
+    """Joins chunks again: the inverse of `to_chunks`."""
     x_BCT = jnp.moveaxis(x_CBT, 0, 1)
     return x_BCT.reshape(x_BCT.shape[0], -1, *x_BCT.shape[3:])
 
@@ -152,7 +152,7 @@ def _cross_entropy(
 def _sums(
     chunk: int, z_loss: float, hidden_BTD: jax.Array, head_DV: jax.Array, *arrays: jax.Array
 ) -> tuple[Sums]:
-    """Objective, cross-entropy and weight."""
+    """Computes the sums of objective, cross-entropy and weight over all chunks."""
 
     def body(total: Sums, chunk: tuple[jax.Array, ...]) -> tuple[Sums, None]:
         hidden, targets, weights = chunk
@@ -168,7 +168,7 @@ def _sums(
 def _sums_and_gradients(
     chunk: int, z_loss: float, hidden_BTD: jax.Array, head_DV: jax.Array, *arrays: jax.Array
 ) -> tuple[Sums, jax.Array, jax.Array]:
-    """The three sums, and the gradients of the objective; d_head_DV is float32."""
+    """Computes the three sums and the gradients of the objective; d_head_DV is float32."""
 
     def body(carry: tuple[Sums, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
         total, d_head_DV = carry

@@ -1,12 +1,13 @@
 """NF4 with double quantisation (QLoRA, arXiv:2305.14314), as bitsandbytes defines it.
 
-A weight is one of 16 levels, the quantiles of a normal distribution, times the largest magnitude of
-its block of 64. These scales are quantised in turn: less their mean, in blocks of 256, to the 256
-values of an 8-bit number with a tapered fraction (arXiv:1511.04561). That makes
-4 + 8/64 + 32/(64 x 256) = 4.127 bits a weight.
+A weight is one of 16 levels, the quantiles of a normal distribution, times the scale of its block
+of 64 weights: the largest magnitude in the block. The scales are quantised as well: less their
+mean, and divided by the largest magnitude in their group of 256, they are rounded to the 256 values
+of an 8-bit number with a tapered fraction (arXiv:1511.04561). The total is
+4 + 8/64 + 32/(64 x 256) = 4.127 bits per weight.
 
-bitsandbytes cuts torch's (out, in) matrices into blocks row by row: a block is of 64 inputs of one
-output. Ours are (in, out), so blocks go down the input axis; the numbers are the same.
+bitsandbytes cuts torch's (out, in) matrices into blocks row by row: a block holds 64 inputs of one
+output. Matrices here are (in, out), so a block runs along the input axis; the numbers are the same.
 """
 
 import functools
@@ -19,9 +20,9 @@ from flax import struct
 
 from llama_jax.config import NF4_BLOCK
 
-GROUP = 256  # scales that share a scale
-_LEAST = np.finfo(np.float32).tiny  # in place of the scale of zeros
-# QLoRA's appendix E, as bitsandbytes has them.
+GROUP = 256  # number of scales that share a scale
+_LEAST = np.finfo(np.float32).tiny  # replaces a scale of 0, which would divide by zero
+# From appendix E of QLoRA, with the digits of bitsandbytes.
 LEVELS = np.array(
     [
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -34,9 +35,9 @@ LEVELS = np.array(
 
 
 def _tapered() -> np.ndarray:
-    """The 256 values of a scale: 7 decades, with a bit more of fraction in each larger one.
+    """Returns the 256 values of a scale: 7 decades, each with one fraction bit more than the last.
 
-    Rounded where torch's `linspace` and bitsandbytes round, so that the bits are the same.
+    Each rounding is where torch's `linspace` and bitsandbytes round, so the bits are the same.
     """
     values = [np.zeros(1, np.float32), np.ones(1, np.float32)]
     for decade in range(7):
@@ -58,15 +59,17 @@ SCALES = _tapered()
 
 @struct.dataclass
 class NF4:
-    """A matrix in NF4, or a stack of them with a leading axis L. I is the product of its inputs.
+    """A matrix in NF4, or a stack of matrices with a leading axis L.
+
+    In shapes, I is the product of the input sizes, and O.. are the output axes.
 
     Attributes:
-      codes: I/2 O.., uint8: the levels of two inputs that follow one another, the first above.
-      scales: I/64 O.., uint8: of the blocks.
-      groups: float32, of 256 scales each, in bitsandbytes' order: all blocks of the first output,
-        then those of the next.
-      offset: float32, the mean of the scales.
-      shape: of the matrix, without L.
+      codes: I/2 O.., uint8: the levels of two consecutive inputs, the first in the upper four bits.
+      scales: I/64 O.., uint8: one code per block.
+      groups: float32: one scale per 256 block scales, in the order of bitsandbytes: all blocks of
+        the first output, then those of the second, and so on.
+      offset: float32: the mean of the block scales.
+      shape: shape of the matrix, without L.
     """
 
     codes: Any
@@ -78,9 +81,9 @@ class NF4:
 
 @jax.jit
 def _nearest(blocks: jax.Array, inverses: jax.Array) -> jax.Array:
-    """Codes of I/64 64 O, by one over the largest magnitudes, I/64 O.
+    """Returns the codes of weights I/64 64 O, given the inverse scales I/64 O.
 
-    One product, which every machine rounds alike; a division might differ.
+    It multiplies by the inverse, which every machine rounds alike; a division might differ.
     """
     scaled = blocks * inverses[:, None]
     between = (LEVELS[:-1] + LEVELS[1:]) / 2
@@ -88,18 +91,18 @@ def _nearest(blocks: jax.Array, inverses: jax.Array) -> jax.Array:
 
 
 def quantize(matrix: np.ndarray, n_inputs: int) -> NF4:
-    """A matrix of one layer, in NF4; of NumPy arrays, the same bits on every machine.
+    """Converts the matrix of one layer to NF4: NumPy arrays with the same bits on every machine.
 
     Args:
-      matrix: first its input axes, then the output axes.
-      n_inputs: how many are inputs.
+      matrix: the numbers, input axes first, then output axes.
+      n_inputs: number of input axes.
     """
     outputs = matrix.shape[n_inputs:]
     flat = np.asarray(matrix, np.float32).reshape(-1, NF4_BLOCK, int(np.prod(outputs)))
     largest = np.maximum(flat.max(axis=1), -flat.min(axis=1))
     codes = np.asarray(_nearest(flat, 1 / np.maximum(largest, _LEAST)))
     pairs = codes.reshape(-1, 2, codes.shape[-1])
-    # In float64, and only then rounded: the sum of any order gives the same mean.
+    # Summed in float64 and then rounded, so that the order of the sum does not change the mean.
     offset = np.float32(largest.mean(dtype=np.float64))
     ordered = (largest - offset).T.reshape(-1)
     padded = np.pad(ordered, (0, -ordered.size % GROUP)).reshape(-1, GROUP)
@@ -117,7 +120,13 @@ def quantize(matrix: np.ndarray, n_inputs: int) -> NF4:
 
 
 def abstract(shape: tuple[int, ...], n_inputs: int, layers: int) -> NF4:
-    """Shapes and dtypes of a stack of such matrices."""
+    """Returns the shapes and dtypes of a stack of matrices in NF4.
+
+    Args:
+      shape: shape of the matrix of one layer.
+      n_inputs: number of input axes.
+      layers: number of layers.
+    """
     inputs, outputs = int(np.prod(shape[:n_inputs])), shape[n_inputs:]
     scales = inputs // NF4_BLOCK * int(np.prod(outputs))
 
@@ -135,9 +144,9 @@ def abstract(shape: tuple[int, ...], n_inputs: int, layers: int) -> NF4:
 
 @functools.partial(jax.jit, static_argnums=1)
 def dequantize(matrix: NF4, dtype: Any) -> jax.Array:
-    """The matrix of one layer, of `matrix.shape`; computed in float32, then rounded."""
+    """Converts the matrix of one layer to `dtype`; computes in float32 and rounds at the end."""
     blocks, outputs = matrix.scales.shape[0], matrix.scales.shape[1:]
-    # The place of a scale in bitsandbytes' order, without the transpose that would make it.
+    # The index of each scale in the order of bitsandbytes, computed without a transpose.
     place = jnp.arange(blocks).reshape(-1, *(1 for _ in outputs))
     place += blocks * jnp.arange(int(np.prod(outputs))).reshape(1, *outputs)
     scales = jnp.asarray(SCALES)[matrix.scales] * matrix.groups[place // GROUP] + matrix.offset

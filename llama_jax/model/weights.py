@@ -1,4 +1,7 @@
-"""What a run trains and what it keeps frozen: all parameters, or adapters above a frozen base."""
+"""The parameters that a run trains and those that it keeps frozen.
+
+A run trains all parameters, or adapters on a frozen base.
+"""
 
 import functools
 from typing import Any
@@ -11,12 +14,12 @@ from llama_jax.model.lora import Adapted, abstract_base, init_adapters
 
 
 def init_trained(config: Config, key: jax.Array, architecture: Architecture = LLAMA) -> Any:
-    """Makes random values of what the run trains, float32; the same bits on every mesh.
+    """Makes random initial values of the trained parameters, float32, the same bits on every mesh.
 
     Args:
-      config: of the run.
-      key: selects the numbers.
-      architecture: of the model.
+      config: config of the run.
+      key: the key of the random numbers.
+      architecture: architecture of the model.
     """
     if config.lora.rank:
         return init_adapters(config.model, config.lora, key, architecture.parameters)
@@ -24,13 +27,13 @@ def init_trained(config: Config, key: jax.Array, architecture: Architecture = LL
 
 
 def abstract_trained(config: Config, architecture: Architecture = LLAMA) -> Any:
-    """Returns shapes and dtypes of what the run trains; allocates nothing."""
+    """Returns shapes and dtypes of the trained parameters; allocates nothing."""
     init = functools.partial(init_trained, config, architecture=architecture)
     return jax.eval_shape(init, jax.random.key(0))
 
 
 def abstract_frozen(config: Config, architecture: Architecture = LLAMA) -> Any:
-    """Returns shapes and dtypes of the base below adapters; None where all weights are trained."""
+    """Returns shapes and dtypes of the frozen base; None if the run trains all weights."""
     if not config.lora.rank:
         return None
     init = functools.partial(init_params, config.model, architecture=architecture)
@@ -39,13 +42,16 @@ def abstract_frozen(config: Config, architecture: Architecture = LLAMA) -> Any:
 
 
 def combined(trained: Any, frozen: Any, config: Config, architecture: Architecture = LLAMA) -> Any:
-    """Returns what `llama.forward` takes: the trained parameters, or the base with its adapters.
+    """Returns the parameters in the form that `llama.forward` takes.
 
     Args:
-      trained: what the run trains.
-      frozen: the base below adapters, or None.
-      config: of the run.
-      architecture: of the model.
+      trained: the trained parameters or adapters.
+      frozen: the base of the adapters; None if the run trains all weights.
+      config: config of the run.
+      architecture: architecture of the model.
+
+    Returns:
+      Plain parameters or `Adapted`; both inside a `Variant` for an architecture other than `LLAMA`.
     """
     weights = Adapted(frozen, trained, config.lora) if config.lora.rank else trained
     return weights if architecture is LLAMA else Variant(weights, architecture)

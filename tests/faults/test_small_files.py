@@ -128,7 +128,7 @@ def test_every_bit_of_goodput_json(run, capsys):
         now = Goodput(path)
         if now.runs == 1:
             assert not any(now.seconds[name] for name in PHASES if name != "init")
-            assert capsys.readouterr().out.count("goodput is counted anew") == 1
+            assert capsys.readouterr().out.count("goodput is counted from zero") == 1
             anew += 1
         else:
             assert (now.seconds, now.runs) == (good.seconds, 2)
@@ -292,7 +292,7 @@ def test_a_profile_that_cannot_be_kept_ends_no_run(tmp_path, capsys):
     (tmp_path / "run" / "tensorboard").mkdir(parents=True)
     (tmp_path / "run" / "tensorboard" / "plugins").write_text("")
     assert int(train(replace(CONFIG, train__profile_steps="3,4"), tmp_path / "run").step) == 12
-    assert "warning: the profile could not be kept: " in capsys.readouterr().out
+    assert "warning: the profile could not be saved: " in capsys.readouterr().out
 
 
 def link_elsewhere(path, elsewhere):

@@ -463,7 +463,7 @@ def test_a_broken_off_answer_is_remembered(open_conversation, capsys, monkeypatc
 
     monkeypatch.setattr("builtins.print", write)
     converse(talk, ["abc"])
-    assert written[2:] == [" (broken off)", ""]
+    assert written[2:] == [" (interrupted)", ""]
     assert talk.messages == said("abc", "".join(written[:2]))
 
 

@@ -107,7 +107,7 @@ def test_a_checkpoint_with_a_tokenizer_json(corpus, tmp_path):
         (("--checkpoint={run}", "--text={corpus}", "--batch_size=0"), "--batch_size must be"),
         (("--checkpoint={run}", "--text={corpus}", "--limit=0"), "--limit must be at least 1"),
         (("--checkpoint={run}", "--text={empty}"), "there is no text to evaluate"),
-        (("--checkpoint={run}", "--shards={other}"), "are of another tokenizer"),
+        (("--checkpoint={run}", "--shards={other}"), "use another tokenizer than the checkpoint"),
     ],
 )
 def test_bad_input(checkpoint, corpus, shards, tmp_path, flags, message):

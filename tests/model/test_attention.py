@@ -427,11 +427,11 @@ def test_every_device_computes_as_much_as_the_others(size):
         ("splash", "cpu", {}, "the splash kernel runs on TPUs, and this is a cpu; use xla"),
         ("splash", "tpu", {"queries": 100}, "takes multiples of 128 tokens"),
         ("triton", "cpu", {}, "the Triton kernel runs on NVIDIA GPUs, and this is a cpu; use xla"),
-        ("triton", "gpu", {}, "takes heads of 16 to 128, not 8"),
+        ("triton", "gpu", {}, "takes a head dim of 16 to 128, not 8"),
         ("triton", "gpu", {"queries": 100, "h": 16}, "takes multiples of 128 tokens, not 100"),
         ("cudnn", "tpu", {"queries": 100}, "cuDNN runs on NVIDIA GPUs, and this is a tpu"),
         ("cudnn", "gpu", {}, "takes bfloat16, not float32"),
-        ("cudnn", "gpu", {"h": 12, "dtype": "bfloat16"}, "heads of a multiple of 8 up to 128"),
+        ("cudnn", "gpu", {"h": 12, "dtype": "bfloat16"}, "a head dim in multiples of 8 up to 128"),
         ("cudnn", "gpu", {"h": 256, "dtype": "bfloat16"}, "up to 128, not 256"),
     ],
 )
@@ -452,7 +452,7 @@ def test_a_tile_that_does_not_divide_is_an_error(monkeypatch, backend):
     """`auto` does not choose another backend because of it."""
     pretend(monkeypatch, "tpu")
     message = (
-        "model.attention=splash: 512 tokens of a device are no multiple of "
+        "model.attention=splash: the 512 tokens of a device are not a multiple of "
         "model.attention_tile=384; use 0"
     )
     with pytest.raises(UserError, match=message):
@@ -492,7 +492,7 @@ def test_cudnn_is_not_taken_where_the_same_bits_are_asked_for(monkeypatch):
     q, k, v = (jnp.asarray(x, "bfloat16") for x in inputs(0, queries=128, keys=128))
     assert attention(q, k, v).shape == q.shape
     with pytest.raises(
-        UserError, match="fails with cuDNN attention where XLA_FLAGS ask for the same bits"
+        UserError, match="fails with cuDNN attention if XLA_FLAGS request the same bits"
     ):
         attention(q, k, v, backend="cudnn")
 

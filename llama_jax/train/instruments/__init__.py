@@ -1,12 +1,12 @@
-"""Measures and watches a run.
+"""Measurement and supervision of a run.
 
-  metrics.py          speed, and the log of the step before
-  writers.py          console, metrics.jsonl, TensorBoard; the place for a tracker
-  goodput.py          where the time of a run goes
+  metrics.py          speed, and the log of the previous step
+  writers.py          console, metrics.jsonl, TensorBoard; add writers for trackers here
+  goodput.py          the time that a run spends in each phase
   profiler.py         traces of chosen steps
-  compile_counter.py  counts compiled programs
-  signals.py          SIGTERM and Ctrl-C
-  watchdog.py         ends a run that hangs
+  compile_counter.py  a counter of compiled programs
+  signals.py          stopping a run on SIGTERM or Ctrl-C
+  watchdog.py         a thread that ends a run that hangs
 
-Rule: the device never waits for one of them.
+Rule: the device never waits for an instrument.
 """

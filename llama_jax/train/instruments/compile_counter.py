@@ -1,4 +1,4 @@
-"""How many programs this process has compiled so far."""
+"""A counter of the programs that this process has compiled."""
 
 import functools
 
@@ -9,7 +9,7 @@ _count = 0
 
 
 def compiled_programs() -> int:
-    """Programs that were compiled, or read from the cache, since the first call."""
+    """Returns the number of programs compiled, or read from the cache, since the first call."""
     _listen()
     return _count
 

@@ -1,15 +1,15 @@
-"""How a run is going: its speed, its MFU, and a record of each logged step.
+"""Metrics of a run: its speed, its MFU, and a record of each logged step.
 
-`metrics.jsonl` has one JSON object per line. A logged step has `step`, `loss`, `learning_rate`,
-`grad_norm` and the other metrics of `step.train_step`, `epochs`, `goodput`, and
+`metrics.jsonl` has one JSON object per line. The record of a logged step has `step`, `loss`,
+`learning_rate`, `grad_norm` and the other metrics of `step.train_step`, `epochs`, `goodput`, and
 
-- `tokens_per_second`, of all devices, and `mfu`: of the steps since the record before, and of
-  nothing else. Saving, evaluation, going back to a checkpoint, profiling and steps that compile are
-  left out. Null where no step was timed, as in the record of a first step; `mfu` also where the
-  device's peak is not known.
-- `chip_seconds`: all time since the record before, whatever it was spent on, times devices.
+- `tokens_per_second`, of all devices, and `mfu`: only of the steps since the previous record.
+  Saving, evaluation, going back to a checkpoint, profiling and steps that compile are left out.
+  Null if no step was timed, as in the record of a first step; `mfu` also if the device's peak is
+  not known.
+- `chip_seconds`: all time since the previous record, for any use, times the number of devices.
 
-An evaluation has `step`, `eval_loss` and `epochs`; what else happens has an `event`.
+The record of an evaluation has `step`, `eval_loss` and `epochs`. Other events have an `event`.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ from llama_jax.train.instruments.writers import Writer
 
 @dataclasses.dataclass
 class Speed:
-    """Tokens per second, model FLOPs utilisation and the time of all chips, between two readings.
+    """Measures tokens per second, MFU and the time of all chips between two readings.
 
-    Tokens per second and MFU are of steps only. What else takes time between two readings (saving,
-    evaluation, going back to a checkpoint, compiling) is cut out with `count` and `restart`. MFU is
-    FLOPs of the model (6 per weight in a matrix product, plus causal attention; see
-    `cost.flops_per_token`) over what all devices could do at their peak.
+    Tokens per second and MFU (model FLOPs utilisation) are those of steps only: `count` and
+    `restart` leave out other work between two readings (saving, evaluation, going back to a
+    checkpoint, compiling). MFU is the FLOPs of the model (6 per weight in a matrix product, plus
+    causal attention; see `cost.flops_per_token`) divided by the peak FLOPs of all devices.
     """
 
     config: Config
@@ -46,27 +46,27 @@ class Speed:
     rows: Table = dataclasses.field(default_factory=lambda: PARAMETERS)
 
     def __post_init__(self) -> None:
-        self._steps, self._seconds = 0, 0.0  # of the steps that are counted and not yet read
+        self._steps, self._seconds = 0, 0.0  # counted since the last reading
         self.restart()
         self._read_at = self._since
 
     def restart(self, at: float | None = None) -> None:
-        """Starts the clock; the time since the last `count` belongs to no step.
+        """Starts the clock; leaves out the time since the last `count`.
 
         Args:
-          at: when, by `time.perf_counter`; None: now.
+          at: the starting time, by `time.perf_counter`; None: now.
         """
         self._since = time.perf_counter() if at is None else at
         self._compiled = compiled_programs()
 
     def count(self, steps: int, finished: float | None = None) -> None:
-        """Counts steps that took the time since the clock was started, and starts it again.
+        """Counts the steps that ran since the clock was started, and starts it again.
 
-        They are left out if a program was compiled meanwhile.
+        The steps are left out if a program was compiled in this time.
 
         Args:
-          steps: how many.
-          finished: when the last of them was done, by `time.perf_counter`; None: now.
+          steps: number of steps.
+          finished: time at which the last step was done, by `time.perf_counter`; None: now.
         """
         now = time.perf_counter() if finished is None else finished
         if steps > 0 and compiled_programs() == self._compiled:
@@ -75,12 +75,16 @@ class Speed:
         self.restart(now)
 
     def read(self, steps: int, finished: float | None = None) -> dict[str, float | None]:
-        """The speed since the reading before; counts `steps` steps first, if any, see `count`.
+        """Returns the speed since the previous reading.
+
+        Args:
+          steps: number of steps to count first, see `count`; may be 0.
+          finished: see `count`.
 
         Returns:
           `tokens_per_second` (all devices) and `mfu`: None if no step was counted; `mfu` also if
-          no peak is known. `chip_seconds`: all time since the reading before, whatever it was spent
-          on, times devices.
+          no peak is known. `chip_seconds`: all time since the previous reading, for any use, times
+          the number of devices.
         """
         if steps:
             self.count(steps, finished)
@@ -100,12 +104,12 @@ class Speed:
 
 @dataclasses.dataclass
 class _Pending:
-    """What is written of a step when the next one runs.
+    """The metrics of a step that are written while the next step runs.
 
     Attributes:
-      step: its number.
+      step: number of the step.
       metrics: device arrays and numbers.
-      finished: when the step was seen to be done, by `time.perf_counter`; None: not yet.
+      finished: time at which the step was known to be done, by `time.perf_counter`; None: not yet.
     """
 
     step: int
@@ -114,7 +118,7 @@ class _Pending:
 
 
 class Metrics:
-    """Logs the *previous* step: reading it while the next one runs keeps the device busy."""
+    """Logs the *previous* step: its metrics are read while the device runs the next step."""
 
     def __init__(
         self,
@@ -122,23 +126,23 @@ class Metrics:
         speed: Speed,
         on_read: Callable[[Mapping[str, float | None]], None] = lambda values: None,
     ) -> None:
-        """Has nothing to log yet.
+        """Begins with no pending step.
 
         Args:
-          writer: takes the records.
+          writer: writes the records.
           speed: measures the steps.
-          on_read: called with the metrics of each step that is logged, as soon as they are read.
+          on_read: called with the metrics of each logged step, as soon as they are read.
         """
         self._writer, self._speed, self._on_read = writer, speed, on_read
         self._pending: _Pending | None = None
-        self._counted = 0  # the last step that `Speed` has counted, or that belongs to no interval
-        self._pushed = 0  # the last step that was pushed; the pending one, if there is one
+        self._counted = 0  # the last step that `Speed` has counted or that is left out
+        self._pushed = 0  # the last step that was pushed: the pending one, if any
 
     def start(self, step: int) -> None:
         """Counts the steps that were pushed, and starts the clock for those after `step`.
 
-        It is called when the device is idle: before anything slow that is not training, and again
-        after it. The time between belongs to no step, and neither does a step that was not pushed.
+        Call it when the device is idle, before and after slow work that is not training. The time
+        between the two calls is left out, and so are steps that were not pushed.
         """
         finished = self._pending.finished if self._pending else None
         self._speed.count(self._pushed - self._counted, finished)
@@ -146,7 +150,7 @@ class Metrics:
         self._counted = self._pushed = step
 
     def push(self, step: int, metrics: dict[str, Any] | None) -> None:
-        """Writes what was pushed before, then keeps `metrics` (device arrays; None: no log)."""
+        """Writes the pending step, and keeps `metrics` (device arrays; None: do not log `step`)."""
         self.flush()
         if metrics is not None:
             finished = time.perf_counter() if _is_finished(metrics) else None
@@ -154,7 +158,7 @@ class Metrics:
         self._pushed = step
 
     def flush(self) -> None:
-        """Writes the pending step, waiting for the device if need be."""
+        """Writes the pending step; waits for the device if the step is not done."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -167,19 +171,19 @@ class Metrics:
         self._on_read(values)
 
     def write(self, step: int, record: dict[str, float | None]) -> None:
-        """Writes a record at once (evaluations)."""
+        """Writes a record without delay, such as that of an evaluation."""
         self._writer.write(step, record)
 
 
 def _is_finished(metrics: dict[str, Any]) -> bool:
-    """Whether the step that gives these numbers is done, without waiting for it.
+    """Returns whether the step that computes these metrics is done, without waiting for it.
 
-    Backends that run a step before they return from its call have finished the previous one long
-    before it is read.
+    On backends whose call of a step returns only when the step is done, the previous step was done
+    long before its metrics are read.
     """
 
     def ready(value: Any) -> bool:
-        is_ready = getattr(value, "is_ready", None)  # of an array on a device
+        is_ready = getattr(value, "is_ready", None)  # arrays on a device have it
         if is_ready is not None:
             return is_ready()
         return isinstance(value, float | int | np.generic | np.ndarray)
@@ -188,7 +192,7 @@ def _is_finished(metrics: dict[str, Any]) -> bool:
 
 
 def recorded_loss(jsonl: epath.Path, step: int) -> float | None:
-    """The last `eval_loss` that a `metrics.jsonl` has of a step, if it has one."""
+    """Returns the last `eval_loss` of a step in a `metrics.jsonl`, or None."""
     found = None
     for record in read_jsonl(jsonl)[0] if jsonl.exists() else ():
         if number(record, "step") == step and "eval_loss" in record:
@@ -200,7 +204,7 @@ def plot_loss(jsonl: epath.Path, output: epath.Path) -> int:
     """Draws training and validation loss of a `metrics.jsonl` as a PNG.
 
     Returns:
-      How many lines of the file are damaged and left out; the plot says it, too.
+      The number of damaged lines, which are left out; the title of the plot shows it as well.
 
     Raises:
       UserError: the file cannot be read.
@@ -213,7 +217,7 @@ def plot_loss(jsonl: epath.Path, output: epath.Path) -> int:
     records, damaged = read_jsonl(jsonl)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     for name, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
-        # A resumed run repeats steps that were lost; the later record counts.
+        # A resumed run repeats the steps after its checkpoint; the later record counts.
         pairs = ((record["step"], number(record, name)) for record in records)
         points = {step: loss for step, loss in pairs if loss is not None}
         if points:
@@ -231,15 +235,15 @@ def plot_loss(jsonl: epath.Path, output: epath.Path) -> int:
 
 
 def plot_run(workdir: epath.Path) -> str:
-    """Draws `plots/loss.png` of a work directory; whatever is wrong with it ends no run.
+    """Draws `plots/loss.png` of a work directory; an error does not end the run.
 
     Returns:
-      A warning, if one is due; else nothing.
+      A warning; '' if all is well.
     """
     jsonl = workdir / "metrics.jsonl"
     try:
         damaged = plot_loss(jsonl, workdir / "plots" / "loss.png")
-    except Exception as error:  # the run is saved: nothing that a plot meets may end it
+    except Exception as error:  # the run is saved, and no error of a plot may end it
         return f"warning: the loss could not be plotted: {first_line(error)}"
     if damaged:
         return f"warning: {damaged} damaged line(s) of {jsonl} are left out of the plot"

@@ -1,4 +1,4 @@
-"""Stopping a run on request: SIGTERM and Ctrl-C, on one process and on many."""
+"""Requests to stop a run: SIGTERM and Ctrl-C, with one process or several."""
 
 import contextlib
 import os
@@ -16,27 +16,27 @@ from llama_jax.parallel.multihost import Stopped
 
 
 class StopRequest:
-    """What the first SIGTERM or Ctrl-C does while this is entered; a second one kills.
+    """A context manager that handles SIGTERM and Ctrl-C; a second signal kills the process.
 
-    The signal becomes a flag that the loop polls, to save before it ends. Inside `at_once`, where
-    data are prepared, which can take hours and has nothing to save, it raises `Stopped` instead;
-    not elsewhere, because JAX's own callbacks would take the exception.
+    The first signal sets a flag that the loop polls, so that it saves before it ends. Inside
+    `at_once`, the signal raises `Stopped` instead: preparing data can take hours and has nothing to
+    save. Elsewhere it raises nothing, because JAX's own callbacks might catch the exception.
 
-    Several processes must stop at the same place. From the first `asked` on JAX itself listens for
-    SIGTERM there, and agrees with the others on the call of `asked` that is to say so; what came
-    before, and Ctrl-C, is passed on to it. A second SIGTERM kills as soon as they have agreed.
+    Several processes must stop at the same place. From the first call of `asked` on, JAX itself
+    listens for SIGTERM, and the processes agree on the call of `asked` that returns True. An
+    earlier signal, and Ctrl-C, is passed on to JAX. After the agreement a second SIGTERM kills.
     """
 
     def __init__(self) -> None:
-        self.name = ""  # of the signal, when all processes know of it
-        self.cut_evaluation = False  # whether an evaluation has been given up because of it
-        self._received = ""  # before JAX listens
+        self.name = ""  # name of the signal, as soon as all processes know of it
+        self.cut_evaluation = False  # whether the signal cut an evaluation short
+        self._received = ""  # name of the signal that this process received
         self._at_once = False
-        self._interrupted = ""  # "asked" by `interrupt`, "done" by the handler
+        self._interrupted = ""  # `interrupt` sets it to "asked", and the handler to "done"
         self._calls = 0
         self._ours = [signal.SIGINT, signal.SIGTERM]
         self._previous: dict[int, Any] = {}
-        # It does so already where whoever has joined the processes did not use `join_job`.
+        # True if the processes were joined by other means than `join_job`.
         self._jax_listens = distributed.global_state.preemption_sync_manager is not None
 
     def __enter__(self) -> "StopRequest":
@@ -48,7 +48,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Where a signal may end what is done in Python."""
+        """Lets a signal raise `Stopped` in the `with` block."""
         self._at_once = True
         try:
             yield
@@ -56,10 +56,10 @@ class StopRequest:
             self._at_once = False
 
     def interrupt(self) -> None:
-        """Ends what is done `at_once`, because another process has failed or is asked to stop.
+        """Ends an `at_once` block, because another process has failed or was asked to stop.
 
-        It is called in another thread. The signals that this process gets for itself come on top,
-        often at the same moment, and count as if this had not been.
+        Call it in another thread. Signals that this process receives itself, often at the same
+        moment, count as if this method had not been called.
         """
         if self._at_once and not self._received:
             self._interrupted = "asked"
@@ -68,20 +68,21 @@ class StopRequest:
             signal.pthread_kill(main, signal.SIGINT)
 
     def asked(self) -> bool:
-        """Whether to stop here; all processes must ask equally often, at the same places."""
+        """Returns whether to stop here; all processes must call it at the same places."""
         if jax.process_count() > 1 and not self.name:
             if not self._jax_listens:
                 self._let_jax_listen()
-            # Not the step: what is agreed on is the next number, whatever the others are at.
+            # The number of the call, not the step: the processes agree on the next number.
             self._calls += 1
             if multihost_utils.reached_preemption_sync_point(self._calls):
                 self.name = "SIGTERM"
                 self._next_one_kills()
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX would only take note of it
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX would only record the signal
         return bool(self.name)
 
     def _let_jax_listen(self) -> None:
-        self._ours.remove(signal.SIGTERM)  # before its handler is there: it must stay
+        # Before JAX installs its handler, so that no code of ours replaces that handler.
+        self._ours.remove(signal.SIGTERM)
         jax.config.update("jax_enable_preemption_service", True)
         distributed.global_state.initialize_preemption_sync_manager()
         self._jax_listens = True
@@ -100,7 +101,7 @@ class StopRequest:
             return
         self._next_one_kills()
         if self._interrupted:
-            return  # it ends already
+            return  # the block already ends
         name = self._received = signal.Signals(number).name
         if self._at_once:
             raise Stopped(name)
@@ -121,5 +122,5 @@ def _print(text: str) -> None:
     """Prints a line from a signal handler, which may have interrupted another print."""
     try:
         print(text, flush=True)
-    except RuntimeError:  # the buffer of stdout is being written to, and takes nothing else
+    except RuntimeError:  # the interrupted print is still writing to the buffer of stdout
         os.write(sys.stdout.fileno(), f"{text}\n".encode())

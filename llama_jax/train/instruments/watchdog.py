@@ -1,4 +1,4 @@
-"""Ends a process that hangs: a peer that is gone, a device that does not answer, a dead disk."""
+"""A watchdog that ends a process that hangs, for example when a peer, device or disk is dead."""
 
 import faulthandler
 import os
@@ -10,16 +10,16 @@ TICK_S = 0.5
 
 
 class Watchdog:
-    """Ends the process with status 1 and all its stacks, unless `beat` is called in time.
+    """Ends the process with status 1 and prints all stacks, unless `beat` is called in time.
 
-    JAX waits without end for a collective in which another process does not take part. Time is
-    counted in ticks of a thread of its own: a process that was stopped (Ctrl-Z) did not hang.
+    JAX waits forever for a collective that another process does not join. The watchdog counts ticks
+    of its own thread, not wall-clock time, so that suspending the process (Ctrl-Z) does not end it.
     """
 
     def __init__(self, timeout_s: float) -> None:
-        """Watches nothing until the first `beat`; `timeout_s` of 0 never does."""
+        """Begins to watch at the first `beat`; with a `timeout_s` of 0, never."""
         self._timeout_s = timeout_s
-        self._sign = ("", 0.0)  # of life: what is done, and how long it may take
+        self._sign = ("", 0.0)  # the last sign of life: current work, and seconds it may take
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -27,13 +27,18 @@ class Watchdog:
         return self
 
     def beat(self, what: str, *, compiles: bool = False) -> None:
-        """Says that the process lives, and what it does next: compiling has ten times as long."""
+        """Reports that the process is alive, and restarts the time limit.
+
+        Args:
+          what: what the process does next, for the error message.
+          compiles: whether it compiles next, which may take ten times as long.
+        """
         self._sign = (what, self._timeout_s * (10 if compiles else 1))
         if self._timeout_s and not self._thread.is_alive():
             self._thread.start()
 
     def _watch(self) -> None:
-        # The time left is this thread's alone: counted down in both, a beat could be lost.
+        # Only this thread changes the time left; if `beat` changed it too, a beat could get lost.
         seen, left_s = None, 0.0
         while not self._ended.wait(TICK_S):
             sign = self._sign
@@ -44,14 +49,14 @@ class Watchdog:
 
     def _give_up(self, what: str) -> None:
         print(
-            f"error: no sign of life in {what} for longer than {self._timeout_s:g} s (where "
-            "it compiles, ten times that); another process of the job may have died or hang. The "
-            "stacks of this process follow. The same command goes on from the last checkpoint; if "
-            "it is only slow, with a larger train.step_timeout",
+            f"error: no sign of life in {what} for longer than {self._timeout_s:g} s (ten times "
+            "that during compilation); another process of the job may have died or may hang. The "
+            "stacks of this process follow. The same command continues from the last checkpoint; "
+            "if the job is only slow, use a larger train.step_timeout",
             file=sys.stderr,
             flush=True,
         )
-        if sys.__stderr__ is not None:  # sys.stderr of a notebook is no file
+        if sys.__stderr__ is not None:  # not sys.stderr, which is not a file in a notebook
             faulthandler.dump_traceback(file=sys.__stderr__)
         os._exit(1)
 

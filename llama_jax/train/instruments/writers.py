@@ -1,7 +1,7 @@
-"""Writes the numbers and events of a run: to the console, to JSON lines, to TensorBoard.
+"""Writers of the numbers and events of a run: to the console, JSON lines and TensorBoard.
 
-A writer for another place, such as a tracker, is a class with the three methods of `Writer` and a
-line in `WRITERS`.
+To add a writer, such as one for a tracker, write a class with the three methods of `Writer`, and
+add a line to `WRITERS`.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ from llama_jax.files import append_jsonl
 
 
 class Writer(Protocol):
-    """Takes the records of a run; what it raises besides OSError ends the run."""
+    """Writes the records of a run. An exception other than OSError ends the run."""
 
     def write(self, step: int, record: Mapping[str, float | None]) -> None:
-        """Writes the numbers of one step; None and what is not finite is no number."""
+        """Writes the numbers of one step; a number may be missing (None) or not finite."""
 
     def event(self, step: int, text: str, record: Mapping[str, Any]) -> None:
-        """Writes what has happened; it may be called in another thread.
+        """Writes an event, such as a failed save; other threads may call this.
 
         Args:
-          step: which it belongs to.
-          text: one line, which is on the console already.
-          record: `event`, its kind, and details that JSON can express.
+          step: the step that the event belongs to.
+          text: one line, which the console already shows.
+          record: the kind of the event as `event`, and details that JSON can represent.
         """
 
     def close(self) -> None:
@@ -39,14 +39,14 @@ class Writer(Protocol):
 
 
 class AllWriters:
-    """Hands each record to all writers, from one thread at a time; is itself a `Writer`.
+    """A `Writer` that passes each record to all writers, from one thread at a time.
 
-    The writers are opened with the first record or by `open`, so that a run that is refused makes
-    no files. A writer whose disk is full or gone ends no run.
+    The first record, or `open`, opens the writers, so that a run that is refused makes no files. A
+    full or missing disk does not end the run.
     """
 
     def __init__(self, open_all: Callable[[], Iterable[Writer]]) -> None:
-        """`open_all` makes the writers."""
+        """Keeps `open_all`, which makes the writers."""
         self._open_all = open_all
         self._writers: list[Writer] | None = None
         self._lock = threading.Lock()  # saves in the background report events
@@ -55,7 +55,7 @@ class AllWriters:
         """Opens the writers, if they are not open.
 
         Raises:
-          OSError: one of them cannot write.
+          OSError: a writer cannot write to its place.
         """
         with self._lock:
             self._opened()
@@ -71,12 +71,12 @@ class AllWriters:
             for writer in self._opened():
                 try:
                     writer.write(step, record)
-                except OSError as error:  # `JsonlWriter` keeps the record until it can be written
-                    with contextlib.suppress(OSError):  # of the console, too
+                except OSError as error:  # `JsonlWriter` keeps the record and writes it later
+                    with contextlib.suppress(OSError):  # printing may fail, too
                         print(f"warning: step {step} could not be logged: {error}", flush=True)
 
     def event(self, step: int, text: str, record: Mapping[str, Any]) -> None:
-        """Writes an event; the console has it already, and a full disk may be what it is about."""
+        """Writes an event; ignores an OSError, because the console already shows the event."""
         with self._lock, contextlib.suppress(OSError):
             for writer in self._opened():
                 with contextlib.suppress(OSError):
@@ -97,13 +97,17 @@ class AllWriters:
 
 
 class JsonlWriter:
-    """Writes one JSON object per line to `metrics.jsonl`, at once.
+    """Writes one JSON object per line to `metrics.jsonl`, without delay.
 
-    A record that cannot be written is kept, and written with the next one.
+    A record that cannot be written is kept, and is written with the next one.
     """
 
     def __init__(self, path: epath.Path) -> None:
-        """Raises `OSError` where the file cannot be written to."""
+        """Opens the file for appending.
+
+        Raises:
+          OSError: the file cannot be written to.
+        """
         self._path = path
         self._unwritten: list[dict[str, Any]] = []
         append_jsonl(path, [])
@@ -124,7 +128,7 @@ class JsonlWriter:
         self._unwritten.clear()
 
     def close(self) -> None:
-        """Tries once more to write what could not be written."""
+        """Tries again to write the records that could not be written."""
         if self._unwritten:
             self._flush()
 
@@ -136,19 +140,19 @@ def _finite(value: float | None) -> float | None:
 class TensorBoardWriter:
     """Writes scalars and texts for TensorBoard.
 
-    They are written at once, not by tensorboardX's thread: a full disk ends that thread, and its
-    queue then blocks the run for ever.
+    It writes directly, without the background thread of tensorboardX: a full disk ends that thread,
+    and then its full queue blocks the run forever.
     """
 
     def __init__(self, directory: epath.Path) -> None:
-        # Slow to import, and needed by the first process only.
+        # Imported here because it is slow to import, and only the first process needs it.
         from tensorboardX.event_file_writer import EventsWriter
 
         directory.mkdir(parents=True, exist_ok=True)
         self._events = EventsWriter(str(directory / "events"))
 
     def write(self, step: int, record: Mapping[str, float | None]) -> None:
-        """Writes every number that is there."""
+        """Writes all numbers except None."""
         from tensorboardX.proto.summary_pb2 import Summary
 
         values = [
@@ -176,15 +180,15 @@ class TensorBoardWriter:
 
 
 class ConsoleWriter:
-    """Prints one line per log step: how far, how good, how fast, how long still."""
+    """Prints one line per log step: progress, loss, speed and remaining time."""
 
     def __init__(self, total_steps: int, peak_name: str, further: Sequence[str] = ()) -> None:
         """Prints nothing yet.
 
         Args:
-          total_steps: of the run.
-          peak_name: of the peak that MFU is a share of.
-          further: names of other metrics to print, where a record has them.
+          total_steps: number of steps of the run.
+          peak_name: name of the peak performance that MFU is a fraction of.
+          further: names of other metrics to print, if a record has them.
         """
         self._total = total_steps
         self._peak_name = peak_name
@@ -225,7 +229,7 @@ class ConsoleWriter:
         sys.stdout.flush()
 
     def event(self, step: int, text: str, record: Mapping[str, Any]) -> None:
-        """Prints nothing: who reports an event prints it, whether there are writers or not."""
+        """Prints nothing, because the code that reports an event prints its line."""
 
     def _eta(self, step: int, now: float) -> str:
         assert self._started is not None
@@ -237,19 +241,18 @@ class ConsoleWriter:
         return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds % 60:02d}s"
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Does nothing."""
 
 
-# How each writer of a run is opened, from its config, its work directory and the name of the peak.
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a writer may know of the run that it writes about.
+    """The run that a writer writes about.
 
     Attributes:
       config: its config.
-      workdir: its folder.
-      peak_name: name of the peak that MFU is a share of.
-      shown: names of further metrics that are meant for the console.
+      workdir: its work directory.
+      peak_name: name of the peak performance that MFU is a fraction of.
+      shown: names of further metrics that the console shows.
     """
 
     config: Config
@@ -258,6 +261,7 @@ class Run:
     shown: tuple[str, ...] = ()
 
 
+# Functions that open the writers, by name. A tracker is one more line here.
 WRITERS: dict[str, Callable[[Run], Writer]] = {
     "console": lambda run: ConsoleWriter(run.config.train.steps, run.peak_name, run.shown),
     "jsonl": lambda run: JsonlWriter(run.workdir / "metrics.jsonl"),
@@ -269,6 +273,6 @@ def open_writers(run: Run) -> list[Writer]:
     """Opens all of `WRITERS`.
 
     Raises:
-      OSError: one of them cannot write.
+      OSError: a writer cannot write to its place.
     """
     return [make(run) for make in WRITERS.values()]
