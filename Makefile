@@ -1,4 +1,4 @@
-# `make train` and `make test` work on a bare clone: they make .venv and install into it.
+# `make train` and `make test` work on a fresh clone: they create .venv and install into it.
 PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/tiny
@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 .PHONY: help train quiz test lint format slow parity beam tpu gpu eval slurm soak clean
 .DEFAULT_GOAL := help
 
-help:  ## this list
+help:  ## print this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
 
 .venv/.python:
@@ -32,13 +32,13 @@ help:  ## this list
 train: .venv/.installed  ## train configs/tiny.py on Python's own library, then print a sample
 	$(BIN)/python -m llama_jax.train --config=configs/tiny.py --workdir=$(WORKDIR)
 
-quiz: .venv/.installed  ## fine-tune what `make train` made on questions, and ask it before and after
+quiz: .venv/.installed  ## fine-tune the model of `make train` on questions, and compare its answers
 	$(BIN)/python examples/quiz.py --base=$(WORKDIR)
 
-test: lint  ## lint, types, and the whole default test suite
+test: lint  ## run lint, types, and the whole default test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(PYTEST_ARGS)
 
-lint: .venv/.installed-dev  ## ruff, mypy and shellcheck
+lint: .venv/.installed-dev  ## run ruff, mypy and shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -48,23 +48,23 @@ format: .venv/.installed-dev  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# As root, where Debian's packages can be had, the tests on a real Slurm are among them.
+# For root on Debian, the slow tests include those on a real Slurm.
 SLOW := $(shell [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo slow or slurm || echo slow)
 
-slow: .venv/.installed-dev  ## the tests that take minutes; a quarter of them: PYTEST_ARGS=--quarter=1
+slow: .venv/.installed-dev  ## run the tests that take minutes; PYTEST_ARGS=--quarter=1 runs a quarter
 	@[ "$(SLOW)" = slow ] || tests/slurm_cluster.sh install
 	TEST_XLA_FLAGS= $(BIN)/python -m pytest -m "$(SLOW)" -n 2 --dist worksteal -q $(PYTEST_ARGS)
 
-parity: .venv/.installed-parity  ## live comparison with transformers on torch
+parity: .venv/.installed-parity  ## compare with transformers on torch
 	TEST_XLA_FLAGS= $(BIN)/python -m pytest -m parity -n 2 --dist worksteal -q $(PYTEST_ARGS)
 
-# Beam wants older versions of some libraries than constraints.txt has: an environment of its own.
+# Beam needs its own environment, with older versions of some libraries than in constraints.txt.
 .venv-beam/.installed: setup.py
 	$(PYTHON) -m venv .venv-beam
 	@.venv-beam/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,beam]'
 	@touch $@
 
-beam: .venv-beam/.installed  ## prepare on Apache Beam against prepare on one machine
+beam: .venv-beam/.installed  ## compare prepare on Apache Beam with prepare on one machine
 	.venv-beam/bin/python -m pytest -m beam -q $(PYTEST_ARGS)
 
 .venv-tpu/.installed: setup.py constraints.txt
@@ -83,16 +83,16 @@ tpu: .venv-tpu/.installed  ## compile 7B and 65B for TPU slices, with the real c
 gpu: .venv-gpu/.installed  ## compile 7B, 65B and attention for GPU nodes, with the real compiler
 	.venv-gpu/bin/python -m pytest -m gpu -q $(PYTEST_ARGS)
 
-# The harness wants another python-dateutil than constraints.txt has; its [hf] is for the test only.
+# The harness needs another python-dateutil than constraints.txt has; only the test needs its [hf].
 .venv-eval/.installed: setup.py
 	$(PYTHON) -m venv .venv-eval
 	@.venv-eval/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,parity,eval]' 'lm_eval[hf]'
 	@touch $@
 
-eval: .venv-eval/.installed  ## the adapter for lm-evaluation-harness against the harness's own model
+eval: .venv-eval/.installed  ## compare the adapter for lm-evaluation-harness with the harness's own model
 	.venv-eval/bin/python -m pytest -m eval -q $(PYTEST_ARGS)
 
-slurm: .venv/.installed-dev  ## launch/slurm.sbatch on a real Slurm, from Debian's packages (as root)
+slurm: .venv/.installed-dev  ## test launch/slurm.sbatch on a real Slurm, from Debian's packages (as root)
 	tests/slurm_cluster.sh install
 	$(BIN)/python -m pytest -m slurm -q $(PYTEST_ARGS)
 

@@ -4,11 +4,11 @@
   python -m llama_jax.train --config=configs/33b.py --workdir=gs://BUCKET/llama_33b \\
       --config.data.path=gs://BUCKET/tokens
 
-Data: the paper's seven sources in its shares (table 1), by the names that `data.source` gives them.
+Data: the paper's seven sources, mixed in the shares of its table 1; `data.source` names each one.
 Batch: 2,048 sequences x 2,048 tokens = 4,194,304 tokens a step, 333,786 steps = 1.40T tokens.
-Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 485 GiB in all,
-divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
-Expect: the paper took 530,432 A100-80GB hours, 733 tokens/s/GPU by its own figures.
+Memory: weights, gradients and two moments in float32 take 16 bytes a parameter, 485 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations need further memory.
+Expect: the paper reports 530,432 A100-80GB hours, which is 733 tokens/s/GPU.
 Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/33b.py --topology=v5p-512 --config.mesh.data=4 \\
       --config.model.remat=save:q,k,v,attn_context,attn_out,mlp_gate,mlp_up \\
@@ -29,7 +29,7 @@ from llama_jax.data.mixture import llama_sources
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.model.dim = 6656
     config.model.n_layers = 60

@@ -4,11 +4,11 @@
   python -m llama_jax.train --config=configs/65b.py --workdir=gs://BUCKET/llama_65b \\
       --config.data.path=gs://BUCKET/tokens
 
-Data: the paper's seven sources in its shares (table 1), by the names that `data.source` gives them.
+Data: the paper's seven sources, mixed in the shares of its table 1; `data.source` names each one.
 Batch: 2,048 sequences x 2,048 tokens = 4,194,304 tokens a step, 333,786 steps = 1.40T tokens.
-Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 973 GiB in all,
-divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
-Expect: the paper took 1,022,362 A100-80GB hours, 380 tokens/s/GPU by its own figures.
+Memory: weights, gradients and two moments in float32 take 16 bytes a parameter, 973 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations need further memory.
+Expect: the paper reports 1,022,362 A100-80GB hours, which is 380 tokens/s/GPU.
 Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/65b.py --topology=v5p-1024 \\
       --config.model.remat=save:mlp_gate,mlp_up,attn_out,q
@@ -32,14 +32,14 @@ from llama_jax.data.mixture import llama_sources
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.model.dim = 8192
     config.model.n_layers = 80
     config.model.n_heads = 64
     config.model.n_kv_heads = 64
     config.model.ffn_dim = 22016
-    config.model.norm_eps = 1e-5  # as released; the smaller ones have 1e-6
+    config.model.norm_eps = 1e-5  # as released; the smaller sizes have 1e-6
     config.optim.peak_lr = 1.5e-4
     config.model.remat = "full"
     config.train.steps = 333_786

@@ -4,11 +4,11 @@
   python -m llama_jax.train --config=configs/7b.py --workdir=gs://BUCKET/llama_7b \\
       --config.data.path=gs://BUCKET/tokens
 
-Data: the paper's seven sources in its shares (table 1), by the names that `data.source` gives them.
+Data: the paper's seven sources, mixed in the shares of its table 1; `data.source` names each one.
 Batch: 2,048 sequences x 2,048 tokens = 4,194,304 tokens a step, 238,419 steps = 1.00T tokens.
-Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 100 GiB in all,
-divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
-Expect: the paper took 82,432 A100-80GB hours, 3,370 tokens/s/GPU by its own figures.
+Memory: weights, gradients and two moments in float32 take 16 bytes a parameter, 100 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations need further memory.
+Expect: the paper reports 82,432 A100-80GB hours, which is 3,370 tokens/s/GPU.
 Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/7b.py --topology=v5p-128 \\
       --config.model.remat=save:q,k,v,attn_context,attn_out,mlp_gate,mlp_up \\
@@ -29,7 +29,7 @@ from llama_jax.data.mixture import llama_sources
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.model.remat = "full"
     config.train.steps = 238_419

@@ -6,9 +6,9 @@
 Batch: 40 sequences x 512 tokens = 20,480 tokens a step, 1,218 steps.
 Recipe of github.com/tatsu-lab/stanford_alpaca: 3 epochs of 52,002 records, 128 a step, AdamW with
 betas 0.9 and 0.999 and no decay, peak rate 2e-5, warm-up over 3% and cosine to 0, clipping at 1.0.
-Ours are the 40 packed sequences, for 128 padded records, which are taken to be of 160 tokens each:
-look at what `prepare` says of your data and at the epochs in the log. It needs 8 GPUs of 80 GB or
-less; `lora` in docs/lora.md needs one.
+One difference is ours: 40 packed sequences replace 128 padded records, assuming 160 tokens a
+record. Compare this with the report of `prepare` on your data and with the epochs in the log.
+Training all weights takes 8 GPUs of 80 GB or less; training adapters (docs/lora.md) takes one.
 Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/alpaca_7b.py --topology=v5p-16
     15.5 of 95.7 GiB a chip; predicted 0.76 s a step, 3,390 tokens/s/chip,
@@ -31,7 +31,7 @@ from llama_jax.config import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.init_from = "hf:llama-7b"
     config.model.remat = "full"

@@ -5,11 +5,12 @@
       --config.data.path=gs://BUCKET/tokens
 
 Batch: 256 sequences x 16,384 tokens = 4,194,304 tokens a step, 119,209 steps = 0.50T tokens.
-Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 503 GiB in all,
-divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
-Recipe: the tokens are the paper's, which continues LLaMA-2 at 4,096 tokens and then fine-tunes at
-16,384; here it is one stage at 16,384, whose batch, peak rate and schedule are ours.
-No infilling at this size, so the vocabulary stays at 32,000.
+Memory: weights, gradients and two moments in float32 take 16 bytes a parameter, 503 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations need further memory.
+Recipe: the number of tokens is the paper's. The paper continues LLaMA-2 at 4,096 tokens and then
+fine-tunes at 16,384; this config has one stage at 16,384. Its batch, peak rate and schedule are
+ours.
+This size has no infilling tokens: its vocabulary is LLaMA-2's 32,000.
 Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/codellama_34b.py --topology=v5p-512 \\
       --config.model.remat=save:mlp_up,attn_out,q
@@ -27,7 +28,7 @@ from llama_jax.config import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.model.dim = 8192
     config.model.n_layers = 48

@@ -5,11 +5,12 @@
       --config.data.path=gs://BUCKET/tokens
 
 Batch: 256 sequences x 16,384 tokens = 4,194,304 tokens a step, 238,419 steps = 1.00T tokens.
-Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 1,028 GiB in all,
-divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
-Recipe: the tokens are the paper's, which continues LLaMA-2 at 4,096 tokens and then fine-tunes at
-16,384; here it is one stage at 16,384, whose batch, peak rate and schedule are ours.
-Python and Instruct of 70B were released at theta 1e4 and 4,096 tokens.
+Memory: weights, gradients and two moments in float32 take 16 bytes a parameter, 1,028 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations need further memory.
+Recipe: the number of tokens is the paper's. The paper continues LLaMA-2 at 4,096 tokens and then
+fine-tunes at 16,384; this config has one stage at 16,384. Its batch, peak rate and schedule are
+ours.
+The released Python and Instruct variants of 70B have RoPE theta 1e4 and a context of 4,096 tokens.
 Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/codellama_70b.py --topology=v5p-512 \\
       --config.model.remat=save:attn_out,q
@@ -27,7 +28,7 @@ from llama_jax.config import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.model.vocab_size = 32_016
     config.model.dim = 8192

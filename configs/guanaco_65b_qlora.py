@@ -4,9 +4,10 @@
       --config.init_from=hf:llama-65b --config.data.source=openassistant.jsonl
 
 Batch: 16 sequences x 512 tokens = 8,192 tokens a step, 1,875 steps.
-Recipe of arXiv:2305.14314 (appendix B): as guanaco_7b_qlora.py, but the rate is 1e-4 and the
-dropout 0.05. Ours is the rank, 16 for 64: adapters, gradients and moments are float32 on the
-device, 12 GiB at rank 64, for which the paper pages moments to the host. Alpha stays 16.
+Recipe of arXiv:2305.14314 (appendix B): as guanaco_7b_qlora.py, but with rate 1e-4 and
+dropout 0.05. One difference is ours: rank 16 instead of 64. Adapters, gradients and moments are
+float32 on the device and take 12 GiB at rank 64; the paper pages the moments to the host. Alpha
+stays 16.
 Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/guanaco_65b_qlora.py --topology=v5e:4x4 \\
       --config.train.grad_accum=1
@@ -23,7 +24,7 @@ from llama_jax.config import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.init_from = "hf:llama-65b"
     config.model.dim = 8192

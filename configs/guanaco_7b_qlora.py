@@ -6,8 +6,9 @@
 Batch: 16 sequences x 512 tokens = 8,192 tokens a step, 1,875 steps.
 Recipe of arXiv:2305.14314 (appendix B): NF4 with double quantisation, adapters of rank 64 and alpha
 16 with dropout 0.1 on all matrices, constant rate 2e-4, beta2 0.999, clipping at 0.3, 16 records a
-step. Ours are packed sequences, for padded records of as many tokens at most, and the template: the
-paper's "### Human" and "### Assistant" is a Jinja file of three lines, should you want it.
+step. Two differences are ours: packed sequences replace padded records of at most 512 tokens, and
+the template is Vicuna's; a Jinja file of three lines gives the paper's "### Human" and
+"### Assistant".
 Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/guanaco_7b_qlora.py --topology=v5e:2x2
     4.0 of 15.8 GiB a chip; predicted 2.44 s a step, 838 tokens/s/chip,
@@ -23,7 +24,7 @@ from llama_jax.config import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.init_from = "hf:llama-7b"
     config.model.remat = "full"

@@ -5,11 +5,11 @@
       --config.data.path=gs://BUCKET/tokens
 
 Batch: 1,024 sequences x 4,096 tokens = 4,194,304 tokens a step, 476,837 steps = 2.00T tokens.
-Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 194 GiB in all,
-divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
-Recipe, all of the paper (section 2.2, table 1): tokens, batch, peak rate, AdamW with betas 0.9 and
-0.95 and eps 1e-5, 2,000 warm-up steps, cosine to a tenth, decay 0.1, clipping at 1.0. Its mixture
-of data is not published.
+Memory: weights, gradients and two moments in float32 take 16 bytes a parameter, 194 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations need further memory.
+Recipe, all from the paper (section 2.2, table 1): tokens, batch, peak rate, AdamW with betas 0.9
+and 0.95 and eps 1e-5, 2,000 warm-up steps, cosine decay to a tenth of the peak, weight decay 0.1,
+clipping at 1.0. The paper does not publish its data mixture.
 Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/llama2_13b.py --topology=v5p-256 \\
       --config.model.remat=save:q,k,v,attn_context,attn_out,mlp_gate,mlp_up \\
@@ -29,7 +29,7 @@ from llama_jax.config import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.model.dim = 5120
     config.model.n_layers = 40

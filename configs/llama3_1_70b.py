@@ -5,11 +5,12 @@
       --config.data.path=gs://BUCKET/tokens
 
 Batch: 32 sequences x 131,072 tokens = 4,194,304 tokens a step, 190,735 steps = 0.80T tokens.
-Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 1,051 GiB in all,
-divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
-Recipe: the stage that stretches the context to 128K, with 0.8T tokens (section 3.4.2 of the paper,
-which does so in six steps; here it is one). The peak rate is that of its table 3, which is of the
-whole training. Not published for this stage, and ours: batch, rate, betas, decay, clipping.
+Memory: weights, gradients and two moments in float32 take 16 bytes a parameter, 1,051 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations need further memory.
+Recipe: the stage that extends the context to 128K, with 0.8T tokens (section 3.4.2 of the paper,
+which does it in six steps; this config has one). The peak rate is from table 3, which describes
+the whole training. For this stage the paper gives no batch, rate, betas, decay or clipping; the
+values here are ours.
 Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/llama3_1_70b.py --topology=v5p-512 \\
       --config.model.remat=save:q,k,v,attn_context --config.mesh.context=8
@@ -27,7 +28,7 @@ from llama_jax.config import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.model.vocab_size = 128_256
     config.model.dim = 8192

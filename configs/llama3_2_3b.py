@@ -1,15 +1,15 @@
-"""Llama 3.2 3B (3,212,749,824 parameters), as released; the herd is described in arXiv:2407.21783.
+"""Llama 3.2 3B (3,212,749,824 parameters), as released; arXiv:2407.21783 describes the family.
 
   python -m llama_jax.prepare --config=configs/llama3_2_3b.py --output=gs://BUCKET/tokens
   python -m llama_jax.train --config=configs/llama3_2_3b.py --workdir=gs://BUCKET/llama3_2_3b \\
       --config.data.path=gs://BUCKET/tokens
 
 Batch: 32 sequences x 131,072 tokens = 4,194,304 tokens a step, 190,735 steps = 0.80T tokens.
-Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 48 GiB in all,
-divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
-Recipe: ours, in the form of Llama 3.1's stage that stretches the context to 128K, with 0.8T tokens.
-None is published: the released weights were pruned from a larger model and distilled.
-The embedding is the output matrix too; wavelengths are stretched 32 times.
+Memory: weights, gradients and two moments in float32 take 16 bytes a parameter, 48 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations need further memory.
+Recipe: ours, modelled on the stage of Llama 3.1 that extends the context to 128K, with 0.8T tokens.
+No recipe is published: the released weights were pruned from a larger model and distilled.
+The embedding table is also the output matrix; RoPE scaling stretches long wavelengths 32 times.
 Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/llama3_2_3b.py --topology=v5p-128 \\
       --config.model.remat=save:q,k,v,attn_context --config.mesh.context=2
@@ -27,7 +27,7 @@ from llama_jax.config import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.model.vocab_size = 128_256
     config.model.dim = 3072

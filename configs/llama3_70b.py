@@ -5,12 +5,12 @@
       --config.data.path=gs://BUCKET/tokens
 
 Batch: 512 sequences x 8,192 tokens = 4,194,304 tokens a step, 3,576,279 steps = 15.00T tokens.
-Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 1,051 GiB in all,
-divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
-Recipe: the peak rate is that of the paper, table 3, and 15T tokens are its round figure. Not
-published for this size, and LLaMA's here: batch, warm-up, final rate, betas, decay, clipping. For
-405B the paper has 8,000 warm-up steps, a cosine to 1% of the peak, and a batch that grows from 4M
-to 16M tokens. Its mixture of data is given by kinds only.
+Memory: weights, gradients and two moments in float32 take 16 bytes a parameter, 1,051 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations need further memory.
+Recipe: the peak rate is from the paper's table 3; 15T tokens is its rounded number. The paper does
+not give batch, warm-up, final rate, betas, decay and clipping for this size; the values here are
+LLaMA's. For 405B it reports 8,000 warm-up steps, a cosine to 1% of the peak, and a batch that grows
+from 4M to 16M tokens. It describes its data mixture by categories only.
 Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/llama3_70b.py --topology=v5p-1024 \\
       --config.model.remat=save:mlp_up,attn_out,q
@@ -28,7 +28,7 @@ from llama_jax.config import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.model.vocab_size = 128_256
     config.model.dim = 8192

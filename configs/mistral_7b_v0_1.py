@@ -5,10 +5,10 @@
       --config.data.path=gs://BUCKET/tokens
 
 Batch: 128 sequences x 32,768 tokens = 4,194,304 tokens a step, 238,419 steps = 1.00T tokens.
-Memory: weights, gradients and two moments in float32 are 16 bytes a parameter, 108 GiB in all,
-divided over mesh.fsdp x mesh.context x mesh.tensor; activations come on top.
-Recipe: the paper gives none; tokens, batch and peak rate are ours.
-Attention sees 4,096 tokens back.
+Memory: weights, gradients and two moments in float32 take 16 bytes a parameter, 108 GiB in all,
+divided over mesh.fsdp x mesh.context x mesh.tensor; activations need further memory.
+Recipe: the paper gives no recipe; tokens, batch and peak rate are ours.
+Attention has a sliding window of 4,096 tokens.
 Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/mistral_7b_v0_1.py --topology=v5p-128 \\
       --config.model.remat=save:q,k,v,attn_context,mlp_up --config.train.grad_accum=2
@@ -26,7 +26,7 @@ from llama_jax.config import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.model.n_kv_heads = 8
     config.model.ffn_dim = 14336

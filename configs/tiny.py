@@ -19,7 +19,7 @@ from llama_jax.config import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.model.vocab_size = 4096
     config.model.dim = 256
@@ -39,6 +39,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.eval_every = 200
     config.train.eval_batches = 20
     config.train.checkpoint_every = 200
-    # No space at its end: the tokenizer has a space at the beginning of the word that follows.
+    # No trailing space: the tokenizer puts a space at the beginning of the next word.
     config.train.sample_prompt = "def __init__(self"
     return config

@@ -1,4 +1,4 @@
-"""The model of `tiny` (5,261,568 parameters), fine-tuned to answer questions on signatures.
+"""The model of `tiny` (5,261,568 parameters), fine-tuned to answer questions about signatures.
 
   python -m llama_jax.train --config=configs/tiny_quiz.py --workdir=runs/quiz \\
       --config.init_from=ckpt:runs/tiny --config.data.source=runs/quiz/questions.json
@@ -20,7 +20,7 @@ from llama_jax.config import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.init_from = "ckpt:runs/tiny"
     config.model.vocab_size = 4096

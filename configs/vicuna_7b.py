@@ -5,9 +5,9 @@
 
 Batch: 80 sequences x 2,048 tokens = 163,840 tokens a step, 1,640 steps.
 Recipe of github.com/lm-sys/FastChat: 3 epochs of 70,000 conversations, 128 a step, peak rate 2e-5,
-warm-up over 3% and cosine to 0, no decay; AdamW with betas 0.9 and 0.999, clipping at 1.0. Ours are
-the 80 packed sequences, for 128 padded conversations, which are taken to be of 1,280 tokens each:
-look at what `prepare` says of your data and at the epochs in the log.
+warm-up over 3% and cosine to 0, no decay; AdamW with betas 0.9 and 0.999, clipping at 1.0. One
+difference is ours: 80 packed sequences replace 128 padded conversations, assuming 1,280 tokens a
+conversation. Compare this with the report of `prepare` on your data and with the epochs in the log.
 Fits, as the compilers of these machines say (tests/reference/plans.py checks it):
   python -m llama_jax.plan --config=configs/vicuna_7b.py --topology=v5p-16
     23.2 of 95.7 GiB a chip; predicted 5.35 s a step, 3,827 tokens/s/chip,
@@ -24,7 +24,7 @@ from llama_jax.config import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.init_from = "hf:llama-7b"
     config.model.remat = "full"

@@ -8,30 +8,31 @@ Trains with several processes on this machine, which find each other over loopba
 
 Usage: launch/local.sh [OPTIONS] -- --config=FILE --workdir=DIR [flags of llama_jax.train]
 
-  --processes=N    how many (default 2)
-  --gpus=K         GPUs of each process: the first takes 0 .. K-1 and so on (default: each takes all
-                   that it sees, which is right on CPUs)
-  --port=PORT      of process 0 (default: one that is free)
-  --restarts=N     restarts after a failure, in a row (default 0); training resumes
+  --processes=N    number of processes (default 2)
+  --gpus=K         GPUs of each process: the first takes 0 .. K-1, and so on (default: each takes
+                   all that it sees, which is right on CPUs)
+  --port=PORT      port of process 0 (default: a free one)
+  --restarts=N     maximum number of restarts in a row after failures (default 0); training resumes
   --backoff=S      seconds before the first restart, doubled for each further one (default 10)
   --dry-run        print what would run
 
-Each line of output begins with the number of its process. When one process fails, all are ended.
-Ctrl-C or SIGTERM: all save and end; a second Ctrl-C ends them at once. PYTHON names the interpreter.
+Each line of output begins with the number of its process. If one process fails, all are ended.
+After Ctrl-C or SIGTERM all save and end; a second Ctrl-C ends them at once. The environment
+variable PYTHON names the interpreter.
 
 Example, 2 processes on the CPUs:
   launch/local.sh -- --config=configs/tiny.py --workdir=runs/tiny
-Example, a process for each of 8 GPUs:
+Example, one process for each of 8 GPUs:
   launch/local.sh --processes=8 --gpus=1 --restarts=10 -- --config=configs/7b.py --workdir=runs/7b
 TEXT
 }
 
 fail() { echo "error: ${1//[[:cntrl:]]/ }; try --help" >&2 && exit 1; }
 
-# Makes the number of flag $1 decimal: bash reads 08 as octal, and large numbers wrap around.
+# Makes the value of flag $1 decimal: bash reads 08 as octal, and large numbers overflow.
 decimal() {
   local LC_ALL=C
-  [[ ${!1} =~ ^0*([0-9]{1,9})$ ]] || fail "--$1=${!1} is no number of at most 9 digits"
+  [[ ${!1} =~ ^0*([0-9]{1,9})$ ]] || fail "--$1=${!1} is not a number of at most 9 digits"
   printf -v "$1" %d "$((10#${BASH_REMATCH[1]}))"
 }
 
@@ -47,20 +48,20 @@ while (($#)); do
     --dry-run) dry_run=1 ;;
     --help | -h) usage && exit 0 ;;
     --) shift && break ;;
-    *) fail "unexpected argument $1 (flags of train stand after --)" ;;
+    *) fail "unexpected argument $1 (put flags of train after --)" ;;
   esac
   shift
 done
 for flag in processes restarts backoff ${gpus:+gpus} ${port:+port}; do decimal "$flag"; done
-((processes)) || fail "--processes=0 is too few"
-[[ $gpus != 0 ]] || fail "--gpus=0 is too few"
-[[ -z $port ]] || ((0 < port && port < 65536)) || fail "--port=$port is no port"
+((processes)) || fail "--processes=0 is less than 1"
+[[ $gpus != 0 ]] || fail "--gpus=0 is less than 1"
+[[ -z $port ]] || ((0 < port && port < 65536)) || fail "--port=$port is not a port (1 to 65535)"
 (($#)) || fail "no flags of train after --"
 
 python=${PYTHON:-$(command -v "$here/../.venv/bin/python" || echo python)}
 
 if ((restarts)) && [[ ! $dry_run ]]; then
-  # A child of its own for each run: another port, should the old one still be taken.
+  # Each run is a new child process: it takes another port if the old one is still in use.
   again=(--processes="$processes" --gpus="$gpus" --port="$port")
   exec "$here/retry.sh" --restarts="$restarts" --backoff="$backoff" -- "$0" "${again[@]}" -- "$@"
 fi
@@ -74,7 +75,7 @@ with socket.socket() as probe:
     print(probe.getsockname()[1])') || fail "cannot run $python"
 fi
 
-# The environment of process $1, as NAME=VALUE words.
+# Sets `environ` to the environment of process $1, as NAME=VALUE words.
 environment() {
   environ=(JAX_COORDINATOR_ADDRESS="localhost:$port" JAX_NUM_PROCESSES="$processes")
   environ+=(JAX_COORDINATOR_BIND_ADDRESS="localhost:$port" JAX_PROCESS_ID="$1")
@@ -106,25 +107,25 @@ stop() {
 }
 trap stop TERM INT
 
-# Puts $1 before each line, at once (some awks and seds wait for more), to the last one.
+# Puts $1 before each line, without delay; some versions of awk and sed would buffer the lines.
 prefix() {
   trap '' INT TERM
   while IFS= read -r line || [[ $line ]]; do printf '%s\n' "$1$line"; done
 }
 
-# Job control gives each process a group of its own: Ctrl-C reaches this script alone, and what a
-# process has started can be ended with it.
+# Job control gives each process its own process group: Ctrl-C reaches only this script, and ending
+# a group also ends the children of its process.
 set -m
 for ((i = 0; i < processes; i++)); do
   environment "$i"
   env "${environ[@]}" "${command[@]}" \
     > >(prefix "[$i] ") 2>&1 &
   pids+=($!)
-  # The signal may have come between the two: then nobody has asked this one.
+  # If a signal came before this process was in `pids`, `stop` has not signalled it.
   ((signals == 0 || ${#pids[@]} == asked)) || kill -TERM "$!" 2>/dev/null
 done
 
-exec 3>&2 2>/dev/null # the shell's own report of each process that was killed
+exec 3>&2 2>/dev/null # hides the shell's own message about each killed process
 status=0
 left=("${pids[@]}")
 while ((${#left[@]})); do
@@ -136,7 +137,7 @@ while ((${#left[@]})); do
       continue
     fi
     seen=-1
-    while ((seen != signals)); do # a signal ends `wait` early, with a status of its own
+    while ((seen != signals)); do # a signal ends `wait` early, with another status
       seen=$signals
       wait "$pid"
       code=$?
@@ -144,7 +145,7 @@ while ((${#left[@]})); do
     if ((code && !status)); then
       status=$code
       echo "local: process $pid ended with exit status $code; ending the others" >&3
-      sleep 0.5 # for its last words
+      sleep 0.5 # for its last lines of output
       for other in "${pids[@]}"; do kill -KILL -- "-$other" 2>/dev/null; done
     fi
   done

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a command again after it fails, so that training goes on from its last checkpoint.
+# Runs a command again after it fails, so that training resumes from its last checkpoint.
 set -uo pipefail
 
 usage() {
@@ -8,16 +8,18 @@ Runs a command again after it fails, until it exits with 0.
 
 Usage: launch/retry.sh [--restarts=N] [--backoff=SECONDS] [--dry-run] -- COMMAND...
 
-  --restarts=N   failures in a row after which to give up (default 10); a run of ten minutes or
-                 more ends the row
+  --restarts=N   maximum number of restarts in a row (default 10); a run of ten minutes or more
+                 resets the count
   --backoff=S    seconds before the first restart, doubled for each further one in a row, at most
                  300 (default 10)
-  --stop=COMMAND of the shell, which makes the command save and end (default: SIGTERM to it)
+  --stop=COMMAND a shell command that makes the running command save and end (default: send it
+                 SIGTERM)
   --dry-run      print the command only
 
-On SIGTERM or Ctrl-C the command is stopped, and nothing is restarted. Nor is it after the exit
-statuses of llama_jax.train 75 (--stopped_status=75: stopped and saved) and 74 (--damaged_status:
-trained to the end, a damaged checkpoint was passed over). The exit status is that of the last run.
+After SIGTERM or Ctrl-C the command is stopped and not restarted. Two exit statuses of
+llama_jax.train do not restart it either: 75 (--stopped_status=75: stopped and saved) and 74
+(--damaged_status: training finished, but a damaged checkpoint was skipped). The exit status is
+that of the last run.
 
 Example: launch/retry.sh --restarts=3 -- python -m llama_jax.train --config=... --workdir=...
 TEXT
@@ -25,10 +27,10 @@ TEXT
 
 fail() { echo "error: ${1//[[:cntrl:]]/ }; try --help" >&2 && exit 1; }
 
-# Makes the number of flag $1 decimal: bash reads 08 as octal, and large numbers wrap around.
+# Makes the value of flag $1 decimal: bash reads 08 as octal, and large numbers overflow.
 decimal() {
   local LC_ALL=C
-  [[ ${!1} =~ ^0*([0-9]{1,9})$ ]] || fail "--$1=${!1} is no number of at most 9 digits"
+  [[ ${!1} =~ ^0*([0-9]{1,9})$ ]] || fail "--$1=${!1} is not a number of at most 9 digits"
   printf -v "$1" %d "$((10#${BASH_REMATCH[1]}))"
 }
 
@@ -41,7 +43,7 @@ while (($#)); do
     --dry-run) dry_run=1 ;;
     --help | -h) usage && exit 0 ;;
     --) shift && break ;;
-    *) fail "unexpected argument $1 (the command stands after --)" ;;
+    *) fail "unexpected argument $1 (put the command after --)" ;;
   esac
   shift
 done
@@ -69,8 +71,8 @@ while :; do
   began=$SECONDS
   "$@" &
   child=$!
-  # A signal ends `wait` early, with a status of its own. Asked once more, it gives that of the
-  # child, even if the child has ended since.
+  # A signal ends `wait` early, with a status of its own. A second `wait` returns the status of the
+  # child, even if the child has ended in the meantime.
   interrupted=1
   while [[ $interrupted ]]; do
     interrupted=

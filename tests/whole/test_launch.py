@@ -131,12 +131,12 @@ def test_local_restarts_and_resumes_after_a_process_was_killed(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--processes=0", "--processes=0 is too few"),
-        ("--gpus=00", "--gpus=0 is too few"),
-        ("--gpus=x", "--gpus=x is no number"),
-        ("--port=0", "--port=0 is no port"),
-        ("--port=65536", "--port=65536 is no port"),
-        ("--port=http", "--port=http is no number"),
+        ("--processes=0", "--processes=0 is less than 1"),
+        ("--gpus=00", "--gpus=0 is less than 1"),
+        ("--gpus=x", "--gpus=x is not a number"),
+        ("--port=0", "--port=0 is not a port"),
+        ("--port=65536", "--port=65536 is not a port"),
+        ("--port=http", "--port=http is not a number"),
     ],
 )
 def test_local_mistakes(flag, message):
@@ -347,7 +347,7 @@ def test_what_is_no_number_is_refused(script, flag):
         process = run(script, *arguments, check=False)
         assert process.returncode == 1 and process.stdout == ""
         (line,) = process.stderr.splitlines()
-        assert line.startswith(f"error: {flag}=") and "is no number" in line
+        assert line.startswith(f"error: {flag}=") and "is not a number" in line
 
 
 def test_retry_stops_by_a_command_of_the_shell(tmp_path):
@@ -409,7 +409,7 @@ def test_slurm_dry_run():
         *(sys.executable, "-m", "llama_jax.train", "--stopped_status=75", *TRAIN),
     ]
     process = run("slurm.sbatch", "--", *TRAIN, check=False)
-    assert process.returncode == 1 and "not a Slurm job; submit it by sbatch" in process.stderr
+    assert process.returncode == 1 and "not a Slurm job; submit it with sbatch" in process.stderr
 
 
 def commands(folder, **scripts):
@@ -483,7 +483,7 @@ def test_tpu_vm_start_status_stop(tmp_path):
     try:
         assert tpu_vm(tmp_path, "status").stdout.splitlines() == ["running", words]
         again = tpu_vm(tmp_path, "start", "--", *flags, check=False)
-        assert again.returncode == 1 and "it trains already" in again.stderr
+        assert again.returncode == 1 and "training is already running" in again.stderr
     finally:
         tpu_vm(tmp_path, "stop")
     wait_for("saved", log)
@@ -622,21 +622,21 @@ def test_gke_dry_run(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("--topology=4x4xa",), "--topology=4x4xa is no shape"),
-        (("--topology=1x1",), "1x1 is not whole hosts of 4 chips"),
-        (("--slices=two",), "two is no number"),
+        (("--topology=4x4xa",), "--topology=4x4xa is not a shape"),
+        (("--topology=1x1",), "1x1 has 1 chips, which is not a multiple of --chips=4"),
+        (("--slices=two",), "two is not a number"),
         (("--image=",), "--image or --accelerator is missing"),
-        (("--name=A b",), "no name for Kubernetes"),
-        (("--name=a\nb",), "no name for Kubernetes"),
-        (("--image=img: x",), "--image=img: x is no image"),
-        (("--image=a\nb: c",), "is no image"),
-        (("--image={CHIPS}",), "is no image"),
-        (("--accelerator=a #b",), "--accelerator=a #b is no kind"),
-        (("--topology=4x4x08",), "is no shape"),
-        (("--topology=99999999999x9",), "is no shape"),
-        (("--slices=0",), "--slices=0 is too few"),
-        (("--restarts=99999999999",), "is no number"),
-        (("--grace=-5",), "--grace=-5 is no number"),
+        (("--name=A b",), "not a valid Kubernetes name"),
+        (("--name=a\nb",), "not a valid Kubernetes name"),
+        (("--image=img: x",), "--image=img: x is not a valid image"),
+        (("--image=a\nb: c",), "is not a valid image"),
+        (("--image={CHIPS}",), "is not a valid image"),
+        (("--accelerator=a #b",), "--accelerator=a #b is not a kind"),
+        (("--topology=4x4x08",), "is not a shape"),
+        (("--topology=99999999999x9",), "is not a shape"),
+        (("--slices=0",), "--slices=0 is less than 1"),
+        (("--restarts=99999999999",), "is not a number"),
+        (("--grace=-5",), "--grace=-5 is not a number"),
     ],
 )
 def test_gke_mistakes(changes, message):
