@@ -297,7 +297,7 @@ def test_nothing_to_show(tmp_path, sources):
     shutil.copytree(folder / "concat" / "a", tmp_path / "a.partial")  # of a run that was killed
     with pytest.raises(UserError, match="no token shards in"):
         summary.open_prepared(tmp_path)
-    with pytest.raises(UserError, match="made with data.packing=best_fit, but it is concat now"):
+    with pytest.raises(UserError, match="made with data.packing=best_fit, but now it is concat"):
         summary.open_prepared(folder / "best_fit", configs["concat"])
 
 
