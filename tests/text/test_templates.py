@@ -319,7 +319,7 @@ def test_which_template(tokenizer, tmp_path):
         (
             "a.json",
             '{"chat_template": [{"name": "\\n", "template": "C"}]}',
-            "is no name of a templ",
+            "is not the name of a templ",
         ),
         ("a.json", '{"chat_template": [{"name": 1, "template": "C"}]}', "name must be of type str"),
         ("a.jinja", b"\xff", "a.jinja is not text in UTF-8"),
