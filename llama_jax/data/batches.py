@@ -257,7 +257,16 @@ class Batches(BatchSource):
         return batch
 
     def batches(self, rows: range, start: int, stop: int) -> Iterator[Local]:
-        """Makes these rows of the steps start..stop ahead of their use."""
+        """Yields these rows of the steps start..stop, made ahead of their use.
+
+        Args:
+          rows: rows of the global batch to make.
+          start: the first step.
+          stop: the step after the last one.
+
+        Raises:
+          UserError: a shard is damaged.
+        """
         return made_ahead(self.rows, rows, start, stop)
 
     def describe(self, step: int) -> str:
@@ -327,7 +336,13 @@ class ValidationBatches(BatchSource):
         return batch
 
     def batches(self, rows: range, start: int, stop: int) -> Iterator[Local]:
-        """Makes these rows of the steps start..stop ahead of their use."""
+        """Yields these rows of the steps start..stop, made ahead of their use.
+
+        Args:
+          rows: rows of the global batch to make.
+          start: the first step.
+          stop: the step after the last one.
+        """
         return made_ahead(self.rows, rows, start, stop)
 
 

@@ -184,7 +184,7 @@ class ChatTemplate:
         return "".join(pieces), answers
 
     def _added(self, messages: Messages) -> tuple[str, list[Spans]]:
-        """Returns the text, and the span that each answer adds to its prompt, with the end of turn."""
+        """Returns the text, and the span that each answer and its end of turn add to the prompt."""
         text = self.render(messages, prompt=False)
         answers: list[Spans] = []
         for number, message in enumerate(messages):

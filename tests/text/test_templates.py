@@ -276,7 +276,7 @@ def test_white_space_between_turns_is_no_part_of_an_answer(llama3):
     ],
 )
 def test_prompts_that_are_not_the_beginning(source, tokenizer):
-    with pytest.raises(UserError, match=r"has no \{% generation %\}, and what") as caught:
+    with pytest.raises(UserError, match=r"has no \{% generation %\}, and the") as caught:
         own(source, tokenizer).example(TWO)
     assert not isinstance(caught.value, Refused)
 

@@ -49,7 +49,9 @@ class ShardWriter:
         ids = example.ids
         # Readers rely on this check: they do not check the ids in blocks that are undamaged.
         if len(ids) and not 0 <= ids.min() <= ids.max() < self._vocab_size:
-            raise ValueError(f"ids from {ids.min()} to {ids.max()}, vocabulary {self._vocab_size}")
+            raise ValueError(
+                f"ids from {ids.min()} to {ids.max()} do not fit a vocabulary of {self._vocab_size}"
+            )
         if self._file is None:
             self._file = (self._folder / f"{self._next_name()}.bin").open("wb")
         self._offsets.append(self._tokens)
