@@ -87,7 +87,7 @@ class ShardWriter:
         sums = {"bin": self._sums}
         if self._counts:
             counts = np.concatenate(self._counts)
-            never = counts[self._offsets]  # the first token of a document is no target
+            never = counts[self._offsets]  # the first token of a document is not a target
             mask = np.packbits(counts)
             shard |= {
                 "answer_tokens": int(counts.sum() - never.sum()),
