@@ -1,18 +1,18 @@
-"""Raw text to batches.
+"""Turns raw text into batches.
 
-  __main__.py         the command: shows prepared data
-  sources/            files of strangers to documents
-  prepare/            documents to token shards
+  __main__.py         the command that shows prepared data
+  sources/            reads the documents in files of many formats
+  prepare/            turns documents into token shards
   shards/             the format of token shards
-  show/               looks at prepared data
-  training_data.py    from a config to opened batches
-  vocabulary_size.py  how many ids a trained tokenizer gets, and whether they fit the model
-  source.py           the interface of everything that gives batches
-  mixture.py          exact shares of several sources
-  batches.py          which sequence is in which row of which step
-  streaming.py        the same without shards
-  prefetch.py         makes batches ahead, in the threads of tf.data
-  loader.py           batches to devices
+  show/               shows prepared data
+  training_data.py    opens the batches that a config describes
+  vocabulary_size.py  the size of a trained tokenizer, and the check that its ids fit the model
+  source.py           the interface of every source of batches
+  mixture.py          mixes several sources in exact shares
+  batches.py          decides which sequence is in which row of which step
+  streaming.py        makes batches from a source without shards
+  prefetch.py         makes batches ahead of their use, in the threads of tf.data
+  loader.py           copies batches to the devices
 
-Rule: knows no model and no checkpoint.
+Rule: this room imports no model and no checkpoint code.
 """

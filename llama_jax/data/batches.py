@@ -1,10 +1,12 @@
-"""Which sequence is in which row of which step: a pure function of (seed, step).
+"""Batches of token shards: which sequence is in which row of which step.
 
-A source is cut into sequences: windows of T + 1 tokens with stride T, so that each token is once an
-input and once a target (concatenate-and-chunk, LLaMA's way), or whole documents packed by
-`prepare`. A fixed schedule says which source each row comes from; each source runs through its own
-full permutation, epoch after epoch with a new one. Nothing has to be saved or replayed to go on at
-a step, and hosts need not talk to each other: each makes its own rows.
+This is a pure function of (seed, step), so a run resumes at any step without saved state and
+without a replay. Each host makes its own rows and does not communicate with the others.
+
+A source is cut into sequences: either windows of T + 1 tokens with stride T, so that each token is
+once an input and once a target (concatenate-and-chunk, as in LLaMA), or whole documents that
+`prepare` has packed. A fixed schedule decides which source each row comes from. In each epoch,
+a source shows all of its sequences once, in a new random order.
 """
 
 import math
@@ -21,11 +23,11 @@ from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.data.source import BatchSource, Local
 from llama_jax.errors import UserError
 
-NAMED = 6  # sequences of a source that are named
+NAMED = 6  # `Batches.describe` names at most this many sequences of a source
 
 
 def _mix(x: Any) -> Any:
-    """The finaliser of splitmix64 (Steele et al., 2014): scrambles 64-bit words."""
+    """Scrambles 64-bit words with the finaliser of splitmix64 (Steele et al., 2014)."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -34,14 +36,14 @@ def _mix(x: Any) -> Any:
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Where a keyed random permutation of range(n) sends each index; O(1) memory.
+    """Returns the image of each index under a keyed random permutation of range(n).
 
-    A Feistel network of 8 rounds with splitmix64 as round function, over the next even number of
-    bits, walked until it lands below n. (TensorFlow's and Grain's index shuffles use 4 rounds of
-    another cipher, whose neighbours are visibly correlated.)
+    It needs O(1) memory: a Feistel network of 8 rounds with splitmix64 as round function, over the
+    next even number of bits, is applied until the result is below n. (The index shuffles of
+    TensorFlow and Grain use 4 rounds of another cipher, whose neighbours are visibly correlated.)
 
     Args:
-      index: uint64 array, each below n.
+      index: uint64 array of values below n.
       n: size of the permutation.
       key: selects the permutation, 0 <= key < 2**64.
     """
@@ -65,17 +67,17 @@ class Sequences:
     """The sequences of one split of token shards, in a new random order every epoch."""
 
     def __init__(self, dataset: TokenDataset, seq_len: int, seed: int, name: str = "") -> None:
-        """All sequences of a split.
+        """Cuts a split into sequences.
 
         Args:
           dataset: the split.
-          seq_len: T.
+          seq_len: T, tokens in a sequence.
           seed: selects the order, together with the name.
-          name: of the source.
+          name: name of the source.
 
         Raises:
-          UserError: the split has not even two tokens, or none that counts, or is packed for
-            another T.
+          UserError: the split has fewer than two tokens, has no token that counts in the loss, or
+            is packed for another T.
         """
         if dataset.n_tokens < 2:
             raise UserError(
@@ -102,7 +104,10 @@ class Sequences:
         self._key = _mix(_mix(np.uint64(seed)) ^ np.uint64(source))
 
     def order(self, draws: np.ndarray) -> np.ndarray:
-        """Which sequence each draw (uint64) shows: epoch after epoch, each a full permutation."""
+        """Returns the number of the sequence that each draw (uint64) shows.
+
+        The draws of one epoch are a permutation of all sequences.
+        """
         epoch, index = np.divmod(draws, np.uint64(self.count))
         out = np.empty_like(index)
         for number in np.unique(epoch):
@@ -111,10 +116,10 @@ class Sequences:
         return out
 
     def tokens_in(self, number: int) -> tuple[int, int]:
-        """The targets that count in a sequence, and its inputs.
+        """Counts the targets in a sequence that count in the loss, and its inputs.
 
         Raises:
-          UserError: a damaged shard.
+          UserError: a shard is damaged.
         """
         if not self.packed:
             start = number * self._length
@@ -129,8 +134,13 @@ class Sequences:
     def fill(self, number: int, batch: Local, row: int) -> None:
         """Writes a sequence into a row of a batch of zeros.
 
+        Args:
+          number: number of the sequence.
+          batch: the batch, which this changes.
+          row: index of the row.
+
         Raises:
-          UserError: a damaged shard.
+          UserError: a shard is damaged.
         """
         length = self._length
         if not self.packed:
@@ -168,26 +178,28 @@ class Batches(BatchSource):
         seed: int,
         shares: Mapping[str, Fraction] | None = None,
     ) -> None:
-        """Batches of `global_batch` sequences of `seq_len` tokens.
+        """Makes the schedule of the sources.
 
         Args:
-          datasets: the sources, by name, of one split.
-          seq_len: T.
+          datasets: the same split of each source, by name of the source.
+          seq_len: T, tokens in a sequence.
           global_batch: sequences per step, over all hosts.
           seed: selects the order.
-          shares: share of each source of the tokens that count in the loss; default: in
-            proportion to what it has, so that all sources pass through their epochs at one pace.
+          shares: the share of each source in the tokens that count in the loss; default: in
+            proportion to its size, so that all sources finish an epoch at the same time.
 
         Raises:
-          UserError: a source has not even two tokens, or none that counts, or is packed otherwise
-            than the others.
+          UserError: a source has fewer than two tokens, has no token that counts in the loss, or
+            is not packed as the others are.
         """
         self._sources = [
             Sequences(dataset, seq_len, seed, name) for name, dataset in datasets.items()
         ]
         packed = {source.packed for source in self._sources}
         if len(packed) > 1:
-            raise UserError("some sources are packed and others are not; prepare them alike")
+            raise UserError(
+                "some sources are packed and others are not; prepare all with one packing"
+            )
         self._packed = packed.pop()
         self._length, self._batch = seq_len, global_batch
         self.counts = {name: s.count for name, s in zip(datasets, self._sources, strict=True)}
@@ -200,12 +212,12 @@ class Batches(BatchSource):
         self._of_answers = any(dataset.template_sha256 for dataset in datasets.values())
 
     def epochs(self, step: int) -> dict[str, float]:
-        """Passes over each source, by name, in `step` steps."""
+        """Returns the number of passes over each source, by name, in `step` steps."""
         drawn = self.schedule.drawn(step * self._batch)
         return {name: drawn[name] / count for name, count in self.counts.items()}
 
     def draws(self, step: int, rows: range) -> list[tuple[int, int]]:
-        """Source and sequence that each row of a step shows."""
+        """Returns the index of the source and the number of the sequence of each row."""
         samples = np.uint64(step * self._batch) + np.asarray(rows, np.uint64)
         source, draw = self.schedule.assign(samples)
         number = np.empty_like(draw)
@@ -215,10 +227,13 @@ class Batches(BatchSource):
         return list(zip(source.tolist(), number.tolist(), strict=True))
 
     def count(self, step: int, rows: range) -> np.ndarray:
-        """Tokens of each source in rows of a step: targets that count, and inputs; shape (S, 2).
+        """Counts the tokens of each of S sources in some rows of a step.
+
+        Returns:
+          Targets that count in the loss, and inputs; shape (S, 2).
 
         Raises:
-          UserError: a damaged shard.
+          UserError: a shard is damaged.
         """
         found = np.zeros((len(self._sources), 2), np.int64)
         for source, number in self.draws(step, rows):
@@ -226,14 +241,15 @@ class Batches(BatchSource):
         return found
 
     def rows(self, step: int, rows: range) -> Local:
-        """Rows of the global batch of a step.
+        """Makes some rows of the global batch of a step.
 
-        `inputs` and `targets` int32, `weights` float32; with packed documents also `segment_ids`
-        and `positions`. What is not a token has weight 0 and segment 0; of conversations, only
-        targets in an answer have weight 1.
+        Returns:
+          `inputs` and `targets` (int32) and `weights` (float32), each of shape (len(rows), T); with
+          packed documents also `segment_ids` and `positions` (int32). Padding has weight 0 and
+          segment 0. In conversations, only targets in an answer have weight 1.
 
         Raises:
-          UserError: a damaged shard.
+          UserError: a shard is damaged.
         """
         batch = _empty(len(rows), self._length, self._packed)
         for row, (source, number) in enumerate(self.draws(step, rows)):
@@ -241,13 +257,22 @@ class Batches(BatchSource):
         return batch
 
     def batches(self, rows: range, start: int, stop: int) -> Iterator[Local]:
-        """Makes these rows of the steps start..stop ahead of their use."""
+        """Yields these rows of the steps start..stop, made ahead of their use.
+
+        Args:
+          rows: rows of the global batch to make.
+          start: the first step.
+          stop: the step after the last one.
+
+        Raises:
+          UserError: a shard is damaged.
+        """
         return made_ahead(self.rows, rows, start, stop)
 
     def describe(self, step: int) -> str:
-        """Names the sequences of a batch, of a large one only the first few of each source.
+        """Names the sequences of a batch: at most the first `NAMED` of each source.
 
-        The order is a function of the seed and the step, so the step alone names all of them.
+        The order is a function of the seed and the step, so the step identifies all of them.
         """
         found: dict[str, list[int]] = {}
         for index, sequence in self.draws(step, range(self._batch)):
@@ -260,7 +285,7 @@ class Batches(BatchSource):
         return f"{'; '.join(texts)}; see llama_jax.data --show=WORKDIR --step={step}"
 
     def summary(self, steps: int) -> list[str]:
-        """Returns lines on the shares that were asked for, and on the epochs at the end."""
+        """Returns lines on the requested shares, and on the epochs at the end of the run."""
         lines = super().summary(steps)
         if self._shares_given:
             kind = "of tokens in answers" if self._of_answers else "of tokens"
@@ -271,12 +296,21 @@ class Batches(BatchSource):
 
 
 class ValidationBatches(BatchSource):
-    """Shows all sequences of the sources once, in order; rows past the end weigh 0."""
+    """Shows each sequence of the sources once, in a fixed order; rows beyond have weight 0."""
 
     def __init__(
         self, datasets: Mapping[str, TokenDataset], seq_len: int, global_batch: int
     ) -> None:
-        """As `Batches`, of held-out splits; sources without held-out documents are left out."""
+        """Opens the held-out splits of the sources; sources without held-out documents are skipped.
+
+        Args:
+          datasets: the held-out split of each source, by name of the source.
+          seq_len: T, tokens in a sequence.
+          global_batch: sequences per step, over all hosts.
+
+        Raises:
+          UserError: a split is packed for another T.
+        """
         self._sources = [
             Sequences(dataset, seq_len, 0)
             for dataset in datasets.values()
@@ -285,12 +319,12 @@ class ValidationBatches(BatchSource):
         self._packed = any(source.packed for source in self._sources)
         self._ends = np.cumsum([source.count for source in self._sources])
         self.n_sequences: int = int(self._ends[-1]) if self._sources else 0
-        # Evaluation sees the first few batches: a stride makes them a sample of all sources.
+        # Evaluation reads only the first batches: the stride makes them a sample of all sources.
         self._stride = coprime_stride(self.n_sequences)
         self._length, self._batch = seq_len, global_batch
 
     def rows(self, step: int, rows: range) -> Local:
-        """Rows of a batch, as `Batches.rows`."""
+        """Makes some rows of a batch; see `Batches.rows`."""
         batch = _empty(len(rows), self._length, self._packed)
         for row, index in enumerate(rows):
             number = step * self._batch + index
@@ -302,12 +336,18 @@ class ValidationBatches(BatchSource):
         return batch
 
     def batches(self, rows: range, start: int, stop: int) -> Iterator[Local]:
-        """Makes these rows of the steps start..stop ahead of their use."""
+        """Yields these rows of the steps start..stop, made ahead of their use.
+
+        Args:
+          rows: rows of the global batch to make.
+          start: the first step.
+          stop: the step after the last one.
+        """
         return made_ahead(self.rows, rows, start, stop)
 
 
 def coprime_stride(n: int) -> int:
-    """A step near the golden section of n that visits every one of n places once."""
+    """Returns a stride near the golden section of n that visits each of n places once."""
     stride = max(1, round(n * 0.618))
     while math.gcd(stride, n) > 1:
         stride += 1
@@ -318,12 +358,19 @@ class SyntheticBatches(BatchSource):
     """Makes uniformly random tokens, the same for the same (seed, step, row)."""
 
     def __init__(self, vocab_size: int, seq_len: int, global_batch: int, seed: int) -> None:
-        """Batches of `global_batch` sequences of `seq_len` random tokens."""
+        """Stores the arguments; the tokens are drawn by `rows`.
+
+        Args:
+          vocab_size: ids are drawn from range(vocab_size).
+          seq_len: T, tokens in a sequence.
+          global_batch: sequences per step, over all hosts.
+          seed: selects the tokens.
+        """
         self._vocab_size, self._length, self._batch = vocab_size, seq_len, global_batch
         self._seed = seed
 
     def rows(self, step: int, rows: range) -> Local:
-        """Rows of the global batch of a step, as `Batches.rows`."""
+        """Makes some rows of the global batch of a step; see `Batches.rows`."""
         tokens = np.stack(
             [
                 np.random.default_rng((self._seed, step, row)).integers(
@@ -336,7 +383,7 @@ class SyntheticBatches(BatchSource):
         return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
 
     def fingerprint(self) -> str:
-        """Returns the size of the vocabulary: the config has the rest."""
+        """Returns a text with the size of the vocabulary; the config determines everything else."""
         return f"synthetic-{self._vocab_size}"
 
     def describe(self, step: int) -> str:

@@ -1,4 +1,4 @@
-"""Brings the batches of a source to the devices, one step ahead."""
+"""Copies the batches of a source to the devices, one step ahead."""
 
 from collections.abc import Iterator
 
@@ -9,10 +9,15 @@ from llama_jax.errors import UserError
 
 
 def local_rows(sharding: jax.sharding.NamedSharding, global_batch: int, seq_len: int) -> range:
-    """The rows of the global batch that this process's devices hold.
+    """Returns the rows of the global batch that the devices of this process hold.
+
+    Args:
+      sharding: sharding of the global batch.
+      global_batch: sequences in a step, over all hosts.
+      seq_len: tokens in a sequence.
 
     Raises:
-      UserError: they are not one run of rows, so the mesh puts hosts in a strange order.
+      UserError: the rows are not contiguous: the mesh does not follow the order of the hosts.
     """
     indices = sharding.addressable_devices_indices_map((global_batch, seq_len)).values()
     spans = {index[0].indices(global_batch)[:2] for index in indices if index is not None}
@@ -33,21 +38,22 @@ def device_batches(
     global_batch: int,
     seq_len: int,
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yields the global device batches of the steps start..stop; each host makes only its own rows.
+    """Yields the global batches of the steps start..stop on the devices.
 
-    The batch of the next step is on its way to the device while the present one is computed.
+    Each host makes only its own rows. The batch of the next step is copied to the devices while
+    they compute the current step.
 
     Args:
       source: makes the rows.
       start: the first step.
       stop: the step after the last one.
-      sharding: of a global batch.
-      global_batch: sequences of a step, over all hosts.
-      seq_len: tokens of a sequence.
+      sharding: sharding of a global batch.
+      global_batch: sequences in a step, over all hosts.
+      seq_len: tokens in a sequence.
 
     Raises:
-      UserError: a damaged shard, a batch of wrong names, shapes or dtypes, or a mesh whose rows are
-        not contiguous per host.
+      UserError: a shard is damaged, a batch has wrong names, shapes or dtypes, or the rows of a
+        host are not contiguous.
     """
     rows = local_rows(sharding, global_batch, seq_len)
     ahead: dict[str, jax.Array] | None = None

@@ -1,9 +1,10 @@
-"""Which source each sample comes from: exact shares, as a function of the sample's number.
+"""Exact shares of several sources: which source each sample comes from.
 
-A sample is a sequence, a row of a batch. Shares are of tokens that count in the loss, and rows of
-one source hold more of them than rows of another: packed rows have padding, rows of conversations
-count only the answers. A source's share of the rows is its share of the tokens, divided by the mean
-of counted tokens in its rows.
+The source is a function of the number of the sample. A sample is a sequence, that is a row of a
+batch. Shares are shares of the tokens that count in the loss. Rows of one source may hold more of
+these than rows of another: packed rows have padding, and in conversations only the answers count.
+Therefore the share of a source in the rows is proportional to its share of the tokens, divided by
+the mean number of counted tokens in its rows.
 """
 
 import heapq
@@ -29,15 +30,15 @@ LLAMA_SHARES = {
 
 
 def llama_sources(root: str) -> str:
-    """A `data.source` of LLaMA's seven sources, each JSON lines in its own folder below `root`."""
+    """Returns the `data.source` of LLaMA's seven sources: JSON lines, one folder each in `root`."""
     return "; ".join(f"{name}={root}/{name}/*.jsonl.zst" for name in LLAMA_SHARES)
 
 
-# A schedule repeats after this many samples at most.
+# A schedule repeats after at most this many samples.
 MAX_PERIOD = 100_000
-PERIOD = 10_000  # of a schedule of exact shares that do not fit into MAX_PERIOD
-ROUNDING = Fraction(1, 10**6)  # by which given shares may miss a sum of 1
-SMALLEST, LARGEST = Fraction(1, 10**12), Fraction(10**12)  # given share or weight
+PERIOD = 10_000  # samples in a period if exact shares do not fit into MAX_PERIOD
+ROUNDING = Fraction(1, 10**6)  # the sum of given shares may differ from 1 by this much
+SMALLEST, LARGEST = Fraction(1, 10**12), Fraction(10**12)  # limits of a given share or weight
 
 
 def parse_shares(text: str) -> dict[str, Fraction]:
@@ -45,23 +46,24 @@ def parse_shares(text: str) -> dict[str, Fraction]:
 
     Args:
       text: `llama`, or a list such as `web=0.7,books=0.3`. Shares are decimals, fractions (`1/3`)
-        or percentages (`70%`). Shares that sum to 1 up to rounding are scaled to 1. Two or more
-        numbers of which one is 1 or more are weights, as in `web=3,books=2,code=1`.
+        or percentages (`70%`). Shares whose sum differs from 1 only by rounding are scaled to 1.
+        Two or more numbers are weights if one of them is 1 or more, as in `web=3,books=2,code=1`.
 
     Raises:
-      UserError: not such a list, a share that is not positive, or shares that do not sum to one.
+      UserError: the text is not such a list, a share is not positive, or the shares do not sum to
+        1.
     """
     text = text.strip()
     if text == "llama":
         return {name: Fraction(share) for name, share in LLAMA_SHARES.items()}
     items = re.split(r"\s*[,;\n]\s*", text)
-    if len(items) > 2 and not items[-1]:  # `web=1,` alone lacks the rest
+    if len(items) > 2 and not items[-1]:  # but `web=1,` is an incomplete list
         items.pop()
     shares: dict[str, Fraction] = {}
     for item in items:
         name, share = _parse_share(item)
         if name in shares or not SMALLEST <= share <= LARGEST:
-            why = "the name comes twice" if name in shares else "from 1e-12 to 1e12"
+            why = "the name occurs twice" if name in shares else "from 1e-12 to 1e12"
             raise UserError(
                 f"data.mixture: {_shown(item)} must have a new name and a positive share ({why})"
             )
@@ -73,22 +75,23 @@ def parse_shares(text: str) -> dict[str, Fraction]:
         found = f"{float(100 * total):.15g}%" if percent else f"{float(total):.15g}"
         raise UserError(
             f"data.mixture: the shares sum to {found}, not to {'100%' if percent else 1}; write "
-            "shares that do, as 0.7, 1/3 or 70%, or weights of 1 or more, as web=3,books=2,code=1"
+            "shares that do, such as 0.7, 1/3 or 70%, or weights of 1 or more, such as "
+            "web=3,books=2,code=1"
         )
     return {name: share / total for name, share in shares.items()}
 
 
 def _parse_share(item: str) -> tuple[str, Fraction]:
-    """The name and the number of `NAME=SHARE`; 0 for a number that is far out of range.
+    """Returns the name and the number of `NAME=SHARE`; the number is 0 if it is far out of range.
 
     Raises:
-      UserError: it is not of this form.
+      UserError: the item does not have this form.
     """
     try:
         name, value = re.findall(r"^([^=:\s]+)\s*[=:\s]\s*(.+)$", item)[0]
         value = "".join(value.split())
         number = value.removesuffix("%")
-        # Of 1e999999999, Fraction would write out the digits.
+        # Fraction would write out all digits of 1e999999999.
         fits = "/" in number or SMALLEST <= float(number) <= LARGEST
         share = Fraction(number) if fits else Fraction(0)
     except (IndexError, ValueError, ZeroDivisionError) as error:
@@ -98,8 +101,8 @@ def _parse_share(item: str) -> tuple[str, Fraction]:
         ) from error
     if re.search(r"[/\\*?\[]", name):
         raise UserError(
-            f"data.mixture: {_shown(name)} is a path, and shares are of names; give each source a "
-            "name in data.source, as web=web/*.jsonl; books=books/*.txt"
+            f"data.mixture: {_shown(name)} is a path, but shares need names; give each source a "
+            "name in data.source, such as web=web/*.jsonl; books=books/*.txt"
         )
     return name, share / 100 if value.endswith("%") else share
 
@@ -109,10 +112,10 @@ def _shown(text: str) -> str:
 
 
 def shares_by_size(sizes: Mapping[str, int]) -> dict[str, Fraction]:
-    """Shares in proportion to sizes: every source runs through its epochs at the same pace.
+    """Returns shares in proportion to sizes, so that all sources finish an epoch at the same time.
 
     Raises:
-      UserError: all are empty.
+      UserError: all sources are empty.
     """
     total = sum(sizes.values())
     if not total:
@@ -123,11 +126,11 @@ def shares_by_size(sizes: Mapping[str, int]) -> dict[str, Fraction]:
 def shares_of_samples(
     shares: Mapping[str, Fraction], means: Mapping[str, Fraction]
 ) -> dict[str, Fraction]:
-    """Shares of samples that give shares of tokens.
+    """Returns the shares of samples that result in given shares of tokens.
 
     Args:
-      shares: of tokens, summing to one.
-      means: counted tokens in a sample of each source, on average; positive.
+      shares: shares of tokens, which sum to 1.
+      means: mean number of counted tokens in a sample of each source; positive.
     """
     samples = {name: share / means[name] for name, share in shares.items()}
     total = sum(samples.values())
@@ -135,9 +138,10 @@ def shares_of_samples(
 
 
 def _counts(shares: list[Fraction]) -> list[int]:
-    """Samples of each source in one period: exact where the period allows, else largest remainder.
+    """Returns the number of samples of each source in one period.
 
-    Every source gets at least one, so that none is silently left out; but none for a share of 0.
+    The numbers are exact if `MAX_PERIOD` allows it, and otherwise rounded by largest remainder.
+    A source with a share above 0 gets at least one sample, so that it is not silently left out.
     """
     period = min(MAX_PERIOD, _exact_period(shares))
     exact = [share * period for share in shares]
@@ -153,11 +157,12 @@ def _exact_period(shares: list[Fraction]) -> int:
 
 
 def _layout(counts: list[int]) -> np.ndarray:
-    """Sources of the samples of one period, by Tijdeman's rule (see `Schedule`)."""
+    """Returns the source of each sample in one period, by Tijdeman's rule (see `Schedule`)."""
     period, n = sum(counts), len(counts)
-    # In units of 1 / (2 S - 2) of a sample, all integers: slack is what the theorem allows.
+    # In units of 1 / (2 S - 2) of a sample, the bounds of the theorem are integers.
     unit = max(1, 2 * n - 2)
-    first, last = [], []  # sample of each draw: it is ahead of its share before, and due at
+    # For each draw: the first sample at which it is not ahead of its share, and its deadline.
+    first, last = [], []
     for index, count in enumerate(counts):
         draw = np.arange(count)
         first.append(-(-period * (1 + draw * unit) // (unit * count)) - 1)
@@ -176,10 +181,11 @@ def _layout(counts: list[int]) -> np.ndarray:
 
 
 def _divided(samples: int, weights: list[int]) -> list[int]:
-    """The first `samples` samples, divided among sources in proportion to weights, exactly.
+    """Divides the first `samples` samples among the sources, in proportion to integer weights.
 
-    The largest takes its part, rounded; the next its part of the remainder, and so on. With each
-    sample more, one source has one more, because a part and its remainder never shrink.
+    The source with the largest weight gets its rounded part, the next one its rounded part of the
+    remainder, and so on. A part and its remainder never shrink when `samples` grows: with one more
+    sample, exactly one source has one more.
     """
     counts = [0] * len(weights)
     rest = sum(weights)
@@ -191,16 +197,18 @@ def _divided(samples: int, weights: list[int]) -> list[int]:
 
 
 class Schedule:
-    """A periodic assignment of samples to sources whose counts never stray from their shares.
+    """A periodic assignment of samples to sources whose counts stay close to their shares.
 
-    After any number n of samples, each of S sources has had its share of n to within
-    1 - 1 / (2 S - 2) of a sample, and so in any window to within 2 - 1 / (S - 1): at each step the
-    source with the earliest deadline among those that are not ahead is taken (Tijdeman's solution
-    of the chairman assignment problem, 1980; no order can do better for all shares).
+    After any number n of samples, the count of each of S sources differs from its share of n by at
+    most 1 - 1 / (2 S - 2) samples, and so in any window by at most 2 - 1 / (S - 1). Each sample
+    goes to the source with the earliest deadline among those that are not ahead of their share
+    (Tijdeman's solution of the chairman assignment problem, 1980; no order has a smaller bound for
+    all shares).
 
-    Shares whose denominators need more than `MAX_PERIOD` samples are rounded to that; or, if they
-    are to be exact, the few samples of each period that rounding down leaves over go to one source
-    or another as `_divided` says. A source then has its share of n to within 2 + S / 4 samples.
+    Shares whose denominators need more than `MAX_PERIOD` samples are rounded to that period. If the
+    shares must be exact, the counts of each period are rounded down instead, and `_divided` assigns
+    the few remaining samples. The count of a source then differs from its share of n by at most
+    2 + S / 4 samples.
     """
 
     def __init__(
@@ -213,31 +221,36 @@ class Schedule:
         """Lays out one period.
 
         Args:
-          shares: of tokens, summing to one.
-          means: counted tokens in a sample of each source, on average; default: all the same.
-          exact: whether shares are not rounded to `MAX_PERIOD` samples. If they are rounded, every
-            source gets at least one sample in a period.
+          shares: shares of tokens, which sum to 1.
+          means: mean number of counted tokens in a sample of each source; default: the same for
+            all sources.
+          exact: True keeps the shares exact. False rounds them to `MAX_PERIOD` samples, with at
+            least one sample of each source in a period.
         """
         self.shares, self.names = dict(shares), list(shares)
         samples = list((shares_of_samples(shares, means) if means else shares).values())
-        self._weights: list[int] = []  # of the sources, for what is left over
+        self._weights: list[int] = []  # by which the remaining samples of a period are divided
         if not exact or _exact_period(samples) <= MAX_PERIOD:
             counts = _counts(samples)
         else:
             common = _exact_period(samples)
             divided = [divmod(int(share * common) * PERIOD, common) for share in samples]
             counts = [count for count, _ in divided]
-            counts.append(PERIOD - sum(counts))  # what is left over, as if of another source
+            counts.append(PERIOD - sum(counts))  # the remaining samples, as one more source
             self._weights = [weight for _, weight in divided]
         self.period = sum(counts)
         self.counts = np.asarray(counts, np.uint64)
         self._source = _layout(counts)
-        # The places in the period, by source: how many of a source come before one is a search.
+        # Places in the period, sorted by source: a binary search counts those before a sample.
         self._places = np.sort(self._source * self.period + np.arange(self.period))
         self._begin = np.cumsum([0, *counts[:-1]])
 
     def assign(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Source index, and number of the draw from that source, of each sample (uint64)."""
+        """Returns the index of the source, and the number of the draw from it, for each sample.
+
+        Args:
+          samples: numbers of samples, uint64.
+        """
         source = self._source[samples % np.uint64(self.period)]
         if not self._weights:
             return source, self._taken(samples, source)
@@ -250,13 +263,13 @@ class Schedule:
         return source, self._taken(samples, source) + np.asarray(extra, np.uint64)
 
     def _taken(self, samples: np.ndarray, source: np.ndarray) -> np.ndarray:
-        """How many samples before each of these the layout gives to the source beside it."""
+        """Counts the samples before `samples[i]` that the layout gives to source `source[i]`."""
         block, position = np.divmod(samples, np.uint64(self.period))
         found = self._places.searchsorted(source * self.period + position.astype(np.int64))
         return block * self.counts[source] + (found - self._begin[source]).astype(np.uint64)
 
     def drawn(self, samples: int) -> dict[str, int]:
-        """How many of the first `samples` samples came from each source."""
+        """Counts the samples of each source among the first `samples` samples."""
         sources = np.arange(len(self.counts))
         counts = self._taken(np.full(sources.shape, samples, np.uint64), sources).tolist()
         if self._weights:

@@ -24,23 +24,23 @@ def quieten_tensorflow() -> None:
 def made_ahead(
     make_rows: Callable[[int, range], Local], rows: range, start: int, stop: int
 ) -> Iterator[Local]:
-    """Yields the batches of the steps start..stop, made by several threads.
+    """Yields the batches of the steps start..stop, which several threads make.
 
-    TensorFlow is imported here, and only here: a source that makes its batches itself needs none.
+    Only this function imports TensorFlow, so a source with its own `batches` does not need it.
 
     Args:
       make_rows: `BatchSource.rows`, which several threads call at once.
-      rows: of the global batch.
+      rows: rows of the global batch to make.
       start: the first step.
       stop: the step after the last one.
 
     Raises:
-      UserError: as `make_rows`.
+      UserError: `make_rows` has raised it.
     """
     quieten_tensorflow()
     import tensorflow as tf
 
-    tf.config.set_visible_devices([], "GPU")  # they are JAX's
+    tf.config.set_visible_devices([], "GPU")  # otherwise TensorFlow takes memory that JAX needs
     template = make_rows(start, rows)
     names = list(template)
     failures: list[UserError] = []
@@ -48,13 +48,13 @@ def made_ahead(
     def make(step: np.ndarray) -> list[np.ndarray]:
         try:
             batch = make_rows(int(step), rows)
-        except UserError as error:  # TensorFlow would bury it in an error of its own
+        except UserError as error:  # TensorFlow would hide it in its own error
             failures.append(error)
             raise
         return [batch[name] for name in names]
 
     def load(step: Any) -> dict[str, Any]:
-        # One call for the whole batch: a call costs 0.1 ms, whatever it returns.
+        # One call for the whole batch: each call costs 0.1 ms, whatever it returns.
         arrays = tf.numpy_function(make, [step], [template[n].dtype for n in names], stateful=False)
         return {
             name: tf.ensure_shape(array, template[name].shape)
@@ -64,8 +64,8 @@ def made_ahead(
     dataset = tf.data.Dataset.range(start, stop).map(
         load, num_parallel_calls=PREFETCH, deterministic=True
     )
-    # With all sizes given there is nothing to tune; and at the end of an iterator its tuner can
-    # miss the signal to stop, and sleeps on: up to as long as the iterator has lived, or 60 s.
+    # All sizes are given, so there is nothing to tune. When an iterator ends, its tuner can miss
+    # the signal to stop and sleep on, for up to the lifetime of the iterator, or 60 s.
     options = tf.data.Options()
     options.autotune.enabled = False
     try:

@@ -1,6 +1,6 @@
-"""The interface of everything that gives batches to a run.
+"""The interface of every source of batches.
 
-Shards, streams and random tokens are sources, and so is a class of your own:
+Shards, streams and random tokens are sources, and so is your own class:
 
   class Countdown(BatchSource):
       def rows(self, step, rows):
@@ -28,13 +28,14 @@ OPTIONAL = {"segment_ids": np.int32, "positions": np.int32}
 class BatchSource:
     """Gives the batches of a run: each process makes its own rows of the global batch of a step.
 
-    A subclass defines `rows`. Everything else has a default, which is right where the rows are a
-    function of the step alone: nothing has to be saved, and a run goes on at any step. A source
-    whose batches depend on those before defines `batches`, `state` and `start_at` instead.
+    A subclass defines `rows`. The other methods have defaults, which are right if the rows are a
+    function of the step alone: no state has to be saved, and a run can resume at any step. A
+    source whose batches depend on earlier batches defines `batches`, `state` and `start_at`
+    instead.
 
     Attributes:
-      n_sequences: rows of one pass over the source, over all processes; None: it has no end.
-        Evaluation takes no more of them.
+      n_sequences: rows in one pass over the source, over all processes; None: the source has no
+        end. Evaluation reads at most one pass.
     """
 
     n_sequences: int | None = None
@@ -45,60 +46,66 @@ class BatchSource:
         Returns:
           `inputs` and `targets` (int32 token ids, targets one ahead of inputs) and `weights`
           (float32, 0 where the target does not count), each of shape (len(rows), train.seq_len);
-          of packed documents also `segment_ids` and `positions` (int32).
+          for packed documents also `segment_ids` and `positions` (int32).
         """
         raise NotImplementedError(f"{type(self).__name__} defines no rows(step, rows)")
 
     def batches(self, rows: range, start: int, stop: int) -> Iterator[Local]:
-        """Makes these rows of the steps start..stop, in order; by default when they are asked for.
+        """Yields these rows of the steps start..stop, in order.
 
-        The device computes a step while the host makes the batch of the next one. Where `rows`
-        takes longer than a step, `prefetch.made_ahead` makes several at once.
+        By default each batch is made when the loop takes it. The devices compute a step while the
+        host makes the batch of the next one. If `rows` takes longer than a step, return
+        `prefetch.made_ahead`, which makes several batches at once.
+
+        Args:
+          rows: rows of the global batch to make.
+          start: the first step.
+          stop: the step after the last one.
         """
         for step in range(start, stop):
             yield self.rows(step, rows)
 
     def state(self, step: int) -> list[int]:
-        """Returns what `start_at` needs to go on at `step`, for a checkpoint.
+        """Returns the state for a checkpoint, from which `start_at` resumes at `step`.
 
-        Batches of later steps are made by then, since they are made ahead.
+        When this is called, batches of later steps are already made, since they are made ahead.
 
         Returns:
-          Numbers from 0 to 2**31 - 1, equally many on all processes; by default none.
+          Numbers from 0 to 2**31 - 1, as many on each process; by default an empty list.
         """
         return []
 
     def start_at(self, step: int, state: list[int], process: int, processes: int) -> None:
-        """Is called once before training, at the beginning of a run and when it goes on.
+        """Is called once before training, when a run begins and when it resumes.
 
         Args:
-          step: the first one whose batch is asked for.
-          state: what `state(step)` returned on this process; empty at the beginning of a run.
+          step: the first step whose batch the run needs.
+          state: the value that `state(step)` returned on this process; empty when a run begins.
           process: index of this process.
-          processes: how many there are; with a state as many as when it was saved.
+          processes: number of processes; if the state is not empty, the same as when it was saved.
         """
 
     def epochs(self, step: int) -> dict[str, float]:
-        """Returns the passes over each part of the source in `step` steps; "" names an only part.
+        """Returns the number of passes over each part of the source in `step` steps, by name.
 
-        By default nothing is said of epochs.
+        A source with one part calls it "". By default there are no parts.
         """
         return {}
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Returns what is logged of the data with `step`; by default the epochs."""
+        """Returns the metrics of the data to log with `step`; by default the epochs."""
         epochs = self.epochs(step)
         return {f"epochs/{name}" if name else "epochs": value for name, value in epochs.items()}
 
     def fingerprint(self) -> str:
-        """Returns what changes whenever the tokens do: a run goes on with the same only.
+        """Returns a text that changes whenever the tokens do; a run resumes only with the same one.
 
-        By default this is the name of the class: a source of files should say more.
+        By default this is the name of the class. A source that reads files should add them.
         """
         return f"source {type(self).__qualname__}"
 
     def describe(self, step: int) -> str:
-        """Says which text is in the batch of a step, for errors; steps count from 0."""
+        """Describes the text in the batch of a step, for errors; steps count from 0."""
         return f"{type(self).__name__}.rows({step}, ..)"
 
     def summary(self, steps: int) -> list[str]:
@@ -108,17 +115,17 @@ class BatchSource:
         return [f"data    epochs at the end: {seen}"] if epochs else []
 
     def finish(self) -> None:
-        """Is called at the end of a run, on every process, unless an error ends it."""
+        """Is called on every process when a run ends without an error."""
 
 
 def check_batch(source: BatchSource, batch: Local, rows: int, seq_len: int) -> None:
-    """Checks the names, shapes and dtypes of what a source has made.
+    """Checks the names, shapes and dtypes of a batch that a source has made.
 
     Args:
-      source: it, for the error.
+      source: the source, for the error.
       batch: the rows of this process.
-      rows: how many rows were asked for.
-      seq_len: tokens of a row.
+      rows: number of rows that the batch must have.
+      seq_len: number of tokens that a row must have.
 
     Raises:
       UserError: a name, a shape or a dtype is wrong.
@@ -129,7 +136,7 @@ def check_batch(source: BatchSource, batch: Local, rows: int, seq_len: int) -> N
         problem = f"no {' and no '.join(missing)}"
     elif unknown := [name for name in batch if name not in REQUIRED | OPTIONAL]:
         known = ", ".join((*REQUIRED, *OPTIONAL))
-        problem = f"an unknown {unknown[0]!r}; the names are {known}"
+        problem = f"an unknown array {unknown[0]!r}; the names are {known}"
     else:
         problem = "; ".join(filter(None, (_fault(n, a, rows, seq_len) for n, a in batch.items())))
     if problem:
@@ -137,7 +144,7 @@ def check_batch(source: BatchSource, batch: Local, rows: int, seq_len: int) -> N
 
 
 def _fault(name: str, array: np.ndarray, rows: int, seq_len: int) -> str:
-    """Says what is wrong with one array of a batch; "" if nothing is."""
+    """Describes what is wrong with one array of a batch; "" if it is right."""
     dtype = np.dtype((REQUIRED | OPTIONAL)[name])
     if not isinstance(array, np.ndarray):
         return f"{name} of type {type(array).__name__}, not numpy.ndarray"

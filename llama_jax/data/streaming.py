@@ -1,9 +1,9 @@
-"""Training straight from a source: tokenised on the fly, never written down.
+"""Streaming: tokenises a source during training, without token shards.
 
-Documents come in the order of the source (nothing is shuffled: order the files yourself), cut into
-sequences by concatenate-and-chunk, epoch after epoch. Of H processes, process h takes the documents
-h, h + H, .. and fills its own rows, so unlike with shards a batch depends on the number of
-processes, and only the same number can go on exactly.
+Documents keep the order of the source (nothing is shuffled: order the files yourself) and are cut
+into sequences by concatenate-and-chunk, epoch after epoch. With H processes, process h reads the
+documents h, h + H, .. and fills its own rows. So unlike with shards, a batch depends on the number
+of processes, and a run resumes exactly only with the same number.
 """
 
 import collections
@@ -23,18 +23,18 @@ from llama_jax.data.sources.text_files import separator_of
 from llama_jax.errors import UserError, require
 from llama_jax.text.tokenizer import Tokenizer
 
-BATCH_DOCUMENTS = 16  # tokenised at once
-KEPT_POSITIONS = 64  # steps whose position is remembered; more than are ever made ahead
+BATCH_DOCUMENTS = 16  # documents that are tokenised together
+KEPT_POSITIONS = 64  # steps whose positions are kept; more than the batches that are made ahead
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where the next token of a process comes from: a plain tuple of numbers.
+    """The place of the next token of a process.
 
     Attributes:
-      epoch: passes over the source that are complete.
-      document: number of the document in the pass, over all processes.
-      token: tokens of it (BOS and EOS included) that were used as inputs.
+      epoch: number of complete passes over the source.
+      document: number of the document in this pass, over all processes.
+      token: tokens of this document (BOS and EOS included) that were already inputs.
     """
 
     epoch: int = 0
@@ -43,7 +43,7 @@ class Position:
 
 
 class StreamingBatches(BatchSource):
-    """Makes batches of a source from a position on; a checkpoint keeps `position(step)`."""
+    """Makes batches of a source from a position on; a checkpoint saves `position(step)`."""
 
     def __init__(
         self,
@@ -52,16 +52,16 @@ class StreamingBatches(BatchSource):
         seq_len: int,
         own: Sequence[epath.PathLike] = (),
     ) -> None:
-        """Lists the files; no document is read yet.
+        """Lists the files of the source; reads no document yet.
 
         Args:
-          config: what to read, and how.
-          tokenizer: of the model.
-          seq_len: tokens of a row.
-          own: folders that this run writes, which are no part of a source.
+          config: which source to read, and how.
+          tokenizer: the tokenizer of the model.
+          seq_len: tokens in a row.
+          own: folders that this run writes; they are not part of a source.
 
         Raises:
-          UserError: several named sources, or one that is not there.
+          UserError: there are several named sources, or the source does not exist.
         """
         sources = named_sources(config.source)
         if len(sources) > 1:
@@ -73,60 +73,70 @@ class StreamingBatches(BatchSource):
         self._parts = list_parts(source, config, own, self.listing, name)
         self._positions: dict[int, Position] = {}
         self._process, self._processes = 0, 1
-        self._tally = Tally()  # of the present pass
+        self._tally = Tally()  # counts of the current pass
         self._told: collections.Counter[str] = collections.Counter()
 
     def fingerprint(self) -> str:
-        """Identity of files (names and sizes) and tokenizer."""
+        """Returns a hash of the files (names and sizes), the settings and the tokenizer."""
         parts = [dataclasses.astuple(part) for part in self._parts]
         text = repr((parts, self._config.text_field, self._tokenizer.fingerprint))
         text += separator_of(self._config)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def epochs(self, step: int) -> dict[str, float]:
-        """Complete passes over this process's documents."""
+        """Returns the number of complete passes over the documents of this process."""
         position = self._positions.get(step)
         return {"": float(position.epoch)} if position else {}
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Returns the epochs, and what the present one has skipped."""
+        """Returns the epochs, and the number of documents skipped in the current one."""
         return {**super().metrics(step), "documents_skipped": self.skipped()}
 
     def skipped(self) -> int:
-        """Documents that could not be used, of all that this pass has read so far.
+        """Returns the number of unusable documents among those that this pass has read so far.
 
-        Each process reads all of them; going on at a position reads what comes before again.
+        Each process reads all documents. After a resume, a pass reads the documents before its
+        position again, so they are counted, too.
         """
         return self._tally.skipped.total()
 
     def tell_skips(self) -> None:
-        """Prints what this pass has skipped or cut, if that is more than before; process 0 does."""
+        """Prints on process 0 what this pass has skipped or changed.
+
+        It prints nothing if no count is higher than when it last printed.
+        """
         met = self._tally.skipped + self._tally.changed
         if self._process == 0 and met - self._told:
             print(self._tally, flush=True)
             self._told = met
 
     def finish(self) -> None:
-        """Prints what this pass has skipped, see `tell_skips`."""
+        """Prints what this pass has skipped; see `tell_skips`."""
         self.tell_skips()
 
     def describe(self, step: int) -> str:
-        """Says where the first document of a batch is, as long as that is remembered."""
+        """Describes where a batch begins, if its position is still kept."""
         if step not in self._positions:
-            return f"the streamed batch of step {step + 1}"  # as the log counts
+            return f"the streamed batch of step {step + 1}"  # the log counts steps from 1
         at = self.position(step)
         return f"epoch {at.epoch}, from document {at.document}, token {at.token} on"
 
     def summary(self, steps: int) -> list[str]:
-        """Returns lines on the files that are streamed and on those that are left out."""
+        """Returns lines on the files to stream and on the files that are left out."""
         read = [f"data    {count:,} {kind}" for kind, count in sorted(self.listing.files.items())]
         return [*read, *self.listing.lines("left_out")]
 
     def start_at(self, step: int, state: list[int], process: int, processes: int) -> None:
-        """Goes on at the position that `state(step)` gave, or at the first document without one.
+        """Moves to the position that `state(step)` returned, or to the first document.
+
+        Args:
+          step: the first step to make.
+          state: the saved position; empty: the first document.
+          process: index of this process.
+          processes: number of processes.
 
         Raises:
-          UserError: the state is that of another kind of source.
+          UserError: another kind of source has saved the state.
         """
         count = len(dataclasses.fields(Position))
         require(len(state) in (0, count), f"a position in streamed data has {count} numbers")
@@ -134,15 +144,20 @@ class StreamingBatches(BatchSource):
         self._process, self._processes = process, processes
 
     def position(self, step: int) -> Position:
-        """Where this process stands before `step`.
+        """Returns the position of this process before `step`.
 
         Raises:
-          KeyError: the step is not among the last few that were made.
+          KeyError: the step is not one of the last `KEPT_POSITIONS` that were made.
         """
         return self._positions[step]
 
     def batches(self, rows: range, start: int, stop: int) -> Iterator[Local]:
-        """Makes the batches of the steps start..stop; `start_at` must have named `start`.
+        """Yields the batches of the steps start..stop.
+
+        Args:
+          rows: rows of this process; only their number matters.
+          start: the first step, which `start_at` must have got as its `step`.
+          stop: the step after the last one.
 
         Raises:
           UserError: a file cannot be read, or no document of the source can be used.
@@ -174,7 +189,7 @@ class StreamingBatches(BatchSource):
             }
 
     def _from(self, start: Position) -> Iterator[tuple[Position, np.ndarray]]:
-        """Documents from a position on, each with the position of its first token to use."""
+        """Yields the documents from a position on, each with the position of its next token."""
         position, first = start, start.document
         while True:
             found = False
@@ -190,13 +205,13 @@ class StreamingBatches(BatchSource):
                 why.first = self._tally.first | self.listing.first
                 raise UserError(
                     f"data.source={self._config.source} has no text that process "
-                    f"{self._process} of {self._processes} could train on: {why.why_nothing()}"
+                    f"{self._process} of {self._processes} can train on: {why.why_nothing()}"
                 )
             self._tally = Tally()
             position, first = Position(epoch=position.epoch + 1), 0
 
     def _encoded(self, first: int) -> Iterator[tuple[int, np.ndarray]]:
-        """This process's documents from number `first` on, with BOS and EOS."""
+        """Yields the documents of this process from number `first` on, with BOS and EOS."""
         texts: list[tuple[int, str]] = []
 
         def flush() -> Iterator[tuple[int, np.ndarray]]:
@@ -217,5 +232,5 @@ class StreamingBatches(BatchSource):
             yield from read_documents(part, self._config, self._tally)
 
     def state(self, step: int) -> list[int]:
-        """Returns `position(step)` as numbers."""
+        """Returns `position(step)` as a list of numbers."""
         return list(dataclasses.astuple(self.position(step)))

@@ -1,4 +1,4 @@
-"""From a config to batches: prepares the shards where there are none, opens them, splits them."""
+"""Opens the batches that a config describes, and prepares the token shards if there are none."""
 
 import dataclasses
 import functools
@@ -35,22 +35,22 @@ from llama_jax.text.tokenizer_files import open_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """Has the batches to train and to validate on, and says which data they are.
+    """The batches to train and to validate on, and the identity of their data.
 
-    `TrainingData(MySource())` is enough to train on batches of your own.
+    `TrainingData(MySource())` is enough to train on your own batches.
 
     Attributes:
-      train: batches by step.
-      validation: None without held-out documents.
-      tokenizer: None for synthetic data, and where the data are not text.
-      fingerprint: changes whenever the tokens do; by default that of `train`.
+      train: the batches to train on.
+      validation: the batches to validate on; None: no documents are held out.
+      tokenizer: the tokenizer of the data; None for synthetic data, and for data that are not text.
+      fingerprint: changes whenever the tokens do; by default the fingerprint of `train`.
       template: the chat template of instruction data, in the form of a tokenizer_config.json; empty
         for plain text.
-      answers: that were prepared of instruction data, and how many of them end in no end token.
-      former_fingerprint: of the same tokens in versions whose mixtures had shares of sequences;
-        empty: nothing has changed since.
-      unchecked: folders of shards of an earlier version, whose blocks have no checksums.
-      unvalidated: sources of which nothing is held out, by name: why.
+      answers: number of answers in instruction data, and of those without an end token.
+      former_fingerprint: the fingerprint of the same tokens in earlier versions, whose mixtures had
+        shares of sequences; empty: it is the same.
+      unchecked: folders of shards that an earlier version wrote without checksums of blocks.
+      unvalidated: the reason for each source without held-out documents, by name of the source.
     """
 
     train: BatchSource
@@ -69,7 +69,7 @@ class TrainingData:
 
     @functools.cached_property
     def files(self) -> dict[str, bytes]:
-        """What belongs beside the tokenizer in a checkpoint, by name: a chat template, its ends."""
+        """Files to save with the tokenizer, by name: the chat template, and its end tokens."""
         if not self.template or self.tokenizer is None:
             return {}
         ends = end_ids(from_json(self.template, self.tokenizer))
@@ -81,14 +81,16 @@ class TrainingData:
 
 
 def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
-    """Opens the token shards, preparing them first where there are none.
+    """Opens the batches of a run; prepares the token shards first if there are none.
 
     Args:
-      config: of the run.
-      default_folder: `data` in the work directory, which is no part of a source that it lies in.
+      config: the config of the run.
+      default_folder: `data` in the work directory. The work directory is not part of a source, even
+        if a source contains it.
 
     Raises:
-      UserError: source, shards or tokenizer are missing, damaged or of another vocabulary.
+      UserError: the source, the shards or the tokenizer are missing, are damaged or have another
+        vocabulary.
     """
     train, data = config.train, config.data
     vocab_size = config.model.vocab_size
@@ -113,8 +115,8 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
         if bool(dataset.pack_len) != packed:
             how = "best_fit" if dataset.pack_len else "concat"
             raise UserError(
-                f"the shards in {dataset.folder} were made with data.packing={how}, but it is "
-                f"{data.packing} now; use --config.data.packing={how}, or prepare other shards"
+                f"the shards in {dataset.folder} were made with data.packing={how}, but now it is "
+                f"{data.packing}; use --config.data.packing={how}, or prepare other shards"
             )
         ids = dataset.vocab_size
         check_ids(ids, config, f"the shards in {dataset.folder} have a vocabulary of {ids}")
@@ -155,26 +157,26 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
 
 
 def _check_tokenizer(choice: str, dataset: TokenDataset) -> None:
-    """Compares the tokenizer that is asked for with that of shards; a file may be gone since.
+    """Checks that shards were made with the tokenizer that the config names, if it still exists.
 
     Raises:
-      UserError: their ids are not of the same pieces.
+      UserError: the same ids stand for other pieces of text.
     """
     if not choice or not epath.Path(choice).exists():
         return
     if not open_tokenizer(choice).same_ids(dataset.tokenizer()):
         raise UserError(
             f"the shards in {dataset.folder} were made with another tokenizer than {choice} "
-            "(data.tokenizer, or that of the weights in init_from); prepare them again with this "
-            f"one, or name their own if it is meant: {dataset.folder / TOKENIZER}"
+            "(data.tokenizer, or the tokenizer of init_from); prepare them again with this one, or "
+            f"use theirs: --config.data.tokenizer={dataset.folder / TOKENIZER}"
         )
 
 
 def _check_template(choice: str, dataset: TokenDataset) -> None:
-    """Compares the template that is asked for with that of shards; a file may be gone since.
+    """Checks that shards were made with the template that the config names, if it still exists.
 
     Raises:
-      UserError: they are not the same.
+      UserError: they were made with another template.
     """
     made = dataset.template()
     if not choice or not made:
@@ -188,17 +190,17 @@ def _check_template(choice: str, dataset: TokenDataset) -> None:
         was = "another" if choice and made else "a" if made else "no"
         raise UserError(
             f"the shards in {dataset.folder} were made with {was} chat template, but data.template "
-            f"is {choice or 'empty'} now; put back the value of then, or prepare other shards"
+            f"is {choice or 'empty'} now; restore the former value, or prepare other shards"
         )
 
 
 def _source_names(config: Config, mixed: list[str], folder: epath.Path) -> list[str]:
-    """Names of the sources to open: those of the mixture, which must be those of the source."""
+    """Returns the names of the sources to open; data.mixture and data.source must name the same."""
     named = list(named_sources(config.data.source))
     there = [name for name in named if (folder / name / MANIFEST).exists()]
     if not there and (folder / MANIFEST).exists():
-        named = [""]  # a path with '=' in it was one source, and is gone now
-    if named == [""] and mixed and config.data.path:  # shards that were prepared elsewhere
+        named = [""]  # the source was one path that contains '=', and it no longer exists
+    if named == [""] and mixed and config.data.path:  # shards that another config has prepared
         there = list(source_folders(folder))
         named = mixed if set(mixed) <= set(there) else there
     if mixed and set(mixed) != set(named):
@@ -218,7 +220,7 @@ def _fingerprint(datasets: dict[str, TokenDataset]) -> str:
 
 
 def _open_stream(config: Config, folder: epath.Path) -> TrainingData:
-    """A stream of the source, with a tokenizer that is trained once and then kept in `folder`."""
+    """Opens a stream of the source; its tokenizer is trained once and saved in `folder`."""
     data, size = config.data, trained_size(config)
     path = epath.Path(data.tokenizer or folder / "tokenizer.model")
     if not path.exists() and not data.tokenizer:
@@ -238,5 +240,5 @@ def _open_stream(config: Config, folder: epath.Path) -> TrainingData:
     ids = tokenizer.vocab_size
     check_ids(ids, config, f"tokenizer {path} has {ids} ids")
     stream = StreamingBatches(data, tokenizer, config.train.seq_len, (folder.parent,))
-    why = {"": "data.streaming holds nothing out; prepare shards to have a validation"}
+    why = {"": "data.streaming holds out no documents; prepare shards to validate"}
     return TrainingData(stream, tokenizer=tokenizer, unvalidated=why)

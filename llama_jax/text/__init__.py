@@ -1,21 +1,21 @@
-"""Text to token ids and back.
+"""Turns text into token ids, and token ids into text.
 
-  tokenizer.py          one tokenizer over several formats; training by LLaMA's recipe
-  tokenizer_formats.py  SentencePiece models, and what a format must offer
+  tokenizer.py          one tokenizer class for several formats; training by LLaMA's recipe
+  tokenizer_formats.py  the interface of a format, and SentencePiece models
   tokenizer_json.py     Hugging Face's tokenizer.json
-  tokenizer_parts.py    pieces of a tokenizer.json
+  tokenizer_parts.py    parts of a tokenizer.json
   tiktoken_ranks.py     LLaMA-3's own file of ranks
-  tokenizer_files.py    which files are a tokenizer's, and which of several fits a model
-  tokenizer_config.py   what the files beside it say: BOS, EOS, special tokens
-  saved_tokenizer.py    the tokenizer inside a saved step
-  tokenizer_process.py  training in a process of its own, which may be stopped
-  probe_texts.py        texts on which two tokenizers are compared
-  chat_template.py      conversations as a model expects them
-  templates.py          a template by name or from a file; Alpaca, Vicuna, LLaMA-2, LLaMA-3
-  template_renderer.py  renders templates of strangers in a process that may be stopped
-  jinja_process.py      the other side of it
-  answer_ends.py        where an answer ends among the tokens of a conversation
-  child_process.py      child processes that talk through pipes
+  tokenizer_files.py    the files of tokenizers, and the tokenizer of a folder that fits a model
+  tokenizer_config.py   reads BOS, EOS and special tokens from the other files of a tokenizer
+  saved_tokenizer.py    reads the tokenizer of a saved step
+  tokenizer_process.py  trains a tokenizer in its own process, which can be stopped
+  probe_texts.py        texts for the comparison of two tokenizers
+  chat_template.py      turns conversations into the text and the tokens that a model expects
+  templates.py          opens a template by name or from a file; Alpaca, Vicuna, LLaMA-2, LLaMA-3
+  template_renderer.py  renders untrusted templates in a process that can be stopped
+  jinja_process.py      the process that renders templates
+  answer_ends.py        counts the answers without an end token
+  child_process.py      starts child processes that communicate through pipes
 
-Rule: knows no model, no shards and no checkpoint.
+Rule: this room imports no model, no shards and no checkpoint code.
 """

@@ -1,7 +1,7 @@
-"""Whether answers end in a token that ends generation: a model that is never shown one never stops.
+"""Counts the answers that do not end in an end token: a model that never sees one never stops.
 
-An answer has ended if its last token that counts is an end token, or only white space follows that
-in the answer: generation stops at the token and never comes to the white space.
+An answer ends in an end token if that is its last token that counts, or if only white space follows
+it: generation stops at the token and never reaches the white space.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,13 @@ from llama_jax.text.tokenizer_formats import MARK
 
 
 def last_tokens(encoded: Encoded, first: int, stop: int) -> Iterator[int]:
-    """The tokens of an answer from its last one back, up to one that is more than white space."""
+    """Yields the tokens of an answer backwards, up to the first that is more than white space.
+
+    Args:
+      encoded: the conversation.
+      first: index of the first token of the answer.
+      stop: index after its last token.
+    """
     for index in range(stop - 1, first - 1, -1):
         yield int(encoded.ids[index])
         begin = int(encoded.stops[index - 1]) if index else 0
@@ -21,11 +27,11 @@ def last_tokens(encoded: Encoded, first: int, stop: int) -> Iterator[int]:
 
 
 def count_answers(encoded: Encoded, length: int, ends: frozenset[int]) -> tuple[int, int]:
-    """Whole answers among the first tokens of a conversation, and how many of them have no end.
+    """Counts the whole answers in a conversation, and those of them without an end token.
 
     Args:
       encoded: the conversation.
-      length: tokens that are kept; an answer that is cut there is not whole, and not counted.
+      length: number of tokens that are kept; an answer that continues after them is not counted.
       ends: tokens at which generation stops.
     """
     whole = [answer for answer in encoded.answers if answer[1] <= length]
@@ -34,14 +40,14 @@ def count_answers(encoded: Encoded, length: int, ends: frozenset[int]) -> tuple[
 
 
 def describe_unended(answers: int, unended: int) -> str:
-    """What a report says of them."""
-    return f"answers that end in no end token: {unended:,} of {answers:,}"
+    """Returns the line of a report about answers without an end token."""
+    return f"answers without an end token: {unended:,} of {answers:,}"
 
 
 def count_in_splits(splits: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
-    """Answers and unended answers of all splits of a manifest; 0 where it does not say.
+    """Adds up the answers, and the answers without an end token, of all splits of a manifest.
 
-    Manifests before them, and those of plain text, do not.
+    Both are 0 for plain text, and for manifests of earlier versions, which do not count them.
     """
     names = ("answers", "unended_answers")
     answers, unended = (sum(split.get(name, 0) for split in splits.values()) for name in names)

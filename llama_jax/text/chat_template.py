@@ -1,9 +1,10 @@
-"""Chat templates: from the messages of a conversation to the text that a model was tuned on.
+"""Chat templates, which turn the messages of a conversation into the text that a model expects.
 
-A template is Jinja. It is rendered as `apply_chat_template` of transformers renders it, but within
-limits (see `template_renderer`): it is the code of others. For training it also says which tokens
-the model is to write: those that it has between `{% generation %}` and `{% endgeneration %}`, or,
-where it has no such tags, what an answer adds to the prompt for it.
+A template is Jinja code. It is rendered as `apply_chat_template` of transformers renders it, but
+within limits (see `template_renderer`), since it is untrusted code. For training, the template also
+marks the tokens that the model must write: those between `{% generation %}` and
+`{% endgeneration %}`. In a template without these tags, they are the text that an answer adds to
+its prompt.
 """
 
 import contextlib
@@ -22,13 +23,13 @@ from llama_jax.text.template_renderer import Refused
 from llama_jax.text.tokenizer import Tokenizer
 
 DEFAULT = "default"
-# The names under which a template finds the special tokens.
+# The variables of a template for special tokens are these names, with `_token` added.
 _TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _MARKS = re.compile(f"[{BEGIN}{END}]")
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
-Messages = list[dict[str, Any]]  # of a conversation: {"role": "user", "content": TEXT}
-Spans = list[tuple[int, int]]  # of letters: first, after the last
+Messages = list[dict[str, Any]]  # a conversation: [{"role": "user", "content": TEXT}, ..]
+Spans = list[tuple[int, int]]  # ranges of characters: the first one, and the one after the last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +37,12 @@ class Encoded:
     """A conversation to train on.
 
     Attributes:
-      text: as the template writes it.
-      ids: its tokens, int32.
-      counts: of each token, whether the model is to write it.
-      stops: of each token, where it ends in the text.
-      answers: of each answer, its first token that counts, and the one behind its last.
+      text: the text that the template has rendered.
+      ids: the token ids of the text, int32.
+      counts: for each token, True if the model must write it.
+      stops: for each token, the position in the text where it ends, in characters.
+      answers: for each answer, the indices of its first token that counts and of the token after
+        its last one.
     """
 
     text: str
@@ -52,13 +54,13 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """A template with the tokenizer that it is for.
+    """A template together with its tokenizer.
 
     Attributes:
-      source: Jinja.
-      name: what to call it in an error.
-      tokenizer: reads what it renders.
-      tokens: `bos_token`, `eos_token` and so on, which it may write.
+      source: the Jinja code.
+      name: name of the template in errors.
+      tokenizer: encodes the rendered text.
+      tokens: `bos_token`, `eos_token` and so on, which the template may write.
     """
 
     source: str
@@ -67,20 +69,21 @@ class ChatTemplate:
     tokens: Mapping[str, str]
 
     def render(self, messages: Messages, *, prompt: bool = True) -> str:
-        """The text of a conversation.
+        """Returns the text of a conversation.
 
         Args:
           messages: the conversation.
-          prompt: go on to where the model's next message begins.
+          prompt: True adds the beginning of the model's next message.
 
         Raises:
-          Refused: the template does not take such messages.
-          UserError: it is not Jinja, or takes more time or memory than `template_renderer` allows.
+          Refused: the template rejects these messages.
+          UserError: the template is not valid Jinja, or takes more time or memory than
+            `template_renderer` allows.
         """
         return _MARKS.sub("", self._render(messages, prompt))
 
     def _render(self, messages: Messages, prompt: bool) -> str:
-        """The text, with `BEGIN` and `END` around what stands in the tags."""
+        """Returns the text, with `BEGIN` and `END` around the text inside the generation tags."""
         variables = {
             "messages": messages,
             "tools": None,
@@ -91,36 +94,36 @@ class ChatTemplate:
         return template_renderer.shared().render(self.source, self.name, variables)
 
     def encode(self, messages: Messages, *, special: bool = False) -> list[int]:
-        """Token ids of a conversation; BOS is there if the template writes it.
+        """Returns the token ids of a conversation; they contain BOS only if the template writes it.
 
-        The template's special tokens are parsed, their names in the messages stay text.
+        Special tokens that the template writes are parsed; their names in the messages stay text.
 
         Args:
           messages: the conversation.
-          special: parse names in the messages, too, as transformers does by default.
+          special: True parses names in the messages, too, as transformers does by default.
 
         Raises:
-          UserError: as `render`.
+          UserError: see `render`.
         """
         guarded = messages if special else self._guarded(messages)
         return self.tokenizer.encode(self.render(guarded), special=True)
 
     def example(self, messages: Messages) -> Encoded:
-        """A whole conversation as tokens, and which of them the model is to write.
+        """Encodes a whole conversation, and marks the tokens that the model must write.
 
-        The tokens are those of the whole text; one counts if any letter of it is in an answer.
+        The whole text is encoded at once; a token counts if any character of it is in an answer.
 
         Raises:
-          Refused: the template does not take such messages.
-          UserError: it is not Jinja, or has no tags and its prompts are not the beginning of what
-            it writes for the whole.
+          Refused: the template rejects these messages.
+          UserError: the template is not valid Jinja, or it has no generation tags and the text of a
+            prompt is not the beginning of the text of the whole conversation.
         """
         guarded = self._guarded(messages)
         find = self._tagged if _TAG.search(self.source) else self._added
         text, answers = find(guarded)
         ids, spans = self.tokenizer.encode_spans(text)
         starts, stops = np.asarray(spans, np.int64).reshape(-1, 2).T
-        # The first bytes of a letter that is made of several tokens have no width.
+        # If a character has several tokens, the first of them may have an empty span.
         widened = np.maximum(stops, starts + 1)
         counts, ranges = np.zeros(len(ids), bool), []
         for answer in answers:
@@ -133,7 +136,10 @@ class ChatTemplate:
         return Encoded(text, np.asarray(ids, np.int32), counts, stops, ranges)
 
     def _guarded(self, messages: Messages) -> Messages:
-        """The messages, whose texts hold no name of a marker, however the template joins them."""
+        """Returns the messages, changed so that no part of them is parsed as a marker.
+
+        This holds however the template joins them.
+        """
         try:
             return [
                 {
@@ -146,23 +152,23 @@ class ChatTemplate:
             raise Refused("the messages are nested too deeply") from error
 
     def _tagged(self, messages: Messages) -> tuple[str, list[Spans]]:
-        """The text, and of each answer what the template has between its tags."""
+        """Returns the text, and for each answer the spans inside its generation tags."""
         text, spans = self._between_tags(messages)
         number = sum(map(_said, messages))
         if number == 1:
             return text, [spans]
         if len(spans) == number:
             return text, [[span] for span in spans]
-        ends = [0]  # spans of the messages up to each answer
+        ends = [0]  # number of spans in the messages up to each answer
         for index in filter(lambda index: _said(messages[index]), range(len(messages))):
-            with contextlib.suppress(Refused):  # it does not take a part of them
+            with contextlib.suppress(Refused):  # the template rejects a part of the conversation
                 ends.append(len(self._between_tags(messages[: index + 1])[1]))
         if len(ends) <= number or ends != sorted(ends) or ends[-1] != len(spans):
             return text, [[span] for span in spans]
         return text, [spans[first:last] for first, last in itertools.pairwise(ends)]
 
     def _between_tags(self, messages: Messages) -> tuple[str, Spans]:
-        """The text, and all that the template has between its tags."""
+        """Returns the text, and the spans inside all generation tags."""
         answers: Spans = []
         pieces: list[str] = []
         start = length = 0
@@ -178,7 +184,7 @@ class ChatTemplate:
         return "".join(pieces), answers
 
     def _added(self, messages: Messages) -> tuple[str, list[Spans]]:
-        """The text, and what each answer adds to the prompt for it, up to the end of its turn."""
+        """Returns the text, and the span that each answer and its end of turn add to the prompt."""
         text = self.render(messages, prompt=False)
         answers: list[Spans] = []
         for number, message in enumerate(messages):
@@ -188,26 +194,29 @@ class ChatTemplate:
             after = self.render(messages[: number + 1], prompt=False)
             if not (after.startswith(before) and text.startswith(after)):
                 raise UserError(
-                    f"{self.name} has no {{% generation %}}, and what it writes before an answer "
-                    "is not the beginning of what it writes with it: it cannot say what the model "
-                    "is to write; put {% generation %} and {% endgeneration %} around the answer"
+                    f"{self.name} has no {{% generation %}}, and the text of a prompt is not the "
+                    "beginning of the text with its answer, so the tokens of the answer are not "
+                    "known; put {% generation %} and {% endgeneration %} around the answer"
                 )
-            # White space after the end of a turn separates turns, and is no part of the answer.
+            # White space after the end of a turn separates turns, and is not part of the answer.
             kept = after.rstrip()
             ends = kept.endswith(tuple(self.tokenizer.marker_names))
             answers.append([(len(before), len(kept) if ends else len(after))])
         return text, answers
 
     def check(self) -> None:
-        """Raises `UserError` if it is not Jinja, before there are messages to find it out."""
+        """Raises `UserError` if the template is not valid Jinja; needs no messages."""
         template_renderer.shared().check(self.source, self.name)
 
 
 def named_templates(given: Any) -> dict[str, str]:
-    """Templates by name, from `chat_template` of a tokenizer_config.json: one, a list, or none.
+    """Reads `chat_template` of a tokenizer_config.json, and returns its templates by name.
+
+    Args:
+      given: one template, a list of templates with names, or an empty value.
 
     Raises:
-      UserError: it is something else.
+      UserError: `given` is anything else.
     """
     if not given:
         return {}
@@ -218,12 +227,12 @@ def named_templates(given: Any) -> dict[str, str]:
         for name, template in found.items():
             check_type("a template's text", template, str)
             if not check_type("a template's name", name, str).isprintable():
-                raise ValueError(f"{name!r} is no name of a template")
+                raise ValueError(f"{name!r} is not the name of a template")
         return found
 
 
 def special_tokens(config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
-    """`bos_token` and so on, as a template wants them: of tokenizer_config.json, else our own."""
+    """Returns `bos_token` and so on for a template, from tokenizer_config.json or the tokenizer."""
     found = {
         "bos_token": tokenizer.piece(tokenizer.bos_id),
         "eos_token": tokenizer.piece(tokenizer.eos_id),
@@ -237,12 +246,12 @@ def special_tokens(config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str,
 
 
 def _said(message: dict[str, Any]) -> bool:
-    """Whether the model says a message."""
+    """Returns whether a message is an answer of the model."""
     return message.get("role") == "assistant"
 
 
 def _protected(value: Any, tokenizer: Tokenizer, answer: bool) -> Any:
-    """A part of a message with its texts marked, and its keys that hold the name of a marker."""
+    """Marks the texts in a part of a message, and the keys that contain the name of a marker."""
     if isinstance(value, str):
         return tokenizer.protected(_MARKS.sub("", value), answer=answer)
     if isinstance(value, list):

@@ -1,8 +1,8 @@
-"""Child processes: how they are started, talked to, and end with the one that started them.
+"""Child processes that exchange messages with their parent through pipes, and end with it.
 
-Both ends import this, so it imports nothing of the package. A child that talks gets messages on its
-standard input and answers on its standard output; each is its length (8 bytes, little-endian) and
-JSON.
+Both processes import this module, so it imports nothing else from the package. A child reads
+messages from its standard input and writes answers to its standard output. A message is its length
+in bytes (8 bytes, little-endian), followed by JSON.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ _ROOT = pathlib.Path(__file__).parents[2]
 
 
 def start(module: str, *arguments: str) -> "subprocess.Popen[bytes]":
-    """Starts a module of this package as a child that talks; what it says on stderr is dropped."""
-    # Not `-m`: the package must be found without that what lies beside it, or in the current
-    # folder, hides the modules of the standard library.
+    """Starts a module of this package as a child process with pipes, and drops its stderr."""
+    # Not with `-m`, which puts the current folder first on the path: a file in it could hide a
+    # module of the standard library. For the same reason, the folder of the package comes last.
     code = f"import runpy, sys; sys.path.append({str(_ROOT)!r}); runpy.run_module({module!r}, "
     code += "run_name='__main__')"
     return subprocess.Popen(
@@ -34,17 +34,18 @@ def start(module: str, *arguments: str) -> "subprocess.Popen[bytes]":
 
 
 def close(process: "subprocess.Popen[bytes]") -> int:
-    """Closes the pipes of a child that has ended, or was killed; returns its exit status."""
+    """Closes the pipes of a child that has ended or was killed, and returns its exit status."""
     for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):  # what was not sent
+        with contextlib.suppress(OSError):  # closing fails if unsent data are left
             pipe.close()  # type: ignore[union-attr]
     return process.wait()
 
 
 def exit_with_parent() -> None:
-    """For a child that talks: it ends when its parent does, and leaves signals to its parent.
+    """Makes this child process end when its parent ends, and ignore signals.
 
-    A terminal or a launcher sends them to all processes of a group.
+    A terminal or a launcher sends signals to all processes of a group; only the parent handles
+    them.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -52,11 +53,11 @@ def exit_with_parent() -> None:
 
 
 def end_with(file: int) -> None:
-    """Ends this process, whatever it does, when nobody has the other end of a pipe any more."""
+    """Ends this process, whatever it does, when the other end of a pipe is closed."""
 
     def watch() -> None:
         poll = select.poll()
-        poll.register(file, 0)  # no event but a hang-up, which is always reported
+        poll.register(file, 0)  # waits only for a hang-up, which is always reported
         poll.poll()
         os._exit(1)
 
@@ -64,10 +65,10 @@ def end_with(file: int) -> None:
 
 
 def read_message(stream: IO[bytes]) -> Any:
-    """The next message.
+    """Reads the next message.
 
     Raises:
-      EOFError: the other end has gone.
+      EOFError: the other end is closed.
     """
     size = _exactly(stream, 8)
     return json.loads(_exactly(stream, int.from_bytes(size, "little")))
@@ -81,10 +82,10 @@ def _exactly(stream: IO[bytes], size: int) -> bytes:
 
 
 def encode_message(message: Any) -> bytes:
-    """A message as it goes through a pipe.
+    """Returns the bytes of a message in a pipe.
 
     Raises:
-      TypeError, ValueError: it is not JSON.
+      TypeError, ValueError: JSON cannot hold the message.
     """
     content = json.dumps(message).encode()
     return len(content).to_bytes(8, "little") + content

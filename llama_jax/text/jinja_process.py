@@ -1,11 +1,12 @@
-"""The process that renders chat templates: `template_renderer` starts it, and talks to its pipes.
+"""The process that renders chat templates; `template_renderer` starts it and uses its pipes.
 
-A template is the code of others. Jinja's sandbox keeps it from the machine, but bounds neither its
-time nor its memory; the limits of a process do, whatever the template computes. The file imports
-little, so that it starts quickly.
+A template is untrusted code. Jinja's sandbox keeps it away from the machine, but does not limit its
+time and memory; the limits of a process do, whatever the template computes. This module imports
+little, so that the process starts quickly.
 
-A request is {"source": Jinja, "variables": {...}}, or without variables to compile only; the answer
-is [kind, text], and kind one of "text", "not Jinja", "refused", "memory" and "long".
+A request is {"source": Jinja, "variables": {...}}; without variables, the template is only
+compiled. The answer is [kind, text], where kind is one of "text", "not Jinja", "refused", "memory"
+and "long".
 """
 
 import contextlib
@@ -20,16 +21,17 @@ from jinja2 import TemplateError, ext, nodes, sandbox
 
 from llama_jax.text.child_process import encode_message, exit_with_parent, read_message
 
-# Around what the model writes, in a text that is rendered; Unicode reserves both for such uses.
+# Marks around the text that the model writes, in a rendered text. They are noncharacters, which
+# Unicode reserves for internal use.
 BEGIN, END = "\ufdd1", "\ufdd2"
-LONGEST_TEXT = 2**22  # characters: to make tokens of them takes 300 bytes each
+LONGEST_TEXT = 2**22  # characters; encoding needs 300 bytes for each
 
 
 def environment() -> sandbox.ImmutableSandboxedEnvironment:
-    """Jinja as chat templates expect it: their white space, functions and tags."""
+    """Returns a Jinja environment with the white space, functions and tags of chat templates."""
 
     class Generation(ext.Extension):
-        """{% generation %}: what the model writes; shown between two marks."""
+        """The tag {% generation %} around the text that the model writes; puts it between marks."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -48,7 +50,7 @@ def environment() -> sandbox.ImmutableSandboxedEnvironment:
     found = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )
-    found.filters["tojson"] = to_json  # Jinja's own writes <, > and & as \u003c and so on
+    found.filters["tojson"] = to_json  # Jinja's own filter writes <, > and & as \u003c and so on
     found.globals["raise_exception"] = refuse
     found.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return found
@@ -63,7 +65,7 @@ _environment = functools.cache(environment)
 
 
 def answer(request: dict[str, Any]) -> list[str]:
-    """Kind and text of what a request gets."""
+    """Returns the answer to a request: its kind and its text."""
     kind = "not Jinja"
     try:
         template = _compiled(request["source"])
@@ -76,16 +78,16 @@ def answer(request: dict[str, Any]) -> list[str]:
         return ["memory", ""]
     except RecursionError:
         return [kind, "it is nested too deeply, or calls itself without end"]
-    except Exception as error:  # a template may do what Python may
+    except Exception as error:  # a template may raise any exception of Python
         return [kind, str(error) or type(error).__name__]
 
 
 def serve(seconds: int, memory: int) -> None:
-    """Answers requests on standard input until it ends.
+    """Answers requests on standard input until that is closed.
 
     Args:
-      seconds: of processor time that a request may take; then the process ends by SIGXCPU.
-      memory: bytes of address space of the whole process.
+      seconds: processor time that a request may take; after it, SIGXCPU ends the process.
+      memory: bytes of address space that the whole process may have.
     """
     exit_with_parent()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -97,12 +99,12 @@ def serve(seconds: int, memory: int) -> None:
             request = read_message(sys.stdin.buffer)
             used = resource.getrusage(resource.RUSAGE_SELF)
             soft = int(used.ru_utime + used.ru_stime) + 1 + seconds
-            with contextlib.suppress(ValueError):  # more than is left to this process
+            with contextlib.suppress(ValueError):  # the hard limit of this process is lower
                 resource.setrlimit(resource.RLIMIT_CPU, (soft, most))
             message = encode_message(answer(request))
         except EOFError:
             return
-        except MemoryError:  # of the request, or of the answer's bytes
+        except MemoryError:  # while reading the request, or encoding the answer
             message = encode_message(["memory", ""])
         sys.stdout.buffer.write(message)
         sys.stdout.buffer.flush()

@@ -1,4 +1,4 @@
-"""Texts on which tokenizers differ from each other; none names a special token."""
+"""Texts that tokenizers often encode differently; none contains the name of a special token."""
 
 _LETTERS = (
     "naïve café Straße ÀÉÎ ﬁ ﬀ ½ ² ① Ⅷ ㎏ ｆｕｌｌ ﾊﾝ ﾊﾞ ẛ̣ ǆ İı ſ µ Å ﷺ é e\u0301 e\u0323\u0301 "

@@ -1,7 +1,7 @@
-"""The tokenizer of a saved step, read and verified without the rest of the step.
+"""Reads and verifies the tokenizer of a saved step, without the rest of the step.
 
-The folder of a step (see `checkpoint.saved_step`) holds the tokenizer's file in base64 in
-`tokenizer/metadata` (JSON), and in `manifest.json` size and sha256 of every file.
+The folder of a step (see `checkpoint.saved_step`) holds the file of the tokenizer, in base64, in
+`tokenizer/metadata` (JSON), and the size and sha256 of every file in `manifest.json`.
 """
 
 import base64
@@ -13,22 +13,22 @@ from etils import epath
 from llama_jax.errors import UserError, as_user_error
 from llama_jax.files import damages, read_json
 
-FORMAT_VERSION = 2  # of saved steps; bump when one can no longer be read as before
+FORMAT_VERSION = 2  # the format of saved steps; raise it when readers must change
 MANIFEST = "manifest.json"
 _ITEM = "tokenizer"
-DESCRIPTION = ("meta", _ITEM)  # folders of what a step says about itself, in JSON
+DESCRIPTION = ("meta", _ITEM)  # folders with the description of a step, in JSON
 
 
 def holds_tokenizer(path: epath.Path) -> bool:
-    """Whether this is the folder of a saved step."""
+    """Returns whether a folder is a saved step."""
     return (path / _ITEM).exists()
 
 
 def read_saved(step_folder: epath.Path) -> bytes:
-    """The tokenizer's file that a saved step holds; empty if the run had none.
+    """Reads the file of the tokenizer from a saved step; it is empty if the run had no tokenizer.
 
     Raises:
-      UserError: what the step says about itself is not what was written, or of another format.
+      UserError: the description of the step is damaged, or has another format.
     """
     folder = step_folder.absolute()
     if reason := next(damages(folder / MANIFEST, DESCRIPTION), ""):
@@ -40,10 +40,10 @@ def read_saved(step_folder: epath.Path) -> bytes:
 
 
 def check_format(folder: epath.Path, meta: Mapping[str, Any]) -> None:
-    """Checks that a step's `meta` says the format that is read here.
+    """Checks that the `meta` of a step has the format that this version reads.
 
     Raises:
-      UserError: it says another, or none.
+      UserError: it has another format, or does not name its format.
     """
     version = meta.get("format_version")
     if version != FORMAT_VERSION:

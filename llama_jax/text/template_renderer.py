@@ -1,4 +1,4 @@
-"""Renders chat templates within limits of time and memory, in a process of its own."""
+"""Renders chat templates in a separate process, with limits of time and memory."""
 
 import functools
 import os
@@ -10,56 +10,56 @@ from typing import Any
 from llama_jax.errors import UserError, first_line
 from llama_jax.text import child_process, jinja_process
 
-SECONDS = 10  # of processor time, for one conversation
+SECONDS = 10  # processor time for one conversation
 MEMORY = 2**30  # bytes
 
 
 class Refused(UserError):
-    """A template does not take these messages."""
+    """A template rejects these messages."""
 
 
 class Exceeded(UserError):
-    """A template takes more time or memory than it may."""
+    """A template takes more time or memory than the limits."""
 
 
 class Renderer:
-    """A process that renders templates one after another; it is started when it is needed."""
+    """A process that renders templates one after another, and starts at the first request."""
 
     def __init__(self, seconds: int = SECONDS, memory: int = MEMORY) -> None:
-        """Starts nothing yet.
+        """Stores the limits; starts no process yet.
 
         Args:
-          seconds: of processor time that one conversation may take.
-          memory: bytes that the process may have.
+          seconds: processor time that one conversation may take.
+          memory: bytes of address space that the process may have.
         """
         self._seconds, self._memory = seconds, memory
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
     def render(self, source: str, name: str, variables: dict[str, Any]) -> str:
-        """The text that a template makes.
+        """Returns the text that a template renders.
 
         Args:
-          source: Jinja.
-          name: what to call it in an error.
-          variables: what it finds, of types that JSON has.
+          source: the Jinja code.
+          name: name of the template in errors.
+          variables: variables of the template, of types that JSON has.
 
         Raises:
-          Refused: the template fails on these variables, or writes too long a text.
-          Exceeded: it takes more time or memory than the limits.
-          UserError: it is not Jinja.
+          Refused: the template fails on these variables, or writes a text that is too long.
+          Exceeded: the template takes more time or memory than the limits.
+          UserError: the template is not valid Jinja.
         """
         return self._ask({"source": source, "variables": variables}, name)
 
     def check(self, source: str, name: str) -> None:
-        """Raises `UserError` if a template is not Jinja."""
+        """Raises `UserError` if a template is not valid Jinja."""
         self._ask({"source": source}, name)
 
     def _ask(self, request: dict[str, Any], name: str) -> str:
         try:
             message = jinja_process.encode_message(request)
         except (RecursionError, TypeError, ValueError) as error:
-            raise Refused(f"{name} takes messages of JSON: {first_line(error)}") from error
+            raise Refused(f"{name} takes only JSON messages: {first_line(error)}") from error
         with self._lock:
             kind, text = self._exchange(message, name)
         if kind == "text":
@@ -87,7 +87,7 @@ class Renderer:
                 raise Exceeded(f"{name} takes {limit}") from error
             raise Exceeded(f"{name} ends the process that renders it (status {status})") from error
         except BaseException:
-            # An interrupt: the answer would be taken for that of the next request.
+            # After an interrupt, the next request would read the answer to this one.
             process.kill()
             self._ended(process)
             raise
@@ -99,7 +99,7 @@ class Renderer:
         return self._process
 
     def _ended(self, process: "subprocess.Popen[bytes]") -> int:
-        """Exit status of a process that has ended, or is about to."""
+        """Waits for a process that has ended or is about to end, and returns its exit status."""
         self._process = None
         return child_process.close(process)
 
@@ -110,5 +110,5 @@ def _of_process(pid: int) -> Renderer:
 
 
 def shared() -> Renderer:
-    """The renderer of this process; a fork gets one of its own."""
+    """Returns the renderer of this process; a fork gets its own renderer."""
     return _of_process(os.getpid())

@@ -1,7 +1,7 @@
-"""The templates that instruction data can be written with: four well-known ones, or one of yours.
+"""The chat templates for instruction data: four built-in ones, or your own from a file.
 
-The built-in ones give the very tokens of what was released with them, by either format of the same
-tokenizer (see `Tokenizer.gap`); a test compares them with the references written out.
+The built-in templates give exactly the tokens of the code that was released with their models, with
+either format of the tokenizer (see `Tokenizer.gap`). A test compares them with written references.
 """
 
 import json
@@ -17,7 +17,7 @@ from llama_jax.text.template_renderer import Exceeded
 from llama_jax.text.tokenizer import Tokenizer
 
 # Stanford Alpaca (https://github.com/tatsu-lab/stanford_alpaca, `train.py`): one question, with or
-# without an input, and no system message. Further questions, which it never had, follow the EOS
+# without an input, and no system message. Alpaca had no further questions; here they follow the EOS
 # without the preamble.
 ALPACA = r"""
 {%- for message in messages %}
@@ -56,7 +56,7 @@ VICUNA = r"""
 {{- 'ASSISTANT:' if add_generation_prompt else '' }}
 """
 # LLaMA-2 chat (https://github.com/meta-llama/llama, `generation.py`): every pair of question and
-# answer between BOS and EOS, the system message inside the first question.
+# answer is between BOS and EOS; the system message is inside the first question.
 LLAMA2 = r"""
 {%- set system = '' %}
 {%- if messages[0].role == 'system' %}
@@ -72,8 +72,8 @@ LLAMA2 = r"""
   {%- else %}{{ raise_exception('LLaMA-2 has no role ' + message.role) }}{% endif %}
 {%- endfor %}
 """
-# LLaMA-3 (https://github.com/meta-llama/llama3, `tokenizer.py`): a header for every message, whose
-# turn ends with a token of its own.
+# LLaMA-3 (https://github.com/meta-llama/llama3, `tokenizer.py`): every message has a header, and
+# ends with a special token.
 LLAMA3 = r"""
 {{- bos_token }}
 {%- for message in messages %}
@@ -92,7 +92,7 @@ _NEEDED = {
 
 
 def built_in(name: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """One of `BUILT_IN`, for this tokenizer.
+    """Returns one of `BUILT_IN`, for this tokenizer.
 
     Raises:
       UserError: the vocabulary lacks a special token of the template.
@@ -101,9 +101,9 @@ def built_in(name: str, tokenizer: Tokenizer) -> ChatTemplate:
     if missing:
         raise UserError(
             f"the chat template {name} needs the special token {', '.join(missing)}, which the "
-            "tokenizer does not have; use a tokenizer of this family, or another template"
+            "tokenizer does not have; use a tokenizer of this model family, or another template"
         )
-    # Nothing but Jinja, so that a checkpoint can carry it to any other program.
+    # The source is plain Jinja, so that other programs can use the template of a checkpoint.
     source = f"{{%- set gap = {tokenizer.gap!r} %}}{BUILT_IN[name]}".strip()
     return ChatTemplate(
         source, f"the chat template {name}", tokenizer, special_tokens({}, tokenizer)
@@ -111,15 +111,15 @@ def built_in(name: str, tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def open_choice(choice: str, tokenizer: Tokenizer, config: dict[str, Any]) -> ChatTemplate:
-    """The template that `data.template` names.
+    """Opens the template that `data.template` names.
 
     Args:
-      choice: one of `BUILT_IN`, a file of Jinja, or a .json file that has a `chat_template`.
-      tokenizer: that it is for.
-      config: contents of the tokenizer_config.json beside the tokenizer, if there is one.
+      choice: one of `BUILT_IN`, a file of Jinja code, or a .json file with a `chat_template`.
+      tokenizer: the tokenizer to use the template with.
+      config: contents of the tokenizer_config.json of the tokenizer; empty: there is none.
 
     Raises:
-      UserError: there is no such template, or it is none.
+      UserError: the template does not exist, or is not valid Jinja.
     """
     if choice in BUILT_IN:
         return built_in(choice, tokenizer)
@@ -142,17 +142,17 @@ def open_choice(choice: str, tokenizer: Tokenizer, config: dict[str, Any]) -> Ch
 
 
 def from_json(content: bytes, tokenizer: Tokenizer) -> ChatTemplate:
-    """The template that `to_json` wrote."""
+    """Reads a template that `to_json` has written."""
     values = json.loads(content)
     tokens = special_tokens(values, tokenizer)
     return ChatTemplate(values["chat_template"], "the chat template", tokenizer, tokens)
 
 
 def end_ids(template: ChatTemplate) -> list[int]:
-    """Tokens that end an answer: the tokenizer's EOS, and markers that end a turn.
+    """Returns the tokens that end an answer: the tokenizer's EOS, and markers that end a turn.
 
     Raises:
-      Exceeded: the template takes more time or memory than it may.
+      Exceeded: the template takes more time or memory than the limits.
     """
     tokenizer = template.tokenizer
     markers, found = set(tokenizer.marker_names), [tokenizer.eos_id]
@@ -164,9 +164,9 @@ def end_ids(template: ChatTemplate) -> list[int]:
     for messages in (turn, [*turn, *turn], [system, *turn]):
         try:
             example = template.example(messages)
-        except Exceeded:  # so it would do for every conversation
+        except Exceeded:  # the same would happen in every conversation
             raise
-        except UserError:  # it is for other conversations
+        except UserError:  # the template rejects this kind of conversation
             continue
         last = (one for answer in example.answers for one in last_tokens(example, *answer))
         found += [one for one in last if tokenizer.piece(one) in markers]
@@ -174,6 +174,6 @@ def end_ids(template: ChatTemplate) -> list[int]:
 
 
 def to_json(template: ChatTemplate) -> bytes:
-    """The template as a file that `open_choice` reads: in the form of a tokenizer_config.json."""
+    """Returns the template as a file that `open_choice` reads, like a tokenizer_config.json."""
     values = {"chat_template": template.source, **template.tokens}
     return json.dumps(values, ensure_ascii=False, indent=1).encode() + b"\n"

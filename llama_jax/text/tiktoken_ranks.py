@@ -1,11 +1,11 @@
-"""Llama 3's own tokenizer file: tiktoken's ranks, read as a `tokenizer.json`.
+"""Llama 3's own tokenizer file (tiktoken's ranks), converted to a `tokenizer.json`.
 
-Each line is the bytes of a token in base64, and its rank, which is its id. How texts are cut into
-words and the 256 special tokens, whose ids follow the ranks, are not in the file: they are in the
-code that was released with it (https://github.com/meta-llama/llama3, `tokenizer.py`).
+Each line holds the bytes of a token in base64, and its rank, which is its id. The file lacks the
+rule that splits a text into words, and the 256 special tokens, whose ids follow the ranks. Both are
+in the code that was released with it (https://github.com/meta-llama/llama3, `tokenizer.py`).
 
-tiktoken merges the neighbours that make the token of lowest rank. A list of merges says the same if
-it has every way to put a token together from two others, those of low ranks first.
+tiktoken merges the two neighbours whose merged token has the lowest rank. A list of merges is
+equivalent if it contains every way to make a token from two others, sorted by rank of the token.
 """
 
 import base64
@@ -27,7 +27,7 @@ _LINE = re.compile(rb"\s*[!-~]+[ \t]+[0-9]+[ \t\r]*(\n|$)")
 
 
 def _with_reserved(names: dict[int, str]) -> tuple[str, ...]:
-    """All special tokens: those with names of their own, the others numbered."""
+    """Returns the names of all special tokens; those not in `names` are numbered."""
     found, number = [], 0
     for place in range(_COUNT):
         if place in names:
@@ -46,21 +46,25 @@ _FIRST = {
     9: "eot_id",
 }
 LLAMA3 = _with_reserved(_FIRST)
-# The same file came with 3.1 to 3.3, whose tokenizer.json has names for three more.
+# Llama 3.1 to 3.3 have the same file, but their tokenizer.json names three more tokens.
 LLAMA31 = _with_reserved({**_FIRST, 4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"})
 
 
 def is_tiktoken(content: bytes) -> bool:
-    """Whether a tokenizer.model is Llama 3's (lines of base64 and rank), not SentencePiece."""
+    """Returns whether a tokenizer.model has Llama 3's format (lines of base64 and rank).
+
+    Otherwise it is a SentencePiece model.
+    """
     return _LINE.match(content[:1000].removeprefix(b"\xef\xbb\xbf")) is not None
 
 
 def read_ranks(content: bytes, name: str) -> list[bytes]:
-    """The tokens, in the order of their ranks.
+    """Returns the tokens, in the order of their ranks.
 
     Raises:
-      UserError: a line is not base64 and a number, ranks are not those from 0 on, a token is there
-        twice, or one of the 256 bytes is missing, without which some texts have no tokens.
+      UserError: a line is not base64 and a number, the ranks are not consecutive from 0, a token
+        occurs twice, or a token for one of the 256 bytes is missing, so that some texts have no
+        encoding.
     """
     found: dict[bytes, int] = {}
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
@@ -76,27 +80,29 @@ def read_ranks(content: bytes, name: str) -> list[bytes]:
                 f"{name}: line {number} is not a token in base64 and its rank"
             ) from error
         if token in found:
-            raise UserError(f"{name}: line {number} has a token that was there before")
+            raise UserError(f"{name}: line {number} repeats an earlier token")
         found[token] = int(rank)
     if sorted(found.values()) != list(range(len(found))):
-        raise UserError(f"{name}: the ranks of its {len(found):,} tokens are not 0 to the last")
+        raise UserError(
+            f"{name}: the ranks of its {len(found):,} tokens are not consecutive from 0"
+        )
     missing = [byte for byte in range(256) if bytes([byte]) not in found]
     if missing:
-        raise UserError(f"{name} has no token for the byte 0x{missing[0]:02X}; is it cut off?")
+        raise UserError(f"{name} has no token for the byte 0x{missing[0]:02X}; is it truncated?")
     return sorted(found, key=found.__getitem__)
 
 
 @functools.lru_cache(maxsize=4)
 def tokenizer_json(content: bytes, name: str, special: tuple[str, ...] = LLAMA31) -> bytes:
-    """The same tokenizer as a `tokenizer.json`; it begins a text with BOS.
+    """Converts the file to a `tokenizer.json`, which begins each text with BOS.
 
     Args:
-      content: of the file.
-      name: what to call it in an error.
-      special: names of the tokens that follow the ranks: `LLAMA31` or `LLAMA3`.
+      content: contents of the file.
+      name: name of the file in errors.
+      special: names of the special tokens, whose ids follow the ranks: `LLAMA31` or `LLAMA3`.
 
     Raises:
-      UserError: as `read_ranks`.
+      UserError: see `read_ranks`.
     """
     tokens = read_ranks(content, name)
     letters = {byte: letter for letter, byte in byte_of_letter().items()}
@@ -123,7 +129,7 @@ def tokenizer_json(content: bytes, name: str, special: tuple[str, ...] = LLAMA31
         "decoder": {**_BYTES, "add_prefix_space": True},
         "model": {
             "type": "BPE",
-            "ignore_merges": True,  # a word that is a token is that token, as in tiktoken
+            "ignore_merges": True,  # as in tiktoken, a word that is a token becomes that token
             "vocab": vocab,
             "merges": [
                 [piece[:cut], piece[cut:]]
@@ -137,7 +143,7 @@ def tokenizer_json(content: bytes, name: str, special: tuple[str, ...] = LLAMA31
 
 
 def config_json(special: tuple[str, ...] = LLAMA31) -> bytes:
-    """The `tokenizer_config.json` beside it, for transformers."""
+    """Returns the `tokenizer_config.json` that transformers needs with it."""
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": special[0],

@@ -1,4 +1,4 @@
-"""Tokenizers: one interface over two formats, and training SentencePiece by LLaMA's recipe."""
+"""Tokenizers: one class for several formats, and training SentencePiece by LLaMA's recipe."""
 
 import codecs
 import contextlib
@@ -18,41 +18,41 @@ from llama_jax.text.probe_texts import HARD_TEXTS
 from llama_jax.text.tokenizer_formats import MARK, SentencePiece, Vocabulary
 from llama_jax.text.tokenizer_json import TokenizerJson, with_bos_eos
 
-# SentencePiece skips longer "sentences" and reads its sample into memory; both limits are generous
-# for a recipe that learns frequent pieces, and keep training on any corpus within minutes.
+# SentencePiece skips longer "sentences", and reads its sample into memory. Both limits are large
+# enough to learn frequent pieces, and keep training on any corpus within minutes.
 MAX_SENTENCE_BYTES = 16_384
 SAMPLE_BYTES = 64_000_000
 
 
 class Tokenizer:
-    """Text to token ids and back: `decode(encode(text)) == text`, but for U+2581.
+    """Turns text into token ids and back: `decode(encode(text)) == text`, except for U+2581.
 
-    That character is how SentencePiece itself writes a space, and comes back as one.
+    SentencePiece itself writes a space as U+2581, so this character is decoded as a space.
 
     Attributes:
-      model_bytes: the file, which says itself of which format it is.
-      fingerprint: sha256 of it.
-      vocab_size: all ids are below it.
-      bos_id: begins a text.
-      eos_id: ends it.
-      prefix: what `encode_text` puts before a text: BOS, or nothing.
-      is_json: it is a tokenizer.json.
+      model_bytes: contents of the file, which show its format.
+      fingerprint: sha256 of the file.
+      vocab_size: all ids are below this number.
+      bos_id: id of the token that begins a text.
+      eos_id: id of the token that ends a text.
+      prefix: ids that `encode_text` puts before a text: BOS, or nothing.
+      is_json: True if the file is a tokenizer.json.
     """
 
     def __init__(
         self, model_bytes: bytes, name: str = "the tokenizer", *, adds_bos: bool | None = None
     ) -> None:
-        """Wraps a serialized tokenizer.
+        """Opens a serialized tokenizer.
 
         Args:
           model_bytes: contents of a SentencePiece `.model` file, of a `tokenizer.json`, or of Llama
             3's `tokenizer.model`.
-          name: what to call it in an error.
-          adds_bos: whether a text begins with BOS; None: as the file says. A `tokenizer.json` says
-            so by its post-processor, the others always add it.
+          name: name of the tokenizer in errors.
+          adds_bos: True if a text begins with BOS; None: the file decides. The post-processor of a
+            `tokenizer.json` may add BOS; the other formats always add it.
 
         Raises:
-          UserError: the bytes are none of these, or one without BOS and EOS.
+          UserError: the bytes have none of these formats, or the tokenizer has no BOS or no EOS.
         """
         refuse_lfs_pointer(model_bytes, name)
         self._vocabulary: Vocabulary
@@ -75,12 +75,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "Tokenizer":
-        """Reads a `.model` file or a `tokenizer.json`, with the tokenizer_config.json beside it.
+        """Reads a `.model` file or a `tokenizer.json`, with the tokenizer_config.json next to it.
 
         `tokenizer_files.open_tokenizer` also reads folders.
 
         Raises:
-          UserError: it cannot be read, or is none.
+          UserError: the file cannot be read, or is not a tokenizer.
         """
         path, name = epath.Path(path), f"tokenizer {path}"
         try:
@@ -93,9 +93,9 @@ class Tokenizer:
         return cls(with_config(model_bytes, merged_config(config, more), name), name)
 
     def same_ids(self, other: "Tokenizer") -> bool:
-        """Whether ids are of the same pieces, and texts give the same ids.
+        """Returns whether both tokenizers have the same pieces, and give the same ids for texts.
 
-        Both formats of a tokenizer may. The texts are `HARD_TEXTS`.
+        This may hold for two formats of one tokenizer. The texts are `HARD_TEXTS`.
         """
         if self.fingerprint == other.fingerprint:
             return True
@@ -105,67 +105,70 @@ class Tokenizer:
         return pieces and all(self.encode(text) == other.encode(text) for text in HARD_TEXTS)
 
     def save(self, path: epath.PathLike) -> None:
-        """Writes the file, of whichever format."""
+        """Writes the tokenizer to a file, in its own format."""
         epath.Path(path).write_bytes(self.model_bytes)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids of a text, without BOS and EOS.
+        """Returns the token ids of a text, without BOS and EOS.
 
         Args:
           text: any text.
-          special: take the names of special tokens in it, such as `</s>`, for these tokens. Never
-            for text of others, who could end the turn or the document with it; `protected` keeps
-            theirs apart.
+          special: True turns the names of special tokens in the text, such as `</s>`, into these
+            tokens. Never use it for untrusted text, which could end the turn or the document;
+            `protected` marks such parts of a text.
         """
         with _unicode(text):
             return self._vocabulary.encode(text, special)
 
     def encode_text(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids of a text of its own, as the model is to read it: with BOS, or without.
+        """Returns the token ids of a whole text for the model, with BOS if the tokenizer adds it.
 
-        What says so is the tokenizer, as in transformers; EOS is never added, which would end the
-        text before it goes on. Documents to train on begin with BOS and end with EOS anyway.
+        The tokenizer decides about BOS, as in transformers. EOS is never added, since the model is
+        to continue the text. Documents to train on always begin with BOS and end with EOS (see
+        `encode_documents`).
 
         Args:
           text: any text.
-          special: as `encode`; a BOS that the text begins with is not put there again.
+          special: see `encode`. If the text begins with BOS, no second BOS is added.
         """
         ids = self.encode(text, special=special)
         written = special and ids[:1] == [self.bos_id]
         return ids if written else [*self.prefix, *ids]
 
     def encode_prompt(self, text: str, *, special: bool = False) -> list[int]:
-        """As `encode_text`, but never without tokens: BOS alone, if need be."""
+        """Encodes a prompt; see `encode_text`. An empty result is replaced by BOS alone."""
         return self.encode_text(text, special=special) or [self.bos_id]
 
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """As `encode` with `special`, and of each token the letters (start, stop) it stands for.
+        """Returns token ids (see `encode` with `special`), and each token's characters in the text.
 
-        Of a letter made of several tokens, some may have an empty span at its place.
+        The characters are a range (start, stop). If a character has several tokens, some of them
+        may have an empty range at its position.
         """
         with _unicode(text):
             return self._vocabulary.encode_spans(text)
 
     @functools.cached_property
     def gap(self) -> str:
-        """What to write between a special token and a text, so that it is read as one alone is.
+        """The text to insert between a special token and a text, so that its ids stay the same.
 
-        A space, where the tokenizer puts one before a text of its own, but not after `<s>`; LLaMA's
-        own code reads such texts apart, and so does what was tuned with it.
+        The ids must be those of the text alone. This is a space if the tokenizer puts a space
+        before a text but not after `<s>`, otherwise nothing. LLaMA's own code encodes such texts
+        separately, and models that were tuned with it expect these ids.
         """
         after = self.encode(self.piece(self.bos_id) + "a", special=True)
         return "" if after[1:] == self.encode("a") else " "
 
     def protected(self, text: str, *, answer: bool = False) -> str:
-        """The text, marked so that no part of it is parsed within a text encoded as `special`.
+        """Marks a text so that no part of it is parsed as a token, when encoded with `special`.
 
-        It stays one text with what stands beside it, so that the ids of a text without names of
-        `marker_names` are those without marks. A U+FDD0 of its own is lost.
+        Encoding drops the marks and does not split the text at them: a text without any of
+        `marker_names` gets the ids that it would get unmarked. Each U+FDD0 in the text is removed.
 
         Args:
-          text: of others.
-          answer: it is what the model said: pairs of tags that are not special, such as `<think>`
-            and `</think>`, are left, since they are part of answers.
+          text: untrusted text.
+          answer: True if the model wrote the text. Pairs of tags that are not special, such as
+            `<think>` and `</think>`, then stay unmarked, since they are part of answers.
         """
         with _unicode(text):
             return (self._protect_answer if answer else self._protect)(text)
@@ -184,13 +187,13 @@ class Tokenizer:
     def _protector(self, found: Sequence[str]) -> Callable[[str], str]:
         names = [name for name in found if len(name) > 1]
         starts = re.compile("(?=" + "|".join(map(re.escape, names)) + ")(.)", re.DOTALL)
-        # Names that begin or end in the text beside it.
+        # The neighbouring text may complete a name that begins or ends in this text.
         heads = tuple({name[:cut] for name in names for cut in range(1, len(name))})
         tails = tuple({name[cut:] for name in names for cut in range(1, len(name))})
 
         def protect(text: str) -> str:
             text = starts.sub(rf"\1{MARK}", text.replace(MARK, ""))
-            # Templates strip white space: marks go next to what is left.
+            # Templates strip white space, so marks are placed next to the remaining text.
             if (body := text.rstrip()).endswith(heads):
                 text = body + MARK + text[len(body) :]
             if (body := text.lstrip()).startswith(tails):
@@ -203,34 +206,38 @@ class Tokenizer:
 
     @property
     def special_names(self) -> list[str]:
-        """How special tokens are written, such as `</s>`."""
+        """The names of special tokens, such as `</s>`."""
         return self._vocabulary.special_names
 
     @property
     def marker_names(self) -> list[str]:
-        """Those, and names of other added tokens that may mark turns: no words, no white space."""
+        """The names of special tokens, and of other added tokens that may mark turns.
+
+        The latter are neither words nor white space.
+        """
         return self._vocabulary.marker_names
 
     def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """Token ids of several documents, int32, each from BOS to EOS, in so many threads."""
+        """Returns the token ids of several documents, int32, each from BOS to EOS."""
         return self._vocabulary.encode_documents(texts, threads)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; BOS and EOS add nothing."""
+        """Returns the text of token ids; BOS and EOS add nothing."""
         return self._vocabulary.decode(list(map(int, ids)))
 
     def piece(self, token: int) -> str:
-        """How the tokenizer's file writes one token."""
+        """Returns the name of a token in the file of the tokenizer."""
         return self._vocabulary.piece(int(token))
 
     def stream(self) -> "TextStream":
-        """Decodes token after token."""
+        """Returns a decoder for one token at a time."""
         return TextStream(self._vocabulary)
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        """What each token adds to the text; of a character made of several tokens, the last has it.
+        """Returns the text that each token adds.
 
-        BOS and EOS add nothing, bytes that are no UTF-8 a U+FFFD.
+        If a character has several tokens, the last one adds it. BOS and EOS add nothing; bytes that
+        are not UTF-8 add U+FFFD.
         """
         stream = self.stream()
         found = [stream.add(token) for token in map(int, ids)]
@@ -241,20 +248,20 @@ class Tokenizer:
 
 @contextlib.contextmanager
 def _unicode(text: str) -> Iterator[None]:
-    """Raises `UserError` where a library fails on a text that is none."""
+    """Raises `UserError` if a library fails because a text is not valid Unicode."""
     try:
         yield
     except Exception as error:
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise UserError(
-                "a text has half of a surrogate pair, or bytes that are not UTF-8, which no "
-                "tokenizer reads"
+                "a text has half of a surrogate pair, or bytes that are not UTF-8, and no "
+                "tokenizer can encode it"
             ) from error
         raise
 
 
 def _beside(path: epath.Path, name: str) -> dict[str, Any]:
-    """The contents of a file in the same folder; empty where it is not there."""
+    """Reads a JSON file in the same folder; returns {} if there is no such file."""
     file = path.parent / name
     if not file.exists():
         return {}
@@ -265,20 +272,26 @@ def _beside(path: epath.Path, name: str) -> dict[str, Any]:
 
 
 def merged_config(config: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """A tokenizer_config.json with special_tokens_map.json, which old ones have beside them.
+    """Merges a tokenizer_config.json with the special_tokens_map.json of an old tokenizer.
 
-    As in transformers, one that lists its added tokens needs none.
+    As in transformers, the latter is ignored if the config lists its added tokens.
     """
     return {**config} if "added_tokens_decoder" in config else {**config, **more}
 
 
 def with_config(model_bytes: bytes, config: Mapping[str, Any], name: str) -> bytes:
-    """A tokenizer's file that says itself which tokens its config calls BOS and EOS.
+    """Returns the file of a tokenizer, changed so that it names the BOS and EOS of its config.
 
-    SentencePiece models say it anyway; Llama 3's file becomes a tokenizer.json where it is others.
+    A SentencePiece model is returned unchanged, since it always names them. Llama 3's file becomes
+    a tokenizer.json if the config names other tokens.
+
+    Args:
+      model_bytes: contents of the file.
+      config: contents of its tokenizer_config.json; may be empty.
+      name: name of the tokenizer in errors.
 
     Raises:
-      UserError: as `with_bos_eos`.
+      UserError: see `with_bos_eos`.
     """
     if model_bytes.lstrip()[:1] == b"{":
         return with_bos_eos(model_bytes, config, name)
@@ -290,7 +303,7 @@ def with_config(model_bytes: bytes, config: Mapping[str, Any], name: str) -> byt
 
 
 class TextStream:
-    """Text as its tokens come; a character is held back until it is whole."""
+    """Decodes one token after another; holds back a character until it is complete."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
@@ -298,7 +311,7 @@ class TextStream:
         self._begins = False
 
     def add(self, token: int) -> str:
-        """What the token completes."""
+        """Adds a token, and returns the text that it completes."""
         added = self._vocabulary.bytes_of(token)
         if added is None:
             self._begins = token == self._vocabulary.bos_id
@@ -309,16 +322,16 @@ class TextStream:
         return self._decoder.decode(added)
 
     def end(self) -> str:
-        """A U+FFFD, if a character is not whole."""
+        """Ends the text; returns U+FFFD if its last character is incomplete, otherwise ""."""
         return self._decoder.decode(b"", final=True)
 
 
 def _pieces_of(documents: Iterable[str], limit: int) -> Iterator[str]:
-    """Cuts documents into lines that SentencePiece takes, up to `limit` bytes in all."""
+    """Yields lines that SentencePiece accepts, from as many documents as have `limit` bytes."""
     taken = 0
     for document in documents:
         for line in document.splitlines(keepends=True):
-            # A line is at most 4 bytes a character, so this never exceeds the limit.
+            # A character has at most 4 bytes, so no piece exceeds MAX_SENTENCE_BYTES.
             for start in range(0, len(line), MAX_SENTENCE_BYTES // 4):
                 piece = line[start : start + MAX_SENTENCE_BYTES // 4].rstrip("\n")
                 if piece:
@@ -331,18 +344,19 @@ def _pieces_of(documents: Iterable[str], limit: int) -> Iterator[str]:
 def train_tokenizer(
     documents: Iterable[str], vocab_size: int, *, sample_bytes: int = SAMPLE_BYTES
 ) -> Tokenizer:
-    """Trains BPE as LLaMA did: digits one by one, bytes for the unknown, whitespace kept.
+    """Trains a BPE tokenizer as LLaMA did.
 
-    Nothing is normalised away, so decoding gives back the very text. Ids: 0 unknown, 1 BOS, 2 EOS,
-    then 256 bytes, then pieces. The result depends on the documents alone.
+    Digits are split, unknown characters become bytes, and white space is kept. Texts are not
+    normalised, so decoding returns exactly the text. Ids: 0 unknown, 1 BOS, 2 EOS, then 256 bytes,
+    then pieces. The result depends only on the arguments.
 
     Args:
-      documents: texts; the first `sample_bytes` are used.
+      documents: texts; those after the first `sample_bytes` are not used.
       vocab_size: number of ids.
-      sample_bytes: UTF-8 bytes of text to learn from.
+      sample_bytes: UTF-8 bytes of text to learn from; the last document is used as a whole.
 
     Raises:
-      UserError: there is no text, or too little for so large a vocabulary.
+      UserError: there is no text, or too little text for this vocabulary size.
     """
     pieces = list(_pieces_of(documents, sample_bytes))
     if not pieces:
@@ -359,17 +373,17 @@ def train_tokenizer(
             allow_whitespace_only_pieces=True,
             max_sentence_length=MAX_SENTENCE_BYTES,
             character_coverage=0.99995,
-            num_threads=16,  # LLaMA's; BPE training gives the same result for any number
+            num_threads=16,  # as LLaMA; the result of BPE training does not depend on it
             minloglevel=2,
         )
     except RuntimeError as error:
-        # "INTERNAL: file(line) [condition] what is wrong"
+        # The message has the form "INTERNAL: file(line) [condition] what is wrong".
         reason = str(error).strip().splitlines()[-1].rsplit("] ", 1)[-1]
-        # Its advice names flags that are not ours.
+        # The library's advice names its own flags, which are not fields of our config.
         reason, small, _ = reason.partition(". Increase vocab_size")
-        mend = "; raise model.vocab_size, or name a tokenizer by data.tokenizer" if small else ""
+        mend = "; raise model.vocab_size, or set data.tokenizer" if small else ""
         if "too high" in reason:
-            mend = " That is data.tokenizer_size: further rows of model.vocab_size are padding"
+            mend = " Set data.tokenizer_size; the other rows of model.vocab_size are padding"
         raise UserError(
             f"cannot train a tokenizer of {vocab_size} ids on {len(pieces):,} lines: {reason}{mend}"
         ) from error

@@ -1,4 +1,4 @@
-"""What the files beside a tokenizer say: names and ids of its special tokens, and about BOS."""
+"""Reads the special tokens of a tokenizer, and its use of BOS, from the files next to it."""
 
 import contextlib
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ _GENERATION = "generation_config.json"
 
 
 def tokenizer_config(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """Contents of tokenizer_config.json; empty where it is not there.
+    """Returns the contents of tokenizer_config.json; empty if there is no such file.
 
     Raises:
-      UserError: it is damaged.
+      UserError: the file is damaged.
     """
     return _contents(files, "tokenizer_config.json")
 
@@ -26,24 +26,27 @@ def _contents(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 
 
 def config_with_special_tokens(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """tokenizer_config.json, with the special_tokens_map.json that old ones have beside them.
+    """Returns tokenizer_config.json, merged with the special_tokens_map.json of old tokenizers.
 
     Raises:
-      UserError: one of them is damaged.
+      UserError: one of the files is damaged.
     """
     return merged_config(tokenizer_config(files), _contents(files, "special_tokens_map.json"))
 
 
 def adds_bos(files: Mapping[str, bytes], tokenizer: Tokenizer, name: str) -> bool | None:
-    """Whether texts begin with BOS, where other files say so than the tokenizer itself; else None.
+    """Returns whether texts begin with BOS, if the files next to the tokenizer decide this.
 
-    As in transformers, a tokenizer.json says it by its post-processor, whatever add_bos_token is;
-    of other formats, add_bos_token in tokenizer_config.json does.
+    As in transformers, the post-processor of a tokenizer.json decides it, whatever add_bos_token
+    is; for other formats, add_bos_token in tokenizer_config.json does.
 
     Args:
-      files: of the checkpoint.
-      tokenizer: that texts are encoded with.
-      name: of the checkpoint, for errors.
+      files: files of the checkpoint, by name.
+      tokenizer: the tokenizer that encodes the texts.
+      name: name of the checkpoint in errors.
+
+    Returns:
+      True or False; None: the tokenizer itself decides.
 
     Raises:
       UserError: a file is damaged.
@@ -51,7 +54,7 @@ def adds_bos(files: Mapping[str, bytes], tokenizer: Tokenizer, name: str) -> boo
     if tokenizer.is_json:
         return None
     if "tokenizer.json" in files:
-        with contextlib.suppress(UserError):  # only the other one may be readable here
+        with contextlib.suppress(UserError):  # perhaps only `tokenizer` can be read here
             return bool(json_tokenizer(files, name).prefix)
     added = tokenizer_config(files).get("add_bos_token")
     if added is not None and type(added) is not bool:
@@ -60,10 +63,10 @@ def adds_bos(files: Mapping[str, bytes], tokenizer: Tokenizer, name: str) -> boo
 
 
 def json_tokenizer(files: Mapping[str, bytes], name: str) -> Tokenizer:
-    """The tokenizer.json among files, with the names that its config gives to BOS and EOS.
+    """Opens the tokenizer.json among files, with the BOS and EOS that its config names.
 
     Raises:
-      UserError: it is damaged, or has neither BOS nor EOS.
+      UserError: the file is damaged, or has no BOS or no EOS.
     """
     name = f"the tokenizer.json of {name}"
     return Tokenizer(
@@ -72,11 +75,11 @@ def json_tokenizer(files: Mapping[str, bytes], name: str) -> Tokenizer:
 
 
 def with_base_files(files: Mapping[str, bytes], base: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Files of adapters, and those of their base that they bring none of.
+    """Returns the files of adapters, with the files of their base that the adapters lack.
 
-    A template that was learnt goes with the tokenizer that it was learnt with: where the adapters
-    have one, the base's templates are left out, and its tokenizer, of which another format may
-    put spaces elsewhere: all but how it generates.
+    A template must be used with the tokenizer that it was trained with: another format of that
+    tokenizer may put spaces at other places. So if the adapters have a template, only the
+    generation config of the base is added, but neither its templates nor its tokenizer.
 
     Raises:
       UserError: tokenizer_config.json is damaged.
@@ -89,11 +92,13 @@ def with_base_files(files: Mapping[str, bytes], base: Mapping[str, bytes]) -> di
 def special_ids(
     files: Mapping[str, bytes], vocab_size: int | None = None
 ) -> tuple[int | None, int | list[int] | None]:
-    """Ids of BOS and EOS (or of several, such as those of turns and texts) where the files tell.
+    """Returns the ids of BOS and EOS from the files of a checkpoint; None if they do not say.
+
+    EOS may be several ids, such as one that ends a turn and one that ends a text.
 
     Args:
-      files: by name.
-      vocab_size: rows of the model, which ids must be below; None: not known.
+      files: contents of the files, by name.
+      vocab_size: rows of the model, which all ids must be below; None: not known.
 
     Raises:
       UserError: generation_config.json is damaged.
@@ -106,7 +111,7 @@ def special_ids(
     if model and not is_tiktoken(model):
         tokenizer = Tokenizer(model)
     elif "tokenizer.json" in files:
-        with contextlib.suppress(ValueError):  # it does not say, or cannot be read here
+        with contextlib.suppress(ValueError):  # it names no BOS or EOS, or cannot be read here
             tokenizer = json_tokenizer(files, "the files")
     elif model:
         tokenizer = Tokenizer(with_config(model, config, "tokenizer.model"))
@@ -116,15 +121,15 @@ def special_ids(
 def token_ids(
     values: Mapping[str, Any], name: str, vocab_size: int | None = None
 ) -> tuple[int | None, int | list[int] | None]:
-    """`bos_token_id` and `eos_token_id` of a file; None where it has none, which some write as -1.
+    """Returns `bos_token_id` and `eos_token_id` of a file; None (or -1 in the file): there is none.
 
     Args:
-      values: what the file holds.
-      name: of the file, for errors.
-      vocab_size: as `special_ids`.
+      values: contents of the file.
+      name: name of the file in errors.
+      vocab_size: rows of the model; None: not known.
 
     Raises:
-      UserError: one is no id, or beyond the rows of the model.
+      UserError: a value is not an id, or the model has no row for it.
     """
 
     def checked(key: str, value: Any) -> int | None:
@@ -132,8 +137,8 @@ def token_ids(
             return None
         if type(value) is not int or value < 0:
             given = values[key]
-            many = ", nor several" if key == "eos_token_id" else ""
-            raise UserError(f"{name}: {key}={given!r} is no token id{many}")
+            many = " or a list of them" if key == "eos_token_id" else ""
+            raise UserError(f"{name}: {key}={given!r} is not a token id{many}")
         if vocab_size is not None and value >= vocab_size:
             raise UserError(
                 f"{name}: {key} has {value}, but the model's vocabulary is {vocab_size:,}"
@@ -144,6 +149,6 @@ def token_ids(
     if not isinstance(eos, list):
         return checked("bos_token_id", bos), checked("eos_token_id", eos)
     if not eos or None in eos:
-        raise UserError(f"{name}: eos_token_id={eos!r} is no token id, nor several")
+        raise UserError(f"{name}: eos_token_id={eos!r} is not a token id or a list of them")
     found = [checked("eos_token_id", one) for one in eos]
     return checked("bos_token_id", bos), [one for one in found if one is not None] or None

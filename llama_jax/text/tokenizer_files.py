@@ -1,11 +1,9 @@
-"""The files of tokenizers: which they are, and which tokenizer of a folder is its model's.
+"""Reads the files of tokenizers, and chooses the tokenizer of a folder that fits its model.
 
-Folders hold several tokenizers, and not all of them fit.
-
-A model of 32,002 rows may come with the tokenizer.model of 32,000 ids that it was made from, and
-with its own two tokens in tokenizer.json, added_tokens.json or tokenizer_config.json. The right one
-has the most ids for which the model has rows; the rows that are left are padding
-(`vocabulary_size`).
+A folder may hold several tokenizers, and some may not fit the model. For example, a model with
+32,002 rows may come with the tokenizer.model of its base, with 32,000 ids, and with its own two
+tokens in tokenizer.json, added_tokens.json or tokenizer_config.json. The right tokenizer is the one
+with the most ids for which the model has rows; the other rows are padding (`vocabulary_size`).
 """
 
 import dataclasses
@@ -24,32 +22,32 @@ from llama_jax.text.tokenizer_formats import model_proto
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
 ADDED, CONFIG = "added_tokens.json", "tokenizer_config.json"
-# Files beside the weights that travel with them, whatever format lies between.
+# Files next to the weights that are copied with them, into checkpoints of all formats.
 TOKENIZER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
     "generation_config.json",
 )
 TOKENIZERS = (MODEL, JSON)
-MORE_TEMPLATES = "additional_chat_templates"  # a folder beside chat_template.jinja: NAME.jinja
-# Where Meta's repositories at Hugging Face have Llama 3's own file: as tokenizer.model beside the
-# weights, other programs would take it for SentencePiece.
+MORE_TEMPLATES = "additional_chat_templates"  # a folder next to chat_template.jinja: NAME.jinja
+# The path of Llama 3's own file in Meta's repositories at Hugging Face. Other programs would take a
+# tokenizer.model next to the weights for a SentencePiece model.
 ORIGINAL = "original/tokenizer.model"
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # of sentencepiece_model.proto
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # types of pieces in sentencepiece_model.proto
 
 
 def is_tokenizer_file(name: str) -> bool:
-    """Whether a name is in `TOKENIZER_FILES`, or a template in `MORE_TEMPLATES`; no other path."""
+    """Returns whether a path is one of `TOKENIZER_FILES`, or a template in `MORE_TEMPLATES`."""
     folder, _, file = name.rpartition("/")
     template = folder == MORE_TEMPLATES and file.endswith(".jinja") and "\\" not in file
     return name in TOKENIZER_FILES or template
 
 
 def read_files(folder: epath.Path) -> dict[str, bytes]:
-    """Contents of `TOKENIZER_FILES` in a folder, and of `MORE_TEMPLATES`.
+    """Reads `TOKENIZER_FILES` and `MORE_TEMPLATES` in a folder, and returns them by name.
 
     Raises:
-      UserError: one cannot be read.
+      UserError: a file cannot be read.
     """
     files = {
         name: read_bytes(folder / name) for name in TOKENIZER_FILES if (folder / name).exists()
@@ -66,10 +64,12 @@ def read_files(folder: epath.Path) -> dict[str, bytes]:
 
 
 def for_transformers(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The files as transformers reads them: with a tokenizer.json in place of Llama 3's own format.
+    """Returns the files with a tokenizer.json in place of Llama 3's own format, for transformers.
+
+    Llama 3's own file moves to `ORIGINAL`.
 
     Raises:
-      UserError: that is damaged.
+      UserError: that file is damaged.
     """
     model = files.get("tokenizer.model", b"")
     if not is_tiktoken(model):
@@ -79,7 +79,7 @@ def for_transformers(files: Mapping[str, bytes]) -> dict[str, bytes]:
         "tokenizer.json": tiktoken_ranks.tokenizer_json(model, "tokenizer.model"),
         "tokenizer_config.json": tiktoken_ranks.config_json(),
     }
-    if "tokenizer.json" in files:  # which may have names of its own
+    if "tokenizer.json" in files:  # it stays, since it may have other names of special tokens
         del made["tokenizer.json"]
         if "tokenizer_config.json" not in files:
             made["tokenizer_config.json"] = tiktoken_ranks.config_json()
@@ -91,10 +91,10 @@ class Choice:
     """One of the tokenizers of a folder.
 
     Attributes:
-      file: that it is in.
-      content: of the file; or a SentencePiece model with the tokens that other files add to it.
-      size: all ids are below it.
-      plain: whether `content` is the file as it is.
+      file: name of its file.
+      content: contents of the file, or a SentencePiece model with the tokens that other files add.
+      size: all ids are below this number.
+      plain: True if `content` is the unchanged file.
     """
 
     file: str
@@ -103,7 +103,7 @@ class Choice:
     plain: bool = True
 
     def names(self, first: int) -> list[str]:
-        """What the tokenizer calls its ids from `first` on."""
+        """Returns the names of the ids from `first` on."""
         if self.file == JSON:
             names = _json_names(self.content, self.file)
             return [names[number] for number in sorted(names) if number >= first]
@@ -111,27 +111,39 @@ class Choice:
 
 
 def fitting(files: Mapping[str, bytes], rows: int | None, name: str) -> Choice | None:
-    """The tokenizer with the most ids for which the model has rows; None: there is none.
+    """Returns the tokenizer with the most ids among those for which the model has enough rows.
 
-    Where two have as many, SentencePiece is preferred, and Llama 3's own format comes last.
+    If several have the same number of ids, SentencePiece is preferred, and Llama 3's own format
+    comes last.
 
     Args:
       files: contents of the tokenizer's files, by name.
-      rows: of the model; None: not known.
-      name: of the folder, for errors.
+      rows: rows of the model; None: not known, so every tokenizer fits.
+      name: name of the folder in errors.
+
+    Returns:
+      The tokenizer; None: no tokenizer fits.
 
     Raises:
-      UserError: one cannot be read.
+      UserError: a file cannot be read.
     """
     found = [one for one in _choices(files, name) if rows is None or one.size <= rows]
     return max(found, key=lambda one: one.size, default=None)  # the first of several
 
 
 def choose(files: Mapping[str, bytes], rows: int | None, name: str) -> Choice | None:
-    """As `fitting`; None: there is no tokenizer at all.
+    """Returns the tokenizer that fits the model best; see `fitting`.
+
+    Args:
+      files: contents of the tokenizer's files, by name.
+      rows: rows of the model; None: not known, so every tokenizer fits.
+      name: name of the folder in errors.
+
+    Returns:
+      The tokenizer; None: there are no tokenizers.
 
     Raises:
-      UserError: all have more ids than the model has rows, or one cannot be read.
+      UserError: all tokenizers have more ids than the model has rows, or a file cannot be read.
     """
     found = fitting(files, rows, name)
     if found or rows is None or not (others := _choices(files, name)):
@@ -143,21 +155,26 @@ def choose(files: Mapping[str, bytes], rows: int | None, name: str) -> Choice | 
         f"{name}/{least.file} has {least.size:,} ids, but the model's vocabulary is {rows:,}: "
         f"{listed or 'the last ids'} have no rows; add rows to the weights (in transformers: "
         f"model.resize_token_embeddings({least.size})), delete these tokens from {least.file}, or "
-        "put the model's own tokenizer there"
+        "put the model's own tokenizer in its place"
     )
 
 
 def check_vocabulary(files: Mapping[str, bytes], vocab_size: int, name: str) -> None:
-    """Checks that the model has a row for each id of a tokenizer: it may have more (padding).
+    """Checks that a model has a row for each id of one of its tokenizers; it may have more rows.
+
+    Args:
+      files: contents of the tokenizer's files, by name.
+      vocab_size: rows of the model.
+      name: name of the folder in errors.
 
     Raises:
-      UserError: every tokenizer has more ids than that, or one cannot be read.
+      UserError: all tokenizers have more ids than the model has rows, or a file cannot be read.
     """
     choose(files, vocab_size, name)
 
 
 def _choices(files: Mapping[str, bytes], name: str) -> list[Choice]:
-    """All tokenizers of the files, the preferred one first."""
+    """Returns all tokenizers in the files, the preferred one first."""
     found: list[Choice] = []
     model = files.get(MODEL, b"")
     tiktoken = bool(model) and is_tiktoken(model)
@@ -177,10 +194,10 @@ def _choices(files: Mapping[str, bytes], name: str) -> list[Choice]:
 
 
 def _json_names(content: bytes, name: str) -> dict[int, str]:
-    """The tokens of a tokenizer.json by id; the library that reads it need not be there.
+    """Returns the tokens of a tokenizer.json by id; does not need the tokenizers library.
 
     Raises:
-      UserError: it is not a tokenizer.json.
+      UserError: the file is not a tokenizer.json.
     """
     values = parse_json(content, name)
     try:
@@ -200,16 +217,17 @@ def _json_names(content: bytes, name: str) -> dict[int, str]:
 
 
 def _with_added(model: bytes, size: int, files: Mapping[str, bytes], name: str) -> list[Choice]:
-    """A SentencePiece model with the tokens that the other files give ids behind its own.
+    """Returns a SentencePiece model with the tokens that other files add after its own ids.
 
-    Their names are never read in a text of others, as those of BOS and EOS are not, unless a file
-    says that they are not special.
+    Like BOS and EOS, these are control tokens, whose names in a text stay text, unless a file says
+    that they are not special.
 
     Returns:
-      One, or none: nothing is added, or a piece of the model has the same name.
+      A list with one tokenizer; empty if no tokens are added, or if a piece of the model has the
+      same name as one of them.
 
     Raises:
-      UserError: a file cannot be read, or gives two tokens one id.
+      UserError: a file cannot be read, or gives two tokens the same id.
     """
     added = {number: token for number, token in _added(files, name).items() if number >= size}
     proto = model_proto(model)
@@ -229,7 +247,7 @@ def _with_added(model: bytes, size: int, files: Mapping[str, bytes], name: str) 
 
 
 def _added(files: Mapping[str, bytes], name: str) -> dict[int, tuple[str, bool]]:
-    """Tokens that are beside the vocabulary: id -> (how it is written, whether it is special)."""
+    """Returns the tokens in the other files: id -> (name, whether the token is special)."""
     found: dict[int, tuple[str, bool]] = {}
     if ADDED in files:
         with as_user_error(f"{name}/{ADDED}"):
@@ -254,17 +272,17 @@ def _add(found: dict[int, tuple[str, bool]], number: int, content: str, special:
 
 
 def rows_of(folder: epath.Path) -> int | None:
-    """Rows of the model of a Hugging Face folder, by its config.json; None: it does not tell."""
+    """Returns the rows of the model in a Hugging Face folder; None: config.json does not say."""
     path = folder / "config.json"
     found = read_json(path).get("vocab_size") if path.exists() else None
     return found if type(found) is int else None
 
 
 def choose_in(folder: epath.Path) -> Choice | None:
-    """The tokenizer of a Hugging Face folder.
+    """Chooses the tokenizer of a Hugging Face folder; None: it has no tokenizer.
 
     Raises:
-      UserError: as `choose`.
+      UserError: see `choose`.
     """
     names = (MODEL, JSON, ADDED, CONFIG)
     files = {name: read_bytes(folder / name) for name in names if (folder / name).exists()}
@@ -272,14 +290,14 @@ def choose_in(folder: epath.Path) -> Choice | None:
 
 
 def open_tokenizer(place: epath.PathLike) -> Tokenizer:
-    """Reads the tokenizer that a path stands for, as `data.tokenizer` names it.
+    """Opens the tokenizer at a path, such as `data.tokenizer`.
 
     Args:
-      place: a tokenizer's file, a folder of Hugging Face, of whose tokenizers the one that fits the
-        model is taken, or the folder of a saved step.
+      place: the file of a tokenizer, the folder of a saved step, or a Hugging Face folder, whose
+        tokenizer that fits the model is taken.
 
     Raises:
-      UserError: it cannot be read, or is none.
+      UserError: the path cannot be read, or is not a tokenizer.
     """
     path, name = epath.Path(place), f"tokenizer {place}"
     try:

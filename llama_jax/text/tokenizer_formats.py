@@ -1,7 +1,7 @@
-"""What `Tokenizer` needs of a format, and the first of the two: SentencePiece models.
+"""The interface of a tokenizer's format, and the first of two formats: SentencePiece models.
 
-The other is Hugging Face's `tokenizer.json` (`tokenizer_json`), which Llama 3's own format becomes
-(`tiktoken_ranks`).
+The second is Hugging Face's `tokenizer.json` (`tokenizer_json`). Llama 3's own format is converted
+to it (`tiktoken_ranks`).
 """
 
 import functools
@@ -15,20 +15,21 @@ import sentencepiece
 from llama_jax.errors import UserError, first_line
 
 SPACE = "\u2581"  # how SentencePiece writes a space
-# Keeps what it stands in from being the name of a special token; Unicode reserves it for such uses.
+# A mark inside the name of a special token keeps the name from being parsed. It is a noncharacter,
+# which Unicode reserves for internal use.
 MARK = "\ufdd0"
-_CONTROL, _USER_DEFINED = 3, 4  # of sentencepiece_model.proto
+_CONTROL, _USER_DEFINED = 3, 4  # types of pieces in sentencepiece_model.proto
 
 
 class Vocabulary(Protocol):
-    """What `Tokenizer` needs of a format.
+    """The interface of a format, which `Tokenizer` uses.
 
     Attributes:
-      size: all ids are below it.
-      bos_id: begins a text.
-      eos_id: ends it.
-      prefix: tokens that stand before a text for the model: BOS, or none.
-      adds_space: whether a space is put before every text.
+      size: all ids are below this number.
+      bos_id: id of the token that begins a text.
+      eos_id: id of the token that ends a text.
+      prefix: ids that begin a text for the model: BOS, or nothing.
+      adds_space: True if encoding adds a space before every text.
     """
 
     size: int
@@ -39,59 +40,65 @@ class Vocabulary(Protocol):
 
     @property
     def special_names(self) -> list[str]:
-        """How special tokens are written."""
+        """The names of special tokens."""
 
     @property
     def marker_names(self) -> list[str]:
-        """Those, and names of other tokens that may mark turns: see `is_marker`."""
+        """The names of special tokens, and of other tokens that may mark turns (`is_marker`)."""
 
     def normalizes_to_marker(self, text: str) -> bool:
-        """Whether the tokenizer takes a text without such names for one with them."""
+        """Returns whether normalization turns a part of the text into one of `marker_names`."""
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """Token ids, without BOS and EOS; `special`: names of special tokens become these.
+        """Returns the token ids of a text, without BOS and EOS.
 
-        But not a name that a `MARK` stands in; marks themselves add nothing then.
+        With `special`, the names of special tokens in the text become these tokens, except names
+        that contain a `MARK`; marks themselves then add nothing.
         """
 
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """As `encode` with `special`, and of each token the letters that it stands for.
+        """Returns token ids (see `encode` with `special`), and each token's range of characters.
 
-        Of a letter made of several tokens, some may have an empty span at its place.
+        If a character has several tokens, some of them may have an empty range at its position.
         """
 
     def encode_documents(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
-        """Token ids of several texts, int32, each from BOS to EOS."""
+        """Returns the token ids of several texts, int32, each from BOS to EOS."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
+        """Returns the text of token ids, without special tokens."""
 
     def piece(self, token: int) -> str:
-        """How the format writes one token."""
+        """Returns the name of a token in the file."""
 
     def bytes_of(self, token: int) -> bytes | None:
-        """What a token adds to the text, perhaps part of a character; of a special one None."""
+        """Returns the UTF-8 bytes that a token adds to the text; None for a special token.
+
+        They may be a part of a character.
+        """
 
 
 def is_marker(name: str) -> bool:
-    """Whether a token that is not special may mark a turn, such as `<|im_end|>` or `[INST]`.
+    """Returns whether a token that is not special may mark a turn, like `<|im_end|>` or `[INST]`.
 
-    Not white space, of which tokenizers add runs, and not a word: they are what texts are made of.
+    White space (tokenizers have tokens for runs of it) and words do not: ordinary texts contain
+    them.
     """
     return re.search(r"[^\w\s]|_", name.replace(SPACE, " ")) is not None
 
 
 def _any_of(names: Sequence[str]) -> re.Pattern[str]:
-    """Finds names, the longest first; in a group, so that `split` keeps them."""
+    """Returns a pattern that finds names, the longest first; `split` keeps them, by its group."""
     longest = sorted(filter(None, names), key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest)) or '(?!)'})")
 
 
 @functools.cache
 def byte_of_letter() -> dict[str, int]:
-    """The letters that byte-level BPE writes for bytes: visible Latin-1 for itself, else U+0100 on.
+    """Returns the byte of each character in which byte-level BPE writes bytes.
 
-    As in GPT-2 (https://github.com/openai/gpt-2, `encoder.py`).
+    As in GPT-2 (https://github.com/openai/gpt-2, `encoder.py`), visible characters of Latin-1 stand
+    for their own bytes, and the characters from U+0100 on for the other bytes.
     """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in visible]
@@ -100,12 +107,12 @@ def byte_of_letter() -> dict[str, int]:
 
 
 def model_proto(model_bytes: bytes) -> Any:
-    """The message of a SentencePiece model, whose fields can be read and changed.
+    """Parses a SentencePiece model into a protobuf message, whose fields can be read and changed.
 
     Raises:
-      UserError: the library of protocol buffers is too old for sentencepiece's description of it.
+      UserError: the installed protobuf is too old for sentencepiece's generated code.
     """
-    try:  # only where it is needed: other packages may ask for an old library
+    try:  # imported only here, since other packages may require an old protobuf
         from sentencepiece import sentencepiece_model_pb2
     except Exception as error:
         raise UserError(
@@ -115,10 +122,14 @@ def model_proto(model_bytes: bytes) -> Any:
 
 
 class SentencePiece:
-    """A SentencePiece model: LLaMA, LLaMA-2, Mistral, Code Llama, and what `prepare` trains."""
+    """A SentencePiece model, as of LLaMA, LLaMA-2, Mistral, Code Llama, and from `prepare`."""
 
     def __init__(self, model_bytes: bytes, name: str) -> None:
-        """Parses a `.model` file; raises `UserError` where it is none, or has no BOS or EOS."""
+        """Parses a `.model` file.
+
+        Raises:
+          UserError: the file is not a SentencePiece model, or has no BOS or no EOS.
+        """
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
         except (RuntimeError, ValueError, TypeError) as error:
@@ -134,11 +145,14 @@ class SentencePiece:
         self.adds_space = "".join(self._processor.encode_as_pieces("a")).startswith(SPACE)
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """See `Vocabulary`."""
+        """Encodes a text; see `Vocabulary.encode`."""
         return self.encode_spans(text)[0] if special else self._processor.encode(text)
 
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """See `Vocabulary`; SentencePiece itself never parses the names of control tokens."""
+        """Encodes a text with special tokens; see `Vocabulary.encode_spans`.
+
+        SentencePiece itself never parses the names of control tokens.
+        """
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         at = 0
@@ -146,7 +160,7 @@ class SentencePiece:
             if number % 2:
                 ids.append(self._processor.piece_to_id(part))
                 spans.append((at, at + len(part)))
-            elif part:  # as in transformers, only a text's own beginning gets a space
+            elif part:  # as in transformers, only the beginning of the whole text gets a space
                 places = [at + index for index, letter in enumerate(part) if letter != MARK]
                 places.append(at + len(part))
                 for token, start, stop in self._encode_part(part, spaced=not ids):
@@ -156,10 +170,13 @@ class SentencePiece:
         return ids, spans
 
     def _encode_part(self, part: str, *, spaced: bool) -> list[tuple[int, int, int]]:
-        """Tokens of a text without control tokens, and which of its letters but marks they are.
+        """Encodes a text without control tokens.
 
-        SentencePiece finds user-defined pieces in any text, and reads what stands between them by
-        itself. One that a mark stands in is read once more, as text.
+        SentencePiece finds user-defined pieces in any text, and encodes the text between them
+        separately. A piece whose name contains a mark is encoded again, as text.
+
+        Returns:
+          For each token its id and its range of characters; the positions do not count marks.
         """
         letters = part.replace(MARK, "")
         found = self._variant(spaced=spaced).encode(letters, return_type="offset_mapping")
@@ -184,12 +201,12 @@ class SentencePiece:
 
     @functools.cached_property
     def special_names(self) -> list[str]:
-        """See `Vocabulary`."""
+        """The names of special tokens."""
         return [self.piece(i) for i in range(self.size) if self._processor.is_control(i)]
 
     @functools.cached_property
     def _user_defined(self) -> frozenset[str]:
-        """Pieces that SentencePiece finds in any text, and that may mark turns."""
+        """The user-defined pieces, which SentencePiece finds in any text, that may mark turns."""
         kinds = model_proto(self._model_bytes)
         return frozenset(
             one.piece for one in kinds.pieces if one.type == _USER_DEFINED and is_marker(one.piece)
@@ -197,11 +214,11 @@ class SentencePiece:
 
     @property
     def marker_names(self) -> list[str]:
-        """See `Vocabulary`."""
+        """The names of special tokens, and of other tokens that may mark turns."""
         return [*self.special_names, *sorted(self._user_defined)]
 
     def normalizes_to_marker(self, text: str) -> bool:
-        """See `Vocabulary`."""
+        """Returns whether normalization makes a marker; see `Vocabulary.normalizes_to_marker`."""
         if not self._user_defined or text.isascii():
             return False
         normal = self._processor.normalize(text).replace(SPACE, " ")
@@ -214,7 +231,12 @@ class SentencePiece:
     def _variant(
         self, *, spaced: bool, plain: bool = False
     ) -> sentencepiece.SentencePieceProcessor:
-        """The model; not `spaced`: without a space before a text; `plain`: names are text."""
+        """Returns a variant of the model.
+
+        Args:
+          spaced: False: the model puts no space before a text.
+          plain: True: the names of user-defined pieces stay text.
+        """
         if (spaced, plain) == (True, False):
             return self._processor
         if (spaced, plain) not in self._variants:
@@ -223,27 +245,27 @@ class SentencePiece:
                 model.normalizer_spec.add_dummy_prefix = False
             for one in model.pieces if plain else ():
                 if one.piece in self._user_defined:
-                    one.type = _CONTROL  # which no text becomes
+                    one.type = _CONTROL  # no text is encoded as a control token
             made = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
             self._variants[spaced, plain] = made
         return self._variants[spaced, plain]
 
     def encode_documents(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
-        """See `Vocabulary`."""
+        """Encodes several texts, each from BOS to EOS."""
         return self._processor.encode_as_numpy(
             list(texts), add_bos=True, add_eos=True, num_threads=threads
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See `Vocabulary`."""
+        """Returns the text of token ids, without special tokens."""
         return self._processor.decode([token for token in ids if token < self.size])
 
     def piece(self, token: int) -> str:
-        """See `Vocabulary`."""
+        """Returns the name of a token in the file."""
         return self._processor.id_to_piece(token)
 
     def bytes_of(self, token: int) -> bytes | None:
-        """See `Vocabulary`."""
+        """Returns the bytes that a token adds to the text; see `Vocabulary.bytes_of`."""
         if token >= self.size or self._processor.is_control(token):
             return None
         if self._processor.is_unknown(token):

@@ -1,4 +1,4 @@
-"""Hugging Face's `tokenizer.json`, and what the `tokenizer_config.json` beside it adds."""
+"""Hugging Face's `tokenizer.json`, and the tokens that its `tokenizer_config.json` adds."""
 
 import contextlib
 import functools
@@ -15,28 +15,28 @@ from llama_jax.files import parse_json
 from llama_jax.text import tokenizer_parts
 from llama_jax.text.tokenizer_formats import MARK, SPACE, byte_of_letter, is_marker
 
-# Where nothing says which tokens begin and end a text, these do, if they are added tokens: an
-# ordinary piece of such a name is what the model reads where a text is about such names.
+# If no file names BOS and EOS, they are the first of these names among the added tokens. A piece of
+# such a name that is not an added token is not BOS or EOS: it encodes texts that contain the name.
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
-# Our addition to a tokenizer.json of which tokenizer_config.json says more:
+# Our own key in a tokenizer.json, for the tokens that only tokenizer_config.json names. Its value:
 # {"bos": NAME, "eos": NAME, "added": [token, ...]}.
 ENDS = "llama_jax"
-# A post-processor adds special tokens, which templates write themselves, and would cut spaces off
-# the spans of tokens.
+# A post-processor would add special tokens, which templates write themselves, and would remove
+# spaces from the spans of tokens.
 _NOTHING_ADDED: dict[str, Any] = {"post_processor": None}
 _FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
-_ALTERNATIVE = re.compile(r"(?:\\.|[^\\|])+")  # of a pattern
+_ALTERNATIVE = re.compile(r"(?:\\.|[^\\|])+")  # one alternative of a regular expression
 
 
 class _NoEnds(UserError):
-    """What a tokenizer.json lacks; the name of the file is put before it."""
+    """A tokenizer.json lacks a token; the message is a predicate, without the name of the file."""
 
 
 def _whole(described: str) -> Any:
-    """The library's tokenizer; saved so, it would else cut or pad what it encodes."""
+    """Loads a tokenizer of the library, without truncation and padding, which the file may set."""
     import tokenizers
 
     found = tokenizers.Tokenizer.from_str(described)
@@ -49,13 +49,17 @@ class TokenizerJson:
     """A `tokenizer.json`: LLaMA-3's byte-level BPE, or a SentencePiece model in this format."""
 
     def __init__(self, model_bytes: bytes, name: str) -> None:
-        """Parses the JSON; raises `UserError` where it is none, or BOS and EOS are unknown."""
+        """Parses a `tokenizer.json`.
+
+        Raises:
+          UserError: the file is not a tokenizer.json, or its BOS or EOS is not known.
+        """
         self._name = name
         try:
             described = parse_json(model_bytes, "it")
             if "model" not in described and {"vocab", "config"} <= described.keys():
                 raise UserError(
-                    "it is a tekken file of Mistral's; take the tokenizer.json of the same model"
+                    "it is a tekken file of Mistral's; use the tokenizer.json of the same model"
                 )
             ends = described.pop(ENDS, {})
             self._json = json.dumps(described)
@@ -68,7 +72,7 @@ class TokenizerJson:
             ) from error
         except _NoEnds as error:
             raise UserError(f"{name} {error}") from error
-        except BaseException as error:  # the library raises a bare Exception, and panics
+        except BaseException as error:  # the library raises a plain Exception, or panics
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise UserError(f"{name} is not a tokenizer.json: {first_line(error)}") from error
@@ -76,7 +80,7 @@ class TokenizerJson:
         self._byte_level, self._byte_fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
 
     def _complete(self, ends: dict[str, Any]) -> None:
-        """Adds what `with_bos_eos` wrote down, and finds BOS and EOS."""
+        """Adds the tokens that `with_bos_eos` has written, and finds BOS and EOS."""
         import tokenizers
 
         tokenizer = self._tokenizer
@@ -101,12 +105,20 @@ class TokenizerJson:
         if ends.get("added") or not special >= {self.bos_id, self.eos_id}:
             self._json = tokenizer.to_str()
         self._added = tokenizer.get_added_tokens_decoder()
-        tokenizer.encode_special_tokens = True  # their names in a text are text
+        tokenizer.encode_special_tokens = True  # names of special tokens in a text stay text
         self.size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.adds_space = self._pieces("a").startswith(SPACE)
 
     def _end(self, given: str | None, known: Sequence[str]) -> int:
-        """The id of BOS or EOS: of the name that is given, else found among added tokens."""
+        """Returns the id of BOS or EOS.
+
+        Args:
+          given: its name; None: the first name in `known` of an added token.
+          known: usual names, best first.
+
+        Raises:
+          _NoEnds: there is no such token.
+        """
         tokenizer = self._tokenizer
         if given is not None:
             found = tokenizer.token_to_id(given)
@@ -120,10 +132,10 @@ class TokenizerJson:
             if found is not None:
                 return found
         piece = next((name for name in known if tokenizer.token_to_id(name) is not None), None)
-        but = "" if piece is None else f" ({piece!r} is an ordinary piece, no added token)"
+        but = "" if piece is None else f" ({piece!r} is an ordinary piece, not an added token)"
         raise _NoEnds(
             f"has no BOS or no EOS token of a known name{but}; put the tokenizer_config.json that "
-            "names them beside it"
+            "names them next to it"
         )
 
     def _pieces(self, text: str) -> str:
@@ -131,12 +143,12 @@ class TokenizerJson:
 
     @functools.cached_property
     def special_names(self) -> list[str]:
-        """See `Vocabulary`."""
+        """The names of special tokens."""
         return [token.content for token in self._added.values() if token.special]
 
     @functools.cached_property
     def marker_names(self) -> list[str]:
-        """See `Vocabulary`."""
+        """The names of special tokens, and of other tokens that may mark turns."""
         added = self._added.values()
         return [
             *(one.content for one in added if one.special or is_marker(one.content)),
@@ -144,7 +156,7 @@ class TokenizerJson:
         ]
 
     def normalizes_to_marker(self, text: str) -> bool:
-        """See `Vocabulary`."""
+        """Returns whether normalization makes a marker; see `Vocabulary.normalizes_to_marker`."""
         markers = set(self.marker_names)
         names = [one.content for one in self._added.values() if one.normalized]
         if self._tokenizer.normalizer is None or markers.isdisjoint(names):
@@ -154,7 +166,7 @@ class TokenizerJson:
 
     @functools.cached_property
     def _normalized_markers(self) -> dict[str, int]:
-        """Ids of those that are looked for when a text is normalized, and marks are out."""
+        """The ids of markers that are found only after normalization, which removes marks."""
         added = {
             one.content: token
             for token, one in self._added.items()
@@ -165,7 +177,10 @@ class TokenizerJson:
 
     @functools.cached_property
     def _cut_names(self) -> list[str]:
-        """Pieces that are cut out of a text by their names: the user-defined ones of an export."""
+        """The pieces that the pre-tokenizer splits out of a text by name.
+
+        In files that this package writes, they are the user-defined pieces of SentencePiece.
+        """
         for pattern in tokenizer_parts.split_patterns(json.loads(self._json).get("pre_tokenizer")):
             names = [re.sub(r"\\(.)", r"\1", one) for one in _ALTERNATIVE.findall(pattern)]
             if all(self._tokenizer.token_to_id(name) is not None for name in names):
@@ -174,18 +189,23 @@ class TokenizerJson:
 
     @functools.cached_property
     def _parsing(self) -> Any:
-        """The same tokenizer, that takes the names of special tokens for these."""
+        """The same tokenizer, which also parses the names of special tokens in a text."""
         return _whole(json.dumps({**json.loads(self._json), **_NOTHING_ADDED}))
 
     def _dropping_marks(self, described: dict[str, Any], left_out: Container[str] = ()) -> Any:
-        """As `_parsing`, but marks are taken out where no token was found; without some tokens."""
+        """Returns a tokenizer that removes marks from the text between the tokens that it finds.
+
+        Args:
+          described: contents of a tokenizer.json, which this changes.
+          left_out: names of added tokens to remove.
+        """
         drop = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}
         rest = [described["normalizer"]] if described.get("normalizer") else []
         described["normalizer"] = {"type": "Sequence", "normalizers": [drop, *rest]}
         tokens = described.get("added_tokens") or []
         described["added_tokens"] = [one for one in tokens if one["content"] not in left_out]
         for token in described["added_tokens"]:
-            if token["special"]:  # else looked for once more when the marks are out
+            if token["special"]:  # otherwise its name is found again when the marks are removed
                 token["normalized"] = False
         return _whole(json.dumps(described))
 
@@ -201,7 +221,7 @@ class TokenizerJson:
         return self._dropping_marks(described, self._normalized_markers)
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """See `Vocabulary`."""
+        """Encodes a text; see `Vocabulary.encode`."""
         if special:
             return self.encode_spans(text)[0]
         return self._encoded(self._tokenizer, text).ids
@@ -214,15 +234,15 @@ class TokenizerJson:
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # the library raises a bare one
+        except Exception as error:  # the library raises a plain Exception
             raise UserError(f"{self._name} cannot read a text: {first_line(error)}") from error
 
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """See `Vocabulary`."""
+        """Encodes a text with special tokens; see `Vocabulary.encode_spans`."""
         if MARK not in text:
             found = self._encoded(self._parsing, text)
             return found.ids, found.offsets
-        # Behind a mark, a text would not be seen to begin, and got no space.
+        # A text after a mark would not count as the beginning, and would get no space before it.
         skipped = len(text) - len(text.lstrip(MARK))
         text = text[skipped:]
         found = self._encoded(self._parsing_marked, text)
@@ -230,7 +250,7 @@ class TokenizerJson:
         spans: list[tuple[int, int]] = []
         markers = set(self._normalized_markers.values())
         for token, (start, stop) in zip(found.ids, found.offsets, strict=True):
-            if token in markers and MARK in text[start:stop]:  # a name, to be read as text
+            if token in markers and MARK in text[start:stop]:  # this name must stay text
                 again = self._encoded(self._plain_marked, text[start:stop])
                 ids += again.ids
                 spans += [(start + first, start + last) for first, last in again.offsets]
@@ -240,8 +260,11 @@ class TokenizerJson:
         return ids, [(skipped + start, skipped + stop) for start, stop in spans]
 
     def encode_documents(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
-        """See `Vocabulary`; more than one thread is as many as the library likes."""
-        if threads == 1:  # never its thread pool, which does not survive a fork
+        """Encodes several texts, each from BOS to EOS.
+
+        With `threads` above 1, the library chooses the number of threads.
+        """
+        if threads == 1:  # without the library's thread pool, which does not survive a fork
             rows = [self.encode(text, False) for text in texts]
         else:
             with self._reading():
@@ -250,15 +273,15 @@ class TokenizerJson:
         return [np.array([self.bos_id, *row, self.eos_id], np.int32) for row in rows]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See `Vocabulary`."""
+        """Returns the text of token ids, without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def piece(self, token: int) -> str:
-        """See `Vocabulary`."""
+        """Returns the name of a token in the file; "" for an id that has no token."""
         return self._tokenizer.id_to_token(token) or ""
 
     def bytes_of(self, token: int) -> bytes | None:
-        """See `Vocabulary`."""
+        """Returns the bytes that a token adds to the text; see `Vocabulary.bytes_of`."""
         if token in self._added:
             added = self._added[token]
             return None if added.special else added.content.encode()
@@ -269,14 +292,14 @@ class TokenizerJson:
             letters = byte_of_letter()
             if all(letter in letters for letter in piece):
                 return bytes(letters[letter] for letter in piece)
-            return piece.encode()  # as the library decodes what is no such piece
+            return piece.encode()  # as the library decodes a piece with other characters
         if self._byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", piece):
             return bytes([int(piece[3:5], 16)])
         return piece.replace(SPACE, " ").encode()
 
 
 def bos_eos_names(config: Mapping[str, Any], name: str) -> dict[str, str]:
-    """Which tokens a `tokenizer_config.json` calls `bos` and `eos`.
+    """Returns the names of BOS and EOS in a `tokenizer_config.json`, with the keys "bos" and "eos".
 
     Raises:
       UserError: a token is neither text nor an object with its text.
@@ -286,14 +309,17 @@ def bos_eos_names(config: Mapping[str, Any], name: str) -> dict[str, str]:
         token = config.get(f"{end}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None and not isinstance(token, str):
-            raise UserError(f"{name}: {end}_token={config[f'{end}_token']!r} is no token")
+            raise UserError(f"{name}: {end}_token={config[f'{end}_token']!r} is not a token")
         if token is not None:
             found[end] = token
     return found
 
 
 def _config_tokens(config: Mapping[str, Any], described: dict[str, Any]) -> list[dict[str, Any]]:
-    """`added_tokens_decoder` of a tokenizer_config.json, where tokenizer.json says less."""
+    """Returns the added tokens of a tokenizer_config.json that its tokenizer.json lacks, by id.
+
+    They include tokens that only the config calls special.
+    """
     known = {one["content"]: one["special"] for one in described.get("added_tokens") or ()}
     given = config.get("added_tokens_decoder") or {}
     tokens = [{**token, "id": int(number)} for number, token in given.items()]
@@ -304,13 +330,19 @@ def _config_tokens(config: Mapping[str, Any], described: dict[str, Any]) -> list
 
 
 def with_bos_eos(model_bytes: bytes, config: Mapping[str, Any], name: str) -> bytes:
-    """A tokenizer.json that says which tokens its `tokenizer_config.json` calls BOS and EOS.
+    """Returns a tokenizer.json, changed so that it names the BOS and EOS of its config.
 
-    Unchanged where it is found by itself. Where the config names EOS alone (as Qwen's), and there
-    is no BOS of a known name, documents begin with EOS.
+    It is returned unchanged if `TokenizerJson` finds the same tokens without the config. If the
+    config names only EOS (as Qwen's does), and there is no BOS with a known name, EOS becomes BOS,
+    too.
+
+    Args:
+      model_bytes: contents of the tokenizer.json.
+      config: contents of its tokenizer_config.json; may be empty.
+      name: name of the tokenizer in errors.
 
     Raises:
-      UserError: it is not a tokenizer.json, or the config is malformed.
+      UserError: the file is not a tokenizer.json, or the config is malformed.
     """
     if not any(config.get(key) for key in ("bos_token", "eos_token", "added_tokens_decoder")):
         return model_bytes
@@ -341,7 +373,7 @@ def with_bos_eos(model_bytes: bytes, config: Mapping[str, Any], name: str) -> by
 
 
 def without_bos_eos(model_bytes: bytes) -> bytes:
-    """The tokenizer.json that other programs read: `with_bos_eos` undone."""
+    """Undoes `with_bos_eos`: returns the tokenizer.json that other programs read."""
     described = parse_json(model_bytes, "the tokenizer")
     if ENDS not in described:
         return model_bytes

@@ -1,17 +1,21 @@
-"""Parts of a `tokenizer.json`, as the tokenizers library names them: made, and looked for."""
+"""Makes and finds parts of a `tokenizer.json`, the format of the tokenizers library."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def special_token(number: int, name: str) -> dict[str, Any]:
-    """An added token that is special, and whose name is looked for before a text is normalized."""
+    """Returns a special added token, whose name is searched for before a text is normalized."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {"id": number, "content": name, **flags, "special": True}
 
 
 def beginning(tokens: Mapping[str, int]) -> dict[str, Any]:
-    """A post-processor that puts special tokens, ids by name, before each text."""
+    """Returns a post-processor that puts special tokens before each text.
+
+    Args:
+      tokens: ids of the special tokens, by name.
+    """
     begin = [{"SpecialToken": {"id": name, "type_id": 0}} for name in tokens]
     first, second = ({"Sequence": {"id": id, "type_id": kind}} for id, kind in (("A", 0), ("B", 1)))
     return {
@@ -25,7 +29,7 @@ def beginning(tokens: Mapping[str, int]) -> dict[str, Any]:
 
 
 def without_space(described: Any) -> Any:
-    """A tokenizer.json, or a part of it, that puts no space before a text."""
+    """Returns a tokenizer.json, or a part of it, changed so that it puts no space before a text."""
     if isinstance(described, list):
         return [without_space(one) for one in described if not _prepends(one)]
     if not isinstance(described, dict):
@@ -48,7 +52,7 @@ def _prepends(part: Any) -> bool:
 
 
 def decoders(described: Any) -> list[dict[str, Any]]:
-    """A decoder of a tokenizer.json, and those inside it, however deep."""
+    """Returns a decoder of a tokenizer.json, and all decoders nested in it."""
     if not isinstance(described, dict):
         return []
     inner = described.get("decoders") or ()
@@ -56,7 +60,10 @@ def decoders(described: Any) -> list[dict[str, Any]]:
 
 
 def split_patterns(described: Any) -> list[str]:
-    """Regular expressions whose matches a pre-tokenizer, or one inside it, makes words of."""
+    """Returns the regular expressions whose matches a pre-tokenizer splits out of a text.
+
+    They include those of nested pre-tokenizers.
+    """
     if not isinstance(described, dict):
         return []
     inner = described.get("pretokenizers") or ()

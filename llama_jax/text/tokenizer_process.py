@@ -1,8 +1,8 @@
-"""The process that trains a SentencePiece model: `tokenizer` starts it, and talks to its pipes.
+"""The process that trains a SentencePiece model; `tokenizer` starts it and uses its pipes.
 
-The library trains for minutes in one call, in which Python sees no signal; a process of its own can
-be ended. The request is {"lines": [text, ..], options of the trainer}; the answer is ["model", the
-model's bytes in base64] or ["error", what is wrong].
+The library trains for minutes in one call, during which Python handles no signal; a separate
+process can be killed. The request is {"lines": [text, ..], options of the trainer}; the answer is
+["model", the bytes of the model in base64] or ["error", message].
 """
 
 import base64
@@ -16,17 +16,17 @@ from llama_jax.text import child_process
 
 
 def train(lines: list[str], **options: Any) -> bytes:
-    """Trains a model in a process of its own, which ends when this call does.
+    """Trains a model in a separate process, which ends with this call.
 
     Args:
-      lines: of text to learn from.
-      **options: of SentencePiece's trainer.
+      lines: lines of text to learn from.
+      **options: options of SentencePiece's trainer.
 
     Returns:
-      The model.
+      The serialized model.
 
     Raises:
-      RuntimeError: as the trainer; or the process has been killed.
+      RuntimeError: the trainer fails, or the process was killed.
     """
     process = child_process.start(__name__)
     assert process.stdin is not None and process.stdout is not None
@@ -45,7 +45,7 @@ def train(lines: list[str], **options: Any) -> bytes:
 
 
 def serve() -> None:
-    """Answers the one request on standard input."""
+    """Answers one request on standard input."""
     child_process.exit_with_parent()
     options = child_process.read_message(sys.stdin.buffer)
     model = io.BytesIO()

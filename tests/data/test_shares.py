@@ -351,12 +351,12 @@ def test_show_says_which_tokens_count(chats):
             counts[name] += int(batch["weights"][row].sum())
             tokens[name] += int((batch["segment_ids"][row] > 0).sum())
     for name, row in table.items():
-        assert row["asked"] == "50.00%"
+        assert row["requested"] == "50.00%"
         assert row["realised"] == f"{counts[name] / sum(counts.values()):.2%}"
         assert row["with prompts"] == f"{tokens[name] / sum(tokens.values()):.2%}"
         assert counts[name] / sum(counts.values()) == pytest.approx(0.5, abs=0.01)
     assert tokens["short"] > 3 * tokens["long"]
-    assert "asked, realised: of the tokens that count, those of answers, in the 1,000" in text
+    assert "requested, realised: of the tokens that count, those of answers, in the 1,000" in text
     assert "with prompts: of all tokens in the 1,000 sequences from step 4 on" in text
     realised = summary.realised_shares(prepared, 4)
     assert realised["short"] == counts["short"] / sum(counts.values())

@@ -62,7 +62,7 @@ WRONG = [
     ({"inputs": GOOD["inputs"]}, "no targets and no weights"),
     (
         GOOD | {"mask": GOOD["inputs"]},
-        "an unknown 'mask'; the names are inputs, targets, weights, segment_ids, positions",
+        "an unknown array 'mask'; the names are inputs, targets, weights, segment_ids, positions",
     ),
     (
         GOOD | {"inputs": np.zeros((BATCH, T), np.int64), "targets": GOOD["targets"][:2]},

@@ -128,7 +128,7 @@ def test_a_source_without_text(tokenizer, tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text("{}\n{}\n")
     config = DataConfig(source=str(tmp_path / "x.jsonl"), streaming=True)
     _, batches = streams(config, tokenizer)
-    with pytest.raises(UserError, match="has no text that process 0 of 1 could train on"):
+    with pytest.raises(UserError, match="has no text that process 0 of 1 can train on"):
         next(batches)
     assert "skipped  2 no text in field 'text'" in capsys.readouterr().out
 

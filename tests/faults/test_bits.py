@@ -201,7 +201,7 @@ def test_checksums_of_other_shards_are_refused_at_the_start(folders, tmp_path):
     first, second = (folder / f"train-00000-00{n}.crc.json" for n in range(2))
     good = first.read_bytes()
     first.write_bytes(second.read_bytes())
-    with pytest.raises(UserError, match=r"000.crc.json is not the file that the manifest means"):
+    with pytest.raises(UserError, match=r"000.crc.json is not the file in the manifest"):
         TokenDataset.open(folder, "train")
     first.unlink()
     with pytest.raises(UserError, match=r"000.crc.json is missing; the manifest lists it"):

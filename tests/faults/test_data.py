@@ -138,7 +138,7 @@ def test_swapped_files_of_equal_size_are_refused_at_the_start(equals, tmp_path, 
         second.write_bytes(data[0])
         first.write_bytes(data[1])
     name = f"train-00000-000.{kinds[0]}"
-    with pytest.raises(UserError, match=f"{name} is not the file that the manifest means"):
+    with pytest.raises(UserError, match=f"{name} is not the file in the manifest"):
         TokenDataset.open(folder, "train")
 
 

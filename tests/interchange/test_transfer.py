@@ -455,7 +455,7 @@ DAMAGE = {
     ),
     "ends": (
         lambda f: (f / "generation_config.json").write_text('{"eos_token_id": [1, "</s>"]}'),
-        "eos_token_id=[1, '</s>'] is no token id",
+        "eos_token_id=[1, '</s>'] is not a token id",
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").write_text("[]"), "tokenizer.json is not a"),
 }

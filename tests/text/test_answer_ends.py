@@ -167,15 +167,15 @@ def unended(tokenizer, tmp_path_factory):
 
 def test_the_report_and_the_manifest(unended, tokenizer, tmp_path):
     config, folder, lines = unended
-    assert "answers that end in no end token: 48 of 48" in lines[-1].splitlines()
+    assert "answers without an end token: 48 of 48" in lines[-1].splitlines()
     splits = read_manifest(folder / "shards")["splits"]
     assert sum(split["unended_answers"] for split in splits.values()) == 48
     assert str(prepare(config, folder / "shards", log=quiet)[0]) == lines[-1]
     fine = replace(config, data__template="vicuna")
     report = prepare(fine, tmp_path / "fine", log=quiet)[0]
-    assert "answers that end in no end token: 0 of 48" in str(report).splitlines()
+    assert "answers without an end token: 0 of 48" in str(report).splitlines()
     shown = summary.summary(summary.open_prepared(folder / "shards"), 0, Screen(100, False))
-    assert "the source: answers that end in no end token: 48 of 48" in shown.splitlines()
+    assert "the source: answers without an end token: 48 of 48" in shown.splitlines()
 
 
 def test_a_run_warns_once_of_shards_that_were_prepared_before(

@@ -237,16 +237,16 @@ WRONG = [
     ({"eos_token_id": 64}, "eos_token_id has 64, but the model's vocabulary is 64"),
     ({"eos_token_id": [1, 100]}, "eos_token_id has 100, but the model's vocabulary is 64"),
     ({"eos_token_id": 2, "bos_token_id": 99}, "bos_token_id has 99, but the model's"),
-    ({"eos_token_id": -2}, "eos_token_id=-2 is no token id"),
-    ({"eos_token_id": True}, "eos_token_id=True is no token id"),
-    ({"eos_token_id": 2.0}, "eos_token_id=2.0 is no token id"),
-    ({"eos_token_id": "</s>"}, "eos_token_id='</s>' is no token id"),
-    ({"eos_token_id": [2, None]}, "is no token id"),
-    ({"eos_token_id": [2, [3]]}, "is no token id"),
-    ({"eos_token_id": []}, "is no token id"),
-    ({"eos_token_id": {"a": 1}}, "is no token id"),
-    ({"eos_token_id": 2, "bos_token_id": [1]}, "bos_token_id=.1. is no token id"),
-    ({"eos_token_id": 2, "bos_token_id": False}, "bos_token_id=False is no token id"),
+    ({"eos_token_id": -2}, "eos_token_id=-2 is not a token id"),
+    ({"eos_token_id": True}, "eos_token_id=True is not a token id"),
+    ({"eos_token_id": 2.0}, "eos_token_id=2.0 is not a token id"),
+    ({"eos_token_id": "</s>"}, "eos_token_id='</s>' is not a token id"),
+    ({"eos_token_id": [2, None]}, "is not a token id"),
+    ({"eos_token_id": [2, [3]]}, "is not a token id"),
+    ({"eos_token_id": []}, "is not a token id"),
+    ({"eos_token_id": {"a": 1}}, "is not a token id"),
+    ({"eos_token_id": 2, "bos_token_id": [1]}, "bos_token_id=.1. is not a token id"),
+    ({"eos_token_id": 2, "bos_token_id": False}, "bos_token_id=False is not a token id"),
 ]
 
 
@@ -274,7 +274,7 @@ def test_ids_of_a_folder(tmp_path):
             ({"eos_token_id": 5, "bos_token_id": -1}, ""),
             ({"eos_token_id": -1}, ""),
             ({"eos_token_id": 64}, "eos_token_id has 64, but the model's vocabulary is 64"),
-            ({"eos_token_id": False}, "eos_token_id=False is no token id"),
+            ({"eos_token_id": False}, "eos_token_id=False is not a token id"),
         ):
             both = {"bos_token_id": "absent", "eos_token_id": "absent"}
             edit(folder, **{**both, **(values if file == "config.json" else {})})

@@ -112,7 +112,7 @@ def test_a_template_without_end_is_told_when_its_ends_are_looked_for(tokenizer, 
 
 
 def test_messages_that_are_no_json_are_refused(limited):
-    with pytest.raises(Refused, match="it takes messages of JSON: .*not JSON serializable"):
+    with pytest.raises(Refused, match="it takes only JSON messages: .*not JSON serializable"):
         limited.render(GOOD, "it", {"messages": [{"content": b"bytes"}]})
     assert limited.render(GOOD, "it", {"messages": MESSAGES}) == "a"
 

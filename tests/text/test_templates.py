@@ -276,7 +276,7 @@ def test_white_space_between_turns_is_no_part_of_an_answer(llama3):
     ],
 )
 def test_prompts_that_are_not_the_beginning(source, tokenizer):
-    with pytest.raises(UserError, match=r"has no \{% generation %\}, and what") as caught:
+    with pytest.raises(UserError, match=r"has no \{% generation %\}, and the") as caught:
         own(source, tokenizer).example(TWO)
     assert not isinstance(caught.value, Refused)
 
@@ -319,7 +319,7 @@ def test_which_template(tokenizer, tmp_path):
         (
             "a.json",
             '{"chat_template": [{"name": "\\n", "template": "C"}]}',
-            "is no name of a templ",
+            "is not the name of a templ",
         ),
         ("a.json", '{"chat_template": [{"name": 1, "template": "C"}]}', "name must be of type str"),
         ("a.jinja", b"\xff", "a.jinja is not text in UTF-8"),

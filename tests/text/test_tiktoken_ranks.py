@@ -86,12 +86,12 @@ DAMAGE = {
     "no rank": (lambda c: c + b"YWJjZGVm\n", "line 421 is not a token in base64 and its rank"),
     "words": (lambda c: c + b"YWJj ZGVm 3\n", "line 421 is not a token"),
     "negative": (lambda c: c + b"YWJjZGVm -1\n", "line 421 is not a token"),
-    "gap": (lambda c: c + b"YWJjZGVm 421\n", "the ranks of its 421 tokens are not 0 to the last"),
-    "same rank": (lambda c: c + b"YWJjZGVm 7\n", "ranks of its 421 tokens are not 0 to the last"),
-    "same token": (lambda c: c + lines_of(c)[0], "line 421 has a token that was there before"),
+    "gap": (lambda c: c + b"YWJjZGVm 421\n", "the ranks of its 421 tokens are not consecutive"),
+    "same rank": (lambda c: c + b"YWJjZGVm 7\n", "ranks of its 421 tokens are not consecutive"),
+    "same token": (lambda c: c + lines_of(c)[0], "line 421 repeats an earlier token"),
     "cut off": (
         lambda c: file_of({bytes([n]): n for n in range(200)}),
-        "has no token for the byte 0xC8; is it cut",
+        "has no token for the byte 0xC8; is it truncated",
     ),
     "binary": (lambda c: c + b"\xff\xfe\x00", "line 421 is not a token"),
     "pointer": (
@@ -127,7 +127,7 @@ def test_mistrals_tekken_is_named(tmp_path, capsys):
     tekken = {"config": {"pattern": "x"}, "vocab": [{"rank": 0, "token_bytes": "AA=="}]}
     folder = exported(tmp_path / "hf", TINY)
     (folder / "tekken.json").write_text(json.dumps(tekken))
-    with pytest.raises(UserError, match="is a tekken file of Mistral's; take the tokenizer.json"):
+    with pytest.raises(UserError, match="is a tekken file of Mistral's; use the tokenizer.json"):
         open_tokenizer(tokenizer_file(f"hf:{folder}"))
     convert(open_source("hf", folder), "ckpt", tmp_path / "run")
     assert "note  " in (said := capsys.readouterr().out) and "tekken.json is not read" in said

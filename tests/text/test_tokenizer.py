@@ -114,7 +114,7 @@ def test_what_to_do_where_the_text_has_more_letters_than_ids():
         train_tokenizer([letters] * 9, 300)
     message = str(caught.value)
     assert "smaller than required_chars" in message and "--character" not in message
-    assert message.endswith("; raise model.vocab_size, or name a tokenizer by data.tokenizer")
+    assert message.endswith("; raise model.vocab_size, or set data.tokenizer")
 
 
 def test_a_file_that_is_no_tokenizer(tmp_path):

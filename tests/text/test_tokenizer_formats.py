@@ -231,9 +231,9 @@ def test_tokens_that_only_the_config_lists(corpus, tmp_path):
 
 BAD_CONFIGS = [
     ({"eos_token": "<none>"}, "has no token '<none>', which tokenizer_config.json names"),
-    ({"eos_token": 3}, "eos_token=3 is no token"),
-    ({"bos_token": ["<s>"]}, "bos_token=.* is no token"),
-    ({"bos_token": {"content": {}}}, "is no token"),
+    ({"eos_token": 3}, "eos_token=3 is not a token"),
+    ({"bos_token": ["<s>"]}, "bos_token=.* is not a token"),
+    ({"bos_token": {"content": {}}}, "is not a token"),
     ({"added_tokens_decoder": [1]}, "malformed"),
     ({"added_tokens_decoder": {"x": {"content": "a"}}}, "malformed"),
     ({"added_tokens_decoder": {"1": {}}}, "does not have 'content'"),

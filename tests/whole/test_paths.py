@@ -90,7 +90,7 @@ def test_no_folder_is_named_tilde(run):
         (("convert", "--source=hf:~/none", "--target=ckpt:x"), "{home}/none does not exist"),
         (("convert", "--source=peft:~/none", "--target=ckpt:x"), "{home}/none holds no adapters"),
         (("checkpoint", "--verify=file://x"), "file://x is not file:///FOLDER"),
-        (("data", "--show=~/none"), "{home}/none is no folder"),
+        (("data", "--show=~/none"), "{home}/none is not a folder"),
         (
             ("train", *TINY_FLAGS, "--workdir=~/c", "--config.init_from=hf:~/none"),
             "{home}/none does not exist",

@@ -1,8 +1,8 @@
-"""Checksums of the blocks of a file: a shard is read by ranges, and each block is checked once.
+"""Checksums of the blocks of a file, for shards that are read by ranges.
 
-A checksum of the whole file would mean to read all of it before the first batch. With one for each
-block, a reader checks what it reads: the first time that it needs a block it reads the whole block,
-compares its CRC-32, and remembers that it was good.
+To compare a checksum of the whole file, a reader would have to read all of it before the first
+batch. With a checksum for each block, it checks only what it reads: when it first needs a block, it
+reads the whole block, compares its CRC-32, and remembers that the block is undamaged.
 """
 
 import json
@@ -13,14 +13,14 @@ import numpy as np
 from llama_jax.errors import as_user_error, check_type, require
 from llama_jax.files import parse_json
 
-# Larger blocks make the first batches slow, since each of their rows reads a block or two; smaller
-# ones make more checksums (5 bytes in memory for each block). `benchmarks/data.py` measures it.
+# Larger blocks slow down the first batches, since each of their rows reads one or two blocks;
+# smaller blocks need more checksums (5 bytes in memory for each). `benchmarks/data.py` measures it.
 BLOCK_BYTES = 1 << 16
-_MULTIPLE = 8  # bytes: no value lies in two blocks
+_MULTIPLE = 8  # bytes; so that no value lies in two blocks
 
 
 class BlockSums:
-    """The CRC-32 of each block of a file that is written piece by piece."""
+    """Computes the CRC-32 of each block of a file that is written piece by piece."""
 
     def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
         """Starts at the beginning of a file."""
@@ -29,7 +29,7 @@ class BlockSums:
         self._sum, self._filled = 0, 0
 
     def add(self, data: bytes) -> None:
-        """Takes the next bytes of the file."""
+        """Adds the next bytes of the file."""
         start = 0
         while start < len(data):
             piece = memoryview(data)[start : start + self._block_bytes - self._filled]
@@ -41,36 +41,37 @@ class BlockSums:
                 self._sum, self._filled = 0, 0
 
     def hex(self) -> str:
-        """Eight hexadecimal digits for each block, of which the last may be a short one."""
+        """Returns eight hexadecimal digits for each block; the last block may be shorter."""
         sums = [*self._sums, self._sum] if self._filled else self._sums
         return np.asarray(sums, ">u4").tobytes().hex()
 
 
 def encode_sums(sums: dict[str, BlockSums], block_bytes: int = BLOCK_BYTES) -> bytes:
-    """The contents of a `.crc.json` file: the checksums of several files, by their kind."""
+    """Returns the contents of a `.crc.json` file: the checksums of several files, by their kind."""
     described = {"block_bytes": block_bytes, **{kind: one.hex() for kind, one in sums.items()}}
     return json.dumps(described).encode() + b"\n"
 
 
 class Blocks:
-    """The blocks of a file, and which of them this process has found good.
+    """The blocks of a file, and which of them this process has checked.
 
-    Threads may share it: two that check the same block at the same time do the work twice.
+    Threads may share an instance: two threads that check the same block at the same time only do
+    the work twice.
     """
 
     def __init__(self, sums: np.ndarray, block_bytes: int, size: int) -> None:
-        """No block is checked yet.
+        """Begins with no checked block.
 
         Args:
           sums: CRC-32 of each block.
-          block_bytes: length of all blocks but the last.
-          size: bytes of the file.
+          block_bytes: bytes in each block except the last.
+          size: bytes in the file.
         """
         self._sums, self._bytes, self._size = sums, block_bytes, size
         self._good = bytearray(len(sums))
 
     def unchecked(self, start: int, stop: int) -> tuple[int, int] | None:
-        """The range of whole blocks that holds start..stop; None if all of them are checked.
+        """Returns the range of whole blocks around start..stop; None if all of them are checked.
 
         Both ranges are in bytes.
         """
@@ -80,14 +81,14 @@ class Blocks:
         return first * self._bytes, min(last * self._bytes, self._size)
 
     def check(self, data: np.ndarray, start: int) -> int | None:
-        """Compares blocks with their checksums, and remembers the good ones.
+        """Compares blocks with their checksums, and remembers the undamaged ones.
 
         Args:
           data: bytes of whole blocks.
-          start: their first byte in the file.
+          start: position of the first byte in the file.
 
         Returns:
-          The first byte of a damaged block; None if there is none.
+          Position in the file of the first damaged block; None: all blocks are undamaged.
         """
         for at in range(0, len(data), self._bytes):
             number = (start + at) // self._bytes
@@ -100,15 +101,15 @@ class Blocks:
 
 
 def decode_sums(content: bytes, sizes: dict[str, int], name: str) -> dict[str, Blocks]:
-    """The blocks of each file that a `.crc.json` file describes.
+    """Returns the blocks of each file that a `.crc.json` file describes.
 
     Args:
-      content: of the file.
-      sizes: bytes of each file, by its kind.
-      name: the file, for errors.
+      content: contents of the `.crc.json` file.
+      sizes: bytes in each described file, by its kind.
+      name: name of the `.crc.json` file, for errors.
 
     Raises:
-      UserError: it is malformed, or does not fit the sizes.
+      UserError: the contents are malformed, or do not fit the sizes.
     """
     described = parse_json(content, name)
     with as_user_error(name):
@@ -119,6 +120,6 @@ def decode_sums(content: bytes, sizes: dict[str, int], name: str) -> dict[str, B
         for kind, size in sizes.items():
             sums = np.frombuffer(bytes.fromhex(described[kind]), ">u4").astype(np.uint32)
             blocks = -(-size // block_bytes)
-            require(len(sums) == blocks, f"{name} has {len(sums)} checksums of {blocks} blocks")
+            require(len(sums) == blocks, f"{name} has {len(sums)} checksums for {blocks} blocks")
             found[kind] = Blocks(sums, block_bytes, size)
         return found

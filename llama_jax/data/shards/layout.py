@@ -1,24 +1,25 @@
-"""A folder of token shards: its format, its manifest, and what is checked before it is read.
+"""A folder of token shards: its format, its manifest, and the checks before it is read.
 
 A folder of shards holds
-  manifest.json          what is in it, with the checksum of every file, and one of its own
-  tokenizer.model        the tokenizer that made it
-  train-00000-000.bin    token ids, little-endian uint16 or uint32: BOS document EOS, one by one
-  train-00000-000.idx    where each document begins, in tokens, little-endian int64
-  train-00000-000.pack   with data.packing=best_fit: which pieces make a sequence (`pack_documents`)
-  train-00000-000.mask   with data.template: of each token a bit (the highest of a byte first), 1 if
-                         it is a target that counts
+  manifest.json          the list of the shards, with the checksum of every file and its own
+  tokenizer.model        the tokenizer that made the shards
+  train-00000-000.bin    token ids, little-endian uint16 or uint32: BOS document EOS, repeated
+  train-00000-000.idx    the start of each document, in tokens, little-endian int64
+  train-00000-000.pack   with data.packing=best_fit: the pieces of each sequence (`pack_documents`)
+  train-00000-000.mask   with data.template: one bit for each token (highest bit of a byte first), 1
+                         if it is a target that counts in the loss
   train-00000-000.crc.json  CRC-32 of each block of 64 KiB of .bin and of .mask, in hexadecimal:
                          {"block_bytes": 65536, "bin": "..", "mask": ".."}
   chat_template.json     with data.template: the template, in the form of tokenizer_config.json
-  plan.json              only while it is made, and no manifest: what the work is (`output_folder`)
-and the same for `validation`. The first number is the part of the source, the second counts its
-shards. A document lies in one shard.
+  plan.json              in place of the manifest, while the shards are made: the settings of the
+                         work (`output_folder`)
+and the same files for `validation`. The first number is the part of the source, the second counts
+the shards of that part. Each document lies in one shard.
 
-What is checked when: at the start, `check_files` hashes .pack, .crc.json, tokenizer and template
-whole, and of the other files the ends. `reader` checks a block of .bin or .mask when it is first
-read, and .idx whenever it is read. Earlier versions wrote no .crc.json: of their shards, only
-`verify` checks the middle of .bin and .mask.
+At the start, `check_files` hashes .pack, .crc.json, the tokenizer and the template as a whole, and
+the ends of the other files. `reader` checks a block of .bin or .mask when it first reads it, and
+.idx whenever it reads it. Earlier versions wrote no .crc.json: only `verify` checks the middle of
+.bin and .mask of such shards.
 """
 
 import concurrent.futures
@@ -49,11 +50,11 @@ TOKENIZER = "tokenizer.model"
 TEMPLATE = "chat_template.json"
 SPLITS = ("train", "validation")
 CRC = "crc.json"
-# What opening reads of the beginning and the end of large files: enough to tell one shard from
-# another, and little for 10,000 of them. What lies between is checked when it is read.
+# Opening reads this many bytes at the beginning and at the end of large files: enough to tell one
+# shard from another, and fast for 10,000 of them. The bytes between are checked when they are read.
 END_BYTES = 4096
 _THREADS = 16
-# What a manifest says of a shard -> the file that has this sha256.
+# Key of a shard in the manifest -> the kind of file that has this sha256.
 _SUMS = {
     "sha256": "bin",
     "index_sha256": "idx",
@@ -64,12 +65,15 @@ _SUMS = {
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type on disk that holds every id."""
+    """Returns the smallest type on disk that holds every id."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def encode_manifest(manifest: dict[str, Any]) -> bytes:
-    """The manifest's file: its first key is the sha256 of the file, with nothing in that place."""
+    """Returns the manifest as a file, whose first key is the sha256 of the file itself.
+
+    The sha256 is computed with an empty string as its own value.
+    """
     text = json.dumps({"sha256": "", **manifest} | {"sha256": ""}, indent=1) + "\n"
     return text.replace('""', f'"{hashlib.sha256(text.encode()).hexdigest()}"', 1).encode()
 
@@ -80,7 +84,7 @@ def _is_whole(data: bytes, manifest: dict[str, Any]) -> bool:
 
 
 def no_shards(folder: epath.PathLike) -> UserError:
-    """The error of a folder without a manifest."""
+    """Returns the error for a folder without a manifest."""
     if (epath.Path(folder) / PLAN).exists():
         return UserError(
             f"the token shards in {folder} are unfinished: run the same prepare command again "
@@ -90,10 +94,11 @@ def no_shards(folder: epath.PathLike) -> UserError:
 
 
 def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
-    """The manifest of a folder of shards, checked for form.
+    """Reads the manifest of a folder of shards, and checks its form.
 
     Raises:
-      UserError: there is none, or it is damaged, of another version, or names files elsewhere.
+      UserError: the folder has no manifest, or the manifest is damaged, has another version, or
+        names files outside the folder.
     """
     path = epath.Path(folder) / MANIFEST
     if not path.exists():
@@ -123,10 +128,10 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
 
 
 def _check_form(manifest: dict[str, Any]) -> None:
-    """Checks that a manifest has what its readers take from it.
+    """Checks that a manifest has all values that its readers use.
 
     Raises:
-      UserError, KeyError, TypeError, AttributeError: it has not.
+      UserError, KeyError, TypeError, AttributeError: a value is missing or wrong.
     """
     _count(manifest, "format_version")
     _text(manifest, "tokenizer_sha256")
@@ -137,9 +142,9 @@ def _check_form(manifest: dict[str, Any]) -> None:
     _optional(_text, manifest, "template_sha256")
     for kind in ("skipped", "changed", "left_out"):
         for count, first in manifest.get(kind, {}).values():
-            require(type(count) is int and isinstance(first, str), f"{kind} does not count")
+            require(type(count) is int and isinstance(first, str), f"{kind} has a wrong entry")
     for count in manifest.get("files", {}).values():
-        require(type(count) is int, "files does not count")
+        require(type(count) is int, "files has a wrong entry")
     if "held_out" in manifest:
         _count(manifest["held_out"], "tokens")
         require(_text(manifest["held_out"], "why").isprintable(), "held_out has no reason")
@@ -153,7 +158,7 @@ def _check_form(manifest: dict[str, Any]) -> None:
 
 def _check_shard(shard: dict[str, Any]) -> None:
     name = _text(shard, "name")
-    # Names end up in messages of one line, too.
+    # Names must be printable because messages of one line quote them.
     if not name or epath.Path(name).name != name or not name.isprintable():
         raise UserError(f"it names a shard outside its folder: {name!r}")
     for key in ("tokens", "documents"):
@@ -166,7 +171,9 @@ def _check_shard(shard: dict[str, Any]) -> None:
     if "mask_sha256" in shard:
         _count(shard, "answer_tokens")
     ends = shard["ends_sha256"]
-    require(ends.keys() <= {"bin", "idx", "pack", "mask"}, "ends_sha256 names other files")
+    require(
+        ends.keys() <= {"bin", "idx", "pack", "mask"}, "ends_sha256 has an unknown kind of file"
+    )
     for kind in ends:
         _text(ends, kind)
 
@@ -188,10 +195,12 @@ def _optional(check: Callable[..., Any], values: dict[str, Any], key: str) -> No
 
 
 def source_folders(folder: epath.PathLike) -> dict[str, epath.Path]:
-    """The sources that are prepared in a folder: itself, called '', or folders below it, by name.
+    """Returns the prepared sources in a folder, by name.
+
+    They are the folder itself, with the name "", or the folders in it.
 
     Raises:
-      UserError: there is none, or one is unfinished.
+      UserError: there is no prepared source, or one is unfinished.
     """
     folder = epath.Path(folder)
     if (folder / MANIFEST).exists():
@@ -211,7 +220,10 @@ def source_folders(folder: epath.PathLike) -> dict[str, epath.Path]:
 
 
 def data_fingerprint(manifest: dict[str, Any]) -> str:
-    """Identity of the tokens: sha256 over the checksums of all shards, tokenizer and template."""
+    """Returns the sha256 over the checksums of all shards, of the tokenizer and of the template.
+
+    It identifies the tokens.
+    """
     parts = [manifest["tokenizer_sha256"]]
     if template := manifest.get("template_sha256"):
         parts.append(template)
@@ -224,10 +236,10 @@ def data_fingerprint(manifest: dict[str, Any]) -> str:
 
 
 def verify(folder: epath.PathLike) -> list[str]:
-    """Names of files whose contents are not what the manifest says; reads everything.
+    """Returns the names of the files whose contents differ from the manifest; reads all files.
 
     Raises:
-      UserError: there is no manifest to compare with.
+      UserError: there is no manifest, or it is damaged.
     """
     folder = epath.Path(folder)
     manifest = read_manifest(folder)
@@ -242,19 +254,19 @@ def verify(folder: epath.PathLike) -> list[str]:
 
 
 def unchecked_remark(folders: Sequence[str]) -> str:
-    """What to tell of folders with shards that have no checksums of their blocks."""
+    """Returns the warning for folders with shards that have no checksums of their blocks."""
     return (
-        f"an earlier version wrote shards in {', '.join(folders)} without checksums of blocks: a "
-        "damaged bit in the middle of a file is not found while it is read; check them once with "
+        f"an earlier version wrote shards in {', '.join(folders)} without checksums of blocks: "
+        "reading them does not detect a damaged bit in the middle of a file; check them once with "
         + " and ".join(f"llama_jax.prepare --verify={folder}" for folder in folders)
     )
 
 
 def ends_sha256(path: epath.PathLike, size: int) -> str:
-    """Checksum of the first and the last `END_BYTES` of a file of so many bytes.
+    """Returns the sha256 of the first and the last `END_BYTES` of a file of `size` bytes.
 
     Raises:
-      OSError: it cannot be read.
+      OSError: the file cannot be read.
     """
     with open_file(path) as file:
         digest = hashlib.sha256(file.read(END_BYTES))
@@ -264,17 +276,22 @@ def ends_sha256(path: epath.PathLike, size: int) -> str:
 
 
 def _changed(folder: epath.Path, expected: dict[str, str]) -> list[str]:
-    """Names of files that have another sha256 than expected, or that cannot be read."""
+    """Returns the names of files whose sha256 is not the expected one, or that cannot be read."""
     found = sha256_of_each(folder / name for name in expected)
     return [name for name, digest in zip(expected, found, strict=True) if digest != expected[name]]
 
 
 def check_files(folder: epath.Path, manifest: dict[str, Any], split: str) -> None:
-    """Cheap checks of what a split is read from: tokenizer, template, sizes and ends of its files.
+    """Checks the files of a split cheaply: tokenizer, template, sizes and ends of files.
+
+    Args:
+      folder: folder of shards.
+      manifest: its manifest.
+      split: one of `SPLITS`.
 
     Raises:
-      UserError: a file is missing, has another size, begins or ends otherwise than it was written,
-        or the tokenizer or template is not the one that made the shards.
+      UserError: a file is missing, its size, beginning or end is not as it was written, or the
+        tokenizer or the template is not the one that made the shards.
     """
     if _changed(folder, {TOKENIZER: manifest["tokenizer_sha256"]}):
         raise UserError(
@@ -295,7 +312,7 @@ def check_files(folder: epath.Path, manifest: dict[str, Any], split: str) -> Non
         _check_size(
             folder, sizes, f"{shard['name']}.idx", shard["documents"] * INDEX_DTYPE.itemsize
         )
-        if "sequences" in shard:  # each has its first piece listed, and one more ends the list
+        if "sequences" in shard:  # .pack begins with one value per sequence, and one more
             pack = f"{shard['name']}.pack"
             _check_size(folder, sizes, pack, None)
             if sizes[pack] < (shard["sequences"] + 1) * INDEX_DTYPE.itemsize:
@@ -311,7 +328,7 @@ def check_files(folder: epath.Path, manifest: dict[str, Any], split: str) -> Non
 
 
 def file_sizes(folder: epath.Path) -> dict[str, int]:
-    """Bytes of each file of a folder, in one listing; of links, only those that lead to a file."""
+    """Returns the bytes of each file in a folder, from one listing; skips broken links."""
     if is_object_store(folder):
         return {path.name: path.stat().length for path in folder.iterdir()}
     with os.scandir(folder) as entries:
@@ -331,9 +348,12 @@ def _check_size(folder: epath.Path, sizes: dict[str, int], name: str, expected: 
 def _check_contents(
     folder: epath.Path, sizes: dict[str, int], shards: list[dict[str, Any]]
 ) -> None:
-    """Compares .pack and .crc.json whole, and the ends of all other files.
+    """Compares the whole of .pack and .crc.json, and the ends of the other files.
 
-    Early shards have no .crc.json.
+    Shards of earlier versions have no .crc.json.
+
+    Raises:
+      UserError: a file cannot be read, or is not as it was written.
     """
     whole, ends = {}, {}
     for shard in shards:
@@ -358,12 +378,12 @@ def _check_contents(
                 return name
         return ""
 
-    # Many files to a task: to hand over a single one takes longer than to read its ends.
+    # Each task gets many files: starting a task takes longer than reading the ends of one file.
     names, each = list(expected), -(-len(expected) // _THREADS) or 1
     parts = [names[start : start + each] for start in range(0, len(names), each)]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         for name in filter(None, pool.map(first_other, parts)):
             raise UserError(
-                f"{folder / name} is not the file that the manifest means: it is damaged or "
+                f"{folder / name} is not the file in the manifest: it is damaged or "
                 "replaced; restore it or prepare the data again"
             )

@@ -1,4 +1,4 @@
-"""Whole documents into sequences of one length, with little padding."""
+"""Packing of whole documents into sequences of one length, with little padding."""
 
 import bisect
 from collections.abc import Sequence
@@ -9,27 +9,29 @@ INDEX_DTYPE = np.dtype("<i8")
 
 
 def pack_documents(starts: Sequence[int], n_tokens: int, seq_len: int) -> tuple[np.ndarray, int]:
-    """Best-fit-decreasing packing of whole documents (arXiv:2404.10830).
+    """Packs whole documents by best-fit-decreasing (arXiv:2404.10830).
 
-    A document longer than a sequence is cut into pieces of full sequences and a rest; no other is
-    cut. A piece of n inputs covers n + 1 tokens, whose last is only a target.
+    Only a document that is longer than a sequence is cut: into pieces that fill whole sequences,
+    and a shorter last piece. A piece with n inputs covers n + 1 tokens, of which the last is only a
+    target.
 
     Args:
       starts: first token of each document.
-      n_tokens: where the last one ends.
-      seq_len: inputs in a sequence, T.
+      n_tokens: number of tokens, which is the end of the last document.
+      seq_len: T, inputs in a sequence.
 
     Returns:
-      What a `.pack` file holds, int64: first piece of each sequence and the end (n_sequences + 1),
-      then the first token of each piece, then its inputs; and n_sequences.
+      The int64 array in a `.pack` file, and n_sequences. The array holds the first piece of each
+      sequence and the number of pieces (n_sequences + 1 values), then the first token of each
+      piece, then the number of inputs of each piece.
     """
     edges = np.append(np.asarray(starts, np.int64), n_tokens)
     pieces: list[tuple[int, int]] = []
     for start, inputs in zip(edges[:-1].tolist(), (np.diff(edges) - 1).tolist(), strict=True):
         pieces += [(min(seq_len, inputs - at), start + at) for at in range(0, inputs, seq_len)]
     pieces.sort(key=lambda piece: (-piece[0], piece[1]))
-    room: dict[int, list[int]] = {}  # free inputs -> sequences with so many
-    free: list[int] = []  # the keys of `room` in order
+    room: dict[int, list[int]] = {}  # number of free inputs -> sequences that have this number
+    free: list[int] = []  # the keys of `room`, sorted
     sequences: list[list[tuple[int, int]]] = []
     for inputs, start in pieces:
         at = bisect.bisect_left(free, inputs)

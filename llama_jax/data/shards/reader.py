@@ -1,4 +1,4 @@
-"""Token shards: a reader of ranges, documents and packed sequences (format: `layout`)."""
+"""Reads ranges, documents and packed sequences of token shards; `layout` describes the format."""
 
 import dataclasses
 import functools
@@ -31,19 +31,19 @@ from llama_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class TokenDataset:
-    """One split of a folder of shards, as a single run of tokens, or of packed sequences.
+    """One split of a folder of shards, as a single run of tokens or of packed sequences.
 
     Attributes:
-      folder: where it lies.
-      vocab_size: ids are below it.
+      folder: folder of the shards.
+      vocab_size: all ids are below this number.
       n_tokens: tokens in all shards.
-      pack_len: sequence length that documents are packed for; 0 if they are not.
+      pack_len: sequence length that documents are packed for; 0: they are not packed.
       n_sequences: packed sequences in all shards.
-      fingerprint: identity of the folder's tokens.
-      tokenizer_sha256: of the tokenizer that made them.
-      template_sha256: of the template that made them; empty: they are plain text.
-      answers: in all splits of the folder, as far as its manifest says.
-      unended: of these, how many end in no end token.
+      fingerprint: identity of the tokens in the folder.
+      tokenizer_sha256: sha256 of the tokenizer that made the shards.
+      template_sha256: sha256 of the template that made the shards; empty: they are plain text.
+      answers: answers in all splits of the folder; 0 if the manifest does not count them.
+      unended: number of answers without an end token.
     """
 
     folder: epath.Path
@@ -57,12 +57,14 @@ class TokenDataset:
     n_sequences: int
     fingerprint: str
     _shards: tuple[dict[str, Any], ...]
-    _token_starts: np.ndarray  # of each shard in the run of tokens, and the end
-    _sequence_starts: np.ndarray  # the same of the packed sequences
-    # Of files that were read, by name; None: an earlier version wrote no checksums.
+    _token_starts: np.ndarray  # first token of each shard in the run of tokens, and the end
+    _sequence_starts: np.ndarray  # the same for packed sequences
+    # Blocks of the files that were read, by name; None: an earlier version wrote no checksums.
     _blocks: dict[str, Blocks | None] = dataclasses.field(default_factory=dict)
-    _identities: dict[str, object] = dataclasses.field(default_factory=dict)  # of opened files
-    # Not the path: it may hold other shards by now.
+    # Identity of each opened file, by name.
+    _identities: dict[str, object] = dataclasses.field(default_factory=dict)
+    # Stands for this dataset in the cache of open files. The path cannot: the folder may hold other
+    # shards by now.
     _key: object = dataclasses.field(default_factory=object)
 
     @classmethod
@@ -70,8 +72,7 @@ class TokenDataset:
         """Opens a split after cheap checks: manifest, tokenizer, sizes and ends of all files.
 
         Raises:
-          UserError: a file is missing, has another size, begins or ends otherwise than it was
-            written, or the tokenizer is not the one that made the shards.
+          UserError: the manifest is damaged, or `check_files` fails.
         """
         folder = epath.Path(folder)
         manifest = read_manifest(folder)
@@ -98,7 +99,10 @@ class TokenDataset:
 
     @property
     def packed_targets(self) -> int:
-        """Targets that count in all packed sequences: of conversations, those in answers."""
+        """The number of targets that count in the loss, in all packed sequences.
+
+        In conversations, these are the targets in answers.
+        """
         return sum(
             one["answer_tokens"] if "mask_sha256" in one else one["tokens"] - one["documents"]
             for one in self._shards
@@ -106,14 +110,14 @@ class TokenDataset:
 
     @property
     def unchecked(self) -> bool:
-        """Whether there are shards of an earlier version, without checksums of their blocks."""
+        """Whether an earlier version wrote some shards, without checksums of their blocks."""
         return any("crc_sha256" not in shard for shard in self._shards)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start..stop of the run, across shard borders; shorter at the end.
+        """Reads the tokens start..stop of the run, across shards; fewer at the end of the run.
 
         Raises:
-          UserError: a damaged shard.
+          UserError: a shard is damaged.
         """
         shard = int(self._token_starts.searchsorted(start, side="right")) - 1
         parts = []
@@ -127,10 +131,10 @@ class TokenDataset:
         return np.concatenate(parts) if parts else np.empty(0, np.uint16)
 
     def documents(self) -> Iterator[np.ndarray]:
-        """The tokens of each document, from BOS to EOS.
+        """Yields the tokens of each document, from BOS to EOS.
 
         Raises:
-          UserError: a damaged shard.
+          UserError: a shard is damaged.
         """
         for number, shard in enumerate(self._shards):
             starts = self._read(number, "idx", INDEX_DTYPE, 0, shard["documents"])
@@ -141,10 +145,14 @@ class TokenDataset:
                 yield self._shard_tokens(number, start, stop)
 
     def pieces(self, sequence: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The pieces of a packed sequence: n + 1 tokens, and of the n targets which count.
+        """Reads the pieces of a packed sequence.
+
+        Returns:
+          For each piece its n + 1 tokens, and for each of its n targets 1 if it counts in the loss,
+          otherwise 0.
 
         Raises:
-          UserError: a damaged shard.
+          UserError: a shard is damaged.
         """
         shard = int(self._sequence_starts.searchsorted(sequence, side="right")) - 1
         name, number = self._shards[shard]["name"], self._shards[shard]["sequences"]
@@ -154,7 +162,7 @@ class TokenDataset:
         size = len(self._open(f"{name}.pack", INDEX_DTYPE))
         first, last = (number + 1 + int(piece) for piece in pack(local, local + 2))
         if size != number + 1 + 2 * count or not number < first <= last <= number + 1 + count:
-            raise self._damaged(f"{name}.pack does not fit together")
+            raise self._damaged(f"{name}.pack is inconsistent")
         starts = pack(first, last).tolist()
         inputs = pack(first + count, last + count).tolist()
         tokens = self._shards[shard]["tokens"]
@@ -162,7 +170,7 @@ class TokenDataset:
         if sum(inputs) > self.pack_len or any(
             not 0 <= start < start + length < tokens for start, length in pieces
         ):
-            raise self._damaged(f"{name}.pack does not fit together")
+            raise self._damaged(f"{name}.pack is inconsistent")
         return [
             (
                 self._shard_tokens(shard, start, start + length + 1),
@@ -172,10 +180,10 @@ class TokenDataset:
         ]
 
     def _shard_tokens(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """Tokens start..stop of a shard; shorter only at its end, as the manifest has it."""
+        """Reads the tokens start..stop of a shard; fewer at the end that the manifest gives."""
         stop = min(stop, self._shards[shard]["tokens"])
         tokens = self._read(shard, "bin", token_dtype(self.vocab_size), start, stop)
-        if "crc_sha256" not in self._shards[shard]:  # else they are as they were written
+        if "crc_sha256" not in self._shards[shard]:  # else the checksums cover it
             self._check_ids(shard, tokens)
         return tokens
 
@@ -191,18 +199,18 @@ class TokenDataset:
         return np.unpackbits(found)[start % 8 :][: stop - start]
 
     def _read(self, shard: int, kind: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
-        """Values start..stop of a file, all of them, from blocks that are as they were written.
+        """Reads all values start..stop of a file, and checks the blocks that hold them.
 
         Args:
           shard: number of the shard.
-          kind: which of its files.
-          dtype: of a value.
+          kind: kind of the file, such as "bin".
+          dtype: type of a value.
           start: first value.
-          stop: where they end.
+          stop: one after the last value.
 
         Raises:
-          UserError: the disk does not give them, a block is damaged, or the file was cut since it
-            was opened.
+          UserError: the file cannot be read, a block is damaged, or the file was cut since it was
+            opened.
         """
         name, size = f"{self._shards[shard]['name']}.{kind}", dtype.itemsize
         try:
@@ -211,13 +219,13 @@ class TokenDataset:
             raise self._unreadable(name, error) from error
         blocks = self._blocks_of(shard, kind, name)
         span = blocks.unchecked(start * size, stop * size) if blocks else None
-        # What is to be checked is read once: the values come from the same bytes.
+        # The checksum and the values must come from the same bytes, so they are read only once.
         first, last = (span[0] // size, span[1] // size) if span else (start, stop)
         try:
             found = file[first:last]
         except OSError as error:
             raise self._unreadable(name, error) from error
-        except ValueError as error:  # half a value
+        except ValueError as error:  # the file ends inside a value
             raise self._damaged(f"{name} ends early") from error
         if len(found) != last - first:
             raise self._damaged(f"{name} ends early")
@@ -232,13 +240,13 @@ class TokenDataset:
     def _open(self, name: str, dtype: np.dtype) -> "_FileArray":
         found = _kept_open(self._key, self.folder, name, dtype.str)
         if self._identities.setdefault(name, found.identity) != found.identity:
-            # It was closed since, and this is another file: its blocks are not checked yet.
+            # The file was closed and replaced since: the blocks of the new one are not checked yet.
             self._blocks.pop(name, None)
             self._identities[name] = found.identity
         return found
 
     def _blocks_of(self, shard: int, kind: str, name: str) -> Blocks | None:
-        """The blocks of a file; None if it has no checksums of them."""
+        """Returns the blocks of a file; None if there are no checksums for them."""
         if name not in self._blocks:
             found: dict[str, Blocks] = {}
             described = self._shards[shard]
@@ -254,7 +262,7 @@ class TokenDataset:
                 if "mask_sha256" in described:
                     sizes["mask"] = -(-described["tokens"] // 8)
                 found = decode_sums(content, sizes, f"{self.folder}/{path}")
-            # Threads that come here at the same time share what the first one has set.
+            # With `setdefault`, threads that get here at the same time share one instance.
             self._blocks.setdefault(name, found.get(kind))
         return self._blocks[name]
 
@@ -271,30 +279,33 @@ class TokenDataset:
         )
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the shards."""
+        """Loads the tokenizer that made the shards."""
         return Tokenizer.load(self.folder / TOKENIZER)
 
     def template(self) -> bytes:
-        """The chat template that made the shards, as tokenizer_config.json; empty: none did."""
+        """Reads the chat template that made the shards, in the form of a tokenizer_config.json.
+
+        It is empty if the shards are plain text.
+        """
         return (self.folder / TEMPLATE).read_bytes() if self.template_sha256 else b""
 
 
 class _FileArray:
-    """As much of an array as slicing, read from a file by ranges.
+    """An array in a file, which supports only slicing and reads only the slice.
 
-    Not a memory map, whose pages count as this process's memory until the kernel wants them back,
-    and which object stores do not have; reading a range is as fast.
+    It is not a memory map: the pages of a map count as memory of this process until the kernel
+    reclaims them, and object stores have no maps. Reading a range is as fast.
     """
 
     def __init__(self, path: str, dtype: str) -> None:
         self._dtype = np.dtype(dtype)
         self._local = not is_object_store(path)
         self._lock = threading.Lock()
-        # Stays open as long as the cache below keeps it.
+        # The file stays open as long as the cache below keeps this array.
         self._file = open_file(path)
         self._length = size_of(epath.Path(path)) // self._dtype.itemsize
         status = os.fstat(self._file.fileno()) if self._local else None
-        # Of the file itself, whatever its path; None: an object store does not say.
+        # Identifies the file itself, not its path; None: unknown, in an object store.
         self.identity = (status.st_dev, status.st_ino, status.st_mtime_ns) if status else None
 
     def __len__(self) -> int:
@@ -305,9 +316,9 @@ class _FileArray:
             return self[where : where + 1][0]
         start, stop, _ = where.indices(self._length)
         offset, size = start * self._dtype.itemsize, max(0, stop - start) * self._dtype.itemsize
-        if self._local:  # at an offset of its own: threads share the file
+        if self._local:  # `pread` has its own offset, so threads can share the file
             return np.frombuffer(os.pread(self._file.fileno(), size, offset), self._dtype)
-        with self._lock:  # here they share its position, too
+        with self._lock:  # otherwise threads would share the position, too
             self._file.seek(offset)
             return np.frombuffer(self._file.read(size), self._dtype)
 
@@ -315,8 +326,8 @@ class _FileArray:
 _open_array = _FileArray
 
 
-# Fewer than the files that a process may usually have open; the least recently used is closed.
+# The size is below the usual limit of open files; the least recently used file is closed.
 @functools.lru_cache(maxsize=256)
 def _kept_open(key: object, folder: epath.Path, name: str, dtype: str) -> _FileArray:
-    """A file of an open dataset, which `key` stands for."""
+    """Opens a file of the dataset that `key` identifies, and keeps it open."""
     return _open_array(str(folder / name), dtype)

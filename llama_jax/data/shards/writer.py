@@ -14,19 +14,19 @@ from llama_jax.files import size_of
 
 
 class ShardWriter:
-    """Writes the shards of one split of one part, one after another, in little memory."""
+    """Writes the shards of one split of one part, one after another, with little memory."""
 
     def __init__(
         self, folder: epath.Path, name: str, vocab_size: int, shard_tokens: int, pack_len: int
     ) -> None:
-        """Starts without a shard.
+        """Begins without a shard.
 
         Args:
-          folder: where to; must exist.
-          name: of the shards, to which `-000`, `-001`, .. is added.
-          vocab_size: decides the type on disk.
-          shard_tokens: a shard is closed once it has so many tokens.
-          pack_len: sequence length to pack whole documents for; 0: do not.
+          folder: existing folder to write to.
+          name: beginning of the names of the shards, which end in `-000`, `-001`, ..
+          vocab_size: number of ids; determines the type on disk.
+          shard_tokens: a shard is closed when it has at least this many tokens.
+          pack_len: sequence length to pack whole documents for; 0: no packing.
         """
         self._folder, self._name = folder, name
         self._shard_tokens, self._pack_len = shard_tokens, pack_len
@@ -41,15 +41,17 @@ class ShardWriter:
         self._answers = self._unended = 0
 
     def add(self, example: Example) -> None:
-        """Appends a document; of one split, all say which tokens count, or none does.
+        """Appends a document; either all documents of a split have `counts`, or no document has.
 
         Raises:
-          ValueError: an id is not below the size of the vocabulary.
+          ValueError: an id is negative, or not below the size of the vocabulary.
         """
         ids = example.ids
-        # Readers rely on it: for them, tokens that are as they were written are ids.
+        # Readers rely on this check: they do not check the ids in blocks that are undamaged.
         if len(ids) and not 0 <= ids.min() <= ids.max() < self._vocab_size:
-            raise ValueError(f"ids from {ids.min()} to {ids.max()} of {self._vocab_size}")
+            raise ValueError(
+                f"ids from {ids.min()} to {ids.max()} do not fit a vocabulary of {self._vocab_size}"
+            )
         if self._file is None:
             self._file = (self._folder / f"{self._next_name()}.bin").open("wb")
         self._offsets.append(self._tokens)
@@ -85,7 +87,7 @@ class ShardWriter:
         sums = {"bin": self._sums}
         if self._counts:
             counts = np.concatenate(self._counts)
-            never = counts[self._offsets]  # the first token of a document is no target
+            never = counts[self._offsets]  # the first token of a document is not a target
             mask = np.packbits(counts)
             shard |= {
                 "answer_tokens": int(counts.sum() - never.sum()),
@@ -109,7 +111,7 @@ class ShardWriter:
         return hashlib.sha256(data).hexdigest()
 
     def finish(self) -> dict[str, Any]:
-        """Closes the last shard; returns this writer's part of the manifest."""
+        """Closes the last shard, and returns the part of the manifest about these shards."""
         if self._offsets:
             self._close_shard()
         return {

@@ -1,8 +1,8 @@
-"""Looks at prepared data: `python -m llama_jax.data --show=DIR`.
+"""Shows prepared data: `python -m llama_jax.data --show=DIR`.
 
-  summary.py  counts, lengths, shares
+  summary.py  counts, lengths and shares
   rows.py     rows of tokens as text
-  plot.py     the lengths of documents as a picture
+  plot.py     histograms of document lengths, and shares of sources, as a PNG
 
-Rule: changes nothing.
+Rule: this room never changes the data.
 """

@@ -1,4 +1,4 @@
-"""Histograms of prepared data as a PNG: lengths of documents, and tokens by source."""
+"""Plots prepared data as a PNG: histograms of document lengths, and tokens by source."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ INK = "#333333"
 
 
 def plot(prepared: PreparedData, path: epath.Path) -> None:
-    """Draws both; the lengths are of a sample of the shards.
+    """Draws the lengths of documents in a sample of the shards, and the tokens by source.
 
     Raises:
-      UserError: a damaged index.
+      UserError: an index is damaged.
       OSError: the file cannot be written.
     """
     import matplotlib
@@ -44,7 +44,7 @@ def plot(prepared: PreparedData, path: epath.Path) -> None:
 def _plot_lengths(
     figure: Any, grid: Any, prepared: PreparedData, lengths: dict[str, np.ndarray]
 ) -> None:
-    """One histogram for each source, below each other, on the same logarithmic scale."""
+    """Draws one histogram for each source, below each other, on the same logarithmic scale."""
     from matplotlib import ticker
 
     seq_len = prepared.config.train.seq_len
@@ -71,36 +71,36 @@ def _plot_lengths(
     axes.set_xlabel(f"tokens (the line: seq_len = {seq_len:,})")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.xaxis.set_minor_formatter("")
-    narrow = edges[-1] < 500 * edges[0]  # too few powers of ten to read a length by
+    narrow = edges[-1] < 500 * edges[0]  # too few powers of ten to label the axis
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if narrow else (1,)))
 
 
 def _plot_shares(axes: Any, prepared: PreparedData) -> None:
-    """Of each source, the share that was asked for beside the share of the tokens there.
+    """Draws the requested share of each source next to its share of the available tokens.
 
-    Of conversations, both are of the tokens in answers.
+    For conversations, both are shares of the tokens in answers.
     """
     answers = bool(prepared.config.data.template)
     kind = "answer_tokens" if answers else "tokens"
     tokens = {name: m["splits"]["train"][kind] for name, m in prepared.manifests.items()}
     total = sum(tokens.values())
     place = np.arange(len(tokens))
-    asked = [100 * float(prepared.batches.schedule.shares[name]) for name in tokens]
-    there = [100 * count / total for count in tokens.values()]
+    requested = [100 * float(prepared.batches.schedule.shares[name]) for name in tokens]
+    available = [100 * count / total for count in tokens.values()]
     for offset, values, label, colour in (
-        (-0.19, asked, "asked", ASKED),
-        (0.19, there, "there", THERE),
+        (-0.19, requested, "requested", ASKED),
+        (0.19, available, "available", THERE),
     ):
         bars = axes.barh(place + offset, values, 0.36, label=label, color=colour)
         axes.bar_label(bars, [f"{value:.1f}%" for value in values], padding=3, fontsize=8)
     axes.set_title("Tokens by source", fontsize=10, loc="left")
     axes.set(
         xlabel="% of tokens in answers" if answers else "% of tokens",
-        xlim=(0, max(*asked, *there) * 1.2),
+        xlim=(0, max(*requested, *available) * 1.2),
     )
     axes.set_yticks(place, [f"{name}\n{tokens[name]:,}" for name in tokens])
     axes.set_ylim(len(tokens) - 0.5, -0.5)
-    # Above the bars, which may reach anywhere.
+    # The legend is above the bars, since a bar may cover any place inside the axes.
     axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.99), ncols=2, fontsize=9)
     _plain(axes)
     axes.grid(axis="y", visible=False)

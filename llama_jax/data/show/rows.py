@@ -1,4 +1,4 @@
-"""Rows of a batch as text for a terminal: one document from another, and what weighs 0."""
+"""Rows of a batch as text for a terminal, with the ends of documents and the places of weight 0."""
 
 import dataclasses
 import itertools
@@ -9,23 +9,23 @@ import numpy as np
 
 from llama_jax.text.tokenizer import Tokenizer
 
-Row = dict[str, np.ndarray]  # of one sequence: name -> T
+Row = dict[str, np.ndarray]  # the arrays of one sequence by name, each of shape (T,)
 
 BOS, EOS, TARGET, NEWLINE, CUT, TAB = "‹BOS›", "‹EOS›", "→", "↵", "⋮", "⇥"
 COUNTS, WEIGHTLESS = "│", "░"  # between position and text
 COLOURS = {"dim": "2", "bold": "1", "mark": "1;35", "target": "1;33", "title": "1;4"}
-SEGMENT_COLOURS = ("36", "32", "33", "34", "35")  # one document after another
-LINES_AT_THE_END = 3  # that are shown of a document that is cut
+SEGMENT_COLOURS = ("36", "32", "33", "34", "35")  # documents take these in turn
+LINES_AT_THE_END = 3  # lines to show of the end of a long document
 
 
 @dataclasses.dataclass(frozen=True)
 class Screen:
-    """Where rows are shown.
+    """The properties of the terminal that shows rows.
 
     Attributes:
       width: characters in a line.
-      lines: of one document at most; 0: all.
-      colour: whether escape codes may be printed.
+      lines: most lines of one document; 0: all.
+      colour: True if escape codes may be printed.
     """
 
     width: int = 100
@@ -33,19 +33,19 @@ class Screen:
     colour: bool = False
 
     def paint(self, text: str, colour: str) -> str:
-        """The text in a colour, where there are any."""
+        """Returns the text in a colour, or unchanged if the screen has no colours."""
         code = COLOURS.get(colour, colour)
         return f"\033[{code}m{text}\033[0m" if self.colour and text else text
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Positions of a row that belong together: of one document, and all counted or none.
+    """Neighbouring positions of a row, of one document, that all count in the loss or all do not.
 
     Attributes:
-      start: first one.
-      stop: after the last.
-      target: the last target, where it is no input of the row.
+      start: the first position.
+      stop: the position after the last one.
+      target: the last target if it is not the next input of the row; otherwise None.
     """
 
     start: int
@@ -54,7 +54,13 @@ class Piece:
 
 
 def legend(packed: bool, screen: Screen, answers: bool = False) -> str:
-    """One line that explains the marks; `answers`: of conversations."""
+    """Returns a line that explains the marks.
+
+    Args:
+      packed: True if rows are packed documents.
+      screen: properties of the terminal.
+      answers: True if rows are conversations.
+    """
     gutter = "doc:position" if packed else "position"
     uncounted = "not in an answer, weight 0" if answers else "weight 0"
     parts = (
@@ -66,7 +72,7 @@ def legend(packed: bool, screen: Screen, answers: bool = False) -> str:
 
 
 def pieces(row: Row, bos_id: int) -> list[Piece]:
-    """Cuts a row where documents, or counted and uncounted positions, meet."""
+    """Cuts a row between documents, and between positions that count and that do not."""
     inputs, targets, counted = row["inputs"], row["targets"], _counted(row)
     cuts = (inputs[1:] == bos_id) | (counted[1:] != counted[:-1])
     segments = row.get("segment_ids", np.zeros_like(inputs))
@@ -90,9 +96,9 @@ def _counted(row: Row) -> np.ndarray:
 
 
 def counts_of_inputs(row: Row) -> np.ndarray:
-    """Of each input whether it counts as the target of the position before it.
+    """Returns 1 for each input that counts as the target of the position before it, otherwise 0.
 
-    Weights are those of targets; the rows of conversations are shown by what is learnt.
+    Weights belong to targets, but rows of conversations are shown with marks at the inputs.
     """
     counts = np.zeros_like(row["weights"])
     same = row["segment_ids"][1:] == row["segment_ids"][:-1]
@@ -101,7 +107,13 @@ def counts_of_inputs(row: Row) -> np.ndarray:
 
 
 def show_row(row: Row, tokenizer: Tokenizer, screen: Screen) -> Iterator[str]:
-    """The lines that show one row."""
+    """Yields the lines that show one row.
+
+    Args:
+      row: arrays of one sequence.
+      tokenizer: decodes the tokens.
+      screen: properties of the terminal.
+    """
     n_tokens = len(row["inputs"])
     positions = row.get("positions", np.arange(n_tokens))
     digits = len(str(n_tokens - 1))
@@ -120,7 +132,7 @@ def show_row(row: Row, tokenizer: Tokenizer, screen: Screen) -> Iterator[str]:
             yield screen.paint(f"{gutter(piece.start)}{bar} {text}", "dim")
             continue
         lines = _lines(row, piece, tokenizer, screen, room)
-        kept = max(1, screen.lines - 1)  # a line says what is left out
+        kept = max(1, screen.lines - 1)  # one line says how much is left out
         cut = len(lines) - kept if 0 < screen.lines < len(lines) else 0
         last_kept = max(1, kept - LINES_AT_THE_END)
         for index, (at, text) in enumerate(lines):
@@ -135,7 +147,7 @@ def show_row(row: Row, tokenizer: Tokenizer, screen: Screen) -> Iterator[str]:
 def _lines(
     row: Row, piece: Piece, tokenizer: Tokenizer, screen: Screen, room: int
 ) -> list[tuple[int, str]]:
-    """Screen lines of a piece, each with the index of its first token."""
+    """Returns the lines of a piece, each with the index of its first token."""
     lines: list[tuple[int, str]] = []
     begin, line, used = piece.start, "", 0
     for at, text, colour in _items(row, piece, tokenizer):
@@ -153,14 +165,14 @@ def _lines(
 
 
 def _items(row: Row, piece: Piece, tokenizer: Tokenizer) -> Iterator[tuple[int, str, str]]:
-    """What is written of each token: its index, text and colour."""
+    """Yields the index, the text and the colour of each token."""
     ids = row["inputs"][piece.start : piece.stop].tolist()
     marks = {tokenizer.bos_id: BOS, tokenizer.eos_id: EOS}
     for at, (token, text) in enumerate(zip(ids, tokenizer.texts(ids), strict=True), piece.start):
         if token in marks:
             yield at, marks[token], "mark"
             continue
-        # A piece of a tokenizer may hold a line break, with something after it.
+        # One token may contain a line break with text after it.
         for part in text.splitlines(keepends=True):
             yield at, visible(part), ""
     if piece.target is not None:
@@ -169,7 +181,7 @@ def _items(row: Row, piece: Piece, tokenizer: Tokenizer) -> Iterator[tuple[int, 
 
 
 def visible(text: str) -> str:
-    """Text that does nothing to a terminal: data may hold escape codes."""
+    """Replaces all unprintable characters of a text, since data may contain escape codes."""
     return "".join(
         {"\n": NEWLINE, "\t": TAB}.get(letter)
         or (letter if letter.isprintable() else letter.encode("unicode_escape").decode())
@@ -178,7 +190,7 @@ def visible(text: str) -> str:
 
 
 def _width(text: str) -> int:
-    """Columns of a terminal that a text takes."""
+    """Returns the number of terminal columns that a text takes."""
     return sum(
         0 if unicodedata.combining(letter) else 1 + (unicodedata.east_asian_width(letter) in "WF")
         for letter in text

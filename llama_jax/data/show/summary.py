@@ -1,7 +1,7 @@
-"""Shows prepared data: the mixture, rows as the model sees them, and histograms.
+"""Summaries of prepared data: the mixture, rows as the model sees them, and document lengths.
 
-Little is read, so that 10,000 shards take no longer than 30: the rows that are shown, those whose
-tokens are counted, and the lengths of documents in a few shards of each source, spread evenly.
+Reads so little that 10,000 shards take no longer than 30: the rows to show, the rows whose tokens
+are counted, and the lengths of documents in a few evenly spaced shards of each source.
 """
 
 import concurrent.futures
@@ -24,11 +24,11 @@ from llama_jax.files import read_bytes
 from llama_jax.text.answer_ends import count_in_splits, describe_unended
 from llama_jax.text.tokenizer import Tokenizer
 
-SEQ_LEN, BATCH = 256, 4  # where no config says it
+SEQ_LEN, BATCH = 256, 4  # used without a config
 WINDOW = 1000  # sequences whose tokens are counted
-CHUNK = 16  # of them are read at a time
+CHUNK = 16  # sequences that a thread reads at a time
 THREADS = 16
-SAMPLED_SHARDS = 32  # of a source, whose documents are measured
+SAMPLED_SHARDS = 32  # shards of a source whose documents are measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +36,14 @@ class PreparedData:
     """Prepared data, opened as `train` opens it.
 
     Attributes:
-      folder: what the user named.
-      config: of the run, or made up.
-      of_a_run: whether the config is one that somebody wrote.
-      batches: as the model sees them.
-      tokenizer: of the shards.
-      fingerprint: of the data.
-      folders: of each source, by name.
-      manifests: the same.
+      folder: the folder that the user named.
+      config: the config of the run, or a default one for the shards.
+      of_a_run: True if the config is that of a run, or was given by the user.
+      batches: the batches as the model sees them.
+      tokenizer: the tokenizer of the shards.
+      fingerprint: identity of the tokens.
+      folders: folder of shards of each source, by name.
+      manifests: manifest of each source, by name.
     """
 
     folder: epath.Path
@@ -57,18 +57,19 @@ class PreparedData:
 
 
 def open_prepared(folder: epath.PathLike, config: Config | None = None) -> PreparedData:
-    """Opens a folder of shards, one source or several, or a work directory of `train`.
+    """Opens a folder of shards, of one or more sources, or a work directory of `train`.
 
     Args:
-      folder: where it is.
-      config: how to read it; default: that of the work directory, else a batch of 4 x 256 tokens.
+      folder: the folder.
+      config: the config to read it with; default: the config of the work directory, or, for
+        shards, one with batches of 4 x 256 tokens.
 
     Raises:
-      UserError: there is nothing to show, or it is damaged, or not what the config says.
+      UserError: there are no shards to show, or they are damaged or do not match the config.
     """
     folder = epath.Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; name one of token shards, or a work directory")
+        raise UserError(f"{folder} is not a folder; name a folder of shards, or a work directory")
     where = folder
     path = folder / "config.json"
     if path.exists():
@@ -101,7 +102,7 @@ def open_prepared(folder: epath.PathLike, config: Config | None = None) -> Prepa
 
 
 def _made_up(folders: dict[str, epath.Path], manifests: dict[str, dict[str, Any]]) -> Config:
-    """A config for shards of which nothing else is known."""
+    """Makes a default config for shards without a config."""
     name, manifest = next(iter(manifests.items()))
     pack_len = manifest["settings"].get("pack_len", 0)
     template = str(folders[name] / layout.TEMPLATE) if "template_sha256" in manifest else ""
@@ -113,10 +114,10 @@ def _made_up(folders: dict[str, epath.Path], manifests: dict[str, dict[str, Any]
 
 
 def _reading(config: Config, where: epath.Path, names: list[str]) -> Config:
-    """The config, to read these shards and never to make any."""
+    """Returns the config, changed so that `open_data` reads these shards and prepares none."""
     data = dataclasses.replace(config.data, path=str(where), streaming=False)
     there = names != [""]
-    if there:  # what was prepared counts, not what is written in a config of something else
+    if there:  # the names of the prepared sources replace those in the config
         source = "shards" if data.mixture else "; ".join(f"{name}=shards" for name in names)
         data = dataclasses.replace(data, source=source)
     elif data.source == "synthetic":
@@ -125,7 +126,13 @@ def _reading(config: Config, where: epath.Path, names: list[str]) -> Config:
 
 
 def summary(prepared: PreparedData, step: int, screen: Screen) -> str:
-    """Which data this is, its mixture as a table, and what was skipped."""
+    """Returns a text on the data: identity, mixture as a table, and what was skipped.
+
+    Args:
+      prepared: the data.
+      step: the first step whose sequences are counted.
+      screen: properties of the terminal.
+    """
     train, packed = prepared.config.train, prepared.config.data.packing == "best_fit"
     how = "whole documents, packed" if packed else "documents cut every seq_len tokens"
     if prepared.config.data.template:
@@ -136,7 +143,7 @@ def summary(prepared: PreparedData, step: int, screen: Screen) -> str:
         f"seed {train.seed}",
         f"tokens  {prepared.tokenizer.vocab_size:,} ids",
     )
-    # A manifest may say 0 tokens, or not count answers.
+    # `_table` fails on a manifest with 0 tokens, or without a count of answers.
     with as_user_error(f"a manifest in {prepared.folder}"):
         lines = _table(prepared, step, packed)
     counted, window = "tokens", f"the {WINDOW:,} sequences from step {step:,} on"
@@ -144,8 +151,8 @@ def summary(prepared: PreparedData, step: int, screen: Screen) -> str:
     if prepared.config.data.template:
         counted = "tokens that count, those of answers,"
         notes.append(f"with prompts: of all tokens in {window}")
-    notes.insert(0, f"asked, realised: of the {counted} in {window}")
-    notes.append("there: of all tokens in the shards")
+    notes.insert(0, f"requested, realised: of the {counted} in {window}")
+    notes.append("available: of all tokens in the shards")
     if prepared.of_a_run:
         notes.append(f"epochs: in the {train.steps:,} steps of the run")
     return "\n".join(
@@ -161,7 +168,7 @@ def summary(prepared: PreparedData, step: int, screen: Screen) -> str:
 
 
 def _remarks(prepared: PreparedData, name: str) -> list[str]:
-    """What the report of `prepare` said about one source."""
+    """Returns the lines that `prepare` reported about one source."""
     manifest, where = prepared.manifests[name], name or "the source"
     files = sorted(manifest.get("files", {}).items())
     lines = [f"files in {where}: {count:,} {kind}" for kind, count in files]
@@ -178,13 +185,19 @@ def _remarks(prepared: PreparedData, name: str) -> list[str]:
 
 
 def _table(prepared: PreparedData, step: int, packed: bool) -> list[str]:
-    asked = prepared.batches.schedule.shares
+    requested = prepared.batches.schedule.shares
     counted, tokens = count_tokens(prepared, step)
     realised, of_all = _shares(counted), _shares(tokens)
     epochs = prepared.batches.epochs(prepared.config.train.steps)
     all_tokens = sum(m["splits"]["train"]["tokens"] for m in prepared.manifests.values())
     answers = bool(prepared.config.data.template)
-    header = ["source", "asked", "realised", *(["with prompts"] if answers else []), "there"]
+    header = [
+        "source",
+        "requested",
+        "realised",
+        *(["with prompts"] if answers else []),
+        "available",
+    ]
     header += ["documents", "tokens", "bytes/token"]
     header += ["of answers"] if answers else []
     header += ["skipped", *(["padding"] if packed else [])]
@@ -194,7 +207,7 @@ def _table(prepared: PreparedData, step: int, packed: bool) -> list[str]:
         split = manifest["splits"]["train"]
         cells = [
             name or "(one)",
-            *(f"{float(share):.2%}" for share in (asked[name], realised[name])),
+            *(f"{float(share):.2%}" for share in (requested[name], realised[name])),
             *([f"{of_all[name]:.2%}"] if answers else []),
             f"{split['tokens'] / all_tokens:.2%}",
             f"{split['documents']:,}",
@@ -221,10 +234,10 @@ def count_tokens(prepared: PreparedData, step: int) -> tuple[dict[str, int], dic
     """Counts the tokens of each source in the `WINDOW` sequences from a step on.
 
     Returns:
-      Of each source, the targets of weight 1, and all tokens that are inputs.
+      By source, the number of targets of weight 1, and the number of inputs that are tokens.
 
     Raises:
-      UserError: a damaged shard.
+      UserError: a shard is damaged.
     """
     batch, names = prepared.config.train.global_batch, prepared.batches.schedule.names
     chunks, left = [], WINDOW
@@ -235,7 +248,8 @@ def count_tokens(prepared: PreparedData, step: int) -> tuple[dict[str, int], dic
         ]
         step, left = step + 1, left - min(batch, left)
 
-    # A bucket answers slowly, and many at once; each sequence may be in another shard.
+    # Each sequence may be in another shard, and an object store is slow but answers many requests
+    # at once.
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         of_chunks = pool.map(lambda chunk: prepared.batches.count(*chunk), chunks)
         found = np.sum(list(of_chunks), axis=0)
@@ -244,10 +258,10 @@ def count_tokens(prepared: PreparedData, step: int) -> tuple[dict[str, int], dic
 
 
 def realised_shares(prepared: PreparedData, step: int) -> dict[str, float]:
-    """Which share of the tokens that count each source has, in the `WINDOW` sequences from a step.
+    """Returns the share of each source in the counted tokens of the `WINDOW` sequences from a step.
 
     Raises:
-      UserError: a damaged shard.
+      UserError: a shard is damaged.
     """
     return _shares(count_tokens(prepared, step)[0])
 
@@ -257,10 +271,16 @@ def _shares(counts: dict[str, int]) -> dict[str, float]:
 
 
 def show_rows(prepared: PreparedData, step: int, count: int, screen: Screen) -> Iterator[str]:
-    """Lines that show `count` rows of the batches from a step on, as the model sees them.
+    """Yields lines that show rows of the batches, as the model sees them.
+
+    Args:
+      prepared: the data.
+      step: the step of the first row.
+      count: number of rows.
+      screen: properties of the terminal.
 
     Raises:
-      UserError: a damaged shard.
+      UserError: a shard is damaged.
     """
     batch = prepared.config.train.global_batch
     answers = bool(prepared.config.data.template)
@@ -284,7 +304,7 @@ def show_rows(prepared: PreparedData, step: int, count: int, screen: Screen) -> 
 
 
 def document_lengths(folder: epath.Path, manifest: dict[str, Any]) -> np.ndarray:
-    """Tokens of documents, BOS and EOS included, from at most `SAMPLED_SHARDS` shards.
+    """Returns the tokens in each document (with BOS and EOS) of at most `SAMPLED_SHARDS` shards.
 
     Raises:
       UserError: an index is missing or damaged.

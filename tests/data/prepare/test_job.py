@@ -399,9 +399,9 @@ def test_a_damaged_pack_file(corpus, tmp_path):
     dataset = TokenDataset.open(tmp_path / "out", "train")
     path.write_bytes(path.read_bytes()[:-8])
     assert verify(tmp_path / "out") == ["train-00000-000.pack"]
-    with pytest.raises(UserError, match="pack does not fit together: it is damaged"):
+    with pytest.raises(UserError, match="pack is inconsistent: it is damaged"):
         dataset.pieces(0)
-    with pytest.raises(UserError, match="pack is not the file that the manifest means"):
+    with pytest.raises(UserError, match="pack is not the file in the manifest"):
         TokenDataset.open(tmp_path / "out", "train")
     path.unlink()
     with pytest.raises(UserError, match="pack is missing"):

@@ -52,17 +52,17 @@ def test_the_table_says_what_is_there(sources, packing):
     prepared = summary.open_prepared(folder / packing, config)
     text = summary.summary(prepared, 3, PLAIN)
     table = shares_of(text)
-    assert [row["asked"] for row in table.values()] == ["10.00%", "70.00%", "20.00%"]
+    assert [row["requested"] for row in table.values()] == ["10.00%", "70.00%", "20.00%"]
     # Counts the tokens in 1,000 rows, which are 125 batches.
     tokens = dict.fromkeys("abc", 0)
     for step in range(3, 128):
         weights = prepared.batches.rows(step, range(8))["weights"]
         for (source, _), row in zip(prepared.batches.draws(step, range(8)), weights, strict=True):
             tokens["abc"[source]] += int(row.sum())
-    for name, asked in (("a", 0.1), ("b", 0.7), ("c", 0.2)):
+    for name, requested in (("a", 0.1), ("b", 0.7), ("c", 0.2)):
         share = tokens[name] / sum(tokens.values())
         assert table[name]["realised"] == f"{share:.2%}"
-        assert share == pytest.approx(asked, rel=0.02)
+        assert share == pytest.approx(requested, rel=0.02)
     manifests = {name: read_manifest(folder / packing / name) for name in "abc"}
     total = sum(m["splits"]["train"]["tokens"] for m in manifests.values())
     epochs = prepared.batches.epochs(50)
@@ -70,7 +70,7 @@ def test_the_table_says_what_is_there(sources, packing):
         split, row = manifest["splits"]["train"], table[name]
         assert row["documents"] == f"{split['documents']:,}"
         assert row["tokens"] == f"{split['tokens']:,}"
-        assert row["there"] == f"{split['tokens'] / total:.2%}"
+        assert row["available"] == f"{split['tokens'] / total:.2%}"
         assert row["bytes/token"] == f"{split['text_bytes'] / split['tokens']:.2f}"
         assert row["epochs"] == f"{epochs[name]:.2f}"
         if packing == "best_fit":
@@ -289,7 +289,7 @@ def test_a_damaged_config_json(tmp_path):
 
 
 def test_nothing_to_show(tmp_path, sources):
-    with pytest.raises(UserError, match="nothing is no folder"):
+    with pytest.raises(UserError, match="nothing is not a folder"):
         summary.open_prepared(tmp_path / "nothing")
     with pytest.raises(UserError, match="no token shards in"):
         summary.open_prepared(tmp_path)
@@ -297,7 +297,7 @@ def test_nothing_to_show(tmp_path, sources):
     shutil.copytree(folder / "concat" / "a", tmp_path / "a.partial")  # left by a killed run
     with pytest.raises(UserError, match="no token shards in"):
         summary.open_prepared(tmp_path)
-    with pytest.raises(UserError, match="made with data.packing=best_fit, but it is concat now"):
+    with pytest.raises(UserError, match="made with data.packing=best_fit, but now it is concat"):
         summary.open_prepared(folder / "best_fit", configs["concat"])
 
 
@@ -357,9 +357,9 @@ def test_the_picture_shows_every_source(sources, tmp_path, monkeypatch):
     for axes in lengths:
         assert sum(bar.get_height() for bar in axes.patches) == pytest.approx(100)  # none outside
     tokens = [m["splits"]["train"]["tokens"] for m in prepared.manifests.values()]
-    asked, there = ([bar.get_width() for bar in bars] for bars in shares.containers)
-    assert asked == pytest.approx([10, 70, 20])
-    assert there == pytest.approx([100 * count / sum(tokens) for count in tokens])
+    requested, available = ([bar.get_width() for bar in bars] for bars in shares.containers)
+    assert requested == pytest.approx([10, 70, 20])
+    assert available == pytest.approx([100 * count / sum(tokens) for count in tokens])
 
 
 # The command.
@@ -382,7 +382,7 @@ def test_the_command(sources, tmp_path):
     ("flags", "message"),
     [
         ((), "--show is missing"),
-        (("--show=/nothing",), "/nothing is no folder"),
+        (("--show=/nothing",), "/nothing is not a folder"),
         (("--show={shards}", "--step=-1"), "-1 is not an integer in the range"),
         (("--show={shards}", "--plot=/proc/x.png"), "cannot write /proc/x.png"),
         (
