@@ -419,7 +419,7 @@ class OptimConfig:
     )
     beta1: float = field(0.9, RATE, "Decay of the first moment per step.")
     beta2: float = field(0.95, RATE, "Decay of the second moment per step.")
-    eps: float = field(1e-8, POSITIVE, "Added to the root of the second moment.")
+    eps: float = field(1e-8, POSITIVE, "Added to the square root of the second moment.")
     weight_decay: float = field(
         0.1,
         NOT_NEGATIVE,
