@@ -1,12 +1,12 @@
-"""Every field of a run, with its meaning and its check; and the `ConfigDict` that sets them.
+"""The config of a run: every field with its default, its check and its meaning.
 
 The groups are frozen dataclasses, in the order in which `Config` has them. `field` declares a
-default, a check and a meaning; `help(TrainConfig)` and `--help` show them. What several fields must
-keep together is checked in `__post_init__`.
+default, a check and a meaning; `help(TrainConfig)` and `--help` show all three. `__post_init__`
+checks the rules that involve several fields.
 
-A file in `configs/` starts from `default()`, changes what it must, and returns a locked
-`ml_collections.ConfigDict`. `from_config_dict` turns that into the frozen, validated `Config` that
-everything else takes: after this boundary a misspelt or ill-typed field cannot exist.
+A file in `configs/` starts from `default()`, changes some fields, and returns a locked
+`ml_collections.ConfigDict`. `from_config_dict` converts that to the frozen, validated `Config` that
+the rest of the code takes: after this boundary no field is misspelt or has the wrong type.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "triton", "splash")
 AT_LEAST_1 = Check("at least 1", lambda value: value >= 1)
 FRACTION = Check("in [0, 1]", lambda value: 0 <= value <= 1)
 BELOW_1 = Check("in [0, 1)", lambda value: 0 <= value < 1)
-# Something is divided by 1 - RATE, which must not be 0 in float32.
+# The code divides by 1 - RATE, which must not be 0 in float32.
 RATE = Check("in [0, 1) in float32", lambda value: value >= 0 and as_float32(value) < 1)
 TILE = Check("0 or a multiple of 128", lambda value: value >= 0 and value % 128 == 0)
 AXIS = Check("positive or -1", lambda value: value > 0 or value == -1)
@@ -67,63 +67,80 @@ def _multiple_near(number: int, of: int) -> int:
 class ModelConfig:
     """Describes a LLaMA (arXiv:2302.13971); the defaults are those of the 7B model.
 
-    Rows of the vocabulary beyond the tokenizer's ids, so that `mesh.tensor` divides their number,
-    are never targets and never sampled. `splash` is the attention kernel of TPUs; its tiles must
-    divide the sequence.
+    The vocabulary may have more rows than the tokenizer has ids, so that `mesh.tensor` divides it;
+    the extra rows are never targets and never sampled. `splash` is the attention kernel for TPUs;
+    the size of its tiles must divide the sequence length.
     """
 
     vocab_size: int = field(
-        32_000, POSITIVE, "Rows of embedding and output head; no fewer than the tokenizer has ids."
+        32_000,
+        POSITIVE,
+        "Rows of the embedding and of the output head; at least the tokenizer's number of ids.",
     )
     dim: int = field(4096, POSITIVE, "Size of a token's hidden state.")
     n_layers: int = field(32, POSITIVE, "Number of transformer blocks.")
     n_heads: int = field(32, POSITIVE, "Number of query heads.")
     n_kv_heads: int = field(
-        32, POSITIVE, "Number of key and value heads; it divides n_heads (arXiv:2305.13245)."
+        32, POSITIVE, "Number of key and value heads; must divide n_heads (arXiv:2305.13245)."
     )
     ffn_dim: int = field(11_008, POSITIVE, "Size of the hidden layer of the MLP.")
     explicit_head_dim: int = field(0, NOT_NEGATIVE, "Size of one head; 0: dim // n_heads.")
     rope_theta: float = field(10_000.0, POSITIVE, "Base of RoPE's frequencies.")
     rope_scaling: str = field(
-        "llama3", ROPE_SCALING, "How RoPE is stretched to long contexts, see model/rope.py."
+        "llama3", ROPE_SCALING, "How RoPE is stretched to longer contexts; see model/rope.py."
     )
     rope_scaling_factor: float = field(
-        1.0, AT_LEAST_1, "Factor by which RoPE is stretched; 1: llama3 and linear do not stretch."
+        1.0, AT_LEAST_1, "Factor by which RoPE is stretched; 1 switches llama3 and linear off."
     )
     rope_original_context: int = field(
-        8_192, POSITIVE, "Tokens of the context before stretching, for llama3, dynamic and yarn."
+        8_192, POSITIVE, "Context length in tokens before stretching, for llama3, dynamic and yarn."
     )
     rope_low_freq_factor: float = field(
-        1.0, POSITIVE, "llama3 fully stretches wavelengths above rope_original_context / this."
+        1.0,
+        POSITIVE,
+        "llama3 fully stretches wavelengths above rope_original_context / this value.",
     )
     rope_high_freq_factor: float = field(
-        4.0, POSITIVE, "llama3 keeps wavelengths below rope_original_context / this."
+        4.0,
+        POSITIVE,
+        "llama3 does not stretch wavelengths below rope_original_context / this value.",
     )
     rope_beta_fast: float = field(
-        32.0, POSITIVE, "yarn keeps pairs that turn more often than this in the original context."
+        32.0,
+        POSITIVE,
+        "yarn does not stretch pairs of dimensions that make more than this many turns in the "
+        "original context.",
     )
     rope_beta_slow: float = field(
         1.0,
         POSITIVE,
-        "yarn fully stretches pairs that turn less often than this in the original context.",
+        "yarn fully stretches pairs of dimensions that make fewer than this many turns in the "
+        "original context.",
     )
-    rope_truncate: bool = field(True, ANY, "yarn rounds the bounds of both betas to whole pairs.")
+    rope_truncate: bool = field(
+        True, ANY, "Round the bounds that yarn computes from both betas to whole pairs."
+    )
     rope_attention_factor: float = field(
-        0.0, NOT_NEGATIVE, "Factor of cos and sin in yarn; 0: 0.1 ln(rope_scaling_factor) + 1."
+        0.0, NOT_NEGATIVE, "Factor of cos and sin in yarn; 0: use 0.1 ln(rope_scaling_factor) + 1."
     )
     norm_eps: float = field(1e-6, POSITIVE, "Added to the mean square in RMSNorm.")
     sliding_window: int = field(
-        0, NOT_NEGATIVE, "Keys that a query sees, up to its own (arXiv:2310.06825); 0: all."
+        0,
+        NOT_NEGATIVE,
+        "Number of keys that a query attends to: its own and those just before (arXiv:2310.06825); "
+        "0: all keys up to its own.",
     )
-    tied_embeddings: bool = field(False, ANY, "Use the embedding as output head, too.")
+    tied_embeddings: bool = field(False, ANY, "Use the embedding as the output head, too.")
     compute_dtype: str = field(
-        "bfloat16", FLOAT, "Type of activations and products; weights, norms, loss stay float32."
+        "bfloat16",
+        FLOAT,
+        "Type of activations and matrix products; weights, norms and the loss stay float32.",
     )
     attention: str = field(
-        "auto", one_of(*ATTENTION_BACKENDS), "Backend of attention, see model/attention.py."
+        "auto", one_of(*ATTENTION_BACKENDS), "Backend of attention; see model/attention.py."
     )
     attention_tile: int = field(
-        0, TILE, "Tokens per tile of the splash kernel; 0: by sequence length and chip."
+        0, TILE, "Tokens per tile of the splash kernel; 0: chosen by sequence length and chip."
     )
     attention_backward: str = field(
         "auto", one_of("auto", "split", "fused"), "How the splash kernel computes gradients."
@@ -131,13 +148,16 @@ class ModelConfig:
     remat: str = field(
         "none",
         ANY,
-        "What the backward pass computes again: none; full: all of a block; dots: all but matrix "
-        "products; save:NAME,NAME: all but these tensors; offload:NAME,NAME: the same, with them "
-        "in the host's memory; or save:NAME;offload:NAME. Each NAME is one of "
+        "What the backward pass recomputes. none: nothing; full: the whole block; dots: all but "
+        "matrix products; save:NAME,NAME: all but these tensors; offload:NAME,NAME: the same, but "
+        "these tensors are kept in the host's memory; save:NAME;offload:NAME: both. Each NAME is "
+        "one of "
         f"{', '.join(REMAT_NAMES)}.",
     )
     scan_unroll: int = field(
-        1, POSITIVE, "Layers per iteration of the scan; more compile longer and may run faster."
+        1,
+        POSITIVE,
+        "Layers per iteration of the scan; more layers take longer to compile and may run faster.",
     )
 
     def __post_init__(self) -> None:
@@ -145,8 +165,8 @@ class ModelConfig:
         require(
             bool(self.explicit_head_dim) or self.dim % self.n_heads == 0,
             f"model.dim={self.dim} is not a multiple of model.n_heads={self.n_heads}; set "
-            f"--config.model.dim={_multiple_near(self.dim, self.n_heads)}, or a size of the heads "
-            "by --config.model.explicit_head_dim",
+            f"--config.model.dim={_multiple_near(self.dim, self.n_heads)}, or set the size of "
+            "a head with --config.model.explicit_head_dim",
         )
         require(
             self.n_heads % self.n_kv_heads == 0,
@@ -183,7 +203,7 @@ class ModelConfig:
         )
         require(
             self.rope_scaling != "dynamic" or self.head_dim > 2,
-            "dynamic RoPE needs heads of more than 2 numbers",
+            "dynamic RoPE needs a head size of more than 2",
         )
 
     def _check_remat(self) -> None:
@@ -203,25 +223,25 @@ class ModelConfig:
             for name in names.split(","):
                 require(
                     name in REMAT_NAMES,
-                    f"model.remat names an unknown tensor {name!r}; there are "
+                    f"model.remat names an unknown tensor {name!r}; the known ones are "
                     f"{', '.join(REMAT_NAMES)}",
                 )
 
     @property
     def rope_is_stretched(self) -> bool:
-        """Whether RoPE differs from the plain one; a factor of 1 switches llama3 and linear off."""
+        """Whether RoPE is stretched; a factor of 1 switches llama3 and linear off."""
         return self.rope_scaling_factor != 1 or self.rope_scaling in ("dynamic", "yarn")
 
     @property
     def rope_amplitude(self) -> float:
-        """Factor of cos and sin; only yarn has one, which sharpens attention by its square."""
+        """The factor of cos and sin: 1 except in yarn. Attention scores grow by its square."""
         if self.rope_scaling != "yarn":
             return 1.0
         return self.rope_attention_factor or 0.1 * math.log(self.rope_scaling_factor) + 1.0
 
     @property
     def stretched_context(self) -> int:
-        """Tokens that RoPE is stretched to: the original context times the factor."""
+        """Context length in tokens after stretching: the original one times the factor."""
         return int(self.rope_original_context * self.rope_scaling_factor)
 
     @property
@@ -230,7 +250,11 @@ class ModelConfig:
         return self.explicit_head_dim or self.dim // self.n_heads
 
     def remat_names(self, action: str) -> tuple[str, ...]:
-        """Tensors that `remat` keeps from the forward pass: `save` on the device, or `offload`."""
+        """Returns the names of the tensors that `remat` keeps from the forward pass.
+
+        Args:
+          action: `save` (kept on the device) or `offload` (kept in the host's memory).
+        """
         parts = dict(part.split(":") for part in self.remat.split(";") if ":" in part)
         return tuple(parts[action].split(",")) if action in parts else ()
 
@@ -238,12 +262,12 @@ class ModelConfig:
 @with_attributes
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sets the devices along each mesh axis; -1, for one axis at most, means all the rest."""
+    """Sets the devices along each mesh axis; one axis may be -1 and takes all the rest."""
 
-    data: int = field(1, AXIS, "Devices that have the same weights and different sequences.")
-    fsdp: int = field(-1, AXIS, "Devices that share the weights, gathered by layer (ZeRO-3).")
-    context: int = field(1, AXIS, "Devices that share each sequence.")
-    tensor: int = field(1, AXIS, "Devices that share heads, ffn and vocabulary (Megatron).")
+    data: int = field(1, AXIS, "Devices that hold the same weights and get different sequences.")
+    fsdp: int = field(-1, AXIS, "Devices that divide the weights; each layer is gathered (ZeRO-3).")
+    context: int = field(1, AXIS, "Devices that divide each sequence.")
+    tensor: int = field(1, AXIS, "Devices that divide heads, ffn and vocabulary (Megatron).")
 
     def __post_init__(self) -> None:
         check_fields("dcn" if isinstance(self, DcnConfig) else "mesh", self)
@@ -258,7 +282,7 @@ class MeshConfig:
 @with_attributes
 @dataclasses.dataclass(frozen=True)
 class DcnConfig(MeshConfig):
-    """Sets the slices (or hosts) along each mesh axis, over the slower data-centre network."""
+    """Sets the slices (or groups of hosts) along each mesh axis, joined by a slower network."""
 
     data: int = field(1, AXIS, "Slices along the axis data.")
     fsdp: int = field(1, AXIS, "Slices along the axis fsdp.")
@@ -267,12 +291,12 @@ class DcnConfig(MeshConfig):
 
 
 def _expand(config: Any, name: str, shown: str) -> None:
-    """Puts the home folder in the place of a first `~` in a field of a config.
+    """Replaces a leading `~` in a field of a config by the home folder.
 
     Args:
-      config: the group, which is changed.
-      name: of the field.
-      shown: dotted name of the field, for messages.
+      config: the group, which is changed in place.
+      name: the name of the field.
+      shown: the dotted name of the field, for messages.
     """
     value = getattr(config, name)
     try:
@@ -285,42 +309,42 @@ def _expand(config: Any, name: str, shown: str) -> None:
 @with_attributes
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Says where tokens come from.
+    """Sets where the tokens come from.
 
-    The first bytes of a file of `source` decide what it is: JSON lines or a JSON list with a text
+    The first bytes of a file of `source` decide its format: JSON lines or a JSON list with a text
     field, Parquet, or plain text; all but Parquet may be compressed (gzip, zstandard, xz, bzip2).
-    With a `template`, files are JSON lines or JSON lists of instructions or conversations, see
+    With a `template`, the files are JSON lines or JSON lists of instructions or conversations; see
     docs/finetuning.md.
     """
 
     source: str = field(
         "stdlib",
         SOURCE,
-        "stdlib (Python's own library, on every machine), synthetic (random tokens, for "
-        "benchmarks), tfds:NAME, or files, folders and globs with commas between them. Several "
-        "sources have names: 'web=web/*.jsonl.zst; books=books/*.txt'.",
+        "stdlib (the Python files of the standard library, on every machine), synthetic (random "
+        "tokens, for benchmarks), tfds:NAME, or files, folders and globs, separated by commas. "
+        "Several sources need names: 'web=web/*.jsonl.zst; books=books/*.txt'.",
     )
     path: str = field("", ANY, "Folder of prepared shards; '': WORKDIR/data.")
     tokenizer: str = field(
         "",
         ANY,
-        "SentencePiece .model, tokenizer.json or folder of Hugging Face, with at most "
-        "model.vocab_size ids; '': one that is trained on the source.",
+        "A SentencePiece .model, a tokenizer.json or a Hugging Face folder, with at most "
+        "model.vocab_size ids; '': train a tokenizer on the source.",
     )
     tokenizer_size: int = field(
-        0, NOT_NEGATIVE, "Ids of a tokenizer that is trained on the source; 0: model.vocab_size."
+        0, NOT_NEGATIVE, "Number of ids of a tokenizer trained on the source; 0: model.vocab_size."
     )
     text_field: str = field(
         "text",
         NOT_EMPTY,
-        "Field of a record or table that has the text; a.b is the field b within a.",
+        "Field of a record, or column of a table, with the text; a.b is the field b inside a.",
     )
     separator: str = field(
         "",
         ANY,
-        r"Text that cuts plain-text files into documents, such as <|endoftext|>; \n is a line end, "
-        r"\t a tab. '': a file is one document, but above max_document_bytes it is cut at blank "
-        "lines, about every 100,000 bytes.",
+        r"Text that separates the documents of a plain-text file, such as <|endoftext|>; \n is a "
+        r"line end, \t a tab. '': a file is one document; one longer than max_document_bytes is "
+        "cut at blank lines, about every 100,000 bytes.",
     )
     template: str = field(
         "",
@@ -335,23 +359,25 @@ class DataConfig:
         ANY,
         "Each source's share of the tokens that count in the loss: web=0.7,books=0.3, or "
         "web=70%,books=30%, or weights such as web=3,books=2,code=1, or llama (the shares of the "
-        "LLaMA paper); '': in proportion to their sizes.",
+        "LLaMA paper); '': in proportion to the sizes of the sources.",
     )
     packing: str = field(
         "concat",
         one_of("concat", "best_fit"),
         "How documents fill sequences. concat: one after another, cut where a sequence ends, as in "
-        "LLaMA; best_fit: whole where they fit; each attends only to itself.",
+        "LLaMA; best_fit: a document that fits into a sequence stays whole, and each attends only "
+        "to itself.",
     )
-    streaming: bool = field(False, ANY, "Tokenise while training, without shards.")
+    streaming: bool = field(False, ANY, "Tokenise during training, without shards.")
     accept_other_data: bool = field(
-        False, ANY, "Resume although the checkpoint was trained on other data."
+        False, ANY, "Resume even if the checkpoint was trained on other data."
     )
     validation_fraction: float = field(
         0.01,
         BELOW_1,
         "Fraction of the documents that is held out for validation, chosen by their contents; if "
-        "that is no document or all of them, the same fraction of the tokens; 0: no validation.",
+        "this selects no document or all of them, the same fraction of the tokens is held out; "
+        "0: no validation.",
     )
     shard_tokens: int = field(100_000_000, POSITIVE_INT64, "Tokens per shard.")
     part_bytes: int = field(
@@ -361,7 +387,7 @@ class DataConfig:
     max_document_bytes: int = field(
         10_000_000,
         POSITIVE,
-        "A longer document is skipped and counted; a plain-text file is cut, see separator.",
+        "Longer documents are skipped and counted; plain-text files are cut, see separator.",
     )
 
     def __post_init__(self) -> None:
@@ -370,7 +396,7 @@ class DataConfig:
             _expand(self, name, f"data.{name}")
         require(
             not self.streaming or (self.packing == "concat" and not self.mixture),
-            "data.streaming goes with data.packing=concat and without data.mixture",
+            "data.streaming needs data.packing=concat, and no data.mixture",
         )
         require(
             not self.template or (self.packing == "best_fit" and self.source != "synthetic"),
@@ -384,27 +410,27 @@ class DataConfig:
 class OptimConfig:
     """Sets AdamW with warm-up and cosine decay, as in the LLaMA paper, section 2.3."""
 
-    peak_lr: float = field(3e-4, POSITIVE, "Learning rate after the warm-up, the highest one.")
+    peak_lr: float = field(3e-4, POSITIVE, "Highest learning rate, reached after the warm-up.")
     final_lr_fraction: float = field(
         0.1, FRACTION, "Learning rate at the last step, as a fraction of peak_lr."
     )
     warmup_steps: int = field(
-        2_000, NOT_NEGATIVE, "Steps in which the learning rate rises to peak_lr; 0: no warm-up."
+        2_000, NOT_NEGATIVE, "Steps over which the learning rate rises to peak_lr; 0: no warm-up."
     )
     beta1: float = field(0.9, RATE, "Decay of the first moment per step.")
     beta2: float = field(0.95, RATE, "Decay of the second moment per step.")
-    eps: float = field(1e-8, POSITIVE, "Added to the root of the second moment.")
+    eps: float = field(1e-8, POSITIVE, "Added to the square root of the second moment.")
     weight_decay: float = field(
         0.1,
         NOT_NEGATIVE,
-        "Times the learning rate, the fraction by which a step shrinks all weights but the scales "
-        "of norms; 0: none.",
+        "Each step shrinks all weights, except the scales of norms, by this fraction times the "
+        "learning rate; 0: no decay.",
     )
     clip_norm: float = field(
-        1.0, POSITIVE, "A gradient of a larger global norm is scaled down to this norm."
+        1.0, POSITIVE, "A gradient with a larger global norm is scaled down to this norm."
     )
     moment_dtype: str = field(
-        "float32", FLOAT, "Type of the first moment; the second one stays float32."
+        "float32", FLOAT, "Type of the first moment; the second moment stays float32."
     )
 
     def __post_init__(self) -> None:
@@ -428,14 +454,16 @@ class TrainConfig:
     z_loss: float = field(
         0.0, NOT_NEGATIVE, "Weight of log(Z)^2 in the loss (PaLM uses 1e-4); 0: no such term."
     )
-    seed: int = field(0, SEED, "Seed of the initial weights, the order of data, and dropout.")
+    seed: int = field(0, SEED, "Seed of the initial weights, the order of the data, and dropout.")
     log_every: int = field(10, POSITIVE, "Steps between log lines.")
-    eval_every: int = field(1_000, POSITIVE, "Steps between evaluations; the last step has one.")
+    eval_every: int = field(
+        1_000, POSITIVE, "Steps between evaluations; the last step is also evaluated."
+    )
     eval_batches: int = field(
-        20, POSITIVE, "Largest number of batches per evaluation, of global_batch sequences."
+        20, POSITIVE, "Maximum number of batches per evaluation, each of global_batch sequences."
     )
     checkpoint_every: int = field(
-        1_000, POSITIVE, "Steps between checkpoints; the last step has one."
+        1_000, POSITIVE, "Steps between checkpoints; the last step is also saved."
     )
     keep_checkpoints: int = field(3, POSITIVE, "Keep this many of the newest checkpoints.")
     keep_every: int = field(
@@ -445,7 +473,9 @@ class TrainConfig:
         0, NOT_NEGATIVE, "Also keep this many checkpoints with the lowest validation loss; 0: none."
     )
     max_failed_saves: int = field(
-        3, NOT_NEGATIVE, "Failed saves in a row that a run survives; 0: the first one ends it."
+        3,
+        NOT_NEGATIVE,
+        "Failed saves in a row that a run tolerates; 0: the first one ends the run.",
     )
     save_timeout: int = field(
         1_800, NOT_NEGATIVE, "Seconds after which a running save is reported as slow; 0: never."
@@ -466,7 +496,7 @@ class TrainConfig:
         "deviations above its median; 0: never.",
     )
     max_rewinds: int = field(
-        0, NOT_NEGATIVE, "Times that a run rewinds to a checkpoint before it stops; 0: never."
+        0, NOT_NEGATIVE, "Number of rewinds to a checkpoint before the run stops; 0: never rewind."
     )
     rewind_steps: int = field(
         100,
@@ -486,8 +516,8 @@ class TrainConfig:
             self.global_batch % self.grad_accum == 0,
             f"train.global_batch={self.global_batch} is not a multiple of "
             f"train.grad_accum={self.grad_accum}; set --config.train.grad_accum="
-            f"{math.gcd(self.global_batch, self.grad_accum)}, or a multiple of it as "
-            "train.global_batch",
+            f"{math.gcd(self.global_batch, self.grad_accum)}, or make train.global_batch a "
+            "multiple of train.grad_accum",
         )
         if self.profile_steps:
             self._check_profile_steps()
@@ -503,12 +533,12 @@ class TrainConfig:
             1 <= window.start < window.stop and window.start <= self.steps,
             f"train.profile_steps={self.profile_steps} must be two steps in 1..{self.steps} "
             "(train.steps), the first not after the last; set --config.train.profile_steps="
-            f"{min(2, self.steps)},{min(5, self.steps)}, or nothing to trace none",
+            f"{min(2, self.steps)},{min(5, self.steps)}, or leave it empty",
         )
 
     @property
     def profile_window(self) -> range:
-        """Steps that are traced, numbered from 1 as in the log."""
+        """The steps to trace, numbered from 1 as in the log."""
         if not self.profile_steps:
             return range(0)
         first, last = map(int, self.profile_steps.split(","))
@@ -520,27 +550,27 @@ class TrainConfig:
         return self.global_batch * self.seq_len
 
 
-# The matrices of a layer, by the module that has them.
+# Each matrix of a layer, and the module that it belongs to.
 MATRICES = {
     **dict.fromkeys(("wq", "wk", "wv", "wo"), "attn"),
     **dict.fromkeys(("w1", "w2", "w3"), "mlp"),
 }
 NF4_BLOCK = 64  # inputs that share a scale
-NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a weight, with its shares of both scales, see nf4.py
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a weight and its shares of both scales; nf4.py
 
 
 @with_attributes
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Sets LoRA (arXiv:2106.09685), or QLoRA (arXiv:2305.14314) where the base is in NF4."""
+    """Sets LoRA (arXiv:2106.09685), or QLoRA (arXiv:2305.14314) if the base is in NF4."""
 
     rank: int = field(
         0, NOT_NEGATIVE, "Rank of the adapters; 0: no adapters, and all weights are trained."
     )
-    alpha: float = field(16.0, POSITIVE, "The product of an adapter is scaled by alpha / rank.")
+    alpha: float = field(16.0, POSITIVE, "The output of an adapter is scaled by alpha / rank.")
     dropout: float = field(0.0, RATE, "Dropout rate of the input of an adapter.")
     targets: str = field(
-        "wq,wk,wv,wo,w1,w2,w3", ANY, "Matrices that have an adapter, with commas between."
+        "wq,wk,wv,wo,w1,w2,w3", ANY, "Matrices that have an adapter, separated by commas."
     )
     base_dtype: str = field(
         "bfloat16", one_of("float32", "bfloat16", "nf4"), "Type of the frozen matrices."
@@ -556,27 +586,27 @@ class LoraConfig:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Matrices that have an adapter."""
+        """The matrices that have an adapter."""
         return tuple(name.strip() for name in self.targets.split(","))
 
     @property
     def scale(self) -> float:
-        """Factor of the product of an adapter."""
+        """The factor of an adapter's output."""
         return self.alpha / self.rank
 
     def check(self, model: ModelConfig, init_from: str) -> None:
         """Checks the fields against the rest of a config.
 
         Raises:
-          UserError: adapters have no base, or its matrices cannot be cut into blocks; or a field is
-            set, but there are no adapters.
+          UserError: the adapters have no base, NF4 blocks do not divide its matrices, or a field
+            is set although there are no adapters.
         """
         if not self.rank:
             names = (f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
             name = next(names, "")
             require(
                 not name,
-                f"lora.{name} has no effect: lora.rank is 0, so that all weights would be trained; "
+                f"lora.{name} has no effect: lora.rank is 0, so all weights would be trained; "
                 "try --config.lora.rank=16",
             )
             return
@@ -586,13 +616,13 @@ class LoraConfig:
         inputs = {
             "model.dim": model.dim,
             "model.ffn_dim": model.ffn_dim,
-            "the heads together": model.n_heads * model.head_dim,
+            "model.n_heads x head size": model.n_heads * model.head_dim,
         }
         for name, size in inputs.items():
             require(
                 size % NF4_BLOCK == 0,
-                f"lora.base_dtype=nf4 has blocks of {NF4_BLOCK} inputs: {name} = {size} is not a "
-                "multiple of it",
+                f"lora.base_dtype=nf4 has blocks of {NF4_BLOCK} inputs, which do not divide "
+                f"{name} = {size}",
             )
 
 
@@ -639,7 +669,7 @@ class Config:
         )
 
     def to_json(self) -> str:
-        """The config as indented JSON; `from_json` is the inverse."""
+        """Returns the config as indented JSON; `from_json` is the inverse."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
@@ -662,15 +692,15 @@ def field_types() -> dict[str, type]:
 
 
 def default() -> ml_collections.ConfigDict:
-    """Returns the LLaMA-7B recipe as a locked ConfigDict, where each `configs/*.py` starts."""
+    """Returns the LLaMA-7B recipe as a locked ConfigDict; each `configs/*.py` starts from it."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
 
 
 class UnknownField(UserError):
-    """A group or field that `Config` does not have.
+    """The error for a group or field that `Config` does not have.
 
     Attributes:
-      name: its dotted name, such as `optim.lr`.
+      name: the dotted name, such as `optim.lr`.
     """
 
     def __init__(self, message: str, name: str) -> None:
@@ -679,27 +709,27 @@ class UnknownField(UserError):
 
 
 def require_fields(config: ml_collections.ConfigDict) -> None:
-    """Checks that a config has the groups and fields of `Config`, whatever their values.
+    """Checks that a config has exactly the groups and fields of `Config`; ignores their values.
 
     Raises:
-      UnknownField: `Config` does not have one of them.
-      UserError: one is missing.
+      UnknownField: a group or field does not exist in `Config`.
+      UserError: a group or field is missing.
     """
     _require_names(config.to_dict())
 
 
 def from_config_dict(config: ml_collections.ConfigDict) -> Config:
-    """Converts and validates what a config file and the command line gave.
+    """Converts a ConfigDict to a `Config`, and checks every value.
 
     Raises:
-      UnknownField: `Config` does not have a group or field.
+      UnknownField: a group or field does not exist in `Config`.
       UserError: a group or field is missing, or a value is out of range.
     """
     return _from_dict(config.to_dict())
 
 
 def from_json(text: bytes | str) -> Config:
-    """Reads what `Config.to_json` wrote; a field that an older version lacked has its default.
+    """Reads the output of `Config.to_json`; a field that it lacks gets its default.
 
     Raises:
       UserError: the text is not such a config.

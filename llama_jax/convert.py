@@ -1,20 +1,20 @@
-"""Converts weights between Hugging Face's format, Meta's, and our checkpoints.
+"""Converts weights between Hugging Face's format, Meta's format, and our checkpoints.
 
 FORMAT is hf (safetensors, config.json, tokenizer), meta (consolidated.*.pth, params.json), ckpt (a
 work directory, or the folder of one step) or peft (adapters: adapter_model.safetensors,
 adapter_config.json). Pickles of torch (meta, pytorch_model.bin, adapter_model.bin) need
-`pip install '.[meta]'`; hf and peft are written as safetensors. One array of one layer is in memory
-at a time. The target is written beside its place, as TARGET.partial, and gets its name when it is
-complete; a target that exists is refused.
+`pip install '.[meta]'`; hf and peft are written as safetensors. Only one array of one layer is in
+memory at a time. The target is written as TARGET.partial and renamed when it is complete; a target
+that exists is refused.
 
-A checkpoint of a run with adapters (config.lora) is merged with the base that it was trained on,
-and adapters of peft with theirs; between ckpt and peft they stay adapters. To go to peft they need
-no base: one that --base names is compared with theirs.
+A checkpoint of a run with adapters (config.lora), and adapters of peft, are merged with the base
+that they were trained on; between ckpt and peft they stay adapters. Conversion to peft needs no
+base; a base that --base names is compared with that of the adapters.
 
-A checkpoint holds float32; hf, meta and peft keep the source's dtype, unless --dtype says another.
+A checkpoint holds float32; hf, meta and peft keep the source's dtype, unless --dtype sets another.
 
-For a SentencePiece model, hf gets a tokenizer.json with the same ids, or a line says why not
-(`pip install '.[hf]'` has the library that checks it).
+For a SentencePiece model, hf gets a tokenizer.json with the same ids; if that is impossible, a line
+says why (`pip install '.[hf]'` brings the library that checks the ids).
 
 Example:
   python -m llama_jax.convert --source=hf:Llama-3.2-1B --target=ckpt:runs/llama3_2_1b
@@ -37,24 +37,24 @@ from llama_jax.interchange.opening import open_source, parse_place
 from llama_jax.interchange.transfer import convert, export_adapters, import_adapters
 from llama_jax.model.cost import parameter_count
 
-_SOURCE = command.path_flag("source", None, "What to read, as FORMAT:DIR.")
-_TARGET = command.path_flag("target", None, "What to write, as FORMAT:DIR; must not exist.")
+_SOURCE = command.path_flag("source", None, "Weights to read, as FORMAT:DIR.")
+_TARGET = command.path_flag("target", None, "Place to write to, as FORMAT:DIR; must not exist.")
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
     list(DTYPES),
-    "Of an hf, meta or peft target's weights; default: the source's.",
+    "Type of the weights in an hf, meta or peft target; default: that of the source.",
 )
 _CONTEXT = flags.DEFINE_integer(
     "context",
     0,
-    "Longest sequence in tokens, for a meta source; 0: by the family's habit.",
+    "Longest sequence in tokens, for a meta source; 0: the usual one of its model family.",
     lower_bound=0,
 )
 _BASE = command.path_flag(
     "base",
     "",
-    "Weights below the adapters of a source, as FORMAT:DIR; default: where these say it was.",
+    "Base weights of a source's adapters, as FORMAT:DIR; default: the place that they name.",
 )
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     if target_kind == "ckpt" and _DTYPE.value:
         raise UserError("a checkpoint holds float32; --dtype is for hf, meta and peft")
     if _CONTEXT.value and source_kind != "meta":
-        raise UserError("--context is for meta, whose params.json does not tell it")
+        raise UserError("--context is for meta, whose params.json does not contain it")
     start = time.perf_counter()
     if target_kind == "peft" or (source_kind, target_kind) == ("peft", "ckpt"):
         if source_kind not in ("peft", "ckpt") or source_kind == target_kind:

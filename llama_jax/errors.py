@@ -1,4 +1,4 @@
-"""The exception that means "the user can mend this", and checks of values that users write."""
+"""The exception for mistakes that the user can correct, and checks of values from users."""
 
 import contextlib
 import dataclasses
@@ -13,26 +13,26 @@ from typing import Any, TypeVar, cast
 _T = TypeVar("_T")
 _C = TypeVar("_C")
 
-_SMALLEST_NORMAL = 2.0**-126  # of float32; XLA takes smaller ones as 0
+_SMALLEST_NORMAL = 2.0**-126  # of float32; XLA treats smaller ones as 0
 
 
 class UserError(ValueError):
-    """A mistake in the input (config, files, flags), told in one line.
+    """A mistake in the input (config, files, flags), explained in one line.
 
     Commands print its message without a traceback and exit with status 1 (see `cli.command`); in a
-    notebook it is an ordinary `ValueError`. Anything else that escapes is a bug of ours and keeps
-    its traceback.
+    notebook it is an ordinary `ValueError`. Any other exception is a bug of ours and keeps its
+    traceback.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says; its type, if it says nothing."""
+    """Returns the first line of an error's message, or its `repr` if the message is empty."""
     text = str(error).strip()
     return text.splitlines()[0] if text else repr(error)
 
 
 def one_line(text: str) -> str:
-    """The text with its lines joined by spaces."""
+    """Joins the lines of a text by spaces."""
     return re.sub(r"\s*\n\s*", " ", text.strip())
 
 
@@ -52,10 +52,15 @@ def as_float32(value: float) -> float:
 
 
 def check_type(name: str, value: Any, wanted: Any) -> Any:
-    """Returns the value if it has the type of its field; an int may stand for a float.
+    """Returns the value if it has the type of its field; converts an int to a float.
+
+    Args:
+      name: dotted name of the field, for the message.
+      value: to check.
+      wanted: the type.
 
     Raises:
-      UserError: it has another type, or is infinite or not a number.
+      UserError: the value has another type, or is infinite or not a number.
     """
     if wanted is float and type(value) is int and abs(value) < 2**63:
         return float(value)
@@ -66,12 +71,12 @@ def check_type(name: str, value: Any, wanted: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A rule that the value of a config field must keep.
+    """A rule for the value of a config field.
 
     Attributes:
       rule: completes the message "FIELD must be ..."; empty for `ANY`.
-      holds: whether a value of the field's type keeps it.
-      bits: of the largest integer. Most integers are int32 on the devices.
+      holds: whether a value of the field's type satisfies the rule.
+      bits: an integer must be less than 2**bits. Most integers are int32 on the devices.
     """
 
     rule: str
@@ -87,35 +92,35 @@ NOT_NEGATIVE = Check("0 or more", lambda value: value >= 0)
 
 
 def one_of(*names: str) -> Check:
-    """Makes the check that a text is one of these names."""
+    """Returns the check that a text is one of these names."""
     return Check(f"one of {', '.join(names)}", lambda value: value in names)
 
 
 def field(default: _T, check: Check, meaning: str) -> _T:
     """Declares a field of a config group, which is a dataclass.
 
-    The return type is what a type checker sees in a class; in fact it is a `dataclasses.Field`.
+    The annotated return type is for type checkers; the object is a `dataclasses.Field`.
 
     Args:
-      default: of the field.
-      check: what `check_fields` requires of a value.
+      default: the default value.
+      check: the rule that `check_fields` applies to the value.
       meaning: for `help()` and `--help`: what the field is, its unit, and what 0 or '' means.
     """
     return dataclasses.field(default=default, metadata={"check": check, "meaning": meaning})
 
 
 def check_fields(group: str, config: Any) -> None:
-    """Checks each field of a config group by its type and its `Check`.
+    """Checks the type and the rule of each field of a config group.
 
-    A number must also be one on the devices: an integer must fit into the bits of its check, and a
-    float must be neither infinite in float32 nor rounded to 0.
+    A number must also be representable on the devices: an integer must fit into the bits of its
+    check, and a float must not become infinite or 0 in float32.
 
     Args:
       group: name of the group, for messages.
       config: the group, whose fields are declared by `field`.
 
     Raises:
-      UserError: a value is of another type or out of range.
+      UserError: a value has another type or is out of range.
     """
     for one in dataclasses.fields(config):
         name, value = f"{group}.{one.name}", getattr(config, one.name)
@@ -129,12 +134,12 @@ def check_fields(group: str, config: Any) -> None:
             rounded = as_float32(value)
             require(
                 math.isfinite(rounded) and bool(rounded) == bool(value),
-                f"{name}={value} is {rounded} in float32, in which it is used",
+                f"{name}={value} becomes {rounded} in float32, which the devices use",
             )
 
 
 def facts(one: dataclasses.Field[Any]) -> str:
-    """Describes what a value of a field may be, such as `int, positive; default 2_048`."""
+    """Describes the values that a field may have, such as `int, positive; default 2_048`."""
     default = f"{one.default:_}" if type(one.default) is int else repr(one.default)
     rule = one.metadata["check"].rule
     kind = cast(type, one.type).__name__
@@ -159,11 +164,11 @@ def with_attributes(group: type[_C]) -> type[_C]:
 
 @contextlib.contextmanager
 def as_user_error(name: str) -> Iterator[None]:
-    """Raises `UserError` where the code inside fails on malformed content.
+    """Converts exceptions of a parser that fails on malformed content to `UserError`.
 
-    A parser of files that others wrote runs inside one. The parser still checks what it can name;
-    this catches the rest: a missing key, a wrong type, a number out of range, nesting that is too
-    deep.
+    Use it as a context around parsers of files from outside. A parser still checks what it can
+    name; this catches the rest: a missing key, a wrong type, a number out of range, nesting that is
+    too deep.
 
     Args:
       name: the file, for the message.

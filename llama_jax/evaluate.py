@@ -1,7 +1,8 @@
-"""How good a model is: `python -m llama_jax.evaluate --checkpoint=DIR`, and what on.
+"""Evaluates a model: `python -m llama_jax.evaluate --checkpoint=DIR --text=FILES`.
 
-Perplexity of text files (as data.source, see llama_jax/config.py) or of token shards; and tasks of
-lm-evaluation-harness, its own by name or yours by file (`pip install 'llama_jax[eval]'`).
+Computes the perplexity on text files (of any kind that data.source takes, see llama_jax/config.py)
+or on token shards; or runs tasks of lm-evaluation-harness, its own by name or yours by file
+(`pip install 'llama_jax[eval]'`).
 
 Example:
   python -m llama_jax.evaluate --checkpoint=runs/tiny --text='books/*.txt' --stride=128
@@ -21,35 +22,46 @@ from llama_jax.inference.loaded_model import open_model
 from llama_jax.inference.perplexity import evaluate, read_shards, read_texts, table, to_json
 
 _CHECKPOINT = command.path_flag(
-    "checkpoint", None, "Work directory (its newest step), or the folder of one step."
+    "checkpoint",
+    None,
+    "Work directory (its newest step is used), or the folder of one step.",
 )
 _TEXT = flags.DEFINE_string(
-    "text", None, "Text to score: files, folders, globs; NAME=FILES; NAME=FILES for several."
+    "text",
+    None,
+    "Text to score: files, folders or globs; 'NAME=FILES; NAME=FILES' for several sources.",
 )
-_TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Of a JSON line or a Parquet table.")
+_TEXT_FIELD = flags.DEFINE_string(
+    "text_field", "text", "Field of a JSON line, or column of a Parquet table, with the text."
+)
 _SHARDS = command.path_flag("shards", None, "Folder of token shards to score.")
-_SPLIT = flags.DEFINE_enum("split", "validation", SPLITS, "Of the shards.")
-_TASKS = command.path_list_flag("tasks", None, "Tasks of the harness, or paths of task files.")
+_SPLIT = flags.DEFINE_enum("split", "validation", SPLITS, "Split of the shards.")
+_TASKS = command.path_list_flag(
+    "tasks", None, "Names of tasks of the harness, or paths of task files, separated by commas."
+)
 _NUM_FEWSHOT = flags.DEFINE_integer(
-    "num_fewshot", None, "Examples before each question; default: the task's own number."
+    "num_fewshot", None, "Examples before each question; default: as the task says."
 )
 _STRIDE = flags.DEFINE_integer(
-    "stride", None, "Tokens that the window moves on; default: half of the context."
+    "stride", None, "Tokens by which the window moves on; default: half of the context."
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Windows or requests at a time.")
-_LIMIT = flags.DEFINE_integer("limit", None, "Documents of each source or task at most.")
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 8, "Windows or requests that are scored at the same time."
+)
+_LIMIT = flags.DEFINE_integer("limit", None, "Maximum number of documents of each source or task.")
 _BASE = command.path_flag(
     "base",
     "",
-    "Weights below the adapters of a LoRA checkpoint, as hf:DIR, meta:DIR or ckpt:DIR; empty: "
-    "where they were in training.",
+    "Base weights of a LoRA checkpoint, as hf:DIR, meta:DIR or ckpt:DIR; empty: where they were "
+    "in training.",
 )
 _MESH = flags.DEFINE_string(
     "mesh",
     "",
-    "Devices along data, fsdp, tensor: fsdp=2,tensor=2; empty: by the model.",
+    "Devices along data, fsdp and tensor, such as fsdp=2,tensor=2; empty: as many along tensor as "
+    "divide the model.",
 )
-_JSON = flags.DEFINE_bool("json", False, "Print JSON, not a table.")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
 
 def main() -> None:
@@ -85,7 +97,7 @@ def _tasks(names: list[str]) -> None:
         raise UserError(
             f"--tasks needs lm-evaluation-harness: pip install 'llama_jax[eval]' ({error})"
         ) from error
-    harness.find_tasks(names)  # a misspelt name costs no loading
+    harness.find_tasks(names)  # finds a misspelt name before loading the model
     results = harness.run_tasks(
         open_model(_CHECKPOINT.value, _MESH.value, _BASE.value),
         names,

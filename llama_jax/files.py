@@ -1,4 +1,4 @@
-"""Paths as users type them, small files of a run, and lists by which damage to them is found."""
+"""Paths that users type, small files of a run, and checksum lists that reveal damaged files."""
 
 import concurrent.futures
 import contextlib
@@ -14,22 +14,21 @@ from etils import epath
 
 from llama_jax.errors import UserError, as_user_error, first_line
 
-_THREADS, _CHUNK_BYTES = 16, 1 << 20  # that hash files
+_THREADS, _CHUNK_BYTES = 16, 1 << 20  # for hashing files
 _FORMATS = ("hf", "meta", "ckpt", "peft", "gguf")  # of weights, in FORMAT:DIR
 
 
 def expand(path: str) -> str:
-    """A path with the home folder in place of a first `~` or `~USER`, and without `file://`.
+    """Replaces a leading `~` or `~USER` by the home folder, and removes a leading `file://`.
 
-    A shell expands them at the beginning of a word only, so `--workdir=~/runs` comes as it is
-    typed.
+    A shell expands `~` only at the beginning of a word, and so not in `--workdir=~/runs`.
 
     Args:
-      path: a local path, or one of an object store, which stays as it is.
+      path: a local path; or a path in an object store, which is returned unchanged.
 
     Raises:
-      UserError: there is no such user, `file://` has no absolute path, or a URL is of a kind that
-        cannot be read.
+      UserError: the user does not exist, `file://` has no absolute path, or the scheme of the URL
+        is not supported.
     """
     if path.lower().startswith("file://"):
         local = path[len("file://") :].removeprefix("localhost")
@@ -39,25 +38,25 @@ def expand(path: str) -> str:
     if "://" in path:
         try:
             epath.Path(path)
-        except KeyError as error:  # of its table of schemes
+        except KeyError as error:  # not in epath's table of schemes
             raise UserError(
-                f"{path}: paths of {path.partition('://')[0]}:// cannot be read; name a local one, "
-                "or one of gs://"
+                f"{path}: paths of {path.partition('://')[0]}:// cannot be read; give a local "
+                "path, or one of gs://"
             ) from error
     if not path.startswith("~"):
         return path
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         user = path.split("/")[0]
-        raise UserError(f"there is no home folder {user}; a file of that name here is ./{path}")
+        raise UserError(f"there is no home folder {user}; write ./{path} for a file of that name")
     return expanded
 
 
 def expand_place(place: str) -> str:
-    """FORMAT:DIR with its folder as `expand` gives it; any other text is a path.
+    """Applies `expand` to the folder in FORMAT:DIR; any other text is treated as a path.
 
     Raises:
-      UserError: as `expand`.
+      UserError: see `expand`.
     """
     kind, colon, folder = place.partition(":")
     if not colon or kind not in _FORMATS:
@@ -66,16 +65,16 @@ def expand_place(place: str) -> str:
 
 
 def is_object_store(path: epath.PathLike) -> bool:
-    """Whether a path is of a bucket (`gs://`): no locks there, no folder that could be renamed."""
+    """Returns whether a path is in a bucket (`gs://`), without locks and renaming of folders."""
     return "://" in os.fspath(path)
 
 
 def refuse_lfs_pointer(content: bytes, name: str) -> None:
-    """Raises `UserError` where a file is only the pointer that Git LFS leaves in its place.
+    """Raises `UserError` if a file is only the pointer that Git LFS leaves in its place.
 
     Args:
-      content: of the file, or its beginning.
-      name: the file.
+      content: the content of the file, or its beginning.
+      name: name of the file, for the message.
     """
     if content.startswith(b"version https://git-lfs"):
         raise UserError(
@@ -84,14 +83,14 @@ def refuse_lfs_pointer(content: bytes, name: str) -> None:
 
 
 def parse_json(content: bytes | str, name: str) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """Parses a JSON object.
 
     Args:
-      content: bytes in UTF-8, UTF-16 or UTF-32, or text.
-      name: the file, for errors.
+      content: text, or bytes in UTF-8, UTF-16 or UTF-32.
+      name: name of the file, for the message.
 
     Raises:
-      UserError: it is not JSON, not an object, or nested too deeply.
+      UserError: the content is not JSON, not an object, or nested too deeply.
     """
     beginning = content[:100]
     refuse_lfs_pointer(
@@ -100,7 +99,7 @@ def parse_json(content: bytes | str, name: str) -> dict[str, Any]:
     with as_user_error(name):
         try:
             values = json.loads(content)
-        except ValueError as error:  # bytes that are no text, and numbers that are too long, too
+        except ValueError as error:  # also for undecodable bytes and numbers that are too long
             raise UserError(f"{name} is not valid JSON: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{name} is not a JSON object, but {type(values).__name__}")
@@ -108,10 +107,10 @@ def parse_json(content: bytes | str, name: str) -> dict[str, Any]:
 
 
 def read_bytes(path: epath.Path) -> bytes:
-    """The contents of a file.
+    """Reads the contents of a file.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the file cannot be read.
     """
     try:
         return path.read_bytes()
@@ -120,10 +119,10 @@ def read_bytes(path: epath.Path) -> bytes:
 
 
 def text_of(content: bytes, name: str) -> str:
-    """The text of a file in UTF-8.
+    """Decodes the content of a file as UTF-8, without a byte order mark.
 
     Raises:
-      UserError: it is in another encoding, or no text.
+      UserError: the content is not UTF-8.
     """
     try:
         return content.decode("utf-8-sig")
@@ -132,52 +131,52 @@ def text_of(content: bytes, name: str) -> str:
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Reads the JSON object in a file.
 
     Raises:
-      UserError: it cannot be read, or as `parse_json`.
+      UserError: the file cannot be read or parsed; see `parse_json`.
     """
     return parse_json(read_bytes(path), str(path))
 
 
 def read_jsonl(jsonl: epath.Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a file with one JSON object in each line, as `append_jsonl` writes them.
+    """Reads the records of a file with one JSON object per line, as `append_jsonl` writes them.
 
-    A kill may cut a line off, and a disk may change one: a line that is no object, or whose `step`
-    is no whole number, is left out.
+    A killed process may have cut a line off, and a bad disk may have changed one: lines that are
+    not objects, or whose `step` is not a whole number, are left out.
 
     Returns:
-      The records, and how many lines were left out.
+      The records, and the number of lines that were left out.
 
     Raises:
       UserError: the file cannot be read.
     """
     lines = [line for line in read_bytes(jsonl).splitlines() if line.strip()]
-    found = [record for record in map(_record, lines) if record is not None]
-    return found, len(lines) - len(found)
+    records = [record for record in map(_record, lines) if record is not None]
+    return records, len(lines) - len(records)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """The record in a line; None if there is none."""
+    """Parses a line of a file of records; returns None for a damaged line."""
     try:
-        record = json.loads(line.strip(b"\0"))  # a machine that lost power may have left some
+        record = json.loads(line.strip(b"\0"))  # zero bytes that a power failure may leave
     except (ValueError, RecursionError):
         return None
     step = record.get("step") if isinstance(record, dict) else None
     return record if type(step) is int and 0 <= step < 2**63 else None
 
 
-_appending = threading.Lock()  # saves in the background log, too
+_appending = threading.Lock()  # background saves append to the log, too
 
 
 def append_jsonl(jsonl: epath.Path, records: Iterable[dict[str, Any]]) -> None:
-    """Adds records to a file, each as one line of JSON.
+    """Appends records to a file, each as one line of JSON.
 
-    They begin on a new line, even if a kill has cut off the last one. What cannot be written whole
-    is removed again, as far as the disk allows.
+    They begin on a new line, even if a killed process has cut off the last one. A partial write is
+    removed again, as far as the disk allows.
 
     Raises:
-      OSError: they could not be written.
+      OSError: the records cannot be written.
     """
     data = "".join(json.dumps(record) + "\n" for record in records).encode()
     with _appending:
@@ -201,12 +200,12 @@ def _last_byte(path: epath.Path, size: int) -> bytes:
 
 
 def size_of(path: epath.Path) -> int:
-    """Bytes of a file; epath's `stat` fails where the file's owner has no name on this machine."""
+    """Returns the bytes of a file; epath's `stat` fails if its owner has no name on this host."""
     return path.stat().length if is_object_store(path) else os.path.getsize(path)
 
 
 def number(record: dict[str, Any], name: str) -> float | None:
-    """The number that a record has under a name; None if it is not finite, or less than 0."""
+    """Returns a number of a record; None if it is absent, negative, not finite or too large."""
     value = record.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -214,15 +213,15 @@ def number(record: dict[str, Any], name: str) -> float | None:
 
 
 def open_file(path: epath.PathLike) -> IO[bytes]:
-    """Opens a file for reading, unbuffered if it is local: epath's `open` takes twice as long."""
+    """Opens a file for reading, unbuffered if local, since epath's `open` takes twice as long."""
     return epath.Path(path).open("rb") if is_object_store(path) else open(path, "rb", 0)
 
 
 def sha256_of(path: epath.PathLike) -> str:
-    """The sha256 of a file, in hexadecimal.
+    """Computes the sha256 of a file, in hexadecimal.
 
     Raises:
-      OSError: it cannot be read.
+      OSError: the file cannot be read.
     """
     digest = hashlib.sha256()
     with open_file(path) as file:  # `hashlib.file_digest` does not read files of a bucket
@@ -232,10 +231,9 @@ def sha256_of(path: epath.PathLike) -> str:
 
 
 def sha256_of_each(paths: Iterable[epath.PathLike]) -> Iterator[str | OSError]:
-    """The sha256 of files, in their order; in place of one that cannot be read, its error.
+    """Yields the sha256 of each file, in order; for a file that cannot be read, the error.
 
-    Threads read ahead. A caller that stops early waits for the files that they are reading, not
-    for the others.
+    Threads read ahead. A caller that stops early waits only for the files that are being read.
     """
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         yield from pool.map(_sha256_or_error, paths)
@@ -249,19 +247,19 @@ def _sha256_or_error(path: epath.PathLike) -> str | OSError:
 
 
 def files_below(folder: epath.Path, items: Collection[str] = ()) -> dict[str, epath.Path]:
-    """Files below a folder, sorted by their path from there.
+    """Lists the files below a folder, by their path relative to it, in sorted order.
 
     Args:
-      folder: to list.
-      items: folders in it; only these are listed. Empty: all is.
+      folder: the folder.
+      items: names of folders in it; only these are listed. Empty: everything is.
     """
     places = [folder / item for item in items if (folder / item).is_dir()] if items else [folder]
-    found = [path for place in places for path in _walk(place)]
-    return dict(sorted((path.relative_to(folder).as_posix(), path) for path in found))
+    paths = [path for place in places for path in _walk(place)]
+    return dict(sorted((path.relative_to(folder).as_posix(), path) for path in paths))
 
 
 def _walk(folder: epath.Path, above: tuple[str, ...] = ()) -> Iterator[epath.Path]:
-    """Files below a folder; links to other folders are followed, but not those that lead back."""
+    """Yields the files below a folder; follows links to folders, except links back up."""
     above = (*above, os.path.realpath(folder))
     for path in folder.iterdir():
         if not path.is_dir():
@@ -271,11 +269,11 @@ def _walk(folder: epath.Path, above: tuple[str, ...] = ()) -> Iterator[epath.Pat
 
 
 def encode_entries(entries: dict[str, dict[str, Any]]) -> str:
-    """The text of a list of files, with a checksum of its own: damage to it is not laid on them.
+    """Encodes a list of files, with a checksum of the list itself, so that damage to it shows.
 
     Args:
-      entries: size and sha256 of each file, as `entry_of` gives them, by its path; and `before`, an
-        entry that is accepted as well.
+      entries: path of each file -> its size and sha256, as `entry_of` gives them; an optional
+        `before` holds an older entry that is accepted as well.
     """
     body = json.dumps(entries, indent=1, sort_keys=True)
     digest = hashlib.sha256(body.encode()).hexdigest()
@@ -283,7 +281,7 @@ def encode_entries(entries: dict[str, dict[str, Any]]) -> str:
 
 
 def read_entries(path: epath.Path) -> dict[str, dict[str, Any]] | None:
-    """The list of files that `encode_entries` wrote; None if it is not as it was written."""
+    """Reads a list of files that `encode_entries` encoded; returns None if it is damaged."""
     try:
         data = path.read_bytes()
         entries = parse_json(data, path.name).get("files")
@@ -300,13 +298,13 @@ def damages(
     part: tuple[int, int] = (0, 1),
     hashed: Callable[[str, int], bool] = lambda name, size: True,
 ) -> Iterator[str]:
-    """Compares a folder with the list of its files; gives a line for each difference.
+    """Compares a folder with the list of its files; yields a line for each difference.
 
     Args:
-      path: of the list, which lies in the folder.
-      items: folders in it; only their files are compared. Empty: all are.
-      part: (index, count) of the process: it reads every count-th file.
-      hashed: name and bytes of a file -> whether it is read; of others, only the size is compared.
+      path: path of the list, which is in the folder.
+      items: names of folders in it; only their files are compared. Empty: all files are.
+      part: (index, count) of this process, which reads every count-th file.
+      hashed: (name, bytes) of a file -> whether to read it; otherwise only its size is compared.
 
     Raises:
       OSError: the folder cannot be listed.
@@ -334,7 +332,7 @@ def damages(
     mine = [name for name in list(entries)[part[0] :: part[1]] if hashed(name, sizes[name])]
     digests = sha256_of_each(found[name] for name in mine)
     for name, digest in zip(mine, digests, strict=True):
-        if isinstance(digest, OSError):  # a disk that gives up
+        if isinstance(digest, OSError):  # a failing disk
             yield f"{name} cannot be read: {digest.strerror or digest}"
         elif reason := mismatch(name, {"bytes": sizes[name], "sha256": digest}, entries[name]):
             yield reason
@@ -350,17 +348,17 @@ def _is_entry(entry: Any) -> bool:
 
 
 def entry_of(content: bytes) -> dict[str, Any]:
-    """What a list of files says about a file with this content."""
+    """Returns the entry of a list of files for a file with this content."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def mismatch(name: str, found: dict[str, Any], entry: dict[str, Any]) -> str:
-    """How a file differs from its entry in a list of files; empty if it does not.
+    """Describes how a file differs from its entry in a list of files; empty if it does not.
 
     Args:
-      name: of the file, for the message.
-      found: its `bytes`, and its `sha256` if it was read.
-      entry: of the list.
+      name: name of the file, for the message.
+      found: the `bytes` of the file, and its `sha256` if it was read.
+      entry: the entry in the list.
     """
     before = entry.get("before")
     now = {key: entry[key] for key in ("bytes", "sha256")}
@@ -373,8 +371,8 @@ def mismatch(name: str, found: dict[str, Any], entry: dict[str, Any]) -> str:
 
 
 def write_atomically(path: epath.Path, data: bytes) -> None:
-    """Writes a file that is there whole or not at all, and leaves alone one that is so already."""
-    with contextlib.suppress(OSError):  # it is not there, or cannot be read
+    """Writes a file completely or not at all; leaves a file with the same content untouched."""
+    with contextlib.suppress(OSError):  # the file is missing or cannot be read
         if path.read_bytes() == data:
             return
     temporary = path.parent / f"{path.name}.tmp-{os.getpid()}"
@@ -388,13 +386,13 @@ def write_atomically(path: epath.Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def locked(folder: epath.PathLike, message: str) -> Iterator[None]:
-    """Makes a folder and holds it for this process, until it ends in whatever way.
+    """Makes a folder and locks it for this process; the lock ends with the process at the latest.
 
-    Buckets have no such locks, and some network file systems refuse them: there nobody is kept out.
+    Buckets have no locks, and some network file systems refuse them: there this locks nothing.
 
     Args:
-      folder: to hold.
-      message: of the error, where another process holds it.
+      folder: the folder to lock.
+      message: message of the error if another process holds the lock.
 
     Raises:
       UserError: `message`.
@@ -404,7 +402,7 @@ def locked(folder: epath.PathLike, message: str) -> Iterator[None]:
         yield
         return
     while (handle := _hold(folder, message)) is None:
-        pass  # the folder was removed, or made again, since it was opened
+        pass  # the folder was removed or recreated after it was opened
     try:
         yield
     finally:
@@ -412,7 +410,7 @@ def locked(folder: epath.PathLike, message: str) -> Iterator[None]:
 
 
 def _hold(folder: epath.PathLike, message: str) -> int | None:
-    """An open file that holds a folder; None if it is another folder than the path has now."""
+    """Opens and locks a folder; returns None if the path now leads to another folder."""
     os.makedirs(folder, exist_ok=True)
     try:
         handle = os.open(folder, os.O_RDONLY)
@@ -428,6 +426,6 @@ def _hold(folder: epath.PathLike, message: str) -> int | None:
     except FileNotFoundError:
         pass
     except OSError:
-        return handle  # no locks here
+        return handle  # this file system has no locks
     os.close(handle)
     return None

@@ -1,14 +1,14 @@
 """Continues texts: `python -m llama_jax.generate --checkpoint=DIR --prompt=TEXT`.
 
-The text appears as it is drawn; of several prompts, which are continued at the same time, one after
-the other. Prompts in a file are one to a line, or in a .jsonl file strings or {"prompt": TEXT}.
-A prompt begins with BOS if its tokenizer adds it, as in transformers; with --special, one that is
-written at its beginning is not put there again.
+Text is printed as it is sampled. Several prompts are continued at the same time and printed one
+after the other. A file of prompts has one prompt per line; a line of a .jsonl file is a string or
+{"prompt": TEXT}. A prompt begins with BOS if the tokenizer adds it, as in transformers; with
+--special, no second BOS is added to a prompt that begins with one.
 
 A checkpoint with a chat template answers conversations: a line of --messages is a list of messages
 {"role": "user", "content": TEXT}, or {"messages": [...]}. --chat_template=default makes each prompt
 a conversation of one message; other values name another template of the checkpoint, or a file.
---chat answers what you type, message after message.
+--chat answers each message that you type.
 
 Example:
   python -m llama_jax.generate --checkpoint=runs/tiny --prompt='def main(' --max_tokens=100
@@ -36,57 +36,70 @@ from llama_jax.inference.loaded_model import InferenceModel, open_model
 from llama_jax.inference.prompts import Request, read_messages, read_prompts
 from llama_jax.text.chat_template import DEFAULT
 
-# New tokens at most, where --max_tokens does not say: an answer is rarely longer.
+# Maximum number of new tokens without --max_tokens; an answer is rarely longer.
 PROMPT_TOKENS, CHAT_TOKENS = 128, 512
-# Tokens of one program where nobody watches them come.
+# Tokens that one program generates when the text is not printed token by token.
 UNWATCHED = 32
 
 _CHECKPOINT = command.path_flag(
-    "checkpoint", None, "Work directory (its newest step), or the folder of one step."
+    "checkpoint",
+    None,
+    "Work directory (its newest step is used), or the folder of one step.",
 )
-_PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to continue; repeat it for a batch.")
-_PROMPTS = command.path_flag("prompts", None, "File of prompts, instead of --prompt.")
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt", [""], "Text to continue; repeat the flag for several texts."
+)
+_PROMPTS = command.path_flag("prompts", None, "File of prompts; replaces --prompt.")
 _MESSAGES = command.path_flag(
-    "messages", None, "File of conversations, instead of --prompt: a .jsonl file."
+    "messages", None, "File of conversations (.jsonl); replaces --prompt."
 )
 _CHAT_TEMPLATE = command.path_flag(
     "chat_template",
     None,
-    "Chat template for prompts and messages: its name in the checkpoint (default is the usual "
-    "one, and taken for --messages), or a FILE.jinja.",
+    "Chat template for prompts and messages: the name of one in the checkpoint (default is its "
+    "standard template, which --messages and --chat use), or a FILE.jinja.",
 )
 _CHAT = flags.DEFINE_bool(
-    "chat", False, "Answer what is typed (or comes line by line on standard input); see /help."
+    "chat",
+    False,
+    "Answer messages that are typed, or read line by line from standard input; see /help.",
 )
-_SYSTEM = flags.DEFINE_string("system", "", "With --chat: what the model is told to be.")
+_SYSTEM = flags.DEFINE_string(
+    "system", "", "System message, with --chat: how the model should behave."
+)
 _SPECIAL = flags.DEFINE_bool(
     "special",
     False,
-    "Names of special tokens in prompts and messages, such as </s>, are these tokens.",
+    "Read names of special tokens in prompts and messages, such as </s>, as these tokens.",
 )
 _JSON = flags.DEFINE_bool("json", False, "Print a line of JSON for each prompt.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts that are continued at a time.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts that are continued at the same time.")
 _BASE = command.path_flag(
     "base",
     "",
-    "Weights below the adapters of a LoRA checkpoint, as hf:DIR, meta:DIR or ckpt:DIR; empty: "
-    "where they were in training.",
+    "Base weights of a LoRA checkpoint, as hf:DIR, meta:DIR or ckpt:DIR; empty: where they were "
+    "in training.",
 )
 _MESH = flags.DEFINE_string(
     "mesh",
     "",
-    "Devices along data, fsdp, tensor, such as fsdp=2,tensor=2; empty: by the model.",
+    "Devices along data, fsdp and tensor, such as fsdp=2,tensor=2; empty: as many along tensor as "
+    "divide the model.",
 )
 _MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens",
     None,
-    f"New tokens at most; default: {PROMPT_TOKENS}, with --chat {CHAT_TOKENS}.",
+    f"Maximum number of new tokens; default: {PROMPT_TOKENS}, with --chat {CHAT_TOKENS}.",
     lower_bound=1,
 )
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token (greedy).")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: from all.")
-_TOP_P = flags.DEFINE_float("top_p", 0.95, "Draw from the likeliest tokens of this probability.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.")
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.8, "Sampling temperature; 0: take the most likely token (greedy)."
+)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from the k most likely tokens; 0: from all.")
+_TOP_P = flags.DEFINE_float(
+    "top_p", 0.95, "Sample from the most likely tokens whose total probability is this."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
 
 
 def main() -> None:
@@ -117,12 +130,12 @@ def main() -> None:
     else:
         encode = model.tokenizer.encode_prompt
         ids = [encode(request.prompt, special=_SPECIAL.value) for request in requests]
-    check_prompts(ids, model.context)  # before the first is continued
+    check_prompts(ids, model.context)  # all of them, before the first one is continued
     watch = Stopwatch()
     with jax.set_mesh(model.mesh):
         for first in range(0, len(requests), _BATCH_SIZE.value):
             rows = slice(first, first + _BATCH_SIZE.value)
-            seed = sampling.seed + first  # batches differ in their draws, as rows do
+            seed = sampling.seed + first  # batches, like rows, get different samples
             watch.count(
                 _batch(
                     model,
@@ -138,11 +151,11 @@ def main() -> None:
 def _requests() -> list[Request]:
     given = [flag.name for flag in (_PROMPT, _PROMPTS, _MESSAGES, _CHAT) if flag.present]
     if len(given) > 1:
-        raise UserError(f"give one of --{' and --'.join(given)}")
+        raise UserError(f"give only one of --{' and --'.join(given)}")
     if _SYSTEM.value and not _CHAT.value:
-        raise UserError("--system goes with --chat; in --messages it is the first message")
+        raise UserError("--system goes with --chat; with --messages, write it as the first message")
     if _CHAT.value and _JSON.value:
-        raise UserError("--json does not go with --chat; see --messages")
+        raise UserError("--json does not go with --chat; use --messages")
     if _MESSAGES.value:
         return [Request(conversation=messages) for messages in read_messages(_MESSAGES.value)]
     prompts = read_prompts(_PROMPTS.value) if _PROMPTS.value else _PROMPT.value
@@ -156,13 +169,13 @@ def _batch(
     sampling: Sampling,
     first: int | None,
 ) -> Iterator[NewText]:
-    """Continues one batch, and writes it; passes on what came."""
+    """Continues the prompts of one batch and prints the texts; yields each new piece of text."""
     if not _JSON.value:
 
         def write(text: str) -> None:
             print(text, end="", flush=True)
 
-        # Of an answer, what it answers is not the beginning.
+        # An answer is printed without its prompt, a continuation with it.
         shown = ["" if _CHAT_TEMPLATE.value else request.prompt for request in requests]
         found = new_texts(model, ids, sampling, chunk=1)
         yield from show_in_order(shown, found, write, first)

@@ -1,11 +1,11 @@
-"""The arrays of a LLaMA: one strict table, from which all else about a parameter follows.
+"""The arrays of a LLaMA: one strict table that defines every property of a parameter.
 
-A LLaMA of any depth is 12 arrays, because its layers are stacked on a leading axis. Each has a row:
-where it is in the tree, what its dimensions are, which mesh axes divide them, which of them a
-product sums over, and whether weight decay applies. Shapes, shardings, adapters (`model.lora`),
-blocks of 4-bit numbers (`model.nf4`), groups in the log and in error messages, the transposition of
-other formats (`interchange`) and parameter counts (`model.cost`) derive from the rows. A variant of
-the model has a table of its own, made from this one: nothing is changed for the plain model.
+A LLaMA of any depth has 12 arrays, because its layers are stacked on a leading axis. Each array has
+a row: its path in the tree, its dimensions, the mesh axes that divide them, the dimensions that a
+matrix product sums over, and whether weight decay applies. Shapes, shardings, adapters
+(`model.lora`), blocks of 4-bit numbers (`model.nf4`), groups in the log and in error messages, the
+transposition of other formats (`interchange`) and parameter counts (`model.cost`) derive from the
+rows. A variant of the model makes its own table from this one, which stays as it is.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ class Parameter:
 
     Attributes:
       path: the keys in the tree of parameters, joined by `/`.
-      axes: a letter for each dimension, see `sizes`. `L` comes first in what the layers have.
+      axes: a letter for each dimension, see `sizes`. Arrays of the layers begin with `L`.
       placement: the mesh axes that divide each dimension.
-      inputs: the dimensions that a product with activations sums over, right behind `L`; empty for
+      inputs: the dimensions that a product with activations sums over; they follow `L`. Empty for
         an array that enters no product.
       decays: whether weight decay applies.
       untied_only: whether models with tied embeddings lack it.
@@ -72,28 +72,28 @@ class Parameter:
 
     @property
     def outputs(self) -> str:
-        """The dimensions that a product with activations makes; empty if it enters no product."""
+        """The dimensions of a product with activations; empty if the array enters no product."""
         return self.own_axes.removeprefix(self.inputs) if self.inputs else ""
 
     @property
     def is_matrix(self) -> bool:
-        """Whether activations are multiplied by it; the embedding is looked up instead."""
+        """Whether the array multiplies activations; the embedding is looked up instead."""
         return bool(self.inputs)
 
     @property
     def is_vector(self) -> bool:
-        """Whether it has one dimension (of a layer), as the scale of a norm: kept in float32."""
+        """Whether one layer's array has one dimension (the scale of a norm); stays float32."""
         return len(self.own_axes) == 1
 
     @property
     def group(self) -> str:
-        """The group of parameters that the log and messages name: `attn`, `mlp`, `norms`, ..."""
+        """The group that the log and messages name: `attn`, `mlp`, `norms`, ..."""
         if self.is_vector:
             return "norms"
         return self.path.split("/")[1] if self.is_stacked else self.path
 
     def shape(self, model: ModelConfig) -> tuple[int, ...]:
-        """The shape in a model."""
+        """Returns the shape of the array in a model."""
         return shape_of(self.axes, model)
 
 
@@ -101,7 +101,7 @@ Table = Mapping[str, Parameter]
 
 
 def parameter_table(*rows: Parameter) -> Table:
-    """The rows by their paths."""
+    """Makes a table: each row by its path."""
     return {row.path: row for row in rows}
 
 
@@ -122,7 +122,7 @@ PARAMETERS: Table = parameter_table(
 
 
 def sizes(model: ModelConfig) -> dict[str, int]:
-    """The size of each letter of `Parameter.axes`."""
+    """Returns the size of the dimension that each letter of `Parameter.axes` stands for."""
     return {
         "L": model.n_layers,
         "V": model.vocab_size,
@@ -135,33 +135,33 @@ def sizes(model: ModelConfig) -> dict[str, int]:
 
 
 def shape_of(axes: str, model: ModelConfig) -> tuple[int, ...]:
-    """The shape of an array with these dimensions."""
+    """Returns the shape of an array with these dimensions."""
     size = sizes(model)
     return tuple(size[letter] for letter in axes)
 
 
 def present(model: ModelConfig, rows: Table = PARAMETERS) -> Iterator[Parameter]:
-    """The rows of the arrays that a model has, in the order of JAX's trees (sorted by key)."""
+    """Yields the rows of the arrays that a model has, in the order of JAX's trees (by key)."""
     for row in sorted(rows.values(), key=lambda row: row.path.split("/")):
         if not (row.untied_only and model.tied_embeddings):
             yield row
 
 
 def row_of(path: str, rows: Table = PARAMETERS) -> Parameter | None:
-    """The row of an array; an adapter's and NF4's parts lie below their matrix, and have its row.
+    """Returns the row of an array, or None; parts of adapters and NF4 have their matrix's row.
 
     Args:
-      path: such as `layers/attn/wq`, or `layers/attn/wq/a`.
+      path: path of the array, such as `layers/attn/wq`, or `layers/attn/wq/a` of an adapter.
       rows: the table.
     """
     return rows.get(path) or rows.get(path.rpartition("/")[0])
 
 
 def layer_matrices(rows: Table = PARAMETERS) -> dict[str, Parameter]:
-    """The matrices of the layers by name: those that may have adapters, or be in NF4."""
+    """Returns the matrices of the layers by name: they may have adapters, or be in NF4."""
     return {row.name: row for row in rows.values() if row.is_stacked and row.is_matrix}
 
 
 def path_of(keys: tuple[Any, ...]) -> str:
-    """The path of a leaf: the keys that `jax.tree.map_with_path` gives, joined by `/`."""
+    """Joins the keys of a leaf, as `jax.tree.map_with_path` gives them, by `/`."""
     return jax.tree_util.keystr(keys, simple=True, separator="/")

@@ -10,8 +10,8 @@ Example:
       --config.data.packing=best_fit --config.data.tokenizer=tokenizer.model
   python -m llama_jax.prepare --verify=shards
 
-SIGTERM, SIGHUP and Ctrl-C end it at once, with status 143, 129 and 130. However it ends, the same
-command goes on with the parts that are done.
+SIGTERM, SIGHUP and Ctrl-C end the command at once, with status 143, 129 and 130. However it ends,
+running the same command again continues after the parts that are done.
 """
 
 import contextlib
@@ -29,23 +29,23 @@ from llama_jax.data.shards import layout
 from llama_jax.errors import UserError
 
 _CONFIG = command.config_flag()
-_OUTPUT = command.path_flag("output", None, "Folder to make, or an empty one; local or gs://.")
+_OUTPUT = command.path_flag("output", None, "New or empty folder for the shards; local or gs://.")
 _VERIFY = command.path_flag(
-    "verify", None, "Check the shards in this folder, of one source or several, and stop."
+    "verify", None, "Verify the shards in this folder, of one or several sources, and exit."
 )
 _RESTART = flags.DEFINE_bool(
-    "restart", False, "Delete the unfinished work in --output, and begin again."
+    "restart", False, "Delete the unfinished work in --output and start again."
 )
 _BEAM = flags.DEFINE_string(
-    "beam", None, "Run on Apache Beam with these options, such as '--runner=DirectRunner'."
+    "beam", None, "Run on Apache Beam with these pipeline options, such as '--runner=DirectRunner'."
 )
 
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Signals that ask for the end raise KeyboardInterrupt, with their number; a second one kills.
+    """Makes signals raise KeyboardInterrupt(number) inside the block; a second signal kills.
 
-    What is ignored when the command begins, as by nohup, stays so.
+    A signal that was ignored when the command started, as by nohup, stays ignored.
     """
 
     def stop(number: int, _: Any) -> None:
@@ -90,7 +90,9 @@ def main() -> int | None:
     except KeyboardInterrupt as stopped:
         number = signal.Signals(*stopped.args or (signal.SIGINT,))
         with contextlib.suppress(OSError):  # the terminal may be gone
-            print(f"{number.name}: stopped; the same command goes on", file=sys.stderr)
+            print(
+                f"{number.name}: stopped; run the same command again to continue", file=sys.stderr
+            )
         return 128 + number
     return None
 

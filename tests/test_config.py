@@ -400,7 +400,7 @@ def made(changes):
 def test_blocks_of_nf4_must_divide_the_inputs():
     wide = replace(TINY, model__dim=64, model__ffn_dim=48, init_from="hf:there", lora__rank=2)
     with pytest.raises(
-        UserError, match=r"blocks of 64 inputs: model.ffn_dim = 48 is not a multiple"
+        UserError, match=r"blocks of 64 inputs, which do not divide model.ffn_dim = 48"
     ):
         replace(wide, lora__base_dtype="nf4")
 

@@ -1,4 +1,4 @@
-"""What every command shares: the `--config` flag, quiet libraries, errors told in one line."""
+"""The frame of every command: the `--config` flag, quiet libraries, errors in one line."""
 
 import logging as std_logging
 import os
@@ -15,7 +15,7 @@ from llama_jax.data.prefetch import quieten_tensorflow
 from llama_jax.errors import UserError, one_line
 from llama_jax.files import expand_place
 
-flags.disclaim_key_flags()  # flags that are defined here belong to the command that asks for them
+flags.disclaim_key_flags()  # flags defined here belong to the command that calls us
 
 
 def config_flag() -> flags.FlagHolder:
@@ -27,10 +27,10 @@ def config_flag() -> flags.FlagHolder:
 
 
 def load_config(holder: flags.FlagHolder) -> config_lib.Config:
-    """The validated config that the flag and its overrides give.
+    """Returns the validated config from the flag and its overrides.
 
     Raises:
-      UserError: no `--config` was given, or it is not valid.
+      UserError: `--config` is missing, or the config is not valid.
     """
     if not holder.value:
         raise UserError("--config is missing; try --config=configs/tiny.py")
@@ -38,12 +38,24 @@ def load_config(holder: flags.FlagHolder) -> config_lib.Config:
 
 
 def path_flag(name: str, default: str | None, doc: str) -> flags.FlagHolder:
-    """Defines a flag that is a path, or FORMAT:DIR; a first `~` is the home folder."""
+    """Defines a flag for a path, or FORMAT:DIR; a leading `~` is the home folder.
+
+    Args:
+      name: name of the flag.
+      default: its default value.
+      doc: its help text.
+    """
     return flags.DEFINE(_PathParser(), name, default, doc)
 
 
 def path_list_flag(name: str, default: list[str] | None, doc: str) -> flags.FlagHolder:
-    """Defines a flag of several names or paths, with commas between them."""
+    """Defines a flag for several names or paths, separated by commas.
+
+    Args:
+      name: name of the flag.
+      default: its default value.
+      doc: its help text.
+    """
     serializer = flags.CsvListSerializer(",")
     return flags.DEFINE(_PathListParser(), name, default, doc, serializer=serializer)
 
@@ -84,10 +96,13 @@ def run(main: Callable[[], int | None], doc: str | None) -> None:
         try:
             interrupts.raise_again()
             return main()
-        except (UserError, OSError) as error:  # a full disk, a missing permission: not our bug
+        except (
+            UserError,
+            OSError,
+        ) as error:  # an OSError is a full disk or a missing permission, not a bug
             _fail(error)
         except Exception as error:
-            # What TensorFlow raises where a cloud path cannot be reached; it may not be installed.
+            # TensorFlow raises these if a cloud path cannot be reached; it may not be installed.
             if type(error).__module__ != "tensorflow.python.framework.errors_impl":
                 raise
             _fail(error)
@@ -96,7 +111,7 @@ def run(main: Callable[[], int | None], doc: str | None) -> None:
             return interrupts.STATUS
 
     quieten_libraries()
-    # docs/security.md promises that nothing is writable for all, whatever the user's umask and
+    # docs/security.md promises that no file is writable for others, whatever the user's umask and
     # whichever library writes: who can change a shard or a compiled program controls the run.
     os.umask(os.umask(0o077) | 0o002)
     # absl prints the docstring of __main__ above the flags in --help.
@@ -105,17 +120,17 @@ def run(main: Callable[[], int | None], doc: str | None) -> None:
 
 
 def _own_flags() -> list[str]:
-    """Names of the flags of the command itself."""
+    """Returns the names of the command's own flags."""
     return [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
 
 
 def _fields() -> list[str]:
-    """Names of the config's fields, if the command has a config."""
+    """Returns the names of the config's fields, if the command has a config."""
     return list(config_lib.field_types()) if "config" in flags.FLAGS else []
 
 
 def _require_values(argv: list[str]) -> None:
-    """Refuses a flag without its value: absl takes the flag behind it for the value."""
+    """Refuses a flag without a value; absl would take the next flag as its value."""
     args = iter(argv[1:])
     for arg in args:
         if arg == "--" or not arg.startswith("-"):
@@ -130,7 +145,7 @@ def _require_values(argv: list[str]) -> None:
 
 
 def _unexpected(arg: str) -> str:
-    """The message about an argument that is not a flag."""
+    """Returns the message about an argument that is not a flag."""
     begin = f"unexpected argument {arg!r}; options look like --name=value"
     bare = arg.lstrip("-\u2010\u2011\u2012\u2013\u2014\u2015\u2212")  # dashes of web pages
     name, equals, _ = bare.partition("=")
@@ -143,20 +158,20 @@ def _unexpected(arg: str) -> str:
 
 
 def _check_overrides() -> None:
-    """Refuses values of wrong types, and overrides where there is no config."""
+    """Refuses values of the wrong type, and overrides without a config."""
     if "config" not in flags.FLAGS:
         return
     given = config_flags.overrides()
     if given and not flags.FLAGS["config"].value:
         name = f"--{config_flags.PREFIX}{next(iter(given))}"
         raise UserError(
-            f"--config is missing, which {name} is a field of; try --config=configs/tiny.py"
+            f"--config is missing, but {name} sets a field of it; try --config=configs/tiny.py"
         )
 
 
 def quieten_libraries() -> None:
-    """Keeps what libraries say about themselves out of the user's terminal."""
-    # orbax logs every save, and a failed one with its traceback; what fails is also raised to us.
+    """Keeps the log output of libraries out of the user's terminal."""
+    # orbax logs every save, and failures with a traceback; failures are raised to us as well.
     logging.set_verbosity(logging.FATAL)
     std_logging.getLogger("matplotlib").setLevel(std_logging.WARNING)
     quieten_tensorflow()

@@ -1,4 +1,4 @@
-"""Finds a config file and runs it; what is wrong in it is one line with the file and the line."""
+"""Finds a config file and runs it; reports an error in it with the file and the line."""
 
 import difflib
 import importlib.machinery
@@ -29,11 +29,11 @@ def load_config_file(text: str) -> ml_collections.ConfigDict:
     """Runs `get_config` of a config file.
 
     Args:
-      text: the value of `--config`: a file, or the name of a shipped config; behind a colon there
-        may be the argument of its `get_config`.
+      text: the value of `--config`: a file, or the name of a shipped config, optionally followed
+        by a colon and the argument of its `get_config`.
 
     Raises:
-      UserError: there is no such config, it fails, or it has other fields than `Config`.
+      UserError: the config does not exist, fails, or does not have exactly the fields of `Config`.
     """
     path, argument = find_config(text)
     module = _run(path, lambda: _module(path))
@@ -43,29 +43,29 @@ def load_config_file(text: str) -> ml_collections.ConfigDict:
             f"{path} has no function get_config, which returns the config; see configs/tiny.py"
         )
     _check_arguments(path, get_config, argument)
-    found = _run(path, lambda: get_config(*argument))
-    if not isinstance(found, ml_collections.ConfigDict):
+    config = _run(path, lambda: get_config(*argument))
+    if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
-            f"{path}: get_config() returned {_shown(found)}, not a config; begin with config = "
+            f"{path}: get_config() returned {_shown(config)}, not a config; begin with config = "
             "llama_jax.config.default(), which is a ConfigDict, and end with return config"
         )
     try:
-        require_fields(found)
+        require_fields(config)
     except UnknownField as error:
         raise UserError(f"{text}: {error} ({unknown_field(error.name, 'config.')})") from error
     except UserError as error:
         raise UserError(f"{text}: {error}") from error
-    return found
+    return config
 
 
 def find_config(text: str) -> tuple[epath.Path, tuple[str, ...]]:
-    """The file that a user means, and the argument of its `get_config`, if there is one.
+    """Finds the file that a user means, and the argument of its `get_config`, if there is one.
 
-    A name, such as `7b` or `configs/7b`, is looked for in the folder `configs` here, and then in
-    the one beside the package.
+    A name, such as `7b` or `configs/7b`, is searched first in the folder `configs` of the current
+    folder, and then in the one next to the package.
 
     Raises:
-      UserError: there is none.
+      UserError: there is no such file.
     """
     name = expand(text)
     whole = epath.Path(name)
@@ -88,12 +88,12 @@ def find_config(text: str) -> tuple[epath.Path, tuple[str, ...]]:
     if name.endswith(".py") or "/" in name:
         raise UserError(f"there is no config file {text}{_listed(epath.Path(name).parent)}")
     raise UserError(
-        f"there is no config {text}: no folder {SHIPPED} is here or beside the package; name a file"
+        f"there is no config {text}: no folder {SHIPPED} is here or beside the package; give a file"
     )
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
-    """The configs that can be named without their folder, by name; here before the package's."""
+    """Lists the configs that need no folder, by name; those here hide those of the package."""
     found: dict[str, pathlib.Path] = {}
     for folder in _folders():
         if folder.is_dir():
@@ -108,7 +108,7 @@ def _folders() -> list[pathlib.Path]:
 
 
 def _natural(name: str) -> list[Any]:
-    """A key that sorts 7b before 13b."""
+    """Returns a key that sorts 7b before 13b."""
     return [
         (0, int(piece), "") if piece.isdigit() else (1, 0, piece)
         for piece in re.findall(r"[0-9]+|[^0-9]+", name)
@@ -116,7 +116,7 @@ def _natural(name: str) -> list[Any]:
 
 
 def _candidates(name: str) -> list[epath.Path]:
-    """Where a config of this name may be, in order."""
+    """Lists the files where a config of this name may be, in the order of the search."""
     path = epath.Path(name)
     found = [path, epath.Path(f"{name}.py")]
     bare = name.removeprefix("./").removeprefix(f"{SHIPPED}/").removesuffix(".py")
@@ -154,7 +154,7 @@ def _listed(folder: epath.Path) -> str:
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Reads the source each time: a cache that goes by time and size may hold an older one."""
+    """Reads the source each time: the bytecode cache, keyed by time and size, may be stale."""
 
     def get_code(self, fullname: str) -> types.CodeType:
         content = read_bytes(epath.Path(self.path))
@@ -170,7 +170,7 @@ def _module(path: epath.Path) -> types.ModuleType:
     spec = importlib.util.spec_from_loader(_MODULE, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[_MODULE] = module  # as dataclasses in it need
+    sys.modules[_MODULE] = module  # dataclasses in it look their module up
     loader.exec_module(module)
     return module
 
@@ -180,7 +180,7 @@ def _check_arguments(
 ) -> None:
     try:
         signature = inspect.signature(get_config)
-    except (TypeError, ValueError):  # a callable of C
+    except (TypeError, ValueError):  # a callable written in C
         return
     try:
         signature.bind(*argument)
@@ -189,12 +189,12 @@ def _check_arguments(
         if argument:
             mend = f"takes no argument {argument[0]!r}; give --config={path} alone"
         else:
-            mend = f"needs an argument; give it as a text, --config={path}:ARGUMENT"
+            mend = f"needs an argument; give it as --config={path}:ARGUMENT"
         raise UserError(f"{path}: get_config{shown} {mend}") from error
 
 
 def _run(path: epath.Path, step: Callable[[], Any]) -> Any:
-    """Runs code of a config file; an error of it is a `UserError` that says where."""
+    """Runs code of a config file; converts its errors to a `UserError` with file and line."""
     try:
         return step()
     except SyntaxError as error:
@@ -230,13 +230,13 @@ def _said(error: BaseException) -> str:
 
 
 def _of_config_dict(error: BaseException, frames: list[types.FrameType]) -> str:
-    """What a ConfigDict refuses, in words of ours; empty if it is something else.
+    """Describes why a ConfigDict raised an error; empty if the error is something else.
 
-    Its own message has the values of all fields, but not the name of the group.
+    The ConfigDict's own message has the values of all fields, but not the name of the group.
 
     Args:
-      error: what the config file raised.
-      frames: of the traceback, from the line of the config file on.
+      error: the error that the config file raised.
+      frames: the frames of the traceback, from the config file's line on.
     """
     if not isinstance(error, AttributeError | KeyError | TypeError):
         return ""
@@ -263,7 +263,7 @@ def _of_config_dict(error: BaseException, frames: list[types.FrameType]) -> str:
 
 
 def _group_name(group: ml_collections.ConfigDict, variables: Iterable[Any]) -> str | None:
-    """The name of a group of the config; empty of the config itself, None if it is neither."""
+    """Returns the name of a group; empty for the config itself, None for anything else."""
     groups: dict[str, set[str]] = {}
     for field in field_types():
         name, _, inner = field.rpartition(".")

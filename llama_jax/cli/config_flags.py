@@ -16,8 +16,8 @@ from llama_jax.errors import UserError, as_user_error, facts
 PREFIX = "config."
 _SHOWN = 60  # characters of a value in a message
 _INTRODUCTION = (
-    "Set one by --config.GROUP.FIELD=VALUE, such as --config.train.steps=200. A field that neither "
-    "a flag nor the config file sets has its default, which is that of LLaMA 7B."
+    "Set a field with --config.GROUP.FIELD=VALUE, such as --config.train.steps=200. A field that "
+    "neither a flag nor the config file sets has its default, that of LLaMA 7B."
 )
 
 
@@ -26,8 +26,8 @@ def define() -> flags.FlagHolder:
     holder = flags.DEFINE_string(
         "config",
         None,
-        "Config file, or the name of one in configs/, such as tiny; --config.GROUP.FIELD=VALUE "
-        "overrides a field; --help lists the fields.",
+        "Config file, or the name of one in configs/, such as tiny. --config.GROUP.FIELD=VALUE "
+        "overrides a field; --help lists all fields.",
     )
     for name, field in all_fields().items():
         flag: flags.Flag[str] = flags.Flag(
@@ -36,7 +36,7 @@ def define() -> flags.FlagHolder:
             name=PREFIX + name,
             default=None,
             help_string=f"{field.metadata['meaning']} ({facts(field)})",
-            boolean=field.type is bool,  # may stand without a value
+            boolean=field.type is bool,  # the flag needs no value
         )
         flags.DEFINE_flag(flag, module_name=__name__)
     return holder
@@ -65,7 +65,7 @@ def fields_help(width: int) -> str:
 
 
 def _wrapped(text: str, width: int, indent: int = 0) -> str:
-    """Breaks a text into lines, but no word: names of fields and files are to be copied."""
+    """Breaks a text into lines between words, so that names can be copied whole."""
     first, rest = " " * indent, " " * max(indent, 4)
     return textwrap.fill(
         text,
@@ -78,18 +78,18 @@ def _wrapped(text: str, width: int, indent: int = 0) -> str:
 
 
 def overrides() -> dict[str, Any]:
-    """The fields that flags set: dotted name -> value.
+    """Returns the fields that flags set: dotted name -> value.
 
     Raises:
-      UserError: a value is not of its field's type.
+      UserError: a value does not have the type of its field.
     """
-    found = {name: flags.FLAGS[PREFIX + name] for name in field_types()}
-    given = {name: str(flag.value) for name, flag in found.items() if flag.present}
+    defined = {name: flags.FLAGS[PREFIX + name] for name in field_types()}
+    given = {name: str(flag.value) for name, flag in defined.items() if flag.present}
     return {name: parse_value(name, text) for name, text in given.items()}
 
 
 def load(file: str) -> Config:
-    """The validated config of a file, with the fields that flags set.
+    """Returns the validated config of a file, with the fields that flags set.
 
     Args:
       file: the value of `--config`.
@@ -98,7 +98,7 @@ def load(file: str) -> Config:
       UserError: the file, a flag or their combination is not valid.
     """
     given = overrides()
-    # A copy that may be changed, where references between fields stay references.
+    # A copy that can be changed and keeps references between fields.
     config = ml_collections.ConfigDict(load_config_file(file), type_safe=False)
     for name, value in given.items():
         group, _, field = name.rpartition(".")
@@ -113,14 +113,14 @@ def load(file: str) -> Config:
 
 
 def parse_value(name: str, text: str) -> Any:
-    """The value of a field from its text on the command line.
+    """Converts the text of a field on the command line to its value.
 
     Args:
       name: dotted name of the field.
-      text: what stands behind `=`.
+      text: the text after `=`.
 
     Raises:
-      UserError: it is not of the field's type.
+      UserError: the text is not a value of the field's type.
     """
     kind = field_types()[name]
     with contextlib.suppress(ValueError, KeyError):
@@ -141,7 +141,7 @@ def parse_value(name: str, text: str) -> Any:
 
 
 def _origins(message: str, file: str, given: dict[str, Any]) -> str:
-    """Where the values come from that a message names; empty where it is clear."""
+    """Says where the values that a message names come from; empty where this is clear."""
     names = re.findall(r"(?<![\w.])(?:[a-z]+\.)?\w+", re.sub(r"--config\.\S+", "", message))
     named = [name for name in dict.fromkeys(names) if name in field_types()]
     flagged = [name for name in named if name in given]

@@ -1,4 +1,4 @@
-"""What a misspelt name of a config field most likely means: "did you mean ...?"."""
+"""Suggestions for a misspelt name of a config field: "did you mean ...?"."""
 
 import difflib
 import re
@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Mapping
 
 from llama_jax.config import field_types
 
-# Of `difflib`: how alike two names are. The first within a group, the second among all fields.
+# Least similarity (see `difflib`) of two names: within a group, and among all fields.
 ALIKE, _MUCH_ALIKE = 0.6, 0.75
 
-# Names that other programs have for a field. `~` after a name: its values have another unit.
+# Names of fields in other programs. `~` after a name: its values have another unit.
 FIELD_ALIASES = {
     "model.dim": "hidden_size d_model n_embd embed_dim emb_dim width",
     "model.n_layers": "num_layers num_hidden_layers n_layer layers depth",
@@ -69,7 +69,7 @@ FIELD_ALIASES = {
     "lora.base_dtype": "load_in_4bit~ quantization~ qlora~ bits~",
     "init_from": "model pretrained model_name_or_path load_from resume_from base_model",
 }
-# Names that other programs have for a group of fields.
+# Names of groups of fields in other programs.
 GROUP_ALIASES = {
     "optim": "optimizer optimiser opt adamw adam schedule",
     "train": "training trainer loop run",
@@ -82,11 +82,11 @@ _ALIASES = FIELD_ALIASES | GROUP_ALIASES
 
 
 def unknown_field(name: str, prefix: str) -> str:
-    """Says which field a dotted name may mean that no field of the config has.
+    """Says which field the user may mean by a dotted name that does not exist.
 
     Args:
-      name: such as `optim.lr`.
-      prefix: what stands before a dotted name where the user writes it, such as `--config.`.
+      name: the dotted name, such as `optim.lr`.
+      prefix: the text before a dotted name where the user writes it, such as `--config.`.
     """
     fields = field_types()
     while name.startswith("config."):
@@ -98,7 +98,7 @@ def unknown_field(name: str, prefix: str) -> str:
     own = [one.partition(".")[2] for one in fields if one.startswith(f"{group}.")]
     if name.rstrip(".") in groups:
         return (
-            f"{group} is a group of fields; set one of them, as {prefix}{group}.FIELD: "
+            f"{group} is a group of fields; set one of them with {prefix}{group}.FIELD: "
             f"{', '.join(own)}"
         )
     for whole in fields:
@@ -132,7 +132,7 @@ def unknown_field(name: str, prefix: str) -> str:
     if similar:
         return f"{begin}; did you mean {either(prefix + one for one in similar)}?"
     alone = [one for one in fields if "." not in one]
-    return f"{begin}; its groups are {', '.join(groups)}, and {', '.join(alone)} is in none"
+    return f"{begin}; its groups are {', '.join(groups)}, and {', '.join(alone)} is in no group"
 
 
 def _in_groups(groups: list[str], field: str, fields: Collection[str]) -> list[str]:
@@ -164,22 +164,22 @@ def fields_named(name: str, fields: Collection[str]) -> list[str]:
 
 
 def _exactly(name: str, fields: Collection[str]) -> list[str]:
-    """Finds the fields that have this name here, or else in other programs."""
+    """Finds the fields that have this name here, or otherwise in other programs."""
     groups = {field.partition(".")[0] for field in fields if "." in field}
     same = [field for field in fields if plain(field.rpartition(".")[2]) == plain(name)]
     if same and name not in groups:
-        # The group dcn has the fields of mesh, which is the one that is set.
+        # The groups dcn and mesh have the same fields; people set those of mesh.
         return [field for field in same if not field.startswith("dcn.")] or same
     return [field for field in fields if plain(name) in other_names(_ALIASES, field)]
 
 
 def fields_spelt(name: str, fields: Collection[str], prefix: str = "") -> list[str]:
-    """Finds the fields whose dotted names have the same letters; signs between them may differ.
+    """Finds the fields whose dotted names have the same letters and digits; other signs may differ.
 
     Args:
       name: a dotted name.
       fields: dotted names of fields.
-      prefix: letters that `name` has before those of a field.
+      prefix: letters at the beginning of `name` that the fields do not have.
     """
 
     def letters(text: str) -> str:
@@ -189,35 +189,35 @@ def fields_spelt(name: str, fields: Collection[str], prefix: str = "") -> list[s
 
 
 def same_names(name: str, known: Iterable[str]) -> list[str]:
-    """Finds the known names that differ from this one in case, `_` and `-` only."""
+    """Finds the known names that differ from this one only in case, `_` and `-`."""
     return [one for one in known if plain(one) == plain(name)]
 
 
 def alike_names(name: str, known: Iterable[str], cutoff: float) -> list[str]:
-    """Finds the known name that is most like this one, or two that are equally like it.
+    """Finds the known name that is most similar to this one, or two if they tie.
 
     Args:
-      name: a name with a mistake.
-      known: names that exist.
-      cutoff: the least likeness, from 0 to 1; see `difflib.get_close_matches`.
+      name: a misspelt name.
+      known: the names that exist.
+      cutoff: the least similarity, from 0 to 1; see `difflib.get_close_matches`.
     """
     names, name = list(known), name.lower().replace("-", "_")
     found = difflib.get_close_matches(name, names, 2, cutoff)
     if len(found) > 1:
         best, next_best = (difflib.SequenceMatcher(None, one, name).ratio() for one in found)
         found = sorted(found) if best == next_best else found[:1]
-    if not found and len(name) > 2:  # half a name
+    if not found and len(name) > 2:  # part of a name
         found = [one for one in names if one.startswith(name) or f"_{name}" in one][:2]
     return found
 
 
 def other_names(table: Mapping[str, str], key: str) -> list[str]:
-    """Returns the names, as `plain` has them, that a table gives for a field, group or flag."""
+    """Returns the other names of a field, group or flag in a table, as `plain` writes them."""
     return [plain(word) for word in table.get(key, "").split()]
 
 
 def plain(name: str) -> str:
-    """Drops what people write in different ways in a name: case, `_` and `-`."""
+    """Removes from a name what people write in different ways: case, `_` and `-`."""
     return re.sub("[-_~]", "", name.lower())
 
 

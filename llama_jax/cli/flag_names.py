@@ -1,4 +1,4 @@
-"""What a misspelt name of a flag most likely means: "did you mean ...?"."""
+"""Suggestions for a misspelt name of a flag: "did you mean ...?"."""
 
 import shlex
 from collections.abc import Collection
@@ -16,7 +16,7 @@ from llama_jax.cli.field_names import (
     unknown_field,
 )
 
-# Names that other programs have for a flag.
+# Names of flags in other programs.
 _FLAG_ALIASES = {
     "workdir": "output_dir out_dir run_dir save_dir log_dir out output dir folder",
     "output": "output_dir out_dir out workdir dir folder target",
@@ -32,11 +32,11 @@ _FLAG_ALIASES = {
 
 
 def unknown_flag(arg: str, flags: Collection[str], fields: Collection[str]) -> str:
-    """The message about a flag that a command does not have.
+    """Returns the message about a flag that a command does not have.
 
     Args:
-      arg: as it was typed, with its value if that stands behind `=`.
-      flags: names of the flags that the command has.
+      arg: the flag as it was typed, with the value if it follows `=`.
+      flags: names of the command's flags.
       fields: dotted names of the config's fields; empty: the command has no config.
     """
     typed, equals, value = arg.lstrip("-").partition("=")

@@ -1,26 +1,26 @@
-"""Ctrl-C while a command imports its libraries, which takes seconds.
+"""Handling of Ctrl-C while a command imports its libraries, which takes seconds.
 
-Python would print the traceback of whatever import is under way, and some libraries swallow the
-exception.
+Without it, Python would print the traceback of the current import, and some libraries would swallow
+the exception.
 """
 
 import os
 import signal
 from types import FrameType
 
-STATUS = 130  # of a shell, for a command that Ctrl-C has ended
+STATUS = 130  # the status that shells report after Ctrl-C
 MESSAGE = "\ninterrupted"
 
 
 def end_quietly() -> None:
-    """Lets Ctrl-C end the process at once, with one line, until `raise_again`."""
-    # Ignored in the background of a shell without job control: it stays so.
+    """Makes Ctrl-C end the process at once, with one line, until `raise_again`."""
+    # A shell without job control ignores it in background jobs; keep that.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 
 def raise_again() -> None:
-    """Lets Ctrl-C raise `KeyboardInterrupt` again, as Python does."""
+    """Makes Ctrl-C raise `KeyboardInterrupt` again, as in Python."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

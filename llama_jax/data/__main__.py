@@ -22,15 +22,21 @@ from llama_jax.data.show.rows import Screen
 from llama_jax.errors import UserError
 
 _SHOW = command.path_flag(
-    "show", None, "Folder of token shards, of one or more sources, or work directory of train."
+    "show", None, "Folder of token shards, folder of several sources, or work directory of train."
 )
 _CONFIG = command.config_flag()
-_STEP = flags.DEFINE_integer("step", 0, "First step to show.", lower_bound=0, upper_bound=10**12)
-_ROWS = flags.DEFINE_integer("rows", 3, "Sequences to show.", lower_bound=0, upper_bound=10**6)
-_LINES = flags.DEFINE_integer(
-    "lines", 12, "Most lines to show of a document; 0: all.", lower_bound=0
+_STEP = flags.DEFINE_integer(
+    "step", 0, "First step whose sequences are shown.", lower_bound=0, upper_bound=10**12
 )
-_PLOT = command.path_flag("plot", None, "PNG to write; default: plots/data.png in the folder.")
+_ROWS = flags.DEFINE_integer(
+    "rows", 3, "Number of sequences to show.", lower_bound=0, upper_bound=10**6
+)
+_LINES = flags.DEFINE_integer(
+    "lines", 12, "Maximum number of lines to show of one document; 0: all.", lower_bound=0
+)
+_PLOT = command.path_flag(
+    "plot", None, "PNG file for the histograms; default: plots/data.png in the folder."
+)
 
 
 def _print(lines: Iterable[str]) -> bool:
@@ -40,7 +46,7 @@ def _print(lines: Iterable[str]) -> bool:
             print(line)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Otherwise Python reports the broken pipe again when it flushes stdout at exit.
+        # Otherwise Python would print an error when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False
     return True
@@ -57,7 +63,7 @@ def main() -> None:
         lines=_LINES.value,
         colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
     )
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # for ASCII terminals
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # for an ASCII terminal
     reads = _print([summary.summary(prepared, _STEP.value, screen), ""])
     reads = reads and _print(summary.show_rows(prepared, _STEP.value, _ROWS.value, screen))
     path = epath.Path(_PLOT.value or prepared.folder / "plots" / "data.png")

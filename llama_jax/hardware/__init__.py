@@ -1,9 +1,9 @@
-"""What machines are: chips, networks, and how their compilers are set.
+"""Descriptions of machines: chips, networks and compiler flags.
 
   chips.py      data sheets: memory, peak FLOP/s, links
-  topology.py   machines that are not here: names, tori, devices that a compiler describes
-  local_tpu.py  which TPU this computer has, before JAX starts a backend
-  xla_flags.py  compiler flags as presets, each with its reason and source
+  topology.py   machines that are not here: names, tori, devices as the compiler describes them
+  local_tpu.py  the TPU of this computer, before JAX starts a backend
+  xla_flags.py  presets of compiler flags, each flag with its reason and source
 
-Rule: figures and names; no arrays, no config.
+Rule: contains figures and names; no arrays, no config.
 """

@@ -1,18 +1,18 @@
-"""Accelerators: peaks and sizes, with their sources. The one table that MFU and `plan` use.
+"""Peaks and sizes of accelerators, with their sources: the one table that MFU and `plan` use.
 
-TPU figures are of Google Cloud's pages on each version (docs.cloud.google.com/tpu/docs/v5p and the
-like), and of Jouppi et al. 2023 (arXiv:2304.01433) for v4; NVIDIA figures of the data sheets
-(dense, no sparsity; SXM modules). Links are in one direction, all links of a device together: half
-of the bidirectional bandwidth per chip on Google's pages (v5e 400, v5p 1,200, v6e 800, tpu7x 1,200
-GB/s), and six links of 50 GB/s for v4. Networks between nodes are those of NVIDIA's DGX and HGX
-systems, a 200 (A100), 400 (H100, H200, B200) Gbit/s InfiniBand card per GPU; between TPU slices,
-the data-centre network of a host of four chips (eight: v5e, v6e) as in "How to Scale Your Model"
-(jax-ml.github.io/scaling-book).
+TPU figures come from Google Cloud's pages on each version (docs.cloud.google.com/tpu/docs/v5p and
+the like), and for v4 from Jouppi et al. 2023 (arXiv:2304.01433); NVIDIA figures come from the data
+sheets (dense, no sparsity; SXM modules). Link bandwidths are one direction of all links of a device
+together: half of the bidirectional bandwidth per chip on Google's pages (v5e 400, v5p 1,200, v6e
+800, tpu7x 1,200 GB/s), and six links of 50 GB/s for v4. Networks between nodes are those of
+NVIDIA's DGX and HGX systems, with one InfiniBand card of 200 (A100) or 400 (H100, H200, B200)
+Gbit/s per GPU; between TPU slices, the data-centre network of a host of four chips (eight: v5e,
+v6e) as in "How to Scale Your Model" (jax-ml.github.io/scaling-book).
 
 The clock of v4 is published (arXiv:2304.01433). The others follow from the peak and the matrix
-units: eight (v5e: four) of 128 x 128 multipliers, and on v6e and tpu7x two of 256 x 256 that start
-two products a cycle, 524,288 FLOP. The compiler's own estimates come to 0.92 of that on v6e for the
-best products.
+units: eight (v5e: four) of 128 x 128 multipliers; on v6e and tpu7x two of 256 x 256, which start
+two products a cycle (524,288 FLOP). The compiler's own estimates reach 0.92 of that on v6e for the
+largest products.
 """
 
 import dataclasses
@@ -27,21 +27,21 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class GpuTarget:
-    """What XLA's compiler asks about a GPU that is not here (its GpuTargetConfigProto).
+    """The properties of a GPU that XLA's compiler needs (its GpuTargetConfigProto).
 
-    From XLA's xla/backends/gpu/target_config/specs and NVIDIA's tuning guides.
+    The figures come from XLA's xla/backends/gpu/target_config/specs and NVIDIA's tuning guides.
 
     Attributes:
       capability: CUDA compute capability, major and minor.
-      accelerated: whether instructions of just this architecture (`sm_90a`) are there.
+      accelerated: whether architecture-specific instructions (`sm_90a`) exist.
       cores: streaming multiprocessors.
       fpus: float32 units per core.
       shared_per_core: bytes of shared memory per core.
-      shared_per_block: bytes of it that one block may take.
+      shared_per_block: bytes of shared memory that one block may use.
       l2: bytes of second-level cache.
-      clock_ghz: boost clock.
-      memory: bytes.
-      links: NVLinks in use.
+      clock_ghz: boost clock in GHz.
+      memory: bytes of device memory.
+      links: number of active NVLinks.
     """
 
     capability: tuple[int, int]
@@ -61,31 +61,34 @@ class Chip:
     """One accelerator, as its maker specifies it.
 
     Attributes:
-      name: short, as in a topology.
-      kind: part of JAX's `device_kind` that names it.
-      peak_flops: dense bfloat16 FLOP/s, of one JAX device.
-      int8: operations/s of 8-bit integers, as a multiple of `peak_flops`; 1: as fast, or not
-        published.
-      fp8: FLOP/s of 8-bit floats, likewise; 1 where they are multiplied as bfloat16.
-      hbm_bytes: memory that programs can use, bytes: on TPUs what the compiler itself allows; on
-        GPUs 0.9 of what the driver shows, for NCCL, cuDNN and the driver take the rest
+      name: short name, as in a topology.
+      kind: the part of JAX's `device_kind` that identifies the chip.
+      peak_flops: dense bfloat16 FLOP/s of one JAX device.
+      hbm_bytes: bytes of memory that programs can use: on TPUs what the compiler itself allows; on
+        GPUs 0.9 of what the driver shows, because NCCL, cuDNN and the driver take the rest
         (XLA_PYTHON_CLIENT_MEM_FRACTION=0.9).
       hbm_bandwidth: bytes/s.
       link_bandwidth: bytes/s of the fast network (ICI, NVLink), one direction, all links.
       network_bandwidth: bytes/s of the network between slices or nodes, per device, one direction.
-      clock: Hz of the unit that the compiler counts cycles of; None if not published.
-      cores_per_chip: TensorCores by which Google Cloud counts a slice's name; 1: it counts chips.
-      torus: dimensions of the ICI network; 0 for GPUs.
-      devices_per_chip: JAX devices that one chip is; all figures here are of one device.
-      matmul_efficiency: of the peak that large matrix products reach; on Hopper those of our own
-        step, measured on an H200 (benchmarks/README.md), which has the H100's unit; for other GPUs
-        as measured by Bekman, ML Engineering (github.com/stas00/ml-engineering, "Maximum Achievable
-        Matmul FLOPS"; it gives Hopper 0.803), for TPUs 1, as the compiler's cycles have it in.
-      attention_efficiency: of the peak that attention kernels reach, forward and backward
-        together at heads of 128 and T 2048, causal: on Hopper cuDNN's, measured in the same step;
-        on A100 FlashAttention-2's (arXiv:2307.08691, figures 4 to 6); elsewhere an assumption, for
-        v6e and tpu7x half of the others', as a head of 128 fills half of a unit of 256.
-      target: of GPUs, what the compiler asks.
+      clock: Hz of the unit whose cycles the compiler counts; None if not published.
+      cores_per_chip: TensorCores per chip, if Google Cloud counts them in the names of slices; 1 if
+        it counts chips.
+      torus: number of dimensions of the ICI network; 0 for GPUs.
+      devices_per_chip: JAX devices per chip; all figures here are for one device.
+      matmul_efficiency: fraction of the peak that large matrix products reach. On Hopper measured
+        in our own step on an H200 (benchmarks/README.md), which has the same matrix unit as the
+        H100; for other GPUs measured by Bekman, ML Engineering (github.com/stas00/ml-engineering,
+        "Maximum Achievable Matmul FLOPS"; it gives Hopper 0.803); 1 for TPUs, because the
+        compiler's cycles include it.
+      attention_efficiency: fraction of the peak that attention kernels reach, forward and backward
+        together, with heads of 128 and T 2048, causal. On Hopper that of cuDNN, measured in the
+        same step; on A100 that of FlashAttention-2 (arXiv:2307.08691, figures 4 to 6); elsewhere
+        assumed, on v6e and tpu7x half of the other TPUs, because a head of 128 fills half of a unit
+        of 256.
+      int8: operations/s of 8-bit integers, as a multiple of `peak_flops`; 1: equally fast, or not
+        published.
+      fp8: FLOP/s of 8-bit floats, likewise; 1 if they are multiplied as bfloat16.
+      target: properties of a GPU for the compiler; None for TPUs.
     """
 
     name: str
@@ -106,7 +109,7 @@ class Chip:
     target: GpuTarget | None = None
 
     def peak_of(self, *dtypes: str) -> float:
-        """FLOP/s of products of operands of these types, named as in HLO; of 8-bit ones all are."""
+        """Returns the FLOP/s of products of these HLO types; 8-bit speed needs all to be 8-bit."""
         if dtypes and all(dtype in ("s8", "u8", "s4", "u4") for dtype in dtypes):
             return self.int8 * self.peak_flops
         if dtypes and all(dtype.startswith("f8") for dtype in dtypes):
@@ -163,7 +166,7 @@ CHIPS = (
         int8=2.0,
         attention_efficiency=0.25,
     ),
-    # Two devices: a chip has 2307 TFLOP/s, 192 GiB, 7,380 GB/s and 1.2 TB/s of links both ways.
+    # Half of a chip, which has 2307 TFLOP/s, 192 GiB, 7,380 GB/s and 1.2 TB/s of links both ways.
     Chip(
         *("tpu7x", "TPU7x", 1153.5e12, 94.75 * GIB, 3690 * GB, 300 * GB, 12.5 * GB, 2.2e9, 2, 3, 2),
         fp8=2.0,
@@ -173,7 +176,7 @@ CHIPS = (
     # The SXM module; PCIe and NVL cards have other peaks.
     _gpu("h100", "H100 80GB HBM3", 989e12, 3350 * GB, 450 * GB, 50 * GB, (0.71, 0.385), _H100),
     _gpu("h200", "H200", 989e12, 4800 * GB, 450 * GB, 50 * GB, (0.71, 0.385), _H200),
-    # Over PCIe 4; the data sheet's peak of the 4090 is with float32 sums.
+    # Links over PCIe 4; the peak of the 4090 is that with float32 sums in its data sheet.
     _gpu("rtx4090", "RTX 4090", 165.2e12, 1008 * GB, 32 * GB, 12.5 * GB, (0.8, 0.5), _RTX4090),
     _gpu("l40s", "L40S", 362e12, 864 * GB, 32 * GB, 12.5 * GB, (0.8, 0.5), _L40S),
     _gpu("b200", "B200", 2250e12, 8000 * GB, 900 * GB, 50 * GB, (0.776, 0.40), _B200),
@@ -181,22 +184,22 @@ CHIPS = (
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The chip that JAX calls `device_kind`; None for CPUs and what is not in the table."""
+    """Finds the chip of a JAX `device_kind`; None for CPUs and chips that the table lacks."""
     return next((chip for chip in CHIPS if chip.kind in device_kind), None)
 
 
 def chip_named(name: str) -> Chip | None:
-    """The chip of a topology's name, such as `v5p`."""
+    """Finds a chip by its name in a topology, such as `v5p`; None if there is none."""
     return next((chip for chip in CHIPS if chip.name == name), None)
 
 
 def peak_flops(device: "jax.Device") -> float | None:
-    """Peak bfloat16 FLOP/s of a device, or None where it is not known (CPUs, new chips)."""
+    """Returns the peak bfloat16 FLOP/s of a device; None if unknown (CPUs, new chips)."""
     chip = find_chip(device.device_kind)
     return None if chip is None else chip.peak_flops
 
 
 def peak_name(device: "jax.Device") -> str:
-    """What MFU is a share of, such as `NVIDIA H200 989 TFLOP/s`."""
+    """Names the peak that MFU is a fraction of, such as `NVIDIA H200 989 TFLOP/s`."""
     peak = peak_flops(device)
     return device.device_kind + (f" {peak / 1e12:,.0f} TFLOP/s" if peak else "")

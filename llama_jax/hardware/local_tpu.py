@@ -1,4 +1,4 @@
-"""Which TPU is here, before JAX starts a backend: libtpu reads its flags when it is loaded."""
+"""The TPU of this computer, found before JAX loads libtpu, which reads its flags at that time."""
 
 import glob
 import importlib.metadata
@@ -17,14 +17,14 @@ _CHIPS = {
 
 
 def tpu_here(env: Mapping[str, str] = os.environ, bus: str = "/sys/bus/pci/devices") -> str:
-    """The TPU that JAX will run on, as `chips` names it; "" where it will run on none.
+    """Returns the TPU that JAX will run on, by its name in `chips`; "" if it will not use a TPU.
 
-    The chips on the PCI bus tell, as they tell JAX itself, else TPU_ACCELERATOR_TYPE, which Google
-    Cloud sets (`v5litepod-16`).
+    Reads the PCI bus, as JAX does; if it shows no TPU, TPU_ACCELERATOR_TYPE, which Google Cloud
+    sets (`v5litepod-16`).
 
     Args:
-      env: the environment.
-      bus: folder with one folder for each PCI device.
+      env: the environment variables.
+      bus: a folder with one folder per PCI device.
     """
     if env.get("JAX_PLATFORMS", "").split(",")[0] not in ("", "tpu"):
         return ""
@@ -39,7 +39,7 @@ def tpu_here(env: Mapping[str, str] = os.environ, bus: str = "/sys/bus/pci/devic
 
 
 def libtpu_version() -> str:
-    """Of the package that is installed, such as `0.0.42.1`; "" for none."""
+    """Returns the version of the installed libtpu, such as `0.0.42.1`; "" if it is missing."""
     try:
         return importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
@@ -47,7 +47,7 @@ def libtpu_version() -> str:
 
 
 def _text(path: str) -> str:
-    """What a small file says; "" where it cannot be read."""
+    """Reads a small file; returns "" if it cannot be read."""
     try:
         with open(path, errors="replace") as file:
             return file.read().strip()

@@ -1,4 +1,4 @@
-"""Machines that are not here: their names, and what their compilers say of their devices."""
+"""Machines that are not here: their names, and their devices as the compilers describe them."""
 
 import contextlib
 import dataclasses
@@ -24,9 +24,9 @@ class Topology:
     """Slices of TPU chips, or nodes of GPUs.
 
     Attributes:
-      chip: which.
-      shape: chips along each dimension of a slice's torus, or (nodes, GPUs of a node).
-      slices: how many such slices; 1 for GPUs.
+      chip: the kind of chip.
+      shape: chips along each dimension of a slice's torus, or (nodes, GPUs per node).
+      slices: the number of slices; 1 for GPUs.
     """
 
     chip: Chip
@@ -35,22 +35,21 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        """Number of chips."""
+        """The number of chips."""
         return math.prod(self.shape) * self.slices
 
     @property
     def devices(self) -> int:
-        """Number of JAX devices."""
+        """The number of JAX devices."""
         return self.chips * self.chip.devices_per_chip
 
     @property
     def wrap(self) -> tuple[bool, ...]:
-        """Which dimensions of a TPU slice's network close to a ring.
+        """For each dimension of a TPU slice's network, whether it wraps around to a ring.
 
-        On 3-D networks optical switches join cubes of 4 x 4 x 4 chips, so that slices of whole
-        cubes are tori and smaller ones are not; on 2-D networks only a dimension of the whole pod,
-        16 chips, wraps around (cloud.google.com/tpu/docs/system-architecture-tpu-vm;
-        arXiv:2304.01433).
+        In 3-D networks optical switches join cubes of 4 x 4 x 4 chips: slices of whole cubes are
+        tori, smaller slices are not. In 2-D networks only a dimension of the whole pod, 16 chips,
+        wraps around (cloud.google.com/tpu/docs/system-architecture-tpu-vm; arXiv:2304.01433).
         """
         if self.chip.torus == 3:
             return (all(size % 4 == 0 for size in self.shape),) * 3
@@ -58,7 +57,7 @@ class Topology:
 
     @property
     def slice_name(self) -> str:
-        """One slice, such as `v5p:8x8x8`."""
+        """The name of one slice, such as `v5p:8x8x8`."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     def __str__(self) -> str:
@@ -71,8 +70,8 @@ class Torus:
 
     Attributes:
       shape: chips along each dimension.
-      wrap: which dimensions close to a ring.
-      coords: of the chip of each device of the mesh, in order.
+      wrap: for each dimension, whether it wraps around.
+      coords: coordinates of the chip of each device of the mesh, in the mesh's order.
     """
 
     shape: tuple[int, ...]
@@ -80,10 +79,11 @@ class Torus:
     coords: tuple[tuple[int, ...], ...]
 
     def links(self, group: Sequence[int]) -> int:
-        """Links of a chip that a collective of these devices can keep busy, in one direction each.
+        """Counts the links of a chip, in one direction, that a collective of a group can use.
 
-        Two along each dimension that the group fills and that wraps around, one along others; two
-        where the group is no box of chips, as in one ring. 0 for the devices of one chip.
+        Two links along each dimension that the group fills and that wraps around, one along each
+        other dimension of the group. Two if the group is not a box of chips, as in one ring; 0 if
+        its devices are on one chip.
         """
         sizes = self.extent(group)
         if math.prod(sizes) != len({self.coords[device] for device in group}):
@@ -94,25 +94,29 @@ class Torus:
         )
 
     def hops(self, group: Sequence[int]) -> int:
-        """Links on the way between the two devices of a group that are farthest apart."""
+        """Counts the links between the two devices of a group that are farthest apart."""
         return sum(
             size // 2 if wraps and size == whole else size - 1
             for size, whole, wraps in zip(self.extent(group), self.shape, self.wrap, strict=True)
         )
 
     def extent(self, group: Sequence[int]) -> list[int]:
-        """Different coordinates of a group along each dimension."""
+        """Counts the different coordinates of a group along each dimension."""
         chips = [self.coords[device] for device in group]
         return [len({chip[axis] for chip in chips}) for axis in range(len(self.shape))]
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
-    """`v5p-1024` (the cloud's name), `v5p:8x8x8` or, nodes x GPUs, `h100:256x8`.
+    """Parses the name of a machine.
 
-    The cloud's name counts TensorCores on v4, v5p and tpu7x, and chips on v5e and v6e.
+    Args:
+      name: `v5p-1024` (the cloud's name), `v5p:8x8x8` (chips along each dimension) or `h100:256x8`
+        (nodes x GPUs). The cloud's name counts TensorCores for v4, v5p and tpu7x, and chips for v5e
+        and v6e.
+      slices: the number of TPU slices.
 
     Raises:
-      UserError: an unknown chip, or a number or shape that its slices do not have.
+      UserError: the chip is unknown, or its slices do not have this size or shape.
     """
     found = re.fullmatch(r"([a-z][\w-]*?)(?:-(\d+)|:(\d+(?:x\d+)*))", name)
     chip = chip_named(found[1]) if found else None
@@ -136,7 +140,7 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     shape_of = _cube(chips, chip.torus) if chips and not rest else None
     if shape_of is None:
         example = "x".join(["4"] * chip.torus)
-        raise UserError(f"there is no slice {name}; say its shape, such as {chip.name}:{example}")
+        raise UserError(f"there is no slice {name}; give its shape, such as {chip.name}:{example}")
     return Topology(chip, shape_of, slices)
 
 
@@ -145,16 +149,16 @@ def _gpu_topology(name: str, chip: Chip, shape: tuple[int, ...], slices: int) ->
         shape = (1, *shape)
     if len(shape) != 2 or 0 in shape or shape[1] > GPUS_PER_NODE:
         raise UserError(
-            f"{name}: say nodes x GPUs of a node (up to {GPUS_PER_NODE}), such as "
+            f"{name}: give nodes x GPUs of a node (up to {GPUS_PER_NODE}), such as "
             f"{chip.name}:256x8, or one node, {chip.name}:8"
         )
     if slices > 1:
-        raise UserError("--slices is for TPUs; of GPUs, say more nodes")
+        raise UserError("--slices is for TPUs; for GPUs, give more nodes")
     return Topology(chip, shape)
 
 
 def _cube(chips: int, dimensions: int) -> tuple[int, ...] | None:
-    """The most cubic shape of so many chips; large 3-D slices are made of cubes of 4 x 4 x 4."""
+    """Returns the most cubic shape of a number of chips; large 3-D slices have 4x4x4 cubes."""
     unit = 4 if dimensions == 3 and chips >= 64 else 1
     best = None
     for first in range(unit, chips + 1, unit):
@@ -172,33 +176,33 @@ def _cube(chips: int, dimensions: int) -> tuple[int, ...] | None:
         )
         for tail in tails:
             shape = tuple(sorted((first, *tail)))
-            shape = shape[::-1] if shape[0] == 1 else shape  # hosts are 2 x 2 x 1
+            shape = shape[::-1] if shape[0] == 1 else shape  # a host has 2 x 2 x 1 chips
             if best is None or max(shape) - min(shape) < max(best) - min(best):
                 best = shape
     return best
 
 
 def topology_devices(topology: Topology) -> list[jax.Device]:
-    """Descriptions of the devices, from the compiler of the platform.
+    """Returns descriptions of the devices, from the compiler of the platform.
 
     Raises:
-      UserError: the compiler is not installed, or knows no such slice.
+      UserError: the compiler is not installed, or does not know such a slice.
     """
     chip = topology.chip
     options: dict[str, Any]
-    # Read when a compiler is loaded: with less, it would not tell when it works around shardings.
+    # Read when a compiler is loaded. A higher level hides warnings about inefficient shardings.
     variables = dict.fromkeys(
         ("TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL", "TF_CPP_MIN_LOG_LEVEL"), "1"
     )
     if chip.torus:
         options = {"platform": "tpu", "topology_name": topology.slice_name}
-        # Without it the compiler takes a slice for a mesh, which has other collectives.
+        # Without wrap, the compiler assumes a mesh without wrap-around: other collectives.
         options["wrap"] = (*topology.wrap, False, False)[:3]  # always three
         if chip.name == "v4":
             options["chip_config_name"] = "megacore"
         if topology.slices > 1:
             options["num_slices"] = topology.slices
-        # The compiler alone, without asking a cloud where it runs.
+        # Use the compiler alone, without queries to a cloud's metadata server.
         alone = {
             "TPU_SKIP_MDS_QUERY": "1",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -215,7 +219,7 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
     try:
         with _environment(variables), captured_stderr():
             described = topologies.get_topology_desc(**options)
-    except Exception as error:  # JAX and the plugins raise what they like
+    except Exception as error:  # JAX and the plugins raise errors of any type
         reason = first_line(error)
         missing = re.search("not (installed|implemented|found|known)|nknown backend", reason)
         extra = "tpu" if chip.torus else "cuda13"
@@ -226,7 +230,7 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
 
 @contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Sets variables inside the block only: left set, they make it look like a TPU host."""
+    """Sets variables inside the block only; outside, they would make this look like a TPU host."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ |= variables
     try:
@@ -240,7 +244,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def target_config(chip: Chip) -> str:
-    """XLA's GpuTargetConfigProto of a GPU, as text."""
+    """Returns XLA's GpuTargetConfigProto of a GPU, in text format."""
     gpu = chip.target
     assert gpu is not None
     extension = "ACCELERATED_FEATURES" if gpu.accelerated else "NONE"
@@ -268,7 +272,7 @@ device_description_str: "{chip.kind}"
 
 
 def torus_of(topology: Topology, devices: Sequence[jax.Device]) -> Torus | None:
-    """Where devices lie in the network of their slice; None for GPUs."""
+    """Locates devices in the network of their slice; returns None for GPUs."""
     dimensions = topology.chip.torus
     if not all(hasattr(device, "coords") for device in devices) or not dimensions:
         return None
@@ -277,7 +281,7 @@ def torus_of(topology: Topology, devices: Sequence[jax.Device]) -> Torus | None:
 
 
 def node_of(device: jax.Device) -> int:
-    """The slice of a TPU, the node of a GPU: where the fast network ends."""
+    """Returns the index of a TPU's slice or a GPU's node: the reach of the fast network."""
     if device.platform == "gpu":
         return device.process_index
     return getattr(device, "slice_index", None) or 0
@@ -285,7 +289,7 @@ def node_of(device: jax.Device) -> int:
 
 @contextlib.contextmanager
 def captured_stderr() -> Iterator[list[str]]:
-    """Keeps what a C++ library writes to standard error: its lines, when the block has ended."""
+    """Captures what C++ libraries write to standard error; yields a list, filled at the end."""
     sys.stderr.flush()
     lines: list[str] = []
     with tempfile.TemporaryFile() as file:

@@ -1,11 +1,11 @@
-"""Compiler flags for each target: presets, each setting with its reason and source.
+"""Presets of compiler flags for each target; each setting has a reason and a source.
 
-On a TPU the preset of its chip is the default (`auto`): without one its collectives are waited for
-(those of tpu7x, whose SparseCores run them anyway, are not). On GPUs none is: only `hopper` has
-been measured here, on one H200 (benchmarks/README.md), where it is neither faster nor slower than
-none: a network it has not. No TPU has run any of this. XLA aborts on a flag that it does not know,
-and flags come and go with its versions, so the tests hand each preset to the compilers: those of
-JAX 0.10.2, with its libtpu.
+On a TPU the preset of its chip is the default (`auto`): without it, compute waits for collectives
+(except on tpu7x, whose SparseCores run them anyway). On GPUs the default has no flags: only
+`hopper` has been measured here, on one H200 without a network (benchmarks/README.md), where it was
+neither faster nor slower. No TPU has run any of these presets. XLA aborts on a flag that it does
+not know, and flags come and go with its versions, so the tests pass each preset to the compilers
+of JAX 0.10.2 and its libtpu.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ _TOOLBOX = "JAX-Toolbox docs/GPU_performance.md"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One flag (`--xla_...`) or environment variable, why it is set, and who says so."""
+    """A flag (`--xla_...`) or environment variable, with the reason for it and its source."""
 
     name: str
     value: str
@@ -35,7 +35,7 @@ class Setting:
 
     @property
     def is_flag(self) -> bool:
-        """Whether XLA parses it, and would abort on it."""
+        """Whether XLA parses the setting, and aborts if it does not know it."""
         return self.name.startswith("--")
 
 
@@ -44,9 +44,10 @@ class Preset:
     """Settings of one target.
 
     Attributes:
-      variable: whose flags: LIBTPU_INIT_ARGS of the TPU compiler, XLA_FLAGS of all others.
-      settings: in the order in which they are given.
-      until: the first libtpu that refuses them, such as (0, 0, 43); None: no known one does.
+      variable: the environment variable for the flags: LIBTPU_INIT_ARGS for the TPU compiler,
+        XLA_FLAGS for all others.
+      settings: the settings, in the order in which they are passed.
+      until: the first libtpu that refuses them, such as (0, 0, 43); None: no known version does.
     """
 
     variable: str
@@ -54,16 +55,16 @@ class Preset:
     until: tuple[int, ...] | None = None
 
     def flags(self) -> list[str]:
-        """`--name=value` of what XLA parses."""
+        """Returns the settings that XLA parses, as `--name=value`."""
         return [f"{one.name}={one.value}" for one in self.settings if one.is_flag]
 
     def refused(self, libtpu: str) -> bool:
-        """Whether this version of libtpu refuses it; "" for an unknown one, which is tried."""
+        """Returns whether a libtpu refuses the preset; False for "", an unknown version."""
         version = tuple(int(part) for part in re.findall(r"\d+", libtpu))
         return self.until is not None and version >= self.until
 
 
-_GATHER = "weights of the next layer are gathered in pieces between matmuls (fsdp)"
+_GATHER = "gather the next layer's weights in pieces between matmuls (fsdp)"
 _OVERLAP_GATHER = (
     Setting("--xla_enable_async_all_gather", "true", _GATHER, _MAXTEXT),
     Setting("--xla_tpu_enable_async_collective_fusion", "true", _GATHER, _MAXTEXT),
@@ -71,18 +72,18 @@ _OVERLAP_GATHER = (
     Setting("--xla_tpu_enable_async_collective_fusion_multiple_steps", "true", _GATHER, _MAXTEXT),
     Setting("--xla_tpu_overlap_compute_collective_tc", "true", _GATHER, _MAXTEXT),
 )
-_REDUCE = "gradients' all-reduces run inside the products of the next weights' gradients"
-# Not on v4: such an all-reduce takes all its 16 MiB of VMEM, and code generation fails.
+_REDUCE = "run the all-reduces of gradients inside the products of the next gradients"
+# Not for v4: such an all-reduce takes all of its 16 MiB of VMEM, and code generation fails.
 _OVERLAP_REDUCE = (
     Setting("--xla_enable_async_all_reduce", "true", _REDUCE, _MAXTEXT),
     Setting("--xla_tpu_enable_async_collective_fusion_fuse_all_reduce", "true", _REDUCE, _MAXTEXT),
 )
-_DCN = "gradient all-reduces between slices overlap with the backward pass (dcn.data)"
+_DCN = "overlap gradient all-reduces between slices with the backward pass (dcn.data)"
 _OVERLAP_DCN = (
     Setting("--xla_tpu_enable_data_parallel_all_reduce_opt", "true", _DCN, _MAXTEXT),
     Setting("--xla_tpu_data_parallel_opt_different_sized_ops", "true", _DCN, _MAXTEXT),
 )
-_SCATTER = "a layout in which all-reduce and slice become one reduce-scatter"
+_SCATTER = "choose a layout in which all-reduce and slice become one reduce-scatter"
 _LAYOUT = (
     Setting("--xla_tpu_use_minor_sharding_for_major_trivial_input", "true", _SCATTER, _MAXTEXT),
     Setting("--xla_tpu_relayout_group_size_threshold_for_reduce_scatter", "1", _SCATTER, _MAXTEXT),
@@ -91,11 +92,11 @@ _LAYOUT = (
 _VMEM = Setting(
     "--xla_tpu_scoped_vmem_limit_kib",
     "98304",
-    "96 of the 128 MiB of VMEM for the running operation, as dense models are bound by compute",
+    "give 96 of the 128 MiB of VMEM to the running operation: dense models are compute-bound",
     _MAXTEXT,
 )
-_BESIDE = "collectives run on the chip's SparseCores, beside the matrix products"
-# Published on tpu7x; on v5p and v6e only compiled. libtpu ignores them on v4.
+_BESIDE = "run collectives on the chip's SparseCores, in parallel with the matrix products"
+# Published for tpu7x; only compiled for v5p and v6e. libtpu ignores them on v4.
 _SPARSECORE = tuple(
     Setting(f"--xla_tpu_enable_sparse_core_collective_offload_{kind}", "true", _BESIDE, _DEEPSEEK)
     for kind in ("all_gather", "2d_all_gather", "3d_all_gather")
@@ -105,29 +106,29 @@ _IRONWOOD = (
     Setting(
         "--xla_tpu_scoped_vmem_limit_kib",
         "61440",
-        "60 of the 64 MiB of VMEM for the running operation, as dense models are bound by compute",
+        "give 60 of the 64 MiB of VMEM to the running operation: dense models are compute-bound",
         _IRONWOOD_70B,
     ),
     Setting(
         "--xla_tpu_bf16_emission_mode",
         "NATIVE_EMISSION",
-        "bfloat16 arithmetic by the chip's own instructions, not by those of float32",
+        "use the chip's bfloat16 instructions instead of the float32 ones",
         _IRONWOOD_70B,
     ),
     Setting(
         "--xla_tpu_enable_sparse_core_collective_offload_all_reduce",
         "true",
-        "SparseCores reduce the gradients, beside the backward pass",
+        "let SparseCores reduce the gradients, in parallel with the backward pass",
         _IRONWOOD_70B,
     ),
     Setting(
         "--xla_tpu_use_single_sparse_core_for_all_gather_offload",
         "true",
-        "a gather leaves the other SparseCores to the reductions beside it",
+        "gather on one SparseCore, and leave the others to the reductions at the same time",
         _IRONWOOD_70B,
     ),
 )
-_HOST = "copies to and from the host overlap with compute, within the memory that there is"
+_HOST = "overlap copies to and from the host with compute, within the available memory"
 _HOST_OFFLOAD = tuple(
     Setting(name, value, _HOST, _MAXTEXT)
     for name, value in (
@@ -149,28 +150,28 @@ _OVERLAP_GPU = (
     Setting(
         "--xla_gpu_enable_latency_hiding_scheduler",
         "true",
-        "collectives start early and end late, so that compute hides them",
+        "start collectives early and end them late, so that compute hides them",
         _TOOLBOX,
     ),
     *(
         Setting(f"--xla_gpu_enable_pipelined_{kind}", "true", reason, _TOOLBOX)
         for kind, reason in (
-            ("all_gather", "the next layer's weights are gathered during this layer (scan)"),
-            ("reduce_scatter", "the last layer's gradients are scattered during this one"),
-            ("all_reduce", "the last layer's gradients are reduced during this one"),
+            ("all_gather", "gather the next layer's weights during this layer (scan)"),
+            ("reduce_scatter", "scatter the previous layer's gradients during this layer"),
+            ("all_reduce", "reduce the previous layer's gradients during this layer"),
         )
     ),
     Setting(
         "--xla_gpu_enable_while_loop_double_buffering",
         "true",
-        "two layers' weights are in turn, without a copy, in the scan over layers",
+        "alternate between two buffers of layer weights in the scan, without a copy",
         _TOOLBOX,
     ),
     *(
         Setting(
             f"--xla_gpu_{kind}_combine_threshold_bytes",
             size,
-            "one large message instead of many: at least the weights of a layer",
+            "send one large message instead of many: at least the weights of a layer",
             _RECIPE,
         )
         for kind, size in (
@@ -183,7 +184,7 @@ _OVERLAP_GPU = (
         Setting(
             f"--xla_gpu_enable_{kind}_combine_by_dim",
             "false",
-            "tensors that are sharded along different dimensions share a message too",
+            "let tensors that are sharded along different dimensions share a message",
             _RECIPE,
         )
         for kind in ("all_gather", "reduce_scatter")
@@ -191,24 +192,24 @@ _OVERLAP_GPU = (
     Setting(
         "--xla_disable_hlo_passes",
         "rematerialization",
-        "model.remat says what is computed twice; XLA's own pass would add to it",
+        "model.remat decides what is recomputed; XLA's own pass would add to that",
         _RECIPE,
     ),
     Setting(
         "XLA_PYTHON_CLIENT_MEM_FRACTION",
         "0.9",
-        "of the GPU's memory, up from 0.75; the rest is for NCCL and cuDNN",
+        "use 0.9 of the GPU's memory instead of 0.75; the rest is for NCCL and cuDNN",
         _TOOLBOX,
     ),
 )
-# xla_gpu_graph_level=0, of older recipes, is gone: an empty list of commands is what it meant.
-# Nor xla_gpu_enable_triton_gemm=false, which the recipe has: a step takes 11% longer with it.
+# Left out: xla_gpu_graph_level=0 of older recipes, which XLA has removed (an empty list of commands
+# means the same), and xla_gpu_enable_triton_gemm=false of the recipe: a step takes 11% longer.
 _HOPPER = (
-    Setting("--xla_gpu_enable_command_buffer", "", "CUDA graphs hinder the overlap", _RECIPE),
+    Setting("--xla_gpu_enable_command_buffer", "", "no CUDA graphs: they hinder overlap", _RECIPE),
     Setting(
         "CUDA_DEVICE_MAX_CONNECTIONS",
         "1",
-        "kernels reach the GPU in the order of the schedule; not on Blackwell",
+        "kernels reach the GPU in the order of the schedule; not for Blackwell",
         _TOOLBOX,
     ),
 )
@@ -216,15 +217,15 @@ _BLACKWELL = (
     Setting(
         "--xla_gpu_enable_command_buffer",
         "FUSION,CUSTOM_CALL",
-        "CUDA graphs of what is not a collective",
+        "CUDA graphs for everything but collectives",
         _TOOLBOX,
     ),
 )
 
 _V6E_BASE = (_VMEM, *_LAYOUT, *_OVERLAP_DCN)
 _V6E = (*_V6E_BASE, *_OVERLAP_GATHER, *_OVERLAP_REDUCE)
-# libtpu calls what overlaps here "continuation fusion", and supports it on v5e. On other chips it
-# warns of it ("might trigger many errors including .. incorrect results, hang, SDC"), and from
+# libtpu calls this kind of overlap "continuation fusion", and supports it only on v5e. On other
+# chips it warns ("might trigger many errors including .. incorrect results, hang, SDC"), and from
 # 0.0.43 on (JAX 0.10.2 has 0.0.42, JAX 0.12 has 0.0.50) it refuses to compile.
 _FUSION_ENDS = (0, 0, 43)
 PRESETS = {
@@ -245,7 +246,7 @@ PRESETS = {
 }
 
 AUTO = "auto"
-# What it takes on each TPU: the first that the installed libtpu does not refuse.
+# The presets for `auto` on each TPU: the first one that the installed libtpu does not refuse.
 _DEFAULTS = {
     "v4": ("v4",),
     "v5e": ("v5e",),
@@ -255,20 +256,20 @@ _DEFAULTS = {
 }
 NAMES = (*PRESETS, AUTO)
 HELP = (
-    f"Compiler flags for a target: {', '.join(NAMES)}. {AUTO}: on a TPU the preset of its chip; on "
-    "GPUs none, as hopper was neither faster nor slower on an H200. Flags of your own in XLA_FLAGS "
-    "and LIBTPU_INIT_ARGS win."
+    f"Preset of compiler flags: {', '.join(NAMES)}. {AUTO}: on a TPU the preset of its chip, on "
+    "GPUs none (hopper was neither faster nor slower on an H200). Your own flags in XLA_FLAGS and "
+    "LIBTPU_INIT_ARGS override the preset."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class AppliedPreset:
-    """What `use_preset` has set; as text, for people.
+    """The preset that `use_preset` has set; `str` describes it for the log.
 
     Attributes:
-      preset: its name.
-      tpu: the chip that `auto` has chosen it for; "" for a GPU or CPU, or a preset given by name.
-      new: the number of flags that the environment had not.
+      preset: name of the preset.
+      tpu: the chip for which `auto` chose it; "" for a GPU or CPU, or a preset given by name.
+      new: the number of flags that the environment did not set before.
     """
 
     preset: str
@@ -286,22 +287,22 @@ class AppliedPreset:
         return f"preset {self.preset} ({count}{off}{self._warning()})"
 
     def _warning(self) -> str:
-        """What libtpu itself says of the preset, which later versions refuse."""
+        """Returns libtpu's own warning about a preset that later versions refuse; else empty."""
         if PRESETS[self.preset].until is None:
             return ""
         other = f"{self.tpu}-sparsecore"
-        instead = f", --xla_preset={other} does without" if other in PRESETS else ""
+        instead = f", --xla_preset={other} does not use it" if other in PRESETS else ""
         return f"; libtpu warns of its continuation fusion{instead}"
 
 
 def flag_value(flag: str, env: Mapping[str, str] = os.environ) -> str | None:
-    """The value that XLA_FLAGS give a flag, `true` where it stands alone; the last one counts."""
+    """Returns a flag's last value in XLA_FLAGS, `true` if it has none; None if it is absent."""
     parts = [one.partition("=") for one in env.get("XLA_FLAGS", "").split()]
     return {name: value if sign else "true" for name, sign, value in parts}.get(flag)
 
 
 def is_switched_on(flag: str, env: Mapping[str, str] = os.environ) -> bool:
-    """Whether XLA_FLAGS switch a flag on."""
+    """Returns whether XLA_FLAGS switch a flag on."""
     return flag_value(flag, env) in ("true", "1")
 
 
@@ -313,19 +314,16 @@ def use_preset(
 ) -> AppliedPreset:
     """Sets a preset in the environment; call it before JAX starts a backend.
 
-    What the environment says already, wins: flags of the same name, and variables.
+    Flags and variables that the environment already sets are kept.
 
     Args:
-      name: of the preset, or `auto`.
-      env: the environment.
-      tpu: the chip that `auto` is of; "" for no TPU; None for what is here.
-      libtpu: the version that compiles; "" for an unknown one; None for what is installed.
-
-    Returns:
-      What is set.
+      name: name of the preset, or `auto`.
+      env: the environment variables, which are changed.
+      tpu: the chip for `auto`; "" for no TPU; None for that of this computer.
+      libtpu: version of the compiler; "" if unknown; None for the installed one.
 
     Raises:
-      UserError: there is no such preset, or this libtpu refuses it.
+      UserError: the preset does not exist, or this libtpu refuses it.
     """
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, 1, cutoff=0.5)
@@ -340,7 +338,7 @@ def use_preset(
     elif PRESETS[name].refused(libtpu):
         raise UserError(
             f"libtpu {libtpu} refuses the flags of --xla_preset={name}: it supports continuation "
-            f"fusion on v5e alone; --xla_preset={AUTO} takes what it supports"
+            f"fusion on v5e alone; --xla_preset={AUTO} takes a preset that it supports"
         )
     preset = PRESETS[name]
     users = env.get(preset.variable, "").split()

@@ -1,9 +1,9 @@
-"""Which devices, which hosts, and where arrays lie.
+"""The mesh of devices, the placement of arrays on it, and the processes of a job.
 
   mesh.py       the mesh of devices
-  sharding.py   where each parameter and activation lies, and the checks of it
+  sharding.py   places each parameter and activation on the mesh, and checks the placement
   cluster.py    joins the processes of a job
-  multihost.py  what processes agree on, and how they fail together
+  multihost.py  lets processes agree on texts, and fail together
 
-Rule: knows no model code and no files.
+Rule: does not use model code or files.
 """

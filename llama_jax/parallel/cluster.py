@@ -1,9 +1,9 @@
-"""Joins the processes of one job: which cluster is this, and which devices of the host are ours?
+"""Joins the processes of one job: finds the cluster, and this process's devices of the host.
 
-Only command modules import this one, before anything touches a device. A cluster is recognised by
-its environment variables alone, so that a single process on a laptop never asks the network and
-never waits. What JAX can find by itself (addresses, mostly) is left to it; what it gets wrong, or
-says by aborting, is done here.
+Only command modules import this module, before any code uses a device. A cluster is recognised by
+its environment variables alone, so that a single process on a laptop never uses the network and
+never waits. JAX finds what it can by itself (mostly addresses); this module replaces the parts that
+JAX gets wrong, or where it aborts instead of raising.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ import jax
 from llama_jax.errors import UserError
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-# Seconds without a sign of life after which a process is taken for dead, and all others end.
+# Seconds without a heartbeat after which a process counts as dead and all others end.
 HEARTBEAT_S = 25
-# Seconds in which all of them have to be started.
+# Seconds in which all processes must have started.
 MEETING_S = 300
-# What Slurm sets for a task that `srun` started; a batch script alone has no SLURM_STEP_NODELIST.
+# Slurm sets these for a task that `srun` started; a batch script has no SLURM_STEP_NODELIST.
 _SLURM_TASK = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 
 Environment = Mapping[str, str]
@@ -35,10 +35,10 @@ class Job:
     """The job that this process belongs to, as its environment describes it.
 
     Attributes:
-      means: how it was found, for people.
-      processes: how many there are; None where only JAX can find out.
-      process_zero: where process 0 is waited for, for people.
-      arguments: of `jax.distributed.initialize`.
+      means: how the job was found, such as "Slurm"; for messages.
+      processes: the number of processes; None if only JAX can find out.
+      process_zero: where process 0 is expected; for messages.
+      arguments: keyword arguments for `jax.distributed.initialize`.
     """
 
     means: str
@@ -48,17 +48,17 @@ class Job:
 
 
 def join_job(timeout_s: int = MEETING_S) -> str:
-    """Joins the other processes of the job, where the environment names any.
+    """Joins the other processes of the job, if the environment names any.
 
     Args:
-      timeout_s: seconds to wait for them; then the process ends with one line and status 1. JAX
-        itself would abort with a stack trace, past every `except`.
+      timeout_s: seconds to wait for the other processes; after that, this process ends with one
+        line and status 1. JAX itself would abort with a stack trace that no `except` can catch.
 
     Returns:
       How the job was found, such as "Slurm"; "" for a single process.
 
     Raises:
-      UserError: the environment names the processes in part or wrongly, or they cannot be joined.
+      UserError: the variables are incomplete or wrong, or the processes cannot be joined.
     """
     job = find_job(os.environ)
     if job is None or job.processes == 1:
@@ -66,7 +66,7 @@ def join_job(timeout_s: int = MEETING_S) -> str:
     watchdog = threading.Timer(timeout_s, _give_up, (job, timeout_s))
     watchdog.daemon = True
     watchdog.start()
-    # It would take SIGTERM from here on, and only note it: `StopRequest` has it begin later.
+    # The service would swallow SIGTERM from here on; `StopRequest` enables it later.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -85,7 +85,7 @@ def join_job(timeout_s: int = MEETING_S) -> str:
 
 
 def _give_up(job: Job, timeout_s: int) -> None:
-    """Ends the process: the thread that waits in JAX cannot be interrupted."""
+    """Ends the process, because the thread that waits in JAX cannot be interrupted."""
     total = f"{job.processes} " if job.processes else ""
     print(
         f"error: the {total}processes of this job, found by {job.means}, did not all meet at "
@@ -98,16 +98,16 @@ def _give_up(job: Job, timeout_s: int) -> None:
 
 
 def find_job(env: Environment) -> Job | None:
-    """The job that the variables describe; None where they describe none.
+    """Finds the job that the variables describe; returns None if they do not describe one.
 
-    JAX_COORDINATOR_ADDRESS alone, in a cluster, replaces the address that is found there.
+    In a cluster, JAX_COORDINATOR_ADDRESS alone replaces the address that the cluster gives.
 
     Raises:
-      UserError: they describe it in part, or with numbers that cannot be.
+      UserError: the variables are incomplete, or contain impossible numbers.
     """
     if COUNT in env or INDEX in env:
         return _plain(env)
-    for cluster in (_open_mpi, _slurm, _tpu_pods):  # mpirun on Slurm is Open MPI's
+    for cluster in (_open_mpi, _slurm, _tpu_pods):  # mpirun on Slurm counts as Open MPI
         job = cluster(env)
         if job is not None:
             return job
@@ -115,27 +115,27 @@ def find_job(env: Environment) -> Job | None:
 
 
 def _plain(env: Environment) -> Job:
-    """Three variables of ours to set; all GPUs of the host, or those of JAX_LOCAL_DEVICE_IDS."""
+    """Reads our three variables; takes all GPUs of the host, or those of JAX_LOCAL_DEVICE_IDS."""
     count = _number(env, COUNT)
     if count == 1 and ADDRESS not in env and INDEX not in env:
         return Job("environment", 1, "here", {})
     index = _number(env, INDEX)
     address = env.get(ADDRESS, "")
     if not re.fullmatch(r"\S+:\d+", address):
-        raise UserError(f"{ADDRESS} is {address!r}, which is no HOST:PORT")
+        raise UserError(f"{ADDRESS} is {address!r}, which is not HOST:PORT")
     _check_index(INDEX, index, count)
     arguments = {
         "coordinator_address": address,
         "num_processes": count,
         "process_id": index,
-        # Else JAX would still look for a cluster, and take from Slurm which one GPU is ours.
+        # Otherwise JAX would still detect Slurm, and use only the one GPU that Slurm suggests.
         "cluster_detection_method": "deactivate",
     }
     return Job("environment", count, address, arguments)
 
 
 def _open_mpi(env: Environment) -> Job | None:
-    """A process that `mpirun` started."""
+    """Describes a process that `mpirun` started."""
     if "OMPI_COMM_WORLD_SIZE" not in env:
         return None
     count, index = _number(env, "OMPI_COMM_WORLD_SIZE"), _number(env, "OMPI_COMM_WORLD_RANK")
@@ -143,25 +143,25 @@ def _open_mpi(env: Environment) -> Job | None:
     uri = env.get("OMPI_MCA_orte_hnp_uri", "")
     if count > 1 and not uri and ADDRESS not in env:
         raise UserError(
-            "this version of Open MPI does not say where process 0 is: "
-            f"mpirun -x {ADDRESS}=HOST:PORT (of the first host) does"
+            "this version of Open MPI does not say where process 0 is; set it with "
+            f"mpirun -x {ADDRESS}=HOST:PORT (of the first host)"
         )
     local = (_number(env, "OMPI_COMM_WORLD_LOCAL_SIZE"), _number(env, "OMPI_COMM_WORLD_LOCAL_RANK"))
     arguments = {
         "num_processes": count,
         "process_id": index,
         "local_device_ids": _own_devices(env, *local, _machine_gpus()),
-        # Newer JAX asks mpi4py where there is no URI, even for what it is told here.
+        # Without a URI, newer JAX would ask mpi4py even for the values that are given here.
         "cluster_detection_method": "ompi" if uri else "deactivate",
     }
     return Job("Open MPI", count, env.get(ADDRESS, f"the host of mpirun, {uri}"), arguments)
 
 
 def _slurm(env: Environment) -> Job | None:
-    """A task that `srun` started.
+    """Describes a task that `srun` started.
 
-    The tasks of the step are counted, not those of the job (SLURM_NTASKS), as JAX does: in the
-    shell of an interactive job, which is a step of one task, it would wait for ever.
+    Counts the tasks of the step. JAX counts those of the job (SLURM_NTASKS), and so would wait for
+    ever in the shell of an interactive job, which is a step of one task.
     """
     if not all(name in env for name in _SLURM_TASK):
         return None
@@ -184,20 +184,20 @@ def _slurm(env: Environment) -> Job | None:
 
 
 def _tasks_on_node(env: Environment) -> int:
-    """Tasks of the step on this node; Slurm lists them as `2(x3),1`."""
+    """Returns the number of the step's tasks on this node; Slurm lists them as `2(x3),1`."""
     listed = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "1"
     tasks: list[int] = []
     for part in listed.split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if found is None:
-            raise UserError(f"SLURM_STEP_TASKS_PER_NODE is {listed!r}, not like '2(x3),1'")
+            raise UserError(f"SLURM_STEP_TASKS_PER_NODE is {listed!r}, not of the form '2(x3),1'")
         tasks += [int(found[1])] * int(found[2] or 1)
     node = int(env.get("SLURM_NODEID", "0"))
     return tasks[node] if node < len(tasks) else tasks[-1]
 
 
 def _tpu_pods(env: Environment) -> Job | None:
-    """A worker of a TPU slice, or of several slices, in GKE, which sets these variables."""
+    """Describes a worker of one or several TPU slices in GKE, which sets these variables."""
     hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
     if not hosts:
         return None
@@ -208,7 +208,7 @@ def _tpu_pods(env: Environment) -> Job | None:
     _check_index("TPU_WORKER_ID", _number(env, "TPU_WORKER_ID"), workers)
     address = hosts.split(",")[0]
     if slices > 1:
-        # Without these, JAX would take every slice for the first one.
+        # Without these variables, JAX would treat every slice as the first one.
         _check_index("MEGASCALE_SLICE_ID", _number(env, "MEGASCALE_SLICE_ID"), slices)
         address = env.get("MEGASCALE_COORDINATOR_ADDRESS", "")
         if not address:
@@ -218,10 +218,10 @@ def _tpu_pods(env: Environment) -> Job | None:
 
 
 def _tpu_vm(env: Environment) -> Job | None:
-    """A Cloud TPU VM, whose metadata server knows the other hosts.
+    """Describes a Cloud TPU VM, whose metadata server knows the other hosts.
 
-    At its import JAX sets TPU_ML_PLATFORM where it finds chips and their library, and
-    TPU_SKIP_MDS_QUERY where it finds no chips.
+    At import, JAX sets TPU_ML_PLATFORM if it finds chips and their library, and
+    TPU_SKIP_MDS_QUERY if it finds no chips.
     """
     platforms = env.get("JAX_PLATFORMS", "")
     if "TPU_ML_PLATFORM" not in env or "TPU_SKIP_MDS_QUERY" in env:
@@ -233,22 +233,22 @@ def _tpu_vm(env: Environment) -> Job | None:
 
 
 def _own_devices(env: Environment, tasks: int, index: int, on_node: int) -> list[int] | None:
-    """Which GPUs that are visible here are this task's own: the numbers for `local_device_ids`.
+    """Returns the numbers of the visible GPUs that belong to this task, for `local_device_ids`.
 
-    Left alone, JAX takes the one GPU whose number is the task's, of eight on a node with one task,
-    and one that is not there where Slurm shows each task only its own.
+    JAX by default takes the one GPU whose number is the task's: one of eight on a node with one
+    task, and a missing one if Slurm shows each task only its own GPUs.
 
     Args:
-      env: the environment.
-      tasks: of this job on this host.
-      index: which of them this is.
-      on_node: GPUs of this job on this host, whether visible to this task or not.
+      env: the environment variables.
+      tasks: number of this job's tasks on this host.
+      index: index of this task among them.
+      on_node: number of this job's GPUs on this host, visible to this task or not.
 
     Returns:
-      The numbers; [] to take all that is visible; None to leave it to JAX.
+      The numbers; [] to take all visible GPUs; None to let JAX decide.
 
     Raises:
-      UserError: the GPUs do not divide over the tasks.
+      UserError: the tasks do not divide the GPUs evenly.
     """
     if env.get("JAX_LOCAL_DEVICE_IDS"):
         return None  # JAX reads it
@@ -256,20 +256,20 @@ def _own_devices(env: Environment, tasks: int, index: int, on_node: int) -> list
         return []
     gpus = _visible_gpus(env)
     if gpus == 0:
-        return None  # CPUs; of AMD's GPUs, JAX's one for each task
+        return None  # CPUs; or AMD GPUs, of which JAX takes one per task
     if gpus < max(on_node, tasks):
-        return []  # somebody has divided them already
+        return []  # the launcher has divided them already
     if gpus % tasks:
         raise UserError(
-            f"{gpus} GPUs do not divide over the {tasks} tasks of this host; start one task for "
-            "the host, or one for each GPU"
+            f"{gpus} GPUs do not divide over the {tasks} tasks of this host; start one task per "
+            "host, or one per GPU"
         )
     share = gpus // tasks
     return list(range(index * share, (index + 1) * share))
 
 
 def _visible_gpus(env: Environment) -> int:
-    """NVIDIA GPUs that CUDA will show, without starting it."""
+    """Counts the NVIDIA GPUs that CUDA will show, without starting CUDA."""
     named = env.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return _machine_gpus()
@@ -277,16 +277,14 @@ def _visible_gpus(env: Environment) -> int:
 
 
 def _machine_gpus() -> int:
-    """NVIDIA GPUs of the machine."""
+    """Counts the NVIDIA GPUs of the machine."""
     return len(glob.glob("/dev/nvidia[0-9]*"))
 
 
 def _number(env: Environment, name: str) -> int:
     value = env.get(name, "")
     if not value.isdecimal():
-        raise UserError(
-            f"{name} is {value!r}, no number; a job of several processes must say it to each"
-        )
+        raise UserError(f"{name} is {value!r}, not a number; set it for each process of the job")
     return int(value)
 
 

@@ -1,4 +1,4 @@
-"""The device mesh: four axes, always present, of size 1 where unused."""
+"""The mesh of devices: it always has four axes; unused ones have size 1."""
 
 import dataclasses
 import math
@@ -16,11 +16,11 @@ AXES = ("data", "fsdp", "context", "tensor")
 
 
 class DoesNotDivide(UserError):
-    """A mesh that does not cover its devices, or over which a batch or an array does not divide."""
+    """The error for a mesh that does not cover its devices, or does not divide a batch or array."""
 
 
 def mesh_shape(config: MeshConfig, n_devices: int) -> dict[str, int]:
-    """Devices along each axis, with -1 filled in.
+    """Computes the number of devices along each axis, and replaces -1.
 
     Raises:
       DoesNotDivide: the axes do not multiply to `n_devices`.
@@ -34,19 +34,19 @@ def mesh_shape(config: MeshConfig, n_devices: int) -> dict[str, int]:
     if math.prod(shape.values()) != n_devices:
         raise DoesNotDivide(
             f"the mesh {asked} does not cover {n_devices} devices; "
-            f"their product must be {n_devices} (one axis may be -1 to take what is left)"
+            f"their product must be {n_devices} (one axis may be -1 to take the rest)"
         )
     return shape
 
 
 def device_kind() -> str:
-    """What JAX calls the devices of the mesh, which may be of a machine that is not here."""
+    """Returns JAX's name of the mesh's devices, which may belong to a machine that is not here."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 def platform() -> str:
-    """`cpu`, `gpu` or `tpu`: what `device_kind` is."""
+    """Returns `cpu`, `gpu` or `tpu`, the platform of `device_kind`."""
     if getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) is None:
         return jax.default_backend()
     kind = device_kind().lower()
@@ -58,7 +58,7 @@ def make_mesh(
     dcn: DcnConfig | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
-    """Arranges devices so that neighbours on an axis are neighbours on the network.
+    """Arranges devices in a mesh so that neighbours on an axis are neighbours in the network.
 
     Args:
       config: devices along each axis within one slice (fast network, ICI).
@@ -70,7 +70,7 @@ def make_mesh(
 
     Raises:
       DoesNotDivide: the sizes do not multiply to the number of devices.
-      UserError: `dcn` asks for another number of slices than there are.
+      UserError: `dcn` needs more or fewer slices than there are.
     """
     devices = list(jax.devices() if devices is None else devices)
     dcn_sizes = dataclasses.asdict(dcn or DcnConfig())
@@ -89,22 +89,24 @@ def make_mesh(
             ici, outer, devices, allow_split_physical_axes=True
         )
     elif n_slices == 1:
-        # One slice seen as several groups of hosts (GPU nodes, fake devices): devices are listed
-        # host by host, so contiguous blocks are the groups.
+        # Groups of hosts (GPU nodes, fake devices) in one slice: JAX lists devices host by host,
+        # so each group is a contiguous block.
         blocks = np.asarray(devices, dtype=object).reshape(*outer, *ici)
         order = [axis for pair in zip(range(4), range(4, 8), strict=True) for axis in pair]
         shape = [o * i for o, i in zip(outer, ici, strict=True)]
         array = blocks.transpose(order).reshape(shape)
     else:
-        raise UserError(f"dcn {dcn_sizes} asks for {n_groups} slices, but there are {n_slices}")
+        raise UserError(f"dcn {dcn_sizes} needs {n_groups} slices, but there are {n_slices}")
     return jax.sharding.Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parse_mesh(text: str) -> jax.sharding.Mesh:
-    """The mesh of `fsdp=2,tensor=4`: axes that are not named have size 1, and -1 takes the rest.
+    """Makes the mesh of a text such as `fsdp=2,tensor=4`; other axes have size 1.
+
+    The size -1 takes the remaining devices.
 
     Raises:
-      UserError: it is not written so, or there are too few devices.
+      UserError: the text has another form, or there are too few devices.
     """
     sizes = dict.fromkeys(AXES, 1)
     for item in text.split(","):

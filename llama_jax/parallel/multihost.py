@@ -1,9 +1,8 @@
-"""What the processes of a job tell each other outside of their devices.
+"""Messages between the processes of a job that do not need the devices.
 
-They meet at JAX's coordinator, a store of keys and values in process 0. A collective of the devices
-would do for texts, too, but gives up after 30 seconds on CPUs, and cannot be interrupted: nobody
-learns there that another process has failed. Texts are stored as JSON: the store takes no
-path that is not UTF-8.
+They go through JAX's coordinator, a key-value store in process 0. A device collective could also
+carry texts, but it gives up after 30 seconds on CPUs, and cannot be interrupted when another
+process has failed. Texts are stored as JSON, because the store refuses paths that are not UTF-8.
 """
 
 import contextlib
@@ -23,19 +22,19 @@ from jax.experimental import multihost_utils
 
 from llama_jax.errors import UserError, first_line, one_line
 
-# Who is dead or hangs ends the job by other means: heartbeats, and the watchdog.
+# In effect no timeout: heartbeats and the watchdog end a job with dead or hung processes.
 _WAIT_MS = 7 * 86_400_000
-# Python handles signals between two waits of this length.
+# Waits are this short because Python handles signals only between them.
 _POLL_MS = 1_000
-# The listener's requests are longer, since there is one for each process all the time; a problem
-# is delivered at once.
+# The listener waits longer, because each process has one request open all the time; a problem
+# still arrives at once.
 _LISTEN_MS = 10_000
-# Seconds that a process has to end by itself after another one has failed.
+# Seconds in which a process must end by itself after another one has failed.
 GRACE_S = 5.0
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to stop while it had nothing to save; its message is the signal's name."""
+    """Raised when a signal stops a run that has nothing to save; the message names the signal."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +42,10 @@ class Problem:
     """Why a process leaves the job.
 
     Attributes:
-      process: its index.
-      text: the error.
-      signal: the name of the signal that asks to stop, where it is no error; else empty.
-      over: process 0 has finished: there is no problem.
+      process: index of the process.
+      text: the error message.
+      signal: name of the signal that asks the run to stop; empty for an error.
+      over: True if process 0 has finished, which is not a problem.
     """
 
     process: int
@@ -55,31 +54,31 @@ class Problem:
     over: bool = False
 
     def error(self) -> BaseException:
-        """What the other processes raise."""
+        """Returns the exception that the other processes raise."""
         if self.signal:
             return Stopped(self.signal)
         return UserError(f"process {self.process}: {self.text}")
 
 
 class Peers:
-    """The processes of a job, which fail together: what ends one is raised on all.
+    """A context in which the processes of a job fail together.
 
-    While this is entered, an error or a stop that leaves it on one process is published at the
-    coordinator. The others raise it where they wait for each other (`agreed`, `broadcast_text`), or
-    where they can be interrupted. Where they can do neither, such as in a collective in which the
-    process that failed does not take part, they print it and end with status 1 after `GRACE_S`.
+    An error or a stop that leaves the context on one process is published at the coordinator. The
+    other processes raise it where they wait for each other (`agreed`, `broadcast_text`), or where
+    they can be interrupted. A process that can do neither, for example because it waits in a
+    collective for the failed process, prints the error and ends with status 1 after `GRACE_S`.
 
-    With a single process this does nothing.
+    With a single process the context does nothing.
     """
 
     _runs = itertools.count(1)
 
     def __init__(self, interrupt: Callable[[], None] = lambda: None) -> None:
-        """`interrupt` is called in a thread; it raises `Stopped` in the main thread if it may."""
+        """Stores `interrupt`; a thread calls it to raise `Stopped` in the main thread if it can."""
         self._interrupt = interrupt
         self._place = f"llama_jax/run {next(Peers._runs)}"
         self._exchanges = itertools.count(1)
-        self._oldest = 1  # of the exchanges whose keys are still there
+        self._oldest = 1  # number of the oldest exchange whose keys still exist
         self._problem: Problem | None = None
         self._left = threading.Event()
         self._listener = threading.Thread(target=self._listen, name="peers", daemon=True)
@@ -105,18 +104,18 @@ class Peers:
         elif jax.process_index() == 0:
             self._publish(Problem(0, over=True))
         self._listener.join()
-        # A stop may only be how the problem of another process came here.
+        # A stop may only be the way in which another process's problem was raised here.
         if self._problem is not None and (error is None or isinstance(error, Stopped)):
             raise self._problem.error() from None
 
     def _publish(self, problem: Problem) -> None:
-        """Tells the others, unless they know of a problem already or cannot be reached."""
+        """Publishes a problem, unless one is published already or the coordinator is lost."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             text = json.dumps(dataclasses.asdict(problem))
             _client().key_value_set(f"{self._place}/problem", text)
 
     def _listen(self) -> None:
-        """In a thread: waits for the first problem, and sees that this process ends."""
+        """Waits in a thread for the first problem, and then makes this process end."""
         try:
             while (text := _get(f"{self._place}/problem", _LISTEN_MS)) is None:
                 pass
@@ -141,7 +140,7 @@ class Peers:
             raise self._problem.error()
 
     def exchange(self, text: str) -> dict[int, str]:
-        """The texts of all processes that are not empty; as `agreed`."""
+        """Exchanges texts; returns those that are not empty, by process. See `agreed`."""
         number, me = next(self._exchanges), jax.process_index()
         place = f"{self._place}/{number}"
         if me > 0:
@@ -151,14 +150,14 @@ class Peers:
             found = {0: text, **self._gather(f"{place}/in")}
             found = {process: text for process, text in found.items() if text}
             _client().key_value_set(f"{place}/out", json.dumps(found))
-            # All have come here, and need no longer what they read before.
+            # All processes are here, so none reads the older keys any more.
             for older in range(self._oldest, number):
                 _client().key_value_delete(f"{self._place}/{older}")
             self._oldest = number
         return {int(process): text for process, text in found.items()}
 
     def _gather(self, place: str) -> dict[int, str]:
-        """The texts of the other processes."""
+        """Collects the texts of the other processes."""
         others = {f"{place}/{process:06}": process for process in range(1, jax.process_count())}
         while True:
             found = dict(_client().key_value_dir_get(f"{place}/"))
@@ -168,7 +167,7 @@ class Peers:
             self.wait_for(missing[0])
 
     def share(self, text: str) -> str:
-        """The text of process 0, on all."""
+        """Returns the text of process 0 on all processes."""
         key = f"{self._place}/{next(self._exchanges)}/out"
         if jax.process_index() == 0:
             _client().key_value_set(key, json.dumps(text))
@@ -176,7 +175,7 @@ class Peers:
         return json.loads(self.wait_for(key))
 
     def wait_for(self, key: str) -> str:
-        """The value of a key of the coordinator, when it is there."""
+        """Waits for a key of the coordinator and returns its value."""
         while True:
             self.check()
             value = _get(key, _POLL_MS)
@@ -184,20 +183,20 @@ class Peers:
                 return value
 
 
-_peers = Peers()  # those of whoever has entered none
+_peers = Peers()  # used outside of any `Peers` context
 
 
 def agreed(text: str) -> str:
-    """The first text that is not empty, over all processes: they then all do the same about it.
+    """Returns the first non-empty text of all processes, so that all of them act on the same one.
 
-    It returns when all processes have called it, each equally often; so it also keeps them
-    together before a collective, which waits for less time than a file may take.
+    Returns when all processes have called it, each the same number of times. It therefore also
+    synchronises them before a collective, whose timeout may be shorter than reading a file takes.
 
     Args:
-      text: of this process.
+      text: the text of this process.
 
     Raises:
-      UserError, Stopped: another process has failed or is asked to stop, see `Peers`.
+      UserError, Stopped: another process has failed or was asked to stop, see `Peers`.
       JaxRuntimeError: the coordinator cannot be reached.
     """
     if jax.process_count() == 1:
@@ -207,24 +206,24 @@ def agreed(text: str) -> str:
 
 
 def broadcast_text(text: str) -> str:
-    """The text of process 0, on all processes; all of them call it.
+    """Returns the text of process 0 on all processes; all of them must call it.
 
     Raises:
-      UserError, Stopped, JaxRuntimeError: as `agreed`.
+      UserError, Stopped, JaxRuntimeError: see `agreed`.
     """
     return text if jax.process_count() == 1 else _peers.share(text)
 
 
 def say(text: str) -> None:
-    """Prints a line, on process 0 only; an error of the stream is raised."""
+    """Prints a line on process 0 only; raises errors of the stream."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
 
 def open_collectives() -> None:
-    """Makes the connections between hosts that libraries use, while all processes are here.
+    """Opens the connections between hosts that libraries use, while all processes are here.
 
-    Where CPUs make them, all have to come within 30 s; after that they wait for each other.
+    On CPUs all processes must connect within 30 s; once connected, they wait for each other.
     """
     if jax.process_count() > 1:
         agreed("")
@@ -232,12 +231,12 @@ def open_collectives() -> None:
 
 
 def compile_together(program: Any, *arguments: Any) -> None:
-    """Compiles a jitted function, and returns when all processes have.
+    """Compiles a jitted function, and returns when all processes have compiled it.
 
-    Run without that, one that compiles longer than the others would be waited for in a collective.
+    Otherwise the others would wait for the slowest compilation in a collective, which may time out.
     """
     if jax.process_count() > 1:
-        lower = getattr(program, "lower", None)  # stand-ins of tests have none
+        lower = getattr(program, "lower", None)  # stand-ins in tests have no `lower`
         if lower is not None:
             lower(*arguments).compile()
         agreed("")
@@ -248,7 +247,7 @@ def _client() -> Any:
 
 
 def _get(key: str, timeout_ms: int) -> str | None:
-    """The value of a key; None if it is not there in this time."""
+    """Returns the value of a key; None if it does not appear within the timeout."""
     try:
         return _client().blocking_key_value_get(key, timeout_ms)
     except jax.errors.JaxRuntimeError as error:
@@ -267,40 +266,42 @@ def _problem_of(error: BaseException) -> Problem:
 
 
 def _end(problem: Problem) -> None:
-    """Ends this process, whose main thread waits for what will not come.
+    """Ends this process, whose main thread waits for the failed process.
 
-    Should it come after all, that thread waits for this one where it leaves `Peers`.
+    If the main thread continues after all, it waits for this thread when it leaves `Peers`.
     """
     print(f"error: {problem.error()}", file=sys.stderr, flush=True)
-    # Without leaving the coordinator first, the others would print a trace; not for ever, though.
+    # Leave the coordinator first, or the others print a trace; the timer limits the time for that.
     timer = threading.Timer(GRACE_S, os._exit, (1,))
     timer.daemon = True
     timer.start()
-    # Not `jax.distributed.shutdown`: what the main thread asks of the client would be a traceback.
+    # Not `jax.distributed.shutdown`: the main thread's requests to the client would then raise.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _client().shutdown()
     os._exit(1)
 
 
 class Barrier:
-    """Where threads of all processes wait for each other while they do one thing in several stages.
+    """A barrier for threads of all processes that do one job in several stages.
 
-    It takes no part of the devices, whose collectives are the main thread's, but JAX's coordinator.
-    A process that has failed takes part as well and brings its problem: else the others would wait
-    for it.
+    Uses JAX's coordinator, not a device collective: only the main thread may start those. A process
+    that failed joins as well and passes on its problem, so that the others do not wait for it.
     """
 
     def __init__(self, name: str) -> None:
-        """`name` is the same on all processes, and used once in a job."""
+        """Sets `name`, which is the same on all processes and used only once in a job."""
         self._name, self._stage = name, 0
-        self.failed = False  # nobody comes any more
+        self.failed = False  # no process comes to this barrier any more
 
     def wait(self, problem: str = "") -> None:
-        """Returns when all processes have come to this stage, each once and without a problem.
+        """Waits until all processes have reached this stage, each once.
+
+        Args:
+          problem: the problem of this process; empty if there is none.
 
         Raises:
-          OSError: the problem of the first process that has one, on all of them.
-          JaxRuntimeError: they cannot meet.
+          OSError: raised on all processes, with the problem of the first process that has one.
+          JaxRuntimeError: the coordinator cannot be reached.
         """
         self._stage += 1
         self.failed = True

@@ -1,4 +1,4 @@
-"""Where every array lives: parameters by the table in `parameters`, activations by one here.
+"""Placement of arrays: parameters by the table in `parameters`, activations by a table here.
 
 There is no silent default: a parameter without a row, a row without a parameter, and a dimension
 that its mesh axes do not divide raise an error that names the path.
@@ -20,8 +20,8 @@ from llama_jax.parameters import PARAMETERS, SHARD, Parameter, Table, path_of, r
 ACTIVATION_AXES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "seq": "context",
-    # Of the residual stream: norms and sums divide over tensor too, and what stays for the backward
-    # pass with them (Megatron's sequence parallelism, arXiv:2205.05198).
+    # For the residual stream: norms and sums are divided over tensor too, and with them the arrays
+    # that stay for the backward pass (Megatron's sequence parallelism, arXiv:2205.05198).
     "residual_seq": ("context", "tensor"),
     "embed": None,
     "heads": "tensor",
@@ -34,10 +34,10 @@ BATCH_SPEC = P(ACTIVATION_AXES["batch"], ACTIVATION_AXES["seq"])  # B T
 
 
 def activation_spec(*names: str | None) -> P:
-    """The spec of an activation whose dimensions are `names` (rows of `ACTIVATION_AXES`).
+    """Returns the spec of an activation whose dimensions are `names` (rows of `ACTIVATION_AXES`).
 
     Raises:
-      ValueError: an unknown name, or two dimensions on one mesh axis.
+      ValueError: a name is unknown, or two dimensions use the same mesh axis.
     """
     entries = []
     for name in names:
@@ -51,9 +51,10 @@ def activation_spec(*names: str | None) -> P:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pins an activation to its place on the mesh of `jax.set_mesh`; without a mesh, returns it.
+    """Constrains an activation to its placement on the mesh; without a mesh, returns it unchanged.
 
-    Inside `jax.shard_map` the axes that it took over are left out: x is one device's part of them.
+    Uses the mesh of `jax.set_mesh`. Inside `jax.shard_map` it leaves out the manual axes, because x
+    is one device's part along them.
     """
     spec = activation_spec(*names)
     if len(names) != x.ndim:
@@ -64,7 +65,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     free = [
         tuple(axis for axis in mesh_axes(entry) if axis not in mesh.manual_axes) for entry in spec
     ]
-    for place, name in enumerate(names):  # rows that do not divide are not divided, see param_specs
+    for place, name in enumerate(names):  # an indivisible vocabulary stays whole, see param_specs
         if name == "vocab" and x.shape[place] % math.prod(mesh.shape[axis] for axis in free[place]):
             free[place] = ()
     return jax.lax.with_sharding_constraint(x, P(*(axes or None for axes in free)))
@@ -72,7 +73,13 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def reshard(x: jax.Array, names: tuple[str, ...], gradient_names: tuple[str, ...]) -> jax.Array:
-    """`constrain` of an activation to one place, and of its gradient to another."""
+    """Constrains an activation to one placement, and its gradient to another; see `constrain`.
+
+    Args:
+      x: the activation.
+      names: the dimensions of `x`, for `constrain`.
+      gradient_names: the same for the gradient.
+    """
     return constrain(x, *names)
 
 
@@ -92,18 +99,18 @@ reshard.defvjp(_reshard_forward, _reshard_backward)
 
 
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of one dimension of a spec."""
+    """Returns the mesh axes of one dimension of a spec."""
     if entry is None:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def devices_along(name: str, sizes: Mapping[str, int] | None = None) -> int:
-    """The number of devices that divide a dimension of activations between them.
+    """Returns the number of devices that divide a dimension of activations between them.
 
     Args:
       name: the dimension, a row of `ACTIVATION_AXES`.
-      sizes: devices along each mesh axis, such as `mesh.shape`; None: those of the mesh of
+      sizes: devices along each mesh axis, such as `mesh.shape`; None: use the mesh of
         `jax.set_mesh`, and 1 without a mesh.
     """
     axes = mesh_axes(ACTIVATION_AXES[name])
@@ -114,7 +121,7 @@ def devices_along(name: str, sizes: Mapping[str, int] | None = None) -> int:
 
 
 def weight_shards(sizes: Mapping[str, int]) -> int:
-    """The number of devices that divide each matrix between them, beside those of `tensor`."""
+    """Returns the number of devices that divide each matrix, not counting the axis `tensor`."""
     return math.prod(sizes[axis] for axis in SHARD)
 
 
@@ -125,19 +132,19 @@ def param_specs(
     rows: Table = PARAMETERS,
     any_vocabulary: bool = False,
 ) -> Any:
-    """The partition spec of each parameter, as a tree like `params`.
+    """Returns the partition spec of each parameter, as a tree like `params`.
 
     Args:
       params: nested dict of arrays or `ShapeDtypeStruct`s.
       mesh: the mesh whose axis sizes must divide the dimensions.
       rows: the table of the model.
-      any_vocabulary: leave a vocabulary whole that `tensor` does not divide: for inference, where
-        weights are as they are. To train them so would take memory and time on each device.
+      any_vocabulary: whether to leave a vocabulary whole that `tensor` does not divide. For
+        inference only: in training this would cost memory and time on each device.
 
     Raises:
-      UserError: a parameter without a row, a row without a parameter, an unknown mesh axis, or an
-        array whose dimensions are not those of its row.
-      DoesNotDivide: a dimension that does not divide.
+      UserError: a parameter has no row, a row has no parameter, a mesh axis is unknown, or the
+        dimensions of an array are not those of its row.
+      DoesNotDivide: a dimension does not divide over its mesh axes.
     """
     leaves, treedef = jax.tree.flatten_with_path(params)
     named = {path_of(keys): leaf for keys, leaf in leaves}
@@ -162,18 +169,18 @@ def param_specs(
 def _undivided(
     spec: P, place: int, shape: tuple[int, ...], mesh: Mesh | jax.sharding.AbstractMesh
 ) -> P:
-    """The spec without the mesh axes of one dimension, if they do not divide it."""
+    """Removes the mesh axes of one dimension from a spec, if they do not divide it."""
     if shape[place] % math.prod(mesh.shape[axis] for axis in mesh_axes(spec[place])) == 0:
         return spec
     return P(*(None if number == place else entry for number, entry in enumerate(spec)))
 
 
 def _placement(row: Parameter, part: str) -> P | None:
-    """Where an array of this row lies, or a part of it: of its adapter, or of its form in NF4.
+    """Returns the spec of an array, or of a part of its adapter or of its NF4 form; or None.
 
     Args:
-      row: of the array.
-      part: empty, or what follows the row's path, such as `/a`.
+      row: the row of the array.
+      part: the rest of the path after that of the row, such as `/a`; empty for the array itself.
     """
     if not part:
         return row.placement
@@ -192,10 +199,10 @@ def _placement(row: Parameter, part: str) -> P | None:
 
 
 def _check_sizes(shapes: Mapping[str, tuple[int, ...]], rows: Table) -> None:
-    """Checks that a letter of the table means one size in all arrays.
+    """Checks that each letter of the table means the same size in all arrays.
 
     Raises:
-      UserError: it does not, or an array has more or fewer dimensions than its row.
+      UserError: a letter has two sizes, or an array has more or fewer dimensions than its row.
     """
     first: dict[str, tuple[int, str]] = {}
     for path, shape in shapes.items():
@@ -238,24 +245,28 @@ def _check_divides(
 
 
 def _pad(rows: int, parts: int) -> str:
-    """What to do about a vocabulary that does not divide: a size that does, in blocks of 64."""
+    """Suggests a vocabulary size, a multiple of 64, that divides over `parts` devices."""
     block = math.lcm(64, parts)
     return (
         f"; model.vocab_size={-(-rows // block) * block} does (rows beyond the tokenizer's ids are "
-        "padding), or use a mesh with another tensor"
+        "padding), or change mesh.tensor"
     )
 
 
 def param_shardings(
     params: Any, mesh: Mesh, *, rows: Table = PARAMETERS, any_vocabulary: bool = False
 ) -> Any:
-    """Binds `param_specs` to the mesh, for `jit` and restoring; the arguments are the same."""
+    """Returns the sharding of each parameter, for `jit` and restoring.
+
+    Args:
+      params, mesh, rows, any_vocabulary: see `param_specs`, also for the errors.
+    """
     specs = param_specs(params, mesh, rows=rows, any_vocabulary=any_vocabulary)
     return named_shardings(specs, mesh)
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """Shapes and dtypes of a tree with the sharding of each array, as `jax.ShapeDtypeStruct`."""
+    """Adds shardings to a tree of shapes and dtypes; returns `jax.ShapeDtypeStruct`s."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -272,22 +283,28 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def named_shardings(specs: Any, mesh: Mesh) -> Any:
-    """The shardings of a tree of partition specs on a mesh."""
+    """Binds a tree of partition specs to a mesh; returns shardings."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
     )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Where a batch of shape (global_batch, seq_len) lives."""
+    """Returns the sharding of a batch of shape (global_batch, seq_len)."""
     return NamedSharding(mesh, BATCH_SPEC)
 
 
 def check_batch(global_batch: int, seq_len: int, grad_accum: int, mesh: Mesh) -> None:
     """Checks that each microbatch divides over the mesh.
 
+    Args:
+      global_batch: sequences per step, over all hosts.
+      seq_len: tokens per sequence.
+      grad_accum: microbatches per step.
+      mesh: the mesh.
+
     Raises:
-      DoesNotDivide: naming the numbers that do not divide.
+      DoesNotDivide: a number does not divide; the message names it.
     """
     rows, context, parts = (
         devices_along(name, mesh.shape) for name in ("batch", "seq", "residual_seq")

@@ -1,18 +1,18 @@
-"""The same step, compiled for a machine that is not here.
+"""Plans of a run: the train step, compiled for a machine that is not here.
 
   __main__.py     the command
-  report.py       a plan: does it fit, how fast, how long
+  report.py       the plan: whether the step fits, how fast it is, how long the run takes
   compilation.py  compiles the step ahead of time
   hlo.py          reads the compiled program
-  hlo_cost.py     FLOPs and bytes of its instructions
-  network.py      seconds of its collectives
-  roofline.py     seconds of a step, from its schedule
-  calibration.py  predictions beside measured runs
-  estimate.py     memory and time by arithmetic
-  candidates.py   meshes, remat policies and microbatches to try
-  tpu_schedule.py a candidate compiled up to its schedule, in seconds
-  search.py       the fastest candidate that fits
-  advice.py       what would make a plan fit
+  hlo_cost.py     computes the FLOPs and bytes of its instructions
+  network.py      computes the seconds of its collectives
+  roofline.py     predicts the seconds of a step from its schedule
+  calibration.py  compares predictions with measured runs
+  estimate.py     estimates memory and time by arithmetic
+  candidates.py   lists meshes, remat policies and microbatches to try
+  tpu_schedule.py compiles a candidate up to its schedule, in seconds
+  search.py       searches the fastest candidate that fits
+  advice.py       suggests changes that make a plan fit
 
-Rule: allocates nothing.
+Rule: allocates no arrays on devices.
 """

@@ -1,10 +1,10 @@
-"""Compiles the train step for a machine that is not here: does it fit, how fast, how long?
+"""Compiles the train step for a machine that is not here: does it fit, and how long does it take?
 
 The compiler of the target runs on this computer, ahead of time (TPU: `pip install '.[tpu]'`, GPU:
-`pip install '.[cuda13]'`). What it says of memory and collectives is exact; the time of a step is
-predicted from its schedule and the chip's data sheet, see roofline.py. Compiler flags are given as
-in training: those of a TPU by default, others by --xla_preset; XLA_FLAGS, for TPUs
-LIBTPU_INIT_ARGS, are for your own.
+`pip install '.[cuda13]'`). Its figures for memory and collectives are exact; the time of a step is
+predicted from its schedule and the chip's data sheet, see roofline.py. Compiler flags are the same
+as in training: those of a TPU by default, others by --xla_preset; set flags of your own in
+XLA_FLAGS, for TPUs in LIBTPU_INIT_ARGS.
 
 Example:
   python -m llama_jax.plan --config=configs/7b.py --topology=v5p-128
@@ -36,15 +36,18 @@ _CONFIG = command.config_flag()
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
-    "TPU slice, such as v5p-1024 or v5p:8x8x8, or nodes x GPUs, such as h100:256x8.",
+    "A TPU slice, such as v5p-1024 or v5p:8x8x8, or nodes x GPUs, such as h100:256x8.",
 )
-_SLICES = flags.DEFINE_integer("slices", 1, "TPU slices; dcn must multiply to them.")
-_PRICE = flags.DEFINE_float("price", 0.0, "Dollars per chip and hour, for the cost of the run.")
+_SLICES = flags.DEFINE_integer("slices", 1, "Number of TPU slices; the product of config.dcn.")
+_PRICE = flags.DEFINE_float(
+    "price", 0.0, "Dollars per chip and hour, to compute the cost of the run."
+)
 _SEARCH = flags.DEFINE_bool(
     "search",
     False,
-    "Try mesh shapes, remat policies and microbatches, a line for each; show the fastest that "
-    "fits. TPUs: up to the compiler's schedule (seconds each), the best two to the end.",
+    "Try mesh shapes, remat policies and numbers of microbatches, with a line for each; show the "
+    "fastest that fits. For TPUs each is compiled up to its schedule, which takes seconds, and "
+    "only the best two to the end.",
 )
 _SEARCH_LIMIT = flags.DEFINE_integer(
     "search_limit", 6, "Candidates that --search tries.", lower_bound=1
@@ -53,13 +56,13 @@ _XLA_PRESET = flags.DEFINE_string(
     "xla_preset", xla_flags.AUTO, f"{xla_flags.HELP} The chip is that of --topology."
 )
 _CALIBRATION = flags.DEFINE_bool(
-    "calibration", False, "Print measured steps beside predicted ones, and end."
+    "calibration", False, "Print measured and predicted step times, and exit."
 )
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
 
 def main() -> None:
-    """Runs the command; the flags are defined above."""
+    """Runs the command."""
     if _CALIBRATION.value:
         print(calibration.table())
         return

@@ -1,4 +1,4 @@
-"""What would make a program fit that does not: one change of the config, or a larger machine."""
+"""Advice on a program that does not fit: one change of the config, or a larger machine."""
 
 import dataclasses
 import math
@@ -22,17 +22,17 @@ Remedy = tuple[str, str, Config, Topology]
 
 
 def advice(config: Config, topology: Topology, result: dict[str, Any]) -> list[str]:
-    """What would make a plan fit that does not, by the estimate, scaled to the compiler's figure.
+    """Lists changes that would make a plan fit, by the estimate, scaled to the compiler's figure.
 
-    No flag of it repeats what the config says already.
+    The flags do not repeat values that the config already has.
 
     Args:
       config: the run.
       topology: the machine.
-      result: of `plan`: `bytes_per_chip` and `mesh` are read.
+      result: the result of `plan`; reads `bytes_per_chip` and `mesh`.
 
     Returns:
-      Options, each with its estimated bytes; those that change least come first.
+      The changes, each with its estimated GiB; the smallest changes come first.
     """
     config = with_dcn(config, topology)
     sizes = result["bytes_per_chip"]
@@ -44,16 +44,16 @@ def advice(config: Config, topology: Topology, result: dict[str, Any]) -> list[s
         needed = scale * estimate(one, where).total
         if kind not in found and needed <= topology.chip.hbm_bytes:
             found[kind] = f"{text} (about {needed * each / GIB:.1f} GiB a chip)"
-    return list(found.values()) or ["nothing that one change does: take several times the chips"]
+    return list(found.values()) or ["no single change is enough: take several times the chips"]
 
 
 def _remedies(config: Config, topology: Topology, mesh: dict[str, int]) -> Iterator[Remedy]:
-    """Changes of each kind from the smallest on; kinds from what costs least."""
+    """Yields remedies: the cheapest kinds first, and in each kind the smallest change first."""
     outer = dataclasses.asdict(config.dcn)
     inner = {axis: mesh[axis] // max(1, outer[axis]) for axis in mesh}
     here = config.train.grad_accum
     meshes = list(_meshes(config, topology, inner))
-    if topology.chip.torus:  # fsdp over the whole slice has all links: it costs nothing
+    if topology.chip.torus:  # fsdp over the whole slice uses all links, so it costs nothing
         yield from (one for one in meshes if one[0] == "fsdp")
     for remat in reversed(remat_policies()):  # those that keep as much do not fit either
         one = with_options(config, inner, remat, here)
@@ -71,7 +71,7 @@ def _remedies(config: Config, topology: Topology, mesh: dict[str, int]) -> Itera
 
 
 def _meshes(config: Config, topology: Topology, inner: dict[str, int]) -> Iterator[Remedy]:
-    """Other meshes of the same machine, each as it is and with full rematerialisation."""
+    """Yields other meshes of the same machine, each with the same and with full remat."""
     every = math.prod(inner.values()) // inner["context"]
     wide = {"data": 1, "fsdp": inner["data"] * inner["fsdp"], "tensor": inner["tensor"]}
     if topology.chip.torus:
@@ -94,7 +94,7 @@ def _meshes(config: Config, topology: Topology, inner: dict[str, int]) -> Iterat
 
 
 def _larger(config: Config, topology: Topology, inner: dict[str, int]) -> Iterator[Remedy]:
-    """The same on machines of 2 to 64 times as many chips."""
+    """Yields the same config on machines with 2 to 64 times as many chips."""
     for times in (2, 4, 8, 16, 32, 64):
         shape = (*topology.shape[:-1], topology.shape[-1] * times)
         if not topology.chip.torus:
@@ -107,7 +107,7 @@ def _larger(config: Config, topology: Topology, inner: dict[str, int]) -> Iterat
 
 
 def _accumulated(config: Config, sizes: dict[str, int]) -> Iterator[tuple[str, Config]]:
-    """Full rematerialisation in more and more microbatches, as flags and as a config."""
+    """Yields configs with full remat and more and more microbatches, with their flags."""
     remat = "" if config.model.remat == "full" else "--config.model.remat=full "
     for accum in microbatch_counts(config):
         if accum > config.train.grad_accum and divides(config, sizes, accum, config.dcn.data):
@@ -116,7 +116,7 @@ def _accumulated(config: Config, sizes: dict[str, int]) -> Iterator[tuple[str, C
 
 
 def _in_nf4(config: Config) -> Config | None:
-    """The config with its frozen base in NF4; None where there is none, or it is so already."""
+    """Returns the config with its base in NF4; None if it has no base, or NF4 is not possible."""
     model, lora = config.model, config.lora
     inputs = (model.dim, model.ffn_dim, model.n_heads * model.head_dim)
     if not lora.rank or lora.base_dtype == "nf4" or any(size % NF4_BLOCK for size in inputs):

@@ -1,9 +1,10 @@
-"""How near predictions have come to measured steps: runs that were published or are ours.
+"""Comparisons of predictions with measured steps, published or our own.
 
-A row compares `predict` with a measured step of the very program, compiled without its hardware;
-programs of others are compiled from their public source. Rows of `SHAPES` compare this project's
-program with the published rate of another one for the same model, batch and remat policy: they tell
-both the predictor's error and the programs' difference, and count in no uncertainty.
+A row of `RUNS` compares `predict` with a measured step of the same program, compiled without its
+hardware; programs of other projects are compiled from their public source. A row of `SHAPES`
+compares this project's program with the published rate of another one for the same model, batch and
+remat policy. It contains both the predictor's error and the difference between the programs, and so
+does not count in the uncertainty.
 """
 
 import dataclasses
@@ -15,17 +16,17 @@ OURS = "llama_jax"
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredRun:
-    """A measured step, and what is predicted for it.
+    """A measured step and its prediction.
 
     Attributes:
-      chip: its name in `chips`.
-      model: what was trained, and on how many chips.
-      details: batch of a chip, remat, flags.
-      program: whose code ran.
-      measured: seconds of a step.
-      predicted: seconds of a step, for the program that `SHAPES` or `RUNS` names.
-      source: who published the measurement.
-      note: what a reader must know; empty: nothing.
+      chip: name of the chip in `chips`.
+      model: the model, and the number of chips.
+      details: batch per chip, remat policy, flags.
+      program: the project whose program is predicted.
+      measured: measured seconds of a step.
+      predicted: predicted seconds of a step of `program`.
+      source: where the measurement is published.
+      note: remarks for readers; may be empty.
     """
 
     chip: str
@@ -39,7 +40,7 @@ class MeasuredRun:
 
     @property
     def error(self) -> float:
-        """Share by which the prediction is above (below: negative) the measurement."""
+        """The relative error of the prediction; positive if it is above the measurement."""
         return self.predicted / self.measured - 1
 
 
@@ -54,7 +55,7 @@ def _on_h200(
     return MeasuredRun("h200", f"{model}, 1 chip", details, OURS, measured, predicted, _H200, note)
 
 
-# 692 and 905 tokens/s/chip, at 4 sequences of 4,096 tokens a chip.
+# 692 and 905 are published tokens/s/chip, with 4 sequences of 4,096 tokens per chip.
 RUNS = (
     MeasuredRun(
         chip="v5p",
@@ -142,7 +143,7 @@ SHAPES = (
 
 
 def runs_of(chip: str) -> list[MeasuredRun]:
-    """The runs whose predictions tell the uncertainty for a chip: of its own, or of its unit."""
+    """Returns the runs that give the uncertainty for a chip, or for one with the same unit."""
     return [run for run in RUNS if run.chip == _UNIT.get(chip, chip)]
 
 
@@ -150,7 +151,7 @@ _UNIT = {"h100": "h200"}  # the same matrix unit
 
 
 def uncertainty(chip: str) -> str:
-    """How far predictions for a chip were off, in one line."""
+    """Describes in one line how far predictions for a chip were off."""
     runs = runs_of(chip)
     if not runs:
         return f"{chip}: no prediction has been compared with a run"
@@ -169,13 +170,13 @@ def uncertainty(chip: str) -> str:
 
 
 def summary(chip: str) -> dict[str, Any]:
-    """What `plan --json` says of a chip."""
+    """Returns the object that `plan --json` has for the calibration of a chip."""
     runs = [{**dataclasses.asdict(run), "error": run.error} for run in runs_of(chip)]
     return {"text": uncertainty(chip), "runs": runs}
 
 
 def table() -> str:
-    """All rows, for people."""
+    """Formats all rows for people."""
     lines = ["measured and predicted seconds of a step of the same program:", *_rows(RUNS)]
     lines += ["", "published steps of others, and predictions for this code at the same shape:"]
     lines += _rows(SHAPES)

@@ -11,10 +11,10 @@ from llama_jax.parallel.sharding import devices_along, weight_shards
 from llama_jax.plan.compilation import with_slices
 
 TENSOR_SIZES = (1, 2, 4, 8)
-MOST_MICROBATCHES = 64  # of a candidate
-# From what keeps least to what keeps most. Each kept byte of a product's result saves about the
-# same FLOPs; of attention's result it saves less, while sequences are shorter than the model is
-# wide. Those with `mlp_gate` and `mlp_up` keep what is largest.
+MOST_MICROBATCHES = 64  # per candidate
+# Tensors to save, from the fewest bytes to the most. Each saved byte of a product's result saves
+# about the same FLOPs; a byte of attention's result saves less as long as the sequence length is
+# less than `model.dim`. `mlp_gate` and `mlp_up` are the largest tensors.
 _SETS = (
     ("attn_out",),
     ("attn_out", "q"),
@@ -31,10 +31,10 @@ _SETS = (
 
 
 def with_dcn(config: Config, topology: Topology) -> Config:
-    """The config with all sizes of `dcn` filled in.
+    """Returns the config with all sizes of `dcn` filled in.
 
     Raises:
-      UserError: `dcn` asks for another number of slices.
+      UserError: `dcn` has another number of slices.
     """
     config = with_slices(config, topology.slices)
     if -1 not in dataclasses.asdict(config.dcn).values():
@@ -44,12 +44,19 @@ def with_dcn(config: Config, topology: Topology) -> Config:
 
 
 def remat_policies() -> list[str]:
-    """Remat policies, from the one that keeps least."""
+    """Lists remat policies, from the one that keeps least to the one that keeps most."""
     return ["full", *(f"save:{','.join(names)}" for names in _SETS), "none"]
 
 
 def with_options(config: Config, sizes: dict[str, int], remat: str, accum: int) -> Config:
-    """The config on another mesh, with another remat policy and number of microbatches."""
+    """Returns the config with another mesh, remat policy and number of microbatches.
+
+    Args:
+      config: the config.
+      sizes: devices along each mesh axis, within one slice.
+      remat: the remat policy.
+      accum: the number of microbatches.
+    """
     return dataclasses.replace(
         config,
         mesh=dataclasses.replace(config.mesh, **sizes),
@@ -59,7 +66,14 @@ def with_options(config: Config, sizes: dict[str, int], remat: str, accum: int) 
 
 
 def divides(config: Config, sizes: dict[str, int], accum: int, outer: int) -> bool:
-    """Whether batch and model divide over a mesh of these sizes, on `outer` slices."""
+    """Returns whether batch and model divide over a mesh.
+
+    Args:
+      config: the config.
+      sizes: devices along each mesh axis, within one slice.
+      accum: the number of microbatches.
+      outer: the number of slices along `data`.
+    """
     model, train = config.model, config.train
     rows, tensor = devices_along("batch", sizes) * outer, devices_along("heads", sizes)
     split = [model.n_kv_heads, model.n_heads, model.ffn_dim, model.vocab_size]
@@ -74,13 +88,13 @@ def divides(config: Config, sizes: dict[str, int], accum: int, outer: int) -> bo
 
 
 def microbatch_counts(config: Config) -> list[int]:
-    """Numbers of microbatches that the global batch divides into, from 1 on."""
+    """Lists the numbers of microbatches that divide the global batch, from 1 on."""
     batch = config.train.global_batch
     return [size for size in range(1, batch + 1) if batch % size == 0]
 
 
 def candidates(config: Config, topology: Topology) -> Iterator[Config]:
-    """Configs that divide over the machine, in no order."""
+    """Yields the configs that divide over the machine, in no particular order."""
     outer = math.prod(dataclasses.asdict(config.dcn).values())
     inner = topology.devices // outer
     context = config.mesh.context if config.mesh.context > 0 else 1
@@ -97,7 +111,7 @@ def candidates(config: Config, topology: Topology) -> Iterator[Config]:
 
 
 def flags_for(config: Config, remat: bool = True) -> str:
-    """The flags that make a candidate of the config file."""
+    """Returns the flags that turn the config file into a candidate."""
     mesh = " ".join(
         f"--config.mesh.{axis}={size}" for axis, size in dataclasses.asdict(config.mesh).items()
     )
@@ -106,7 +120,7 @@ def flags_for(config: Config, remat: bool = True) -> str:
 
 
 def suggest_dividing_mesh(config: Config, topology: Topology) -> str:
-    """A mesh over which the config divides on this machine, as flags, or a machine that it does."""
+    """Suggests, as flags, a mesh over which the config divides; otherwise a number of devices."""
     found = [one for one in candidates(config, topology) if one.model.remat == "full"]
     if found:
         best = min(found, key=lambda one: (one.mesh.tensor, one.train.grad_accum, one.mesh.data))

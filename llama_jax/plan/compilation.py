@@ -1,4 +1,4 @@
-"""The train step, compiled ahead of time for devices that may not be here."""
+"""Ahead-of-time compilation of the train step, for devices that may not be here."""
 
 import contextlib
 import dataclasses
@@ -27,15 +27,15 @@ _HEAP = re.compile(r"Memory Space: default .*\nTotal bytes: (\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled train step, or the compiler's word that it does not fit.
+    """A compiled train step, or the compiler's result that the step does not fit.
 
     Attributes:
-      mesh: where it runs.
-      seconds: that compiling took.
-      text: the optimised HLO; empty if it does not fit.
-      bytes: of one device, by name, see `plan`.
-      constraints: sharding constraints in the program as it is lowered.
-      warnings: lines in which the compiler says that it works around our shardings.
+      mesh: the mesh of the step.
+      seconds: the time of the compilation.
+      text: the optimised HLO; empty if the step does not fit.
+      bytes: bytes of one device, by name; see `plan`.
+      constraints: number of sharding constraints in the lowered program.
+      warnings: the compiler's warnings about inefficient shardings.
     """
 
     mesh: jax.sharding.Mesh
@@ -47,10 +47,10 @@ class Compiled:
 
 
 def with_slices(config: Config, slices: int) -> Config:
-    """The config on several slices: one replica on each, unless `dcn` says otherwise.
+    """Returns the config for several slices: one replica on each, unless `dcn` says otherwise.
 
     Raises:
-      UserError: `dcn` asks for another number of slices.
+      UserError: `dcn` has another number of slices.
     """
     sizes = dataclasses.asdict(config.dcn)
     if slices == 1 or -1 in sizes.values():
@@ -59,14 +59,14 @@ def with_slices(config: Config, slices: int) -> Config:
         return dataclasses.replace(config, dcn=dataclasses.replace(config.dcn, data=slices))
     if math.prod(sizes.values()) != slices:
         raise UserError(
-            f"dcn {sizes} is of {math.prod(sizes.values())} slices, not of --slices={slices}; "
+            f"dcn {sizes} has {math.prod(sizes.values())} slices, not --slices={slices}; "
             f"try --config.dcn.data={slices}"
         )
     return config
 
 
 def lower_step(config: Config, devices: list[jax.Device]) -> tuple[Any, Any, jax.sharding.Mesh]:
-    """The lowered train step for these devices, its abstract state with shardings, and its mesh.
+    """Lowers the train step for these devices; returns it, its abstract sharded state and its mesh.
 
     Raises:
       DoesNotDivide: the config does not divide over the mesh.
@@ -74,7 +74,7 @@ def lower_step(config: Config, devices: list[jax.Device]) -> tuple[Any, Any, jax
     mesh = make_mesh(config.mesh, config.dcn, devices)
     train = config.train
     check_batch(train.global_batch, train.seq_len, train.grad_accum, mesh)
-    # The abstract mesh: nothing can be put on devices that are not here.
+    # Use the abstract mesh, because arrays cannot be put on devices that are not here.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         step = jit_step(config, mesh)
         state = step.placed_state()
@@ -86,13 +86,13 @@ def lower_step(config: Config, devices: list[jax.Device]) -> tuple[Any, Any, jax
 def compile_step(
     config: Config, devices: list[jax.Device], folder: pathlib.Path | None = None
 ) -> Compiled:
-    """Compiles the very step that `train` runs.
+    """Compiles exactly the step that `train` runs.
 
     Args:
-      config: of the step.
-      devices: where it runs; they need not be here.
-      folder: where the compiler of a TPU writes the program and its memory once they are scheduled;
-        None: where XLA_FLAGS say, or else one that is removed at the end.
+      config: the config of the step.
+      devices: the devices of the step, or their descriptions.
+      folder: the folder where the compiler of a TPU writes the scheduled program and its memory;
+        None: that of XLA_FLAGS, or a temporary one.
 
     Raises:
       DoesNotDivide: the config does not divide over the mesh.
@@ -146,22 +146,22 @@ def compile_step(
 
 
 def _dumped() -> pathlib.Path | None:
-    """The folder of this machine to which XLA_FLAGS ask for all programs; "-" is no folder."""
+    """Returns the local folder where XLA_FLAGS make XLA write programs; None if there is none."""
     folder = flag_value("--xla_dump_to")
     return pathlib.Path(folder) if folder and folder != "-" and "://" not in folder else None
 
 
 def heap_bytes(folder: pathlib.Path) -> int:
-    """Bytes of a TPU's main memory that a program allocates, as its compiler reports them.
+    """Reads how many bytes of a TPU's main memory a program allocates, by the compiler's report.
 
-    `memory_analysis` has no such figure: its sum of temporaries counts twice what shares memory,
-    and its peak counts what is offloaded to the host.
+    `memory_analysis` does not contain this figure: its sum of temporaries counts shared memory
+    twice, and its peak includes memory that is offloaded to the host.
 
     Args:
-      folder: of the compiled step, see `compile_step`; the newest report in it counts.
+      folder: the folder of the compiled step, see `compile_step`; uses the newest report in it.
 
     Raises:
-      UserError: there is no report, or it is of another form.
+      UserError: there is no report, or it has another form.
     """
     reports = sorted(folder.glob(_REPORT), key=lambda report: report.stat().st_mtime_ns)
     found = _HEAP.search(reports[-1].read_text()) if reports else None
@@ -171,10 +171,10 @@ def heap_bytes(folder: pathlib.Path) -> int:
 
 
 def _exhausted(message: str) -> dict[str, int]:
-    """The compiler's figure for what it needs, from its words; other errors are raised again.
+    """Reads the bytes that a program needs from the compiler's error; raises other errors again.
 
     Raises:
-      UserError: another memory than the device's main one is too small for an operation.
+      UserError: the on-chip memory, not the main memory, is too small for an operation.
     """
     if "RESOURCE_EXHAUSTED" not in message:
         raise jax.errors.JaxRuntimeError(message)

@@ -1,4 +1,4 @@
-"""Memory and time of a train step by a page of arithmetic: enough to sort candidates by."""
+"""Memory and time of a train step by a page of arithmetic, to sort candidates."""
 
 import dataclasses
 import math
@@ -11,24 +11,24 @@ from llama_jax.model.cost import adapter_count, flops_by_part, frozen_bytes, par
 from llama_jax.parallel.mesh import mesh_shape
 from llama_jax.parallel.sharding import devices_along, weight_shards
 
-NF4_TRAFFIC = 6.0  # bytes that move when a weight is unpacked, as compiled for GPUs
-# Of the peak, that products reach in a step. Of GPUs it is a share of what large ones reach alone;
-# a TPU's is by the compiler's cycles of our own programs (0.77 to 0.85).
+NF4_TRAFFIC = 6.0  # bytes of memory traffic to unpack one weight, as compiled for GPUs
+# Efficiency of matrix products in a step. For GPUs relative to large products alone; for TPUs
+# relative to the peak, from the compiler's cycles of our own programs (0.77 to 0.85).
 _GPU_PRODUCTS, TPU_PRODUCTS = 0.9, 0.8
-# Of the network's or the compute's time, whichever is shorter, that does not run beside the other.
+# Fraction of the network's or the compute's time, whichever is shorter, that does not overlap.
 _GPU_EXPOSED, _TPU_EXPOSED = 0.2, 0.15
-# Matrix products of the attention kernels' backward pass, beside two forward (see hlo_cost).
+# Matrix products in the attention kernels' backward pass; forward there are two (see hlo_cost).
 _GPU_BACKWARD, _TPU_BACKWARD = 5, 7
-_GPU_HOP = 2e-6  # seconds that a ring's shortest message takes for each GPU
+_GPU_HOP = 2e-6  # seconds per GPU that the shortest message takes in a ring
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """By hand, without a compiler: bytes of one device, seconds of a step.
+    """An estimate of a train step without a compiler.
 
     Attributes:
-      total: bytes of state and temporaries, as `plan` counts them.
-      seconds: those of a step.
+      total: bytes of state and temporaries on one device, as `plan` counts them.
+      seconds: seconds of a step.
     """
 
     total: float
@@ -37,13 +37,13 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """How a config lies on a machine.
+    """The division of a config over a machine.
 
     Attributes:
-      tensor: devices that share a matrix product.
-      shards: devices over which the state is divided beside `tensor`.
-      replicas: copies of the state, on slices too.
-      tokens: of one device in one microbatch.
+      tensor: devices that divide a matrix product.
+      shards: devices that divide the state, not counting `tensor`.
+      replicas: copies of the state, over all slices.
+      tokens: tokens of one device in one microbatch.
     """
 
     tensor: int
@@ -53,7 +53,7 @@ class _Parts:
 
 
 def estimate(config: Config, topology: Topology) -> Estimate:
-    """Memory and time of a step, as far as a page of arithmetic goes.
+    """Estimates memory and time of a step by arithmetic.
 
     Raises:
       UserError: the mesh does not cover the devices.
@@ -81,7 +81,7 @@ def _bytes(config: Config, chip: Chip, parts: _Parts) -> float:
     state = (4 + moments + 4 * (1 + (train.grad_accum > 1))) * trained + frozen
     state /= parts.shards * tensor
     layer = 2 * parameter_count(model) / model.n_layers / tensor
-    # Between the layers the sequence is divided over `tensor`.
+    # Between the layers, the sequence is divided over `tensor`.
     kept = (
         tokens * 2 * (model.dim + saved_elements_per_token(model, chip)) / tensor * model.n_layers
     )
@@ -89,15 +89,15 @@ def _bytes(config: Config, chip: Chip, parts: _Parts) -> float:
     doubled = is_switched_on("--xla_gpu_enable_while_loop_double_buffering")
     if not chip.torus and train.grad_accum > 1 and doubled:
         kept *= 1.5 if train.grad_accum == 2 else 2
-    # Both fitted, to programs of 7B and 65B for v5p and v4, and 7B to 65B for H100 and A100.
+    # Both are fitted to programs of 7B and 65B for v5p and v4, and of 7B to 65B for H100 and A100.
     wide = 4.5 if chip.torus else 6
     working = tokens * 2 * (8 * model.dim + wide * model.ffn_dim) / tensor
     chunk = min(1.0, train.loss_chunk / train.seq_len)
     logits = tokens * chunk * model.vocab_size / tensor * 12
     heads = 2 * model.vocab_size * model.dim / tensor * 4
     total = state + kept + max(working, logits)
-    # Of frozen weights a layer is unpacked or gathered; of trained ones there are gradients too,
-    # which a TPU adds up one after another.
+    # Frozen weights: one layer is unpacked or gathered. Trained weights need gradients as well; a
+    # TPU adds these up one after another.
     return total + (layer if config.lora.rank or chip.torus else 3 * layer + heads)
 
 
@@ -109,7 +109,7 @@ def _compute_seconds(config: Config, topology: Topology, parts: _Parts) -> float
     again, kernels = _recomputed(model)
     speed = TPU_PRODUCTS if chip.torus else _GPU_PRODUCTS * chip.matmul_efficiency
     seconds = (products + again) * tokens / (speed * chip.peak_flops)
-    # Products of a kernel skip the half of the square that the causal mask hides.
+    # The products of a kernel skip the half of the square that the causal mask hides.
     square = model.n_layers * model.n_heads * model.head_dim * train.seq_len
     backward = _TPU_BACKWARD if chip.torus else _GPU_BACKWARD
     flops = (2 + 2 * kernels + backward) * square * tokens
@@ -121,23 +121,23 @@ def _compute_seconds(config: Config, topology: Topology, parts: _Parts) -> float
 
 
 def _network_seconds(config: Config, topology: Topology, parts: _Parts) -> tuple[float, float]:
-    """Of what can run beside compute, and of what compute waits for."""
+    """Returns the seconds of the network that overlap with compute, and those that do not."""
     model, train, chip = config.model, config.train, topology.chip
     trained, _, gathered = _weights(config)
     shards, tensor, replicas = parts.shards, parts.tensor, parts.replicas
     passes = _passes(config)
     local = _fast_network(topology)
-    inside = max(1, local // tensor)  # devices of the fast network beside those of `tensor`
+    inside = max(1, local // tensor)  # devices on the fast network per device of `tensor`
     hidden = waited = 0.0
     if shards > 1:
         speed = _bandwidth(topology, min(shards, inside))
         if shards > inside:
             cards = max(1, min(shards, inside))
             speed = min(chip.link_bandwidth, cards * chip.network_bandwidth)
-        # A TPU adds up gradients by all-reduces in bfloat16, which send them twice.
+        # A TPU adds up gradients with all-reduces in bfloat16, which send them twice.
         reduced = 4.0 * trained * train.grad_accum if chip.torus else 0.0
         hidden += (passes * gathered + reduced) / tensor / speed
-    if tensor > 1:  # two all-reduces of the activations a layer, forward and backward
+    if tensor > 1:  # two all-reduces of activations per layer, forward and backward
         moved = 8 * parts.tokens * train.grad_accum * model.dim * 2 * model.n_layers
         waited = moved / _bandwidth(topology, min(tensor, local))
         if not chip.torus:
@@ -146,16 +146,20 @@ def _network_seconds(config: Config, topology: Topology, parts: _Parts) -> tuple
         outside = replicas * shards * tensor > local
         speed = chip.network_bandwidth if outside else _bandwidth(topology, replicas)
         hidden += 2 * 4 * trained / (shards * tensor) / speed
-    if not chip.torus:  # a ring of many GPUs takes time for the shortest message
+    if not chip.torus:  # in a ring of many GPUs even the shortest message takes time
         hidden += 16 * model.n_layers * train.grad_accum * shards * _GPU_HOP
     return hidden, waited
 
 
 def _bandwidth(topology: Topology, members: int) -> float:
-    """Bytes/s into a device, one direction, where so many devices of the fast network are a group.
+    """Returns the bytes/s into a device, in one direction, in a group on the fast network.
 
-    On a torus the group has the links of the dimensions that it fills, two each where they wrap
-    around; a group that fills none is a ring of its own, of two links, or a line of one.
+    On a torus the group uses the links of the dimensions that it fills: two for each dimension that
+    wraps around, otherwise one. A group that fills none is a ring of two links, or a line of one.
+
+    Args:
+      topology: the machine.
+      members: number of devices in the group.
     """
     chip = topology.chip
     if not chip.torus:
@@ -166,18 +170,18 @@ def _bandwidth(topology: Topology, members: int) -> float:
         if size > 1 and chips % size == 0:
             chips //= size
             links += 2 if wraps else 1
-    if chips > 1:  # part of a dimension is left over: one ring through all
+    if chips > 1:  # the group fills a dimension only in part: one ring through all
         links = min(links, 2) or 1
     return chip.link_bandwidth * max(1, links) / (2 * len(topology.shape))
 
 
 def _passes(config: Config) -> int:
-    """How often a step gathers the weights."""
+    """Returns how many times a step gathers the weights."""
     return (2 + (config.model.remat != "none")) * config.train.grad_accum
 
 
 def _weights(config: Config) -> tuple[float, float, float]:
-    """Number of trained weights, bytes of frozen ones, bytes that a gather of all of them moves."""
+    """Returns the number of trained weights, the bytes of frozen ones, the bytes of a gather."""
     if not config.lora.rank:
         count = parameter_count(config.model)
         return count, 0.0, 2.0 * count
@@ -187,14 +191,14 @@ def _weights(config: Config) -> tuple[float, float, float]:
 
 
 def _fast_network(topology: Topology) -> int:
-    """Devices that the fast network joins."""
+    """Returns the number of devices that one fast network connects."""
     chip = topology.chip
     size = math.prod(topology.shape) if chip.torus else topology.shape[1]
     return size * chip.devices_per_chip
 
 
 def saved_elements_per_token(model: ModelConfig, chip: Chip) -> float:
-    """Elements that a layer keeps of each token, beside its input."""
+    """Counts the elements per token that a layer keeps, without its input."""
     heads, kv, dim, ffn = (
         model.n_heads * model.head_dim,
         model.n_kv_heads * model.head_dim,
@@ -203,10 +207,12 @@ def saved_elements_per_token(model: ModelConfig, chip: Chip) -> float:
     )
     widths = {"q": heads, "k": kv, "v": kv, "attn_context": heads, "attn_out": dim}
     widths |= {"mlp_gate": ffn, "mlp_up": ffn, "block_in": 0}
-    if model.remat == "none" and chip.torus:  # XLA keeps float32 copies and every step of the MLP
+    if (
+        model.remat == "none" and chip.torus
+    ):  # XLA keeps float32 copies and all intermediate results of the MLP
         return 3 * heads + 2 * kv + 7.5 * dim + 5 * ffn
     if model.remat in ("none", "dots"):
-        # Also what is between the matrix products: norms, and gate times up.
+        # Also the results between the matrix products: norms, and gate times up.
         extra = 3 * dim + ffn if model.remat == "none" else 0
         return sum(widths.values()) + extra
     offloaded = dim if "block_in" in model.remat_names("offload") else 0
@@ -214,9 +220,9 @@ def saved_elements_per_token(model: ModelConfig, chip: Chip) -> float:
 
 
 def _recomputed(model: ModelConfig) -> tuple[float, bool]:
-    """FLOPs of a token's products that the backward pass does again; whether the kernel runs too.
+    """Returns the FLOPs per token of recomputed products, and whether the kernel is recomputed.
 
-    The last product of a block is not needed again, nor is the output head's.
+    The backward pass needs neither the last product of a block again nor that of the output head.
     """
     if model.remat == "none":
         return 0.0, False

@@ -1,4 +1,4 @@
-"""What a compiled program does, read from its HLO text: collectives and cycles, loops counted."""
+"""Reader of a compiled program's HLO text: collectives and cycles, times the loops' trip counts."""
 
 import dataclasses
 import functools
@@ -16,10 +16,10 @@ COLLECTIVES = (
     "collective-permute",
     "ragged-all-to-all",
 )
-# Values by other names: nothing is computed.
+# Opcodes that only name values and compute nothing.
 _NAMES = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all")
 CONTROL = ("while", "call", "conditional")  # these run other computations of the schedule
-# What these apply is arithmetic on scalars.
+# The computations that these call are arithmetic on scalars.
 _APPLYING = (*COLLECTIVES, "reduce", "sort", "scatter", "map", "reduce-window")
 _BYTES = {
     **{"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2},
@@ -35,8 +35,8 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-# How libtpu does a collective: over how many dimensions of the torus an emitter gathers, in how
-# many rings a strategy reduces; one that is not UniDirection uses both directions of each ring.
+# The algorithm of a collective in libtpu: an emitter gathers over a number of torus dimensions, a
+# strategy reduces in a number of rings. All but UniDirection use both directions of each ring.
 _EMITTER = re.compile(r'"emitter":"(\d)DAllGather')
 _STRATEGY = re.compile(r"\b(\w*Strategy\w*)\{colors:(\d+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -54,36 +54,36 @@ class Instruction:
 
     @property
     def collective(self) -> str:
-        """Which of `COLLECTIVES` it is or starts; empty: none."""
+        """The one of `COLLECTIVES` that the instruction is or starts; empty if there is none."""
         kind = self.opcode.removesuffix("-start")
         return kind if kind in COLLECTIVES else ""
 
     @property
     def is_root(self) -> bool:
-        """Whether it is what its computation returns."""
+        """Whether its computation returns this instruction."""
         return self.line.startswith("ROOT ")
 
     @property
     def op_name(self) -> str:
-        """Where in the Python program it comes from; empty where the compiler made it up."""
+        """Its origin in the Python program; empty if the compiler added it."""
         found = _OP_NAME.search(self.line)
         return found[1] if found else ""
 
     @property
     def channel(self) -> str:
-        """The channel of a collective: the parts of one that is done in pieces share it."""
+        """The channel of a collective; all pieces of a split collective share it."""
         found = _CHANNEL.search(self.line)
         return found[1] if found else ""
 
     @property
     def cycles(self) -> int:
-        """The compiler's estimate; 0 where it gives none, or the largest integer, as for copies."""
+        """The compiler's estimate; 0 if it gives none, or the largest integer, as for copies."""
         found = _CYCLES.search(self.line)
         return int(found[1]) if found and int(found[1]) < 2**62 else 0
 
     @property
     def called(self) -> list[str]:
-        """Computations that it runs."""
+        """The names of the computations that it runs."""
         if self.opcode.removesuffix("-start") in _APPLYING:
             return []
         names = _CALLED.findall(self.line)
@@ -94,7 +94,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """Computations by name, each its instructions by name in the order of the schedule."""
+    """A program: computations by name, each with its instructions in the order of the schedule."""
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
@@ -105,11 +105,11 @@ class Collective:
     """One collective of the program.
 
     Attributes:
-      kind: of `COLLECTIVES`.
-      dtype: of its largest part.
+      kind: one of `COLLECTIVES`.
+      dtype: type of its largest part.
       size: bytes of one device's operand or result, whichever is larger.
-      groups: devices of each group, by position in the mesh; empty: not told.
-      links: of a TPU, that the compiler's algorithm sends on at once; 0: not told.
+      groups: devices of each group, by position in the mesh; empty if the HLO does not say.
+      links: number of a TPU's links on which the algorithm sends at once; 0 if unknown.
     """
 
     kind: str
@@ -124,12 +124,12 @@ class Summary:
     """Totals of one run of a program, on one device.
 
     Attributes:
-      collectives: kind -> (how often, bytes as `Collective.size`).
+      collectives: kind -> (number of runs, bytes as in `Collective.size`).
       by_dtype: the same for `kind dtype`, such as `all-gather bf16`.
-      asynchronous: as `collectives`, of those that other instructions run beside.
-      synchronous: as `collectives`, of the others.
-      lookup: collectives of the embedding's look-up, other than the gather of its table.
-      cycles: sum of the compiler's estimates; 0 where it gives none.
+      asynchronous: those of `collectives` that run in parallel with other instructions.
+      synchronous: the others of `collectives`.
+      lookup: number of collectives in the look-up of embeddings, without the gather of the table.
+      cycles: sum of the compiler's estimates; 0 if it gives none.
     """
 
     collectives: dict[str, tuple[int, int]]
@@ -141,12 +141,12 @@ class Summary:
 
 
 def shape_bytes(text: str) -> int:
-    """Bytes of a shape such as `(f32[2,3], bf16[4])`."""
+    """Counts the bytes of a shape such as `(f32[2,3], bf16[4])`."""
     return sum(size for _, size in _parts(text))
 
 
 def hbm_bytes(text: str) -> int:
-    """As `shape_bytes`, without what lies in another memory, such as a TPU's vector memory."""
+    """Counts the bytes of a shape's arrays in main memory, not in a TPU's vector memory."""
     return sum(
         _BYTES.get(dtype, 0) * math.prod(_sizes(dims))
         for dtype, dims, layout in _SHAPE.findall(text)
@@ -155,13 +155,13 @@ def hbm_bytes(text: str) -> int:
 
 
 def dimensions(text: str) -> list[int]:
-    """Sizes of the first array of a shape."""
+    """Returns the dimensions of the first array of a shape."""
     found = _SHAPE.search(text)
     return _sizes(found[2]) if found else []
 
 
 def dtype_of(text: str) -> str:
-    """Type of the first array of a shape, such as `bf16`; empty where there is none."""
+    """Returns the type of the first array of a shape, such as `bf16`; empty without arrays."""
     found = _SHAPE.search(text)
     return found[1] if found else ""
 
@@ -197,9 +197,9 @@ def parse(text: str) -> Module:
 
 
 def trip_count(loop: Instruction, module: Module) -> int:
-    """Of a `while`: what the compiler notes, or N of a condition `counter < N`; otherwise 1.
+    """Returns the trip count of a `while`: the compiler's note, or N of `counter < N`; otherwise 1.
 
-    The counters of scans, which are all the loops that there are, begin at 0.
+    All loops are scans, whose counters begin at 0.
     """
     noted = _TRIPS.search(loop.line)
     if noted:
@@ -207,7 +207,7 @@ def trip_count(loop: Instruction, module: Module) -> int:
     condition = re.findall(r"condition=%?([\w.\-]+)", loop.line)[0]
     scope = list(module.computations.get(condition, {}).values())
     for one in tuple(scope):
-        for callee in one.called:  # a GPU's compiler makes a fusion of the comparison
+        for callee in one.called:  # a GPU's compiler puts the comparison into a fusion
             scope += module.computations.get(callee, {}).values()
     lines = [one.line for one in scope]
     limits = [int(n) for line in lines for n in re.findall(r" constant\((\d+)\)", line)]
@@ -216,7 +216,7 @@ def trip_count(loop: Instruction, module: Module) -> int:
 
 
 def _result_shape(one: Instruction) -> str:
-    """Of a collective; a start's shape is (operand, result, ..), but for all-reduces."""
+    """Returns the result's shape; a start has (operand, result, ..), except for all-reduce."""
     if not one.opcode.endswith("-start") or one.collective == "all-reduce":
         return one.shape
     depth, parts = 0, [""]
@@ -231,7 +231,7 @@ def _result_shape(one: Instruction) -> str:
 
 @functools.cache
 def read_collective(one: Instruction) -> Collective:
-    """What a collective instruction sends, and among whom."""
+    """Reads from a collective instruction what it sends, and among which devices."""
     groups = replica_groups(one.line)
     parts = _parts(_result_shape(one))
     size = sum(bytes_ for _, bytes_ in parts)
@@ -251,10 +251,10 @@ def _links(line: str) -> int:
 
 
 def collectives_in(one: Instruction, module: Module) -> list[Instruction]:
-    """The collectives that an instruction is, starts, or holds in a fusion or a wrapper."""
+    """Lists the collectives that an instruction is, starts, or contains in a fusion or a call."""
     if one.collective:
         return [one]
-    # A TPU7x calls them to run on its SparseCores, beside the rest: `call-start`.
+    # A TPU7x runs collectives on its SparseCores, in parallel, by `call-start`.
     if one.opcode not in ("fusion", "call") and not one.opcode.endswith("-start"):
         return []
     inner = (module.computations.get(name, {}) for name in one.called)
@@ -268,17 +268,18 @@ def collectives_in(one: Instruction, module: Module) -> list[Instruction]:
 
 @dataclasses.dataclass
 class ScheduledCollective:
-    """A collective in the schedule of a computation, once for each time that it is sent.
+    """A collective in the schedule of a computation, one for each time that it is sent.
 
-    On TPUs one that runs beside compute is a chain of fusions: the first starts it, those between
-    hold a part of it beside a matrix product, the last waits for it. All have its channel.
+    On TPUs a collective that runs in parallel with compute is a chain of fusions: the first starts
+    it, the middle ones contain a part of it and a matrix product, the last waits for it. All have
+    the same channel.
 
     Attributes:
-      collective: what is sent.
-      instruction: the first in the HLO.
+      collective: the data that it sends.
+      instruction: its first instruction in the HLO.
       start: name of the scheduled instruction that starts it.
-      end: name of the one that waits for it; `start` itself where there is no other.
-      asynchronous: whether anything is computed between them.
+      end: name of the instruction that waits for it; may be `start` itself.
+      asynchronous: whether instructions between `start` and `end` compute something.
     """
 
     collective: Collective
@@ -289,14 +290,14 @@ class ScheduledCollective:
 
 
 def collective_schedule(name: str, module: Module) -> list[ScheduledCollective]:
-    """The collectives of one run of a computation, in the order of their starts.
+    """Lists the collectives of one run of a computation, in the order of their starts.
 
-    Those of the loops and calls in it are not among them.
+    Does not include collectives inside its loops and calls.
     """
     found: list[ScheduledCollective] = []
     chains: dict[str, ScheduledCollective] = {}
     started: dict[str, list[ScheduledCollective]] = {}
-    works: dict[str, int] = {}  # how many of the instructions up to each compute something
+    works: dict[str, int] = {}  # number of computing instructions up to and including each
     for one in module.computations.get(name, {}).values():
         works[one.name] = len(works) and next(reversed(works.values()))
         works[one.name] += one.opcode not in _NAMES and not one.opcode.endswith(("-start", "-done"))
@@ -324,7 +325,7 @@ def collective_schedule(name: str, module: Module) -> list[ScheduledCollective]:
 
 
 def replica_groups(line: str) -> tuple[tuple[int, ...], ...]:
-    """Groups of devices in any of XLA's notations; empty if there are none."""
+    """Reads groups of devices in any of XLA's notations; empty if there are none."""
     explicit = re.search(r"replica_groups=\{(\{.*?\})\}", line)
     if explicit:
         found = re.findall(r"\{([\d,]*)\}", explicit[1])
@@ -340,7 +341,7 @@ def replica_groups(line: str) -> tuple[tuple[int, ...], ...]:
 
 
 def _named_groups(mesh: str, order: str, used: str) -> tuple[tuple[int, ...], ...]:
-    """`mesh['x'=2,'y'=8] {'x','y':(2)4}`: along all of x and the second factor of 4 of y."""
+    """Reads `mesh['x'=2,'y'=8] {'x','y':(2)4}`: along all of x and the second factor, 4, of y."""
     axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     ids = np.arange(math.prod(axes.values()))
     shuffled = re.search(r"\[([\d,]+)\]T\(([\d,]+)\)", order)
@@ -368,7 +369,7 @@ def _named_groups(mesh: str, order: str, used: str) -> tuple[tuple[int, ...], ..
 def summarize(text: str) -> Summary:
     """Adds up the instructions of an optimised HLO module, times the trip counts of their loops.
 
-    Loops without a known trip count, and both sides of a conditional, count once.
+    A loop without a known trip count, and each side of a conditional, counts once.
     """
     module = parse(text)
     found: list[tuple[ScheduledCollective, int]] = []
@@ -381,7 +382,7 @@ def summarize(text: str) -> Summary:
             op_name = each.instruction.op_name
             lookup += "_take" in op_name and "transpose" not in op_name
         for one in module.computations.get(name, {}).values():
-            cycles += times * one.cycles  # a fusion's estimate covers what is in it
+            cycles += times * one.cycles  # a fusion's estimate includes its contents
             if one.opcode in CONTROL:
                 inner = times * (trip_count(one, module) if one.opcode == "while" else 1)
                 for callee in one.called:
@@ -406,7 +407,7 @@ def summarize(text: str) -> Summary:
 
 
 def _totals(entries: Iterable[tuple[str, ScheduledCollective, int]]) -> dict[str, tuple[int, int]]:
-    """By name: how often, and bytes."""
+    """Sums entries by name: (number of runs, bytes)."""
     totals: dict[str, tuple[int, int]] = {}
     for name, each, times in entries:
         count, size = totals.get(name, (0, 0))

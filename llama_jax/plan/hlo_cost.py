@@ -1,6 +1,6 @@
-"""FLOPs and memory traffic of instructions in HLO: what a roofline needs.
+"""FLOPs and memory traffic of HLO instructions, for a roofline.
 
-XLA's own cost analysis counts the body of a loop once, and a kernel not at all.
+XLA's own cost analysis counts the body of a loop once, and ignores kernels.
 """
 
 import collections
@@ -9,9 +9,9 @@ import re
 
 from llama_jax.plan.hlo import Instruction, Module, dimensions, dtype_of, hbm_bytes, shape_bytes
 
-# Matrix products in attention kernels, by what their names contain: the first that is found.
-# Scores and weighted values forward; backward, scores again and four gradients; kernels that
-# make d_q apart from d_k and d_v compute scores and their gradient twice.
+# Number of matrix products in an attention kernel, by the first name here that its text contains.
+# Forward: scores and weighted values. Backward: scores again and four gradients; kernels that
+# compute d_q separately from d_k and d_v compute the scores and their gradient twice.
 _KERNELS = (
     ("preprocess_backward", 0),
     ("splash_mha_dkv", 4),
@@ -23,7 +23,7 @@ _KERNELS = (
     ("SoftmaxBackward", 5),
     ("Softmax", 2),
 )
-# What moves no bytes: names for values, and the ends of what was counted at its start.
+# Opcodes that move no bytes: names of values, and ends of operations counted at their start.
 _FREE = (
     *("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "iota", "after-all"),
     *("partition-id", "replica-id", "while", "conditional", "call", "opt-barrier"),
@@ -42,9 +42,14 @@ def _kernel(one: Instruction) -> int | None:
 def flops_by_dtypes(
     one: Instruction, scope: dict[str, Instruction], module: Module
 ) -> dict[tuple[str, ...], float]:
-    """FLOPs of one run of an instruction, by the dtypes of the operands that are multiplied.
+    """Counts the FLOPs of one run of an instruction, by the dtypes of the multiplied operands.
 
-    Loops and calls are of what they run, not theirs.
+    A loop or call has none: its FLOPs belong to the instructions that it runs.
+
+    Args:
+      one: the instruction.
+      scope: the instructions of its computation, by name.
+      module: the program.
     """
     if one.opcode == "fusion":
         inner = module.computations.get(one.called[0], {}) if one.called else {}
@@ -65,12 +70,16 @@ def flops_by_dtypes(
 
 
 def flops(one: Instruction, scope: dict[str, Instruction], module: Module) -> float:
-    """Of one run of an instruction: the sum of `flops_by_dtypes`."""
+    """Counts the FLOPs of one run of an instruction.
+
+    Args:
+      one, scope, module: see `flops_by_dtypes`.
+    """
     return sum(flops_by_dtypes(one, scope, module).values())
 
 
 def _dot(one: Instruction, scope: dict[str, Instruction]) -> float:
-    """Of a `dot`, or of the call of cuBLAS that stands for one."""
+    """Counts the FLOPs of a `dot`, or of the cuBLAS call that replaces one."""
     left = dimensions(scope[one.operands[0]].shape)
     axes = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', one.line)
     contracted = [left[int(axis)] for axis in re.findall(r"\d+", axes[1])] if axes else []
@@ -78,10 +87,10 @@ def _dot(one: Instruction, scope: dict[str, Instruction]) -> float:
 
 
 def _convolution(one: Instruction, scope: dict[str, Instruction]) -> float:
-    """Of the matrix products that the TPU compiler writes as convolutions.
+    """Counts the FLOPs of a matrix product that the TPU compiler writes as a convolution.
 
-    A spatial dimension is contracted, or (padded all around) batch against a single element: pairs
-    that meet are as many as the window times the shorter of input and output.
+    A spatial dimension is contracted, or is a batch dimension padded on all sides. The number of
+    pairs that are multiplied is the window times the shorter of input and output.
     """
     found = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.line)
     window = re.search(r"window=\{size=([\dx]+)", one.line)
@@ -101,7 +110,7 @@ def _convolution(one: Instruction, scope: dict[str, Instruction]) -> float:
 
 
 def kernel_flops(one: Instruction) -> float:
-    """Of an attention kernel, half of the square: the causal mask hides the rest."""
+    """Counts the FLOPs of an attention kernel: half of the square, because of the causal mask."""
     products = _kernel(one) if one.opcode == "custom-call" else None
     if not products:
         return 0.0
@@ -110,19 +119,24 @@ def kernel_flops(one: Instruction) -> float:
     if len(arrays) < 2:
         return 0.0
     queries = dimensions(arrays[0])
-    # The fused backward kernel of splash also gives d_q, once for each tile of keys.
+    # The fused backward kernel of splash also returns d_q, once per tile of keys.
     partial = rf"\[(?:\d+,){{{len(queries)}}}\d+\]"
     if "splash_mha_dkv" in one.line and re.search(partial, one.shape):
         products = 5
-    # Splash takes B N T H, without B where a device has one sequence; the kernels for GPUs B T N H.
+    # Splash takes B N T H (N T H if a device has one sequence), the kernels for GPUs B T N H.
     keys = dimensions(arrays[1])[-2 if "tpu_custom_call" in one.line else 1]
     return float(products * math.prod(queries) * keys)
 
 
 def traffic(one: Instruction, scope: dict[str, Instruction], module: Module) -> float:
-    """Bytes read from and written to the device's memory.
+    """Counts the bytes that an instruction reads from and writes to the device's memory.
 
-    What only slices an operand reads the slice; what updates one in place writes the update.
+    A slice of an operand reads only the slice; an update in place writes only the update.
+
+    Args:
+      one: the instruction.
+      scope: the instructions of its computation, by name.
+      module: the program.
     """
     operands = [scope[name] for name in one.operands if name in scope]
     if one.opcode == "copy-start":
@@ -169,7 +183,7 @@ def _fusion_traffic(
 
 
 def _read(name: str, users: dict[str, list[Instruction]]) -> float | None:
-    """Bytes of a parameter that a fusion reads, where it only slices or updates it."""
+    """Counts the bytes read of a parameter that a fusion only slices or updates; else None."""
     total = 0.0
     for user in users.get(name, []):
         if user.opcode in ("dynamic-slice", "gather") and user.operands[0] == name:

@@ -1,4 +1,4 @@
-"""The plan of a run: what the compiler of a machine says of its step, and how long that takes."""
+"""The plan of a run: its memory and collectives from the compiler, and the predicted time."""
 
 import json
 from typing import Any
@@ -15,7 +15,7 @@ from llama_jax.plan.compilation import Compiled, compile_step, with_slices
 from llama_jax.plan.hlo import Summary, parse, summarize
 from llama_jax.plan.roofline import Prediction, predict_on
 
-# What there is of a program that fits.
+# Keys of a plan that only a compiled program has; null if it does not fit.
 _OF_A_PROGRAM = (
     *("collectives", "collectives_by_dtype", "collectives_async", "collectives_sync"),
     *("lookup_collectives", "flops_per_chip", "hbm_bytes_per_chip", "estimated_cycles", "seconds"),
@@ -25,21 +25,21 @@ _OF_A_PROGRAM = (
 
 
 def plan(config: Config, topology: Topology, price: float = 0.0) -> dict[str, Any]:
-    """Compiles `config` for a topology and says what came of it.
+    """Compiles `config` for a topology and reports memory, collectives and predicted times.
 
     Args:
       config: the run.
       topology: the machine.
-      price: of one chip for one hour; 0: not known.
+      price: dollars for one chip for one hour; 0: unknown.
 
     Returns:
-      The object that `--json` prints. Bytes are of one chip; `total` is `arguments` (the state,
-      donated, and the batch) and `temporaries`; of these, `gradients` are what the state's are, and
-      `activations` all else; with LoRA, `frozen` is the base. Where the program does not fit, what
-      needs it compiled is null.
+      The object that `--json` prints. Bytes are those of one chip; `total` is `arguments` (the
+      donated state, and the batch) plus `temporaries`. Of the temporaries, `gradients` are as large
+      as the parameters, and `activations` are the rest; with LoRA, `frozen` is the base. If the
+      program does not fit, values that need a compiled program are null.
 
     Raises:
-      UserError: as `topology_devices` and `compile_step`.
+      UserError: see `topology_devices` and `compile_step`.
     """
     config = with_slices(config, topology.slices)
     compiled = _compile(config, topology)
@@ -79,7 +79,7 @@ def _compile(config: Config, topology: Topology) -> Compiled:
 
 
 def _missing_flops(config: Config, topology: Topology, prediction: Prediction) -> list[str]:
-    """A warning, where the program seems to do less than the model needs."""
+    """Returns a warning if the program seems to compute less than the model needs."""
     tokens = config.train.tokens_per_step / topology.devices
     each_token = flops_per_token(config.model, config.lora, config.train.seq_len)
     if prediction.flops >= each_token * tokens * 0.95:
@@ -89,7 +89,7 @@ def _missing_flops(config: Config, topology: Topology, prediction: Prediction) -
 
 
 def _work(summary: Summary, prediction: Prediction, topology: Topology) -> dict[str, Any]:
-    """What a step sends and computes, and the seconds of each part."""
+    """Reports what a step sends and computes, and the seconds of each part."""
     each = topology.chip.devices_per_chip
     return {
         "collectives": _counted(summary.collectives),
@@ -99,7 +99,7 @@ def _work(summary: Summary, prediction: Prediction, topology: Topology) -> dict[
         "lookup_collectives": summary.lookup,
         "flops_per_chip": prediction.flops * each,
         "hbm_bytes_per_chip": prediction.memory_bytes * each,
-        "estimated_cycles": summary.cycles,  # by the compiler, without attention kernels
+        "estimated_cycles": summary.cycles,  # the compiler's, without attention kernels
         "seconds": _seconds(prediction),
         "exposed_seconds": prediction.exposed_by_kind,
     }
@@ -108,7 +108,7 @@ def _work(summary: Summary, prediction: Prediction, topology: Topology) -> dict[
 def _speed(
     config: Config, topology: Topology, prediction: Prediction, price: float
 ) -> dict[str, Any]:
-    """How fast a step is, and what the whole run takes."""
+    """Reports how fast a step is, and the time and cost of the whole run."""
     train = config.train
     rate = train.tokens_per_step / topology.chips / prediction.step
     peak = topology.chip.peak_flops * topology.chip.devices_per_chip
@@ -140,7 +140,7 @@ def _seconds(prediction: Prediction) -> dict[str, float | None]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The plan for people."""
+    """Formats a plan for people."""
     sizes = {name: size / GIB for name, size in result["bytes_per_chip"].items()}
     room = sizes["capacity"] - sizes["total"]
     shape = " x ".join(f"{name}={size}" for name, size in result["mesh"].items())
@@ -212,5 +212,5 @@ def _times(result: dict[str, Any]) -> list[str]:
 
 
 def _short(number: float) -> str:
-    """With decimals where the number is small: fine-tuning takes hours, not years."""
+    """Formats a number, with decimals if it is small: fine-tuning takes hours, not years."""
     return f"{number:,.2f}" if number < 100 else f"{number:,.0f}"

@@ -1,8 +1,8 @@
-"""How long would a step take? A roofline, and a walk through the compiler's own schedule.
+"""Prediction of the time of a step: a roofline, and a walk through the compiler's own schedule.
 
-The device runs its instructions in the order in which the compiler put them; collectives that were
-started go on beside them, one after another on the network, until their results are needed.
-`calibration` compares what comes out with published runs.
+The device runs instructions in the order of the schedule. Collectives that were started run in
+parallel, one after another on the network, until their results are needed. `calibration` compares
+the predictions with published runs.
 """
 
 import collections
@@ -28,18 +28,18 @@ from llama_jax.plan.network import Network
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a step would take; seconds, FLOPs and bytes of one device.
+    """The predicted costs of a step; seconds, FLOPs and bytes are those of one device.
 
     Attributes:
-      flops: that the device does, recomputation and attention kernels included.
-      memory_bytes: read from and written to its memory.
-      compute: seconds of the FLOPs at the chip's peak.
-      memory: seconds of these bytes at the memory's bandwidth.
+      flops: FLOPs, including recomputation and attention kernels.
+      memory_bytes: bytes read from and written to the device's memory.
+      compute: seconds for `flops` at the chip's peak.
+      memory: seconds for `memory_bytes` at the memory's bandwidth.
       network: seconds of all collectives, one after another.
-      exposed: seconds that the device waits for them, in the compiler's schedule.
-      exposed_by_kind: the same for each kind of collective, such as `all-gather`.
-      cycles: seconds of the compiler's estimates, and attention kernels; None where it has none.
-      step: the prediction.
+      exposed: seconds that the device waits for collectives in the compiler's schedule.
+      exposed_by_kind: `exposed` by kind of collective, such as `all-gather`.
+      cycles: seconds by the compiler's estimates, with attention kernels; None without estimates.
+      step: the predicted seconds of the step.
     """
 
     flops: float
@@ -70,7 +70,7 @@ class _Totals:
 
 
 class _Schedule:
-    """The walk, on a chip and its network."""
+    """Walks through a schedule, on a chip and its network."""
 
     def __init__(
         self, module: Module, chip: Chip, nodes: Sequence[int], torus: Torus | None = None
@@ -80,7 +80,13 @@ class _Schedule:
         self.run = functools.cache(self._run)
 
     def seconds_of(self, one: Instruction, scope: dict[str, Instruction], totals: _Totals) -> float:
-        """Of an instruction that is no collective and no loop."""
+        """Returns the seconds of an instruction, not a collective or loop, and adds to the totals.
+
+        Args:
+          one: the instruction.
+          scope: the instructions of its computation, by name.
+          totals: the sums, which are changed.
+        """
         chip, moved = self.chip, traffic(one, scope, self.module)
         work = flops_by_dtypes(one, scope, self.module)
         at_peak = sum(flops / chip.peak_of(*dtypes) for dtypes, flops in work.items())
@@ -93,17 +99,19 @@ class _Schedule:
             return one.cycles / chip.clock + kernel
         if kernel:
             return kernel
-        # Cycles of a TPU leave out what overlaps with them: copies between its memories.
+        # A TPU's cycles leave out copies between its memories, which overlap with them.
         if chip.clock:
             return 0.0
         return max(at_peak / chip.matmul_efficiency, moved / chip.hbm_bandwidth)
 
     def _run(self, name: str) -> tuple[float, _Totals]:
-        """Seconds of a computation, the network idle at first, and what it did."""
+        """Returns the seconds of a computation that starts with an idle network, and its totals."""
         now = network_free = 0.0
         totals = _Totals()
         starts: dict[str, list[Collective]] = {}
-        ends: dict[str, list[tuple[str, str]]] = {}  # kinds and starts of those that it waits for
+        ends: dict[
+            str, list[tuple[str, str]]
+        ] = {}  # kinds and starts of the collectives that end here
         for each in collective_schedule(name, self.module):
             starts.setdefault(each.start, []).append(each.collective)
             ends.setdefault(each.end, []).append((each.collective.kind, each.start))
@@ -125,8 +133,8 @@ class _Schedule:
             waited = [key for key in ends.get(one.name, ()) if key in arrives]
             idle = one.collective or one.opcode.endswith("-done")
             busy = 0.0 if idle else self.seconds_of(one, scope, totals)
-            # The end of a chain waits, and then goes on; what is sent within one instruction goes
-            # on beside what else that computes.
+            # The end of a chain waits and then computes; a collective inside one instruction runs
+            # in parallel with the rest of that instruction.
             for kind, start in waited:
                 if start != one.name:
                     now = self._wait(now, kind, arrives[kind, start], totals)
@@ -148,13 +156,13 @@ class _Schedule:
 def predict_on(
     topology: Topology, devices: Sequence[jax.Device], module: Module, chip: Chip | None = None
 ) -> Prediction:
-    """`predict` for the devices of a mesh on a machine.
+    """Predicts the time of a step on the devices of a mesh; see `predict`.
 
     Args:
       topology: the machine.
-      devices: those of the mesh, in its order.
-      module: as of `predict`.
-      chip: another one than the machine's.
+      devices: the devices of the mesh, in its order.
+      module: the optimised HLO.
+      chip: replaces the machine's chip; None: use the machine's.
     """
     nodes = [node_of(device) for device in devices]
     return predict(module, chip or topology.chip, nodes, torus_of(topology, devices))
@@ -163,13 +171,13 @@ def predict_on(
 def predict(
     module: Module, chip: Chip, nodes: Sequence[int], torus: Torus | None = None
 ) -> Prediction:
-    """Times of one step of a compiled program.
+    """Predicts the time of one step of a compiled program.
 
     Args:
       module: the optimised HLO.
-      chip: on which it runs.
-      nodes: for each device of the mesh, in order, the node or slice in which it is.
-      torus: of a TPU slice, where the devices are in it; None: all links serve any group.
+      chip: the chip that runs it.
+      nodes: for each device of the mesh, in order, the index of its node or slice.
+      torus: the places of the devices in a TPU slice; None: all links serve any group.
     """
     seconds, totals = _Schedule(module, chip, nodes, torus).run(module.entry)
     memory = totals.memory_bytes / chip.hbm_bandwidth

@@ -1,7 +1,8 @@
-"""What else would fit, and what would be faster: mesh shapes, remat policies, microbatches.
+"""Search for the fastest config that fits: mesh shapes, remat policies, microbatches.
 
-An analytic estimate chooses candidates. For TPUs the compiler schedules each, which takes seconds
-and tells memory and network, and the best of them are compiled to the end; for GPUs all are.
+An analytic estimate chooses the candidates. For TPUs the compiler schedules each of them, which
+takes seconds and gives memory and network time, and only the best ones are compiled to the end; for
+GPUs all candidates are.
 """
 
 import dataclasses
@@ -21,31 +22,31 @@ from llama_jax.plan.candidates import candidates, flags_for, with_dcn
 from llama_jax.plan.estimate import Estimate, estimate
 from llama_jax.plan.report import plan
 
-# Of the memory, that a candidate may take by the estimate, which is right within a few percent: a
-# program that is scheduled and does not fit costs seconds, one that is compiled minutes.
+# Fraction of the memory that a candidate may take by the estimate, whose error is a few percent: a
+# scheduled program that does not fit costs seconds, a compiled one minutes.
 MARGIN, SCHEDULED_MARGIN = 0.97, 1.05
-FINALS = 2  # of the scheduled candidates that are compiled to the end
+FINALS = 2  # scheduled candidates that are compiled to the end
 Rated = tuple[Estimate, Config]
 
 
 def search(config: Config, topology: Topology, limit: int, price: float) -> dict[str, Any]:
-    """Tries the candidates that the estimate likes best; says on standard error what comes of each.
+    """Tries the candidates with the best estimates; prints each result on standard error.
 
     Args:
-      config: the run; its mesh, remat policy and microbatches are what is tried.
+      config: the run; the search varies its mesh, remat policy and microbatches.
       topology: the machine.
       limit: number of candidates.
-      price: of one chip for one hour, in dollars; 0: not known.
+      price: dollars for one chip for one hour; 0: unknown.
 
     Returns:
-      The plan of the fastest that fits, with `options` and, of all candidates, `tried`: their
-      `options`, `kind` (`scheduled` or `compiled`: how far the compiler went), `fits`, `total`
-      (bytes of a chip), `step_seconds` and `mfu_6n` (null where they were not compiled to the end),
-      `scheduled_seconds` (about; null where there is no schedule), `estimate`, and `error` where
-      the compiler failed.
+      The plan of the fastest candidate that fits, with its `options`, and `tried`, which has for
+      each candidate: `options`, `kind` (`scheduled` or `compiled`: how far the compiler went),
+      `fits`, `total` (bytes per chip), `step_seconds` and `mfu_6n` (null if it was not compiled to
+      the end), `scheduled_seconds` (approximate; null without a schedule), `estimate`, and `error`
+      if the compiler failed.
 
     Raises:
-      UserError: none fits, none divides, or none compiles.
+      UserError: no candidate fits, divides or compiles.
     """
     config = with_dcn(config, topology)
     rated = [(estimate(one, topology), one) for one in candidates(config, topology)]
@@ -76,12 +77,12 @@ def search(config: Config, topology: Topology, limit: int, price: float) -> dict
 
 
 class _Candidate:
-    """One candidate, and what is known of it.
+    """One candidate and its results.
 
     Attributes:
-      number: of how many it is which.
+      number: its number and the number of candidates, such as `2/6`.
       guess: the estimate.
-      told: the object of `tried`.
+      told: its object in `tried`.
     """
 
     def __init__(self, number: str, topology: Topology, guess: Estimate, config: Config):
@@ -93,7 +94,7 @@ class _Candidate:
         }
 
     def schedule(self) -> None:
-        """Compiles it up to the schedule."""
+        """Compiles the candidate up to the schedule."""
         self.told["kind"] = "scheduled"
         try:
             found = tpu_schedule.schedule(self.config, self.topology)
@@ -105,12 +106,12 @@ class _Candidate:
         self._say("about ", f"about {found.seconds:.3f} s" if found.seconds else "")
 
     def compile(self, price: float) -> dict[str, Any] | None:
-        """Compiles it to the end; its plan, if it fits."""
+        """Compiles the candidate to the end; returns its plan, or None if it does not fit."""
         self.told["kind"] = "compiled"
         try:
             result = plan(self.config, self.topology, price)
         except (UserError, jax.errors.JaxRuntimeError) as error:
-            if "no topology" in str(error):  # no compiler: no other candidate has one
+            if "no topology" in str(error):  # no compiler, for any candidate
                 raise
             self._failed(error)
             return None
@@ -136,8 +137,8 @@ class _Candidate:
 def _finals(tries: list[_Candidate], price: float) -> dict[str, Any] | None:
     """Schedules all candidates, and compiles those with the best schedules to the end.
 
-    The second is the best in the fewest microbatches: what each microbatch costs beside its matrix
-    products, schedules do not tell.
+    The second one to be compiled is the best of those with the fewest microbatches, because
+    schedules do not show the costs of a microbatch other than its matrix products.
     """
     for one in tries:
         one.schedule()
@@ -152,7 +153,7 @@ def _finals(tries: list[_Candidate], price: float) -> dict[str, Any] | None:
 
 
 def _fastest(tries: list[_Candidate], wanted: int, price: float) -> dict[str, Any] | None:
-    """The fastest plan among the first candidates that fit, as many as are wanted."""
+    """Returns the fastest plan among the first `wanted` candidates that fit; None if none fits."""
     plans: list[dict[str, Any]] = []
     for one in tries:
         if len(plans) < wanted:
@@ -162,7 +163,7 @@ def _fastest(tries: list[_Candidate], wanted: int, price: float) -> dict[str, An
 
 
 def _varied(rated: Iterable[Rated], limit: int) -> list[Rated]:
-    """The first two of each mesh, so that one error of the estimate does not fill the list."""
+    """Picks at most two per mesh, so that one error of the estimate does not fill the list."""
     seen: dict[tuple[int, ...], int] = {}
     picked: list[Rated] = []
     for pair in rated:
@@ -174,11 +175,11 @@ def _varied(rated: Iterable[Rated], limit: int) -> list[Rated]:
 
 
 def _whole_slice_first(rated: list[Rated], limit: int) -> list[Rated]:
-    """For TPUs: half of the list is fsdp over the whole slice in the fewest microbatches.
+    """Orders TPU candidates: half have fsdp over the whole slice and the fewest microbatches.
 
-    It has all links of the torus, and what it keeps for the backward pass is what makes it fast, so
-    policies are tried from the fastest on. Then two other numbers of microbatches, in which more is
-    kept, and one of each other mesh.
+    Such a mesh uses all links of the torus, and its speed depends on what it keeps for the backward
+    pass, so the fastest policies come first. Two other numbers of microbatches follow, with which
+    more can be kept, and one candidate of each other mesh.
     """
     fewest: dict[tuple[int, ...], int] = {}
     for _, one in rated:

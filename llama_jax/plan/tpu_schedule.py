@@ -1,9 +1,9 @@
-"""The train step as the TPU compiler schedules it, without the code that it then generates.
+"""The TPU compiler's schedule of the train step, without generating code.
 
-Code generation takes nine tenths of the time of a compilation. The compiler writes the scheduled
-program and its memory to a folder before it begins, so a process of its own compiles and ends once
-they are there. What they hold is exact: memory, collectives, FLOPs. Cycles come with the code, so
-compute is timed by FLOPs.
+Code generation takes nine tenths of the time of a compilation. Before it begins, the compiler
+writes the scheduled program and its memory to a folder. A separate process compiles, and ends as
+soon as these files exist. They give exact memory, collectives and FLOPs. Cycles come only with the
+code, so compute time is derived from FLOPs.
 """
 
 import contextlib
@@ -29,22 +29,22 @@ from llama_jax.plan.estimate import TPU_PRODUCTS
 from llama_jax.plan.hlo import parse
 from llama_jax.plan.roofline import predict_on
 
-_PATIENCE = 1800  # seconds, after which the compiler of one candidate is given up
+_PATIENCE = 1800  # seconds that the compiler may take for one candidate
 _POLL = 0.05  # seconds
-# The compiler writes the last after the other, and after the report of the memory.
+# The compiler writes _LAST after _PROGRAM and after the memory report.
 _PROGRAM = "*.after_optimizations.txt"
 _LAST = "*.after_optimizations_after_buffer_assignment.txt"
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled:
-    """A scheduled train step; bytes, seconds and FLOPs of one device.
+    """A scheduled train step; bytes, seconds and FLOPs are those of one device.
 
     Attributes:
       total: bytes of arguments and temporaries.
-      fits: whether the device has as many.
-      seconds: about those of a step: FLOPs at `TPU_PRODUCTS` of the peak and exposed network; None
-        where the compiler ends because it does not fit.
+      fits: whether they fit into the device's memory.
+      seconds: approximate seconds of a step: FLOPs at `TPU_PRODUCTS` of the peak, plus exposed
+        network time; None if the compiler stopped because the step does not fit.
       exposed: seconds of the network that no compute hides; None likewise.
       flops: FLOPs of a step, recomputation included; None likewise.
     """
@@ -57,7 +57,7 @@ class Scheduled:
 
 
 def available(topology: Topology) -> bool:
-    """Whether the compiler of this machine writes a schedule: that of TPUs, if it is installed."""
+    """Returns whether the machine's compiler can write a schedule: only an installed TPU's can."""
     return bool(topology.chip.torus) and importlib.util.find_spec("libtpu") is not None
 
 
@@ -65,7 +65,7 @@ def schedule(config: Config, topology: Topology) -> Scheduled:
     """Compiles a train step up to its schedule.
 
     Raises:
-      UserError: it does not compile; says why, in one line.
+      UserError: the step does not compile; the message says why in one line.
     """
     with tempfile.TemporaryDirectory(prefix="llama_jax_plan_") as folder:
         needed = _compile(config, topology, pathlib.Path(folder))
@@ -75,7 +75,7 @@ def schedule(config: Config, topology: Topology) -> Scheduled:
 
 
 def _compile(config: Config, topology: Topology, folder: pathlib.Path) -> int | None:
-    """Fills a folder, in another process; returns the bytes of a program that does not fit."""
+    """Compiles into a folder in another process; returns the bytes of a program too large."""
     asked = {"config": json.loads(config.to_json()), "topology": topology.slice_name}
     asked |= {"slices": topology.slices, "folder": str(folder)}
     package = str(pathlib.Path(__file__).parents[__name__.count(".")])  # the folder of llama_jax
@@ -94,7 +94,7 @@ def _compile(config: Config, topology: Topology, folder: pathlib.Path) -> int | 
             said, errors = process.communicate(json.dumps(asked), timeout=_PATIENCE)
         except subprocess.TimeoutExpired as error:
             process.kill()
-            raise UserError(f"the compiler has not scheduled it in {_PATIENCE} s") from error
+            raise UserError(f"the compiler has not scheduled the step in {_PATIENCE} s") from error
         except BaseException:  # Ctrl-C
             process.kill()
             process.wait()
@@ -107,7 +107,7 @@ def _compile(config: Config, topology: Topology, folder: pathlib.Path) -> int | 
         return int(answer["total"])
     if not list(folder.glob(_LAST)):
         reasons = [line for line in errors.splitlines() if line.strip()]
-        last = reasons[-1] if reasons else "it says nothing"
+        last = reasons[-1] if reasons else "it gives no reason"
         raise UserError(f"the compiler ended with status {process.returncode}: {last}")
     return None
 
@@ -116,8 +116,8 @@ def _read(config: Config, topology: Topology, folder: pathlib.Path) -> Scheduled
     total = heap_bytes(folder)
     module = parse(next(folder.glob(_PROGRAM)).read_text())
     placed = list(make_mesh(config.mesh, config.dcn, topology_devices(topology)).devices.flat)
-    # Without cycles, products at the peak: the compiler's estimates of memory traffic are of
-    # fusions whose operands it keeps in vector memory.
+    # Without cycles, only products count: the traffic of fusions would be wrong, because the
+    # compiler keeps some of their operands in vector memory.
     chip = dataclasses.replace(
         topology.chip, clock=None, hbm_bandwidth=math.inf, matmul_efficiency=TPU_PRODUCTS
     )
@@ -127,7 +127,7 @@ def _read(config: Config, topology: Topology, folder: pathlib.Path) -> Scheduled
 
 
 def _watch(folder: pathlib.Path, parent: int) -> None:
-    """Ends this process once the schedule is there, or the process that has started it is not."""
+    """Ends this process when the schedule exists, or when the parent process has ended."""
     while True:
         if os.getppid() != parent:
             shutil.rmtree(folder, ignore_errors=True)
@@ -138,7 +138,7 @@ def _watch(folder: pathlib.Path, parent: int) -> None:
 
 
 def _main() -> None:
-    """Compiles what standard input says; answers on standard output where there is no schedule."""
+    """Compiles the request on standard input; writes an answer if there is no schedule."""
     parent = os.getppid()
     asked = json.load(sys.stdin)
     folder = pathlib.Path(asked["folder"])
@@ -151,7 +151,7 @@ def _main() -> None:
             config = from_json(json.dumps(asked["config"]))
             compiled = compile_step(config, topology_devices(topology), folder)
             answer = {} if compiled.text else {"total": compiled.bytes["total"]}
-    except Exception as error:  # the other process says it in one line
+    except Exception as error:  # the parent process reports it in one line
         answer = {"error": first_line(error)}
     print(json.dumps(answer), flush=True)
 

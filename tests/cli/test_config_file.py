@@ -71,8 +71,7 @@ def test_a_mistake_in_a_config_file_is_told_with_its_line(line, message, tmp_pat
         (b"def get_config():\n    return {}\n", "{path}: get_config() returned a dict"),
         (
             b"def get_config(size):\n    pass\n",
-            "{path}: get_config(size) needs an argument; give it as a text, "
-            "--config={path}:ARGUMENT",
+            "{path}: get_config(size) needs an argument; give it as --config={path}:ARGUMENT",
         ),
         (b"# caf\xe9\n", "{path}: SyntaxError: invalid or missing encoding declaration"),
         (b"x = 1 # \n" * 3 + b"y = '\xff'\n", "{path} is not text in UTF-8"),

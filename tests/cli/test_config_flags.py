@@ -249,7 +249,7 @@ def test_every_command_with_a_config_reads_it_alike(module, tmp_path):
     assert refused(TINY, needed, "--config.optim.lr=1", module=module).endswith("mean peak_lr?")
     assert "did you mean --config=tiny?" in refused("--config=tinny", needed, module=module)
     text = refused(needed, "--config.train.steps=5", module=module)
-    assert text.startswith("--config is missing, which --config.train.steps is a field of")
+    assert text.startswith("--config is missing, but --config.train.steps sets a field of it")
     assert "must be of type int" in refused(TINY, needed, "--config.train.steps=x", module=module)
 
 

@@ -50,7 +50,7 @@ from llama_jax.config import field_types
         ("init_from.hf", "init_from is a field, not a group; did you mean --config.init_from?"),
         (
             "mesh",
-            "mesh is a group of fields; set one of them, as --config.mesh.FIELD: "
+            "mesh is a group of fields; set one of them with --config.mesh.FIELD: "
             "data, fsdp, context, tensor",
         ),
         (
@@ -60,7 +60,7 @@ from llama_jax.config import field_types
         (
             "nothing.at_all",
             "the config has no group nothing; its groups are model, mesh, dcn, data, optim, train, "
-            "lora, and init_from is in none",
+            "lora, and init_from is in no group",
         ),
     ],
 )

@@ -123,7 +123,7 @@ def test_a_signal_ends_all_with_one_line(corpus, tmp_path, number, send):
         send(session.process.pid, number)
         status, out, errors = session.end()
     assert status == 128 + number
-    assert errors == f"{number.name}: stopped; the same command goes on\n"
+    assert errors == f"{number.name}: stopped; run the same command again to continue\n"
     assert "2 of " in out.splitlines()[-1]
     goes_on(corpus, tmp_path)
 
@@ -135,7 +135,7 @@ def test_a_signal_while_the_workers_start(corpus, tmp_path):
         os.killpg(session.process.pid, signal.SIGINT)
         status, _, errors = session.end()
     assert status == 130
-    assert errors == "SIGINT: stopped; the same command goes on\n"
+    assert errors == "SIGINT: stopped; run the same command again to continue\n"
 
 
 def test_nothing_outlives_a_process_that_is_killed(corpus, tmp_path):
@@ -199,7 +199,7 @@ def test_the_training_of_a_tokenizer_ends_at_a_signal(corpus, tmp_path):
         os.kill(session.process.pid, signal.SIGTERM)
         status, _, errors = session.end()
     assert status == 128 + signal.SIGTERM
-    assert errors == "SIGTERM: stopped; the same command goes on\n"
+    assert errors == "SIGTERM: stopped; run the same command again to continue\n"
     prepare(config_of(corpus), tmp_path / "out", log=quiet)
 
 

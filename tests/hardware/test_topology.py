@@ -44,8 +44,8 @@ def test_names_of_slices(name, chip, shape):
     ("name", "message"),
     [
         ("v9-256", "unknown topology 'v9-256'; try v5p-1024"),
-        ("h100:8x8x8", "say nodes x GPUs of a node (up to 8), such as h100:256x8"),
-        ("h100:2x16", "say nodes x GPUs"),
+        ("h100:8x8x8", "give nodes x GPUs of a node (up to 8), such as h100:256x8"),
+        ("h100:2x16", "give nodes x GPUs"),
         ("h100-2048", "or one node, h100:8"),
         ("v5p", "unknown topology"),
         ("v5p:8x8", "a slice of v5p has 3 dimensions"),
@@ -171,7 +171,7 @@ def test_slices_and_chips_of_two_devices():
 
 
 def test_slices_are_of_tpus():
-    with pytest.raises(UserError, match="of GPUs, say more nodes"):
+    with pytest.raises(UserError, match="for GPUs, give more nodes"):
         parse_topology("h100:2x8", slices=2)
     with pytest.raises(UserError, match="--slices must be positive, got 0"):
         parse_topology("v5e-256", slices=0)

@@ -85,7 +85,7 @@ def test_auto_is_the_preset_of_the_tpu(chip, libtpu):
         if chosen.preset in ("v4", "v5p", "v6e"):
             expected += "; libtpu warns of its continuation fusion"
         if chosen.preset in ("v5p", "v6e"):
-            expected += f", --xla_preset={chosen.preset}-sparsecore does without"
+            expected += f", --xla_preset={chosen.preset}-sparsecore does not use it"
         expected += ")"
     else:
         expected = f"none, as this libtpu takes no preset for {chip}"

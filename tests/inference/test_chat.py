@@ -261,7 +261,7 @@ def test_the_command(llama3, tmp_path):
     assert other.returncode == 0 and other.stdout != one.stdout
     for bad, message in (
         (("--chat_template=rag",), "no chat template 'rag'"),
-        (("--prompt=x", f"--messages={conversations}"), "give one of --prompt and --messages"),
+        (("--prompt=x", f"--messages={conversations}"), "give only one of --prompt and --messages"),
     ):
         assert message in one_line_error(run_command("generate", *flags, *bad))
 
@@ -476,7 +476,7 @@ def test_a_conversation_in_the_terminal(tokenizer, tmp_path):
     assert process.returncode == 0 and process.stderr == "", process.stderr
     assert len(process.stdout.splitlines()) >= 2
     for bad, message in (
-        (("--chat", "--prompt=x"), "give one of --prompt and --chat"),
+        (("--chat", "--prompt=x"), "give only one of --prompt and --chat"),
         (("--chat", "--json"), "--json does not go with --chat"),
         (("--system=x",), "--system goes with --chat"),
     ):

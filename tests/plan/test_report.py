@@ -301,7 +301,7 @@ def test_a_mesh_that_does_not_divide(eight):
         (("--config=configs/7b.py",), "--topology is missing"),
         (("--topology=v5p-128",), "--config is missing"),
         (("--config=configs/7b.py", "--topology=v9-1"), "unknown topology"),
-        (("--config=configs/7b.py", "--topology=h100:2x8", "--slices=2"), "say more nodes"),
+        (("--config=configs/7b.py", "--topology=h100:2x8", "--slices=2"), "give more nodes"),
         (("--config=configs/7b.py", "--topology=v5p-8", "--xla_preset=h10"), "no XLA preset"),
     ],
 )

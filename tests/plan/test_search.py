@@ -385,7 +385,7 @@ def test_advice_when_more_chips_are_needed():
     lines = told(config, parse_topology("h100:1x8"), 3)
     assert any(line.startswith("--topology=h100:") for line in lines), lines
     assert told(config, parse_topology("v5e:2x2"), 1e5) == [
-        "nothing that one change does: take several times the chips"
+        "no single change is enough: take several times the chips"
     ]
 
 

@@ -54,7 +54,7 @@ def test_what_the_compiler_answers(compiler):
     with pytest.raises(UserError, match="ended with status -6: Unknown flag --xla_a$"):
         schedule(CONFIG, SLICE)
     compiler("pass")
-    with pytest.raises(UserError, match="ended with status 0: it says nothing"):
+    with pytest.raises(UserError, match="ended with status 0: it gives no reason"):
         schedule(CONFIG, SLICE)
 
 
@@ -109,7 +109,7 @@ def test_a_compiler_that_does_not_end_is_ended(compiler, tmp_path, monkeypatch):
     file = tmp_path / "pid"
     compiler(f"pathlib.Path({str(file)!r}).write_text(str(os.getpid())); time.sleep(600)")
     monkeypatch.setattr(tpu_schedule, "_PATIENCE", 5)
-    with pytest.raises(UserError, match="has not scheduled it in 5 s"):
+    with pytest.raises(UserError, match="has not scheduled the step in 5 s"):
         schedule(CONFIG, SLICE)
     assert ended(written(file))
 
