@@ -241,5 +241,5 @@ def test_no_file_of_a_checkpoint_leaves_its_folder(tmp_path, name):
     """They are written out where it is exported: a foreign one must not choose where."""
     saved_step.save_meta(tmp_path, dataclasses.replace(META, tokenizer_files={name: b"x"}))
     manifest.write(epath.Path(tmp_path))
-    with pytest.raises(UserError, match="holds a file .*, which is no tokenizer's"):
+    with pytest.raises(UserError, match="holds a file .*, which is not a tokenizer file"):
         load_meta(tmp_path)

@@ -351,7 +351,7 @@ def test_a_full_disk_during_the_last_saves(corpus, tmp_path, how):
     process = run_module("tests.faults.full_disk", how, *flags, "--config.train.steps=12")
     if how == "full":
         message = one_line_error(process)
-        assert "it takes 0.00 GB, the disk has 0.00 GB free" in message
+        assert "the step takes 0.00 GB, the disk has 0.00 GB free" in message
     else:
         # Threads of tensorstore print that orbax has given up, whoever asked them to be quiet, and
         # that may be in the middle of our line.
@@ -384,7 +384,7 @@ def test_verify_checkpoints_and_go_on_after_damage(run, corpus, tmp_path):
         assert process.stdout.splitlines()[-1] == damaged
     # A step that is named is not passed over; no file is read twice, but the fingerprint sees it.
     process = run_command("generate", f"--checkpoint={newest}", "--prompt=abc")
-    assert "8 does not give back what was saved: params/" in one_line_error(process)
+    assert "8 differs from what was saved: params/" in one_line_error(process)
     process = train(corpus, workdir, "--config.train.steps=8")
     assert process.returncode == 74, process.stderr
     assert process.stdout.splitlines()[-1].startswith("exit status 74: trained to the end, but a ")
