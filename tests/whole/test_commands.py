@@ -132,7 +132,7 @@ def test_weights_go_out_and_come_back(run, tmp_path):
         (("--source=hf:x", "--target=ckpt:y", "--dtype=float32"), "a checkpoint holds float32"),
         (("--source=hf:x", "--target=meta:y", "--context=5"), "--context is for meta"),
         (("--source=hf:x", "--target=hf:y", "--dtype=int8"), "int8"),
-        (("--source=hf:configs", "--target=ckpt:y"), "configs is no Hugging Face model"),
+        (("--source=hf:configs", "--target=ckpt:y"), "configs is not a Hugging Face model"),
         (("--source=ckpt:configs", "--target=hf:y"), "no checkpoint in configs"),
         (("--source=ckpt:{run}", "--target=hf:configs"), "configs exists; choose another"),
     ],
