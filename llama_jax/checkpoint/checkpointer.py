@@ -273,7 +273,7 @@ class Checkpointer:
                 self._stuck.add(step)
 
     def add_evaluation(self, step: int, eval_loss: float) -> None:
-        """Adds the validation loss to a saved step, as if it had been saved with it.
+        """Adds the validation loss to the description of a saved step.
 
         Args:
           step: a complete step.

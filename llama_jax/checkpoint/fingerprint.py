@@ -132,5 +132,5 @@ def _own_mesh() -> Mesh:
 
 
 def changed_arrays(saved: Mapping[str, int], found: dict[str, int]) -> list[str]:
-    """Returns the names in `found` whose fingerprint differs from the saved one, or has none."""
+    """Returns the names in `found` whose saved fingerprint is another one, or is missing."""
     return [name for name, value in found.items() if saved.get(name) != value]

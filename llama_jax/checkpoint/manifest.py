@@ -70,7 +70,7 @@ def amend(folder: epath.Path, name: str, content: bytes) -> None:
 
 
 def _replace(path: epath.Path, data: bytes) -> None:
-    """Writes a file atomically, so that it holds all of the data or is unchanged; flushes it."""
+    """Writes a file atomically (it holds all of `data` or is unchanged), and flushes it to disk."""
     temporary = path.parent / f"{path.name}.tmp"
     with temporary.open("wb") as file:
         file.write(data)

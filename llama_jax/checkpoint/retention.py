@@ -107,8 +107,9 @@ def dispensable_steps(directory: epath.Path, train: TrainConfig) -> list[int]:
 def can_rewind_to(step: int, train: TrainConfig, rewinds: list[list[int]]) -> bool:
     """Returns whether the run would have saved this step even if it had never been interrupted.
 
-    It saves multiples of `train.checkpoint_every`, and the steps at which a rewind happened. Steps
-    that a rewind has undone do not count: the present weights do not descend from them.
+    It saves multiples of `train.checkpoint_every`, and the step of each rewind, with the restored
+    weights. Steps that a rewind has undone do not count: the present weights do not descend from
+    them.
 
     Args:
       step: a saved step.

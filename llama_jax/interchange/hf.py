@@ -269,8 +269,8 @@ _OF_TOKENIZERS = {
 def _with_tokenizer_config(files: dict[str, bytes], rows: int) -> tuple[dict[str, bytes], str]:
     """Adds the files that transformers needs to read a SentencePiece model which lacks them.
 
-    After a run that learnt a chat template, tokenizer_config.json holds it and names of tokens, but
-    no class.
+    If a run has learnt a chat template, its tokenizer_config.json holds the template and names of
+    tokens, but no class.
 
     Args:
       files: files of the tokenizer, by name.

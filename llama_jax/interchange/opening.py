@@ -211,8 +211,8 @@ def tokenizer_file(init_from: str) -> str:
 def _kept_tokenizer(workdir: epath.Path) -> str:
     """Returns the tokenizer file of a run; '' without one.
 
-    The file has no checksum, and may be older or newer than the steps. So it is compared with the
-    tokenizer in the newest step.
+    The file has no checksum and outlives the steps, so it is compared with the tokenizer of the
+    newest step.
 
     Raises:
       UserError: the file differs from the tokenizer of the newest step.

@@ -47,8 +47,8 @@ def export_adapters(
     Args:
       checkpoint: a work directory, or the folder of one step.
       target: folder that must not exist.
-      base: FORMAT:DIR of their base, which is compared with the one that they were trained on;
-        empty: its place in training, and it is not read.
+      base: FORMAT:DIR of their base, which is compared with the base in training; empty: the base
+        is not read, and keeps the place that it had in training.
       dtype: dtype of the tensors; empty: float32.
 
     Raises:
