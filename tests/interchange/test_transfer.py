@@ -177,7 +177,7 @@ def test_a_trained_checkpoint_goes_out(tmp_path, capfd):
         "| training loss | 2.5000 nats per token |",
         "| validation loss | 3.2500 nats per token |",
         "| speed | 1,280 tokens/s (median) |",
-        "| chip-hours | 2.55 of cpu, with evaluation, saving and steps that were lost",
+        "| chip-hours | 2.55 of cpu, with evaluation, saving, and steps that were repeated",
     ):
         assert text in card
     assert capfd.readouterr().err == ""
