@@ -1,13 +1,13 @@
-"""Saved steps.
+"""Checkpoints: saves, restores, verifies and deletes the steps of a run.
 
-  __main__.py      the command: verifies them
-  saved_step.py    what a step's folder holds; finding and reading one
+  __main__.py      the command that verifies saved steps
+  saved_step.py    what the folder of a step holds; finds and reads a step
   checkpointer.py  the checkpoints of a run: newest undamaged step, restore, save, wait
-  saving.py        one save in the background
+  saving.py        writes one step in the background
   events.py        reports what happens to checkpoints
-  retention.py     which steps stay
+  retention.py     which steps are kept
   manifest.py      size and sha256 of every file
   fingerprint.py   a checksum of arrays that is the same on every mesh
 
-Rule: saves named trees; knows no state of training and no model.
+Rule: this room saves trees by name; it knows neither the training state nor the model.
 """

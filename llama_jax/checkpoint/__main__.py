@@ -13,13 +13,13 @@ from llama_jax.errors import UserError
 _VERIFY = command.path_flag(
     "verify",
     None,
-    "Work directory, or the folder of one step. Reads every file, and reports each step as good or "
-    "damaged; exit status 1 if one is damaged.",
+    "Work directory, or the folder of one step. Reads every file and prints which steps are good "
+    "and which are damaged; exits with status 1 if one is damaged.",
 )
 
 
 def main() -> int:
-    """Verifies steps; returns exit status 1 if a step is damaged."""
+    """Verifies steps; returns the exit status, 1 if a step is damaged."""
     if not _VERIFY.value:
         raise UserError("--verify is missing; try --verify=runs/tiny")
     good = True

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: finds the newest good step, restores it, and saves new ones."""
+"""The checkpoints of one run: finds the newest undamaged step, restores it, and saves new ones."""
 
 import contextlib
 import dataclasses
@@ -26,16 +26,16 @@ from llama_jax.errors import UserError, first_line
 from llama_jax.files import is_object_store
 from llama_jax.parallel.multihost import agreed
 
-_BLOCK_BYTES = 4096  # what a file takes of most disks at least
+_BLOCK_BYTES = 4096  # the smallest space that a file takes on most disks
 
 
 class Checkpointer:
-    """Saves asynchronously, keeps what `train.keep_*` say, restores, and sets damaged steps aside.
+    """Saves asynchronously, deletes old steps (`train.keep_*`), restores, sets damaged steps aside.
 
-    Saving returns as soon as the arrays are copied to the host. A save that fails is told in one
-    line, and training goes on; the run ends when more than `train.max_failed_saves` in a row or the
-    last one did. As a context manager it waits on the way out, whatever else fails: a run that ends
-    in an error must not lose the save before it. All processes make the same calls.
+    `save` returns as soon as the arrays are copied to the host. A failed save is logged in one
+    line, and training goes on; the run ends with an error if more than `train.max_failed_saves`
+    saves fail in a row, or if the last one fails. The context manager waits for a running save on
+    exit, even after an error, so that this save is not lost. All processes make the same calls.
 
     Attributes:
       passed_over: whether a damaged step was set aside.
@@ -44,15 +44,15 @@ class Checkpointer:
     def __init__(
         self, workdir: epath.PathLike, config: Config, on_event: OnEvent | None = None
     ) -> None:
-        """Opens the directory, and removes what unfinished saves have left there.
+        """Opens the directory, and removes the leftovers of unfinished saves.
 
         Args:
           workdir: folder of the run.
-          config: of the run.
-          on_event: keeps a record of what happens, besides the console; see `events.Events`.
+          config: config of the run.
+          on_event: called for each event, in addition to the console; see `events.Events`.
 
         Raises:
-          UserError: it cannot be written to.
+          UserError: the directory is not writable.
         """
         workdir = epath.Path(workdir).absolute()
         self._directory = workdir / CHECKPOINTS
@@ -65,10 +65,10 @@ class Checkpointer:
             done=self._retain,
             failed=self._give_up,
         )
-        self._failures = 0  # saves in a row
-        self._unsaved = ""  # why the last save failed
+        self._failures = 0  # failed saves in a row
+        self._unsaved = ""  # why the last save failed; empty if it succeeded
         self._stuck: set[int] = set()  # old steps that could not be deleted
-        self._damaged: dict[int, str] = {}  # what is wrong with which step
+        self._damaged: dict[int, str] = {}  # step -> what is wrong with it
         self.passed_over = False
         problem = agreed(self._open())
         if problem:
@@ -93,8 +93,8 @@ class Checkpointer:
         return ""
 
     def _probe(self) -> None:
-        """Raises OSError where no folder can be made, or not a block be written."""
-        probe = self._directory / f"0{retention.SAVING}.probe"  # removed at the next start, if left
+        """Raises OSError if the directory cannot take a new folder with a block of data."""
+        probe = self._directory / f"0{retention.SAVING}.probe"  # the next start removes a leftover
         probe.mkdir(exist_ok=True)
         try:
             (probe / "block").write_bytes(bytes(_BLOCK_BYTES))
@@ -107,26 +107,27 @@ class Checkpointer:
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         if error is None:
             self.close()
-        else:  # the other processes may not come this way: wait for nobody
+        else:  # the other processes may not get here, so do not wait for them
             self._background.join()
             self._background.close()
 
     def folder(self, step: int) -> epath.Path:
-        """Where `step` is, or would be."""
+        """Returns the folder of `step`, which need not exist."""
         return self._directory / str(step)
 
     def latest_step(self) -> int | None:
-        """Newest complete step, or None."""
+        """Returns the newest complete step, or None; waits for a running save first."""
         self._background.join()
         return next(reversed(retention.saved_steps(self._directory)), None)
 
     def newest_good_step(self, fits: Callable[[int], bool] | None = None) -> int | None:
-        """The newest step (that fits) whose files are all as they were written; None if none is.
+        """Returns the newest undamaged step (for which `fits` holds), or None.
 
-        Newer, damaged ones are set aside, which is an event.
+        Verifies all files of the steps, newest first. Newer, damaged steps are set aside, and each
+        is reported as an event.
 
         Raises:
-          UserError: any step fits, there are some, and none is good; nothing is changed.
+          UserError: every step is damaged, and `fits` is None; nothing is changed.
         """
         self._background.join()
         mine = (jax.process_index(), jax.process_count())
@@ -143,14 +144,14 @@ class Checkpointer:
             what = "; ".join(f"step {step}: {reason}" for step, reason in self._damaged.items())
             raise UserError(
                 f"no good checkpoint is left in {self._directory} ({what}); nothing was changed. "
-                "Bring one back from a copy, or use another --workdir to start anew"
+                "Restore one from a copy, or use another --workdir to start a new run"
             )
         return None
 
     def _steps(self, fits: Callable[[int], bool] | None) -> list[int]:
-        """Complete steps as process 0 sees them, newest first."""
+        """Returns the complete steps that process 0 sees, newest first."""
         first = jax.process_index() == 0
-        # A shared file system may show other processes a folder late.
+        # On a shared file system, the other processes may see a new folder late.
         steps = retention.saved_steps(self._directory)[::-1] if first else []
         if fits is not None:
             steps = [step for step in steps if fits(step)]
@@ -178,15 +179,15 @@ class Checkpointer:
         self._damaged.clear()
 
     def restore(self, step: int, targets: Items) -> Items:
-        """Reads the trees of `step`, by name.
+        """Reads trees of `step`, by name.
 
         Args:
-          step: a complete one.
-          targets: shapes, dtypes and shardings of what to read, as `jax.ShapeDtypeStruct`.
+          step: a complete step.
+          targets: shapes, dtypes and shardings of the trees, as `jax.ShapeDtypeStruct`.
 
         Raises:
-          UserError: the saved arrays are not those of `targets`.
-          DamagedCheckpoint: it cannot be read, or its fingerprint is not the saved one.
+          UserError: the saved arrays do not match `targets`.
+          DamagedCheckpoint: the step cannot be read, or its fingerprint differs from the saved one.
         """
         restored, problem = None, ""
         try:
@@ -199,14 +200,14 @@ class Checkpointer:
         return restored
 
     def save(self, items: Items, meta: StepMeta) -> None:
-        """Starts saving named trees; a failure is told, and raised only by the policy.
+        """Starts saving named trees; a failed save is logged, and training goes on.
 
         Args:
           items: trees of arrays by name, such as those of `TrainState.to_items`.
-          meta: what the step says about itself; the device's kind and fingerprints are added.
+          meta: description of the step; this method adds the device kind and the fingerprints.
 
         Raises:
-          UserError: more than `train.max_failed_saves` in a row failed.
+          UserError: more than `train.max_failed_saves` saves in a row failed.
         """
         self._settle()
         problem = agreed(self._obstacle(items))
@@ -220,7 +221,7 @@ class Checkpointer:
             self._count(problem)
 
     def _obstacle(self, items: Items) -> str:
-        """Why a save cannot work, as far as that can be told before anything is written."""
+        """Returns why a save would fail (full or read-only disk), found before writing, or ''."""
         try:
             if jax.process_index() == 0:
                 self._directory.mkdir(parents=True, exist_ok=True)
@@ -235,23 +236,23 @@ class Checkpointer:
             return first_line(error)
         if free >= needed:
             return ""
-        return f"it takes {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
+        return f"the step takes {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
 
     def _give_up(self, step: int, reason: str) -> None:
-        """In the thread of a save: it has failed."""
+        """Handles a failed save, in its thread: frees disk space and logs the failure."""
         self._clean()
         self._warn(step, reason)
 
     def _clean(self) -> None:
-        """Frees what failed saves hold of a disk that may be full."""
+        """Removes the leftovers of failed saves, because the disk may be full."""
         if jax.process_index() == 0:
-            # Tensorstore may write a while after orbax has given up, and keep a folder from being
-            # removed; the next save and the next start try again.
+            # Tensorstore may keep writing for a while after orbax has given up, so that a folder
+            # cannot be removed yet; the next save and the next start try again.
             with contextlib.suppress(OSError):
                 retention.remove_leftovers(self._directory)
 
     def _retain(self) -> None:
-        """Lets old steps go; one that cannot be deleted is told once, and stays."""
+        """Deletes the steps that no rule keeps; reports a step that cannot be deleted only once."""
         try:
             steps = retention.dispensable_steps(self._directory, self._train)
         except OSError as error:
@@ -261,7 +262,7 @@ class Checkpointer:
             try:
                 if left := retention.remove(self.folder(step)):
                     self._events.say(
-                        f"checkpoint {step} is deleted, but not what its links lead to: "
+                        f"checkpoint {step} is deleted, but not the targets of its links: "
                         f"{', '.join(left)}"
                     )
             except OSError as error:
@@ -272,11 +273,11 @@ class Checkpointer:
                 self._stuck.add(step)
 
     def add_evaluation(self, step: int, eval_loss: float) -> None:
-        """Adds the validation loss to a saved step, as if it had been saved with it.
+        """Adds the validation loss to the description of a saved step.
 
         Args:
-          step: a complete one.
-          eval_loss: nats per token.
+          step: a complete step.
+          eval_loss: validation loss, in nats per token.
         """
         if jax.process_index() > 0:
             return
@@ -290,7 +291,13 @@ class Checkpointer:
         self._retain()
 
     def report(self, step: int, text: str, **record: Any) -> None:
-        """Reports an event, as `Events.report`."""
+        """Reports an event on the console and to `on_event`; see `Events.report`.
+
+        Args:
+          step: the step that the event belongs to.
+          text: the line to print.
+          **record: `event` (its kind) and the details.
+        """
         self._events.report(step, text, **record)
 
     def _warn(self, step: int, reason: str) -> None:
@@ -306,7 +313,7 @@ class Checkpointer:
         )
 
     def _settle(self) -> None:
-        """Waits for the save before, and counts it if it failed."""
+        """Waits for the previous save, and counts it if it failed."""
         begun, error = self._background.settle()
         if not begun:
             return
@@ -326,7 +333,7 @@ class Checkpointer:
 
     def _save_error(self) -> UserError:
         last = self.latest_step()
-        kept = f"step {last} is the newest checkpoint" if last is not None else "there is none yet"
+        kept = f"step {last} is the newest checkpoint" if last is not None else "none exists yet"
         return UserError(
             f"saving to {self._directory} failed: {self._unsaved}; earlier checkpoints are "
             f"untouched ({kept}). Free some space or choose another --workdir, then run the same "
@@ -337,14 +344,14 @@ class Checkpointer:
         """Blocks until all saves are on disk.
 
         Raises:
-          UserError: the last one failed.
+          UserError: the last save failed.
         """
         self._settle()
         if self._unsaved:
             raise self._save_error()
 
     def close(self) -> None:
-        """Waits, and frees orbax's threads."""
+        """Waits until all saves are on disk, and frees orbax's threads."""
         try:
             self.wait()
         finally:

@@ -1,9 +1,10 @@
-"""A fingerprint of a state: one number per array, the same on every mesh, of every bit of it.
+"""Fingerprints of arrays: one number per array, which covers every bit and is equal on every mesh.
 
-Each element's bits are mixed with a hash of its position, and the results are added up modulo 2^32.
-Integer sums don't depend on the order of their terms, so that any sharding gives the same number;
-the mixing is a bijection of 32-bit words (the finaliser of MurmurHash3, A. Appleby), so that any
-change of a single element changes it for sure, and any other change but for a chance of 2^-32.
+The bits of each element are mixed with a hash of its position, and the results are summed modulo
+2^32. An integer sum does not depend on the order of its terms, so every sharding gives the same
+number. The mixing is a bijection of 32-bit words (the finaliser of MurmurHash3, A. Appleby): a
+change of a single element always changes the sum, and any other change does so with a probability
+of 1 - 2^-32.
 """
 
 import functools
@@ -17,14 +18,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 in which every bit of the input moves about half of the output's."""
+    """Mixes uint32 words: a bijection in which each input bit flips about half the output bits."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def _words(x: jax.Array) -> jax.Array:
-    """The bits of `x` as uint32; 8-byte elements give a trailing axis of two words."""
+    """Returns the bits of `x` as uint32; 8-byte elements give a trailing axis of two words."""
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint32)
     unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
@@ -32,12 +33,13 @@ def _words(x: jax.Array) -> jax.Array:
 
 
 def array_fingerprint(x: jax.Array, layer: Any = None) -> jax.Array:
-    """The fingerprint of one array: a uint32 scalar, to be computed under `jit`.
+    """Computes the fingerprint of one array, a uint32 scalar; call this under `jit`.
 
-    With `layer`, `x` is that layer of a stack: the sum of all layers' is the stack's.
+    With `layer`, `x` is that layer of a stack. The fingerprints of all layers add up to that of the
+    stack, modulo 2^32.
     """
     words = _words(x)
-    # Axis by axis: a linear index of a large stacked weight would not fit 32 bits.
+    # Axis by axis: a linear index into a large stacked weight would not fit 32 bits.
     position = jnp.full((), 0x9E3779B9, jnp.uint32)
     if layer is not None:
         position = _mix(position * np.uint32(5) + jnp.asarray(layer, jnp.uint32))
@@ -55,9 +57,10 @@ def _program(replicated: NamedSharding | None) -> Any:
 
 
 def fingerprint(tree: Any) -> dict[str, int]:
-    """Fingerprints of all arrays of a tree, by path, such as `params/layers/attn/wq`.
+    """Returns the fingerprint of each array of a tree, by path, such as `params/layers/attn/wq`.
 
-    Waits for the arrays; reads each once, where it is, and moves nothing but the result.
+    Waits until the arrays are computed. The devices read each array once, in place; only the
+    result is transferred.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     arrays = [leaf for _, leaf in leaves]
@@ -74,10 +77,10 @@ def fingerprint(tree: Any) -> dict[str, int]:
 
 
 class LayerPrints:
-    """Fingerprints of arrays that come one layer at a time, in any order.
+    """Fingerprints of arrays that are added one layer at a time, in any order.
 
     Attributes:
-      found: of the arrays so far, by path, as `fingerprint` gives them.
+      found: fingerprints of the arrays so far, by path, as `fingerprint` returns them.
     """
 
     def __init__(self, n_layers: int) -> None:
@@ -86,15 +89,15 @@ class LayerPrints:
         self._seen: dict[str, set[int | None]] = {}
 
     def add(self, path: str, layer: int | None, array: Any) -> dict[str, int]:
-        """Adds an array, or one layer of it; again, it changes nothing.
+        """Adds an array, or one layer of it; adding the same one again has no effect.
 
         Args:
-          path: of the array in our tree.
-          layer: of a stacked array; else None.
-          array: its numbers, or a tree of parts, such as `NF4`.
+          path: path of the array in our tree.
+          layer: index of the layer of a stacked array; None for other arrays.
+          array: the numbers, or a tree of parts, such as `NF4`.
 
         Returns:
-          The fingerprints of the array and its parts when its last layer has come, else nothing.
+          The fingerprints of the array and its parts once its last layer is added, before that {}.
         """
         seen = self._seen.setdefault(path, set())
         if layer in seen:
@@ -104,7 +107,7 @@ class LayerPrints:
         for keys, x in jax.tree.leaves_with_path(array):
             part = jax.tree_util.keystr(keys, simple=True, separator="/")
             name = f"{path}/{part}" if part else path
-            # On this process's own device: others need not come here, whatever mesh is set.
+            # On a device of this process alone: the others may not call this, whatever mesh is set.
             with jax.set_mesh(_own_mesh()):
                 value = int(_layer_program()(x, layer))
             self.found[name] = (self.found.get(name, 0) + value) % 2**32
@@ -120,7 +123,7 @@ def _layer_program() -> Any:
 
 @functools.cache
 def _own_mesh() -> Mesh:
-    """One device of this process: the CPU, if JAX has been left it."""
+    """Returns a mesh of one device of this process: a CPU, unless JAX may not use it."""
     try:
         device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -129,5 +132,5 @@ def _own_mesh() -> Mesh:
 
 
 def changed_arrays(saved: Mapping[str, int], found: dict[str, int]) -> list[str]:
-    """Names of the arrays of `found` whose fingerprint is not the saved one, or was not saved."""
+    """Returns the names in `found` whose saved fingerprint is another one, or is missing."""
     return [name for name, value in found.items() if saved.get(name) != value]

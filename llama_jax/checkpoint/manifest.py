@@ -1,8 +1,8 @@
-"""The manifest of a saved step: size and sha256 of every file, so that damage has a name.
+"""The manifest of a saved step: size and sha256 of every file, so that damage is found and named.
 
-It is written when all else in the folder is, and before the folder gets its final name; hashing
-reads the files once, in threads. What it costs for 65B (780 GB of weights and moments) is reading
-them: on several processes each checks its share, see `first_damage`.
+It is written after all other files of the folder, and before the folder gets its final name.
+Hashing reads each file once, in threads. For 65B (780 GB of weights and moments) the time goes into
+reading; with several processes, each one checks its share (see `first_damage`).
 """
 
 import os
@@ -26,12 +26,13 @@ from llama_jax.files import (
 )
 from llama_jax.text.saved_tokenizer import DESCRIPTION, MANIFEST
 
-# A quick check reads the description and files up to this size; of larger ones the size only.
+# A quick check hashes the description and files up to this size, in bytes. For larger files it
+# compares the size only.
 QUICK_BYTES = 16 * 2**20
 
 
 def write(folder: epath.Path) -> None:
-    """Writes the manifest of all that is in `folder`, and has the disk confirm it."""
+    """Writes the manifest of all files in `folder`, and flushes it to disk."""
     files = files_below(folder)
     files.pop(MANIFEST, None)
     entries = {}
@@ -43,19 +44,19 @@ def write(folder: epath.Path) -> None:
 
 
 def amend(folder: epath.Path, name: str, content: bytes) -> None:
-    """Replaces a file of a saved step, which is verified at every moment.
+    """Replaces a file of a saved step; the step stays valid at every moment.
 
-    For as long as that takes, the manifest lists the file as it was and as it will be; a kill may
-    leave it so.
+    During the replacement, the manifest lists the old and the new checksum of the file. It keeps
+    both if the process is killed.
 
     Args:
-      folder: of the step.
-      name: of the file, by its path from there.
-      content: what it is to hold.
+      folder: folder of the step.
+      name: path of the file, relative to `folder`.
+      content: new bytes of the file.
 
     Raises:
-      UserError: the file or the manifest is not as it was written; nothing is changed.
-      OSError: it cannot be written.
+      UserError: the file or the manifest is damaged; nothing is changed.
+      OSError: the file cannot be written.
     """
     entries = read_entries(folder / MANIFEST)
     if entries is None:
@@ -69,7 +70,7 @@ def amend(folder: epath.Path, name: str, content: bytes) -> None:
 
 
 def _replace(path: epath.Path, data: bytes) -> None:
-    """Writes a file that is there whole or as it was, and has the disk confirm it."""
+    """Writes a file atomically (it holds all of `data` or is unchanged), and flushes it to disk."""
     temporary = path.parent / f"{path.name}.tmp"
     with temporary.open("wb") as file:
         file.write(data)
@@ -80,12 +81,12 @@ def _replace(path: epath.Path, data: bytes) -> None:
 
 
 def read_description(folder: epath.Path, item: str = "meta") -> dict[str, Any]:
-    """What a step says about itself, or another item in JSON, read without orbax.
+    """Reads the description of a step, or another JSON item, without orbax.
 
-    Orbax lets all processes wait for each other there, and one alone may want to know.
+    Orbax would make all processes wait for each other; a single process may call this.
 
     Raises:
-      UserError: it is not there, or no JSON object.
+      UserError: the item is missing, or is not a JSON object.
     """
     return read_json(folder / item / "metadata")
 
@@ -96,16 +97,16 @@ def first_damage(
     quick: bool = False,
     items: Collection[str] = (),
 ) -> str:
-    """The first thing that is not as it was saved, with its file's name; empty if all is well.
+    """Returns the first damage to the files of a step, with the name of the file; '' if intact.
 
     Args:
-      folder: a saved step.
-      part: (index, count) of the process: it reads every count-th file.
-      quick: of large files compare the size only.
-      items: folders within the step, such as `meta`; only their files are looked at. Empty: all.
+      folder: folder of the step.
+      part: (index, count) of the process, which checks every count-th file.
+      quick: for large files, compare the size only.
+      items: folders within the step, such as `meta`: check only their files. Empty: all files.
     """
-    if os.path.islink(folder) and not folder.exists():  # of a disk that is not mounted, perhaps
-        return f"it is a link to {os.path.realpath(folder)}, where nothing is"
+    if os.path.islink(folder) and not folder.exists():  # perhaps the disk is not mounted
+        return f"it is a link to {os.path.realpath(folder)}, which does not exist"
 
     def hashed(name: str, size: int) -> bool:
         return not quick or size <= QUICK_BYTES or name.partition("/")[0] in DESCRIPTION

@@ -1,11 +1,11 @@
-"""The folders of saved steps: which there are, which are kept, and what becomes of the others.
+"""The folders of saved steps: which exist, which are kept, and how the others are removed.
 
-A folder whose name is a number is a complete step. Everything on its way in or out has another
-name (`8.saving`, `8.deleting`), and is removed at the next start; a damaged step is set aside as
-`8.damaged` and left to the user. Whatever else lies there is not touched.
+A folder whose name is a number is a complete step. While a step is written or deleted, its folder
+has another name (`8.saving`, `8.deleting`); the next start removes such leftovers. A damaged step
+is renamed to `8.damaged` and left to the user. Other files and folders are not touched.
 
-A step may be a link to a folder on another disk. The link is then what is renamed or removed, never
-the folder that it names.
+A step may be a link to a folder on another disk. Then the link is renamed or removed, never the
+folder that it points to.
 """
 
 import math
@@ -25,19 +25,21 @@ from llama_jax.text.saved_tokenizer import MANIFEST
 SAVING = ".saving"
 _DELETING = ".deleting"
 _DAMAGED = ".damaged"
-# int() reads more, such as digits of other scripts; a step is below 10**18.
+# int() accepts more, such as digits of other scripts. A step is below 10**18.
 _STEP = re.compile("0|[1-9][0-9]{0,17}")
-# No longer names: those a user has given, such as `8.saving-copy`. Orbax adds a number to its own.
+# Longer names do not match: a user chose them, such as `8.saving-copy`. Orbax adds numbers to its
+# own names.
 _UNFINISHED = re.compile(
     r"[0-9]+\.(saving(\.probe)?|deleting(\.[0-9]+)?|(saving\.)?orbax-checkpoint-tmp(-[0-9]+)?)"
 )
 
 
 def saved_steps(directory: epath.Path) -> list[int]:
-    """Numbers of the complete steps, in order; none where there is no such directory.
+    """Returns the numbers of the complete steps, in ascending order; [] without the directory.
 
-    A step may be a link, also to where nothing is at present; a file is none, whatever its name. In
-    an object store a folder has its number from the start: its manifest makes it complete.
+    A step may be a link, even if its target does not exist at present. A file is never a step,
+    whatever its name. In an object store a folder has its number from the start, and only its
+    manifest makes it complete.
     """
     entries = _numbered(directory)
     if is_object_store(directory):
@@ -46,7 +48,7 @@ def saved_steps(directory: epath.Path) -> list[int]:
 
 
 def files_named_like_steps(directory: epath.Path) -> list[str]:
-    """Names of files that have the name of a step, but are none."""
+    """Returns the names of files that are named like a step but are not folders."""
     return sorted(entry.name for entry in _numbered(directory) if _is_file(entry))
 
 
@@ -57,12 +59,12 @@ def _numbered(directory: epath.Path) -> list[epath.Path]:
 
 
 def _is_file(entry: epath.Path) -> bool:
-    """Whether it is a file, or a pipe or the like; a link to nothing is none."""
+    """Returns whether `entry` is a file, a pipe or the like; False for a broken link."""
     return not is_object_store(entry) and os.path.exists(entry) and not os.path.isdir(entry)
 
 
 def _described(directory: epath.Path, step: int, name: str) -> Any:
-    """What a step says about itself; None where it cannot."""
+    """Returns field `name` of the description of a step; None if it cannot be read."""
     try:
         return manifest.read_description(directory / str(step))[name]
     except (OSError, ValueError, KeyError, TypeError):
@@ -70,7 +72,7 @@ def _described(directory: epath.Path, step: int, name: str) -> Any:
 
 
 def _best(directory: epath.Path, steps: list[int], count: int) -> list[int]:
-    """The steps with the lowest validation loss, of equal ones the newer; all if they are few."""
+    """Returns the `count` steps with the lowest validation loss; of equal ones, the newer."""
     if len(steps) <= count:
         return steps
     losses = {step: _described(directory, step, "eval_loss") for step in steps}
@@ -79,16 +81,17 @@ def _best(directory: epath.Path, steps: list[int], count: int) -> list[int]:
 
 
 def _rewinds(directory: epath.Path, step: int) -> list[list[int]]:
-    """The rewinds that led to a step, as far as it can say."""
+    """Returns the rewinds that led to a step, as far as its description can be read."""
     rewinds = _described(directory, step, "rewinds")
     pairs = rewinds if isinstance(rewinds, list) else []
     return [p for p in pairs if isinstance(p, list) and [type(each) for each in p] == [int, int]]
 
 
 def dispensable_steps(directory: epath.Path, train: TrainConfig) -> list[int]:
-    """Steps that no rule keeps: the newest, every n-th, the best, those that a rewind may need.
+    """Returns the steps that no rule keeps.
 
-    The newest is always among the kept, so that one good step stays whatever the config.
+    The rules keep the newest steps, every n-th, those with the lowest validation loss, and those
+    that a rewind may need. The newest step is kept under any config, so that one always remains.
     """
     steps = saved_steps(directory)
     kept = set(steps[-train.keep_checkpoints :])
@@ -102,39 +105,41 @@ def dispensable_steps(directory: epath.Path, train: TrainConfig) -> list[int]:
 
 
 def can_rewind_to(step: int, train: TrainConfig, rewinds: list[list[int]]) -> bool:
-    """Whether a saved step is one that the run comes by, however often it is stopped and started.
+    """Returns whether the run would have saved this step even if it had never been interrupted.
 
-    Those are multiples of `train.checkpoint_every`, and what was saved after a rewind; but not what
-    a rewind left behind: the run's weights do not come from there.
+    It saves multiples of `train.checkpoint_every`, and the step of each rewind, with the restored
+    weights. Steps that a rewind has undone do not count: the present weights do not descend from
+    them.
 
     Args:
-      step: the saved one.
-      train: of the run.
-      rewinds: so far, each as [step at which, checkpoint to which].
+      step: a saved step.
+      train: config of the run.
+      rewinds: rewinds so far, each as [step at which it happened, checkpoint to which it returned].
     """
     left = any(to < step < at for at, to in rewinds)
     return not left and (step % train.checkpoint_every == 0 or step in (at for at, _ in rewinds))
 
 
 def _needed_to_rewind(steps: list[int], train: TrainConfig, rewinds: list[list[int]]) -> list[int]:
-    """Those to which a run may go back that has come to the newest of `steps`."""
+    """Returns those of `steps` to which a run that is at the newest of them may have to rewind."""
     fit = [step for step in steps if can_rewind_to(step, train, rewinds)]
-    # A bad stretch may have begun before the newest: so much longer, and it had been seen.
+    # A bad stretch may have begun before the newest step, but not earlier than `first`: otherwise
+    # the run would have noticed it already.
     first = steps[-1] - train.max_skipped - train.log_every
     older = [step for step in fit if step <= first - train.rewind_steps]
     return older[-1:] + [step for step in fit if step > first - train.rewind_steps]
 
 
 def remove(folder: epath.Path) -> list[str]:
-    """Deletes a step; killed on the way, it leaves nothing that looks like one.
+    """Deletes a step; after a kill, no folder is left that looks like a step.
 
-    Of links, be it the step itself or something in it, only the link is deleted.
+    If the step or something in it is a link, only the link is deleted, not its target.
 
     Returns:
-      What is left: where those links lead.
+      The targets of these links, which are left.
 
     Raises:
-      OSError: it cannot be deleted.
+      OSError: the step cannot be deleted.
     """
     if is_object_store(folder):
         (folder / MANIFEST).unlink()
@@ -146,7 +151,7 @@ def remove(folder: epath.Path) -> list[str]:
 
 
 def _links(path: epath.Path) -> list[str]:
-    """The links at and below a path."""
+    """Returns the links at and below a path."""
     if os.path.islink(path):
         return [os.fspath(path)]
     inside = (
@@ -158,7 +163,7 @@ def _links(path: epath.Path) -> list[str]:
 
 
 def _delete(path: epath.Path) -> None:
-    """Deletes a file, a link, or a folder with all that is in it; links in it are not followed."""
+    """Deletes a file, a link, or a folder and its content; does not follow links."""
     if os.path.islink(path) or _is_file(path):
         os.unlink(path)
     else:
@@ -166,7 +171,7 @@ def _delete(path: epath.Path) -> None:
 
 
 def _move(path: epath.Path, ending: str) -> epath.Path:
-    """Renames a step to the first name with this ending that is free; returns the new path."""
+    """Renames a step to the first free name with this ending; returns the new path."""
     for number in range(10_000):
         target = path.parent / f"{path.name}{ending}{f'.{number}' if number else ''}"
         if not target.exists() and not os.path.islink(target):
@@ -175,15 +180,15 @@ def _move(path: epath.Path, ending: str) -> epath.Path:
 
 
 def set_aside(folder: epath.Path) -> epath.Path:
-    """Gives a damaged step a name that says so; returns the new path."""
+    """Renames a damaged step to `8.damaged` or the like; returns the new path."""
     return _move(folder, _DAMAGED)
 
 
 def rename_to_final(saved: epath.Path, folder: epath.Path) -> epath.Path | None:
-    """Gives a step that is saved its final name.
+    """Gives a saved step its final name.
 
     Returns:
-      Where that is now which had this name and is no step, such as a file; None if nothing had it.
+      The new path of a file (or the like) that had this name and was set aside; None without one.
     """
     in_the_way = os.path.lexists(folder) and not os.path.isdir(folder)
     aside = set_aside(folder) if in_the_way else None
@@ -192,11 +197,11 @@ def rename_to_final(saved: epath.Path, folder: epath.Path) -> epath.Path | None:
 
 
 def remove_leftovers(directory: epath.Path, warn: Callable[[str], None] | None = None) -> list[str]:
-    """Removes what unfinished saves and deletions left; returns the names.
+    """Removes the leftovers of unfinished saves and deletions; returns their names.
 
     Args:
-      directory: of the steps.
-      warn: is given a line for each that cannot be removed; it stays.
+      directory: folder of the steps.
+      warn: called with one line for each leftover that cannot be removed.
     """
     found = [entry for entry in directory.iterdir() if _UNFINISHED.fullmatch(entry.name)]
     removed = []

@@ -1,10 +1,10 @@
 """Checkpoints that describe themselves: weights, optimiser, data position, config and tokenizer.
 
 A saved step is the folder `checkpoints/N/` with five orbax items: `params`, `optimizer` (step
-counter and moments), `skips` (what was skipped, see `train.bad_steps`), `meta` (JSON: resolved
-config, data fingerprint, versions) and `tokenizer` (JSON: the tokenizer's file), and
-`manifest.json` (see `manifest`). Whoever needs only the weights reads only them. `Checkpointer` (in
-`checkpointer`) saves steps; here they are read and verified.
+counter and moments), `skips` (which updates were skipped, see `train.bad_steps`), `meta` (JSON:
+resolved config, data fingerprint, versions) and `tokenizer` (JSON: the tokenizer's file), and
+`manifest.json` (see `manifest`). A reader that needs only the weights reads only `params`.
+`Checkpointer` (in `checkpointer`) saves steps; this module reads and verifies them.
 """
 
 import base64
@@ -30,30 +30,31 @@ from llama_jax.text.saved_tokenizer import DESCRIPTION, FORMAT_VERSION, MANIFEST
 from llama_jax.text.tokenizer_files import is_tokenizer_file
 
 CHECKPOINTS = "checkpoints"
-IMPORTED = "imported"  # data_fingerprint of weights from elsewhere: their data are not known
+IMPORTED = "imported"  # data_fingerprint of imported weights, whose training data are unknown
 
-Items = dict[str, Any]  # trees of arrays, or of `jax.ShapeDtypeStruct`s, by the name of their item
+Items = dict[str, Any]  # name of an item -> tree of arrays, or of `jax.ShapeDtypeStruct`s
 
 
 @dataclasses.dataclass(frozen=True)
 class StepMeta:
-    """What a saved step says about itself.
+    """The description that is saved with a step.
 
     Attributes:
       config: the resolved config of the run.
       step: optimiser steps taken; the data position is a function of it.
       data_fingerprint: sha256 of the token shards, or of the synthetic source's parameters;
-        `IMPORTED` for weights from elsewhere.
+        `IMPORTED` for imported weights.
       tokenizer_model: SentencePiece model or tokenizer.json; empty for synthetic data.
       positions: of each process, the state of its source of batches (`data.source.BatchSource`);
         empty where the step alone says which batch comes next.
-      tokenizer_files: of imported weights, by name, for tokenizers that are not SentencePiece and
-        for the way back (see `interchange`).
-      device_kind: of the chips that saved it, such as `NVIDIA H200`; empty for imported weights.
+      tokenizer_files: tokenizer files that came with imported weights, by name; an export writes
+        them again (see `interchange`).
+      device_kind: kind of the chips that saved it, such as `NVIDIA H200`; empty if imported.
       eval_loss: validation loss at this step, in nats per token; None where it was not evaluated.
-      fingerprint: of each array of the state, by path (see `fingerprint`); of imported weights
-        there are only those of `params`.
-      rewinds: that led to this step, in order: [step at which, checkpoint to which].
+      fingerprint: fingerprint of each array of the state, by path (see `fingerprint`); imported
+        weights have only those of `params`.
+      rewinds: rewinds that led to this step, in order, each as [step at which it happened,
+        checkpoint to which it returned].
       base: fingerprints of the base that the adapters are for (`config.init_from` says where it
         is); empty where all weights are trained.
       base_context: longest sequence, in tokens, that the weights which the run began with were
@@ -77,16 +78,16 @@ class StepMeta:
 
     @property
     def context(self) -> int:
-        """Longest sequence that the weights are for, in tokens; training on short ones keeps it."""
+        """The longest sequence that the weights support, in tokens; shorter training keeps it."""
         return max(self.config.train.seq_len, self.base_context)
 
 
 class DamagedCheckpoint(UserError):
-    """A saved step is not as it was written."""
+    """The content of a saved step differs from what was written."""
 
 
 def meta_items(meta: StepMeta) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The items `meta` and `tokenizer` of a step."""
+    """Returns the items `meta` and `tokenizer` of a step."""
     description = {
         "format_version": FORMAT_VERSION,
         "step": meta.step,
@@ -108,9 +109,9 @@ def meta_items(meta: StepMeta) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def save_meta(folder: epath.Path, meta: StepMeta) -> None:
-    """Writes what a step says about itself, into a folder whose arrays come from elsewhere.
+    """Writes the items `meta` and `tokenizer` into a folder whose arrays are written separately.
 
-    Its manifest is yet to be written.
+    The caller writes the manifest afterwards.
     """
     for name, item in zip(("meta", "tokenizer"), meta_items(meta), strict=True):
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
@@ -118,21 +119,21 @@ def save_meta(folder: epath.Path, meta: StepMeta) -> None:
 
 
 def fingerprints(items: Items) -> dict[str, int]:
-    """Fingerprints of a step's arrays, by path; those of `optimizer` are named without it."""
+    """Returns the fingerprints of a step's arrays, by path; paths omit the name `optimizer`."""
     trees = {name: tree for name, tree in items.items() if name != "optimizer"}
     return fingerprint(trees | items.get("optimizer", {}))
 
 
 def restore_items(folder: epath.Path, targets: Items) -> Items:
-    """Reads items of a step onto the mesh of their targets, and checks every bit of them.
+    """Reads items of a step onto the mesh of their targets, and verifies every bit.
 
     Args:
-      folder: of the step.
+      folder: folder of the step.
       targets: shapes, dtypes and shardings by item, as `jax.ShapeDtypeStruct`.
 
     Raises:
-      UserError: the saved arrays are not those asked for.
-      DamagedCheckpoint: they cannot be read, or their fingerprints are not the saved ones.
+      UserError: the saved arrays do not match `targets`.
+      DamagedCheckpoint: an array cannot be read, or its fingerprint differs from the saved one.
     """
     read = functools.partial(_restore_item, folder)
     found = {name: _read_by_all(read, name, target) for name, target in targets.items()}
@@ -142,9 +143,9 @@ def restore_items(folder: epath.Path, targets: Items) -> Items:
 
 
 def _read_by_all(read: Callable[..., Any], *arguments: Any) -> Any:
-    """Reads what all processes read, and raises the damage that one of them finds on all.
+    """Calls `read` on all processes; if one of them finds damage, all of them raise it.
 
-    The others would wait for it in what they do together after that.
+    Otherwise the others would wait for that process in the next collective operation.
     """
     found, problem = None, ""
     try:
@@ -157,13 +158,13 @@ def _read_by_all(read: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _restore_item(folder: epath.Path, name: str, target: Any) -> Any:
-    """Reads one item of a step; as `restore_items`."""
-    # Not a `Checkpointer`: there, all processes would wait for one that has failed.
+    """Reads one item of a step; see `restore_items`."""
+    # Not `Checkpointer.restore` of orbax: there, all processes wait for one that has failed.
     handler, place = ocp.StandardCheckpointHandler(), (folder / name).absolute()
     try:
         _check_same_arrays(place, handler.metadata(place), target)
         return handler.restore(place, args=ocp.args.StandardRestore(target))
-    except Exception as error:  # orbax raises a bare one, or finds no arrays
+    except Exception as error:  # orbax raises a bare Exception, or finds no arrays
         reason = manifest.first_damage(folder, items=[name])
         if isinstance(error, UserError) and not reason:
             raise
@@ -172,10 +173,10 @@ def _restore_item(folder: epath.Path, name: str, target: Any) -> Any:
 
 
 def load_fingerprints(folder: epath.Path) -> dict[str, int]:
-    """Fingerprints that were saved with a step, to compare what is read with.
+    """Reads the fingerprints that were saved with a step.
 
     Raises:
-      UserError: there are none: weights that an early version imported.
+      UserError: the step has no fingerprints: an early version imported its weights.
       DamagedCheckpoint: they cannot be read.
     """
     try:
@@ -196,15 +197,15 @@ def _too_early(folder: epath.Path, name: str) -> UserError:
 
 
 def raise_if_changed(folder: epath.Path, changed: list[str]) -> None:
-    """Raises `DamagedCheckpoint` if arrays are not those that a step's fingerprints are of.
+    """Raises `DamagedCheckpoint` if arrays differ from the fingerprints saved with a step.
 
     Args:
-      folder: of the step.
-      changed: names of these arrays.
+      folder: folder of the step.
+      changed: names of the arrays that differ.
     """
     if changed:
         raise DamagedCheckpoint(
-            f"{folder} does not give back what was saved: {', '.join(changed)} (fingerprint)"
+            f"{folder} differs from what was saved: {', '.join(changed)} (fingerprint)"
         )
 
 
@@ -214,7 +215,7 @@ def _refuse(folder: epath.Path, reason: str) -> None:
 
 
 def _check_same_arrays(folder: epath.Path, saved: Any, target: Any) -> None:
-    """Orbax casts silently to the dtype asked for; here another dtype or shape is an error."""
+    """Raises `UserError` if a shape or dtype differs; orbax would silently cast to the target's."""
     expected = jax.tree.leaves(target)
     arrays = jax.tree.leaves(saved)
     if len(arrays) != len(expected):
@@ -223,32 +224,34 @@ def _check_same_arrays(folder: epath.Path, saved: Any, target: Any) -> None:
     want = sorted((tuple(a.shape), str(a.dtype)) for a in expected)
     if have != want:
         difference = next((h, w) for h, w in zip(have, want, strict=True) if h != w)
-        raise UserError(f"{folder} holds an array {difference[0]}, this config {difference[1]}")
+        raise UserError(
+            f"{folder} holds an array {difference[0]}, this config needs {difference[1]}"
+        )
 
 
 def _steps_folder(path: epath.Path) -> epath.Path:
-    """Where the steps of a work directory are, which may be named itself."""
+    """Returns the folder of the steps: `path` itself, or the one in the work directory `path`."""
     return path if path.name == CHECKPOINTS else path / CHECKPOINTS
 
 
 def find_step(checkpoint: epath.PathLike, *, pass_over: bool = True) -> epath.Path:
-    """The step folder that a user means: the newest of a work directory, or the folder itself.
+    """Returns the step folder that a user means: `checkpoint` itself, or the newest of a run.
 
-    Of a work directory, steps with files that are missing or cut are passed over, with a warning.
+    In a work directory, skips steps with missing or truncated files and prints a warning for each.
 
     Args:
-      checkpoint: the work directory, or the folder of a step.
-      pass_over: False: a damaged step is an error, as where an older one would be published.
+      checkpoint: a work directory, or the folder of a step.
+      pass_over: False: a damaged step raises an error, so that no older one is published unnoticed.
 
     Raises:
-      UserError: there is none.
+      UserError: no undamaged step exists.
     """
     path = epath.Path(checkpoint)
     if (path / "params").exists():
-        # Orbax, which may read it, has many lines for what is broken in a small file.
+        # Checked here, because orbax prints many lines about a damaged small file.
         items = ("params", *DESCRIPTION)
         if reason := manifest.first_damage(path, quick=True, items=items):
-            raise DamagedCheckpoint(f"{path} does not give back what was saved: {reason}")
+            raise DamagedCheckpoint(f"{path} differs from what was saved: {reason}")
         return path
     folder = _steps_folder(path)
     if not folder.is_dir():
@@ -260,27 +263,27 @@ def find_step(checkpoint: epath.PathLike, *, pass_over: bool = True) -> epath.Pa
             return folder / str(step)
         if not pass_over:
             raise DamagedCheckpoint(
-                f"{folder / str(step)} is damaged: {reason}; bring it back from a copy, or name "
+                f"{folder / str(step)} is damaged: {reason}; restore it from a copy, or name "
                 "the folder of an older step"
             )
         print(f"warning: {folder / str(step)} is damaged: {reason}", file=sys.stderr)
     if steps:
         raise UserError(f"no good checkpoint is left in {folder}")
     if files := files_named_like_steps(folder):
-        raise UserError(f"no good checkpoint is left in {folder}: a file is no step ({files[0]})")
+        raise UserError(f"no good checkpoint is left in {folder}: {files[0]} is a file, not a step")
     raise UserError(f"no complete checkpoint in {folder} yet")
 
 
 def load_meta(step_folder: epath.PathLike, architecture: str = "") -> StepMeta:
-    """Reads what a saved step says about itself.
+    """Reads the description of a saved step.
 
     Args:
-      step_folder: of the step.
+      step_folder: the folder of the step.
       architecture: name of the architecture that the caller computes with; empty: LLaMA.
 
     Raises:
-      UserError: the folder is no saved step, or of another format or architecture.
-      DamagedCheckpoint: what it says is not what was written.
+      UserError: the folder is not a saved step, or has another format or architecture.
+      DamagedCheckpoint: the description differs from what was written.
     """
     folder = epath.Path(step_folder).absolute()
     if not folder.is_dir():
@@ -296,7 +299,7 @@ def load_meta(step_folder: epath.PathLike, architecture: str = "") -> StepMeta:
         found = {name: check_type(name, meta[name], kind) for name, kind in _TYPES.items()}
         loss = meta["eval_loss"]
         for name in ("fingerprint", "base"):
-            require(_are_counts(found[name].values()), f"{name} must be of numbers")
+            require(_are_counts(found[name].values()), f"{name} must map names to numbers")
         for name in ("positions", "rewinds"):
             good = all(isinstance(entry, list) and _are_counts(entry) for entry in found[name])
             require(good, f"{name} must be lists of numbers")
@@ -315,9 +318,9 @@ def load_meta(step_folder: epath.PathLike, architecture: str = "") -> StepMeta:
     _check_architecture(folder, described.parts.get("architecture", ""), architecture)
     with as_user_error(f"{folder}/tokenizer"):
         files = tokenizer["files"]
-        for name in files:  # it becomes a path again where it is exported
+        for name in files:  # an export uses the name as a path
             if not is_tokenizer_file(name):
-                raise UserError(f"{folder} holds a file {name!r}, which is no tokenizer's")
+                raise UserError(f"{folder} holds a file {name!r}, which is not a tokenizer file")
         return dataclasses.replace(
             described,
             tokenizer_model=base64.b64decode(tokenizer["sentencepiece"]),
@@ -353,10 +356,10 @@ def _are_counts(values: Iterable[Any]) -> bool:
 
 
 def load_adapters(step_folder: epath.PathLike, shapes: Any) -> Any:
-    """Reads the adapters of a saved step, which have these shapes and dtypes, into NumPy.
+    """Reads the adapters of a saved step into NumPy; `shapes` is a tree of shapes and dtypes.
 
     Raises:
-      UserError: as `load_params`.
+      UserError: see `load_params`.
     """
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = jax.tree.map(lambda _: one, shapes)
@@ -367,12 +370,12 @@ def load_params(step_folder: epath.PathLike, target: Any) -> Any:
     """Reads only the weights of a saved step.
 
     Args:
-      step_folder: of the step.
-      target: shapes, dtypes and shardings of the weights, as `with_shardings` gives them.
+      step_folder: folder of the step.
+      target: shapes, dtypes and shardings of the weights, as `with_shardings` returns them.
 
     Raises:
-      UserError: the saved arrays are not those of `target`.
-      DamagedCheckpoint: they cannot be read, or are not what was saved.
+      UserError: the saved arrays do not match `target`.
+      DamagedCheckpoint: the arrays cannot be read, or differ from what was saved.
     """
     folder = epath.Path(step_folder).absolute()
     return restore_items(folder, {"params": target})["params"]
@@ -382,10 +385,10 @@ def check_steps(path: epath.Path) -> Iterator[tuple[epath.Path, str]]:
     """Reads every file of the steps in a work directory, or of one step.
 
     Yields:
-      The folder of each step, and what is wrong with it; nothing if all is as it was written.
+      The folder of each step, and its first damage; '' if every file is as it was written.
 
     Raises:
-      UserError: there is no step.
+      UserError: no step exists.
     """
     if (path / "params").exists() or (path / MANIFEST).exists():
         folders = [path]

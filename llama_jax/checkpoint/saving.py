@@ -1,8 +1,8 @@
-"""Saves in the background: writes a step, seals it with its manifest and gives it its name.
+"""Saves in the background: writes a step, then its manifest, and gives the folder its final name.
 
-A step is written as `checkpoints/N.saving`; when all its files are there, process 0 writes their
-manifest and renames the folder to `N`, as the last act. (Object stores cannot rename a folder:
-there it is `N` from the start, and counts from its manifest on.)
+A step is written as `checkpoints/N.saving`. When all of its files are complete, process 0 writes
+the manifest and, as the last action, renames the folder to `N`. (Object stores cannot rename a
+folder: there, the name is `N` from the start, and the manifest makes the step complete.)
 """
 
 import contextlib
@@ -23,11 +23,12 @@ from llama_jax.errors import first_line
 from llama_jax.files import is_object_store
 from llama_jax.parallel.multihost import Barrier
 
-# What a save may fail with that is not our bug: the disk, the network, another process.
+# Errors of a save that are not bugs: the disk, the network, another process.
 SAVE_ERRORS = (OSError, ValueError, jax.errors.JaxRuntimeError)
-# Waiting for a save longer than this is said.
+# Seconds of waiting for a save after which a line is printed.
 QUIET_S = 10.0
-# Parts of a layer that are stored by themselves; of smaller ones there would be too many.
+# A layer is a chunk of its own if it has at least this many bytes on a device; with smaller chunks
+# there would be too many.
 LAYER_BYTES = 2**20
 
 
@@ -45,36 +46,36 @@ class BackgroundSaves:
         """Starts orbax's threads.
 
         Args:
-          directory: of the steps.
-          limit_s: seconds after which a save that still runs is reported; 0: never.
-          events: which report it.
-          done: called in the thread on process 0 when a step is complete.
-          failed: called in the thread with a step, and the reason why it could not be saved.
+          directory: folder of the steps.
+          limit_s: seconds after which a running save is reported as slow; 0: never.
+          events: where slow saves and long waits are reported.
+          done: called in the thread, on process 0, when a step is complete.
+          failed: called in the thread with the step and the reason when a save fails.
         """
         self._directory, self._limit_s, self._events = directory, limit_s, events
         self._done, self._failed = done, failed
         self._saves, self._barrier = 0, Barrier("")
         options = ocp.AsyncOptions(
-            # Orbax's limits follow the wall clock, which may jump (docs/reliability.md). The first
-            # is 50 years, as the watchdog ends what hangs; the second, 300 s for folders that are
-            # made in the background, is not met.
+            # Orbax's timeouts follow the wall clock, which may jump (docs/reliability.md). The
+            # first is set to 50 years, because the watchdog ends a save that hangs. The second,
+            # 300 s for folders that are created in the background, does not apply.
             timeout_secs=50 * 365 * 86_400,
             create_directories_asynchronously=False,
-            # Orbax waits here when all is written, and when all is committed.
+            # Orbax waits here after everything is written, and after everything is committed.
             barrier_sync_fn=lambda **_: self._barrier.wait(),
         )
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None  # of `_thread`
-        self._step, self._began = 0, 0.0  # which step `_thread` saves, and since when
+        self._error: BaseException | None = None  # raised in `_thread`
+        self._step, self._began = 0, 0.0  # step that `_thread` saves, and when it began
 
     def _target(self, step: int) -> epath.Path:
-        """Where `step` is written."""
+        """Returns the folder in which `step` is written."""
         name = str(step) if is_object_store(self._directory) else f"{step}{retention.SAVING}"
         return self._directory / name
 
     def start(self, items: Items, meta: StepMeta) -> str:
-        """Begins a save; returns why that failed, which the thread handles as well."""
+        """Starts a save; returns why the start failed, or ''. The thread handles that as well."""
         self._saves += 1
         self._barrier = Barrier(f"save {self._saves}")
         self._step, self._began = meta.step, time.monotonic()
@@ -103,7 +104,7 @@ class BackgroundSaves:
         return "" if failed is None else first_line(failed)
 
     def _finish(self, step: int, failed: Exception | None) -> None:
-        """In a thread: waits for orbax, then completes the step."""
+        """Waits for orbax, then completes the step; runs in the thread."""
         timer = threading.Timer(self._limit_s, self._report_slow, (step,))
         timer.daemon = True
         if self._limit_s:
@@ -117,7 +118,7 @@ class BackgroundSaves:
             self._barrier.wait()
         except BaseException as error:
             self._error = error
-            if not self._barrier.failed:  # the others do not know yet
+            if not self._barrier.failed:  # the other processes do not know yet
                 with contextlib.suppress(*SAVE_ERRORS):
                     self._barrier.wait(first_line(error))
             self._failed(step, first_line(error))
@@ -128,12 +129,12 @@ class BackgroundSaves:
             self._done()
 
     def _complete(self, step: int) -> None:
-        """Writes the manifest of a step whose files are there, and gives it its name."""
+        """Writes the manifest of a step whose files are complete, and gives it its final name."""
         target, folder = self._target(step), self._directory / str(step)
         manifest.write(target)
         if target != folder:
             if aside := retention.rename_to_final(target, folder):
-                self._events.say(f"{folder} was no saved step; set aside as {aside}")
+                self._events.say(f"{folder} was not a saved step; set aside as {aside}")
             _sync_directory(self._directory)
 
     def _report_slow(self, step: int) -> None:
@@ -147,7 +148,7 @@ class BackgroundSaves:
         )
 
     def join(self) -> BaseException | None:
-        """Waits for the thread, and says so; returns what it failed with."""
+        """Waits for the thread; returns its error, or None. Prints a line if this takes long."""
         if self._thread is not None:
             self._thread.join(QUIET_S)
             if self._thread.is_alive():
@@ -159,7 +160,7 @@ class BackgroundSaves:
         return self._error
 
     def settle(self) -> tuple[bool, BaseException | None]:
-        """Waits for the save before; returns whether there was one, and what it failed with."""
+        """Waits for the previous save; returns whether there was one, and its error or None."""
         begun, error = self._thread is not None, self.join()
         self._thread = self._error = None
         return begun, error
@@ -170,9 +171,10 @@ class BackgroundSaves:
 
 
 def _by_layer(params: Any) -> Any:
-    """Stacks of layers are stored in parts of one layer, so that `convert` reads them one by one.
+    """Returns save arguments that store each layer of a stack as a chunk, for `convert` to read.
 
-    Orbax would store what a device holds as one part, which can only be read as a whole.
+    By default, orbax stores the part that a device holds as one chunk, which can only be read as a
+    whole.
     """
 
     def save_args(path: Any, x: jax.Array) -> ocp.SaveArgs:
@@ -184,7 +186,7 @@ def _by_layer(params: Any) -> Any:
 
 
 def _sync_directory(directory: epath.Path) -> None:
-    """Has the disk confirm a rename."""
+    """Flushes a directory to disk, so that a rename in it is permanent."""
     descriptor = os.open(str(directory), os.O_RDONLY)
     try:
         os.fsync(descriptor)

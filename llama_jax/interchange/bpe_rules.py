@@ -1,13 +1,14 @@
-"""The merge rules of a SentencePiece BPE, in an order that gives its ids.
+"""The merge rules of a SentencePiece BPE model, in an order that gives the same ids.
 
-SentencePiece joins the two neighbours whose piece has the highest score, the leftmost of equal
-ones, and knows no rules: any two symbols join whose letters make a piece. The tokenizers library
-joins by a list of rules; the first of the list wins everywhere in a word, and equals do not exist.
+SentencePiece has scores and no rules. It joins the two neighbours that form the piece with the
+highest score, and of equal ones the leftmost; any two symbols that form a piece can join. The
+tokenizers library has a list of rules. It applies the earliest rule of the list first, everywhere
+in a word, and two rules never have equal rank.
 
-What is joined within a piece does not depend on what stands around it. So one rule makes each
-piece, the last one when the piece is encoded alone, and a piece that does not come out whole is
-never made. Rules of different scores are in the order of their scores. The order of rules of equal
-scores matters where they compete for a symbol, and `_ordered` finds it.
+How a piece is assembled does not depend on the text around it. So exactly one rule makes a piece:
+the rule that is applied last when the piece is encoded alone. A piece that does not come out whole
+is never made. Rules of different scores are sorted by score. The order of rules of equal scores
+matters if they compete for a symbol; `_ordered` finds it.
 """
 
 import heapq
@@ -21,14 +22,14 @@ Rule = tuple[str, str]
 
 
 def split(text: str, scores: Mapping[str, float]) -> tuple[list[str], Rule | None]:
-    """Encodes a text without user-defined pieces as SentencePiece does.
+    """Splits a text without user-defined pieces into symbols, as SentencePiece does.
 
     Args:
-      text: with U+2581 for spaces.
-      scores: of all pieces that letters can make.
+      text: text with U+2581 in place of spaces.
+      scores: scores of all pieces that characters can form.
 
     Returns:
-      Its symbols, and the rule that was used last.
+      The symbols, and the rule that was applied last, or None.
     """
     symbols, rule = list(text), None
     while True:
@@ -44,11 +45,11 @@ def split(text: str, scores: Mapping[str, float]) -> tuple[list[str], Rule | Non
 
 
 def rules(scores: Mapping[str, float], pieces: Iterable[str]) -> list[Rule]:
-    """The rules that make pieces of several letters, the most urgent first.
+    """Returns the rules that make pieces of several characters, the earliest rule first.
 
     Args:
-      scores: of all pieces that letters can make, in the order of their ids.
-      pieces: those of them that may come out whole: no user-defined piece is within them.
+      scores: scores of all pieces that characters can form, in the order of their ids.
+      pieces: those of them that contain no user-defined piece, so that they may come out whole.
 
     Raises:
       UserError: no order of rules gives the ids that SentencePiece gives.
@@ -72,16 +73,17 @@ def rules(scores: Mapping[str, float], pieces: Iterable[str]) -> list[Rule]:
 
 
 class _Competition:
-    """Which pieces of an equal score must be made before others.
+    """Decides which pieces of equal score must be made before others.
 
-    SentencePiece makes the leftmost of them first, whichever it is. A list of rules gives the same
-    result if, wherever its next rule applies, SentencePiece would come to apply it there, too:
-    1. A rule to the left must not take its left symbol before. That is a rule (L, R) whose R is
-       this symbol, of the same or a higher score, once L is made: it, and the pieces that lead to
-       L, come first. But a piece that also leads to R, and can be made from the start, is made on
-       the left before it is made on the right: L does not wait for it when R is there.
-    2. Rules of a higher score that it sets off must not take a symbol on its left, which a rule
-       further left might need: one that does comes last of all.
+    SentencePiece makes the leftmost of them first. A list of rules gives the same result if
+    SentencePiece, too, comes to apply the next rule of the list wherever that rule can be applied:
+    1. No rule further left may take the left symbol of the next rule first. The rules that could
+       are rules (L, R) whose R is this symbol, with the same or a higher score, once L is made.
+       They, and the pieces that lead to L, come before the next rule. Exception: a piece that also
+       leads to R, and can be made from the start, is made on the left before it is made on the
+       right. When R exists, L does not wait for this piece.
+    2. The next rule may enable rules of a higher score. These must not take a symbol on its left,
+       which a rule further left might need. A rule that enables such rules comes last.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class _Competition:
             self._last.update(lower)
 
     def _steps_of(self, symbol: str) -> frozenset[str]:
-        """The tied pieces that are made on the way to a symbol, itself included."""
+        """Returns the tied pieces that are made on the way to a symbol, including the symbol."""
         if symbol not in self._made:
             return frozenset()
         if symbol not in self._steps:
@@ -113,7 +115,7 @@ class _Competition:
         return self._steps[symbol]
 
     def _lowest_of(self, symbol: str) -> float:
-        """The lowest score on the way to a symbol, its own included."""
+        """Returns the lowest score on the way to a symbol, including its own."""
         if symbol not in self._made:
             return math.inf
         if symbol not in self._lowest:
@@ -122,11 +124,11 @@ class _Competition:
         return self._lowest[symbol]
 
     def _from_the_start(self, piece: str) -> bool:
-        """Whether its two symbols are made before anything of its score is."""
+        """Returns whether both symbols of a piece are made before any piece of its score."""
         return min(map(self._lowest_of, self._made[piece])) > self._scores[piece]
 
     def before(self, piece: str, members: list[str]) -> set[str]:
-        """The other members of its class that must be made before a piece."""
+        """Returns those of `members`, the pieces of its score, that must be made before `piece`."""
         score, (left, _) = self._scores[piece], self._made[piece]
         leading = {step for step in self._steps_of(left) if self._from_the_start(step)}
         found = set()
@@ -138,10 +140,10 @@ class _Competition:
 
 
 def _ordered(members: list[str], competition: _Competition) -> list[str]:
-    """Pieces of one score, each behind those that must come before it, else by their ids.
+    """Sorts pieces of one score: each after those that must precede it, otherwise by id.
 
     Raises:
-      UserError: two of them must come before each other.
+      UserError: two pieces must precede each other.
     """
     waits = {piece: competition.before(piece, members) for piece in members}
     ids = {piece: number for number, piece in enumerate(members)}
@@ -162,7 +164,7 @@ def _ordered(members: list[str], competition: _Competition) -> list[str]:
     if len(found) < len(members):
         stuck = [piece for piece in members if waits[piece]]
         raise UserError(
-            f"of its pieces with equal scores, such as {stuck[0]!r} and {stuck[1]!r}, the "
-            "leftmost in the text wins, and merge rules have no such order"
+            f"it has pieces with equal scores, such as {stuck[0]!r} and {stuck[1]!r}: the leftmost "
+            "in the text is made first, which merge rules cannot express"
         )
     return found

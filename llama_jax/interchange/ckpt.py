@@ -1,8 +1,8 @@
 """Our own checkpoints, read and written one layer at a time.
 
-Orbax saves and restores whole arrays; underneath are zarr arrays in an OCDBT database, which
-tensorstore reads and writes in parts. What is written here is a step without optimiser state that
-`saved_step.load_params` reads like any other.
+Orbax saves and restores whole arrays. It stores them as zarr arrays in an OCDBT database, which
+tensorstore reads and writes in parts. This module writes steps without optimiser state, which
+`saved_step.load_params` reads like any other step.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from llama_jax.text.tokenizer_config import config_with_special_tokens
 from llama_jax.text.tokenizer_json import without_bos_eos
 
 _CHUNK_SIZE = 2**25  # bytes
-# What tensorstore raises for files that are damaged or missing: it turns status codes into Python's
-# errors. Nearly always it is ValueError; NotImplementedError is its UNIMPLEMENTED.
+# Errors that tensorstore raises for damaged or missing files. It maps status codes to Python's
+# exceptions: nearly always ValueError; NotImplementedError stands for UNIMPLEMENTED.
 _TENSORSTORE_ERRORS = (ValueError, OSError, LookupError, OverflowError, NotImplementedError)
 
 
@@ -43,15 +43,15 @@ def _array_spec(params: epath.Path, path: str) -> dict[str, Any]:
 
 
 def describe(folder: epath.Path, meta: saved_step.StepMeta) -> Description:
-    """What a saved step holds beside its weights.
+    """Returns what a saved step holds besides its weights.
 
     Raises:
-      UserError: its tokenizer has more ids than the model.
+      UserError: the tokenizer has more ids than the model has rows.
     """
     files = dict(meta.tokenizer_files)
     if meta.tokenizer_model.lstrip()[:1] == b"{":
         files.setdefault("tokenizer.json", without_bos_eos(meta.tokenizer_model))
-    elif meta.tokenizer_model:  # unless it was made of that and of tokens in other files
+    elif meta.tokenizer_model:  # `files` has the original if tokens were added to it
         files.setdefault("tokenizer.model", meta.tokenizer_model)
     tokenizer_files.check_vocabulary(files, meta.config.model.vocab_size, str(folder))
     train = dataclasses.replace(meta.config.train, seq_len=meta.context)
@@ -60,17 +60,17 @@ def describe(folder: epath.Path, meta: saved_step.StepMeta) -> Description:
 
 
 class CkptSource:
-    """A saved step; each array is compared with its fingerprint when its last layer is read.
+    """A saved step; compares each array with its fingerprint when the last layer is read.
 
-    Memory is one array of one layer, but where each device of a training held less than
-    `saving.LAYER_BYTES` of it: then one stack of all layers is read at once.
+    Holds one array of one layer in memory. Exception: if a device of the training run held less
+    than `saving.LAYER_BYTES` of that, the stack of all layers is read at once.
     """
 
     def __init__(self, folder: epath.Path) -> None:
         """Opens the folder of a step.
 
         Raises:
-          UserError: it is damaged, or its arrays are not those of its config.
+          UserError: the step is damaged, or its arrays do not match its config.
         """
         meta = saved_step.load_meta(folder)
         self._wanted = saved_step.load_fingerprints(folder)
@@ -87,17 +87,18 @@ class CkptSource:
             if store.shape != wanted or store.dtype.name != "float32":
                 raise UserError(
                     f"{folder}/params: {path} is {store.dtype.name} of shape {store.shape}, its "
-                    f"config makes it float32 of {wanted}"
+                    f"config requires float32 of shape {wanted}"
                 )
             self._stores[path] = store
         self._folder = folder
         self._block: tuple[str, int, Any] = ("", 0, None)
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
-        """The array `path` of our tree, for a stacked one that of `layer`.
+        """Reads the array `path` of our tree; of a stacked array, the layer `layer`.
 
         Raises:
-          UserError: it cannot be read, or with its last layer, the array is not what was saved.
+          UserError: the array cannot be read, or differs from what was saved (checked at the last
+            layer).
         """
         array = self._read(path, layer)
         whole = self._prints.add(f"params/{path}", layer, array)
@@ -113,7 +114,7 @@ class CkptSource:
             if name != path or not start <= layer < start + len(block):
                 depth = store.chunk_layout.read_chunk.shape[0]
                 start = layer - layer % depth
-                self._block = ("", 0, None)  # the one before is freed first
+                self._block = ("", 0, None)  # frees the previous block first
                 block = store[start : min(start + depth, store.shape[0])].read().result()
                 self._block = (path, start, block)
             return block[layer - start]
@@ -123,7 +124,7 @@ class CkptSource:
 
 
 def _tokenizer_of(files: Mapping[str, bytes], rows: int) -> bytes:
-    """The tokenizer that a checkpoint uses, of those that came with its weights; empty: none."""
+    """Returns the tokenizer of a checkpoint, from the files of its weights; b'' without one."""
     chosen = tokenizer_files.fitting(files, rows, "the source")
     if chosen is None:
         return b""
@@ -133,7 +134,7 @@ def _tokenizer_of(files: Mapping[str, bytes], rows: int) -> bytes:
 def _write_description(
     workdir: epath.Path, description: Description, base: dict[str, int]
 ) -> tuple[epath.Path, saved_step.StepMeta]:
-    """Starts a work directory with one step; returns the step's folder and what it says."""
+    """Starts a work directory with one step; returns the step's folder and its description."""
     files = dict(description.files)
     config = description.config
     (workdir / "config.json").write_text(config.to_json())
@@ -152,7 +153,7 @@ def _write_description(
 
 
 def _complete(folder: epath.Path, meta: saved_step.StepMeta, prints: dict[str, int]) -> None:
-    """Seals a step whose arrays are written and have these fingerprints."""
+    """Writes fingerprints and manifest of a step whose arrays are written."""
     saved_step.save_meta(folder, dataclasses.replace(meta, fingerprint=prints))
     manifest.write(folder)
 
@@ -160,12 +161,12 @@ def _complete(folder: epath.Path, meta: saved_step.StepMeta, prints: dict[str, i
 def write_adapters(
     workdir: epath.Path, description: Description, adapters: Any, base: dict[str, int]
 ) -> None:
-    """A new work directory with one step, 0, that has adapters and no optimiser state.
+    """Writes a new work directory with one step, 0, that has adapters and no optimiser state.
 
     Args:
-      workdir: that is empty.
-      description: whose config says what adapters they are, and where their base is.
-      adapters: in NumPy.
+      workdir: an empty folder.
+      description: its config describes the adapters, and names the place of their base.
+      adapters: adapters in NumPy.
       base: fingerprints of the base.
     """
     folder, meta = _write_description(workdir, description, base)
@@ -178,7 +179,7 @@ class CkptTarget:
     """A new work directory with one step, 0, that has weights and no optimiser state."""
 
     def __init__(self, workdir: epath.Path, description: Description) -> None:
-        """Writes all but the numbers."""
+        """Writes everything except the weights."""
         config = description.config
         folder, self._meta = _write_description(workdir, description, {})
         self._prints = LayerPrints(config.model.n_layers)
@@ -188,7 +189,7 @@ class CkptTarget:
         for path, shape in formats.shapes(config.model).items():
             stacked = PARAMETERS[path].is_stacked
             whole = (config.model.n_layers, *shape) if stacked else shape
-            # Parts of a layer, which are compressed at the same time.
+            # A layer is divided into chunks, which are compressed in parallel.
             rows = max(1, _CHUNK_SIZE // (4 * math.prod(shape[1:])))
             chunks = (min(rows, shape[0]), *shape[1:])
             self._stores[path] = self._create(path, whole, (1, *chunks) if stacked else chunks)
@@ -208,7 +209,7 @@ class CkptTarget:
         return ts.open(spec, create=True, open=False).result()
 
     def _write_orbax_metadata(self) -> None:
-        """The two files by which orbax knows the tree; a test compares them with its own."""
+        """Writes orbax's two descriptions of the tree; a test compares them with orbax's own."""
         tree = {}
         for path, store in self._stores.items():
             keys = tuple(path.split("/"))
@@ -232,16 +233,22 @@ class CkptTarget:
         (self._params / "_CHECKPOINT_METADATA").write_text(json.dumps(handler))
 
     def write(self, path: str, layer: int | None, array: np.ndarray) -> None:
-        """Takes what `Source.read` gave."""
+        """Writes an array as `Source.read` returns it.
+
+        Args:
+          path: path of the array in our tree.
+          layer: index of the layer of a stacked array; None for other arrays.
+          array: the array, of one layer if stacked.
+        """
         store = self._stores[path]
         part = store if layer is None else store[layer]
         array = formats.cast(array, np.float32, path)
         self._prints.add(f"params/{path}", layer, array)
         try:
             part.write(array).result()
-        except ValueError as error:  # tensorstore's word for a full disk, too
+        except ValueError as error:  # tensorstore raises it for a full disk, too
             raise UserError(f"{self._params}: {first_line(error)}") from error
 
     def close(self) -> None:
-        """Completes the files: every write was waited for."""
+        """Completes the step; `write` has already waited for every array."""
         _complete(self._params.parent, self._meta, self._prints.found)

@@ -1,14 +1,14 @@
-"""A SentencePiece model as the `tokenizer.json` of Hugging Face's tokenizers library.
+"""Converts a SentencePiece model to the `tokenizer.json` of Hugging Face's tokenizers library.
 
-transformers 5 would read tokenizer.model by itself, but by rules of its own (it adds no space to a
-text that begins with one). Here the rules are written down, and what they give is compared with
-SentencePiece before a file is made. As in `SentencePiece`, a text's own beginning gets
-a space, and what follows a special token gets none. (The files that were released beside LLaMA put
-one there, too.) So a chat template gives the same ids by either file.
+transformers 5 would read tokenizer.model itself, but by its own rules (it adds no space to a text
+that begins with one). Here all rules are written out, and their ids are compared with those of
+SentencePiece before a file is written. As in `SentencePiece`, the beginning of a text gets a space,
+and the text after a special token gets none. (The files that were released with LLaMA add a space
+there, too.) So a chat template gives the same ids with either file.
 
-Control pieces are special tokens. User-defined pieces are none: tokenizers takes added tokens out
-of a text before it puts the space before it, SentencePiece afterwards. They are cut out of the text
-with the space, and are then whole pieces of the vocabulary.
+Control pieces become special tokens. User-defined pieces do not become added tokens: tokenizers
+takes added tokens out of a text before it adds the space, SentencePiece afterwards. Instead, they
+are cut out after the space is added, and are then whole pieces of the vocabulary.
 """
 
 import itertools
@@ -28,19 +28,20 @@ from llama_jax.text.tokenizer_formats import SPACE, model_proto
 from llama_jax.text.tokenizer_json import with_bos_eos
 from llama_jax.text.tokenizer_parts import beginning, special_token
 
-_KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}  # of trainer_spec.model_type
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # of a piece
-_CHECKED = 20_000  # texts made of pieces, at most
-# Stands for spaces that are removed from the beginning of a text; no text has a space by then.
+_KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}  # values of trainer_spec.model_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # types of a piece
+_CHECKED = 20_000  # maximum number of texts that are made of pieces
+# Stands for spaces that were removed from the beginning of a text. It cannot occur in a text, which
+# has no space at that point.
 _REMOVED = f"{SPACE} {SPACE}"
 
 
 def fast_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """`tokenizer.json` and `tokenizer_config.json` that give the ids of a SentencePiece model.
+    """Returns a `tokenizer.json` and `tokenizer_config.json` with the ids of a SentencePiece model.
 
     Raises:
-      UserError: tokenizer.json cannot say what the model does, or the tokenizers library, with
-        which the file is checked, is not installed.
+      UserError: tokenizer.json cannot express the model, or the tokenizers library, which checks
+        the file, is not installed.
     """
     model = model_proto(tokenizer.model_bytes)
     _refuse_other_kinds(model)
@@ -51,10 +52,11 @@ def fast_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def slow_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """`tokenizer_config.json` for a tokenizer.model alone.
+    """Returns a `tokenizer_config.json` for a tokenizer.model alone.
 
-    In transformers 5 its class has SentencePiece itself encode; older ones refuse it. (LLaMA's
-    class would read the model by rules that are not the model's.) It decodes a byte as its name.
+    In transformers 5, the class that it names encodes with SentencePiece itself; older versions
+    refuse it. (LLaMA's class would not follow the rules of the model.) It decodes a byte piece to
+    the name of the piece.
     """
     pattern = {"special_tokens_pattern": "bos" if tokenizer.prefix else "none"}
     return {"tokenizer_config.json": _config(tokenizer, "SentencePieceBackend", **pattern)}
@@ -72,7 +74,7 @@ def _config(tokenizer: Tokenizer, name: str, **more: str) -> bytes:
 
 
 def _refuse_other_kinds(model: Any) -> None:
-    """Raises `UserError` for what tokenizer.json cannot say; each was seen to give other ids."""
+    """Raises `UserError` for models that tokenizer.json cannot express; all gave other ids."""
     normalizer, kind = model.normalizer_spec, _KINDS.get(model.trainer_spec.model_type, "unknown")
     if kind == "unigram":
         raise UserError(
@@ -95,7 +97,8 @@ def _refuse_other_kinds(model: Any) -> None:
             raise UserError(f"its user-defined piece {piece.piece!r} has a space")
         if piece.type in (_CONTROL, _UNUSED) and len(piece.piece) == 1:
             raise UserError(
-                f"SentencePiece encodes {piece.piece!r} without its piece, which is no normal one"
+                f"SentencePiece encodes {piece.piece!r} without its piece, "
+                "because that is not a normal piece"
             )
         if math.isnan(piece.score):
             raise UserError(f"the score of its piece {piece.piece!r} is not a number")
@@ -109,7 +112,7 @@ def _contents(model: Any, tokenizer: Tokenizer) -> dict[str, Any]:
         for part in rule:
             if part not in vocab:  # a single character
                 raise UserError(
-                    f"its piece {''.join(rule)!r} is made of {part!r}, which is no piece"
+                    f"its piece {''.join(rule)!r} is made of {part!r}, which is not a piece"
                 )
     bos = {tokenizer.piece(token): token for token in tokenizer.prefix}
     pre_tokenizers = [*_spaces(model), *_cuts(model, user_defined, rules)]
@@ -141,7 +144,7 @@ def _unknown(model: Any) -> str:
 
 
 def _scores(model: Any) -> dict[str, float]:
-    """Of the pieces that letters can make."""
+    """Returns the scores of the pieces that characters can form."""
     if model.trainer_spec.model_type != 2:
         return {}
     kinds = (_NORMAL, _USER_DEFINED, _UNUSED)
@@ -155,12 +158,15 @@ def _rules(model: Any, user_defined: Sequence[str]) -> list[bpe_rules.Rule]:
     unused = {piece.piece for piece in model.pieces if piece.type == _UNUSED}
     for left, right in rules:
         if left + right in unused:
-            raise UserError(f"it makes the unused piece {left + right!r} and takes it apart again")
+            raise UserError(f"it makes the unused piece {left + right!r} and then splits it again")
     return rules
 
 
 def _normalizers(model: Any) -> list[dict[str, Any]]:
-    """Spaces are written first: Metaspace puts none before a text that begins with its own."""
+    """Returns the normalizers, which replace spaces.
+
+    They run before Metaspace, which adds no space to a text that begins with its replacement.
+    """
     if not model.normalizer_spec.remove_extra_whitespaces:
         return [_replace({"String": " "}, SPACE)]
     found = [
@@ -170,13 +176,13 @@ def _normalizers(model: Any) -> list[dict[str, Any]]:
     ]
     if not model.normalizer_spec.add_dummy_prefix:
         return [*found, _replace({"String": " "}, "")]
-    # Without its first letter a text would not be seen as the beginning, see `_spaces`.
+    # If its first character were removed, the text would not count as the beginning in `_spaces`.
     first = _replace({"Regex": r"\A "}, _REMOVED)
     return [*found, first, _replace({"Regex": rf"(?<=\A{_REMOVED}) +"}, "")]
 
 
 def _spaces(model: Any) -> list[dict[str, Any]]:
-    """The space before a text: before its beginning, and not before what follows special tokens."""
+    """Returns pre-tokenizers that add a space before a text, but not after special tokens."""
     if not model.normalizer_spec.add_dummy_prefix:
         return []
     first = _metaspace(" ", "first")
@@ -201,9 +207,10 @@ def _decoders(model: Any) -> list[dict[str, Any]]:
 def _cuts(
     model: Any, user_defined: Sequence[str], rules: Sequence[bpe_rules.Rule]
 ) -> list[dict[str, Any]]:
-    """Cuts user-defined pieces out of a text, so that each is found as a whole.
+    """Returns pre-tokenizers that cut out user-defined pieces, so that each is looked up whole.
 
-    Else nothing may be found so but what rules make: other pieces are cut where they fall apart.
+    Of the other pieces, only those that rules make may be looked up whole. So a part that equals
+    any other piece is cut where SentencePiece splits that piece.
     """
     if not user_defined:
         return []
@@ -234,12 +241,12 @@ def _cuts(
 
 
 def _escaped(text: str) -> str:
-    """As a part of a pattern of Oniguruma."""
+    """Escapes a text for a regular expression of Oniguruma."""
     return re.sub(r"([\\.^$|?*+()\[\]{}])", r"\\\1", text)
 
 
 def _check(tokenizer: Tokenizer, contents: bytes, config: dict[str, Any], model: Any) -> None:
-    """Raises `UserError` where the file gives other ids or texts than SentencePiece does."""
+    """Raises `UserError` if the file gives other ids or texts than SentencePiece."""
     try:
         import tokenizers
     except ImportError as error:
@@ -250,12 +257,12 @@ def _check(tokenizer: Tokenizer, contents: bytes, config: dict[str, Any], model:
         library = tokenizers.Tokenizer.from_str(contents.decode())
     except Exception as error:  # the library raises a bare Exception
         raise UserError(f"the tokenizers library refuses it: {first_line(error)}") from error
-    library.encode_special_tokens = True  # their names in a text are text
-    for text in (*HARD_TEXTS, *_made_texts(model)):  # one by one: its threads survive no fork
+    library.encode_special_tokens = True  # their names in a text are plain text
+    for text in (*HARD_TEXTS, *_made_texts(model)):  # no batch: threads do not survive a fork
         ids = tokenizer.encode_text(text)
         if library.encode(text).ids != ids:
             raise UserError(f"it would give other ids for {_shown(text)}")
-        # U+2581 is how both write a space, and only where it stands do they differ.
+        # Both write a space as U+2581; only texts that contain it decode differently.
         if SPACE not in text and library.decode(ids) != tokenizer.decode(ids):
             raise UserError(f"it would decode the ids of {_shown(text)} to another text")
     written = Tokenizer(with_bos_eos(contents, config, "tokenizer.json"))
@@ -266,7 +273,7 @@ def _check(tokenizer: Tokenizer, contents: bytes, config: dict[str, Any], model:
 
 
 def _made_texts(model: Any) -> Iterator[str]:
-    """Texts of the model's own pieces: each alone, and some beside each other."""
+    """Yields texts made of the model's own pieces: each piece alone, and several in a row."""
     draw = random.Random(0)
     texts = [piece.piece.replace(SPACE, " ") for piece in model.pieces]
     yield from texts
@@ -282,7 +289,7 @@ def _made_texts(model: Any) -> Iterator[str]:
     for number in range(count):
         yield "".join(draw.choices(texts, k=2 + number % 4))
     letters = sorted({letter for text in texts for letter in text})
-    for _ in range(count // 4):  # few letters, so that pieces overlap
+    for _ in range(count // 4):  # few characters, so that pieces overlap
         few = draw.choices(letters, k=draw.randint(1, 4))
         yield "".join(draw.choices(few, k=draw.randint(2, 24)))
     yield from ("".join(draw.choices(texts, k=1000)) for _ in range(2))
@@ -293,7 +300,7 @@ def _shown(text: str) -> str:
 
 
 def _sequence(kind: str, parts: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Parts of a kind as one."""
+    """Combines parts of one kind into one; returns None without parts."""
     names = {"Normalizer": "normalizers", "PreTokenizer": "pretokenizers", "Decoder": "decoders"}
     if len(parts) < 2:
         return parts[0] if parts else None
@@ -309,5 +316,5 @@ def _cut(pattern: str, behavior: str = "Isolated") -> dict[str, Any]:
 
 
 def _metaspace(letter: str, where: str) -> dict[str, Any]:
-    """Writes spaces as `letter`, and one before a text."""
+    """Returns a pre-tokenizer that writes spaces as `letter`, and may add one before a text."""
     return {"type": "Metaspace", "replacement": letter, "prepend_scheme": where, "split": False}

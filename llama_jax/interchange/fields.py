@@ -1,4 +1,4 @@
-"""Fields of files that describe a model: typed, and each error names the file and its own field."""
+"""Reads typed fields of JSON files that describe a model; errors name the file and the field."""
 
 import contextlib
 import re
@@ -18,12 +18,12 @@ class Fields:
         """Wraps an object.
 
         Args:
-          values: the object.
+          values: the parsed object.
           name: the file, for errors.
-          inside: the field that holds the object; empty: the file itself.
+          inside: the field that holds the object; empty: the object is the whole file.
 
         Raises:
-          UserError: it is not an object.
+          UserError: `values` is not an object.
         """
         if not isinstance(values, dict):
             raise UserError(f"{name}: {inside} must be an object, got {short(values)}")
@@ -31,15 +31,20 @@ class Fields:
         self.file, self._inside = name, inside
 
     def name(self, field: str) -> str:
-        """A field with its file, as errors call it."""
+        """Returns the name of a field with its file, for errors."""
         return f"{self.file}: {self._inside}.{field}" if self._inside else f"{self.file}: {field}"
 
     def given(self, field: str) -> bool:
-        """Whether the field is there, and not null."""
+        """Returns whether the field exists and is not null."""
         return self.values.get(field) is not None
 
     def get(self, field: str, kind: Any, default: Any = None) -> Any:
-        """The value of a field, which has the type `kind`; an int may stand for a float.
+        """Returns the value of a field; an int is accepted as a float.
+
+        Args:
+          field: name of the field.
+          kind: type of the value.
+          default: value if the field is absent; None: the field is required.
 
         Raises:
           UserError: the field is absent and has no default, or it is null or of another type.
@@ -57,7 +62,7 @@ class Fields:
         return check_type(self.name(field), value, kind)
 
     def size(self, field: str, default: int | None = None) -> int:
-        """A positive whole number of less than 2**31; errors as `get`."""
+        """Returns a positive integer below 2**31; raises the errors of `get`."""
         value = self.get(field, int, default)
         if not 0 < value < _LARGEST:
             raise UserError(
@@ -66,7 +71,7 @@ class Fields:
         return value
 
     def positive(self, field: str, default: float | None = None) -> float:
-        """A positive number; errors as `get`."""
+        """Returns a positive number; raises the errors of `get`."""
         value = self.get(field, float, default)
         if value <= 0:
             raise UserError(f"{self.name(field)} must be positive, got {value}")
@@ -75,21 +80,21 @@ class Fields:
     def refuse_others(
         self, harmless: Collection[str], without: Mapping[str, tuple[Any, ...]]
     ) -> None:
-        """Refuses each field that may change what the model computes; null configures nothing.
+        """Raises an error if another field may change what the model computes; ignores null.
 
         Args:
-          harmless: fields that are read, or do not matter.
-          without: fields of what our models do not have; each with the values that mean so.
+          harmless: fields that are read elsewhere, or do not matter.
+          without: fields of features that our models lack, each with the values that turn it off.
 
         Raises:
-          UserError: a field is neither, or has another value.
+          UserError: a field is in neither, or turns a feature on.
         """
         for field, value in self.values.items():
             if value is None or field in harmless:
                 continue
             if field not in without:
                 raise UserError(
-                    f"{self.name(field)} is unknown, the model may compute something else with it; "
+                    f"{self.name(field)} is unknown and may change what the model computes; "
                     "remove the field if it does not matter"
                 )
             if not any(type(value) is type(plain) and value == plain for plain in without[field]):
@@ -97,18 +102,18 @@ class Fields:
 
 
 def short(value: Any) -> str:
-    """A value of JSON for one line of an error."""
+    """Formats a JSON value for an error of one line; shortens it if necessary."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 @contextlib.contextmanager
 def errors_in_file_terms(name: str, names: Mapping[str, str]) -> Iterator[None]:
-    """Errors of our config inside name the file, and its own fields.
+    """Makes errors of our config name the file and the fields of the file, inside the block.
 
     Args:
       name: the file.
-      names: field of `ModelConfig` -> field of the file, where this has another name.
+      names: field of `ModelConfig` -> field of the file, if the names differ.
     """
     try:
         yield

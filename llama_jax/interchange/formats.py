@@ -1,4 +1,4 @@
-"""What a source gives and a target takes: a description of the model, then array after array."""
+"""The interfaces of sources and targets: a description of the model, then one array at a time."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -17,16 +17,16 @@ _FREE = ("compute_dtype", "attention", "remat", "scan_unroll")
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """All that a checkpoint holds beside its weights.
+    """Everything that a checkpoint holds besides its weights.
 
     Attributes:
-      config: the run, or for weights from elsewhere the defaults; with their model, and their
-        context as `train.seq_len`.
-      dtype: of the stored matrices: bfloat16, float16 or float32; targets cast norms to it.
-      files: contents of the tokenizer's files that are there (`tokenizer_files.read_files`).
-      card: Markdown about its training; empty if nothing is known.
-      step: optimiser steps taken here.
-      notes: lines for the user about what there is, but is not read.
+      config: config of the run, or the defaults for imported weights. In both, `model` is the model
+        of the weights, and `train.seq_len` their context.
+      dtype: dtype of the stored matrices: bfloat16, float16 or float32; targets cast norms to it.
+      files: contents of the tokenizer's files, by name (`tokenizer_files.read_files`).
+      card: Markdown about the training; empty if nothing is known.
+      step: optimiser steps of the run; 0 for imported weights.
+      notes: lines for the user about files that exist but are not read.
     """
 
     config: Config
@@ -38,7 +38,7 @@ class Description:
 
 
 def computed_in(config: Config, dtype: str) -> Config:
-    """The config with the compute dtype of stored weights; bfloat16 for float16, which it lacks."""
+    """Returns the config with the compute dtype of stored weights; bfloat16 in place of float16."""
     compute = "float32" if dtype == "float32" else "bfloat16"
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, compute_dtype=compute)
@@ -46,38 +46,44 @@ def computed_in(config: Config, dtype: str) -> Config:
 
 
 class Source(Protocol):
-    """Weights that can be read in any order. Opening one checks all but the numbers."""
+    """Weights that can be read in any order; opening a source checks everything but the values."""
 
     description: Description
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
-        """The array `path` of our tree, for a stacked one that of `layer`."""
+        """Reads the array `path` of our tree; of a stacked array, the layer `layer`."""
 
 
 class Target(Protocol):
     """Weights that can be written in any order."""
 
     def write(self, path: str, layer: int | None, array: np.ndarray) -> None:
-        """Takes what `Source.read` gave."""
+        """Writes an array as `Source.read` returns it.
+
+        Args:
+          path: path of the array in our tree.
+          layer: index of the layer of a stacked array; None for other arrays.
+          array: the array, of one layer if stacked.
+        """
 
     def close(self) -> None:
         """Completes the files."""
 
 
 def check_model(source: Source, config: Config) -> None:
-    """Checks that the weights of a source are those of the config's model.
+    """Checks that the weights of a source fit the config's model.
 
     They may have fewer rows for the vocabulary: `padded_vocabulary` adds the others.
 
     Raises:
-      UserError: they are not, with all fields in which they differ.
+      UserError: they do not fit; the message lists all fields that differ.
     """
     found, wanted = source.description.config.model, config.model
     if found.vocab_size < wanted.vocab_size:
         found = dataclasses.replace(found, vocab_size=wanted.vocab_size)
     changed = [
-        f"model.{field.name} is {getattr(found, field.name)} there, {getattr(wanted, field.name)} "
-        "in the config"
+        f"model.{field.name} is {getattr(found, field.name)} in the weights, "
+        f"{getattr(wanted, field.name)} in the config"
         for field in dataclasses.fields(ModelConfig)
         if field.name not in _FREE and getattr(found, field.name) != getattr(wanted, field.name)
     ]
@@ -86,30 +92,30 @@ def check_model(source: Source, config: Config) -> None:
 
 
 def refuse_other_base(changed: list[str], config: Config, adapters: epath.PathLike) -> None:
-    """Raises UserError if arrays of a base are others than those that adapters were trained on.
+    """Raises `UserError` if arrays of a base differ from those that adapters were trained on.
 
     Args:
-      changed: names of these arrays.
-      config: which says where the base is from.
-      adapters: what to call them in the error.
+      changed: names of the arrays that differ.
+      config: its `init_from` names the base.
+      adapters: name of the adapters in the error.
     """
     if not changed:
         return
     more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
     raise UserError(
-        f"the adapters of {adapters} were trained on another base than {config.init_from} is "
-        f"({changed[0]}{more} differ by fingerprint); name the weights that they belong to by "
-        "--config.init_from or --base, or train in another --workdir"
+        f"the adapters of {adapters} were trained on another base than {config.init_from} "
+        f"(other fingerprints: {changed[0]}{more}); name the weights that they were trained on "
+        "with --config.init_from or --base, or train in another --workdir"
     )
 
 
 def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each array, by its path in our tree; of one layer, if it is stacked."""
+    """Returns the shape of each array by its path in our tree; of a stacked one, of one layer."""
     return {row.path: shape_of(row.own_axes, model) for row in present(model)}
 
 
 def paths_and_layers(model: ModelConfig) -> Iterator[tuple[str, int | None]]:
-    """Every (path, layer), the layers of one array after another."""
+    """Yields every (path, layer): one array after another, with all of its layers."""
     for row in present(model):
         layers: tuple[int | None, ...] = tuple(range(model.n_layers))
         for layer in layers if row.is_stacked else (None,):
@@ -117,15 +123,20 @@ def paths_and_layers(model: ModelConfig) -> Iterator[tuple[str, int | None]]:
 
 
 def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
-    """The array in another dtype, contiguous.
+    """Casts an array to a dtype, and makes it contiguous.
+
+    Args:
+      array: the array.
+      dtype: dtype of the result.
+      name: name of the array in the error.
 
     Raises:
-      UserError: a number is too large for it (float16 ends at 65504).
+      UserError: a number is too large for float16 (maximum 65504).
     """
     if array.dtype == dtype and array.flags.c_contiguous:
         return array
     out = np.empty(array.shape, dtype)
-    # Most come transposed: a few rows at a time stay in the cache, which is three times as fast.
+    # Most arrays are transposed views: a few rows at a time fit the cache, three times as fast.
     with np.errstate(over="ignore"):
         for start in range(0, len(array), 16):
             out[start : start + 16] = array[start : start + 16]

@@ -1,7 +1,8 @@
-"""Hugging Face's folders: weights, `config.json`, and the tokenizer's files.
+"""Hugging Face folders: weights, `config.json`, and the tokenizer's files.
 
-A linear layer there is (out, in), ours (in, out) with heads as axes of their own: every matrix but
-the embedding is transposed. RoPE rotates the same pairs in both (see `rope.apply_rope`).
+They store a linear layer as (out, in); ours is (in, out), with heads as separate axes. So every
+matrix except the embedding is transposed. RoPE rotates the same pairs in both (see
+`rope.apply_rope`).
 """
 
 import json
@@ -39,12 +40,12 @@ NAMES: Mapping[str, str] = {
     "lm_head": "lm_head.weight",
 }
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
-TEKKEN = "tekken.json"  # Mistral's own format of tokenizers
-SHARD_SIZE = 5_000_000_000  # bytes of one file, as transformers cuts them
+TEKKEN = "tekken.json"  # Mistral's own tokenizer format
+SHARD_SIZE = 5_000_000_000  # maximum bytes of one file, as in transformers
 
 
 def matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """(in, out) of our array as one matrix, which is stored transposed; None: stored as it is."""
+    """Returns (in, out) of an array as a matrix, stored transposed; None if stored as it is."""
     split = len(PARAMETERS[path].inputs)
     if not split:
         return None
@@ -52,7 +53,7 @@ def matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
 
 
 def stored_shapes(model: ModelConfig) -> dict[tuple[str, int | None], tuple[int, ...]]:
-    """(path, layer) -> shape in the file, layer after layer, as the model computes."""
+    """Returns (path, layer) -> shape in the file, in the order in which the model uses them."""
     ours = formats.shapes(model)
     order = sorted(
         formats.paths_and_layers(model),
@@ -66,7 +67,7 @@ def stored_shapes(model: ModelConfig) -> dict[tuple[str, int | None], tuple[int,
 
 
 def name_of(path: str, layer: int | None) -> str:
-    """The tensor's name there."""
+    """Returns the name of the tensor in Hugging Face's format."""
     return NAMES[path].format(layer)
 
 
@@ -77,12 +78,12 @@ class HfSource:
         """Reads the headers.
 
         Raises:
-          UserError: a file or tensor is missing, extra, damaged, or not what config.json says.
+          UserError: a file or tensor is missing, extra, damaged, or does not match config.json.
         """
         self._folder = epath.Path(folder)
         path = self._folder / "config.json"
         if not path.exists():
-            raise UserError(f"{folder} is no Hugging Face model: it has no config.json")
+            raise UserError(f"{folder} is not a Hugging Face model: it has no config.json")
         content = read_bytes(path)
         config = hf_config.parse(content, str(path))
         values = parse_json(content, str(path))
@@ -93,22 +94,25 @@ class HfSource:
         files = tokenizer_files.read_files(self._folder)
         tokenizer_files.check_vocabulary(files, config.model.vocab_size, str(folder))
         self._keep_special_ids(values, files)
-        special_ids(files, config.model.vocab_size)  # which says what is wrong
+        special_ids(files, config.model.vocab_size)  # raises an error for bad ids
         notes: tuple[str, ...] = ()
         if not files.keys() & tokenizer_files.TOKENIZERS and (self._folder / TEKKEN).exists():
-            notes = (f"{TEKKEN} is not read; put the tokenizer.json of the same model beside it",)
+            notes = (f"{TEKKEN} is not read; add the tokenizer.json of the same model",)
         computed = formats.computed_in(config, dtype)
         self.description = Description(computed, dtype, files, notes=notes)
 
     def _keep_special_ids(self, values: dict[str, Any], files: dict[str, bytes]) -> None:
-        """BOS and EOS in config.json alone would be lost: our checkpoint has no place for them."""
+        """Copies BOS and EOS of config.json to `files`, because our checkpoint drops config.json.
+
+        They go into generation_config.json, unless there is one.
+        """
         bos, eos = token_ids(values, f"{self._folder}/config.json", values["vocab_size"])
         if "generation_config.json" not in files and eos is not None:
             ids = {"bos_token_id": bos, "eos_token_id": eos}
             files["generation_config.json"] = json.dumps(ids, indent=2).encode() + b"\n"
 
     def _dtype(self, model: ModelConfig) -> str:
-        """The dtype of the matrices, which are all but a few bytes; of several kinds, float32."""
+        """Returns the dtype of the matrices, which make up nearly all bytes; float32 if mixed."""
         matrices = [path for path in self._shapes if not PARAMETERS[path].is_vector]
         layers = {
             path: range(model.n_layers if PARAMETERS[path].is_stacked else 1) for path in matrices
@@ -118,7 +122,7 @@ class HfSource:
         return dtypes.pop() if len(dtypes) == 1 else "float32"
 
     def _check(self, model: ModelConfig) -> None:
-        if model.n_layers > len(self._entries):  # before as many names are made
+        if model.n_layers > len(self._entries):  # before names are made for each layer
             raise UserError(
                 f"{self._folder} has {len(self._entries)} tensors, too few for the "
                 f"{model.n_layers} layers of config.json"
@@ -127,13 +131,13 @@ class HfSource:
         missing = [name for name in wanted if name not in self._entries]
         if missing:
             raise UserError(
-                f"{self._folder} lacks {abbreviate_names(missing)}, which config.json asks for"
+                f"{self._folder} lacks {abbreviate_names(missing)}, which config.json requires"
             )
         for name, shape in wanted.items():
             found = self._entries[name].shape
             if found != shape:
                 raise UserError(
-                    f"{self._folder}: {name} has shape {found}, config.json makes it {shape}"
+                    f"{self._folder}: {name} has shape {found}, config.json requires {shape}"
                 )
         extra = [name for name in self._entries if name not in wanted and not self._ignored(name)]
         if extra:
@@ -142,7 +146,11 @@ class HfSource:
             )
 
     def _ignored(self, name: str) -> bool:
-        """Frequencies that old versions saved; the second copy of a tied matrix, if it is one."""
+        """Returns whether a tensor is not needed: old frequencies, or a copy of a tied matrix.
+
+        Raises:
+          UserError: the matrices are tied in config.json, but their numbers differ.
+        """
         if name.endswith("rotary_emb.inv_freq"):
             return True
         if name != NAMES["lm_head"]:
@@ -153,21 +161,27 @@ class HfSource:
         if not weight_files.same_numbers(head, embed):
             raise UserError(
                 f"{self._folder}: {name} is not the embedding, "
-                "but config.json says tie_word_embeddings"
+                "but config.json sets tie_word_embeddings"
             )
         return True
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
-        """The array `path` of our tree, for a stacked one that of `layer`."""
+        """Reads the array `path` of our tree; of a stacked array, the layer `layer`."""
         return self.read_part(path, layer, tuple(slice(None) for _ in self._shapes[path]))
 
     def read_part(self, path: str, layer: int | None, part: tuple[slice, ...]) -> np.ndarray:
-        """A box of that array; only its rows are read."""
+        """Reads a box of the array; reads only the rows of the box from the file.
+
+        Args:
+          path: path of the array in our tree.
+          layer: index of the layer of a stacked array; None for other arrays.
+          part: one slice for each axis of the array.
+        """
         entry, shape = self._entries[name_of(path, layer)], self._shapes[path]
         pair = matrix_shape(path, shape)
         if pair is None:
             return entry.rows(part[0])[(slice(None), *part[1:])]
-        # The rows of the file are our last axes. If they are heads, whole ones are read.
+        # The rows of the file are our last axes. If these are heads, whole heads are read.
         head_rows = len(PARAMETERS[path].outputs) == 2
         unit = shape[-1] if head_rows else 1
         start, stop, _ = part[1 if head_rows else -1].indices(pair[1] // unit)
@@ -179,7 +193,7 @@ class HfSource:
 
 
 class HfTarget:
-    """A new folder that transformers loads.
+    """A new folder that transformers can load.
 
     Attributes:
       notes: lines to print about what could not be written.
@@ -192,7 +206,14 @@ class HfTarget:
         dtype: str,
         shard_size: int = SHARD_SIZE,
     ) -> None:
-        """Writes all but the weights."""
+        """Writes everything except the weights.
+
+        Args:
+          folder: an existing folder, which is empty.
+          description: description of the weights.
+          dtype: name of the dtype in which weights are stored.
+          shard_size: maximum bytes of one file.
+        """
         self._dtype = DTYPES[dtype]
         model = description.config.model
         self._stored = stored_shapes(model)
@@ -208,7 +229,7 @@ class HfTarget:
             [f"no tokenizer.json is written, only tokenizer.model: {reason}"] if reason else []
         )
         for name, content in files.items():
-            (folder / name).parent.mkdir(exist_ok=True)  # of further chat templates
+            (folder / name).parent.mkdir(exist_ok=True)  # the folder of further chat templates
             (folder / name).write_bytes(content)
         ids = {"bos_token_id": special[0], "eos_token_id": special[1]}
         if "generation_config.json" not in description.files:
@@ -218,7 +239,13 @@ class HfTarget:
             (folder / "README.md").write_text(description.card)
 
     def write(self, path: str, layer: int | None, array: np.ndarray) -> None:
-        """Takes what `Source.read` gave."""
+        """Writes an array as `Source.read` returns it.
+
+        Args:
+          path: path of the array in our tree.
+          layer: index of the layer of a stacked array; None for other arrays.
+          array: the array, of one layer if stacked.
+        """
         pair = matrix_shape(path, array.shape)
         if pair is not None:
             array = array.reshape(pair).T
@@ -230,7 +257,8 @@ class HfTarget:
         self._writer.close()
 
 
-# Without any of these, a tokenizer_config.json is not about this tokenizer, and left as it is.
+# A tokenizer_config.json with none of these fields does not describe a tokenizer, and is left as it
+# is.
 _OF_TOKENIZERS = {
     *("chat_template", "add_bos_token", "add_eos_token", "bos_token", "eos_token", "unk_token"),
     *("pad_token", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"),
@@ -239,16 +267,17 @@ _OF_TOKENIZERS = {
 
 
 def _with_tokenizer_config(files: dict[str, bytes], rows: int) -> tuple[dict[str, bytes], str]:
-    """Tells transformers how to read a SentencePiece model that came without its other files.
+    """Adds the files that transformers needs to read a SentencePiece model which lacks them.
 
-    Of a run that learnt a template, a tokenizer_config.json has that and names, but no class.
+    If a run has learnt a chat template, its tokenizer_config.json holds the template and names of
+    tokens, but no class.
 
     Args:
-      files: of the tokenizer.
-      rows: of the model.
+      files: files of the tokenizer, by name.
+      rows: rows of the model's vocabulary.
 
     Returns:
-      The files, and why no tokenizer.json was added; empty if one was, or none was needed.
+      The files, and why no tokenizer.json was added; '' if it was added, or is not needed.
     """
     name = "tokenizer_config.json"
     given, chosen = (
@@ -260,16 +289,16 @@ def _with_tokenizer_config(files: dict[str, bytes], rows: int) -> tuple[dict[str
     if "tokenizer_class" in given or (name in files and not given.keys() & _OF_TOKENIZERS):
         which = given.get("tokenizer_class", "no class")
         return files, (
-            f"{name} came with it and names {which!s:.80}, by whose rules transformers reads the "
-            "model: it may give other ids"
+            f"the present {name} names {which!s:.80}, and transformers reads the model by the "
+            "rules of that class: it may give other ids"
         )
     begins = adds_bos(files, Tokenizer(chosen.content), "it")
     tokenizer, reason = Tokenizer(chosen.content, adds_bos=begins), ""
     try:
         made = fast_tokenizer.fast_files(tokenizer)
-        given.pop("added_tokens_decoder", None)  # which are in tokenizer.json
+        given.pop("added_tokens_decoder", None)  # tokenizer.json holds these tokens
     except UserError as error:
         made = fast_tokenizer.slow_files(tokenizer)
-        reason = f"{error}; transformers puts a space behind special tokens, as in conversations"
+        reason = f"{error}; transformers adds a space after special tokens, as in conversations"
     config = json.dumps({**json.loads(made[name]), **given}, ensure_ascii=False, indent=2)
     return {**files, **made, name: config.encode() + b"\n"}, reason

@@ -1,4 +1,4 @@
-"""Hugging Face's `config.json`, as versions 4 and 5 of transformers write it, and our config."""
+"""Converts Hugging Face's `config.json`, as of transformers 4 and 5, to our config and back."""
 
 import dataclasses
 import json
@@ -11,9 +11,9 @@ from llama_jax.interchange import rope_config
 from llama_jax.interchange.fields import Fields, errors_in_file_terms, short
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
-# What transformers takes where a file is silent (LlamaConfig and MistralConfig).
+# Defaults of transformers for absent fields (LlamaConfig and MistralConfig).
 _CONTEXT = {"llama": 2048, "mistral": 131_072}
-_WINDOW = 4096  # of Mistral
+_WINDOW = 4096  # Mistral only
 _NAMES = {
     **rope_config.NAMES,
     "dim": "hidden_size",
@@ -33,8 +33,8 @@ _READ = {
     *("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"),
     "partial_rotary_factor",
 }
-# What does not change the logits, of any model in transformers 4 and 5, of training, and of tools
-# that write into the file. pretraining_tp cuts each product into so many, with the same sum.
+# Fields that do not change the logits: of any model in transformers 4 and 5, of training, and of
+# tools that write into the file. pretraining_tp splits each product into parts with the same sum.
 _HARMLESS = """
     _name_or_path name_or_path _commit_hash _attn_implementation attn_implementation
     _attn_implementation_autoset _attn_implementation_internal _flash_attn_2_enabled
@@ -51,7 +51,7 @@ _HARMLESS = """
     use_flash_attn use_sdpa model_max_length unsloth_version unsloth_fixed unsloth_training_args
     max_seq_len seq_length onnx mlx_version license language datasets tags base_model
 """
-# Generation, which older versions kept here.
+# Settings of generation, which older versions kept in this file.
 _GENERATION = """
     max_length max_new_tokens min_length min_new_tokens early_stopping max_time stop_strings
     do_sample num_beams num_beam_groups use_mtp cache_implementation cache_config max_cache_len
@@ -67,7 +67,7 @@ _GENERATION = """
     transformers.js_config compile_config disable_compile continuous_batching_config low_memory
     penalty_alpha dola_layers prefill_chunk_size generation_config
 """
-# What our model does not have; each with the values that mean "without".
+# Fields of features that our model lacks, each with the values that turn the feature off.
 _WITHOUT: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("hidden_act", "hidden_activation"), ("silu", "swish")),
     **dict.fromkeys(("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "bias"), (False,)),
@@ -87,13 +87,13 @@ _WITHOUT: dict[str, tuple[Any, ...]] = {
 
 
 def parse(content: bytes | str, name: str) -> Config:
-    """Our config of a `config.json`; the dtype is not asked for, tensors tell theirs.
+    """Returns our config for a `config.json`; its dtype is ignored, because tensors have their own.
 
-    Fields that are not known to leave the logits alone are refused.
+    A field that is not known to leave the logits unchanged raises an error.
 
     Raises:
-      UserError: it is not JSON, of an unknown architecture, has what our model has not, or a field
-        has a wrong value.
+      UserError: the content is not JSON, the architecture is unknown, the model has a feature that
+        ours lacks, or a field has a wrong value.
     """
     with as_user_error(name):
         fields = Fields(parse_json(content, name), name)
@@ -123,7 +123,7 @@ def parse(content: bytes | str, name: str) -> Config:
 
 
 def _kind(fields: Fields) -> str:
-    """Whose model it is: llama or mistral."""
+    """Returns the family of the model: llama or mistral."""
     given = fields.values.get("architectures") or []
     if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
         raise UserError(f"{fields.name('architectures')} must be a list of names")
@@ -150,11 +150,11 @@ def _kv_heads(fields: Fields, kind: str, heads: int) -> int:
 
 
 def _window(fields: Fields, kind: str) -> int:
-    """Tokens that attention sees back, 0 for all; refuses windows of some layers."""
+    """Returns the attention window in tokens, 0: unlimited; refuses windows in some layers only."""
     window = 0
     if kind == "mistral" and fields.values.get("sliding_window", 0) is not None:
         window = fields.size("sliding_window", _WINDOW)
-    # Llama's config may carry the field, its model does not look at it.
+    # Llama's config may have this field, but its model ignores it.
     says = {"full_attention": False, "sliding_attention": True}
     if fields.given("use_sliding_window"):
         _require_window(
@@ -179,32 +179,32 @@ def _window(fields: Fields, kind: str) -> int:
 def _require_window(fields: Fields, field: str, wanted: bool, window: int) -> None:
     if wanted != bool(window):
         value = short(fields.values[field])
-        found = f"sliding_window={window}" if window else "no sliding window"
+        found = f"sliding_window={window}" if window else "a model without a sliding window"
         raise UserError(f"{fields.name(field)}={value} does not fit {found}")
 
 
 def _context(fields: Fields, model: ModelConfig, context: int) -> int:
-    """The longest sequence that the weights are for."""
-    if fields.given("max_sequence_length"):  # of Vicuna and LongChat
+    """Returns the longest sequence that the weights support, in tokens."""
+    if fields.given("max_sequence_length"):  # in Vicuna and LongChat
         return max(context, fields.size("max_sequence_length"))
-    # Of these, max_position_embeddings may be the original context.
+    # With these kinds of RoPE, max_position_embeddings may be the context before stretching.
     kinds = ("dynamic", "yarn")
     original = model.rope_scaling in kinds and model.rope_original_context == context
     return model.stretched_context if original else context
 
 
 def to_json(config: Config, dtype: str, special: tuple[int | None, Any]) -> str:
-    """A `config.json` that versions 4 and 5 of transformers read.
+    """Returns a `config.json` that versions 4 and 5 of transformers can read.
 
     Args:
-      config: ours.
-      dtype: of the weights.
+      config: our config.
+      dtype: name of the dtype of the weights.
       special: ids of BOS and EOS.
     """
     model = config.model
     architecture = "MistralForCausalLM" if model.sliding_window else "LlamaForCausalLM"
     rope = rope_config.parameters(model)
-    # Dynamic RoPE takes this field for the context before it was stretched.
+    # Dynamic RoPE reads max_position_embeddings as the context before stretching.
     dynamic = model.rope_scaling == "dynamic"
     values: dict[str, Any] = {
         "architectures": [architecture],

@@ -1,4 +1,4 @@
-"""Reads a source straight into sharded arrays: one array of one layer is in memory at a time."""
+"""Reads a source straight into sharded arrays, with one array of one layer in memory at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,15 +25,17 @@ Transform = Callable[[str, np.ndarray], Any]
 
 
 def load(source: Source, targets: Any, shardings: Any, transform: Transform) -> Any:
-    """Reads all parameters of a source onto a mesh; all processes call it.
+    """Reads all parameters of a source onto a mesh; all processes must call this.
+
+    A source with `read_part`, such as `hf.HfSource`, reads only what the devices of this process
+    hold, except for NF4.
 
     Args:
-      source: of a model of these shapes.
+      source: weights of a model with the shapes of `targets`.
       targets: shapes and dtypes: a tree like the parameters, whose leaves may be `NF4`.
       shardings: a tree like `targets`.
-      transform: (path, array or a part of it) -> what to keep of it, such as a cast or its form in
-        NF4; for NF4 it always gets a whole layer. Otherwise a source with `read_part`, such as
-        `hf.HfSource`, reads only what the devices of this process hold.
+      transform: (path, array or a part of it) -> the values to store, for example a cast or NF4.
+        For NF4 it always gets a whole layer.
     """
 
     def place(path: Any, target: Any, places: Any) -> Any:
@@ -66,7 +68,7 @@ def _of_one_layer(sharding: NamedSharding) -> NamedSharding:
 def _put(
     source: Source, path: str, layer: int | None, target: Any, places: Any, transform: Transform
 ) -> Any:
-    """One array of one layer, on the devices."""
+    """Reads one array of one layer onto the devices."""
     read_part = getattr(source, "read_part", None)
     if isinstance(target, NF4) or read_part is None:
         kept = transform(path, source.read(path, layer))
@@ -86,18 +88,18 @@ def _put(
 
 
 def load_init(source: Source, config: Config, shardings: Any) -> Any:
-    """Reads weights to begin with onto a mesh, one array of one layer after another.
+    """Reads the initial weights of a run onto a mesh, one array of one layer after another.
 
     Args:
-      source: as `opening.open_init` or `open_base` gives it; rows that it lacks are added.
-      config: of the run.
-      shardings: of the base where the config has adapters, else of the parameters.
+      source: a source from `opening.open_init` or `open_base`; adds missing rows of the vocabulary.
+      config: config of the run.
+      shardings: shardings of the base if the config has adapters, otherwise of the parameters.
 
     Returns:
       float32 parameters, or the base in its frozen form (`lora.to_frozen`).
 
     Raises:
-      UserError: they cannot be read, or are damaged.
+      UserError: the weights cannot be read, or are damaged.
     """
     source = with_padded_vocabulary(source, config.model.vocab_size)
     if config.lora.rank:
@@ -108,16 +110,16 @@ def load_init(source: Source, config: Config, shardings: Any) -> Any:
 
 
 def check_base(saved: dict[str, int], base: Any, config: Config, folder: epath.Path) -> None:
-    """Checks that the base is the one that a checkpoint's adapters were trained on.
+    """Checks that a base is the one on which the adapters of a checkpoint were trained.
 
     Args:
-      saved: fingerprints of that one's arrays.
-      base: as `load_init` gives it.
-      config: which says where it is from.
-      folder: of the checkpoint, for the error.
+      saved: fingerprints of the base, as saved in the checkpoint.
+      base: the base that `load_init` returns.
+      config: its `init_from` names the base.
+      folder: folder of the checkpoint, for the error.
 
     Raises:
-      UserError: it is another.
+      UserError: the base is another one.
     """
     refuse_other_base(changed_arrays(saved, fingerprint(base)), config, folder)
 
@@ -125,16 +127,16 @@ def check_base(saved: dict[str, int], base: Any, config: Config, folder: epath.P
 def load_hf(folder: epath.PathLike, config: Config, shardings: Any) -> Any:
     """Reads a Hugging Face folder straight into sharded float32 parameters.
 
-    Each process reads only what its devices hold; the memory beside the result is one array of one
-    layer.
+    Each process reads only what its devices hold. Besides the result, one array of one layer is in
+    memory.
 
     Args:
-      folder: with weights and config.json.
-      config: what the caller expects; `HfSource(folder).description.config` fits.
+      folder: folder with weights and config.json.
+      config: config that the caller expects; `HfSource(folder).description.config` always fits.
       shardings: a tree like the parameters.
 
     Raises:
-      UserError: as `HfSource`, or the folder holds another model.
+      UserError: see `HfSource`; the folder holds another model.
     """
     source = HfSource(folder)
     found, wanted = formats.shapes(source.description.config.model), formats.shapes(config.model)

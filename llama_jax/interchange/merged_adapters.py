@@ -1,7 +1,7 @@
 """A base with adapters added to it, as a source of plain weights.
 
-The base is taken as it lay below the adapters in training: in `lora.base_dtype`, with the error of
-NF4 if it was quantised, because that is what the adapters were trained to add to.
+The base has the form that it had in training: `lora.base_dtype`, with the error of NF4 if it was
+quantised, because the adapters were trained on that form.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from llama_jax.text.tokenizer_config import with_base_files
 
 
 def base_fingerprint(base: Source, config: Config) -> dict[str, int]:
-    """The fingerprint of a base in its frozen form, one array of one layer after another."""
+    """Computes the fingerprints of a base in its frozen form, one array of one layer at a time."""
     prints = LayerPrints(config.model.n_layers)
     for path, layer in paths_and_layers(config.model):
         prints.add(path, layer, to_frozen(path, base.read(path, layer), config.lora))
@@ -27,7 +27,7 @@ def base_fingerprint(base: Source, config: Config) -> dict[str, int]:
 
 
 class MergedSource:
-    """Weights of a base with adapters; each array of the base is compared by its fingerprint."""
+    """Weights of a base with adapters added; verifies each array of the base by its fingerprint."""
 
     def __init__(
         self,
@@ -40,11 +40,11 @@ class MergedSource:
         """Wraps a base.
 
         Args:
-          base: opened, of the config's model.
-          adapters: in NumPy, as `lora.init_adapters` makes them.
-          config: with the `lora` that they were trained with.
-          fingerprints: of the base's arrays in their frozen form; empty: not known.
-          description: of the adapters; what it becomes here has none.
+          base: source of the base, which fits the config's model.
+          adapters: adapters in NumPy, in the tree of `lora.init_adapters`.
+          config: config with the `lora` of the adapters' training.
+          fingerprints: fingerprints of the base in its frozen form; empty: unknown, not verified.
+          description: description of the adapters; this source changes it to that of plain weights.
         """
         self._base, self._adapters, self._config = base, adapters, config
         self._wanted = fingerprints
@@ -56,10 +56,10 @@ class MergedSource:
         )
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
-        """The array `path` of our tree, for a stacked one that of `layer`.
+        """Reads the array `path` of our tree; of a stacked array, the layer `layer`.
 
         Raises:
-          UserError: with its last layer, the array is not that of the base of the adapters.
+          UserError: the base is not that of the adapters (checked at the last layer of the array).
         """
         lora = self._config.lora
         frozen = to_frozen(path, self._base.read(path, layer), lora)

@@ -1,10 +1,10 @@
 """Meta's folders: `consolidated.NN.pth`, the pieces of its tensor parallelism, and `params.json`.
 
-Meta rotates pairs (2i, 2i + 1) of a head where we rotate (i, i + H/2), so the rows of wq and wk
-stand in another order. Needs torch (`pip install '.[meta]'`), which maps the pickles into memory.
+Meta rotates the pairs (2i, 2i + 1) of a head; we rotate (i, i + H/2). So the rows of wq and wk have
+another order. Needs torch (`pip install '.[meta]'`), which maps the pickles into memory.
 
-Pieces that hold copies of kv heads, because there are more pieces than heads, are refused: joined,
-they do not have the shapes that `params.json` gives.
+If there are more pieces than kv heads, the pieces hold copies of heads. Such folders are refused:
+the joined arrays do not have the shapes that `params.json` gives.
 """
 
 import dataclasses
@@ -44,13 +44,13 @@ NAMES: Mapping[str, str] = {
 
 
 def half_split(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of wq or wk from Meta's order (pairs next to each other) to ours (halves)."""
+    """Reorders the rows of wq or wk from Meta's order (adjacent pairs) to ours (halves)."""
     heads = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
     return heads.swapaxes(1, 2).reshape(rows.shape)
 
 
 def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """The inverse of `half_split`."""
+    """Reorders the rows of wq or wk from our order to Meta's: the inverse of `half_split`."""
     heads = rows.reshape(-1, 2, head_dim // 2, rows.shape[-1])
     return heads.swapaxes(1, 2).reshape(rows.shape)
 
@@ -62,16 +62,17 @@ class MetaSource:
         """Maps the pieces into memory.
 
         Args:
-          folder: with params.json and consolidated.*.pth; the tokenizer is there, or one above.
-          context: tokens, which params.json does not tell; 0: by the family's habit.
+          folder: folder with params.json and consolidated.*.pth; the tokenizer is in it or in its
+            parent.
+          context: context in tokens; 0: `max_seq_len`, or else the usual one of the model family.
 
         Raises:
-          UserError: a piece or tensor is missing, extra, damaged, or not what params.json says.
+          UserError: a piece or tensor is missing, extra, damaged, or does not match params.json.
         """
         self._folder = epath.Path(folder)
         path = self._folder / "params.json"
         if not path.exists():
-            raise UserError(f"{folder} is no model of Meta's: it has no params.json")
+            raise UserError(f"{folder} is not a folder of Meta's: it has no params.json")
         self._pieces = self._open_pieces()
         with as_user_error(str(path)):
             params = params_lib.read(path)
@@ -90,9 +91,9 @@ class MetaSource:
         self.description = Description(formats.computed_in(config, dtype), dtype, files)
 
     def _read_files(self, scaled: bool) -> dict[str, bytes]:
-        """The tokenizer's files; `scaled`: RoPE is, as from Llama 3.1 on."""
+        """Reads the tokenizer's files; `scaled`: RoPE is scaled, as in Llama 3.1 and later."""
         files = tokenizer_files.read_files(self._folder)
-        # The first LLaMA and LLaMA-2 keep the tokenizer beside the folders of the models.
+        # The first LLaMA and LLaMA-2 keep the tokenizer next to the folders of the models.
         for name in tokenizer_files.TOKENIZERS:
             path = self._folder.parent / name
             if not files.keys() & tokenizer_files.TOKENIZERS and path.exists():
@@ -115,11 +116,11 @@ class MetaSource:
         pieces = [pickles.load(file) for file in files]
         for file, piece in zip(files, pieces, strict=True):
             if set(piece) != set(pieces[0]):
-                raise UserError(f"{file} has not the same tensors as {files[0].name}")
+                raise UserError(f"{file} does not have the same tensors as {files[0].name}")
         return pieces
 
     def _model_of(self, params: Fields) -> ModelConfig:
-        """Our config: `params.json`, and what only the tensors tell."""
+        """Returns our config, from `params.json` and from the shapes of tensors."""
         first, count = self._pieces[0], len(self._pieces)
         for path, axes in (("embed", 2), ("layers/mlp/w1", 2), ("final_norm", 1)):
             name = NAMES[path].format(0)
@@ -129,13 +130,13 @@ class MetaSource:
                 shape = tuple(first[name].shape)
                 raise UserError(f"{self._folder}: {name} has shape {shape}, not {axes} axes")
         embed = first[NAMES["embed"]].shape
-        # Llama 3 divides the embedding by ids, its predecessors by columns.
+        # Llama 3 splits the embedding along the ids, its predecessors along the columns.
         vocab = embed[0] * (count if embed[1] == params.size("dim") else 1)
         ffn_dim = first[NAMES["layers/mlp/w1"].format(0)].shape[0] * count
         return params_lib.model_of(params, vocab, ffn_dim, self._is_tied())
 
     def _dtype(self) -> str:
-        """The dtype of the matrices; of several kinds, float32."""
+        """Returns the dtype of the matrices; float32 if they differ."""
         torch = import_torch()
         kinds = {getattr(torch, name): name for name in DTYPES}
         found = set()
@@ -153,7 +154,7 @@ class MetaSource:
         return found.pop() if len(found) == 1 else "float32"
 
     def _is_tied(self) -> bool:
-        """Whether the output matrix is the embedding, of which Llama 3.2 ships both."""
+        """Returns whether the output matrix is the embedding; Llama 3.2 ships both copies."""
         torch, head = import_torch(), NAMES["lm_head"]
         return all(
             head not in piece or torch.equal(piece[head], piece[NAMES["embed"]])
@@ -161,7 +162,7 @@ class MetaSource:
         )
 
     def _check(self) -> None:
-        if self._model.n_layers > len(self._pieces[0]):  # before as many names are made
+        if self._model.n_layers > len(self._pieces[0]):  # before names are made for each layer
             raise UserError(
                 f"{self._folder} has {len(self._pieces[0])} tensors, too few for the "
                 f"{self._model.n_layers} layers of params.json"
@@ -172,7 +173,7 @@ class MetaSource:
         found = self._pieces[0]
         for name in names:
             if name not in found:
-                raise UserError(f"{self._folder} lacks {name}, which params.json asks for")
+                raise UserError(f"{self._folder} lacks {name}, which params.json requires")
         known = {"rope.freqs", NAMES["lm_head"]}  # a buffer; the copy of a tied matrix
         extra = [name for name in found if name not in names and name not in known]
         if extra:
@@ -185,17 +186,17 @@ class MetaSource:
             joined = self._joined(path, pieces)
             if joined != shape:
                 raise UserError(
-                    f"{self._folder}: {name} has shape {joined}, params.json makes it {shape}"
+                    f"{self._folder}: {name} has shape {joined}, params.json requires {shape}"
                 )
 
     def _axis(self, path: str, shape: tuple[int, ...]) -> int | None:
-        """Along which axis pieces are joined; None: each has the whole."""
+        """Returns the axis along which pieces are joined; None: each piece has the whole array."""
         if len(shape) == 1 or len(self._pieces) == 1:
             return None
         if path == "embed":
             return 0 if shape[1] == self._model.dim else 1
-        # Megatron's rule: a matrix that writes into the residual stream is divided along its
-        # inputs, the second axis of the file; the others along their outputs, the first.
+        # Megatron's rule: a matrix that writes into the residual stream is split along its inputs,
+        # the second axis in the file; the others are split along their outputs, the first axis.
         return 1 if PARAMETERS[path].outputs == "D" else 0
 
     def _joined(self, path: str, pieces: list[tuple[int, ...]]) -> tuple[int, ...]:
@@ -207,7 +208,7 @@ class MetaSource:
         return tuple(joined)
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
-        """The array `path` of our tree, for a stacked one that of `layer`."""
+        """Reads the array `path` of our tree; of a stacked array, the layer `layer`."""
         name = NAMES[path].format(layer)
         axis = self._axis(path, tuple(self._pieces[0][name].shape))
         parts = [to_numpy(piece[name]) for piece in self._pieces]
@@ -224,11 +225,17 @@ class MetaSource:
 class MetaTarget:
     """A new folder in Meta's layout, in one piece.
 
-    The pickle wants all tensors at once: they wait in a temporary file, mapped into memory.
+    torch pickles all tensors at once, so they wait in a temporary file that is mapped into memory.
     """
 
     def __init__(self, folder: epath.Path, description: Description, dtype: str) -> None:
-        """Writes all but the weights."""
+        """Writes everything except the weights.
+
+        Args:
+          folder: an existing folder, which is empty.
+          description: description of the weights.
+          dtype: name of the dtype in which weights are stored.
+        """
         torch = import_torch()
         self._folder, self._dtype = folder, DTYPES[dtype]
         self._torch_dtype = getattr(torch, dtype)
@@ -236,7 +243,7 @@ class MetaTarget:
         self._model = config.model
         (folder / "params.json").write_text(params_lib.to_json(config))
         for name, content in description.files.items():
-            (folder / name).parent.mkdir(exist_ok=True)  # of further chat templates
+            (folder / name).parent.mkdir(exist_ok=True)  # the folder of further chat templates
             (folder / name).write_bytes(content)
         if description.card:
             (folder / "README.md").write_text(description.card)
@@ -245,7 +252,13 @@ class MetaTarget:
         self._tensors: list[tuple[str, int, tuple[int, ...]]] = []
 
     def write(self, path: str, layer: int | None, array: np.ndarray) -> None:
-        """Takes what `Source.read` gave."""
+        """Writes an array as `Source.read` returns it.
+
+        Args:
+          path: path of the array in our tree.
+          layer: index of the layer of a stacked array; None for other arrays.
+          array: the array, of one layer if stacked.
+        """
         pair = matrix_shape(path, array.shape)
         if pair is not None:
             array = array.reshape(pair).T
@@ -257,7 +270,7 @@ class MetaTarget:
         self._stream.write(array.reshape(-1).view(np.uint8).data)
 
     def close(self) -> None:
-        """Pickles what was written, and removes the temporary file."""
+        """Pickles the tensors, and removes the temporary file."""
         torch = import_torch()
         size = self._stream.tell() // np.dtype(self._dtype).itemsize
         self._stream.close()

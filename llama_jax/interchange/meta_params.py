@@ -1,4 +1,4 @@
-"""Meta's `params.json` and our config."""
+"""Converts Meta's `params.json` to our config and back."""
 
 import json
 from typing import Any
@@ -10,7 +10,7 @@ from llama_jax.errors import UserError
 from llama_jax.files import read_json
 from llama_jax.interchange.fields import Fields, errors_in_file_terms
 
-# What Meta has no name for has ours.
+# Settings that Meta has no name for are stored under our names.
 _ROPE = {
     "llama3": ("scaling_factor", "low_freq_factor", "high_freq_factor", "original_context"),
     "linear": ("scaling_factor",),
@@ -24,7 +24,7 @@ _READ = {
     *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "max_seq_len"),
     *("head_dim", "sliding_window", "rope_theta", "use_scaled_rope", "rope_scaling"),
 }
-# The tensors tell the size of the MLP; the rest is of how Meta's code runs.
+# The size of the MLP comes from the tensors; the other fields control how Meta's code runs.
 _HARMLESS = {
     *("multiple_of", "ffn_dim_multiplier", "hidden_dim", "max_batch_size", "model_parallel_size"),
     *("use_kv_cache", "use_cache", "dtype", "torch_dtype", "tokenizer_path", "ckpt_dir"),
@@ -39,11 +39,11 @@ _WITHOUT: dict[str, tuple[Any, ...]] = {
 
 
 def read(path: epath.Path) -> Fields:
-    """The fields of `params.json`.
+    """Reads the fields of `params.json`.
 
     Raises:
-      UserError: it cannot be read, is not a JSON object, or has a field that may change what the
-        model computes.
+      UserError: the file cannot be read, is not a JSON object, or has an unsupported field that may
+        change what the model computes.
     """
     params = Fields(read_json(path), str(path))
     rope = {f"rope_{name}" for names in _ROPE.values() for name in names}
@@ -52,10 +52,10 @@ def read(path: epath.Path) -> Fields:
 
 
 def model_of(params: Fields, vocab_size: int, ffn_dim: int, tied: bool) -> ModelConfig:
-    """Our config.
+    """Returns our config of the model.
 
     Args:
-      params: as `read` gives them.
+      params: fields from `read`.
       vocab_size: rows of the embedding.
       ffn_dim: size of the MLP.
       tied: whether the output matrix is the embedding.
@@ -92,7 +92,7 @@ def model_of(params: Fields, vocab_size: int, ffn_dim: int, tied: bool) -> Model
 
 
 def _rope(params: Fields, tied: bool) -> dict[str, Any]:
-    """How RoPE is stretched: as Meta's own code does (llama3), or as we name it."""
+    """Returns our fields of RoPE: as in Meta's own code (llama3), or stored under our names."""
     kind = params.get("rope_scaling", str) if params.given("rope_scaling") else ""
     if params.given("use_scaled_rope") and params.get("use_scaled_rope", bool):
         kind = kind or "llama3"
@@ -103,7 +103,7 @@ def _rope(params: Fields, tied: bool) -> dict[str, Any]:
         raise UserError(f"{params.name('rope_scaling')}={kind!r} is not supported; known: {known}")
     found: dict[str, Any] = {"rope_scaling": kind}
     if kind == "llama3":
-        # 3.2 (whose small models are tied) stretches by 32; its params.json may not tell.
+        # Llama 3.2, whose small models are tied, stretches by 32; its params.json may omit that.
         found["rope_scaling_factor"] = 32.0 if tied else 8.0
     types = {"rope_truncate": bool, "rope_original_context": int}
     for field in (f"rope_{name}" for name in _ROPE[kind]):
@@ -113,7 +113,7 @@ def _rope(params: Fields, tied: bool) -> dict[str, Any]:
 
 
 def to_json(config: Config) -> str:
-    """Meta's own names where it has some; what it has no name for follows ours."""
+    """Returns a `params.json`, with our names for settings that Meta has no name for."""
     model = config.model
     values: dict[str, Any] = {
         "dim": model.dim,
@@ -139,7 +139,10 @@ def to_json(config: Config) -> str:
 
 
 def habitual_context(model: ModelConfig) -> int:
-    """The context of the model with such RoPE; LLaMA-2's 4096 cannot be told from 2048."""
+    """Returns the usual context of models with such RoPE, in tokens.
+
+    LLaMA-2 (4096) has the same RoPE as LLaMA (2048), and gets 2048.
+    """
     if model.rope_is_stretched:
         return 131_072 if model.rope_scaling == "llama3" else model.stretched_context
     return {500_000.0: 8192, 1_000_000.0: 16_384}.get(model.rope_theta, 2048)

@@ -1,4 +1,4 @@
-"""The model card of an export: what was trained, on what, and how it ended."""
+"""The model card of an export: the model, its training, and the results."""
 
 import functools
 import statistics
@@ -14,10 +14,10 @@ from llama_jax.model.cost import flops_by_part, parameter_count
 
 
 def render(meta: saved_step.StepMeta, step_folder: epath.Path) -> str:
-    """A README.md for the weights of one step.
+    """Returns a README.md for the weights of one step.
 
-    Losses, speed and chip-hours come from `metrics.jsonl` of its work directory, where that is
-    still there.
+    Losses, speed and chip-hours come from `metrics.jsonl` in the work directory, if it still
+    exists.
     """
     config, model = meta.config, meta.config.model
     rows = {
@@ -39,7 +39,7 @@ def render(meta: saved_step.StepMeta, step_folder: epath.Path) -> str:
         "",
     ]
     if meta.step == 0:
-        lines.append("None here: the weights were imported, or are the initial ones.")
+        lines.append("No training here: the weights were imported, or are the initial ones.")
     else:
         lines += _table(_training(meta, step_folder.parent.parent / "metrics.jsonl"))
     text = config.to_json().rstrip()
@@ -75,24 +75,25 @@ def _training(meta: saved_step.StepMeta, metrics: epath.Path) -> dict[str, str]:
         kind = f" of {meta.device_kind}" if meta.device_kind else ""
         rows["chip-hours"] = (
             f"{last['chip_seconds'] / 3600:,.2f}{kind}, "
-            "with evaluation, saving and steps that were lost and repeated"
+            "with evaluation, saving, and steps that were repeated after an interruption"
         )
     return rows
 
 
 @functools.cache  # an export may describe its step several times
 def _warn_once(text: str) -> None:
-    """Prints a warning to stderr, the first time that it is given."""
+    """Prints a warning to stderr, once for each text."""
     print(f"warning: {text}", file=sys.stderr)
 
 
 def _last_values(metrics: epath.Path, step: int) -> tuple[dict[str, Any], int]:
-    """What the log says up to a step, and how many of its lines are damaged and left out.
+    """Returns values of the log up to a step, and the number of damaged lines, which are left out.
 
-    Newest loss and eval_loss; the median of tokens/s, the sum of chip-seconds.
+    The values are the newest loss and eval_loss, the median of tokens/s, and the sum of
+    chip-seconds.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the log cannot be read.
     """
     found: dict[str, Any] = {}
     rates = []

@@ -1,4 +1,4 @@
-"""Weights by name: what FORMAT:DIR names is opened, adapters with the base that they are for."""
+"""Opens weights by their name, FORMAT:DIR; adapters are opened with their base."""
 
 import dataclasses
 from typing import Any
@@ -24,10 +24,10 @@ FORMATS = ("hf", "meta", "ckpt", "peft")
 
 
 def parse_place(text: str | None, flag: str) -> tuple[str, epath.Path]:
-    """FORMAT:DIR as its two parts.
+    """Splits FORMAT:DIR into its two parts.
 
     Raises:
-      UserError: it is not of that form.
+      UserError: `text` does not have that form.
     """
     kind, _, folder = (text or "").partition(":")
     if kind not in FORMATS or not folder:
@@ -42,14 +42,14 @@ def open_source(kind: str, folder: epath.Path, context: int = 0, base: str = "")
     """Opens and checks weights of one of the formats; adapters are merged with their base.
 
     Args:
-      kind: of `FORMATS`.
-      folder: that holds them.
-      context: of a meta source, see `MetaSource`.
-      base: FORMAT:DIR of the weights below adapters; empty: where they were in training.
+      kind: one of `FORMATS`.
+      folder: folder of the weights.
+      context: context of a meta source in tokens, see `MetaSource`.
+      base: FORMAT:DIR of the weights below adapters; empty: their place in training.
 
     Raises:
-      UserError: they are missing, damaged, or disagree with their config; they are no adapters,
-        but a base is given.
+      UserError: the weights are missing, damaged, or do not match their config; or `base` is given
+        and they have no adapters.
     """
     if not folder.exists():
         raise UserError(f"{folder} does not exist")
@@ -61,7 +61,7 @@ def open_source(kind: str, folder: epath.Path, context: int = 0, base: str = "")
         return HfSource(folder)
     if kind == "peft":
         described, adapters, origin = open_adapters(kind, folder, base)
-        # As PEFT merges: into the weights as they are.
+        # PEFT merges adapters into the original weights, without quantising them.
         config = described.config
         whole = dataclasses.replace(config.lora, base_dtype="float32")
         config = dataclasses.replace(config, lora=whole)
@@ -80,11 +80,11 @@ def open_base(config: Config, adapters: epath.PathLike) -> Source:
     """Opens the weights below saved adapters; `loading.load_init` reads them.
 
     Args:
-      config: of the adapters' run, with the place of these weights as `init_from`.
-      adapters: what to call the adapters in an error.
+      config: config of the adapters' run; its `init_from` is the place of these weights.
+      adapters: name of the adapters in an error.
 
     Raises:
-      UserError: there is nothing, or it is another model; or as `open_source`.
+      UserError: the place does not exist, or holds another model; see also `open_source`.
     """
     source = _open_below(config.init_from, adapters)
     check_model(source, config)
@@ -92,20 +92,23 @@ def open_base(config: Config, adapters: epath.PathLike) -> Source:
 
 
 def _open_below(place: str, adapters: epath.PathLike) -> Source:
-    """Opens the weights in FORMAT:DIR, which are below adapters."""
+    """Opens the weights below adapters; `place` is FORMAT:DIR."""
     kind, folder = parse_place(place, "base")
     if not folder.exists():
-        raise UserError(f"{folder}, the base of {adapters}, is not here; say where: --base=hf:DIR")
+        raise UserError(f"{folder}, the base of {adapters}, does not exist; name it: --base=hf:DIR")
     return open_source(kind, folder)
 
 
 def open_adapters(kind: str, folder: epath.Path, base: str = "") -> tuple[Description, Any, Source]:
-    """Adapters in NumPy, what is known of them, and the source of the weights below them.
+    """Opens adapters and their base.
 
     Args:
       kind: ckpt or peft.
-      folder: of a saved step, or of PEFT's files.
-      base: FORMAT:DIR of these weights; empty: where the adapters say.
+      folder: folder of a saved step, or of PEFT's files.
+      base: FORMAT:DIR of the weights below the adapters; empty: the place that the adapters name.
+
+    Returns:
+      The description of the adapters, the adapters in NumPy, and the source of their base.
 
     Raises:
       UserError: adapters or base cannot be read, or do not fit each other.
@@ -124,14 +127,14 @@ def open_adapters(kind: str, folder: epath.Path, base: str = "") -> tuple[Descri
 
 
 def saved_adapters(step: epath.Path, base: str = "") -> tuple[Description, Any]:
-    """Adapters of a saved step in NumPy, and what is known of them; their base is not read.
+    """Reads the description and the adapters of a saved step, into NumPy; does not read the base.
 
     Args:
-      step: its folder.
-      base: FORMAT:DIR that takes the place of where the base was in training.
+      step: folder of the step.
+      base: FORMAT:DIR that replaces the place of the base in training; empty: keep it.
 
     Raises:
-      UserError: it has none.
+      UserError: the step has no adapters.
     """
     meta = saved_step.load_meta(step)
     if not meta.config.lora.rank:
@@ -143,17 +146,17 @@ def saved_adapters(step: epath.Path, base: str = "") -> tuple[Description, Any]:
 
 
 def no_adapters(folder: epath.Path) -> UserError:
-    """The error of a base that is given for weights without adapters."""
-    return UserError(f"--base is of the weights below adapters, and {folder} has no adapters")
+    """Returns the error for a base that is given with weights without adapters."""
+    return UserError(f"--base names the weights below adapters, but {folder} has no adapters")
 
 
 def open_init(config: Config) -> Source:
     """Opens the weights that `config.init_from` names; `loading.load_init` reads them.
 
-    They may have fewer rows for the vocabulary than the config's model: `load_init` adds these.
+    They may have fewer rows for the vocabulary than the config's model: `load_init` adds rows.
 
     Raises:
-      UserError: they cannot be read, or are those of another model.
+      UserError: the weights cannot be read, or belong to another model.
     """
     source = open_source(*init_place(config.init_from))
     check_model(source, config)
@@ -161,7 +164,11 @@ def open_init(config: Config) -> Source:
 
 
 def init_place(init_from: str) -> tuple[str, epath.Path]:
-    """Format and folder of these weights, which must be there."""
+    """Returns format and folder of initial weights.
+
+    Raises:
+      UserError: the folder does not exist, or `init_from` is not FORMAT:DIR.
+    """
     kind, folder = parse_place(init_from, "config.init_from")
     if not folder.exists():
         raise UserError(f"init_from={init_from}: {folder} does not exist")
@@ -169,14 +176,14 @@ def init_place(init_from: str) -> tuple[str, epath.Path]:
 
 
 def tokenizer_file(init_from: str) -> str:
-    """Where the tokenizer of these weights is, for `data.tokenizer`; empty if they have none.
+    """Returns the path of the tokenizer of these weights, for `data.tokenizer`; '' without one.
 
-    Of several the one that fits the model is taken, as by `convert`; a folder stands for one that
-    is made of several files (see `open_tokenizer`). Llama 3's own format says less than a
-    tokenizer.json.
+    If there are several, takes the one that fits the model, as `convert` does. Returns the folder
+    for a tokenizer that is made of several files (see `open_tokenizer`). Prefers a tokenizer.json
+    to Llama 3's own format, which holds less information.
 
     Raises:
-      UserError: each has more ids than the model has rows, or one cannot be read.
+      UserError: every tokenizer has more ids than the model has rows, or one cannot be read.
     """
     kind, _, folder = init_from.partition(":")
     places = [epath.Path(folder)]
@@ -186,11 +193,11 @@ def tokenizer_file(init_from: str) -> str:
         chosen = choose_in(places[0])
         if chosen is not None:
             return str(places[0] / chosen.file) if chosen.plain else folder
-        others = (places[0] / ORIGINAL, places[0] / TEKKEN)  # the second is refused by name
+        others = (places[0] / ORIGINAL, places[0] / TEKKEN)  # readers refuse the second by name
         return next((str(file) for file in others if file.exists()), "")
     if kind == "ckpt":
         return _kept_tokenizer(places[0])
-    if kind == "meta":  # the first LLaMA and LLaMA-2 keep it beside the folders of the models
+    if kind == "meta":  # the first LLaMA and LLaMA-2 keep it next to the folders of the models
         places.append(places[0].parent)
     for place in places:
         model, described = place / "tokenizer.model", place / "tokenizer.json"
@@ -202,9 +209,13 @@ def tokenizer_file(init_from: str) -> str:
 
 
 def _kept_tokenizer(workdir: epath.Path) -> str:
-    """The tokenizer beside a run's checkpoints, if it is still that of the newest.
+    """Returns the tokenizer file of a run; '' without one.
 
-    The file has no checksum, and outlives the steps; a run that goes on finds it by the same name.
+    The file has no checksum and outlives the steps, so it is compared with the tokenizer of the
+    newest step.
+
+    Raises:
+      UserError: the file differs from the tokenizer of the newest step.
     """
     file = workdir / "tokenizer.model"
     if not file.exists():
@@ -212,7 +223,7 @@ def _kept_tokenizer(workdir: epath.Path) -> str:
     step = saved_step.find_step(workdir, pass_over=False)
     if read_bytes(file) != saved_step.load_meta(step).tokenizer_model:
         raise UserError(
-            f"{file} is not the tokenizer of {step}: it is damaged or replaced; name the step "
-            f"itself, which holds its own: init_from=ckpt:{step}"
+            f"{file} is not the tokenizer of {step}: it is damaged or was replaced; name the step "
+            f"itself, which holds its own copy: init_from=ckpt:{step}"
         )
     return str(file)

@@ -1,4 +1,4 @@
-"""Weights with more rows for the vocabulary than their source has."""
+"""Adds rows for the vocabulary to weights that have fewer rows than the model."""
 
 import dataclasses
 from typing import Any
@@ -12,30 +12,30 @@ _AXES = {row.path: row.axes.index("V") for row in PARAMETERS.values() if "V" in 
 
 
 def with_padded_vocabulary(source: Source, rows: int) -> Source:
-    """The source, with rows added up to so many; as it is where it has them."""
+    """Returns the source, padded to `rows` rows for the vocabulary if it has fewer."""
     found = source.description.config.model.vocab_size
     return PaddedSource(source, rows) if rows > found else source
 
 
 class PaddedSource:
-    """A source whose embedding and output head have rows added.
+    """A source whose embedding and output head have added rows.
 
-    A new row is the mean of the others: a token that has no id then has an average logit, and one
-    that a larger tokenizer brings begins there.
+    A new row is the mean of the others. So an unused id has an average logit, and a token that a
+    larger tokenizer adds starts from the mean.
     """
 
     def __init__(self, source: Source, rows: int) -> None:
-        """Wraps a source of fewer rows."""
+        """Wraps a source that has fewer than `rows` rows."""
         self._source, self._rows = source, rows
         config = source.description.config
         model = dataclasses.replace(config.model, vocab_size=rows)
         self.description = dataclasses.replace(
             source.description, config=dataclasses.replace(config, model=model)
         )
-        self._last: tuple[str, Any] = ("", None)  # parts of one array follow one another
+        self._last: tuple[str, Any] = ("", None)  # callers read the parts of one array in a row
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
-        """The array `path` of our tree, for a stacked one that of `layer`."""
+        """Reads the array `path` of our tree; of a stacked array, the layer `layer`."""
         if path not in _AXES:
             return self._source.read(path, layer)
         if self._last[0] != path:
@@ -49,7 +49,13 @@ class PaddedSource:
         return np.concatenate([array, more], axis)
 
     def read_part(self, path: str, layer: int | None, part: tuple[slice, ...]) -> np.ndarray:
-        """A box of that array."""
+        """Reads a box of the array.
+
+        Args:
+          path: path of the array in our tree.
+          layer: index of the layer of a stacked array; None for other arrays.
+          part: one slice for each axis of the array.
+        """
         read_part = getattr(self._source, "read_part", None)
         if path in _AXES or read_part is None:
             return self.read(path, layer)[part]

@@ -1,7 +1,7 @@
 """Adapters in PEFT's format: `adapter_model.safetensors` (or `.bin`) and `adapter_config.json`.
 
-Its names are those of Hugging Face's modules, its matrices (out, in) as everywhere there: A is
-(rank, in), B (out, rank).
+Tensors are named after Hugging Face's modules, and matrices are stored as (out, in): A is
+(rank, in), B is (out, rank).
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from llama_jax.model.lora import adapter_of
 from llama_jax.parameters import layer_matrices, shape_of
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-# What would make other adapters of the same arrays, and its values that do not.
+# Settings that change what the adapters compute, each with the values that do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": (None, "none"),
@@ -37,7 +37,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("target_parameters", "trainable_token_indices"), (None, [])),
     **dict.fromkeys(("layer_replication", "alora_invocation_tokens"), (None, [])),
     **dict.fromkeys(("kasa_config", "monteclora_config", "arrow_config"), (None,)),
-    # The others (pissa, olora, corda, loftq) change the base where PEFT loads them.
+    # With other values (pissa, olora, corda, loftq), PEFT changes the base when it loads adapters.
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
 }
 
@@ -47,7 +47,7 @@ def _tensor(name: str, layer: int, side: str) -> str:
 
 
 def _tensors(model: ModelConfig, lora: LoraConfig) -> dict[str, tuple[str, int, str]]:
-    """Their name -> matrix, layer and side."""
+    """Returns name of a tensor -> matrix, layer and side (A or B)."""
     return {
         _tensor(name, layer, side): (name, layer, side)
         for name in lora.names
@@ -64,7 +64,14 @@ def _stored_shape(model: ModelConfig, lora: LoraConfig, name: str, side: str) ->
 
 
 def write(folder: epath.Path, config: Config, adapters: Any, dtype: str = "float32") -> None:
-    """Writes adapters, in NumPy, into a folder."""
+    """Writes adapters into a folder.
+
+    Args:
+      folder: an existing folder.
+      config: config of the run, with the base of the adapters as `init_from`.
+      adapters: adapters in NumPy, in the tree of `lora.init_adapters`.
+      dtype: name of the dtype in which they are stored.
+    """
     model, lora = config.model, config.lora
     tensors = _tensors(model, lora)
     shapes = {to: _stored_shape(model, lora, name, side) for to, (name, _, side) in tensors.items()}
@@ -94,12 +101,13 @@ def write(folder: epath.Path, config: Config, adapters: Any, dtype: str = "float
 
 
 def read_config(folder: epath.Path) -> tuple[LoraConfig, str]:
-    """What adapters these are, and the name or folder of their base (empty if it is not told).
+    """Reads the config of adapters, and the name or folder of their base ('' if not given).
 
-    Ours are alike in all layers, so the first layer tells; `read` checks the others.
+    Our adapters are alike in all layers. So this examines the first layer only; `read` checks the
+    others.
 
     Raises:
-      UserError: there is no such file, or it describes what `LoraConfig` cannot.
+      UserError: the file does not exist, or `LoraConfig` cannot express what it describes.
     """
     values = _values(folder)
     base = values.get("base_model_name_or_path") or ""
@@ -109,14 +117,12 @@ def read_config(folder: epath.Path) -> tuple[LoraConfig, str]:
 
 @contextlib.contextmanager
 def _named(folder: epath.Path) -> Iterator[None]:
-    """Errors inside begin with the config's place."""
+    """Makes errors in the block begin with the path of the config."""
     try:
         with as_user_error("it"):
             yield
     except UserError as error:
-        raise UserError(
-            f"{folder / CONFIG} is no config of LoRA that is supported: {error}"
-        ) from error
+        raise UserError(f"{folder / CONFIG} is not a supported LoRA config: {error}") from error
 
 
 def _values(folder: epath.Path) -> dict[str, Any]:
@@ -131,7 +137,7 @@ def _values(folder: epath.Path) -> dict[str, Any]:
 
 
 def _lora(values: dict[str, Any], n_layers: int) -> LoraConfig:
-    """The adapters of a model with `n_layers`, which are alike in all of them."""
+    """Returns the config of adapters that are alike in all `n_layers` layers of a model."""
     targets = targets_of(values, n_layers)
     if len(set(targets.values())) > 1:
         raise UserError("several ranks or alphas (rank_pattern, alpha_pattern) are not supported")
@@ -139,11 +145,11 @@ def _lora(values: dict[str, Any], n_layers: int) -> LoraConfig:
     names = [name for name in layer_matrices() if (name, 0) in targets]
     if len(targets) != len(names) * n_layers:
         raise UserError(
-            f"adapters of some layers only are not supported, and the base has {n_layers} "
+            f"adapters of some layers only are not supported; the base has {n_layers} layers "
             "(target_modules, layers_to_transform, exclude_modules)"
         )
     alpha = target.alpha
-    if values.get("use_rslora"):  # which divides by the root of the rank
+    if values.get("use_rslora"):  # rsLoRA divides alpha by the root of the rank
         alpha *= math.sqrt(max(target.rank, 0))
     dropout = check_type("lora_dropout", values.get("lora_dropout") or 0.0, float)
     require(target.rank > 0, f"r must be positive, got {target.rank}")
@@ -151,13 +157,13 @@ def _lora(values: dict[str, Any], n_layers: int) -> LoraConfig:
 
 
 def _entries(folder: epath.Path) -> tuple[epath.Path, dict[str, Stored]]:
-    """The file with the adapters, safetensors before a pickle as in PEFT, and its tensors."""
+    """Returns the file with the adapters, and its tensors; prefers safetensors, as PEFT does."""
     for name, read_file in ((WEIGHTS, safetensors.read_header), (PICKLE, pickles.read_tensors)):
         file = folder / name
         if file.exists():
             found: dict[str, Stored] = {}
             for key, entry in read_file(file).items():
-                # The name of the adapter, which old versions and hand-made files have.
+                # Old versions and hand-made files include the name of the adapter.
                 plain = re.sub(r"(\.lora_[AB])\.default\.weight$", r"\1.weight", key)
                 if plain in found:
                     raise UserError(f"{file} has {plain} with and without the adapter's name")
@@ -167,11 +173,16 @@ def _entries(folder: epath.Path) -> tuple[epath.Path, dict[str, Stored]]:
 
 
 def read(folder: epath.Path, model: ModelConfig, lora: LoraConfig) -> Any:
-    """The adapters for a model, in NumPy and float32, as `lora.init_adapters` makes them.
+    """Reads adapters into NumPy and float32, in the tree of `lora.init_adapters`.
+
+    Args:
+      folder: folder of PEFT's files.
+      model: config of the base.
+      lora: config of the adapters, from `read_config`.
 
     Raises:
-      UserError: the config means other adapters in the model's other layers than in its first; a
-        tensor is missing, extra, or of another shape than the model makes it.
+      UserError: the adapters of the layers differ; a tensor is missing, extra, or has another shape
+        than the model requires.
     """
     values = _values(folder)
     with _named(folder):
@@ -183,13 +194,13 @@ def read(folder: epath.Path, model: ModelConfig, lora: LoraConfig) -> Any:
         ("has", set(entries) - set(tensors)),
     ):
         if names:
-            raise UserError(f"{file} {text} {shown(min(names))}, against {CONFIG} and the base")
+            raise UserError(f"{file} {text} {shown(min(names))}, contrary to {CONFIG} and the base")
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for stored, (name, layer, side) in tensors.items():
         shape = _stored_shape(model, lora, name, side)
         if entries[stored].shape != shape:
             raise UserError(
-                f"{file}: {stored} has shape {entries[stored].shape}, the base makes it {shape}"
+                f"{file}: {stored} has shape {entries[stored].shape}, the base requires {shape}"
             )
         row = layer_matrices()[name]
         inputs, outputs = shape_of(row.inputs, model), shape_of(row.outputs, model)

@@ -1,7 +1,7 @@
-"""Which matrices an adapter_config.json of PEFT names, and with which rank and alpha.
+"""Finds the matrices that PEFT's adapter_config.json names, with the rank and alpha of each.
 
-PEFT compares the names of all modules of a model with suffixes and regular expressions. The same is
-done here with the names in Hugging Face's LLaMA and Mistral.
+PEFT compares the names of all modules of a model with suffixes and regular expressions. This module
+does the same with the names of the modules in Hugging Face's LLaMA and Mistral.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from llama_jax.interchange import hf
 from llama_jax.parameters import layer_matrices
 
 MATCH_SECONDS = 10  # of processor time, for the expressions of one field
-# A foreign expression may take years, and `re` has no limit; a process has one.
+# An expression from a foreign file may take years. `re` has no time limit, but a process has one.
 _MATCHER = """
 import json, re, resource, sys
 seconds = int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-if sys.platform != "darwin":  # which has no such limit
+if sys.platform != "darwin":  # macOS has no such limit
     resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
 how, expressions, names = json.load(sys.stdin)
 try:
@@ -32,39 +32,39 @@ except Exception as error:
     sys.exit(f"{error}"[:200])
 json.dump([[m and (m.groupdict().get("idx") or "") for m in row] for row in found], sys.stdout)
 """
-# Modules beside the layers, and those of a layer that are no matrices.
+# Modules outside the layers, and those modules of a layer that are not matrices.
 _AROUND = ("model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb")
 _INSIDE = ("", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm", ".post_attention_layernorm")
-_DEFAULT = ["q_proj", "v_proj"]  # what PEFT takes for llama and mistral where a file is silent
+_DEFAULT = ["q_proj", "v_proj"]  # PEFT's default for llama and mistral
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSpec:
-    """The adapter of one matrix: its rank, and its alpha, which is divided by the rank."""
+    """The adapter of one matrix: its rank, and its alpha (its scale is alpha / rank)."""
 
     rank: int
     alpha: float
 
 
 def module_of(name: str, layer: int) -> str:
-    """Hugging Face's name of a matrix of ours: model.layers.0.self_attn.q_proj."""
+    """Returns Hugging Face's name of one of our matrices: model.layers.0.self_attn.q_proj."""
     return hf.name_of(layer_matrices()[name].path, layer).removesuffix(".weight")
 
 
 def short_name(name: str) -> str:
-    """The same within its layer: q_proj."""
+    """Returns Hugging Face's name of one of our matrices within its layer: q_proj."""
     return module_of(name, 0).split(".")[-1]
 
 
 def targets_of(values: Mapping[str, Any], n_layers: int) -> dict[tuple[str, int], AdapterSpec]:
-    """The matrices that have adapters, by our name and the layer.
+    """Returns the matrices that have adapters, by our name and the layer.
 
     Args:
-      values: of adapter_config.json.
-      n_layers: of the base.
+      values: content of adapter_config.json.
+      n_layers: number of layers of the base.
 
     Raises:
-      UserError: a value is malformed, or names modules that have no adapters here.
+      UserError: a value is malformed, or names modules that cannot have adapters here.
     """
     layers = range(n_layers)
     matrices = {
@@ -86,7 +86,7 @@ def targets_of(values: Mapping[str, Any], n_layers: int) -> dict[tuple[str, int]
 
 
 def _chosen(values: Mapping[str, Any], names: list[str], linear: list[str]) -> list[str]:
-    """The modules that PEFT would give adapters (`check_target_module_exists` there)."""
+    """Returns the modules to which PEFT adds adapters (see its `check_target_module_exists`)."""
     targets = values.get("target_modules")
     layers = values.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers or []
@@ -96,7 +96,7 @@ def _chosen(values: Mapping[str, Any], names: list[str], linear: list[str]) -> l
         found = linear if whole else _matched(targets, names)
     else:
         suffixes = set(_texts("target_modules", _DEFAULT if targets is None else targets))
-        full = [name for name in names if name in suffixes]  # in whatever layer they are
+        full = [name for name in names if name in suffixes]  # full names, in any layer
         rest = [name for name in names if name not in suffixes and _ends(name, suffixes)]
         found = full + (_in_layers(rest, layers, values) if layers else rest)
     excluded = values.get("exclude_modules") or []
@@ -109,7 +109,7 @@ def _chosen(values: Mapping[str, Any], names: list[str], linear: list[str]) -> l
 
 
 def _in_layers(names: list[str], layers: Any, values: Mapping[str, Any]) -> list[str]:
-    """Those of some names that lie in the layers of `layers_to_transform`."""
+    """Returns the names that lie in the layers of `layers_to_transform`."""
     numbers = {check_type("layers_to_transform", layer, int) for layer in layers}
     patterns = values.get("layers_pattern") or []
     patterns = _texts("layers_pattern", [patterns] if isinstance(patterns, str) else patterns)
@@ -123,7 +123,7 @@ def _in_layers(names: list[str], layers: Any, values: Mapping[str, Any]) -> list
 def _by_pattern(
     values: Mapping[str, Any], patterns: str, default: str, kind: type, names: list[str]
 ) -> dict[str, Any]:
-    """Module -> rank or alpha: of the first pattern that matches its name, or the default."""
+    """Returns module -> rank or alpha, from the first pattern that matches it, or the default."""
     found = values.get(patterns) or {}
     require(isinstance(found, dict), f"{patterns} must be numbers by module, got {found!r:.200}")
     choices = [check_type(f"{patterns}[{key!r:.200}]", value, kind) for key, value in found.items()]
@@ -142,24 +142,24 @@ def _texts(name: str, values: Any) -> list[str]:
 
 
 def _ends(name: str, suffixes: set[str]) -> bool:
-    """Whether a name, or what follows one of its dots, is one of the suffixes."""
+    """Returns whether a name, or its part after one of the dots, is one of the suffixes."""
     parts = name.split(".")
     return any(".".join(parts[start:]) in suffixes for start in range(len(parts)))
 
 
 def _matched(expression: str, names: list[str]) -> list[str]:
-    """The names that a regular expression matches as a whole."""
+    """Returns the names that a regular expression matches as a whole."""
     matches = _match("fullmatch", [expression], names)[0]
     return [name for name, match in zip(names, matches, strict=True) if match is not None]
 
 
 def _match(how: str, expressions: list[str], names: list[str]) -> list[list[str | None]]:
-    """What each expression finds in each name: None, or its group `idx`, empty if it has none.
+    """Matches each expression with each name; gives None, or the group `idx` ('' without it).
 
     Args:
-      how: a method of an expression of `re`: match or fullmatch.
-      expressions: as Python reads them.
-      names: of modules.
+      how: method of a compiled expression: match or fullmatch.
+      expressions: regular expressions in Python's syntax.
+      names: names of modules.
 
     Raises:
       UserError: an expression is malformed, or takes too long.

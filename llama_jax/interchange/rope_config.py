@@ -1,6 +1,6 @@
-"""RoPE in Hugging Face's `config.json`: read and written by the rules of transformers 5.
+"""Reads and writes RoPE in Hugging Face's `config.json`, by the rules of transformers 5.
 
-Version 5 has `rope_parameters`, version 4 `rope_theta` and `rope_scaling`.
+Version 5 has `rope_parameters`; version 4 has `rope_theta` and `rope_scaling`.
 """
 
 import math
@@ -12,7 +12,7 @@ from llama_jax.interchange.fields import Fields, short
 
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _ORIGINAL = "original_max_position_embeddings"
-# Fields of each kind; others are refused.
+# Fields of each kind; other fields raise an error.
 _FIELDS: dict[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
@@ -23,7 +23,7 @@ _FIELDS: dict[str, set[str]] = {
         *("attention_factor", "mscale", "mscale_all_dim"),
     },
 }
-# What their field is called, of ours that they name in another way.
+# Our field -> name of the field in config.json, if the names differ.
 NAMES = {
     "rope_scaling_factor": "the factor of RoPE",
     "rope_low_freq_factor": "low_freq_factor",
@@ -36,20 +36,20 @@ NAMES = {
 
 
 def read(fields: Fields, context: int) -> dict[str, Any]:
-    """Our fields of RoPE.
+    """Returns our fields of RoPE.
 
     Args:
-      fields: of config.json.
-      context: its max_position_embeddings.
+      fields: fields of config.json.
+      context: its max_position_embeddings, in tokens.
 
     Raises:
-      UserError: the kind is not known, or a field is missing, unknown, or has a wrong value.
+      UserError: the kind is unknown, or a field is missing, unknown, or has a wrong value.
     """
     rope, theta = _parameters(fields)
     kind = _kind(rope)
     found: dict[str, Any] = {"rope_theta": theta}
     plain: dict[str, tuple[Any, ...]] = {"factor": (1, 1.0), "finetuned": (True, False)}
-    if kind in ("linear", "dynamic"):  # which go by max_position_embeddings
+    if kind in ("linear", "dynamic"):  # they use max_position_embeddings instead
         plain[_ORIGINAL] = (context,) if kind == "dynamic" else (rope.values.get(_ORIGINAL),)
     rope.refuse_others(_COMMON | _FIELDS[kind], plain)
     if kind == "default":
@@ -72,7 +72,7 @@ def read(fields: Fields, context: int) -> dict[str, Any]:
 
 
 def _parameters(fields: Fields) -> tuple[Fields, float]:
-    """The object that has the parameters, and theta."""
+    """Returns the object that has the parameters of RoPE, and theta."""
     found = []
     for field in ("rope_parameters", "rope_scaling"):
         if fields.values.get(field) not in (None, {}):
@@ -90,7 +90,7 @@ def _parameters(fields: Fields) -> tuple[Fields, float]:
     for group in thetas[1:]:
         if group.positive("rope_theta") != theta:
             raise UserError(f"{fields.file}: rope_theta and rope_parameters disagree")
-    for group in (rope, fields):  # rotating a part of each head
+    for group in (rope, fields):  # refuses models that rotate only a part of each head
         if group.given("partial_rotary_factor") and group.values["partial_rotary_factor"] != 1:
             value = short(group.values["partial_rotary_factor"])
             raise UserError(f"{group.name('partial_rotary_factor')}={value} is not supported")
@@ -98,7 +98,7 @@ def _parameters(fields: Fields) -> tuple[Fields, float]:
 
 
 def _normal(rope: dict[str, Any]) -> dict[str, Any]:
-    """Parameters to compare, whichever version wrote them."""
+    """Converts parameters to a common form for comparison, whichever version wrote them."""
     kept = {name: value for name, value in rope.items() if value is not None}
     kind = kept.pop("type", "default")
     return {"rope_type": kind, **kept, "rope_theta": None}
@@ -117,7 +117,7 @@ def _kind(rope: Fields) -> str:
 
 
 def _original(fields: Fields, rope: Fields, context: int) -> int:
-    """The context before it was stretched; where neither place tells, it was not."""
+    """Returns the context before stretching, in tokens; `context` if no field gives it."""
     sizes = [group.size(_ORIGINAL) for group in (fields, rope) if group.given(_ORIGINAL)]
     if len(set(sizes)) > 1:
         raise UserError(f"{rope.name(_ORIGINAL)} and {_ORIGINAL} disagree")
@@ -153,7 +153,7 @@ def _yarn(fields: Fields, rope: Fields, context: int) -> dict[str, Any]:
 
 
 def parameters(model: ModelConfig) -> dict[str, Any]:
-    """What `rope_scaling` has in version 4, and `rope_parameters` beside theta in 5."""
+    """Returns the content of `rope_scaling` (version 4), or `rope_parameters` without theta (5)."""
     kind, factor = model.rope_scaling, model.rope_scaling_factor
     if not model.rope_is_stretched:
         return {"rope_type": "default"}

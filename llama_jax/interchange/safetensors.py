@@ -1,8 +1,9 @@
-"""The safetensors format, read and written in pieces.
+"""Reads and writes the safetensors format in parts.
 
-A file is the length of a header (8 bytes, little-endian), the header (JSON: name -> dtype, shape,
-place), and the arrays. The library of that name maps whole files into memory or wants all tensors
-at once; here ranges of rows are read, and tensors are written in any order.
+A file consists of the length of the header (8 bytes, little-endian), the header (JSON: name ->
+dtype, shape, offsets), and the arrays. The safetensors library maps whole files into memory, and
+needs all tensors at once to write them. This module reads ranges of rows, and writes tensors in any
+order.
 """
 
 import collections
@@ -33,10 +34,10 @@ class Entry:
     """One tensor of a file.
 
     Attributes:
-      file: where it is.
-      dtype: of its numbers.
-      shape: its shape.
-      offset: of its first byte, from the start of the file.
+      file: the file that holds the tensor.
+      dtype: dtype of the tensor.
+      shape: shape of the tensor.
+      offset: position of its first byte, from the start of the file.
     """
 
     file: epath.Path
@@ -46,29 +47,29 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """Its bytes."""
+        """The size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, rows: slice = slice(None)) -> np.ndarray:
-        """The tensor, or a range of its rows; only these are read."""
+        """Reads the tensor, or only a range of its rows."""
         return read_rows(self, rows)
 
 
 def shown(name: str) -> str:
-    """A name of a foreign file, as it can stand in an error of one line."""
+    """Formats a name from a foreign file for an error of one line."""
     return name if name.isprintable() and len(name) < 200 else f"{name[:200]!r}"
 
 
 def read_header(file: epath.Path) -> dict[str, Entry]:
-    """Name -> tensor, for all tensors of a file.
+    """Opens all tensors of a file, by name; does not read their numbers.
 
-    Whatever the library refuses is refused. So are three things that it lets pass: a name that is
-    given twice (which the format forbids: the library takes the last), a space before the header,
-    and fields of a tensor that the format does not have, as they may change its numbers.
+    Refuses what the library refuses, and three things that the library accepts: a duplicate name
+    (which the format forbids; the library takes the last), a space before the header, and unknown
+    fields of a tensor, because they may change its numbers.
 
     Raises:
-      UserError: the file cannot be read, is truncated, no safetensors file, breaks a rule of the
-        format, or has another dtype.
+      UserError: the file cannot be read, is truncated, is not a safetensors file, breaks a rule of
+        the format, or has another dtype.
     """
     try:
         size = size_of(file)
@@ -87,7 +88,7 @@ def read_header(file: epath.Path) -> dict[str, Entry]:
     header = _parse_header(content, file)
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not _is_texts(metadata):
-        raise UserError(f"{file} is damaged: its __metadata__ is not texts by name")
+        raise UserError(f"{file} is damaged: its __metadata__ must map names to strings")
     found = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
     _check_layout(file, found, 8 + length, size)
     return found
@@ -103,7 +104,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _size(digits: str) -> int:
     if digits.startswith("-"):
-        raise ValueError(f"{digits:.30} is no size")
+        raise ValueError(f"{digits:.30} is not a size")
     return int(digits)
 
 
@@ -119,7 +120,7 @@ def _parse_header(content: bytes, file: epath.Path) -> dict[str, Any]:
         header = json.loads(
             text, object_pairs_hook=_unique, parse_int=_size, parse_constant=_no_constant
         )
-        json.dumps(header, ensure_ascii=False).encode()  # halves of a character are no text
+        json.dumps(header, ensure_ascii=False).encode()  # raises for halves of a surrogate pair
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{file} is not a safetensors file: its header is damaged ({first_line(error)})"
@@ -132,22 +133,26 @@ def _is_texts(values: Any) -> bool:
 
 
 def _entry(file: epath.Path, name: str, value: Any, begin: int) -> Entry:
-    """A tensor of the header; `begin`: where the arrays begin in the file."""
+    """Returns a tensor of the header; the arrays start at the offset `begin` of the file.
+
+    Raises:
+      UserError: the header does not describe the tensor correctly.
+    """
     fields = ("dtype", "shape", "data_offsets")
     if not isinstance(value, dict) or set(value) != set(fields):
-        raise UserError(f"{file} is damaged: {shown(name)} has not just {', '.join(fields)}")
+        raise UserError(f"{file} is damaged: {shown(name)} must have just {', '.join(fields)}")
     code, shape, offsets = (value[field] for field in fields)
     if not isinstance(code, str) or code not in DTYPES:
         raise UserError(
-            f"{file}: {shown(name)} has dtype {shown(str(code))}; not {', '.join(DTYPES)}"
+            f"{file}: {shown(name)} has dtype {shown(str(code))}; supported: {', '.join(DTYPES)}"
         )
     if not (_is_sizes(shape) and _is_sizes(offsets) and len(offsets) == 2):
-        raise UserError(f"{file} is damaged: shape or data_offsets of {shown(name)} are no sizes")
+        raise UserError(f"{file} is damaged: shape or data_offsets of {shown(name)} are not sizes")
     dtype, (start, stop) = DTYPES[code], offsets
-    # The product without zeros must be a size, too: NumPy makes no array otherwise.
+    # The product without zeros must be a valid size, too: otherwise NumPy cannot make the array.
     largest = math.prod(size or 1 for size in shape) * dtype.itemsize
     if stop - start != math.prod(shape) * dtype.itemsize or largest >= 2**63:
-        raise UserError(f"{file}: {shown(name)} has not the bytes of its shape {tuple(shape)}")
+        raise UserError(f"{file}: the bytes of {shown(name)} do not fit its shape {tuple(shape)}")
     return Entry(file, dtype, tuple(shape), begin + start)
 
 
@@ -158,7 +163,7 @@ def _is_sizes(values: Any) -> bool:
 
 
 def _check_layout(file: epath.Path, found: dict[str, Entry], begin: int, size: int) -> None:
-    """Tensors must follow one another, from the end of the header to the end of the file."""
+    """Checks that tensors fill the file without gaps, from the end of the header to its end."""
     end = begin
     for name, entry in sorted(found.items(), key=lambda item: (item[1].offset, item[1].size)):
         if entry.offset != end:
@@ -172,7 +177,7 @@ def _check_layout(file: epath.Path, found: dict[str, Entry], begin: int, size: i
 
 
 def read_rows(entry: Entry, rows: slice = slice(None)) -> np.ndarray:
-    """A tensor, or a range of its rows."""
+    """Reads a tensor, or only a range of its rows."""
     shape = entry.shape or (1,)
     start, stop, _ = rows.indices(shape[0])
     row_size = math.prod(shape[1:])
@@ -193,7 +198,7 @@ def read_rows(entry: Entry, rows: slice = slice(None)) -> np.ndarray:
 
 
 class Writer:
-    """Files whose layout is decided first, and whose tensors then come in any order."""
+    """Writes files whose layout is fixed at the start; tensors may then come in any order."""
 
     def __init__(
         self,
@@ -206,11 +211,11 @@ class Writer:
         """Starts the files of a model.
 
         Args:
-          folder: where they go.
-          tensors: name -> shape, in the order in which they shall lie.
-          dtype: of all of them.
-          shard_size: bytes of a file at most, unless one tensor is larger.
-          stem: of the files' names.
+          folder: folder of the files.
+          tensors: name -> shape, in the order of the tensors in the files.
+          dtype: dtype of all tensors.
+          shard_size: maximum bytes of a file, unless one tensor is larger.
+          stem: first part of the files' names.
         """
         dtype = np.dtype(dtype)
         self._dtype = dtype
@@ -252,7 +257,7 @@ class Writer:
             (folder / f"{stem}.safetensors.index.json").write_text(text + "\n")
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Writes one tensor; each must be written once."""
+        """Writes one tensor; each tensor must be written exactly once."""
         stream, start, shape = self._places.pop(name)
         assert array.shape == shape and array.dtype == self._dtype, (name, array.shape, array.dtype)
         stream.seek(start)

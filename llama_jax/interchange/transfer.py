@@ -1,4 +1,4 @@
-"""Weights from a source to a new folder of another format: all of them, or nothing."""
+"""Writes weights from a source to a new folder in another format: all of them, or nothing."""
 
 import contextlib
 import dataclasses
@@ -24,11 +24,11 @@ from llama_jax.model.cost import parameter_count
 
 @contextlib.contextmanager
 def _all_or_nothing(folder: epath.Path) -> Iterator[epath.Path]:
-    """A folder that is written beside its place, and gets its name when it is complete."""
+    """Yields a temporary folder next to `folder`; gives it its final name when it is complete."""
     if folder.exists():
         raise UserError(f"{folder} exists; choose another target, or move it away")
     partial = folder.parent / f"{folder.name}.partial"
-    if partial.exists():  # of a conversion that was killed
+    if partial.exists():  # left by a conversion that was killed
         partial.rmtree()
     partial.mkdir(parents=True)
     try:
@@ -42,17 +42,17 @@ def _all_or_nothing(folder: epath.Path) -> Iterator[epath.Path]:
 def export_adapters(
     checkpoint: epath.Path, target: epath.PathLike, base: str = "", dtype: str = ""
 ) -> Description:
-    """Adapters of a checkpoint in PEFT's format.
+    """Writes the adapters of a checkpoint in PEFT's format; returns their description.
 
     Args:
       checkpoint: a work directory, or the folder of one step.
       target: folder that must not exist.
-      base: FORMAT:DIR of their base, which is compared with the one that they were trained on;
-        empty: where it was in training, and it is not read.
-      dtype: of the numbers; empty: float32.
+      base: FORMAT:DIR of their base, which is compared with the base in training; empty: the base
+        is not read, and keeps the place that it had in training.
+      dtype: dtype of the tensors; empty: float32.
 
     Raises:
-      UserError: there are no adapters, or for another base; the target exists.
+      UserError: the checkpoint has no adapters, or they have another base; the target exists.
     """
     step = saved_step.find_step(checkpoint, pass_over=False)
     if base:
@@ -68,10 +68,15 @@ def export_adapters(
 
 
 def import_adapters(folder: epath.Path, target: epath.PathLike, base: str = "") -> Description:
-    """Adapters of PEFT's format as a checkpoint.
+    """Writes adapters in PEFT's format as a checkpoint; returns their description.
+
+    Args:
+      folder: folder of PEFT's files.
+      target: folder that must not exist.
+      base: FORMAT:DIR of their base; empty: the place that the adapters name.
 
     Raises:
-      UserError: as `open_adapters`; the target exists.
+      UserError: see `open_adapters`; the target exists.
     """
     described, adapters, origin = open_adapters("peft", folder, base)
     with _all_or_nothing(epath.Path(target)) as partial:
@@ -86,11 +91,12 @@ def convert(source: Source, kind: str, folder: epath.PathLike, dtype: str = "") 
     Args:
       source: opened weights.
       kind: hf, meta or ckpt.
-      folder: that must not exist.
-      dtype: of the target's weights; empty: the source's. A checkpoint always holds float32.
+      folder: folder that must not exist.
+      dtype: dtype of the target's weights; empty: as in the source. A checkpoint always holds
+        float32.
 
     Returns:
-      What was written. What could not be read or written is printed, a line each.
+      The description of the target. Prints a line for each file that could not be read or written.
 
     Raises:
       UserError: the folder exists, or the weights cannot be read, cast or written.

@@ -1,9 +1,9 @@
-"""Which files of a Hugging Face folder hold its weights.
+"""Finds the files of a Hugging Face folder that hold its weights.
 
-transformers reads the first of these that is there: `model.safetensors`, the shards of
+transformers reads the first of these that exists: `model.safetensors`, the shards of
 `model.safetensors.index.json`, `pytorch_model.bin`, the shards of `pytorch_model.bin.index.json`.
-Other files, such as Mistral's own `consolidated.safetensors`, it leaves alone. Where it and another
-reader could take different weights from one folder, the folder is refused.
+It ignores other files, such as Mistral's own `consolidated.safetensors`. A folder from which
+transformers and another reader could take different weights raises an error.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from llama_jax.interchange.safetensors import shown
 _INDEX = ".index.json"
 
 
-Stored = safetensors.Entry | pickles.Entry  # a tensor; its numbers are read when asked for
+Stored = safetensors.Entry | pickles.Entry  # a tensor; its numbers are read on demand
 _Reader = Callable[[epath.Path], Mapping[str, Stored]]
 _READERS: Mapping[str, _Reader] = {
     "model.safetensors": safetensors.read_header,
@@ -28,27 +28,27 @@ _READERS: Mapping[str, _Reader] = {
 
 
 def abbreviate_names(names: list[str]) -> str:
-    """The first of several names, and how many more there are."""
+    """Returns the first of several names, and the number of the others."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return shown(names[0]) + more
 
 
 def open_weights(folder: epath.Path, named: Any = None) -> dict[str, Stored]:
-    """Every tensor of a folder, by its name; their numbers are not read.
+    """Opens every tensor of a folder, by name; does not read their numbers.
 
     Args:
-      folder: of Hugging Face's format.
-      named: the value of `transformers_weights` in its config.json, the file to read; None: the
-        first of the usual names.
+      folder: folder in Hugging Face's format.
+      named: file to read, from `transformers_weights` in config.json; None: the first of the usual
+        names that exists.
 
     Raises:
-      UserError: a file is missing or damaged, or it is not clear which of several holds the
+      UserError: a file is missing or damaged, or it is not clear which of several files holds the
         weights.
     """
     if (folder / "adapter_config.json").exists():
         raise UserError(
             f"{folder} has config.json and adapter_config.json: transformers adds the adapters to "
-            "the weights; move one of both away (peft:DIR reads adapters)"
+            "the weights; move one of the two away (peft:DIR reads adapters)"
         )
     if named is not None:
         return _named(folder, named)
@@ -59,7 +59,7 @@ def open_weights(folder: epath.Path, named: Any = None) -> dict[str, Stored]:
             if single.exists() and set(weight_map.values()) != {name}:
                 raise UserError(
                     f"{folder} has {single.name} and {index.name}: transformers reads the first, "
-                    "other programs the files of the second; move one of both away"
+                    "other programs the files of the second; move one of the two away"
                 )
             return _sharded(index, weight_map, read)
         if single.exists():
@@ -72,10 +72,10 @@ def open_weights(folder: epath.Path, named: Any = None) -> dict[str, Stored]:
 
 
 def _named(folder: epath.Path, named: Any) -> dict[str, Stored]:
-    """The weights that config.json names; transformers takes no pickles there."""
+    """Opens the weights that config.json names; transformers accepts no pickles there."""
     origin = "config.json (transformers_weights)"
     if not isinstance(named, str) or not named.endswith((".safetensors", f".safetensors{_INDEX}")):
-        raise UserError(f"{folder}: {origin} names {named!r:.200}, which is no safetensors file")
+        raise UserError(f"{folder}: {origin} names {named!r:.200}, which is not a safetensors file")
     _check_names(folder, [named], origin)
     if named.endswith(_INDEX):
         weight_map = _weight_map(folder / named)
@@ -84,7 +84,7 @@ def _named(folder: epath.Path, named: Any) -> dict[str, Stored]:
 
 
 def _check_names(folder: epath.Path, names: list[str], origin: str) -> None:
-    """Checks that names are those of files in a folder, which are there."""
+    """Checks that names are those of existing files in a folder."""
     outside = [name for name in names if name in ("", ".", "..") or "/" in name or "\\" in name]
     if outside:
         raise UserError(
@@ -96,7 +96,7 @@ def _check_names(folder: epath.Path, names: list[str], origin: str) -> None:
 
 
 def _weight_map(index: epath.Path) -> dict[str, str]:
-    """Tensor -> file, as an index tells."""
+    """Reads tensor -> file from an index."""
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise UserError(f"{index} is damaged: it has no weight_map")
@@ -105,10 +105,13 @@ def _weight_map(index: epath.Path) -> dict[str, str]:
 
 
 def _sharded(index: epath.Path, weight_map: dict[str, str], read: _Reader) -> dict[str, Stored]:
-    """The tensors of all files that an index names.
+    """Returns the tensors of all files that an index names.
 
-    A tensor may lie in two of them. transformers takes the last file, other programs the one that
-    the index names.
+    A tensor may be in two of the files. transformers takes the last file, other programs the file
+    that the index names for the tensor.
+
+    Raises:
+      UserError: a tensor is missing, or has other numbers in another file.
     """
     found: dict[str, Stored] = {}
     for file in sorted(set(weight_map.values())):
@@ -117,7 +120,7 @@ def _sharded(index: epath.Path, weight_map: dict[str, str], read: _Reader) -> di
             if first and weight_map.get(name) != file and not same_numbers(first, entry):
                 raise UserError(
                     f"{index.parent}: {shown(name)} is in {first.file.name} and in {file} with "
-                    "other numbers, and programs differ in which they take"
+                    "other numbers, and programs differ in which file they read"
                 )
             found[name] = entry
     absent = [name for name in weight_map if name not in found]
@@ -129,7 +132,7 @@ def _sharded(index: epath.Path, weight_map: dict[str, str], read: _Reader) -> di
 
 
 def same_numbers(left: Stored, right: Stored) -> bool:
-    """Whether two tensors are the same, bit for bit; a few rows at a time are in memory."""
+    """Returns whether two tensors are equal, bit for bit; holds a few rows in memory at a time."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
     for start in range(0, left.shape[0] if left.shape else 1, 4096):

@@ -180,7 +180,7 @@ def test_a_disk_that_is_too_small_is_not_written_to(state, run, monkeypatch, cap
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     monkeypatch.setattr(saver._background._orbax, "save", lambda *_, **__: pytest.fail("written"))
     save(saver, state, 12)
-    assert "it takes 0.00 GB, the disk has 0.00 GB free" in capsys.readouterr().out
+    assert "the step takes 0.00 GB, the disk has 0.00 GB free" in capsys.readouterr().out
     with pytest.raises(UserError, match="the disk has 0.00 GB free"):
         saver.close()
 
@@ -311,7 +311,7 @@ def test_damage_that_only_the_fingerprint_sees(state, run):
     with Checkpointer(run, CONFIG) as saver:
         assert saver.newest_good_step() == 8
         with pytest.raises(
-            DamagedCheckpoint, match="does not give back .*: params/embed "
+            DamagedCheckpoint, match="differs from what was saved: params/embed "
         ) as caught:
             restore(saver, 8)
         saver.mark_damaged(8, str(caught.value))

@@ -241,5 +241,5 @@ def test_no_file_of_a_checkpoint_leaves_its_folder(tmp_path, name):
     """Files are exported by their names, so a foreign checkpoint must not choose the place."""
     saved_step.save_meta(tmp_path, dataclasses.replace(META, tokenizer_files={name: b"x"}))
     manifest.write(epath.Path(tmp_path))
-    with pytest.raises(UserError, match="holds a file .*, which is no tokenizer's"):
+    with pytest.raises(UserError, match="holds a file .*, which is not a tokenizer file"):
         load_meta(tmp_path)

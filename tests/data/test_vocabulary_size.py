@@ -283,7 +283,9 @@ def test_added_rows_are_the_mean(config, base, shape):
         np.testing.assert_array_equal(array[:304], theirs)
         mean = np.tile(theirs.astype(np.float64).mean(0), (ROWS - 304, 1))
         np.testing.assert_allclose(array[304:], mean, rtol=1e-5, atol=1e-7)
-    with pytest.raises(UserError, match="model.vocab_size is 304 there, 303 in the config"):
+    with pytest.raises(
+        UserError, match="model.vocab_size is 304 in the weights, 303 in the config"
+    ):
         open_init(replace(more, model__vocab_size=303))
 
 

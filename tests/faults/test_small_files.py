@@ -334,10 +334,10 @@ def test_a_run_goes_on_whatever_lies_beside_its_steps(cut, tmp_path, capsys):
     assert "resume  from step 8" in said and "warning" not in said
     assert "4 unfinished checkpoint folder(s): 4.deleting, 5.deleting, 7.saving, 9.saving" in said
     for step, place in ((2, tmp_path / "gone"), (6, old), (8, left)):
-        text = f"checkpoint {step} is deleted, but not what its links lead to: {place}"
+        text = f"checkpoint {step} is deleted, but not the targets of its links: {place}"
         assert text in said
-    assert f"{steps}/10 was no saved step; set aside as {steps}/10.damaged" in said
-    nothing = f"it is a link to {tmp_path}/gone, where nothing is"
+    assert f"{steps}/10 was not a saved step; set aside as {steps}/10.damaged" in said
+    nothing = f"it is a link to {tmp_path}/gone, which does not exist"
     assert f"damaged checkpoint 12: {nothing}; set aside as {steps}/12.damaged" in said
     assert files_of(elsewhere) | files_of(tmp_path / "mine") == before
     assert sorted(os.listdir(steps)) == sorted([*kept, "10.damaged", "12.damaged", "12"])
@@ -369,7 +369,7 @@ def test_steps_on_a_disk_that_is_not_there(cut, tmp_path):
     for step in ("6", "8"):
         link_elsewhere(cut / "checkpoints" / step, elsewhere)
     elsewhere.rename(tmp_path / "away")
-    with pytest.raises(UserError, match=r"no good .*step 8: it is a link to .*, where nothing is"):
+    with pytest.raises(UserError, match=r"no good .*step 8: it is a link to .* does not exist"):
         train(CONFIG, cut)
     (tmp_path / "away").rename(elsewhere)
     assert int(train(CONFIG, cut).step) == 12

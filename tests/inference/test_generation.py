@@ -105,4 +105,4 @@ def test_a_damaged_step_is_one_line(tokenizer, tmp_path):
     largest = max(files, key=lambda file: file.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     said = one_line_error(run_command("generate", f"--checkpoint={step}", "--prompt=a"))
-    assert f"{step} does not give back what was saved: params/" in said and largest.name in said
+    assert f"{step} differs from what was saved: params/" in said and largest.name in said

@@ -256,7 +256,7 @@ NOT_SAID = {
         lambda train: kind_of(train(), "e", CONTROL),
         "encodes 'e' without its piece",
     ),
-    "no letter": (lambda train: without(train(), "e"), "is made of 'e', which is no piece"),
+    "no letter": (lambda train: without(train(), "e"), "is made of 'e', which is not a piece"),
     "nfkc": (
         lambda train: train(normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True),
         "its normalizer, nmt_nfkc, replaces sequences of characters",
@@ -388,7 +388,7 @@ def test_a_config_that_names_a_class_is_kept_and_told(tokenizer, tmp_path, capsy
         tmp_path / "hf", replace(TINY, model__vocab_size=tokenizer.vocab_size), files=files
     )
     assert not (folder / "tokenizer.json").exists()
-    assert "names LlamaTokenizer, by whose rules transformers reads the" in capsys.readouterr().out
+    assert "names LlamaTokenizer, and transformers reads the" in capsys.readouterr().out
     kept = {name: (folder / name).read_bytes() for name in files}
     assert kept == files
 

@@ -140,7 +140,11 @@ SLIDING, FULL = "sliding_attention", "full_attention"
         ("mistral", {"max_window_layers": 1}, "not supported with sliding_window"),
         ("mistral", {"sliding_window": 0}, "sliding_window must be positive"),
         ("mistral", {"sliding_window": True}, "sliding_window must be of type int"),
-        ("llama", {"layer_types": [SLIDING, SLIDING]}, "does not fit no sliding window"),
+        (
+            "llama",
+            {"layer_types": [SLIDING, SLIDING]},
+            "does not fit a model without a sliding window",
+        ),
     ],
 )
 def test_windows_of_some_layers(name, changes, message):
@@ -262,9 +266,9 @@ def test_sizes_beyond_the_tensors_are_told_at_once(tmp_path):
     values = json.loads(path.read_text())
     for changes, message in (
         ({"num_hidden_layers": 2**31 - 1}, "has 21 tensors, too few for the 2147483647 layers"),
-        ({"hidden_size": 2**30, "head_dim": None}, "has shape (64, 32), config.json makes it"),
-        ({"vocab_size": 2**31 - 1}, "config.json makes it (2147483647, 32)"),
-        ({"num_attention_heads": 2**30, "head_dim": 2**30}, "config.json makes it"),
+        ({"hidden_size": 2**30, "head_dim": None}, "has shape (64, 32), config.json requires"),
+        ({"vocab_size": 2**31 - 1}, "config.json requires (2147483647, 32)"),
+        ({"num_attention_heads": 2**30, "head_dim": 2**30}, "config.json requires"),
     ):
         path.write_text(json.dumps({**values, **changes}))
         with pytest.raises(UserError) as caught:

@@ -66,7 +66,7 @@ def test_what_we_write_is_read(tmp_path, name):
         ({"moe": {"num_experts": 8}}, "moe={'num_experts': 8} is not supported"),
         ({"use_qk_norm": True}, "use_qk_norm=True is not supported"),
         ({"nope_layer_interval": 4}, "nope_layer_interval=4 is not supported"),
-        ({"yarn": {"factor": 4}}, "yarn is unknown, the model may compute something else"),
+        ({"yarn": {"factor": 4}}, "yarn is unknown and may change what the model computes"),
     ],
 )
 def test_a_field_that_cannot_be(tmp_path, changes, message):

@@ -248,7 +248,10 @@ def test_adapters_go_round_and_keep_their_base(tmp_path, base):
     other = {**random_params(CASE.model), "embed": np.ones((64, 32), np.float32)}
     plain = replace(CASE, lora=LoraConfig(), init_from="")
     save_checkpoint(tmp_path / "other", plain, other, b"")
-    place, message = f"ckpt:{tmp_path / 'other'}", r"another base than ckpt:\S+ is \(embed differ"
+    place, message = (
+        f"ckpt:{tmp_path / 'other'}",
+        r"another base than ckpt:\S+ \(other fingerprints: embed\)",
+    )
     with pytest.raises(UserError, match=message):
         source = open_source("ckpt", epath.Path(tmp_path / "run"), base=place)
         convert(source, "hf", tmp_path / "merged")
@@ -272,9 +275,9 @@ def test_weights_without_adapters(tmp_path, base):
     with pytest.raises(UserError, match=r"base/checkpoints/0 has no adapters: its run trained all"):
         export_adapters(checkpoint, tmp_path / "adapters")
     for kind, folder in (("ckpt", checkpoint), ("hf", epath.Path(tmp_path / "hf"))):
-        with pytest.raises(UserError, match=r"--base is of the weights below .* has no adapters"):
+        with pytest.raises(UserError, match=r"--base names the weights below .* has no adapters"):
             open_source(kind, folder, base=base)
-    with pytest.raises(UserError, match=r"--base is of the weights below .* has no adapters"):
+    with pytest.raises(UserError, match=r"--base names the weights below .* has no adapters"):
         open_model(checkpoint, base=base)
 
 
@@ -299,15 +302,15 @@ def test_adapters_of_peft_are_merged_as_peft_does(tmp_path, base):
         ({"target_modules": ["c_attn"]}, r"target_modules=\['c_attn'\] must be some of q_proj"),
         ({"target_modules": ["q_proj", "lm_head"]}, "must be some of .*it names lm_head, too"),
         ({"target_modules": r".*embed_tokens"}, "must be some of .*it names model.embed_tokens"),
-        ({"r": None}, "adapter_config.json is no config of LoRA"),
+        ({"r": None}, "adapter_config.json is not a supported LoRA config"),
         ({"r": 0}, "r must be positive, got 0"),
         ({"lora_alpha": 0}, "lora.alpha must be positive, got 0"),
         ({"rank_pattern": {"q_proj": 4}}, r"several ranks or alphas \(rank_pattern"),
         ({"alpha_pattern": {"q_proj": 4}}, r"several ranks or alphas \(rank_pattern"),
         ({"lora_bias": True}, "lora_bias=True is not supported"),
         ({"bias": "lora_only"}, "bias='lora_only' is not supported"),
-        ({"r": 4}, r"has shape \(2, 32\), the base makes it \(4, 32\)"),
-        ({"target_modules": ["q_proj"]}, r"has base_model\S+ against adapter_config.json"),
+        ({"r": 4}, r"has shape \(2, 32\), the base requires \(4, 32\)"),
+        ({"target_modules": ["q_proj"]}, r"has base_model\S+ contrary to adapter_config.json"),
         ({"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"]}, r"lacks base_model"),
         ({"base_model_name_or_path": "not/here"}, r"not/here, the base of .*--base=hf:DIR"),
     ],

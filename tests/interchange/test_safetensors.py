@@ -230,7 +230,7 @@ def test_the_library_and_we_accept_the_same(tmp_path):
         except library.SafetensorError:
             refusal(path)
             continue
-        reasons = ("has dtype", "twice", "has not just dtype", "does not begin with {")
+        reasons = ("has dtype", "twice", "must have just dtype", "does not begin with {")
         if any(dtype not in DTYPES for _, dtype, _ in wanted.values()):
             assert "has dtype" in refusal(path)
             continue

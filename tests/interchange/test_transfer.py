@@ -177,7 +177,7 @@ def test_a_trained_checkpoint_goes_out(tmp_path, capfd):
         "| training loss | 2.5000 nats per token |",
         "| validation loss | 3.2500 nats per token |",
         "| speed | 1,280 tokens/s (median) |",
-        "| chip-hours | 2.55 of cpu, with evaluation, saving and steps that were lost",
+        "| chip-hours | 2.55 of cpu, with evaluation, saving, and steps that were repeated",
     ):
         assert text in card
     assert capfd.readouterr().err == ""
@@ -367,8 +367,8 @@ def test_an_old_config_json_has_defaults():
         ),
         ({"num_hidden_layers": 3}, "lacks model.layers.2.self_attn.k_proj.weight and 8 more"),
         ({"num_hidden_layers": 1}, "holds model.layers.1.self_attn.k_proj.weight and 8 more"),
-        ({"intermediate_size": 50}, r"shape (48, 32), config.json makes it (50, 32)"),
-        ({"vocab_size": 65}, "embed_tokens.weight has shape (64, 32), config.json makes it (65,"),
+        ({"intermediate_size": 50}, r"shape (48, 32), config.json requires (50, 32)"),
+        ({"vocab_size": 65}, "embed_tokens.weight has shape (64, 32), config.json requires (65,"),
         ({"tie_word_embeddings": True}, "lm_head.weight is not the embedding"),
     ],
 )
@@ -434,7 +434,7 @@ DAMAGE = {
         "is truncated: its header alone has",
     ),
     "dtype": (lambda f: header(f, b'"dtype":"F32"', b'"dtype":"I32"'), "has dtype I32"),
-    "shape": (lambda f: header(f, b'"shape":[64,32]', b'"shape":[64,31]'), "not the bytes of its"),
+    "shape": (lambda f: header(f, b'"shape":[64,32]', b'"shape":[64,31]'), "do not fit its shape"),
     "missing": (lambda f: rewrite(f, lambda t: t.pop("model.norm.weight")), "lacks model.norm.wei"),
     "extra": (
         lambda f: rewrite(f, lambda t: t.update(bias=np.zeros(3, np.float32))),

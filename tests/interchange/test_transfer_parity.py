@@ -617,7 +617,10 @@ DAMAGE = {
     "code": (malicious, "is not a file of weights, or damaged"),
     "text": (lambda f: (f / "consolidated.00.pth").write_text("hi"), "is not a file of weights"),
     "list": (not_named, "it holds no named tensors"),
-    "tensor of one": (drop("norm.weight", 1), "has not the same tensors as consolidated.00.pth"),
+    "tensor of one": (
+        drop("norm.weight", 1),
+        "does not have the same tensors as consolidated.00.pth",
+    ),
     "layers": (params_of(n_layers=3), "lacks layers.2.attention.wk.weight"),
     "fewer layers": (params_of(n_layers=1), "unknown to params.json"),
     "dim": (params_of(dim=64), "has shape"),

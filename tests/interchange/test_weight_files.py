@@ -145,10 +145,10 @@ def adapters_beside(folder):
 
 
 REFUSED = {
-    "single and index": (join, f"has {SINGLE} and {INDEX}: .*move one of both away"),
+    "single and index": (join, f"has {SINGLE} and {INDEX}: .*move one of the two away"),
     "another single and index": (
         lambda f: shutil.copy(f.parent / "other" / SINGLE, f / SINGLE),
-        f"has {SINGLE} and {INDEX}: .*move one of both away",
+        f"has {SINGLE} and {INDEX}: .*move one of the two away",
     ),
     "a tensor twice, the first one named": (
         lambda folder: twice(folder, 0),
@@ -168,8 +168,8 @@ REFUSED = {
     "not a shard": (lambda f: reindex(f, x="config.json"), "config.json is not a safetensors file"),
     "named elsewhere": (named("../x.safetensors"), "names files outside its folder"),
     "named and missing": (named("x.safetensors"), r"lacks x.safetensors, which config.json \(tr"),
-    "named pickle": (named("x.bin"), "names 'x.bin', which is no safetensors file"),
-    "named number": (named(3), "names 3, which is no safetensors file"),
+    "named pickle": (named("x.bin"), "names 'x.bin', which is not a safetensors file"),
+    "named number": (named(3), "names 3, which is not a safetensors file"),
 }
 
 

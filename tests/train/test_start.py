@@ -272,7 +272,7 @@ def test_resume_is_bit_exact(finished, adapted, tmp_path, monkeypatch):
 def test_another_base_is_refused(finished, adapted, bases, tmp_path):
     workdir = shutil.copytree(finished[0], tmp_path / "run")
     other = f"ckpt:{bases / 'other'}"
-    message = r"trained on another base than ckpt:\S+other is \(final_norm differ by fingerprint\)"
+    message = r"trained on another base than ckpt:\S+other \(other fingerprints: final_norm\)"
     with pytest.raises(UserError, match=message):
         run_lib.train(replace(adapted, init_from=other), workdir)
     with pytest.raises(UserError, match=message):
@@ -286,7 +286,9 @@ def test_another_base_is_refused(finished, adapted, bases, tmp_path):
         open_model,
         lambda folder, base: open_source("ckpt", epath.Path(folder), 0, base),
     ):
-        with pytest.raises(UserError, match=r"/gone, the base of \S+/4, is not here; .*--base=hf:"):
+        with pytest.raises(
+            UserError, match=r"/gone, the base of \S+/4, does not exist; .*--base=hf:"
+        ):
             open_it(workdir, base="hf:/gone")
     # The same weights at another place are the same base.
     with opened_sources() as sources:

@@ -132,7 +132,7 @@ def test_weights_go_out_and_come_back(run, tmp_path):
         (("--source=hf:x", "--target=ckpt:y", "--dtype=float32"), "a checkpoint holds float32"),
         (("--source=hf:x", "--target=meta:y", "--context=5"), "--context is for meta"),
         (("--source=hf:x", "--target=hf:y", "--dtype=int8"), "int8"),
-        (("--source=hf:configs", "--target=ckpt:y"), "configs is no Hugging Face model"),
+        (("--source=hf:configs", "--target=ckpt:y"), "configs is not a Hugging Face model"),
         (("--source=ckpt:configs", "--target=hf:y"), "no checkpoint in configs"),
         (("--source=ckpt:{run}", "--target=hf:configs"), "configs exists; choose another"),
     ],
@@ -351,7 +351,7 @@ def test_a_full_disk_during_the_last_saves(corpus, tmp_path, how):
     process = run_module("tests.faults.full_disk", how, *flags, "--config.train.steps=12")
     if how == "full":
         message = one_line_error(process)
-        assert "it takes 0.00 GB, the disk has 0.00 GB free" in message
+        assert "the step takes 0.00 GB, the disk has 0.00 GB free" in message
     else:
         # Threads of tensorstore print that orbax gave up, whatever the log level, and may do so in
         # the middle of our line.
@@ -385,7 +385,7 @@ def test_verify_checkpoints_and_go_on_after_damage(run, corpus, tmp_path):
     # A step that is given by name is not replaced by another one. Its files are not hashed, but the
     # fingerprint shows the damage.
     process = run_command("generate", f"--checkpoint={newest}", "--prompt=abc")
-    assert "8 does not give back what was saved: params/" in one_line_error(process)
+    assert "8 differs from what was saved: params/" in one_line_error(process)
     process = train(corpus, workdir, "--config.train.steps=8")
     assert process.returncode == 74, process.stderr
     assert process.stdout.splitlines()[-1].startswith("exit status 74: trained to the end, but a ")

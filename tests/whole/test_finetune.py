@@ -90,7 +90,7 @@ def test_the_command_chats_above_a_base_that_was_moved(finetuned, tmp_path):
     there = run_command("generate", *flags, "--max_tokens=6", f"--base=ckpt:{moved}", **talk)
     assert there.returncode == 0 and there.stdout == here.stdout, there.stderr
     gone = run_command("generate", *flags, "--base=ckpt:/gone", **talk)
-    assert "is not here; say where: --base=hf:DIR" in one_line_error(gone)
+    assert "does not exist; name it: --base=hf:DIR" in one_line_error(gone)
     # The run that trains all weights and the adapters have different bases.
     other = run_command("generate", *flags, f"--base=ckpt:{finetuned / 'base'}", **talk)
     assert "were trained on another base than" in one_line_error(other)
