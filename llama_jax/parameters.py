@@ -9,7 +9,7 @@ rows. A variant of the model makes its own table from this one, which stays as i
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ class Parameter:
       inputs: the dimensions that a product with activations sums over; they follow `L`. Empty for
         an array that enters no product.
       decays: whether weight decay applies.
-      untied_only: whether models with tied embeddings lack it.
+      when: tells whether a model has the array; None: every model has it.
     """
 
     path: str
@@ -42,7 +42,7 @@ class Parameter:
     placement: P
     inputs: str = ""
     decays: bool = True
-    untied_only: bool = False
+    when: Callable[[ModelConfig], bool] | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -117,7 +117,13 @@ PARAMETERS: Table = parameter_table(
     Parameter("layers/mlp/w2", "LFD", P(None, "tensor", SHARD), inputs="F"),
     Parameter("layers/mlp/w3", "LDF", P(None, SHARD, "tensor"), inputs="D"),
     Parameter("final_norm", "D", P(), decays=False),
-    Parameter("lm_head", "DV", P(SHARD, "tensor"), inputs="D", untied_only=True),
+    Parameter(
+        "lm_head",
+        "DV",
+        P(SHARD, "tensor"),
+        inputs="D",
+        when=lambda model: not model.tied_embeddings,
+    ),
 )
 
 
@@ -143,7 +149,7 @@ def shape_of(axes: str, model: ModelConfig) -> tuple[int, ...]:
 def present(model: ModelConfig, rows: Table = PARAMETERS) -> Iterator[Parameter]:
     """Yields the rows of the arrays that a model has, in the order of JAX's trees (by key)."""
     for row in sorted(rows.values(), key=lambda row: row.path.split("/")):
-        if not (row.untied_only and model.tied_embeddings):
+        if row.when is None or row.when(model):
             yield row
 
 

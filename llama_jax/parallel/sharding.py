@@ -149,7 +149,7 @@ def param_specs(
     leaves, treedef = jax.tree.flatten_with_path(params)
     named = {path_of(keys): leaf for keys, leaf in leaves}
     known = {row.path for path in named if (row := row_of(path, rows))}
-    stale = {row.path for row in rows.values() if not row.untied_only} - known
+    stale = {row.path for row in rows.values() if row.when is None} - known
     if stale and not any(path.endswith("/a") for path in named):  # not every matrix has an adapter
         raise UserError(f"sharding table: no parameter for row(s) {', '.join(sorted(stale))}")
     _check_sizes({path: leaf.shape for path, leaf in named.items()}, rows)

@@ -1,6 +1,7 @@
 """Docstrings keep the form that a reader expects: a sentence first, and the arguments by name."""
 
 import ast
+import functools
 import re
 
 import pytest
@@ -25,6 +26,17 @@ def arguments(node):
     return [argument.arg for argument in every if argument.arg not in ("self", "cls")]
 
 
+@functools.cache
+def documented_by_a_protocol():
+    """Returns the methods whose arguments a protocol explains, so that those behind it need not."""
+    found = set()
+    for file in modules().values():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef) and "Protocol" in map(ast.unparse, node.bases):
+                found |= {one.name for one, text in functions(node) if "\nArgs:\n" in text}
+    return found
+
+
 def faults(tree):
     """Returns what is wrong with the docstrings of a module."""
     found = []
@@ -32,7 +44,7 @@ def faults(tree):
         first = text.splitlines()[0]
         if not VERB.match(first):
             found.append(f"line {node.lineno}: {node.name} begins with no verb: {first}")
-        public = not node.name.startswith("_")
+        public = not node.name.startswith("_") and node.name not in documented_by_a_protocol()
         if public and len(arguments(node)) >= 3 and "\nArgs:\n" not in text:
             found.append(f"line {node.lineno}: {node.name} has no Args:")
     return found
