@@ -86,7 +86,7 @@ def __dir__() -> list[str]:
 
 
 def _is_run_as_command() -> bool:
-    """Returns whether this is the start of `python -m llama_jax.X`, and not an import by a program."""
+    """Returns whether this is the start of `python -m llama_jax.X`, not an import by a program."""
     # Python's documentation of -m: argv[0] is "-m" while the module is located, which imports us.
     names = (arg.removeprefix("-m") for arg in sys.orig_argv)
     return sys.argv[:1] == ["-m"] and any(name.startswith(f"{__name__}.") for name in names)
