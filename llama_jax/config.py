@@ -550,11 +550,8 @@ class TrainConfig:
         return self.global_batch * self.seq_len
 
 
-# Each matrix of a layer, and the module that it belongs to.
-MATRICES = {
-    **dict.fromkeys(("wq", "wk", "wv", "wo"), "attn"),
-    **dict.fromkeys(("w1", "w2", "w3"), "mlp"),
-}
+# The matrices of a layer, by the names that `parameters.layer_matrices` has.
+MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 NF4_BLOCK = 64  # inputs that share a scale
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a weight and its shares of both scales; nf4.py
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.config import LoraConfig
+from llama_jax.config import MATRICES, LoraConfig
 from llama_jax.errors import UserError
 from llama_jax.model.llama import init_params
 from llama_jax.parameters import (
@@ -67,7 +67,7 @@ def test_the_kinds_of_the_rows():
     assert [row.path for row in PARAMETERS.values() if not row.is_matrix] == [
         "embed", "layers/attn_norm", "layers/mlp_norm", "final_norm",
     ]  # fmt: skip
-    assert ",".join(layer_matrices()) == LoraConfig().targets
+    assert tuple(layer_matrices()) == MATRICES == LoraConfig().names
 
 
 def test_parts_of_a_matrix_have_its_row():
