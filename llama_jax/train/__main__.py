@@ -1,4 +1,4 @@
-"""Trains a LLaMA, or resumes what is in the work directory.
+"""Trains a LLaMA, or resumes the run in the work directory.
 
 Example:
   python -m llama_jax.train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=200
@@ -28,23 +28,23 @@ _START_TIMEOUT = flags.DEFINE_integer(
 _STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status",
     0,
-    "Exit status after SIGTERM, saved but not finished; launchers that restart what fails "
-    "want one that is not 0.",
+    "Exit status of a run that SIGTERM or Ctrl-C stopped before its end; set another one than 0 "
+    "for launchers that restart failed runs.",
     lower_bound=0,
     upper_bound=255,
 )
 _DAMAGED_STATUS = flags.DEFINE_integer(
     "damaged_status",
     74,
-    "Exit status after training to the end, where a damaged checkpoint was passed over; not 0, "
-    "so that somebody looks at the disk. launch/retry.sh does not restart after 74.",
+    "Exit status of a finished run that passed over a damaged checkpoint; not 0, so that "
+    "somebody checks the disk. launch/retry.sh does not restart after 74.",
     lower_bound=0,
     upper_bound=255,
 )
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX is told another place."""
+    """Keeps compiled programs in the user's cache folder, unless JAX is set to another one."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "llama_jax", "xla"))
