@@ -81,7 +81,7 @@ def no_evaluation(data: TrainingData) -> list[str]:
     if data.validation is None:
         return [
             f"eval    none, because there is no validation data{f' ({reasons})' * bool(reasons)}: "
-            "eval_loss is not logged, and train.keep_best has no effect"
+            "eval_loss is not logged, and train.keep_best has no losses to compare"
         ]
     return [f"eval    without some sources ({reasons})"] if reasons else []
 
