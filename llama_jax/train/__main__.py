@@ -28,7 +28,7 @@ _START_TIMEOUT = flags.DEFINE_integer(
 _STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status",
     0,
-    "Exit status of a run that SIGTERM or Ctrl-C stopped before its end; set another one than 0 "
+    "Exit status of a run that SIGTERM or Ctrl-C stopped before its end; set a value other than 0 "
     "for launchers that restart failed runs.",
     lower_bound=0,
     upper_bound=255,

@@ -99,7 +99,7 @@ def initial_state(
         loss = saved.eval_loss
         return state, dataclasses.replace(meta, step=step, rewinds=saved.rewinds, eval_loss=loss)
     data.train.start_at(0, [], jax.process_index(), jax.process_count())
-    if weights is None and config.init_from:  # the checkpoints are damaged: it is a new run
+    if weights is None and config.init_from:  # `open_weights` found checkpoints, which are gone
         weights = open_init(config)
     state = first_state(compiled, config, weights)
     agreed("")  # reads differ in time, and a collective waits only for a limited time
@@ -124,7 +124,7 @@ def _go_on(
     if saved.positions and len(saved.positions) != count:
         raise UserError(
             f"checkpoint {folder} has data positions of {len(saved.positions)} process(es), and "
-            f"this job has {count}: streamed data can only go on with the same number"
+            f"there are {count}: streamed data can only go on with the same number"
         )
     data.train.start_at(step, saved.positions[index] if saved.positions else [], index, count)
     say(f"resume  from step {step}")
