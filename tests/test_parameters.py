@@ -1,4 +1,4 @@
-"""The table of parameters agrees with the model itself, and so do the values derived from it."""
+"""The table of parameters, and the values derived from it, agree with the model."""
 
 import functools
 
@@ -21,7 +21,7 @@ from llama_jax.parameters import (
 )
 from tests.helpers import TINY, replace
 
-# Every axis has another size, so that a swap of two of them is noticed.
+# All axes have different sizes, so that a swap of two axes fails.
 ODD = replace(
     TINY,
     model__vocab_size=384,
@@ -44,7 +44,7 @@ def test_the_rows_are_the_arrays_of_the_model_in_the_order_of_its_tree(tied):
 
 
 def test_the_inputs_are_what_the_products_sum_over(monkeypatch):
-    """The model's own einsums name the axes of each weight, and those that are summed over."""
+    """Compares the rows with the model's einsums, which name all axes and those summed over."""
     from llama_jax.model import llama
 
     seen = {}

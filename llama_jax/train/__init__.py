@@ -1,19 +1,19 @@
-"""A run.
+"""Training runs.
 
   __main__.py   the command
-  run.py        one run from a config to the last state
-  start.py      where it begins: the newest checkpoint, given weights or random ones
-  resume.py     whether it may go on here
-  by_hand.py    what a notebook does around a step: saves, restores, evaluates, samples
-  overview.py   what it says before it begins
+  run.py        one run, from its config to its last state
+  start.py      the first state: the newest checkpoint, given weights or random ones
+  resume.py     checks that a run may continue in a work directory
+  by_hand.py    functions for notebooks: save, restore, evaluate and sample a state
+  overview.py   the text that a run prints before it begins
   loop.py       evaluate, save, next batch, step, log: the order is a contract
   step.py       one step of the optimiser, as a pure function, and its binding to a mesh
-  parts.py      what a researcher exchanges: architecture, loss, optimiser, metrics
-  optimizer.py  AdamW, schedule, weight decay; any transformation of optax
-  bad_steps.py  which updates are skipped, on the device
-  rewind.py     back to an older checkpoint, on the host
-  instruments/  measures and watches a run
+  parts.py      the exchangeable parts: architecture, loss, optimiser, metrics
+  optimizer.py  AdamW, schedule, weight decay; any optax transformation
+  bad_steps.py  decides on the device which updates are skipped
+  rewind.py     goes back to an older checkpoint, on the host
+  instruments/  measurement and supervision of a run
 
-Rule: the only room where devices, clock, disk and processes meet. `plan` imports step and
+Rule: only this room uses devices, clock, disk and processes together. `plan` imports step and
 optimizer; nothing else imports this room.
 """

@@ -1,16 +1,17 @@
-"""Updates that are not made: the loss or the gradient is not finite, or far above what was usual.
+"""Skipped updates: the loss or the gradient norm is not finite, or far above its recent values.
 
-A skipped step leaves weights, moments and the optimiser's counters as they were, bit for bit, and
-passes over its batch: `TrainState.step`, which the data follow, goes on, while Adam's bias
-correction and the learning rate follow the updates that were made. After a skip a run is therefore
-the run that never met that batch.
+A skipped step leaves weights, moments and the optimiser's counters unchanged, bit for bit, and
+passes over its batch: `TrainState.step`, which selects the batches, advances, while Adam's bias
+correction and the learning rate count only the updates that were made. After a skip a run is
+therefore the same as a run that never had that batch.
 
-What counts as a spike (`train.spike_factor`) is told by medians of the last `WINDOW` steps that
-were not skipped, so that no bad step has a part in judging the next one. All of it is decided on
-the device and kept in the state: a run that goes on from a checkpoint skips the same steps again.
+A spike (`train.spike_factor`) is measured against medians of the last `WINDOW` steps that were not
+skipped, so that a bad step does not influence the judgement of the next one. The decision is made
+on the device and its data are in the state: a run that resumes from a checkpoint skips the same
+steps again.
 
-A rewind (`skips_after_rewind`; when and where to, see `rewind`) is a longer skip: the weights go
-back to a checkpoint, the data do not, and all batches between are passed over.
+A rewind (`skips_after_rewind`; see `rewind` for when and to which checkpoint) is a longer skip: the
+weights go back to a checkpoint, the data do not, and all batches between are passed over.
 """
 
 import dataclasses
@@ -23,32 +24,32 @@ from flax import struct
 
 from llama_jax.parameters import PARAMETERS, Table, path_of, row_of
 
-WINDOW = 128  # steps that say what is usual
-# Median absolute deviation to standard deviation of a normal distribution.
+WINDOW = 128  # number of recent updates that a step is compared with
+# Standard deviation of a normal distribution, in units of its median absolute deviation.
 _SCALE = 1.4826
-# Of the median: a loss that hardly moves has no spread, and is no reason to skip.
+# Smallest spread, as a fraction of the median: a loss that hardly moves must not cause skips.
 _LEAST_SPREAD = 1e-3
 
-# The groups of parameters (`Parameter.group`) that have a name in the log and in messages, each
-# with the bit of `Skips.reasons` that says that its gradient is not finite. A variant of the model
-# may have arrays of other groups.
+# The groups of parameters (`Parameter.group`) that the log and messages name, each with its bit of
+# `Skips.reasons`, which is set if the gradient of the group is not finite. Arrays of a variant of
+# the model that belong to none of these groups are in `OTHERS`.
 OTHERS = "others"
 GROUPS = {"embed": 1, "attn": 2, "mlp": 4, "norms": 8, "lm_head": 16, OTHERS: 128}
-_EVERY = 31  # all groups of a LLaMA
-LOSS, SPIKE = 32, 64  # further bits: the loss is not finite, or something is beyond spike_factor
+_EVERY = 31  # the bits of all groups of a LLaMA
+LOSS, SPIKE = 32, 64  # further bits: the loss is not finite; a value exceeds spike_factor
 
 
 @struct.dataclass
 class Skips:
-    """What was skipped, and what was usual; a few hundred numbers, on every device.
+    """Counters of skipped steps, and recent losses and gradient norms; replicated on all devices.
 
     Attributes:
-      total: skipped steps of the run, int32; and steps that a rewind passed over.
-      in_row: those since the last update, int32.
-      last: the last one, counted from 1 as in the log; 0: none. int32.
-      reasons: why, as bits: see `explain`. int32.
-      losses: of the last `WINDOW` updates; infinite where there was none yet. float32.
-      grad_norms: the same, before clipping.
+      total: number of skipped steps in the run, with those that a rewind passed over. int32.
+      in_row: number of steps skipped since the last update. int32.
+      last: the last skipped step, counted from 1 as in the log; 0: no step was skipped. int32.
+      reasons: why that step was skipped, as bits, see `explain`. int32.
+      losses: objectives of the last `WINDOW` updates; infinite in places not filled yet. float32.
+      grad_norms: gradient norms of the same updates, before clipping. float32.
     """
 
     total: jax.Array
@@ -59,12 +60,12 @@ class Skips:
     grad_norms: jax.Array
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name, for a checkpoint."""
+        """Returns the fields by name, for a checkpoint."""
         return dict(vars(self))
 
 
 def init_skips() -> Skips:
-    """Of a run that begins."""
+    """Returns the counters of a new run."""
     zeros = (jnp.zeros((), jnp.int32) for _ in range(4))
     empty = (jnp.full(WINDOW, jnp.inf, jnp.float32) for _ in range(2))
     return Skips(*zeros, *empty)
@@ -88,22 +89,23 @@ def skip_reasons(
     factor: float,
     rows: Table = PARAMETERS,
 ) -> Any:
-    """Why this step is to be skipped, as bits; 0: it is not.
+    """Returns the reasons to skip this step, as bits; 0: the step is not skipped.
 
-    The square of a norm beyond 1.8e19 is no float32, so such a gradient counts as infinite.
+    A gradient norm above 1.8e19 counts as infinite, because its square overflows float32.
 
     Args:
-      skips: of the state before the step.
-      loss: of the batch.
-      grads: its gradient.
-      grad_norm: over all of it, before clipping.
-      factor: deviations from the median that make a spike; 0: nothing is one.
-      rows: the table of the model.
+      skips: the counters before the step.
+      loss: the objective of the batch.
+      grads: the gradient of the objective.
+      grad_norm: norm of the whole gradient, before clipping.
+      factor: number of robust standard deviations above the median that make a spike; 0: no value
+        is a spike.
+      rows: the table of the model's parameters.
     """
     bits = jnp.where(jnp.isfinite(loss), 0, LOSS)
     for name, norm in group_norms(grads, rows).items():
         bits |= jnp.where(jnp.isfinite(norm), 0, GROUPS[name])
-    # The norm of all may overflow where those of the groups do not.
+    # The norm of the whole gradient can overflow although no norm of a group does.
     bits = jnp.where((bits == 0) & ~jnp.isfinite(grad_norm), _EVERY, bits)
     if factor:
         spike = (loss > _bound(skips.losses, factor)) | (
@@ -114,7 +116,7 @@ def skip_reasons(
 
 
 def _bound(usual: jax.Array, factor: float) -> jax.Array:
-    """Above it is a spike; not a number, so that nothing is, while half of the places are empty."""
+    """Returns the bound of a spike; NaN (no value is one) until half of the places are filled."""
     median = jnp.median(usual)
     spread = _SCALE * jnp.median(jnp.abs(usual - median))
     return median + factor * jnp.maximum(spread, _LEAST_SPREAD * median)
@@ -123,7 +125,15 @@ def _bound(usual: jax.Array, factor: float) -> jax.Array:
 def updated(
     skips: Skips, reasons: jax.Array, step: jax.Array, loss: jax.Array, grad_norm: jax.Array
 ) -> Skips:
-    """The counts after a step (from 0) that `skip_reasons` gave these reasons to skip, or none."""
+    """Returns the counters after a step.
+
+    Args:
+      skips: the counters before the step.
+      reasons: the result of `skip_reasons`; 0: the step made its update.
+      step: the number of the step, from 0.
+      loss: the objective of the batch.
+      grad_norm: norm of the whole gradient, before clipping.
+    """
     skip = reasons != 0
     place = (step - skips.total) % WINDOW
     return Skips(
@@ -139,16 +149,16 @@ def updated(
 def skips_after_rewind(
     then: Skips, at: jax.Array, now: jax.Array, reasons: jax.Array
 ) -> tuple[jax.Array, Skips]:
-    """The step and the counts to go on with, at the batch `now`, from a checkpoint of step `at`.
+    """Returns the step and the counters to continue with after a rewind.
 
-    As if all steps after it had been skipped: the schedule and the places in the windows, which
-    follow `step - total`, are those of the checkpoint.
+    They are as if all steps after the checkpoint had been skipped: the schedule and the places in
+    the windows, which depend on `step - total`, are those of the checkpoint.
 
     Args:
-      then: of the checkpoint.
-      at: its step.
-      now: steps taken when the run goes back.
-      reasons: why it does.
+      then: the counters in the checkpoint.
+      at: the step of the checkpoint.
+      now: number of steps taken when the run goes back.
+      reasons: why the run goes back, as bits.
     """
     none = jnp.zeros((), jnp.int32)
     passed = then.total + now - at
@@ -156,12 +166,20 @@ def skips_after_rewind(
 
 
 def select(skip: jax.Array | bool, before: Any, after: Any) -> Any:
-    """`before` where the step is skipped: a selection, since 0 * NaN would be NaN."""
+    """Returns `before` if the step is skipped, or `after`.
+
+    This is a selection and not a product with 0, because 0 * NaN is NaN.
+
+    Args:
+      skip: whether the step is skipped, a boolean scalar.
+      before: a tree of arrays.
+      after: a tree like `before`.
+    """
     return jax.tree.map(lambda old, new: jnp.where(skip, old, new), before, after)
 
 
 def explain(reasons: int) -> str:
-    """Why a step was skipped, in words."""
+    """Returns in words why a step was skipped; `reasons` are the bits of `skip_reasons`."""
     found = ["the loss is not finite"] if reasons & LOSS else []
     groups = [name for name, bit in GROUPS.items() if reasons & bit]
     if groups:
@@ -172,9 +190,10 @@ def explain(reasons: int) -> str:
 
 
 def find_non_finite(state: Any) -> list[str]:
-    """Which weights, by group, and moments of a `TrainState` are not finite; waits for them.
+    """Lists the groups of weights, and the moments, of a `TrainState` that are not finite.
 
-    What `select` guards can only get there by a fault of a machine, or of ours.
+    It waits for the device. `select` keeps the results of bad steps out of the state, so a
+    non-finite value there comes from a hardware fault or a bug.
     """
 
     @jax.jit

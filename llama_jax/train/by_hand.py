@@ -1,6 +1,6 @@
-"""What a notebook does around a step: saves, restores, evaluates and samples a state.
+"""Functions for notebooks: save, restore, evaluate and sample a state.
 
-`run.run` does all of that for a whole run. All functions are called inside `jax.set_mesh`, by all
+`run.run` does all of this for a whole run. Call all functions inside `jax.set_mesh`, on all
 processes of a job.
 """
 
@@ -30,7 +30,7 @@ def new_state(compiled: CompiledStep) -> TrainState:
     """Makes the state before the first step: random weights, or those of `config.init_from`.
 
     Raises:
-      UserError: the weights cannot be read, or are of another model.
+      UserError: the weights cannot be read, or belong to another model.
     """
     config = compiled.config
     return first_state(compiled, config, open_init(config) if config.init_from else None)
@@ -44,20 +44,20 @@ def save_state(
 ) -> epath.Path:
     """Saves a state as a checkpoint, and waits until it is complete.
 
-    The step is saved in `workdir/checkpoints`, where `run.run`, `generate` and `convert` find it;
-    `train.keep_checkpoints` older ones are kept.
+    The checkpoint is in `workdir/checkpoints`, where `run.run`, `generate` and `convert` look for
+    it. `train.keep_checkpoints` limits how many checkpoints are kept.
 
     Args:
-      workdir: a work directory; it need not exist.
+      workdir: a work directory; it is created if it does not exist.
       compiled: the step that made the state.
-      state: to save.
-      data: what it was trained on, whose tokenizer is saved with it; None: unknown.
+      state: the state to save.
+      data: the data that the state was trained on, whose tokenizer is saved too; None: not known.
 
     Returns:
       The folder of the saved step.
 
     Raises:
-      UserError: it cannot be saved, such as to a full disk.
+      UserError: the state cannot be saved, for example because the disk is full.
     """
     data = TrainingData(BatchSource()) if data is None else data
     base = fingerprint(state.frozen) if state.frozen is not None else {}
@@ -71,15 +71,15 @@ def save_state(
 
 
 def restore_state(checkpoint: epath.PathLike, compiled: CompiledStep) -> TrainState:
-    """Reads a state onto the mesh of `compiled`; every bit is compared with what was saved.
+    """Reads a state onto the mesh of `compiled`, and checks that it is what was saved, bit for bit.
 
     Args:
       checkpoint: a work directory, whose newest undamaged step is read, or the folder of a step.
-      compiled: the step to go on with; its mesh may be another one than that of the saved state.
+      compiled: the step to continue with; its mesh may differ from that of the saved state.
 
     Raises:
-      UserError: there is no checkpoint, it is damaged, or it was trained with other parts or with
-        a model or an optimiser of other arrays.
+      UserError: the checkpoint does not exist, is damaged, was trained with other parts, or has
+        other arrays in its model or optimiser.
     """
     folder = find_step(checkpoint)
     saved = load_meta(folder, compiled.parts.architecture.name)
@@ -100,18 +100,18 @@ def mean_loss(
 
     Args:
       compiled: the step.
-      state: whose weights are evaluated.
+      state: the state whose weights are evaluated.
       batches: global batches, such as `source.batches(range(global_batch), 0, 10)`; see `step`.
 
     Raises:
-      UserError: no token of them counts.
+      UserError: the weights of all targets are 0, or there are no batches.
     """
     total = weight = 0.0
     for batch in batches:
         sums = jax.device_get(compiled.evaluate(compiled.weights(state), dict(batch)))
         total, weight = total + float(sums[0]), weight + float(sums[1])
     if not weight:
-        raise UserError("there is nothing to evaluate: no target of the batches has a weight")
+        raise UserError("there is nothing to evaluate: all targets of the batches have weight 0")
     return total / weight
 
 
@@ -126,16 +126,16 @@ def sample(
 
     Args:
       compiled: the step.
-      state: whose weights are used.
-      prompts: texts.
-      tokenizer: of the model.
-      sampling: how tokens are drawn, and how many; None: the defaults of `Sampling`.
+      state: the state whose weights are used.
+      prompts: the texts to continue.
+      tokenizer: the tokenizer of the model.
+      sampling: how tokens are sampled, and how many; None: the defaults of `Sampling`.
 
     Returns:
       Each prompt with its continuation.
 
     Raises:
-      UserError: a prompt is empty or longer than `train.seq_len`, or the mesh divides the sequence.
+      UserError: a prompt is empty or longer than `train.seq_len`, or the mesh shards the sequence.
     """
     model, weights, context = _to_decode(compiled, state)
     chosen = Sampling() if sampling is None else sampling
@@ -153,24 +153,24 @@ def sample_ids(
 
     Args:
       compiled: the step.
-      state: whose weights are used.
-      prompts: token ids, each at least one.
-      sampling: how tokens are drawn, and how many; None: the defaults of `Sampling`.
+      state: the state whose weights are used.
+      prompts: sequences of at least one token id.
+      sampling: how tokens are sampled, and how many; None: the defaults of `Sampling`.
       end_ids: tokens after which a sequence ends.
 
     Returns:
       The new ids of each prompt.
 
     Raises:
-      UserError: a prompt is empty or longer than `train.seq_len`, or the mesh divides the sequence.
+      UserError: a prompt is empty or longer than `train.seq_len`, or the mesh shards the sequence.
     """
     model, weights, context = _to_decode(compiled, state)
     chosen = Sampling() if sampling is None else sampling
-    ends = tuple(end_ids) or (-1,)  # which is no token
+    ends = tuple(end_ids) or (-1,)  # not a token id, so that no sequence ends early
     return generate(model, weights, prompts, chosen, context=context, eos_id=ends)
 
 
 def _to_decode(compiled: CompiledStep, state: TrainState) -> tuple[Any, Any, int]:
-    """The model, the weights that its decoder takes, and the longest sequence, in tokens."""
+    """Returns the model, the weights for its decoder, and the maximum sequence length in tokens."""
     config = compiled.config
     return config.model, compiled.weights(state), config.train.seq_len

@@ -34,10 +34,19 @@ def mean_validation_loss(
     stop: StopRequest,
     watchdog: Watchdog,
 ) -> float | None:
-    """Mean validation loss per token over `eval_batches`.
+    """Computes the mean validation loss per token, in nats, over at most `eval_batches` batches.
 
-    None without held-out documents, and where the run is asked to stop meanwhile: saving comes
-    first then.
+    Args:
+      compiled: the step.
+      params: the weights, as `CompiledStep.weights` returns them.
+      data: the data of the run.
+      config: the config of the run.
+      stop: checked after each batch.
+      watchdog: receives a beat before each batch.
+
+    Returns:
+      The loss; None without validation data, or if a stop is requested during the evaluation,
+      because the run then saves first.
     """
     if data.validation is None:
         return None
@@ -60,7 +69,7 @@ def mean_validation_loss(
 
 
 def is_evaluated(step: int, config: Config) -> bool:
-    """Whether a run evaluates at this step: every `train.eval_every` steps, and at its end."""
+    """Returns whether a run evaluates at a step: each `train.eval_every` steps and at the end."""
     train = config.train
     return step > 0 and (step == train.steps or step % train.eval_every == 0)
 
@@ -68,7 +77,14 @@ def is_evaluated(step: int, config: Config) -> bool:
 def is_evaluation_missing(
     state: TrainState, data: TrainingData, config: Config, meta: StepMeta
 ) -> bool:
-    """Whether the state that a run goes on with was to be evaluated, and a stop came before."""
+    """Returns whether a stop came before the evaluation that was due at this state.
+
+    Args:
+      state: the state that a run continues with.
+      data: the data of the run.
+      config: the config of the run.
+      meta: the description of the state.
+    """
     due = is_evaluated(int(state.step), config) and data.validation is not None
     return due and meta.eval_loss is None
 
@@ -81,12 +97,16 @@ def run_missed_evaluation(
     instruments: "Instruments",
     recorded: float | None,
 ) -> None:
-    """Evaluates the state that a run goes on with, and adds the result to its checkpoint.
+    """Evaluates the state that a run continues with, and adds the result to its checkpoint.
 
     Args:
-      compiled, state, data, config: of the run; see `is_evaluation_missing`.
-      instruments: which log and keep it.
-      recorded: what the log has already of this evaluation; it is then not written twice.
+      compiled: the step.
+      state: the state, see `is_evaluation_missing`.
+      data: the data of the run.
+      config: the config of the run.
+      instruments: log and save the result.
+      recorded: the result of this evaluation that is already in the log, or None; the same result
+        is not logged twice.
     """
     i, step = instruments, int(state.step)
     with i.goodput.phase("eval"):
@@ -100,7 +120,7 @@ def run_missed_evaluation(
 
 
 def _positions(data: TrainingData, step: int) -> list[list[int]]:
-    """The state of the source of batches on each process; empty where the step alone says it."""
+    """Returns the state of the batch source on each process; empty if the step determines it."""
     mine = list(map(int, data.train.state(step)))
     if not mine or jax.process_count() == 1:
         return [mine] if mine else []
@@ -109,7 +129,7 @@ def _positions(data: TrainingData, step: int) -> list[list[int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Instruments:
-    """What the loop talks to, besides the device and the data."""
+    """The objects that the loop uses besides the device and the data."""
 
     saver: Checkpointer
     log: metrics.Metrics
@@ -121,9 +141,9 @@ class Instruments:
 
 
 class _Actions:
-    """Does what the loop does besides the step itself.
+    """The actions of the loop.
 
-    While one of them keeps the device idle, the clock of the steps stands still.
+    The clock of the steps stops during an action that keeps the device idle.
     """
 
     def __init__(
@@ -139,7 +159,7 @@ class _Actions:
 
     @contextlib.contextmanager
     def _clock_stopped(self, state: TrainState, step: int) -> Iterator[None]:
-        """Takes the time inside out of the speed of the steps."""
+        """Excludes the time inside the block from the speed of the steps."""
         jax.block_until_ready(state)
         self._instruments.log.start(step)
         yield
@@ -152,7 +172,7 @@ class _Actions:
             self._instruments.profiler.toggle(step + 1, state)
 
     def evaluate(self, state: TrainState, step: int) -> float | None:
-        """Logs the steps so far and the validation loss, and returns it, see its function."""
+        """Logs the steps so far and the validation loss; returns it, see `mean_validation_loss`."""
         i, data, config = self._instruments, self._data, self._config
         i.log.flush()
         with self._clock_stopped(state, step):
@@ -166,10 +186,15 @@ class _Actions:
         return loss
 
     def save(self, state: TrainState, step: int, eval_loss: float | None) -> None:
-        """Starts saving a state that is fit to go on from.
+        """Starts saving a state.
+
+        Args:
+          state: the state.
+          step: the number of steps taken.
+          eval_loss: validation loss of the state, in nats per token; None: not evaluated.
 
         Raises:
-          UserError: it is not, or too many saves have failed.
+          UserError: a run could not continue from the state, or too many saves have failed.
         """
         i = self._instruments
         with self._clock_stopped(state, step):
@@ -190,7 +215,17 @@ class _Actions:
     def take_step(
         self, state: TrainState, batch: Batch, step: int, *, first: bool
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Starts the step after `step`; waits for it only where it compiles, as the first does."""
+        """Starts the step after `step`; waits for it only if it compiles, as the first one does.
+
+        Args:
+          state: the state before the step; it is donated.
+          batch: the global batch.
+          step: the number of steps taken.
+          first: whether this is the first step of this process.
+
+        Returns:
+          The next state and the metrics.
+        """
         i = self._instruments
         phase = i.goodput.phase("compile") if first else contextlib.nullcontext()
         with jax.transfer_guard("disallow"), phase:
@@ -199,13 +234,13 @@ class _Actions:
             programs = compiled_programs()
             state, step_metrics = self._compiled.train(state, batch)
             if first or compiled_programs() > programs:
-                # The other processes compile, too, and may take longer; no speed is of that.
+                # The other processes compile too, and may take longer; exclude that from the speed.
                 jax.block_until_ready(step_metrics)
                 i.log.start(step + 1)
         return state, step_metrics
 
     def log(self, step: int, step_metrics: dict[str, jax.Array]) -> None:
-        """Logs the step before, and keeps this one to be logged while the next one runs."""
+        """Logs the previous step, and keeps this one until the next one runs."""
         i = self._instruments
         if step % self._config.train.log_every:
             i.log.push(step, None)
@@ -216,8 +251,13 @@ class _Actions:
     def rewind(self, state: TrainState, step: int, in_row: int) -> TrainState:
         """Goes back to a checkpoint, see `Rewinder.rewind`.
 
+        Args:
+          state: the present state; it is deleted.
+          step: the number of steps taken.
+          in_row: the number of steps skipped in a row.
+
         Raises:
-          UserError: there is none to go back to.
+          UserError: no checkpoint can be used.
         """
         i = self._instruments
         i.log.flush()
@@ -235,28 +275,28 @@ def run_loop(
     instruments: Instruments,
     meta: StepMeta,
 ) -> TrainState:
-    """Steps until `train.steps` or a stop request; returns the last state.
+    """Makes steps until `train.steps` or a stop request; returns the last state.
 
     The order is a contract:
 
-    eval -> save -> next batch -> step -> log the previous step. Saving comes before the batches
-    move, so that state and data position always agree; logging reads a step whose successor is
-    already running, so that the device never waits for the host. Nothing else in the loop waits for
-    the device but the first step, which compiles on every process; and no array is moved behind its
-    back: an implicit transfer is an error. A profile starts and stops before all of that; a rewind
-    comes last, and is saved at once. The speed in the log is of steps alone: the clock stands still
-    during all else, and a step that compiles is left out.
+    eval -> save -> next batch -> step -> log the previous step. Saving comes before the next batch
+    is read, so that state and data position always agree. Logging reads a step while the next one
+    already runs, so that the device never waits for the host. Otherwise the loop waits for the
+    device only at the first step, which compiles on every process. An implicit transfer of an array
+    raises an error. A profile starts and stops before all of this; a rewind comes last, and is
+    saved at once. The speed in the log covers only steps: the clock stops during everything else,
+    and a step that compiles does not count.
 
     Args:
       compiled: the step.
-      state: to begin with.
-      data: of the run.
-      config: of the run.
-      instruments: watch the run, log it and save it.
-      meta: describes the state to begin with.
+      state: the first state.
+      data: the data of the run.
+      config: the config of the run.
+      instruments: watch, log and save the run.
+      meta: the description of the first state.
 
     Raises:
-      UserError: the run cannot go on, or not be saved.
+      UserError: the run cannot continue, or cannot be saved.
     """
     train, i = config.train, instruments
     actions = _Actions(compiled, data, config, instruments, meta)
@@ -264,7 +304,7 @@ def run_loop(
     shape = (train.global_batch, train.seq_len)
     batches = device_batches(data.train, start, train.steps, compiled.batch_sharding, *shape)
     i.goodput.enter("step")
-    i.goodput.save()  # what a run that is killed before its first save has lost counts, too
+    i.goodput.save()  # so that the time of a run that is killed before its first save counts too
     i.log.start(start)
     i.watch.at_start(state)
     rewound = False
@@ -287,7 +327,7 @@ def run_loop(
                 batch = next(batches)
             state, step_metrics = actions.take_step(state, batch, step, first=step == start)
         actions.log(step + 1, step_metrics)
-        # Of each step that was logged, as soon as the next one runs: nothing else decides.
+        # From the last logged step, read while the next one runs; a rewind depends only on this.
         in_row = i.watch.take_skipped_in_a_row()
         if in_row:
             state = actions.rewind(state, step + 1, in_row)

@@ -1,7 +1,7 @@
 """AdamW with warm-up, cosine decay, clipping, and weight decay on matrices only.
 
-Any other transformation of optax can take its place, see `parts.Parts`. Whatever it keeps, its
-state is sharded (`state_specs`), and stays as it is in a step that is skipped.
+Any other optax transformation can take its place, see `parts.Parts`. Its state is sharded
+(`state_specs`), and does not change in a skipped step.
 """
 
 import functools
@@ -22,17 +22,17 @@ from llama_jax.parameters import PARAMETERS, SHARD, Table, path_of, row_of
 from llama_jax.train.bad_steps import select
 from llama_jax.train.parts import LLAMA_PARTS, Optimizer, Parts
 
-LARGE = 2**16  # numbers of an array from which on it is not kept on every device
+LARGE = 2**16  # an array with at least this many elements is sharded, not replicated
 
 
 def decay_mask(params: Any, rows: Table = PARAMETERS) -> Any:
     """Marks the parameters that weight decay applies to: all but the scales of the norms.
 
-    It is not inferred from the rank, since under the layer scan a norm's scale is a matrix (L, D).
+    The rank cannot tell them apart: under the layer scan a norm's scale is a matrix (L, D).
 
     Args:
       params: a tree of parameters, or of adapters.
-      rows: the table of the model.
+      rows: the table of the model's parameters.
 
     Returns:
       A tree of booleans, like `params`.
@@ -46,11 +46,11 @@ def decay_mask(params: Any, rows: Table = PARAMETERS) -> Any:
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by optimiser step: linear warm-up, then cosine to a fraction of the peak.
+    """Makes the schedule of the learning rate: linear warm-up, then cosine decay.
 
-    The rate of step s (from 0) is `schedule(s)`: it reaches the peak at `warmup_steps` and
-    `final_lr_fraction` of it at `steps`. Warm-up starts at peak / (warmup_steps + 1), not at 0, so
-    that the first step learns.
+    The rate of optimiser step s (from 0) is `schedule(s)`: it reaches the peak at `warmup_steps`
+    and `final_lr_fraction` of the peak at `steps`. Warm-up starts at peak / (warmup_steps + 1), not
+    at 0, so that the first step learns.
     """
     return optax.warmup_cosine_decay_schedule(
         init_value=config.peak_lr / (config.warmup_steps + 1),
@@ -64,19 +64,19 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimConfig, steps: int, parts: Parts = LLAMA_PARTS
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes the optimiser: clipping by global norm, then AdamW (arXiv:1711.05101), or `parts`'.
+    """Makes `parts.optimizer`, or by default clipping by global norm and AdamW (arXiv:1711.05101).
 
-    AdamW is that of the LLaMA paper, section 2.3. The optimiser's `update` also takes `skip`, a
-    boolean scalar. Where it is true, the state comes back as it was, bit for bit, and the caller
-    must not apply the updates.
+    The default follows the LLaMA paper, section 2.3. The optimiser's `update` also takes `skip`, a
+    boolean scalar. If it is true, the state is returned unchanged, bit for bit, and the caller must
+    not apply the updates.
 
     Args:
-      config: its numbers.
+      config: the settings of the optimiser and its schedule.
       steps: length of the schedule, in optimiser steps.
-      parts: which may have another optimiser.
+      parts: may contain another optimiser, see `Parts`.
 
     Raises:
-      UserError: `parts.optimizer` is no optax transformation, and makes none.
+      UserError: `parts.optimizer` is not an optax transformation, and does not make one.
     """
     if parts.optimizer is not None:
         return _keeping_state(_transformation(parts.optimizer, make_schedule(config, steps)))
@@ -95,10 +95,10 @@ def make_optimizer(
 
 
 def _transformation(chosen: Optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The optax transformation that was given, or the one that a given function makes.
+    """Returns the given optax transformation, or the one that a given function makes.
 
     Raises:
-      UserError: it is none.
+      UserError: `chosen` is neither.
     """
     if isinstance(chosen, optax.GradientTransformation):
         return chosen
@@ -121,7 +121,7 @@ def _keeping_state(
         grads: Any, state: Any, params: Any = None, *, skip: jax.Array | bool = False, **extra: Any
     ) -> tuple[Any, Any]:
         updates, after = inner.update(grads, state, params, **extra)
-        # A state of other types than before would be another program at the next step.
+        # If a dtype changed, the next step would compile another program.
         after = jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
         return updates, select(skip, state, after)
 
@@ -134,12 +134,12 @@ def learning_rate(
     """Returns the learning rate of an update, float32; NaN if it is not known.
 
     Args:
-      config: of the schedule.
+      config: the settings of the schedule.
       steps: length of the schedule, in optimiser steps.
-      parts: an optimiser that a function makes has the config's schedule; another one shows its
-        rate in its state, if it was made by `optax.inject_hyperparams`.
+      parts: an optimiser that a function makes has the config's schedule; a finished one has its
+        rate in its state only if `optax.inject_hyperparams` made it.
       update: number of updates before this one.
-      opt_state: state of the optimiser after it.
+      opt_state: state of the optimiser after this update.
     """
     if isinstance(parts.optimizer, optax.GradientTransformation):
         shown = optax.tree.get_all_with_path(opt_state, "learning_rate")
@@ -148,18 +148,18 @@ def learning_rate(
 
 
 def state_specs(opt_state: Any, params: Any, specs: Any, mesh: Mesh) -> Any:
-    """Derives where each array of an optimiser's state lies, for any optimiser.
+    """Derives the partition specs of the state of any optimiser.
 
-    An array that belongs to a parameter (its path contains that of the parameter) lies with it:
-    each dimension that it shares is divided as the parameter's. That holds for moments, and for
-    factors such as Adafactor's, which lack dimensions of the parameter. Any other array is divided
-    along the first dimension that fsdp x context divides, if it is large; counters and small arrays
-    are on every device.
+    An array that belongs to a parameter (its path contains the parameter's path) is sharded like
+    it: each dimension that both have is divided in the same way. This covers moments, and factors
+    such as Adafactor's, which lack some dimensions of the parameter. Any other large array is
+    divided along the first dimension that fsdp x context divides; counters and small arrays are
+    replicated.
 
     Args:
       opt_state: shapes and dtypes of the state.
       params: shapes and dtypes of the parameters.
-      specs: their partition specs, a tree like `params`.
+      specs: partition specs of the parameters, a tree like `params`.
       mesh: the mesh.
 
     Returns:
@@ -182,9 +182,10 @@ def state_specs(opt_state: Any, params: Any, specs: Any, mesh: Mesh) -> Any:
 
 
 def _shared(shape: tuple[int, ...], whole: tuple[int, ...], spec: P) -> P | None:
-    """The spec of an array with some dimensions of a parameter, in order; None if it has others.
+    """Returns the spec of an array that has some of a parameter's dimensions, in their order.
 
-    A dimension of size 1 may stand for one that was summed over.
+    A dimension of size 1 may replace one that was summed over. Returns None if the array has other
+    dimensions.
     """
     entries = [*spec, *(None for _ in range(len(whole) - len(spec)))]
     if len(shape) == len(whole):
@@ -199,7 +200,7 @@ def _shared(shape: tuple[int, ...], whole: tuple[int, ...], spec: P) -> P | None
 
 
 def _spread(shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The spec of an array that belongs to no parameter."""
+    """Returns the spec of an array that belongs to no parameter."""
     parts = weight_shards(mesh.shape)
     if math.prod(shape) >= LARGE:
         for place, size in enumerate(shape):
@@ -209,9 +210,9 @@ def _spread(shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def _scale_by_adam(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam` that keeps its state on a skipped step.
+    """Makes an `optax.scale_by_adam` that keeps its state in a skipped step.
 
-    It selects the moments before it computes the updates from them. After a selection at the end,
+    It selects the moments before it computes the updates from them. With a selection at the end,
     both the new weights and the new moments would read the old moments, and XLA:CPU would copy each
     old moment before it overwrites it.
     """
@@ -242,7 +243,7 @@ def _scale_by_adam(config: OptimConfig) -> optax.GradientTransformationExtraArgs
 
 
 def _scale_by_learning_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_learning_rate`, whose schedule counts no skipped step."""
+    """Makes an `optax.scale_by_learning_rate` whose schedule does not count skipped steps."""
     scale = optax.scale_by_learning_rate(schedule)
 
     def update(

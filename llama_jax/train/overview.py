@@ -1,4 +1,4 @@
-"""What is about to be trained, in a few lines."""
+"""The text that a run prints before it begins."""
 
 import jax
 
@@ -14,13 +14,13 @@ from llama_jax.train.parts import LLAMA_PARTS, Parts
 def overview(
     config: Config, mesh: jax.sharding.Mesh, data: TrainingData, parts: Parts = LLAMA_PARTS
 ) -> str:
-    """Describes the run, with every derived quantity.
+    """Describes the run and all derived quantities, in a few lines.
 
     Args:
-      config: of the run.
-      mesh: its devices.
-      data: that it trains on.
-      parts: see `Parts`.
+      config: the config of the run.
+      mesh: the devices.
+      data: the data of the run.
+      parts: the parts of the training, see `Parts`.
     """
     train, rows = config.train, parts.architecture.parameters
     tokens = train.steps * train.tokens_per_step
@@ -44,24 +44,24 @@ def overview(
 
 
 def remarks(config: Config, data: TrainingData, weights: Source | None) -> list[str]:
-    """Lines on what a user should know of the data before the run: padding, answers without end.
+    """Lists remarks on the vocabulary and the data: padding, answers without an end token.
 
     Args:
-      config: of the run.
-      data: that it trains on.
-      weights: that it reads, as `start.open_weights` gives them.
+      config: the config of the run.
+      data: the data of the run.
+      weights: the weights that the run reads, as `start.open_weights` returns them, or None.
     """
     rows, ids = config.model.vocab_size, data.tokenizer.vocab_size if data.tokenizer else 0
     found = []
     if 0 < ids < rows:
         found.append(
-            f"vocab   {ids:,} ids, {rows:,} rows: {rows - ids:,} are padding, and never drawn"
+            f"vocab   {ids:,} ids, {rows:,} rows: {rows - ids:,} are padding and never sampled"
         )
     known = weights.description.config.model.vocab_size if weights is not None else rows
     if config.lora.rank and ids > known:
         found.append(
             f"warning {config.init_from} has no rows for the last {ids - known:,} ids, and "
-            "adapters do not train the rows that are added: the model cannot learn these tokens; "
+            "adapters do not train the added rows: the model cannot learn these tokens; "
             "train all weights (lora.rank=0), or use the tokenizer of the base"
         )
     answers, unended = data.answers
@@ -76,25 +76,25 @@ def remarks(config: Config, data: TrainingData, weights: Source | None) -> list[
 
 
 def no_evaluation(data: TrainingData) -> list[str]:
-    """Lines on what the run is not evaluated on, and why."""
+    """Lists the data that the run is not evaluated on, and why."""
     reasons = "; ".join(f"{name}: {why}" if name else why for name, why in data.unvalidated.items())
     if data.validation is None:
         return [
             f"eval    none, because there is no validation data{f' ({reasons})' * bool(reasons)}: "
-            "eval_loss is not logged, and train.keep_best has nothing to go by"
+            "eval_loss is not logged, and train.keep_best has no losses to compare"
         ]
     return [f"eval    without some sources ({reasons})"] if reasons else []
 
 
 def unchecked(data: TrainingData) -> list[str]:
-    """A line on shards whose damage the run cannot find, if there are some."""
+    """Returns a warning if the run cannot detect damage in some of the shards."""
     if not data.unchecked:
         return []
     return [f"warning {layout.unchecked_remark(data.unchecked)}"]
 
 
 def _describe_start(config: Config) -> list[str]:
-    """What is trained, where that is not random weights."""
+    """Returns the lines on the initial weights and the adapters; empty for random weights."""
     lora = config.lora
     if not lora.rank:
         return [f"begin   {config.init_from}"] if config.init_from else []
@@ -106,7 +106,7 @@ def _describe_start(config: Config) -> list[str]:
 
 
 def _describe_flops(config: Config, table: Table) -> list[str]:
-    """Returns the lines of a table that says where the FLOPs of a step go."""
+    """Returns the lines of a table of the FLOPs of a step."""
     tokens = config.train.tokens_per_step
     parts = flops_by_part(config.model, config.lora, config.train.seq_len, table)
     total = sum(parts.values())

@@ -1,7 +1,7 @@
-"""What a researcher may exchange in a training: architecture, loss, optimiser, metrics.
+"""The exchangeable parts of a training: architecture, loss, optimiser, metrics.
 
-`Parts` goes into `step.jit_step` or `run.run`. Nothing global is assigned, and steps with other
-parts exist beside each other in one process.
+Pass `Parts` to `step.jit_step` or `run.run`. Nothing global is assigned, so steps with different
+parts can exist in one process at the same time.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from llama_jax.model.llama import LLAMA, Architecture
 from llama_jax.model.loss import cross_entropy
 
 Batch = dict[str, jax.Array]
-# Objective, cross-entropy and weight, summed over tokens; and, if a loss has further ones, a dict
-# of sums by name, which are logged as means.
+# Objective, cross-entropy and weight, each summed over tokens; a fourth item is optional: a dict of
+# further sums by name, which are logged as means.
 LossSums = tuple[Any, ...]
 Loss = Callable[[jax.Array, jax.Array, Batch, Config], LossSums]
 
@@ -25,16 +25,19 @@ Loss = Callable[[jax.Array, jax.Array, Batch, Config], LossSums]
 def next_token_loss(
     hidden_BTD: jax.Array, head_DV: jax.Array, batch: Batch, config: Config
 ) -> LossSums:
-    """Computes the loss of LLaMA: cross-entropy with the next token, plus `train.z_loss`.
+    """Computes the loss of LLaMA: cross-entropy with the next token, plus the z-loss.
 
-    Only the first of its sums, the objective, has a gradient (see `loss.cross_entropy`): build
-    another loss on that.
+    Only the first sum, the objective, has a gradient (see `loss.cross_entropy`): a loss that builds
+    on this one must use the objective.
 
     Args:
-      hidden_BTD: last hidden states; logits are `hidden_BTD @ head_DV`.
+      hidden_BTD: last hidden states; the logits are `hidden_BTD @ head_DV`.
       head_DV: output matrix.
       batch: arrays B T, see `step`.
-      config: of the run.
+      config: the config of the run; `train.z_loss` is the weight of the z-loss.
+
+    Returns:
+      Objective, cross-entropy and weight, each summed over tokens.
     """
     return cross_entropy(
         hidden_BTD,
@@ -48,12 +51,12 @@ def next_token_loss(
 
 @dataclasses.dataclass(frozen=True)
 class StepView:
-    """What a metric sees of a step, inside the compiled program.
+    """The values of a step that a metric can use, inside the compiled program.
 
     Attributes:
-      params: what the step began with; with LoRA, the adapters.
+      params: the parameters before the step; with LoRA, the adapters.
       grads: mean gradient of the batch, before clipping.
-      updates: what is added to the parameters; 0 if the step is skipped.
+      updates: the updates that are added to the parameters; 0 if the step is skipped.
       batch: the global batch, arrays B T.
       loss: mean cross-entropy per weighted token, in nats.
       tokens: sum of the weights of the batch.
@@ -68,7 +71,7 @@ class StepView:
 
 
 Metric = Callable[[StepView], jax.Array]
-# A transformation, or a function that makes one from the config's learning rate by step, such as
+# A transformation, or a function that makes one from the config's learning-rate schedule, such as
 # `optax.lion`.
 Optimizer: TypeAlias = (
     optax.GradientTransformation | Callable[[optax.Schedule], optax.GradientTransformation]
@@ -80,16 +83,17 @@ class Parts:
     """The parts of a training; by default those of LLaMA.
 
     Attributes:
-      architecture: the module of a layer, and the table of its parameters.
+      architecture: the module of a layer, and the table of the parameters.
       loss: (hidden_BTD, head_DV, batch, config) -> objective, cross-entropy and weight, each
         summed over the tokens of a (micro)batch; and optionally a dict of further sums, whose
-        means per weighted token are logged by name. The gradient is that of the objective; the
-        validation loss is the cross-entropy.
+        means per weighted token are logged by name. The objective is minimised; the validation
+        loss is the cross-entropy.
       optimizer: an optax transformation, or a function that makes one from the schedule of
-        `optim.peak_lr`, such as `optax.lion`; None: AdamW as `optim` says. Of the fields of
-        `optim`, only those of the schedule have an effect on another optimiser.
-      metrics: scalars to log, by name: functions of `StepView`. They are shown on the console.
-      shown: names of the loss's further sums that are shown on the console, too.
+        `optim`, such as `optax.lion`; None: AdamW with the settings in `optim`. Only the
+        schedule's fields of `optim` have an effect on an optimiser given here.
+      metrics: functions of `StepView` by name, each returning a scalar, which is logged and shown
+        on the console.
+      shown: names of the loss's further sums that the console shows too.
     """
 
     architecture: Architecture = LLAMA
@@ -99,7 +103,7 @@ class Parts:
     shown: tuple[str, ...] = ()
 
     def names(self) -> dict[str, str]:
-        """Names the parts that are not LLaMA's, for a checkpoint; metrics change no result."""
+        """Returns the names of the parts that are not LLaMA's; metrics do not affect the result."""
         found = {"architecture": self.architecture.name}
         if self.loss is not next_token_loss:
             found["loss"] = _name(self.loss)
@@ -109,7 +113,7 @@ class Parts:
 
 
 def _name(part: Any) -> str:
-    """The qualified name of a function; of another object, that of its class."""
+    """Returns the qualified name of a function, or of the class of another object."""
     inner = part if hasattr(part, "__qualname__") else type(part)
     return f"{inner.__module__}.{inner.__qualname__}"
 

@@ -1,4 +1,4 @@
-"""Whether a run may go on here: directory, config and data are its own, on all processes."""
+"""Checks that a run may continue: its directory, config and data match, on all processes."""
 
 import contextlib
 import hashlib
@@ -18,44 +18,44 @@ from llama_jax.files import append_jsonl, is_object_store, read_bytes
 from llama_jax.parallel.multihost import broadcast_text
 from llama_jax.train.parts import LLAMA_PARTS, Parts
 
-# Fields that may change when a run is resumed: where and how often, not what is trained.
+# Fields that may change when a run is resumed: they do not change what is trained.
 RESUMABLE = (
     *("mesh.", "dcn.", "model.attention", "model.remat", "model.scan_unroll", "data.path"),
     *("data.tfds_data_dir", "data.workers", "data.part_bytes", "data.shard_tokens"),
-    # Where the tokenizer is and how it was made; what it is, the checkpoint knows.
+    # Where the tokenizer is and how it was made; the checkpoint holds the tokenizer itself.
     *("data.accept_other_data", "data.tokenizer", "data.tokenizer_size"),
     *("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every"),
     *("train.keep_checkpoints", "train.sample_prompt", "train.profile_steps"),
     *("train.step_timeout", "train.save_timeout"),
-    # What is done about a fault must be free to change when one has happened.
+    # The handling of faults: a user must be able to change it after a fault.
     *("train.max_skipped", "train.spike_factor", "train.norm_stats"),
     *("train.max_rewinds", "train.rewind_steps"),
     *("train.keep_every", "train.keep_best", "train.max_failed_saves"),
 )
-# Fields that say which text is trained on, free to change when told so.
+# Fields that select the text to train on; they may change with `ACCEPT_DATA`.
 OTHER_DATA = (
     *("data.source", "data.text_field", "data.tfds_split", "data.mixture", "data.packing"),
     "data.separator",
     *("data.validation_fraction", "data.max_document_bytes", "data.template"),
 )
 ACCEPT_DATA = "--config.data.accept_other_data=True"
-CHANGES = "changes.jsonl"  # what a run went on with although it had changed, a line for each time
-# Files of a work directory, and those of them that grow by lines.
+CHANGES = "changes.jsonl"  # accepted changes, a line for each time that a run resumed with some
+# Files of a work directory; lines are appended to those in `ADDED_TO`.
 ADDED_TO = ("metrics.jsonl", CHANGES)
 FILES = ("config.json", "tokenizer.model", "goodput.json", *ADDED_TO)
 
-Changes = dict[str, tuple[Any, Any]]  # of a field: what it was and is
+Changes = dict[str, tuple[Any, Any]]  # old and new value of each changed field
 
 
-# What the processes of a job have in common; where data and weights are may differ.
+# Fields that must agree on all processes of a job; places of data and weights may differ.
 _OF_ALL = ("model.", "mesh.", "dcn.", "optim.", "lora.", "train.", "data.streaming")
 
 
 def check_same_config(config: Config) -> None:
-    """Checks that all processes of the job train the same; all of them call it.
+    """Checks that all processes of the job train the same model; all of them must call it.
 
     Raises:
-      UserError: this one has another config than process 0.
+      UserError: this process has another config than process 0.
     """
     first, me = from_json(broadcast_text(config.to_json())), jax.process_index()
     changed = [
@@ -74,22 +74,22 @@ def check_prepared(config: Config, folder: epath.Path) -> None:
     """Checks that this process sees the folder in which process 0 has prepared the data.
 
     Raises:
-      UserError: it is not there.
+      UserError: this process does not see the folder.
     """
     data = config.data
     own = not data.path and data.source != "synthetic" and not (data.streaming and data.tokenizer)
     if own and not folder.exists():
         raise UserError(
-            f"process 0 has prepared the data in {folder}, and it is not there on process "
+            f"process 0 has prepared the data in {folder}, which does not exist on process "
             f"{jax.process_index()}; --workdir must be on a file system that all hosts share"
         )
 
 
 def check_same_data(fingerprint: str) -> None:
-    """Checks that all processes of the job have the same data; all of them call it.
+    """Checks that all processes of the job have the same data; all of them must call it.
 
     Raises:
-      UserError: this one has other data than process 0.
+      UserError: this process has other data than process 0.
     """
     first = broadcast_text(fingerprint)
     if first != fingerprint:
@@ -101,10 +101,10 @@ def check_same_data(fingerprint: str) -> None:
 
 
 def check_workdir(config: Config, workdir: epath.Path) -> None:
-    """Refuses a directory whose `config.json` is of another run.
+    """Checks that the directory holds no run with another config.
 
     Raises:
-      UserError: the run in `workdir` trains something else.
+      UserError: the run in `workdir` trains something different, or its files cannot be written.
     """
     _check_places(workdir, config)
     path = workdir / "config.json"
@@ -125,11 +125,11 @@ def check_workdir(config: Config, workdir: epath.Path) -> None:
 
 
 def _check_places(workdir: epath.Path, config: Config) -> None:
-    """Checks that a run can write where it will, so that nothing in the way ends it later.
+    """Checks that a run can write its files and folders, so that it does not fail later.
 
     Raises:
-      UserError: a folder lies where a run keeps a file, a file lies where it keeps a folder, or
-        a file that it adds to cannot be written to.
+      UserError: a folder has the name of a file of a run, a file has the name of a folder, or a
+        file that a run appends to is not writable.
     """
     if is_object_store(workdir):
         return
@@ -139,7 +139,7 @@ def _check_places(workdir: epath.Path, config: Config) -> None:
     for name in (*FILES, *folders):
         path, wanted = workdir / name, "folder" if name in folders else "file"
         found = _kind(path)
-        if found == "link":  # through which a file can be made, but no folder
+        if found == "link":  # a file can be created through a dangling link, a folder cannot
             place = os.path.realpath(path)
             found = "file" if os.path.isdir(os.path.dirname(place)) else f"link to {place}"
         if found and found != wanted:
@@ -152,7 +152,7 @@ def _check_places(workdir: epath.Path, config: Config) -> None:
 
 
 def _kind(path: epath.Path) -> str:
-    """What lies there: `folder`, `file`, `link` to where nothing is, or nothing."""
+    """Returns `folder`, `file`, `link` (a dangling one), or "" if the path does not exist."""
     if os.path.isdir(path):
         return "folder"
     return "file" if os.path.exists(path) else "link" * os.path.islink(path)
@@ -160,10 +160,10 @@ def _kind(path: epath.Path) -> str:
 
 @contextlib.contextmanager
 def locked(workdir: epath.Path) -> Iterator[None]:
-    """Holds the work directory for this process, as `files.locked`.
+    """Locks the work directory for this process, see `files.locked`.
 
     Raises:
-      UserError: another process trains in it, or it cannot be made.
+      UserError: another process trains in the directory, or the directory cannot be created.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -181,9 +181,9 @@ def locked(workdir: epath.Path) -> Iterator[None]:
 
 
 def _refused(changes: Changes, config: Config) -> Changes:
-    """Those that would train something else than before."""
+    """Returns the changes that are not allowed: the run would train something different."""
     allowed = RESUMABLE + (OTHER_DATA if config.data.accept_other_data else ())
-    if config.lora.rank:  # where the base is; what it is, the checkpoint knows
+    if config.lora.rank:  # the place of the base; the checkpoint has fingerprints of its arrays
         allowed += ("init_from",)
     return {name: values for name, values in changes.items() if not name.startswith(allowed)}
 
@@ -193,7 +193,7 @@ def _listed(changes: Changes) -> str:
 
 
 def _mend(changes: Changes, otherwise: str) -> str:
-    """What to do; the flag, if it would allow all of them."""
+    """Returns the advice for an error, with the flag if it would allow all changes."""
     if all(name.startswith(OTHER_DATA) for name in changes):
         return f"{otherwise}, or go on with the other data by {ACCEPT_DATA}"
     return otherwise
@@ -206,25 +206,28 @@ def check_checkpoint(
     data: TrainingData,
     parts: Parts = LLAMA_PARTS,
 ) -> Changes:
-    """Compares this run with what a checkpoint says of itself: config.json may be lost or edited.
+    """Compares this run with the description in a checkpoint.
+
+    `config.json` is not enough for this, because it may be missing or edited.
 
     Args:
-      saved: what the checkpoint says.
-      folder: of the checkpoint, for errors.
-      config: of this run.
-      data: of this run.
-      parts: of this run.
+      saved: the description in the checkpoint.
+      folder: the folder of the checkpoint, for errors.
+      config: the config of this run.
+      data: the data of this run.
+      parts: the parts of this run.
 
     Returns:
-      What has changed and may: fields of the config, and `data fingerprint`.
+      The allowed changes: fields of the config, and `data fingerprint`.
 
     Raises:
-      UserError: anything else has changed, field by field; or the data, without the flag for that.
+      UserError: there are other changes, which the error lists; or the data have changed and
+        `data.accept_other_data` is False.
     """
     changes = changed_fields(saved.config, config)
     refused = _refused(changes, config)
     model = data.tokenizer.model_bytes if data.tokenizer else b""
-    if saved.tokenizer_model != model:  # no flag: weights know tokens by their numbers
+    if saved.tokenizer_model != model:  # no flag allows this: weights depend on token ids
         shas = (hashlib.sha256(each).hexdigest()[:16] for each in (saved.tokenizer_model, model))
         refused["tokenizer's sha256"] = (next(shas), next(shas))
     refused |= changed_parts(saved.parts, parts.names())
@@ -249,14 +252,23 @@ def check_checkpoint(
 
 
 def changed_parts(saved: dict[str, str], now: dict[str, str]) -> Changes:
-    """Returns the parts that are not those of a checkpoint, by kind: as saved, and as they are."""
+    """Returns the parts that differ from those of a checkpoint, by kind: the old and new names."""
     kinds = sorted(saved.keys() | now.keys())
     values = {kind: (saved.get(kind, "LLaMA's"), now.get(kind, "LLaMA's")) for kind in kinds}
     return {f"the {kind}": pair for kind, pair in values.items() if pair[0] != pair[1]}
 
 
 def record_changes(workdir: epath.Path, step: int, changes: Changes) -> str:
-    """Writes down that the run went on at `step` in spite of these; returns a line for the log."""
+    """Records in `changes.jsonl` the changes that a run resumes with.
+
+    Args:
+      workdir: the work directory.
+      step: the step that the run resumes from.
+      changes: the changes that `check_checkpoint` allowed.
+
+    Returns:
+      A line for the log; empty without changes.
+    """
     if not changes:
         return ""
     if jax.process_index() == 0:

@@ -1,9 +1,10 @@
-"""A run that makes no more updates goes back to a checkpoint, or ends and says why.
+"""Sends a run that skips too many updates back to a checkpoint, or ends it with an error.
 
-Going back is PaLM's remedy for loss spikes (arXiv:2204.02311, section 5.1): weights and moments are
-those of a checkpoint from before them, the data go on, so that the batches around the spike are
-never met. When and where to is a function of the numbers in the states and of nothing else: the
-same command, or the same run stopped, killed and started anew, goes back in the same way.
+Going back is PaLM's remedy for loss spikes (arXiv:2204.02311, section 5.1): the run restores
+weights and moments from a checkpoint before the spike, but the data do not go back, so that it
+passes over the batches around the spike. The time and the checkpoint depend only on the numbers in
+the states: the same command, or the same run stopped, killed and restarted, goes back in the same
+way.
 """
 
 import dataclasses
@@ -24,10 +25,13 @@ from llama_jax.train.step import TrainState
 
 
 class Rewinder:
-    """Looks at what the loop has read anyway: it never makes the device wait.
+    """Decides when a run goes back to a checkpoint, and restores it.
+
+    Between saves it uses only metrics that the loop has read for the log, so that the device never
+    waits for it.
 
     Attributes:
-      rewinds: that led to the present state, as in `saved_step.StepMeta`.
+      rewinds: the rewinds that led to the present state, as in `saved_step.StepMeta`.
     """
 
     def __init__(
@@ -35,32 +39,33 @@ class Rewinder:
     ) -> None:
         self._config, self._data, self._saver = config, data, saver
         self.rewinds = rewinds
-        self._in_row = 0  # skipped updates, as the last step that was logged had them
+        self._in_row = 0  # number of updates skipped in a row, from the last logged step
 
     def at_start(self, state: TrainState) -> None:
-        """Looks at a state as if its step had just been logged: a run may be stopped in between."""
+        """Reads the first state as if its step had just been logged before a stop of the run."""
         logged = int(state.step) % self._config.train.log_every == 0
         self._in_row = int(state.skips.in_row) if logged else 0
 
     def on_read(self, values: Mapping[str, float | None]) -> None:
-        """Looks at the metrics of a step that is logged; `Metrics` calls it."""
+        """Reads the metrics of a logged step; `Metrics` calls it."""
         self._in_row = int(values.get("skipped_in_row") or 0)
 
     def take_skipped_in_a_row(self) -> int:
-        """Returns how many updates in a row were skipped, of the step that was logged since.
+        """Returns how many updates in a row were skipped, if they are enough for a rewind.
 
         Returns:
-          0: no step was logged since the last call, or too few are skipped to stop for.
+          The number; 0 if it is below `train.max_skipped`, or if no step was logged since the last
+          call.
         """
         in_row, self._in_row = self._in_row, 0
         return in_row if in_row >= self._config.train.max_skipped else 0
 
     def before_save(self, state: TrainState) -> None:
-        """Looks at the state itself, as saving is about to do.
+        """Checks a state before it is saved, by its own numbers; this waits for the device.
 
         Raises:
-          UserError: `train.max_skipped` updates in a row were skipped by then, and the run cannot
-            be rewound; or the weights or moments are not finite.
+          UserError: `train.max_skipped` updates in a row were skipped and no rewind is possible; or
+            the last update was skipped and the weights or moments are not finite.
         """
         in_row = int(state.skips.in_row)
         first = int(state.skips.last) - in_row + 1 if in_row else 0
@@ -70,19 +75,19 @@ class Rewinder:
             raise self._error(state, first)
 
     def rewind(self, state: TrainState, in_row: int) -> TrainState:
-        """An older checkpoint's weights, moments and counts, with the data where they are now.
+        """Restores weights, moments and counters of an older checkpoint; the data do not go back.
 
         Args:
-          state: the present one; it is deleted, since there is no room for two.
-          in_row: what `take_skipped_in_a_row` said of the step before it.
+          state: the present state; it is deleted, because two states may not fit into memory.
+          in_row: the last result of `take_skipped_in_a_row`.
 
         Raises:
-          UserError: there is no checkpoint to go back to, or it was done `train.max_rewinds` times.
+          UserError: there is no checkpoint to go back to, or `train.max_rewinds` rewinds were made.
         """
         now, reasons = int(state.step), int(state.skips.reasons)
         first = now - in_row
         error = self._error(state, first)
-        # The base of adapters never changes: it stays where it is.
+        # The base of adapters never changes and is not restored.
         frozen, state = state.frozen, dataclasses.replace(state, frozen=None)
         shardings = jax.tree.map(lambda array: array.sharding, state)
         targets = with_shardings(state, shardings).to_items()
@@ -99,7 +104,7 @@ class Rewinder:
         go_on = jax.jit(skips_after_rewind, out_shardings=(shardings.step, shardings.skips))
         step, skips = go_on(then.skips, then.step, np.int32(now), np.int32(reasons))
         self.rewinds = [*self.rewinds, [now, target]]
-        self._in_row = 0  # of the state that is left behind
+        self._in_row = 0  # the old number belongs to the state before the rewind
         why = explain(reasons)
         self._saver.report(
             now,
@@ -112,7 +117,7 @@ class Rewinder:
         return TrainState(step, then.params, then.opt_state, skips, frozen)
 
     def _target(self, first: int) -> int | None:
-        """The checkpoint to go back to where `first` is the first of the skipped steps, if any."""
+        """Returns the checkpoint to go back to if `first` is the first skipped step, or None."""
         train = self._config.train
         if len(self.rewinds) >= train.max_rewinds:
             return None
@@ -123,15 +128,15 @@ class Rewinder:
         )
 
     def _error(self, state: TrainState, first: int) -> UserError:
-        """What is known: when, why, on which text, what is still good, and how to go on."""
+        """Makes the error: the steps, the reason, their text, the last checkpoint and advice."""
         last, train = int(state.skips.last), self._config.train
         broken = find_non_finite(state)
         saved = self._saver.latest_step()
         good = "there is no checkpoint yet" if saved is None else f"the last checkpoint is {saved}"
         if broken:
             advice = (
-                f"{' and '.join(broken)} are not finite: no batch does that, a faulty device or "
-                "program may. Run the same command to go on from the checkpoint"
+                f"{' and '.join(broken)} are not finite: a batch cannot cause this, but a faulty "
+                "device or program can. Run the same command to go on from the checkpoint"
             )
         else:
             advice = (
@@ -142,8 +147,8 @@ class Rewinder:
             advice += f"; train.max_rewinds={train.max_rewinds} rewinds were made"
         elif train.max_rewinds:
             advice += (
-                f"; to rewind to, there is no good checkpoint of step {first - train.rewind_steps} "
-                f"or before (train.rewind_steps={train.rewind_steps})"
+                f"; no good checkpoint of step {first - train.rewind_steps} or before is left to "
+                f"rewind to (train.rewind_steps={train.rewind_steps})"
             )
         return UserError(
             f"steps {first} to {last} made no update: {explain(int(state.skips.reasons))}. "

@@ -1,4 +1,4 @@
-"""One run, from its config to its last state, and what it says before and after."""
+"""One run, from its config to its last state, with the text that it prints."""
 
 import contextlib
 import dataclasses
@@ -48,15 +48,15 @@ from llama_jax.train.step import CompiledStep, TrainState, jit_step
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Says how a run ended.
+    """The result of a run.
 
     Attributes:
-      state: the last one.
-      finished: whether all steps are done, and the evaluation after the last of them.
+      state: the last state.
+      finished: whether all steps and the evaluation after the last step are done.
       passed_over: whether a damaged checkpoint was passed over.
-      start: the step that it began at.
-      evaluated: whether an evaluation was made up for before the first step.
-      rewinds: that led to the state, as in `saved_step.StepMeta`.
+      start: the step that the run began at.
+      evaluated: whether a missed evaluation was repeated before the first step.
+      rewinds: the rewinds that led to the state, as in `saved_step.StepMeta`.
     """
 
     state: TrainState
@@ -68,7 +68,7 @@ class Outcome:
 
 
 def device_memory(device: jax.Device) -> int | None:
-    """Bytes that one device can hold; for CPU devices, their share of the machine's memory."""
+    """Returns the memory of a device in bytes; for CPU devices, a share of the machine's memory."""
     if device.platform == "cpu":
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return total // jax.local_device_count()
@@ -78,16 +78,16 @@ def device_memory(device: jax.Device) -> int | None:
 def check_memory(
     config: Config, state: TrainState, mesh: jax.sharding.Mesh, capacity: int | None
 ) -> None:
-    """Checks that the state and its gradients alone fit, before anything is allocated.
+    """Checks that the state and its gradients alone fit into memory, before any allocation.
 
     Args:
-      config: of the run.
+      config: the config of the run.
       state: shapes, dtypes and shardings, see `CompiledStep.placed_state`.
       mesh: the devices.
-      capacity: bytes that one device holds; None: not known, and nothing is checked.
+      capacity: bytes of memory of one device; None: not known, and nothing is checked.
 
     Raises:
-      UserError: they need more.
+      UserError: they need more memory.
     """
     held = (state, state.params)  # gradients have the dtypes and shardings of the parameters
     needed = bytes_per_device(held)
@@ -105,15 +105,15 @@ def check_memory(
 
 
 def _data_of_all(config: Config, workdir: epath.Path, given: TrainingData | None) -> TrainingData:
-    """Returns the data, which process 0 prepares if need be; the others open what it has made.
+    """Returns the data; process 0 prepares them if needed, then the other processes open them.
 
     Args:
-      config: of the run.
-      workdir: of the run.
-      given: the data of this process, where none are to be prepared.
+      config: the config of the run.
+      workdir: the work directory.
+      given: the data of this process; None: `config.data` says what to prepare or open.
 
     Raises:
-      UserError: as `open_data`; or the processes do not have the same data.
+      UserError: see `open_data`; or the processes do not have the same data.
     """
     if given is not None and given.tokenizer is not None:
         ids = given.tokenizer.vocab_size
@@ -136,10 +136,10 @@ def train(config: Config, workdir: epath.PathLike, data: TrainingData | None = N
     Args:
       config: what to train.
       workdir: folder of the run.
-      data: what to train on, as in `run`.
+      data: what to train on, see `run`.
 
     Raises:
-      UserError, Stopped: as `run`.
+      UserError, Stopped: see `run`.
     """
     return run(config, workdir, data=data).state
 
@@ -156,13 +156,16 @@ def run(
     Args:
       config: what to train.
       workdir: folder of the run.
-      began: when the command did, by the monotonic clock, if before this call.
-      data: what to train on, on each process; None: what `config.data` says. Nothing else in
-        `config.data` is used then, and going on with the run takes the same data.
-      parts: what a researcher exchanges, see `Parts`; going on takes the same.
+      began: start time of the command, by `time.monotonic`; None: the time of this call.
+      data: what to train on, on each process; `config.data` is then not used, and resuming the run
+        needs the same data. None: the data that `config.data` describes.
+      parts: the parts of the training, see `Parts`; resuming the run needs the same parts.
+
+    Returns:
+      The last state, and how the run ended.
 
     Raises:
-      UserError: the config does not fit the devices, the data, or what is in `workdir`.
+      UserError: the config does not fit the devices, the data, or the run in `workdir`.
       Stopped: SIGTERM or Ctrl-C came when there was nothing to save.
     """
     workdir = epath.Path(expand(os.fspath(workdir)))
@@ -185,9 +188,9 @@ def run(
             check_workdir(config, workdir)
             goodput = Goodput(workdir / "goodput.json", began)
         with stop.at_once():
-            # A list, so that `_train` can let go of what may hold a whole array.
+            # In a list, so that `_train` can drop the only reference: it may hold a whole array.
             weights = [open_weights(config, workdir)]
-            agreed("")  # what fails on another process at once is not found out after hours
+            agreed("")  # so that an early failure of another process is noticed before long work
             data = _data_of_all(config, workdir, data)
         open_collectives()
         about = [*remarks(config, data, weights[0]), *no_evaluation(data), *unchecked(data)]
@@ -215,19 +218,19 @@ def _train(
     goodput: Goodput,
     weights: list[Source | None],
 ) -> Outcome:
-    """Restores or makes the first state, and trains it as far as no stop request comes.
+    """Restores or makes the first state, and trains it until the end or a stop request.
 
     Args:
       compiled: the step.
-      config: of the run.
-      data: of the run.
-      workdir: of the run.
-      stop: asks to stop.
-      goodput: counts the time.
-      weights: what the run begins with, in a list that is emptied.
+      config: the config of the run.
+      data: the data of the run.
+      workdir: the work directory.
+      stop: says whether a stop is requested.
+      goodput: counts the time of each phase.
+      weights: a list of one item, the initial weights or None; the list is emptied.
 
     Raises:
-      UserError: as `run`.
+      UserError: see `run`.
     """
     device = compiled.batch_sharding.mesh.devices.flat[0]
     writers = AllWriters(list)
@@ -236,12 +239,12 @@ def _train(
         about = Run(config, workdir, peak_name(device), shown)
         writers = AllWriters(functools.partial(open_writers, about))
     watchdog = Watchdog(config.train.step_timeout)
-    watchdog.beat("restoring", compiles=True)  # all files are read, and programs compiled
-    # A run that ends in an error waits for its save, too, whose events the writers get.
+    watchdog.beat("restoring", compiles=True)  # this reads all files and compiles programs
+    # The writers close last: after an error, the pending save still reports events to them.
     with watchdog, writers, Checkpointer(workdir, config, writers.event) as saver:
         state, meta = initial_state(compiled, saver, data, config, weights.pop())
         watch = Rewinder(config, data, saver, meta.rewinds)
-        # Only now: a run that is refused leaves the other one's as it was.
+        # Not earlier: a run that is refused must not replace the files of the other run.
         if jax.process_index() == 0:
             write_atomically(workdir / "config.json", config.to_json().encode())
             if data.tokenizer is not None:
@@ -280,7 +283,7 @@ def _report(
     stop: StopRequest,
     data: TrainingData,
 ) -> None:
-    """Says how a run ended, where everything is, and how to go on."""
+    """Prints how a run ended, where its files are, and how to continue."""
     if jax.process_index() != 0:
         return
     config, start, step = compiled.config, outcome.start, int(outcome.state.step)
@@ -298,7 +301,7 @@ def _report(
     say(f"checkpoints  {workdir / CHECKPOINTS}")
     say(f"loss plot    {workdir / 'plots' / 'loss.png'}")
     say(f"TensorBoard  tensorboard --logdir={workdir / 'tensorboard'}")
-    # The command knows no architecture of a caller, and needs a tokenizer.
+    # The command knows only LLaMA's architecture, and needs a tokenizer.
     if step == config.train.steps and data.tokenizer and not compiled.parts.architecture.name:
         asked = "--chat" if config.data.template else "--prompt=def"
         say(f"samples      python -m llama_jax.generate --checkpoint={workdir} {asked}")
@@ -308,14 +311,14 @@ def _print_sample(compiled: CompiledStep, state: TrainState, data: TrainingData)
     config, prompt = compiled.config, compiled.config.train.sample_prompt
     if not prompt or data.tokenizer is None or jax.process_count() > 1:
         return
-    # Cooler than generate's default: a small model wanders.
+    # A lower temperature than the default of `generate`, because small models drift off.
     length = min(200, config.train.seq_len // 2)
     sampling = Sampling(max_tokens=length, temperature=0.5, seed=config.train.seed)
     context = config.train.seq_len
     weights = compiled.weights(state)
     try:
         text = complete(config.model, weights, data.tokenizer, [prompt], sampling, context=context)
-    except UserError as error:  # the run has finished all the same
+    except UserError as error:  # must not fail a run that has finished
         say(f"no sample after {prompt!r}: {error}")
         return
     say(f"\nwhat it writes after {prompt!r}:\n{text[0]}")

@@ -1,4 +1,4 @@
-"""Where a run begins: at the newest good checkpoint, at given weights, or at random ones."""
+"""The first state of a run: from the newest undamaged checkpoint, given weights or random ones."""
 
 import dataclasses
 
@@ -24,38 +24,38 @@ from llama_jax.train.step import CompiledStep, TrainState
 
 
 def with_tokenizer(config: Config, workdir: epath.Path) -> Config:
-    """The config, whose tokenizer is that of the weights if it names no other.
+    """Returns the config, with the tokenizer of the initial weights if it names no other one.
 
-    A run of all weights goes on where they are gone: with the tokenizer that its folder has kept.
+    If the weights are gone, a resumed run takes the tokenizer that its work directory holds.
 
     Raises:
-      UserError: they are not there, or have none, so that one would be trained, whose ids they do
-        not know.
+      UserError: the weights do not exist, or have no tokenizer. A newly trained tokenizer would not
+        match their token ids.
     """
     data = config.data
     if not config.init_from or data.tokenizer or data.source == "synthetic":
         return config
     tokenizer = tokenizer_file(config.init_from)
-    kept = workdir / "tokenizer.model"  # as train writes it
+    kept = workdir / "tokenizer.model"  # `run` writes it
     if not tokenizer and not data.path and kept.exists():
         tokenizer = str(kept)
     if not tokenizer and not data.path:  # prepared shards have their own
         init_place(config.init_from)
         raise UserError(
-            f"init_from={config.init_from} comes without a tokenizer that we read; name one by "
+            f"init_from={config.init_from} has no tokenizer in a known format; name one with "
             "--config.data.tokenizer=FILE"
         )
     return dataclasses.replace(config, data=dataclasses.replace(data, tokenizer=tokenizer))
 
 
 def open_weights(config: Config, workdir: epath.Path) -> Source | None:
-    """Opens the weights that a run reads, before it prepares its data; None: it reads none.
+    """Opens the weights that a run begins with, before it prepares its data; None: it needs none.
 
-    This reads their headers and checks them. A run of all weights reads them only where it begins:
-    later they may be gone.
+    This reads and checks only their headers. Without adapters, only a new run needs the weights: a
+    resumed run continues even if they are gone.
 
     Raises:
-      UserError: as `open_init`.
+      UserError: see `open_init`.
     """
     began = saved_steps(workdir / CHECKPOINTS)
     reads = config.init_from and (config.lora.rank or not began)
@@ -69,20 +69,20 @@ def initial_state(
     config: Config,
     weights: Source | None,
 ) -> tuple[TrainState, StepMeta]:
-    """The newest good checkpoint of the work directory, or a fresh state.
+    """Restores the newest undamaged checkpoint of the work directory, or makes a new state.
 
     Args:
-      compiled: the step, which says where the arrays lie.
-      saver: of the work directory.
-      data: that the run trains on; a stream starts where the state is.
-      config: of the run.
-      weights: as `open_weights` gives them.
+      compiled: the step, with the shardings of the state.
+      saver: the checkpointer of the work directory.
+      data: the data of the run; a stream is moved to the position of the state.
+      config: the config of the run.
+      weights: the result of `open_weights`.
 
     Returns:
-      It, and what a checkpoint of it would say about itself.
+      The state, and the description that a checkpoint of it would have.
 
     Raises:
-      UserError: the checkpoint is unreadable, or of another run or other data.
+      UserError: the checkpoint is unreadable, or belongs to another run or other data.
     """
     while (step := saver.newest_good_step()) is not None:
         folder = saver.folder(step)
@@ -99,10 +99,10 @@ def initial_state(
         loss = saved.eval_loss
         return state, dataclasses.replace(meta, step=step, rewinds=saved.rewinds, eval_loss=loss)
     data.train.start_at(0, [], jax.process_index(), jax.process_count())
-    if weights is None and config.init_from:  # there was a step when the run started
+    if weights is None and config.init_from:  # `open_weights` found checkpoints, which are gone
         weights = open_init(config)
     state = first_state(compiled, config, weights)
-    agreed("")  # one may read for longer than another waits in a collective
+    agreed("")  # reads differ in time, and a collective waits only for a limited time
     base = fingerprint(state.frozen) if config.lora.rank else {}
     context = weights.description.config.train.seq_len if weights is not None else 0
     return state, fresh_meta(compiled, data, base, context)
@@ -111,7 +111,7 @@ def initial_state(
 def _go_on(
     step: int, folder: epath.Path, data: TrainingData, config: Config, parts: Parts
 ) -> StepMeta:
-    """Checks that a run may go on from a step, and starts the data there; returns its `meta`."""
+    """Checks that a run may continue from a step, and moves the data there; returns its `meta`."""
     if not (folder / "optimizer").exists():
         raise UserError(
             f"checkpoint {folder} has weights but no optimiser state (it was converted "
@@ -124,7 +124,7 @@ def _go_on(
     if saved.positions and len(saved.positions) != count:
         raise UserError(
             f"checkpoint {folder} has data positions of {len(saved.positions)} process(es), and "
-            f"there are {count}: streamed data can only go on with as many"
+            f"there are {count}: streamed data can only go on with the same number"
         )
     data.train.start_at(step, saved.positions[index] if saved.positions else [], index, count)
     say(f"resume  from step {step}")
@@ -136,13 +136,13 @@ def _go_on(
 def fresh_meta(
     compiled: CompiledStep, data: TrainingData, base: dict[str, int], context: int = 0
 ) -> StepMeta:
-    """Returns what a checkpoint says of the state before the first step.
+    """Returns the description of the state before the first step, for a checkpoint.
 
     Args:
       compiled: the step, with its config and parts.
-      data: of the run.
-      base: fingerprints of the base below adapters; empty without them.
-      context: longest sequence that the weights to begin with are for, in tokens; 0: random ones.
+      data: the data of the run.
+      base: fingerprints of the frozen base of adapters; empty without adapters.
+      context: maximum sequence length of the initial weights, in tokens; 0: they are random.
     """
     return StepMeta(
         compiled.config,
@@ -157,15 +157,15 @@ def fresh_meta(
 
 
 def first_state(compiled: CompiledStep, config: Config, weights: Source | None) -> TrainState:
-    """The state before the first step.
+    """Makes the state before the first step.
 
     Args:
-      compiled: the step, which says where the arrays lie.
-      config: of the run.
-      weights: to begin with; None: random ones. Those of a run with adapters are their base.
+      compiled: the step, with the shardings of the state.
+      config: the config of the run.
+      weights: the initial weights, or with adapters their base; None: random weights.
 
     Raises:
-      UserError: as `load_init`.
+      UserError: see `load_init`; or the architecture's arrays do not match those of the weights.
     """
     state = compiled.init(jax.random.key(config.train.seed))
     if weights is None:
@@ -176,7 +176,7 @@ def first_state(compiled: CompiledStep, config: Config, weights: Source | None) 
         lacking += [path for path in rows if path not in PARAMETERS]
     if lacking:
         raise UserError(
-            f"init_from={config.init_from} gives the arrays of a LLaMA, and "
+            f"init_from={config.init_from} has the arrays of a LLaMA, but "
             f"{compiled.parts.architecture.name} has others: {', '.join(lacking)}"
         )
     if config.lora.rank:
@@ -184,7 +184,7 @@ def first_state(compiled: CompiledStep, config: Config, weights: Source | None) 
         return dataclasses.replace(state, frozen=frozen)
     places = traverse_util.flatten_dict(compiled.state_shardings.params, sep="/")
     random = traverse_util.flatten_dict(state.params, sep="/")
-    # What only this architecture has stays random; the rest is freed before it is read.
+    # Arrays that only this architecture has stay random; the others are freed before the read.
     params = {path: array for path, array in random.items() if path not in PARAMETERS}
     known = {path: place for path, place in places.items() if path in PARAMETERS}
     state, random = dataclasses.replace(state, params=None), {}
@@ -201,20 +201,20 @@ def with_frozen_base(
     saved: dict[str, int],
     folder: epath.Path,
 ) -> TrainState:
-    """A state as it was saved, with the base below its adapters.
+    """Adds the frozen base to a restored state with adapters.
 
     Args:
-      state: whose adapters were trained on the base.
-      weights: to read the base from.
-      compiled: the step, which says where the arrays lie.
-      config: of the run.
-      saved: fingerprints of the base that they were trained on.
-      folder: of the saved step, for errors.
+      state: the restored state.
+      weights: the weights to read the base from.
+      compiled: the step, with the shardings of the state.
+      config: the config of the run.
+      saved: fingerprints of the base that the adapters were trained on.
+      folder: the folder of the saved step, for errors.
 
     Raises:
-      UserError: as `load_init` and `check_base`.
+      UserError: see `load_init` and `check_base`.
     """
     base = load_init(weights, config, compiled.state_shardings.frozen)
-    agreed("")  # one may read for longer than another waits in a collective
+    agreed("")  # reads differ in time, and a collective waits only for a limited time
     check_base(saved, base, config, folder)
     return dataclasses.replace(state, frozen=base)

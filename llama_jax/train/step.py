@@ -1,8 +1,8 @@
-"""One optimiser step and one evaluation step: pure functions, un-jitted, no I/O.
+"""One optimiser step and one evaluation step: pure functions without I/O, and their jitted forms.
 
 A batch is a dict of arrays of shape (global_batch, seq_len): `inputs` and `targets` (int32 token
-ids, targets one ahead of inputs) and `weights` (float32, 0 where the target does not count); with
-packed documents also `segment_ids` and `positions` (int32).
+ids; a target is the next token of its input) and `weights` (float32, 0 for a target that does not
+count); with packed documents also `segment_ids` and `positions` (int32).
 """
 
 import dataclasses
@@ -31,20 +31,20 @@ from llama_jax.train.bad_steps import Skips, group_norms, init_skips, select, sk
 from llama_jax.train.optimizer import learning_rate, make_optimizer, state_specs
 from llama_jax.train.parts import LLAMA_PARTS, Batch, LossSums, Parts, StepView
 
-_DROPOUT = 0x64726F70  # keeps its keys apart from those of the initial adapters
+_DROPOUT = 0x64726F70  # makes the keys of dropout differ from those of the initial adapters
 
 
 @struct.dataclass
 class TrainState:
-    """Everything that a step changes.
+    """The state of a training: everything that a step changes, and the frozen base.
 
     Attributes:
-      step: batches that were taken, int32: optimiser steps, and those that were skipped.
+      step: number of batches taken, by updates and by skipped steps. int32.
       params: nested dict of float32 arrays.
-      opt_state: state of `optimizer.make_optimizer`.
-      skips: the steps that made no update.
-      frozen: with LoRA the base, in the form of `lora.to_frozen`, which no step changes and no
-        checkpoint holds; `params` are then the adapters. None without.
+      opt_state: state of the optimiser, see `optimizer.make_optimizer`.
+      skips: counters of the steps that made no update.
+      frozen: with LoRA, the base in the form of `lora.to_frozen`, which no step changes and no
+        checkpoint holds; `params` are then the adapters. None without LoRA.
     """
 
     step: jax.Array
@@ -54,7 +54,7 @@ class TrainState:
     frozen: Any = None
 
     def to_items(self) -> dict[str, Any]:
-        """The trees that a checkpoint holds, by the names of its items; all but the base."""
+        """Returns the trees of a checkpoint by the names of its items; without the base."""
         return {
             "params": self.params,
             "optimizer": {"step": self.step, "opt_state": self.opt_state},
@@ -63,7 +63,7 @@ class TrainState:
 
     @classmethod
     def from_items(cls, items: dict[str, Any]) -> "TrainState":
-        """The state, without a base, that gave these items."""
+        """Returns the state, without a base, whose `to_items` returned these items."""
         return cls(params=items["params"], **items["optimizer"], skips=Skips(**items["skips"]))
 
 
@@ -71,9 +71,9 @@ def init_state(config: Config, key: jax.Array, parts: Parts = LLAMA_PARTS) -> Tr
     """Makes the state before the first step, without a base; the same bits on every mesh.
 
     Args:
-      config: of the run.
-      key: selects the initial weights.
-      parts: see `Parts`.
+      config: the config of the run.
+      key: the random key of the initial weights.
+      parts: the parts of the training, see `Parts`.
     """
     params = init_trained(config, key, parts.architecture)
     opt_state = make_optimizer(config.optim, config.train.steps, parts).init(params)
@@ -81,12 +81,12 @@ def init_state(config: Config, key: jax.Array, parts: Parts = LLAMA_PARTS) -> Tr
 
 
 def model_weights(state: TrainState, config: Config, parts: Parts = LLAMA_PARTS) -> Any:
-    """Returns what `llama.forward` takes of a state, see `weights.combined`.
+    """Returns the weights of a state for `llama.forward`, see `weights.combined`.
 
     Args:
       state: the state, or a tree like it, such as its shardings.
-      config: of the run.
-      parts: see `Parts`.
+      config: the config of the run.
+      parts: the parts of the training, see `Parts`.
     """
     return combined(state.params, state.frozen, config, parts.architecture)
 
@@ -97,7 +97,7 @@ def _dropout_key(config: Config, step: jax.Array) -> jax.Array:
 
 
 def _loss_sums(params: Any, batch: Batch, config: Config, parts: Parts) -> LossSums:
-    """Objective, cross-entropy and weight, summed over the tokens of a (micro)batch."""
+    """Computes the sums of `Parts.loss` over the tokens of a (micro)batch."""
     hidden_BTD, head_DV, _ = forward(
         config.model,
         params,
@@ -110,7 +110,10 @@ def _loss_sums(params: Any, batch: Batch, config: Config, parts: Parts) -> LossS
 
 
 def _microbatches(batch: Batch, count: int) -> Batch:
-    """B T -> A B/A T. Microbatch a takes the rows a, a + A, ..: each device splits its own rows."""
+    """Splits a batch: B T -> A B/A T.
+
+    Microbatch a takes the rows a, a + A, ..: each device splits its own rows.
+    """
 
     def split(x_BT: jax.Array) -> jax.Array:
         x_ABT = x_BT.reshape(x_BT.shape[0] // count, count, *x_BT.shape[1:]).swapaxes(0, 1)
@@ -127,15 +130,15 @@ def _gradients(
     frozen: Any = None,
     dropout_key: jax.Array | None = None,
 ) -> tuple[LossSums, Any]:
-    """Mean objective, mean loss, weight and mean gradient of a batch, in `grad_accum` microbatches.
+    """Computes mean objective, mean loss, weight and mean gradient of a batch in microbatches.
 
-    What else a loss sums comes with them, as means by name.
+    Further sums of a loss follow the weight, as means by name.
 
-    Microbatches live inside the step, not in `optax.MultiSteps`: sums are divided by the weight of
-    the whole batch, which stays right when microbatches have unequal masks, where MultiSteps takes
-    the mean of their means; and a step is one dispatch, whatever the accumulation. The weight comes
-    with the loss, in one sum over devices; asked for ahead, it would be a collective of its own,
-    which nothing keeps from running beside those of the layers.
+    Microbatches are part of the step, in place of `optax.MultiSteps`: the sums are divided by the
+    weight of the whole batch, which is right for microbatches with unequal masks, while MultiSteps
+    takes the mean of their means; and a step is one dispatch for any accumulation. The weight is
+    summed over devices together with the loss; computed before, it would be a separate collective,
+    which could run at the same time as those of the layers.
     """
 
     def sums_and_gradients(microbatch: Batch) -> tuple[LossSums, Any]:
@@ -152,7 +155,7 @@ def _gradients(
 
     count = config.train.grad_accum
     keys = {}
-    if dropout_key is not None:  # each microbatch has its own
+    if dropout_key is not None:  # each microbatch has its own key
         keys["dropout_key"] = dropout_key if count == 1 else jax.random.split(dropout_key, count)
     if count == 1:
         sums, grads = sums_and_gradients({**batch, **keys})
@@ -179,17 +182,17 @@ def train_step(
     """Makes one optimiser step on a global batch; skips it if its loss or gradient is unusable.
 
     Args:
-      state: before the step.
+      state: the state before the step.
       batch: arrays B T, see above.
-      config: of the run.
-      parts: see `Parts`.
+      config: the config of the run.
+      parts: the parts of the training, see `Parts`.
 
     Returns:
       The next state, and metrics as float32 scalars: `loss` (mean cross-entropy per weighted token,
       in nats), `objective` (loss plus z-loss), `grad_norm` (before clipping), `learning_rate`,
       `tokens` (sum of the weights), `skipped` (steps so far) and `skipped_in_row`; with
       `train.norm_stats` also `grad_norm/GROUP` and `update_norm/GROUP` of each group of weights;
-      and what the loss and `parts.metrics` add.
+      and the metrics that the loss and `parts.metrics` add.
     """
     train, skips, rows = config.train, state.skips, parts.architecture.parameters
     key = _dropout_key(config, state.step) if config.lora.rank and config.lora.dropout else None
@@ -202,14 +205,14 @@ def train_step(
     updates, opt_state = optimizer.update(
         grads, state.opt_state, state.params, skip=skip, value=objective
     )
-    # Selected here and not by the caller, so that it is part of AdamW's one pass over the state.
+    # The selection is here so that XLA makes it part of AdamW's one pass over the state.
     params = select(skip, state.params, optax.apply_updates(state.params, updates))
     after = updated(skips, reasons, state.step, objective, grad_norm)
     metrics = {
         "loss": loss,
         "objective": objective,
         "grad_norm": grad_norm,
-        # Of the update that is made: the schedule counts updates, not batches.
+        # The schedule counts updates, not batches.
         "learning_rate": learning_rate(
             config.optim, train.steps, parts, state.step - skips.total, opt_state
         ),
@@ -238,10 +241,10 @@ def eval_step(
     Sum both over batches, then divide.
 
     Args:
-      params: what `model_weights` gives.
+      params: the weights, as `model_weights` returns them.
       batch: arrays B T, see above.
-      config: of the run.
-      parts: see `Parts`.
+      config: the config of the run.
+      parts: the parts of the training, see `Parts`.
     """
     _, entropy, weight, *_ = _loss_sums(params, batch, config, parts)
     return entropy, weight
@@ -252,10 +255,10 @@ class CompiledStep:
     """Jitted `init_state`, `train_step` and `eval_step` for one config on one mesh.
 
     Attributes:
-      config: what they were made for.
-      parts: the same.
-      state_shardings: where each array of the `TrainState` lives.
-      batch_sharding: where a batch lives.
+      config: the config that they were made for.
+      parts: the parts that they were made for.
+      state_shardings: sharding of each array of the `TrainState`.
+      batch_sharding: sharding of the arrays of a batch.
       init: key -> TrainState without a base; the state never exists unsharded.
       train: (state, batch) -> (state, metrics); the given state is donated.
       evaluate: (params, batch) -> (summed loss, summed weight).
@@ -270,14 +273,14 @@ class CompiledStep:
     evaluate: Any
 
     def weights(self, state: TrainState) -> Any:
-        """Returns what `evaluate` and `llama.forward` take of a state, see `model_weights`."""
+        """Returns the weights of a state for `evaluate` and `llama.forward`."""
         return model_weights(state, self.config, self.parts)
 
     def placed_state(self, *, base: bool = True) -> TrainState:
         """Returns shapes, dtypes and shardings of the state; allocates nothing.
 
         Args:
-          base: whether the base below adapters is there; False: as the state is saved.
+          base: whether to include the frozen base of adapters; False: only what is saved.
         """
         state, shardings = abstract_state(self.config, self.parts), self.state_shardings
         if base:
@@ -289,12 +292,12 @@ class CompiledStep:
 
 
 def abstract_state(config: Config, parts: Parts = LLAMA_PARTS) -> TrainState:
-    """Returns shapes and dtypes of the state as it is saved, without a base; allocates nothing."""
+    """Returns shapes and dtypes of the state that is saved, without a base; allocates nothing."""
     return jax.eval_shape(lambda key: init_state(config, key, parts), jax.random.key(0))
 
 
 def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the global batches that `data.loader` makes of the config's data."""
+    """Returns shapes and dtypes of the global batches of the config's data, see `data.loader`."""
     dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     if config.data.packing == "best_fit" and config.data.source != "synthetic":
         dtypes |= {"segment_ids": jnp.int32, "positions": jnp.int32}
@@ -308,10 +311,10 @@ def state_shardings(state: Any, mesh: Mesh, rows: Table = PARAMETERS) -> Any:
     Args:
       state: shapes and dtypes of a `TrainState`.
       mesh: the mesh.
-      rows: the table of the model.
+      rows: the table of the model's parameters.
 
     Raises:
-      UserError: as `param_specs`.
+      UserError: see `param_specs`.
     """
     specs = param_specs(state.params, mesh, rows=rows)
     opt_specs = state_specs(state.opt_state, state.params, specs, mesh)
@@ -322,12 +325,12 @@ def state_shardings(state: Any, mesh: Mesh, rows: Table = PARAMETERS) -> Any:
 
 
 def jit_step(config: Config, mesh: Mesh, parts: Parts = LLAMA_PARTS) -> CompiledStep:
-    """Binds the pure functions to a mesh; call inside `jax.set_mesh(mesh)`.
+    """Jits the pure functions for a mesh; call it inside `jax.set_mesh(mesh)`.
 
     Args:
-      config: of the run.
+      config: the config of the run.
       mesh: the devices.
-      parts: what a researcher exchanges, see `Parts`.
+      parts: the parts of the training, see `Parts`.
 
     Raises:
       UserError: a parameter does not divide over the mesh, or has no row in the table.

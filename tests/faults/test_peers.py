@@ -214,7 +214,7 @@ def test_a_work_directory_that_is_not_shared(corpus, tmp_path):
     flags = ("--config.train.steps=4",)
     group = pair_of((corpus, tmp_path / "a", flags), (corpus, tmp_path / "b", flags))
     first, second = only_errors(group)
-    assert f"{tmp_path / 'b' / 'data'}, and it is not there on process 1" in second
+    assert f"{tmp_path / 'b' / 'data'}, which does not exist on process 1" in second
     assert first == second.replace("error: ", "error: process 1: ", 1)
 
 

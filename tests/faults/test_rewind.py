@@ -230,7 +230,7 @@ def test_nothing_to_go_back_to(config, tmp_path, monkeypatch):
     assert message.startswith("steps 3 to 4 made no update") and "\n" not in message
     assert "Nothing was saved, the last checkpoint is 2; " in message
     assert message.endswith(
-        "; to rewind to, there is no good checkpoint of step 1 or before (train.rewind_steps=2)"
+        "; no good checkpoint of step 1 or before is left to rewind to (train.rewind_steps=2)"
     )
     assert rewinds(tmp_path) == []
 

@@ -1,4 +1,4 @@
-"""What a researcher exchanges: optimisers, architectures, losses and metrics, on any mesh."""
+"""The exchangeable parts of a training work on any mesh: optimiser, architecture, loss, metrics."""
 
 import functools
 import json
@@ -72,7 +72,7 @@ QUICK = ("muon", "adafactor")
 
 
 def trained(parts, shape, steps=2, config=TINY):
-    """Returns the step, the state after some steps, and the losses."""
+    """Returns the compiled step, the state after `steps` steps, and their losses."""
     losses = []
     with jax.set_mesh(mesh_of(shape)):
         compiled = jit_step(config, mesh_of(shape), parts)
@@ -101,7 +101,7 @@ def test_any_optimizer_trains_skips_saves_and_resumes(name, tmp_path):
         folder = save_state(tmp_path, compiled, state)
         restored = restore_state(folder, compiled)
         assert same_bits(restored.to_items(), state.to_items())
-        # A step that is skipped changes nothing of the state but the counters of batches.
+        # A skipped step changes only the counters of batches in the state.
         bad = random_batch(TINY, 2)
         bad["weights"][0, 0] = np.nan
         before = jax.device_get((state.params, state.opt_state))
@@ -139,7 +139,7 @@ def test_the_state_of_an_optimizer_lies_with_the_parameters():
     wide = replace(TINY, model__vocab_size=4096)
     with jax.set_mesh(mesh_of(EIGHT)):
         step = jit_step(wide, mesh_of(EIGHT), Parts(optimizer=OPTIMIZERS["one vector"]))
-    assert step.placed_state().opt_state[0].mu.sharding.spec == P(SHARD)  # from 2**16 numbers on
+    assert step.placed_state().opt_state[0].mu.sharding.spec == P(SHARD)  # from 2**16 elements on
 
 
 def test_what_is_no_optimizer_is_refused():
@@ -183,9 +183,9 @@ def test_a_block_with_parameters_of_its_own_trains_on_any_mesh():
     np.testing.assert_allclose(losses, expected, atol=2e-6)
     scale = state.params["layers"]["attn"]["q_norm"]
     assert scale.shape == (TINY.model.n_layers, TINY.model.head_dim)
-    assert np.abs(np.asarray(scale) - 1).max() > 1e-5  # it has a gradient, and does not decay to 0
+    assert np.abs(np.asarray(scale) - 1).max() > 1e-5  # it has a gradient
     assert compiled.state_shardings.params["layers"]["attn"]["q_norm"].spec == P()
-    # The plain model in the same process is as it was.
+    # The plain model in the same process did not change.
     assert same_bits(plain, logits(TINY.model, plain_params, tokens))
     assert "q_norm" not in plain_params["layers"]["attn"]
 
@@ -195,7 +195,7 @@ def plain_state():
 
 
 def test_queries_and_keys_are_normalised_before_rope():
-    """RoPE rotates them and keeps their norm, which is the root of the size of a head."""
+    """Checks the norm before attention: RoPE keeps it, and it is the root of the head's size."""
     _, state, _ = trained(Parts(architecture=QK_NORM), ONE, steps=0)
     seen = []
 
@@ -282,7 +282,7 @@ def test_a_run_with_other_parts_is_logged_saved_and_goes_on_with_the_same_only(t
     folder = find_step(tmp_path / "whole")
     assert load_meta(folder, QK_NORM.name).parts == parts.names()
 
-    # A run goes on at the same bits, and with no other parts.
+    # A resumed run gives the same bits, and refuses other parts.
     (tmp_path / "whole/checkpoints/4").rename(tmp_path / "4")
     again = run(config, tmp_path / "whole", data=data, parts=parts).state
     assert same_bits(whole.to_items(), again.to_items())
@@ -319,7 +319,7 @@ def test_a_notebook_saves_restores_evaluates_and_samples(tmp_path):
         lion = jit_step(TINY, mesh_of(EIGHT), Parts(parts.architecture, optimizer=optax.lion))
         with pytest.raises(UserError, match="the optimizer is LLaMA's, now optax"):
             restore_state(folder, lion)
-    # A decoder's cache gives what the whole sequence gives, with the block's own MLP.
+    # Decoding with a cache gives the same tokens as the whole sequence, with the block's own MLP.
     model = TINY.model
     sequence = np.array([[1, 2, 3, *ids[:-1]]], np.int32)
     weights = jax.device_get(compiled.weights(state))

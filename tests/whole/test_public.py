@@ -1,4 +1,4 @@
-"""The public face of the package: what `import llama_jax` gives, and what it does not do."""
+"""`import llama_jax` gives the public names, and does not import JAX or print anything."""
 
 import subprocess
 import sys
@@ -59,7 +59,7 @@ if __name__ == "__main__":
 
 
 def test_a_library_user_sees_no_noise(tmp_path):
-    """TensorFlow feeds the data and orbax reads the checkpoint, and neither says so."""
+    """Checks that neither TensorFlow (data) nor orbax (checkpoints) prints anything."""
     script = tmp_path / "script.py"
     script.write_text(TRAIN)
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 400)

@@ -1,4 +1,4 @@
-"""The examples of docs/research.md run, from top to bottom, and do what the page says."""
+"""The code of docs/research.md runs from top to bottom, and does what the page says."""
 
 import os
 import re
@@ -37,9 +37,10 @@ def test_the_page_runs(tmp_path):
         "loss",
     ]
     assert list(losses) == names
-    # ln 256 = 5.55 before training; Adafactor's updates are in proportion to the small weights.
+    # The loss is ln 256 = 5.55 before training. Adafactor's updates are proportional to the small
+    # weights.
     assert all(loss < (5.4 if name == "Adafactor" else 3.5) for name, loss in losses.items())
-    assert len(set(losses.values())) == len(names)  # no variant is the plain model
+    assert len(set(losses.values())) == len(names)  # no variant equals the plain model
     rest = {name.strip(): text for name, _, text in lines}
     assert "('fsdp', 'context'), 'tensor')" in rest["Muon"]
     assert rest["qk-norm"] == " (2, 16)"
