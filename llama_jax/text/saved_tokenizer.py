@@ -47,4 +47,4 @@ def check_format(folder: epath.Path, meta: Mapping[str, Any]) -> None:
     """
     version = meta.get("format_version")
     if version != FORMAT_VERSION:
-        raise UserError(f"{folder} has format {version}, this version reads {FORMAT_VERSION}")
+        raise UserError(f"{folder} has format {version!r}, this version reads {FORMAT_VERSION}")

@@ -187,6 +187,8 @@ def _shared(shape: tuple[int, ...], whole: tuple[int, ...], spec: P) -> P | None
     A dimension of size 1 may replace one that was summed over. Returns None if the array has other
     dimensions.
     """
+    if shape == whole:
+        return spec
     entries = [*spec, *(None for _ in range(len(whole) - len(spec)))]
     if len(shape) == len(whole):
         triples = list(zip(shape, whole, entries, strict=True))

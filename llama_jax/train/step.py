@@ -96,7 +96,7 @@ def _dropout_key(config: Config, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, step)
 
 
-def _loss_sums(params: Any, batch: Batch, config: Config, parts: Parts) -> LossSums:
+def _loss_sums(params: Any, batch: Batch, config: Config, parts: Parts = LLAMA_PARTS) -> LossSums:
     """Computes the sums of `Parts.loss` over the tokens of a (micro)batch."""
     hidden_BTD, head_DV, _ = forward(
         config.model,
@@ -126,9 +126,9 @@ def _gradients(
     params: Any,
     batch: Batch,
     config: Config,
-    parts: Parts,
     frozen: Any = None,
     dropout_key: jax.Array | None = None,
+    parts: Parts = LLAMA_PARTS,
 ) -> tuple[LossSums, Any]:
     """Computes mean objective, mean loss, weight and mean gradient of a batch in microbatches.
 
@@ -196,7 +196,7 @@ def train_step(
     """
     train, skips, rows = config.train, state.skips, parts.architecture.parameters
     key = _dropout_key(config, state.step) if config.lora.rank and config.lora.dropout else None
-    means, grads = _gradients(state.params, batch, config, parts, state.frozen, key)
+    means, grads = _gradients(state.params, batch, config, state.frozen, key, parts)
     objective, loss, tokens, *others = means
     grad_norm = optax.tree.norm(grads)
     reasons = skip_reasons(skips, objective, grads, grad_norm, train.spike_factor, rows)

@@ -198,8 +198,8 @@ def test_a_bad_state_is_never_saved(run_config, tmp_path, monkeypatch):
     """A fault of the machine changes a weight between two steps."""
     jit_step_ = run_lib.jit_step
 
-    def faulty(config, mesh):
-        compiled = jit_step_(config, mesh)
+    def faulty(config, mesh, parts):
+        compiled = jit_step_(config, mesh, parts)
 
         def train(state, batch):
             state, metrics = compiled.train(state, batch)

@@ -265,8 +265,8 @@ def test_a_damaged_checkpoint_is_passed_over(config, tmp_path, monkeypatch, caps
 def test_weights_that_a_fault_has_broken_are_left_behind_too(config, tmp_path, monkeypatch):
     jit_step_ = run_lib.jit_step
 
-    def faulty(config, mesh):
-        compiled = jit_step_(config, mesh)
+    def faulty(config, mesh, parts):
+        compiled = jit_step_(config, mesh, parts)
 
         @jax.jit
         def break_weight(state):

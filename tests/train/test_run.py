@@ -31,10 +31,11 @@ from llama_jax.train.instruments.goodput import Goodput
 from llama_jax.train.instruments.profiler import Profiler
 from llama_jax.train.instruments.signals import StopRequest
 from llama_jax.train.instruments.watchdog import Watchdog
+from llama_jax.train.parts import LLAMA_PARTS
 from llama_jax.train.resume import check_workdir
 from llama_jax.train.rewind import Rewinder
 from llama_jax.train.run import check_memory, train
-from llama_jax.train.step import jit_step
+from llama_jax.train.step import jit_step, model_weights
 from tests.helpers import (
     LOOP_FIELDS,
     ROOT,
@@ -75,6 +76,7 @@ class FakeRun:
             batch_sharding=batch_sharding(mesh_of((1, 1, 1, 1))),
             train=self.train,
             evaluate=self.evaluate,
+            weights=lambda state: model_weights(state, config),
         )
 
     def train(self, state, batch):
@@ -463,9 +465,10 @@ def test_streamed_data_needs_as_many_processes(corpus, tmp_path, monkeypatch):
     meta = load_meta(saver.folder(3))
     assert len(meta.positions) == 1
     two = dataclasses.replace(meta, positions=meta.positions * 2)
-    monkeypatch.setattr(start, "load_meta", lambda folder: two)
+    monkeypatch.setattr(start, "load_meta", lambda *_: two)
+    compiled = types.SimpleNamespace(parts=LLAMA_PARTS)
     with pytest.raises(UserError, match=r"positions of 2 process\(es\), and there are 1"):
-        start.initial_state(None, saver, data, config, None)
+        start.initial_state(compiled, saver, data, config, None)
     saver.close()
 
 
@@ -769,11 +772,15 @@ def test_the_seed_changes_weights_and_data(tmp_path, shards, corpus):
 
 
 @pytest.mark.parametrize(("template", "flag"), [("", "--prompt=def"), ("vicuna", "--chat")])
-def test_what_to_try_next(capsys, template, flag):
+def test_what_to_try_next(capsys, tokenizer, template, flag):
     data = dataclasses.replace(TINY.data, packing="best_fit", source="x.json", template=template)
     config = replace(TINY, data=data)
     ended = types.SimpleNamespace(name="")
     outcome = run_lib.Outcome(types.SimpleNamespace(step=20), True, False, 20, False, [])
-    run_lib._report(config, epath.Path("runs/x"), outcome, ended)
+    compiled = types.SimpleNamespace(config=config, parts=LLAMA_PARTS)
+    with_text = TrainingData(BatchSource(), tokenizer=tokenizer)
+    run_lib._report(compiled, epath.Path("runs/x"), outcome, ended, with_text)
     expected = f"python -m llama_jax.generate --checkpoint=runs/x {flag}\n"
     assert capsys.readouterr().out.endswith(expected)
+    run_lib._report(compiled, epath.Path("runs/x"), outcome, ended, TrainingData(BatchSource()))
+    assert "generate" not in capsys.readouterr().out  # which needs a tokenizer

@@ -177,7 +177,9 @@ def test_the_tokenizer_comes_with_the_weights(config, bases, tokenizer, tmp_path
         assert epath.Path(begun.data.tokenizer).exists()
     nothing = replace(config, init_from=f"hf:{bases}")
     assert with_tokenizer(replace(nothing, data__path="shards"), folder).data.tokenizer == ""
-    with pytest.raises(UserError, match=r"without a tokenizer .* --config.data.tokenizer=FILE"):
+    with pytest.raises(
+        UserError, match=r"has no tokenizer in a known format.* --config.data.tokenizer=FILE"
+    ):
         with_tokenizer(nothing, folder)
     step = f"ckpt:{bases / 'ckpt' / 'checkpoints' / '0'}"
     begun = with_tokenizer(replace(config, init_from=step), folder)

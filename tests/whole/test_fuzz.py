@@ -11,7 +11,8 @@ import shutil
 import pytest
 from etils import epath
 
-from llama_jax.checkpoint import manifest, saved_step
+from llama_jax import files
+from llama_jax.checkpoint import saved_step
 from llama_jax.checkpoint.fingerprint import fingerprint
 from llama_jax.checkpoint.retention import dispensable_steps
 from llama_jax.data.prepare.job import prepare
@@ -422,7 +423,7 @@ def saved(made, corpus, tmp_path_factory):
 @pytest.fixture
 def run(saved, tmp_path, monkeypatch):
     # To start 16 threads thousands of times would cost the most.
-    monkeypatch.setattr(manifest, "_THREADS", 1)
+    monkeypatch.setattr(files, "_THREADS", 1)
     return shutil.copytree(saved, tmp_path / "run")
 
 

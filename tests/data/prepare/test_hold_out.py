@@ -329,7 +329,10 @@ def test_a_run_without_validation_says_so(shards, corpus, tmp_path, kind):
     if kind == "synthetic":
         config, reason = TINY, "random tokens have no held-out part"
     elif kind == "streaming":
-        config, reason = text_config(corpus, data__streaming=True), "data.streaming holds nothing"
+        config, reason = (
+            text_config(corpus, data__streaming=True),
+            "data.streaming holds out no documents",
+        )
     else:  # shards of an earlier version
         config = text_config(corpus, data__validation_fraction=0.0, data__workers=1)
         prepare(config, tmp_path / "out", log=quiet)

@@ -6,7 +6,7 @@ from etils import epath
 
 from llama_jax.model.cost import flops_per_token
 from llama_jax.train.instruments import metrics
-from llama_jax.train.instruments.writers import AllWriters, open_writers
+from llama_jax.train.instruments.writers import AllWriters, Run, open_writers
 from tests.helpers import TINY
 
 
@@ -63,7 +63,7 @@ def test_a_speed_that_nobody_has_measured_is_left_out(tmp_path, capsys):
     record |= metrics.Speed(TINY, devices=1, peak=1e9).read(0) | {"chip_seconds": 2.0}
     assert record["tokens_per_second"] is None and record["mfu"] is None
     folder = epath.Path(tmp_path)
-    with AllWriters(lambda: open_writers(TINY, folder, "x")) as writers:
+    with AllWriters(lambda: open_writers(Run(TINY, folder, "x"))) as writers:
         metrics.Metrics(writers, metrics.Speed(TINY, 1, None)).write(1, record)
     assert "  - tokens/s  MFU n/a  " in capsys.readouterr().out
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["tokens_per_second"] is None

@@ -192,7 +192,7 @@ def test_events_in_json_lines(tmp_path, monkeypatch):
 
 def test_a_writer_is_a_line_in_the_table(tmp_path, monkeypatch):
     noted = Noted()
-    monkeypatch.setitem(WRITERS, "tracker", lambda config, workdir, peak: noted)
-    opened = writers.open_writers(TINY, epath.Path(tmp_path), "x")
+    monkeypatch.setitem(WRITERS, "tracker", lambda run: noted)
+    opened = writers.open_writers(writers.Run(TINY, epath.Path(tmp_path), "x"))
     kinds = [type(writer) for writer in opened]
     assert kinds == [ConsoleWriter, JsonlWriter, TensorBoardWriter, Noted]
