@@ -121,11 +121,17 @@ def _keeping_state(
         grads: Any, state: Any, params: Any = None, *, skip: jax.Array | bool = False, **extra: Any
     ) -> tuple[Any, Any]:
         updates, after = inner.update(grads, state, params, **extra)
-        # If a dtype changed, the next step would compile another program.
-        after = jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
-        return updates, select(skip, state, after)
+        return updates, jax.tree.map(functools.partial(_kept, skip), state, after)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _kept(skip: jax.Array | bool, old: jax.Array, new: jax.Array) -> jax.Array:
+    """Returns `old` in a step that is skipped, and otherwise `new` in the dtype of `old`.
+
+    If a dtype changed, the next step would compile another program.
+    """
+    return jnp.where(skip, old, new if new.dtype == old.dtype else new.astype(old.dtype))
 
 
 def learning_rate(

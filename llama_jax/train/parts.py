@@ -9,13 +9,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from llama_jax.config import Config
+from llama_jax.errors import UserError
 from llama_jax.model.llama import LLAMA, Architecture
 from llama_jax.model.loss import cross_entropy
 
 Batch = dict[str, jax.Array]
+# Further names in the records of `metrics.jsonl`, see `instruments.metrics`.
+RESERVED = ("step", "event", "eval_loss", "goodput", "tokens_per_second", "mfu", "chip_seconds")
 # Objective, cross-entropy and weight, each summed over tokens; a fourth item is optional: a dict of
 # further sums by name, which are logged as means.
 LossSums = tuple[Any, ...]
@@ -47,6 +51,38 @@ def next_token_loss(
         chunk=config.train.loss_chunk,
         z_loss=config.train.z_loss,
     )
+
+
+def check_sums(sums: Any, loss: Loss) -> LossSums:
+    """Checks that a loss has returned what `Parts.loss` describes; returns it.
+
+    Raises:
+      UserError: it has not.
+    """
+    good = isinstance(sums, tuple) and len(sums) in (3, 4)
+    if good and len(sums) == 4:
+        good = isinstance(sums[3], Mapping)
+    if not good or any(jnp.shape(value) for value in jax.tree.leaves(sums)):
+        raise UserError(
+            f"the loss {_name(loss)} must return three scalars (objective, cross-entropy and "
+            "weight, summed over tokens), and may add a dict of scalars; it returned "
+            f"{jax.tree.map(jnp.shape, sums)}"
+        )
+    return sums
+
+
+def with_metrics(metrics: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds a researcher's metrics to those of a step.
+
+    Raises:
+      UserError: a name is taken, or a value is not a scalar.
+    """
+    for name, value in more.items():
+        if name in metrics or name in RESERVED or name.startswith("epochs"):
+            raise UserError(f"the log has a metric {name!r} already; choose another name")
+        if jnp.shape(value):
+            raise UserError(f"the metric {name!r} must be a scalar; its shape is {value.shape}")
+    return {**metrics, **more}
 
 
 @dataclasses.dataclass(frozen=True)

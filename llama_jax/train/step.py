@@ -29,7 +29,15 @@ from llama_jax.parallel.sharding import (
 from llama_jax.parameters import PARAMETERS, Table
 from llama_jax.train.bad_steps import Skips, group_norms, init_skips, select, skip_reasons, updated
 from llama_jax.train.optimizer import learning_rate, make_optimizer, state_specs
-from llama_jax.train.parts import LLAMA_PARTS, Batch, LossSums, Parts, StepView
+from llama_jax.train.parts import (
+    LLAMA_PARTS,
+    Batch,
+    LossSums,
+    Parts,
+    StepView,
+    check_sums,
+    with_metrics,
+)
 
 _DROPOUT = 0x64726F70  # makes the keys of dropout differ from those of the initial adapters
 
@@ -106,7 +114,7 @@ def _loss_sums(params: Any, batch: Batch, config: Config, parts: Parts = LLAMA_P
         segment_ids_BT=batch.get("segment_ids"),
         dropout_key=batch.get("dropout_key"),
     )
-    return parts.loss(hidden_BTD, head_DV, batch, config)
+    return check_sums(parts.loss(hidden_BTD, head_DV, batch, config), parts.loss)
 
 
 def _microbatches(batch: Batch, count: int) -> Batch:
@@ -221,7 +229,7 @@ def train_step(
         "skipped_in_row": after.in_row.astype(jnp.float32),
     }
     for sums in others:
-        metrics |= sums
+        metrics = with_metrics(metrics, sums)
     if train.norm_stats or parts.metrics:
         moved = select(skip, jax.tree.map(jnp.zeros_like, updates), updates)
     if train.norm_stats:
@@ -229,7 +237,8 @@ def train_step(
             metrics |= {f"{kind}/{name}": norm for name, norm in group_norms(tree, rows).items()}
     if parts.metrics:
         view = StepView(state.params, grads, moved, batch, loss, tokens)
-        metrics |= {name: metric(view) for name, metric in parts.metrics.items()}
+        values = {name: metric(view) for name, metric in parts.metrics.items()}
+        metrics = with_metrics(metrics, values)
     return TrainState(state.step + 1, params, opt_state, after, state.frozen), metrics
 
 

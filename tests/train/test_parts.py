@@ -256,6 +256,30 @@ def test_a_loss_and_a_metric_of_ones_own():
         assert metrics["weight_norm"] == pytest.approx(norm, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (Parts(loss=lambda *_: (1.0, 2.0)), r"the loss .*<lambda> must return three scalars"),
+        (
+            Parts(loss=lambda hidden, *_: (hidden.sum(), hidden, 1.0)),
+            r"must return three scalars .*; it returned \(\(\), \(8, 16, 32\), \(\)\)",
+        ),
+        (
+            Parts(loss=lambda hidden, *_: (hidden.sum(), 1.0, 1.0, {"loss": 1.0})),
+            "the log has a metric 'loss' already",
+        ),
+        (Parts(metrics={"mfu": lambda view: view.loss}), "the log has a metric 'mfu' already"),
+        (
+            Parts(metrics={"rows": lambda view: view.batch["weights"].sum(axis=1)}),
+            r"the metric 'rows' must be a scalar; its shape is \(8,\)",
+        ),
+    ],
+)
+def test_a_loss_or_a_metric_that_cannot_be_logged_is_refused(parts, message):
+    with pytest.raises(UserError, match=message):
+        trained(parts, ONE, steps=1)
+
+
 class Rows(BatchSource):
     def rows(self, step, rows):
         batch = random_batch(TINY, step)

@@ -211,10 +211,11 @@ class ConsoleWriter:
         if self._started is None:
             self._started = (step, now)
         rate, mfu = record["tokens_per_second"], record["mfu"]
+        learning_rate = _finite(record["learning_rate"])  # an optimiser may not show its own
         parts = [
             f"step {step:>{width}}/{self._total}",
             f"loss {record['loss']:.4f}",
-            f"lr {record['learning_rate']:.2e}",
+            "lr n/a" if learning_rate is None else f"lr {learning_rate:.2e}",
             f"grad_norm {record['grad_norm']:.2f}",
             f"{'-' if rate is None else f'{rate:,.0f}'} tokens/s",
             "MFU n/a" if mfu is None else f"MFU {mfu:.1%} of {self._peak_name}",

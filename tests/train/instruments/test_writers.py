@@ -41,14 +41,14 @@ def test_console(capsys, monkeypatch):
     }
     console.write(10, record)
     now[0] = 60.0
-    console.write(20, {**record, "mfu": None})
+    console.write(20, {**record, "mfu": None, "learning_rate": float("nan")})
     console.write(20, {"eval_loss": 3.25})
     console.write(20, {"eval_loss": 3.25, "epochs": 0.5})
     console.write(20, {"eval_loss": 3.25, "epochs/web": 0.125, "epochs/books": 2.0})
     first, second, third, fourth, fifth = capsys.readouterr().out.splitlines()
     assert "step  10/100  loss 2.5000  lr 3.00e-04  grad_norm 0.50  12,346 tokens/s" in first
     assert "MFU 45.6% of NVIDIA H200 989 TFLOP/s" in first and "ETA -" in first
-    assert "MFU n/a" in second and second.endswith("ETA 8m00s")
+    assert "MFU n/a" in second and "  lr n/a  " in second and second.endswith("ETA 8m00s")
     assert third == "step  20  eval_loss 3.2500"
     assert fourth.endswith("eval_loss 3.2500  epochs 0.50")
     assert fifth.endswith("epochs web 0.12, books 2.00")
