@@ -114,24 +114,41 @@ def _transformation(chosen: Optimizer, schedule: optax.Schedule) -> optax.Gradie
 def _keeping_state(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps a transformation so that a skipped step changes no bit of its state."""
+    """Wraps a transformation so that its state can be saved, and is kept in a skipped step."""
     inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> Any:
+        return jax.tree.map(_to_saved, inner.init(params))
 
     def update(
         grads: Any, state: Any, params: Any = None, *, skip: jax.Array | bool = False, **extra: Any
     ) -> tuple[Any, Any]:
-        updates, after = inner.update(grads, state, params, **extra)
-        return updates, jax.tree.map(functools.partial(_kept, skip), state, after)
+        own = jax.tree.map(_from_saved, state, jax.eval_shape(inner.init, params))
+        updates, after = inner.update(grads, own, params, **extra)
+        after = jax.tree.map(_to_saved, after)
+        # If a dtype changed, the next step would compile another program.
+        after = jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
+        return updates, select(skip, state, after)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _kept(skip: jax.Array | bool, old: jax.Array, new: jax.Array) -> jax.Array:
-    """Returns `old` in a step that is skipped, and otherwise `new` in the dtype of `old`.
+def _to_saved(x: Any) -> jax.Array:
+    """Returns an array of a state in a form that a checkpoint holds: a key as its numbers.
 
-    If a dtype changed, the next step would compile another program.
+    A checkpoint holds no empty arrays: one number replaces each of them.
     """
-    return jnp.where(skip, old, new if new.dtype == old.dtype else new.astype(old.dtype))
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(x)
+    return x if x.size else jnp.zeros((1,), x.dtype)
+
+
+def _from_saved(x: jax.Array, original: Any) -> jax.Array:
+    """Returns the array that `_to_saved` converted, given its shape and dtype."""
+    if jnp.issubdtype(original.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(x)  # of JAX's default kind
+    return x if original.size else jnp.zeros(original.shape, original.dtype)
 
 
 def learning_rate(
