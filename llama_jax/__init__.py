@@ -1,23 +1,23 @@
 """llama_jax: LLaMA training in JAX and Flax, from a laptop to a pod.
 
 A noun is a room (a package), a verb is a command: `python -m llama_jax.X` runs `X.py` or
-`X/__main__.py`. A room imports only rooms above it in this list, plan of train only the step
-and its optimizer.
+`X/__main__.py`. A room imports only rooms above it in this list; `plan` imports only the step
+and the optimizer of `train`.
 
   config.py     every field of a run, with its meaning and its check
   parameters.py the arrays of a LLaMA: one table
-  errors.py     UserError, and checks of what users write
+  errors.py     UserError, and checks of values from users
   files.py      paths, small files, checksums
-  hardware/     what machines are: chips, topologies, compiler flags
+  hardware/     descriptions of machines: chips, topologies, compiler flags
   parallel/     mesh, sharding, the processes of a job
   model/        the LLaMA as pure functions
   text/         text to token ids and back
   data/         raw text to shards to batches; a command
   checkpoint/   saved steps; a command
-  interchange/  weights of others
-  inference/    a loaded model writes or scores
+  interchange/  weights in the formats of other programs
+  inference/    generation and scoring with a loaded model
   train/        a run; a command
-  plan/         the same step for a machine that is not here; a command
+  plan/         the same step for a machine that you do not have; a command
   cli/          what commands share
   prepare.py, generate.py, evaluate.py, convert.py  commands
 

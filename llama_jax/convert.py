@@ -4,8 +4,8 @@ FORMAT is hf (safetensors, config.json, tokenizer), meta (consolidated.*.pth, pa
 work directory, or the folder of one step) or peft (adapters: adapter_model.safetensors,
 adapter_config.json). Pickles of torch (meta, pytorch_model.bin, adapter_model.bin) need
 `pip install '.[meta]'`; hf and peft are written as safetensors. Only one array of one layer is in
-memory at a time. The target is written as TARGET.partial and renamed when it is complete; a target
-that exists is refused.
+memory at a time. The target is written as TARGET.partial and renamed when it is complete; an
+existing target is an error.
 
 A checkpoint of a run with adapters (config.lora), and adapters of peft, are merged with the base
 that they were trained on; between ckpt and peft they stay adapters. Conversion to peft needs no
@@ -48,7 +48,7 @@ _DTYPE = flags.DEFINE_enum(
 _CONTEXT = flags.DEFINE_integer(
     "context",
     0,
-    "Longest sequence in tokens, for a meta source; 0: the usual one of its model family.",
+    "Longest sequence in tokens, for a meta source; 0: the usual length of its model family.",
     lower_bound=0,
 )
 _BASE = command.path_flag(
@@ -69,7 +69,7 @@ def main() -> None:
     start = time.perf_counter()
     if target_kind == "peft" or (source_kind, target_kind) == ("peft", "ckpt"):
         if source_kind not in ("peft", "ckpt") or source_kind == target_kind:
-            raise UserError(f"{source_kind} has no adapters for {target_kind}")
+            raise UserError(f"adapters cannot be converted from {source_kind} to {target_kind}")
         if target_kind == "peft":
             written = export_adapters(source_folder, target_folder, _BASE.value, _DTYPE.value or "")
         else:

@@ -56,7 +56,7 @@ def check_type(name: str, value: Any, wanted: Any) -> Any:
 
     Args:
       name: dotted name of the field, for the message.
-      value: to check.
+      value: the value to check.
       wanted: the type.
 
     Raises:

@@ -1,8 +1,8 @@
 """Evaluates a model: `python -m llama_jax.evaluate --checkpoint=DIR --text=FILES`.
 
 Computes the perplexity on text files (of any kind that data.source takes, see llama_jax/config.py)
-or on token shards; or runs tasks of lm-evaluation-harness, its own by name or yours by file
-(`pip install 'llama_jax[eval]'`).
+or on token shards; or runs tasks of lm-evaluation-harness: its own tasks, by name, or your
+task files (`pip install 'llama_jax[eval]'`).
 
 Example:
   python -m llama_jax.evaluate --checkpoint=runs/tiny --text='books/*.txt' --stride=128
@@ -43,7 +43,7 @@ _NUM_FEWSHOT = flags.DEFINE_integer(
     "num_fewshot", None, "Examples before each question; default: as the task says."
 )
 _STRIDE = flags.DEFINE_integer(
-    "stride", None, "Tokens by which the window moves on; default: half of the context."
+    "stride", None, "Tokens by which the window advances; default: half of the context."
 )
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 8, "Windows or requests that are scored at the same time."
@@ -59,7 +59,7 @@ _MESH = flags.DEFINE_string(
     "mesh",
     "",
     "Devices along data, fsdp and tensor, such as fsdp=2,tensor=2; empty: as many along tensor as "
-    "divide the model.",
+    "the model divides over.",
 )
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 

@@ -251,7 +251,7 @@ def files_below(folder: epath.Path, items: Collection[str] = ()) -> dict[str, ep
 
     Args:
       folder: the folder.
-      items: names of folders in it; only these are listed. Empty: everything is.
+      items: names of folders in it; only these are listed. Empty: all files are listed.
     """
     places = [folder / item for item in items if (folder / item).is_dir()] if items else [folder]
     paths = [path for place in places for path in _walk(place)]
@@ -269,7 +269,7 @@ def _walk(folder: epath.Path, above: tuple[str, ...] = ()) -> Iterator[epath.Pat
 
 
 def encode_entries(entries: dict[str, dict[str, Any]]) -> str:
-    """Encodes a list of files, with a checksum of the list itself, so that damage to it shows.
+    """Encodes a list of files, with a checksum of the list itself, to detect damage to it.
 
     Args:
       entries: path of each file -> its size and sha256, as `entry_of` gives them; an optional
@@ -302,7 +302,7 @@ def damages(
 
     Args:
       path: path of the list, which is in the folder.
-      items: names of folders in it; only their files are compared. Empty: all files are.
+      items: names of folders in it; only their files are compared. Empty: all files.
       part: (index, count) of this process, which reads every count-th file.
       hashed: (name, bytes) of a file -> whether to read it; otherwise only its size is compared.
 

@@ -84,7 +84,7 @@ _MESH = flags.DEFINE_string(
     "mesh",
     "",
     "Devices along data, fsdp and tensor, such as fsdp=2,tensor=2; empty: as many along tensor as "
-    "divide the model.",
+    "the model divides over.",
 )
 _MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens",
@@ -153,9 +153,9 @@ def _requests() -> list[Request]:
     if len(given) > 1:
         raise UserError(f"give only one of --{' and --'.join(given)}")
     if _SYSTEM.value and not _CHAT.value:
-        raise UserError("--system goes with --chat; with --messages, write it as the first message")
+        raise UserError("--system needs --chat; with --messages, write it as the first message")
     if _CHAT.value and _JSON.value:
-        raise UserError("--json does not go with --chat; use --messages")
+        raise UserError("--json cannot be used with --chat; use --messages")
     if _MESSAGES.value:
         return [Request(conversation=messages) for messages in read_messages(_MESSAGES.value)]
     prompts = read_prompts(_PROMPTS.value) if _PROMPTS.value else _PROMPT.value

@@ -34,7 +34,7 @@ class Parameter:
       inputs: the dimensions that a product with activations sums over; they follow `L`. Empty for
         an array that enters no product.
       decays: whether weight decay applies.
-      when: tells whether a model has the array; None: every model has it.
+      when: returns whether a model has the array; None: every model has it.
     """
 
     path: str

@@ -159,7 +159,7 @@ class Checkpointer:
         return [int(step) for step in text.split(",") if step]
 
     def mark_damaged(self, step: int, reason: str) -> None:
-        """Makes `newest_good_step` pass over `step`, which could not be restored."""
+        """Marks a step that could not be restored as damaged; `newest_good_step` skips it."""
         self._damaged[step] = reason
 
     def _set_damaged_aside(self, used: int) -> None:
@@ -337,7 +337,7 @@ class Checkpointer:
         return UserError(
             f"saving to {self._directory} failed: {self._unsaved}; earlier checkpoints are "
             f"untouched ({kept}). Free some space or choose another --workdir, then run the same "
-            "command to go on"
+            "command to continue"
         )
 
     def wait(self) -> None:

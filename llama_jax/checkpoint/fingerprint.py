@@ -97,7 +97,7 @@ class LayerPrints:
           array: the numbers, or a tree of parts, such as `NF4`.
 
         Returns:
-          The fingerprints of the array and its parts once its last layer is added, before that {}.
+          The fingerprints of the array and its parts when its last layer is added; {} before that.
         """
         seen = self._seen.setdefault(path, set())
         if layer in seen:
@@ -107,7 +107,7 @@ class LayerPrints:
         for keys, x in jax.tree.leaves_with_path(array):
             part = jax.tree_util.keystr(keys, simple=True, separator="/")
             name = f"{path}/{part}" if part else path
-            # On a device of this process alone: the others may not call this, whatever mesh is set.
+            # A device of this process only, whatever mesh is set: the others may not call this.
             with jax.set_mesh(_own_mesh()):
                 value = int(_layer_program()(x, layer))
             self.found[name] = (self.found.get(name, 0) + value) % 2**32
@@ -132,5 +132,5 @@ def _own_mesh() -> Mesh:
 
 
 def changed_arrays(saved: Mapping[str, int], found: dict[str, int]) -> list[str]:
-    """Returns the names in `found` whose saved fingerprint is another one, or is missing."""
+    """Returns the names in `found` whose saved fingerprint differs or is missing."""
     return [name for name, value in found.items() if saved.get(name) != value]

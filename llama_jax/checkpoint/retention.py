@@ -121,10 +121,10 @@ def can_rewind_to(step: int, train: TrainConfig, rewinds: list[list[int]]) -> bo
 
 
 def _needed_to_rewind(steps: list[int], train: TrainConfig, rewinds: list[list[int]]) -> list[int]:
-    """Returns those of `steps` to which a run that is at the newest of them may have to rewind."""
+    """Returns the steps that a run at the newest of `steps` may have to rewind to."""
     fit = [step for step in steps if can_rewind_to(step, train, rewinds)]
-    # A bad stretch may have begun before the newest step, but not earlier than `first`: otherwise
-    # the run would have noticed it already.
+    # Bad batches may have begun before the newest step, but not earlier than `first`: the run would
+    # have detected earlier ones already.
     first = steps[-1] - train.max_skipped - train.log_every
     older = [step for step in fit if step <= first - train.rewind_steps]
     return older[-1:] + [step for step in fit if step > first - train.rewind_steps]
@@ -136,7 +136,7 @@ def remove(folder: epath.Path) -> list[str]:
     If the step or something in it is a link, only the link is deleted, not its target.
 
     Returns:
-      The targets of these links, which are left.
+      The targets of these links, which are not deleted.
 
     Raises:
       OSError: the step cannot be deleted.
@@ -188,7 +188,7 @@ def rename_to_final(saved: epath.Path, folder: epath.Path) -> epath.Path | None:
     """Gives a saved step its final name.
 
     Returns:
-      The new path of a file (or the like) that had this name and was set aside; None without one.
+      The new path of a file (or similar) that had this name and was renamed; None if none had it.
     """
     in_the_way = os.path.lexists(folder) and not os.path.isdir(folder)
     aside = set_aside(folder) if in_the_way else None

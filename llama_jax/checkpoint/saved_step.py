@@ -45,8 +45,8 @@ class StepMeta:
       data_fingerprint: sha256 of the token shards, or of the synthetic source's parameters;
         `IMPORTED` for imported weights.
       tokenizer_model: SentencePiece model or tokenizer.json; empty for synthetic data.
-      positions: of each process, the state of its source of batches (`data.source.BatchSource`);
-        empty where the step alone says which batch comes next.
+      positions: the state of the batch source of each process (`data.source.BatchSource`); empty
+        if the step alone determines the next batch.
       tokenizer_files: tokenizer files that came with imported weights, by name; an export writes
         them again (see `interchange`).
       device_kind: kind of the chips that saved it, such as `NVIDIA H200`; empty if imported.
@@ -57,8 +57,8 @@ class StepMeta:
         checkpoint to which it returned].
       base: fingerprints of the base that the adapters are for (`config.init_from` says where it
         is); empty where all weights are trained.
-      base_context: longest sequence, in tokens, that the weights which the run began with were
-        made for; 0: it began with random ones.
+      base_context: maximum sequence length, in tokens, of the weights that the run began with; 0:
+        the run began with random weights.
       parts: names of the parts that are not LLaMA's, by kind (`train.parts.Parts.names`).
     """
 
@@ -333,7 +333,7 @@ def _check_architecture(folder: epath.Path, saved: str, wanted: str) -> None:
     if saved and saved != wanted:
         raise UserError(
             f"{folder} was trained with an architecture of its own, {saved}, and cannot be read as "
-            f"{wanted or 'a LLaMA'}; read it in Python, where that class is: see docs/research.md"
+            f"{wanted or 'a LLaMA'}; use Python code that defines that class, see docs/research.md"
         )
     if wanted and not saved:
         raise UserError(f"{folder} holds a LLaMA, and cannot be read as {wanted}")

@@ -75,7 +75,7 @@ class BackgroundSaves:
         return self._directory / name
 
     def start(self, items: Items, meta: StepMeta) -> str:
-        """Starts a save; returns why the start failed, or ''. The thread handles that as well."""
+        """Starts a save; returns why it failed, or ''. The thread also handles such a failure."""
         self._saves += 1
         self._barrier = Barrier(f"save {self._saves}")
         self._step, self._began = meta.step, time.monotonic()
@@ -141,8 +141,8 @@ class BackgroundSaves:
         self._events.report(
             step,
             f"warning: saving step {step} to {self._directory} takes longer than "
-            f"{self._limit_s:,} s (train.save_timeout); training goes on, and waits for it at the "
-            "next save",
+            f"{self._limit_s:,} s (train.save_timeout); training continues, and the next save "
+            "waits for this one",
             event="save_slow",
             seconds=self._limit_s,
         )

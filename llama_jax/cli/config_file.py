@@ -88,12 +88,13 @@ def find_config(text: str) -> tuple[epath.Path, tuple[str, ...]]:
     if name.endswith(".py") or "/" in name:
         raise UserError(f"there is no config file {text}{_listed(epath.Path(name).parent)}")
     raise UserError(
-        f"there is no config {text}: no folder {SHIPPED} is here or beside the package; give a file"
+        f"there is no config {text}: the current folder and the package's parent have no folder "
+        f"{SHIPPED}; give a file"
     )
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
-    """Lists the configs that need no folder, by name; those here hide those of the package."""
+    """Lists the configs that a bare name finds; the current folder's replace the package's."""
     found: dict[str, pathlib.Path] = {}
     for folder in _folders():
         if folder.is_dir():

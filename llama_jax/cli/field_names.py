@@ -164,7 +164,7 @@ def fields_named(name: str, fields: Collection[str]) -> list[str]:
 
 
 def _exactly(name: str, fields: Collection[str]) -> list[str]:
-    """Finds the fields that have this name here, or otherwise in other programs."""
+    """Finds the fields with this name; if there are none, those so named in other programs."""
     groups = {field.partition(".")[0] for field in fields if "." in field}
     same = [field for field in fields if plain(field.rpartition(".")[2]) == plain(name)]
     if same and name not in groups:
@@ -174,12 +174,12 @@ def _exactly(name: str, fields: Collection[str]) -> list[str]:
 
 
 def fields_spelt(name: str, fields: Collection[str], prefix: str = "") -> list[str]:
-    """Finds the fields whose dotted names have the same letters and digits; other signs may differ.
+    """Finds the fields whose dotted names differ from `name` at most in case and punctuation.
 
     Args:
       name: a dotted name.
       fields: dotted names of fields.
-      prefix: letters at the beginning of `name` that the fields do not have.
+      prefix: characters at the beginning of `name` that the names of the fields lack.
     """
 
     def letters(text: str) -> str:

@@ -104,7 +104,7 @@ class Sequences:
         self._key = _mix(_mix(np.uint64(seed)) ^ np.uint64(source))
 
     def order(self, draws: np.ndarray) -> np.ndarray:
-        """Returns the number of the sequence that each draw (uint64) shows.
+        """Returns the number of the sequence that each draw (uint64) selects.
 
         The draws of one epoch are a permutation of all sequences.
         """
@@ -296,7 +296,7 @@ class Batches(BatchSource):
 
 
 class ValidationBatches(BatchSource):
-    """Shows each sequence of the sources once, in a fixed order; rows beyond have weight 0."""
+    """Has each sequence of the sources once, in a fixed order; surplus rows have weight 0."""
 
     def __init__(
         self, datasets: Mapping[str, TokenDataset], seq_len: int, global_batch: int

@@ -156,7 +156,7 @@ class StreamingBatches(BatchSource):
 
         Args:
           rows: rows of this process; only their number matters.
-          start: the first step, which `start_at` must have got as its `step`.
+          start: the first step; the same as the `step` of the call of `start_at`.
           stop: the step after the last one.
 
         Raises:

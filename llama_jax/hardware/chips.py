@@ -81,10 +81,10 @@ class Chip:
         "Maximum Achievable Matmul FLOPS"; it gives Hopper 0.803); 1 for TPUs, because the
         compiler's cycles include it.
       attention_efficiency: fraction of the peak that attention kernels reach, forward and backward
-        together, with heads of 128 and T 2048, causal. On Hopper that of cuDNN, measured in the
-        same step; on A100 that of FlashAttention-2 (arXiv:2307.08691, figures 4 to 6); elsewhere
-        assumed, on v6e and tpu7x half of the other TPUs, because a head of 128 fills half of a unit
-        of 256.
+        together, with heads of 128 and T 2048, causal. For Hopper it is that of cuDNN, measured in
+        the same step; for A100 that of FlashAttention-2 (arXiv:2307.08691, figures 4 to 6). For
+        other chips it is assumed; v6e and tpu7x have half the value of other TPUs, because a head
+        of 128 fills half of a unit of 256.
       int8: operations/s of 8-bit integers, as a multiple of `peak_flops`; 1: equally fast, or not
         published.
       fp8: FLOP/s of 8-bit floats, likewise; 1 if they are multiplied as bfloat16.

@@ -1,4 +1,4 @@
-"""Machines that are not here: their names, and their devices as the compilers describe them."""
+"""Machines that you do not have: their names, and their devices as compilers describe them."""
 
 import contextlib
 import dataclasses
@@ -81,9 +81,9 @@ class Torus:
     def links(self, group: Sequence[int]) -> int:
         """Counts the links of a chip, in one direction, that a collective of a group can use.
 
-        Two links along each dimension that the group fills and that wraps around, one along each
-        other dimension of the group. Two if the group is not a box of chips, as in one ring; 0 if
-        its devices are on one chip.
+        A group has two links along each dimension that it fills and that wraps around, and one link
+        along each other dimension. A group that is not a box of chips has two, as in one ring; a
+        group on one chip has none.
         """
         sizes = self.extent(group)
         if math.prod(sizes) != len({self.coords[device] for device in group}):
@@ -124,8 +124,8 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
         tpus = ", ".join(chip.name for chip in CHIPS if chip.torus)
         gpus = ", ".join(chip.name for chip in CHIPS if not chip.torus)
         raise UserError(
-            f"unknown topology {name!r}; try v5p-1024 or v5p:8x8x8 (of {tpus}), or, nodes x GPUs, "
-            f"h100:256x8 (of {gpus})"
+            f"unknown topology {name!r}; try v5p-1024 or v5p:8x8x8 (TPUs: {tpus}), or nodes x GPUs "
+            f"such as h100:256x8 (GPUs: {gpus})"
         )
     if slices < 1:
         raise UserError(f"--slices must be positive, got {slices}")

@@ -63,7 +63,7 @@ class NewText:
       text: the new text; it contains only whole characters.
       tokens: number of new tokens.
       ended: whether this is the last text of the row.
-      part: number of programs that drew tokens for this batch before.
+      part: number of earlier programs that drew tokens for this batch.
     """
 
     row: int
@@ -129,10 +129,10 @@ def show_in_order(
 
     Args:
       prompts: texts of the rows.
-      found: new text of the rows; yielded again.
+      found: new text of the rows; this function yields it unchanged.
       write: writes a text.
-      first: number of rows of earlier batches, for a line with a number above each text; None: no
-        such lines.
+      first: number of rows of earlier batches, to number the rows in a line above each text; None:
+        write no such lines.
     """
     waiting, ended, shown = list(prompts), set(), 0
 
@@ -157,7 +157,7 @@ def show_in_order(
 
 
 class Stopwatch:
-    """Counts new tokens, and their time without that of the first program, which compiles."""
+    """Counts and times new tokens, without the time of the first program, which compiles."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()

@@ -96,11 +96,11 @@ def open_model(
     if not model_bytes:
         reason = (
             "its weights were imported without a tokenizer; put tokenizer.model or tokenizer.json "
-            "beside them, and convert them again"
+            "next to them, and convert them again"
             if meta.data_fingerprint == saved_step.IMPORTED
             else "it was trained on synthetic data"
             if meta.config.data.source == "synthetic"
-            else "its run had none"
+            else "its run had no tokenizer"
         )
         raise UserError(f"{folder} has no tokenizer to read text: {reason}")
     tokenizer = Tokenizer(model_bytes, f"the tokenizer of {folder}")

@@ -1,14 +1,14 @@
 """The merge rules of a SentencePiece BPE model, in an order that gives the same ids.
 
 SentencePiece has scores and no rules. It joins the two neighbours that form the piece with the
-highest score, and of equal ones the leftmost; any two symbols that form a piece can join. The
+highest score, the leftmost two if scores are equal; any two symbols that form a piece can join. The
 tokenizers library has a list of rules. It applies the earliest rule of the list first, everywhere
 in a word, and two rules never have equal rank.
 
 How a piece is assembled does not depend on the text around it. So exactly one rule makes a piece:
-the rule that is applied last when the piece is encoded alone. A piece that does not come out whole
-is never made. Rules of different scores are sorted by score. The order of rules of equal scores
-matters if they compete for a symbol; `_ordered` finds it.
+the rule that is applied last when the piece is encoded alone. A piece that
+stays split when it is encoded alone is never made. Rules of different scores are sorted by score.
+The order of rules of equal scores matters if they compete for a symbol; `_ordered` finds it.
 """
 
 import heapq
@@ -76,12 +76,12 @@ class _Competition:
     """Decides which pieces of equal score must be made before others.
 
     SentencePiece makes the leftmost of them first. A list of rules gives the same result if
-    SentencePiece, too, comes to apply the next rule of the list wherever that rule can be applied:
-    1. No rule further left may take the left symbol of the next rule first. The rules that could
-       are rules (L, R) whose R is this symbol, with the same or a higher score, once L is made.
-       They, and the pieces that lead to L, come before the next rule. Exception: a piece that also
-       leads to R, and can be made from the start, is made on the left before it is made on the
-       right. When R exists, L does not wait for this piece.
+    SentencePiece also applies the next rule of the list wherever that rule can be applied:
+    1. No rule further left may take the left symbol of the next rule first. The rules that could do
+       so are rules (L, R) with this symbol as R and the same or a higher score, once L is made.
+       These rules, and the pieces that lead to L, come before the next rule. Exception: a piece
+       that also leads to R, and can be made from the start, is made on the left before it is made
+       on the right. When R exists, L does not wait for this piece.
     2. The next rule may enable rules of a higher score. These must not take a symbol on its left,
        which a rule further left might need. A rule that enables such rules comes last.
     """

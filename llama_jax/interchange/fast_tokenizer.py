@@ -74,7 +74,7 @@ def _config(tokenizer: Tokenizer, name: str, **more: str) -> bytes:
 
 
 def _refuse_other_kinds(model: Any) -> None:
-    """Raises `UserError` for models that tokenizer.json cannot express; all gave other ids."""
+    """Raises `UserError` for models that tokenizer.json cannot express: it gave other ids."""
     normalizer, kind = model.normalizer_spec, _KINDS.get(model.trainer_spec.model_type, "unknown")
     if kind == "unigram":
         raise UserError(
@@ -98,7 +98,7 @@ def _refuse_other_kinds(model: Any) -> None:
         if piece.type in (_CONTROL, _UNUSED) and len(piece.piece) == 1:
             raise UserError(
                 f"SentencePiece encodes {piece.piece!r} without its piece, "
-                "because that is not a normal piece"
+                "which has the type control or unused"
             )
         if math.isnan(piece.score):
             raise UserError(f"the score of its piece {piece.piece!r} is not a number")
@@ -132,7 +132,7 @@ def _contents(model: Any, tokenizer: Tokenizer) -> dict[str, Any]:
             "unk_token": _unknown(model),
             "fuse_unk": True,
             "byte_fallback": model.trainer_spec.byte_fallback,
-            "ignore_merges": bool(user_defined),  # a part that is a piece is that piece
+            "ignore_merges": bool(user_defined),  # a part that is itself a piece is not split
             "vocab": vocab,
             "merges": rules,
         },
@@ -209,8 +209,8 @@ def _cuts(
 ) -> list[dict[str, Any]]:
     """Returns pre-tokenizers that cut out user-defined pieces, so that each is looked up whole.
 
-    Of the other pieces, only those that rules make may be looked up whole. So a part that equals
-    any other piece is cut where SentencePiece splits that piece.
+    Other pieces may be looked up whole only if merge rules make them. So a part that equals any
+    other piece is cut where SentencePiece splits that piece.
     """
     if not user_defined:
         return []

@@ -119,7 +119,7 @@ def check_base(saved: dict[str, int], base: Any, config: Config, folder: epath.P
       folder: folder of the checkpoint, for the error.
 
     Raises:
-      UserError: the base is another one.
+      UserError: the adapters were trained on another base.
     """
     refuse_other_base(changed_arrays(saved, fingerprint(base)), config, folder)
 

@@ -64,7 +64,7 @@ class MetaSource:
         Args:
           folder: folder with params.json and consolidated.*.pth; the tokenizer is in it or in its
             parent.
-          context: context in tokens; 0: `max_seq_len`, or else the usual one of the model family.
+          context: context in tokens; 0: `max_seq_len`, otherwise the usual context of the family.
 
         Raises:
           UserError: a piece or tensor is missing, extra, damaged, or does not match params.json.

@@ -45,7 +45,7 @@ def open_source(kind: str, folder: epath.Path, context: int = 0, base: str = "")
       kind: one of `FORMATS`.
       folder: folder of the weights.
       context: context of a meta source in tokens, see `MetaSource`.
-      base: FORMAT:DIR of the weights below adapters; empty: their place in training.
+      base: FORMAT:DIR of the base of adapters; empty: the base that training used.
 
     Raises:
       UserError: the weights are missing, damaged, or do not match their config; or `base` is given
@@ -77,7 +77,7 @@ def open_source(kind: str, folder: epath.Path, context: int = 0, base: str = "")
 
 
 def open_base(config: Config, adapters: epath.PathLike) -> Source:
-    """Opens the weights below saved adapters; `loading.load_init` reads them.
+    """Opens the base of saved adapters; `loading.load_init` reads it.
 
     Args:
       config: config of the adapters' run; its `init_from` is the place of these weights.
@@ -92,7 +92,7 @@ def open_base(config: Config, adapters: epath.PathLike) -> Source:
 
 
 def _open_below(place: str, adapters: epath.PathLike) -> Source:
-    """Opens the weights below adapters; `place` is FORMAT:DIR."""
+    """Opens the base of adapters; `place` is FORMAT:DIR."""
     kind, folder = parse_place(place, "base")
     if not folder.exists():
         raise UserError(f"{folder}, the base of {adapters}, does not exist; name it: --base=hf:DIR")
@@ -105,7 +105,7 @@ def open_adapters(kind: str, folder: epath.Path, base: str = "") -> tuple[Descri
     Args:
       kind: ckpt or peft.
       folder: folder of a saved step, or of PEFT's files.
-      base: FORMAT:DIR of the weights below the adapters; empty: the place that the adapters name.
+      base: FORMAT:DIR of the base of the adapters; empty: the place that the adapters name.
 
     Returns:
       The description of the adapters, the adapters in NumPy, and the source of their base.
@@ -147,7 +147,7 @@ def saved_adapters(step: epath.Path, base: str = "") -> tuple[Description, Any]:
 
 def no_adapters(folder: epath.Path) -> UserError:
     """Returns the error for a base that is given with weights without adapters."""
-    return UserError(f"--base names the weights below adapters, but {folder} has no adapters")
+    return UserError(f"--base names the base of adapters, but {folder} has no adapters")
 
 
 def open_init(config: Config) -> Source:

@@ -94,7 +94,7 @@ def _reason(error: Exception) -> str:
     """Returns why a file was not loaded, without torch's advice to load it unsafely."""
     code = re.search(r"GLOBAL (\S+)", str(error))
     if code:
-        return f"it asks for {shown(code[1])}, which is more than tensors and could run code"
+        return f"it asks for {shown(code[1])}, which is not a tensor and could run code"
     if isinstance(error, OSError | RuntimeError) and not isinstance(error, RecursionError):
         return shown(first_line(error))
     return "it is not a pickle of tensors"

@@ -48,7 +48,7 @@ def export_adapters(
       checkpoint: a work directory, or the folder of one step.
       target: folder that must not exist.
       base: FORMAT:DIR of their base, which is compared with the base in training; empty: the base
-        is not read, and keeps the place that it had in training.
+        is not read, and the export names the place of the base in training.
       dtype: dtype of the tensors; empty: float32.
 
     Raises:

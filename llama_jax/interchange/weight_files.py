@@ -59,7 +59,7 @@ def open_weights(folder: epath.Path, named: Any = None) -> dict[str, Stored]:
             if single.exists() and set(weight_map.values()) != {name}:
                 raise UserError(
                     f"{folder} has {single.name} and {index.name}: transformers reads the first, "
-                    "other programs the files of the second; move one of the two away"
+                    "other programs read the files of the second; move one of the two away"
                 )
             return _sharded(index, weight_map, read)
         if single.exists():

@@ -23,7 +23,7 @@ def obstacle(q_BTNH: jax.Array, segment_ids: SegmentIds | None, options: Options
     if platform() != "gpu":
         return f"cuDNN runs on NVIDIA GPUs, and this is a {platform()}; use xla"
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"cuDNN takes bfloat16, not {q_BTNH.dtype}; use xla or model.compute_dtype"
+        return f"cuDNN takes bfloat16, not {q_BTNH.dtype}; use xla or model.compute_dtype=bfloat16"
     if head_dim > MAX_HEAD_DIM or head_dim % 8:
         return f"cuDNN takes a head dim in multiples of 8 up to {MAX_HEAD_DIM}, not {head_dim}"
     if devices_along("seq") > 1:

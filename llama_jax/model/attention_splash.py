@@ -44,8 +44,8 @@ def obstacle(q_BTNH: jax.Array, segment_ids: SegmentIds | None, options: Options
 class _Tiled:
     """A mixin for masks that returns fully visible and fully hidden tiles without comparisons.
 
-    The kernel reads each tile of its mask when it is made. From 100,000 tokens on, it takes minutes
-    to compare each query with each key.
+    The kernel reads each tile of the mask when the kernel is made. With 100,000 tokens or more, it
+    would take minutes to compare each query with each key.
     """
 
     def __getitem__(self: Any, index: tuple[slice, slice]) -> np.ndarray:

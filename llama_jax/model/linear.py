@@ -184,7 +184,7 @@ def adapter_equations(equation: str) -> tuple[str, str]:
 def project_named(
     module: nn.Module, lora: LoraConfig | None, name: str, equation: str, x: jax.Array, w: Any
 ) -> jax.Array:
-    """Computes the product with a weight of a module, and adds that with its adapter, if any.
+    """Computes the product with a weight of a module; adds the product with its adapter, if any.
 
     The adapter adds scale (dropout(x) A) B (LoRA, arXiv:2106.09685). As in PEFT, each adapter has
     its own dropout mask.

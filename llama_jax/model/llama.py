@@ -90,7 +90,7 @@ class Attention(nn.Module):
 
     @nn.nowrap
     def heads(self, name: str, x_BTNH: jax.Array) -> jax.Array:
-        """Transforms the queries (`name` is `q`) or keys (`k`) before RoPE; here, not at all."""
+        """Transforms queries (`name` is `q`) or keys (`k`) before RoPE; by default, not at all."""
         return x_BTNH
 
     @nn.compact

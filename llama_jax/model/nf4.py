@@ -1,10 +1,10 @@
 """NF4 with double quantisation (QLoRA, arXiv:2305.14314), as bitsandbytes defines it.
 
 A weight is one of 16 levels, the quantiles of a normal distribution, times the scale of its block
-of 64 weights: the largest magnitude in the block. The scales are quantised as well: less their
-mean, and divided by the largest magnitude in their group of 256, they are rounded to the 256 values
-of an 8-bit number with a tapered fraction (arXiv:1511.04561). The total is
-4 + 8/64 + 32/(64 x 256) = 4.127 bits per weight.
+of 64 weights: the largest magnitude in the block. The scales are quantised as well: their mean
+is subtracted, each is divided by the largest magnitude in its group of 256, and the results are
+rounded to the 256 values of an 8-bit number with a tapered fraction (arXiv:1511.04561). The total
+is 4 + 8/64 + 32/(64 x 256) = 4.127 bits per weight.
 
 bitsandbytes cuts torch's (out, in) matrices into blocks row by row: a block holds 64 inputs of one
 output. Matrices here are (in, out), so a block runs along the input axis; the numbers are the same.
@@ -37,7 +37,7 @@ LEVELS = np.array(
 def _tapered() -> np.ndarray:
     """Returns the 256 values of a scale: 7 decades, each with one fraction bit more than the last.
 
-    Each rounding is where torch's `linspace` and bitsandbytes round, so the bits are the same.
+    It rounds at the same places as torch's `linspace` and bitsandbytes, so the bits are the same.
     """
     values = [np.zeros(1, np.float32), np.ones(1, np.float32)]
     for decade in range(7):

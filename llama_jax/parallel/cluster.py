@@ -1,4 +1,4 @@
-"""Joins the processes of one job: finds the cluster, and this process's devices of the host.
+"""Joins the processes of one job: finds the cluster, and the devices of this process.
 
 Only command modules import this module, before any code uses a device. A cluster is recognised by
 its environment variables alone, so that a single process on a laptop never uses the network and
@@ -89,8 +89,8 @@ def _give_up(job: Job, timeout_s: int) -> None:
     total = f"{job.processes} " if job.processes else ""
     print(
         f"error: the {total}processes of this job, found by {job.means}, did not all meet at "
-        f"process 0 ({job.process_zero}) within {timeout_s} s; do all of them run, and can they "
-        f"reach that address? {ADDRESS}=HOST:PORT names another",
+        f"process 0 ({job.process_zero}) within {timeout_s} s; check that all of them run and can "
+        f"reach that address, or set another one with {ADDRESS}=HOST:PORT",
         file=sys.stderr,
         flush=True,
     )
@@ -160,8 +160,8 @@ def _open_mpi(env: Environment) -> Job | None:
 def _slurm(env: Environment) -> Job | None:
     """Describes a task that `srun` started.
 
-    Counts the tasks of the step. JAX counts those of the job (SLURM_NTASKS), and so would wait for
-    ever in the shell of an interactive job, which is a step of one task.
+    Counts the tasks of the step. JAX counts those of the job (SLURM_NTASKS), and would wait
+    forever in the shell of an interactive job, which is a step of one task.
     """
     if not all(name in env for name in _SLURM_TASK):
         return None
@@ -212,7 +212,7 @@ def _tpu_pods(env: Environment) -> Job | None:
         _check_index("MEGASCALE_SLICE_ID", _number(env, "MEGASCALE_SLICE_ID"), slices)
         address = env.get("MEGASCALE_COORDINATOR_ADDRESS", "")
         if not address:
-            raise UserError("MEGASCALE_NUM_SLICES is set, but no MEGASCALE_COORDINATOR_ADDRESS")
+            raise UserError("MEGASCALE_NUM_SLICES is set, MEGASCALE_COORDINATOR_ADDRESS is not")
     arguments = {"cluster_detection_method": "gketpu"}
     return Job("GKE", workers * slices, env.get(ADDRESS, address), arguments)
 
@@ -235,8 +235,8 @@ def _tpu_vm(env: Environment) -> Job | None:
 def _own_devices(env: Environment, tasks: int, index: int, on_node: int) -> list[int] | None:
     """Returns the numbers of the visible GPUs that belong to this task, for `local_device_ids`.
 
-    JAX by default takes the one GPU whose number is the task's: one of eight on a node with one
-    task, and a missing one if Slurm shows each task only its own GPUs.
+    By default, JAX takes the one GPU whose number is that of the task. On a node with one task this
+    is one GPU of eight; if Slurm shows each task only its own GPUs, that GPU may not exist.
 
     Args:
       env: the environment variables.

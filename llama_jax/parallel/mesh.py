@@ -40,7 +40,7 @@ def mesh_shape(config: MeshConfig, n_devices: int) -> dict[str, int]:
 
 
 def device_kind() -> str:
-    """Returns JAX's name of the mesh's devices, which may belong to a machine that is not here."""
+    """Returns JAX's name of the mesh's devices; they may belong to a machine you do not have."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return jax.devices()[0].device_kind if device is None else device.device_kind
 

@@ -39,7 +39,7 @@ class Stopped(KeyboardInterrupt):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Why a process leaves the job.
+    """The reason why a process leaves the job.
 
     Attributes:
       process: index of the process.
@@ -104,7 +104,7 @@ class Peers:
         elif jax.process_index() == 0:
             self._publish(Problem(0, over=True))
         self._listener.join()
-        # A stop may only be the way in which another process's problem was raised here.
+        # `Stopped` may only be the form in which the problem of another process was raised here.
         if self._problem is not None and (error is None or isinstance(error, Stopped)):
             raise self._problem.error() from None
 

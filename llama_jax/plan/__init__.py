@@ -1,4 +1,4 @@
-"""Plans of a run: the train step, compiled for a machine that is not here.
+"""Plans of a run: the train step, compiled for a machine that you do not have.
 
   __main__.py     the command
   report.py       the plan: whether the step fits, how fast it is, how long the run takes

@@ -1,4 +1,4 @@
-"""Compiles the train step for a machine that is not here: does it fit, and how long does it take?
+"""Compiles the train step for a machine that you do not have: does it fit, how long does it take?
 
 The compiler of the target runs on this computer, ahead of time (TPU: `pip install '.[tpu]'`, GPU:
 `pip install '.[cuda13]'`). Its figures for memory and collectives are exact; the time of a step is

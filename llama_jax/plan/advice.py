@@ -22,7 +22,7 @@ Remedy = tuple[str, str, Config, Topology]
 
 
 def advice(config: Config, topology: Topology, result: dict[str, Any]) -> list[str]:
-    """Lists changes that would make a plan fit, by the estimate, scaled to the compiler's figure.
+    """Lists changes that would make a plan fit, by estimates scaled to the compiler's figure.
 
     The flags do not repeat values that the config already has.
 
@@ -44,7 +44,7 @@ def advice(config: Config, topology: Topology, result: dict[str, Any]) -> list[s
         needed = scale * estimate(one, where).total
         if kind not in found and needed <= topology.chip.hbm_bytes:
             found[kind] = f"{text} (about {needed * each / GIB:.1f} GiB a chip)"
-    return list(found.values()) or ["no single change is enough: take several times the chips"]
+    return list(found.values()) or ["no single change is enough: use several times as many chips"]
 
 
 def _remedies(config: Config, topology: Topology, mesh: dict[str, int]) -> Iterator[Remedy]:
@@ -55,7 +55,7 @@ def _remedies(config: Config, topology: Topology, mesh: dict[str, int]) -> Itera
     meshes = list(_meshes(config, topology, inner))
     if topology.chip.torus:  # fsdp over the whole slice uses all links, so it costs nothing
         yield from (one for one in meshes if one[0] == "fsdp")
-    for remat in reversed(remat_policies()):  # those that keep as much do not fit either
+    for remat in reversed(remat_policies()):  # others that keep as much do not fit either
         one = with_options(config, inner, remat, here)
         yield "remat", f"--config.model.remat={remat}", one, topology
     for text, one in _accumulated(config, inner):

@@ -88,14 +88,14 @@ RUNS = (
         "LLaMA 7B",
         "32 layers, 8 x 2048 tokens, save:q,k,v,attn_context",
         *(1.425, 1.347),
-        note="measured with --xla_gpu_enable_triton_gemm=false, without which it is predicted",
+        note="measured with --xla_gpu_enable_triton_gemm=false, predicted without that flag",
     ),
     _on_h200("Llama 3.2 1B", "4 x 8192 tokens", 0.698, 0.682),
     _on_h200(
         "LLaMA 7B, QLoRA",
         "configs/guanaco_7b_qlora.py",
         *(0.770, 0.594),
-        note="dequantising NF4, which no matrix product hides",
+        note="the prediction ignores the time to dequantise NF4",
     ),
 )
 SHAPES = (
@@ -107,7 +107,7 @@ SHAPES = (
         measured=4 * 4096 / 692,
         predicted=23.37,
         source=_TIERING,
-        note="theirs, save_dot_except_mlpwi, keeps the MLP's output too",
+        note="the published run (save_dot_except_mlpwi) also keeps the MLP's output",
     ),
     MeasuredRun(
         chip="v6e",
@@ -117,7 +117,7 @@ SHAPES = (
         measured=4 * 4096 / 905,
         predicted=14.61,
         source=_TIERING,
-        note="theirs waits for all gradients' all-reduces",
+        note="the published run waits for the all-reduces of all gradients",
     ),
     MeasuredRun(
         chip="v5p",
@@ -127,7 +127,7 @@ SHAPES = (
         measured=131.474,
         predicted=136.76,
         source="AI-Hypercomputer tpu-recipes training/v5p/Llama3.1-405B-MaxText",
-        note="theirs keeps more, in the host's memory",
+        note="the published run keeps more tensors, in the host's memory",
     ),
     MeasuredRun(
         chip="v6e",

@@ -183,7 +183,7 @@ def _fusion_traffic(
 
 
 def _read(name: str, users: dict[str, list[Instruction]]) -> float | None:
-    """Counts the bytes read of a parameter that a fusion only slices or updates; else None."""
+    """Counts the bytes read of a parameter that a fusion only slices or updates, or None."""
     total = 0.0
     for user in users.get(name, []):
         if user.opcode in ("dynamic-slice", "gather") and user.operands[0] == name:

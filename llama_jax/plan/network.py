@@ -28,7 +28,7 @@ class Network:
     torus: Torus | None = None
 
     def seconds(self, one: Collective) -> float:
-        """Computes the seconds of one collective in rings, where devices pass on what they get."""
+        """Computes the seconds of one collective, in rings that pass data from device to device."""
         group = one.groups[0] if one.groups else range(len(self.nodes))
         members = len(group)
         if members == 1:

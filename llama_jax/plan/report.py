@@ -188,7 +188,7 @@ def _times(result: dict[str, Any]) -> list[str]:
     waited = sum(one["count"] for one in result["collectives_sync"].values())
     if beside or waited:
         lines.append(
-            f"network      {beside:,} collectives beside compute, {waited:,} on their own; seconds "
+            f"network      {beside:,} collectives overlap compute, {waited:,} do not; seconds "
             f"waited for: {exposed or 'none'}"
         )
     parts = ", ".join(

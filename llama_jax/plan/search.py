@@ -1,8 +1,8 @@
 """Search for the fastest config that fits: mesh shapes, remat policies, microbatches.
 
 An analytic estimate chooses the candidates. For TPUs the compiler schedules each of them, which
-takes seconds and gives memory and network time, and only the best ones are compiled to the end; for
-GPUs all candidates are.
+takes seconds and gives memory and network time, and only the best ones are compiled completely. For
+GPUs all candidates are compiled.
 """
 
 import dataclasses
@@ -81,8 +81,8 @@ class _Candidate:
 
     Attributes:
       number: its number and the number of candidates, such as `2/6`.
-      guess: the estimate.
-      told: its object in `tried`.
+      guess: its estimate.
+      told: the entry in `tried` that reports it.
     """
 
     def __init__(self, number: str, topology: Topology, guess: Estimate, config: Config):

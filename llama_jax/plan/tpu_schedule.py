@@ -57,7 +57,7 @@ class Scheduled:
 
 
 def available(topology: Topology) -> bool:
-    """Returns whether the machine's compiler can write a schedule: only an installed TPU's can."""
+    """Returns whether a schedule can be made: only for TPUs, if their compiler is installed."""
     return bool(topology.chip.torus) and importlib.util.find_spec("libtpu") is not None
 
 
@@ -75,7 +75,7 @@ def schedule(config: Config, topology: Topology) -> Scheduled:
 
 
 def _compile(config: Config, topology: Topology, folder: pathlib.Path) -> int | None:
-    """Compiles into a folder in another process; returns the bytes of a program too large."""
+    """Compiles into a folder in another process; if the step does not fit, returns its bytes."""
     asked = {"config": json.loads(config.to_json()), "topology": topology.slice_name}
     asked |= {"slices": topology.slices, "folder": str(folder)}
     package = str(pathlib.Path(__file__).parents[__name__.count(".")])  # the folder of llama_jax

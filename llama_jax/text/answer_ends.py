@@ -1,4 +1,4 @@
-"""Counts the answers that do not end in an end token: a model that never sees one never stops.
+"""Counts answers without an end token at their end: they do not teach a model to stop.
 
 An answer ends in an end token if that is its last token that counts, or if only white space follows
 it: generation stops at the token and never reaches the white space.
@@ -27,7 +27,7 @@ def last_tokens(encoded: Encoded, first: int, stop: int) -> Iterator[int]:
 
 
 def count_answers(encoded: Encoded, length: int, ends: frozenset[int]) -> tuple[int, int]:
-    """Counts the whole answers in a conversation, and those of them without an end token.
+    """Counts the uncut answers in a conversation, and those of them without an end token.
 
     Args:
       encoded: the conversation.

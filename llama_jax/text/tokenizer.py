@@ -150,11 +150,11 @@ class Tokenizer:
 
     @functools.cached_property
     def gap(self) -> str:
-        """The text to insert between a special token and a text, so that its ids stay the same.
+        """The string to insert between a special token and a text, so that the text keeps its ids.
 
-        The ids must be those of the text alone. This is a space if the tokenizer puts a space
-        before a text but not after `<s>`, otherwise nothing. LLaMA's own code encodes such texts
-        separately, and models that were tuned with it expect these ids.
+        The text then has the ids that it has alone. The string is a space if the tokenizer puts a
+        space before a text but not after `<s>`, otherwise it is empty. LLaMA's own code encodes
+        such texts separately, and models that were tuned with it expect these ids.
         """
         after = self.encode(self.piece(self.bos_id) + "a", special=True)
         return "" if after[1:] == self.encode("a") else " "

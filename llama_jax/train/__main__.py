@@ -73,8 +73,8 @@ def main() -> int:
     status = _DAMAGED_STATUS.value if outcome.passed_over else 0
     if status:
         say(
-            f"exit status {status}: trained to the end, but a damaged checkpoint was passed over "
-            "on the way, see above; --damaged_status sets this status"
+            f"exit status {status}: trained to the end, but a damaged checkpoint was skipped, "
+            "see above; --damaged_status sets this status"
         )
     return status
 

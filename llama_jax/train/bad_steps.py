@@ -1,17 +1,18 @@
 """Skipped updates: the loss or the gradient norm is not finite, or far above its recent values.
 
 A skipped step leaves weights, moments and the optimiser's counters unchanged, bit for bit, and
-passes over its batch: `TrainState.step`, which selects the batches, advances, while Adam's bias
-correction and the learning rate count only the updates that were made. After a skip a run is
-therefore the same as a run that never had that batch.
+skips its batch: `TrainState.step`, which selects the batches, advances, but Adam's bias correction
+and the learning rate count only the updates that were made. After a skip, the run therefore equals
+a run that never had that batch.
 
 A spike (`train.spike_factor`) is measured against medians of the last `WINDOW` steps that were not
 skipped, so that a bad step does not influence the judgement of the next one. The decision is made
 on the device and its data are in the state: a run that resumes from a checkpoint skips the same
 steps again.
 
-A rewind (`skips_after_rewind`; see `rewind` for when and to which checkpoint) is a longer skip: the
-weights go back to a checkpoint, the data do not, and all batches between are passed over.
+A rewind is a longer skip (`skips_after_rewind`; the module `rewind` decides when, and to which
+checkpoint): the weights go back to a checkpoint, the data do not, and the batches between the two
+are skipped.
 """
 
 import dataclasses
@@ -151,8 +152,8 @@ def skips_after_rewind(
 ) -> tuple[jax.Array, Skips]:
     """Returns the step and the counters to continue with after a rewind.
 
-    They are as if all steps after the checkpoint had been skipped: the schedule and the places in
-    the windows, which depend on `step - total`, are those of the checkpoint.
+    The counters are those of a run that has skipped all steps after the checkpoint. The schedule
+    and the places in the windows depend on `step - total`, so they are those of the checkpoint.
 
     Args:
       then: the counters in the checkpoint.

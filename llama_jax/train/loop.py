@@ -37,10 +37,10 @@ def mean_validation_loss(
     """Computes the mean validation loss per token, in nats, over at most `eval_batches` batches.
 
     Args:
-      compiled: the step.
+      compiled: the jitted evaluation step and its mesh.
       params: the weights, as `CompiledStep.weights` returns them.
-      data: the data of the run.
-      config: the config of the run.
+      data: contains the validation batches.
+      config: sets the number of batches and their shape.
       stop: checked after each batch.
       watchdog: receives a beat before each batch.
 
@@ -81,9 +81,9 @@ def is_evaluation_missing(
 
     Args:
       state: the state that a run continues with.
-      data: the data of the run.
-      config: the config of the run.
-      meta: the description of the state.
+      data: says whether there are validation batches.
+      config: sets the steps at which a run evaluates.
+      meta: the description of the state; without `eval_loss`, it was not evaluated.
     """
     due = is_evaluated(int(state.step), config) and data.validation is not None
     return due and meta.eval_loss is None
@@ -288,7 +288,7 @@ def run_loop(
     and a step that compiles does not count.
 
     Args:
-      compiled: the step.
+      compiled: the jitted steps, their mesh and shardings.
       state: the first state.
       data: the data of the run.
       config: the config of the run.

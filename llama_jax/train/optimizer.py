@@ -159,8 +159,8 @@ def learning_rate(
     Args:
       config: the settings of the schedule.
       steps: length of the schedule, in optimiser steps.
-      parts: an optimiser that a function makes has the config's schedule; a finished one has its
-        rate in its state only if `optax.inject_hyperparams` made it.
+      parts: may contain another optimiser. One that a function makes follows the config's schedule.
+        A ready-made one keeps its rate in its state only if `optax.inject_hyperparams` made it.
       update: number of updates before this one.
       opt_state: state of the optimiser after this update.
     """

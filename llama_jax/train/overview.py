@@ -67,10 +67,11 @@ def remarks(config: Config, data: TrainingData, weights: Source | None) -> list[
     answers, unended = data.answers
     if unended:
         found.append(
-            f"warning {unended:,} of {answers:,} answers end in no end token, so the model does "
-            f"not learn to stop there: the chat template {config.data.template} trains no token "
-            "that ends them; let it write eos_token, or another special token of the tokenizer, "
-            "at the end of the answer (inside {% generation %}), and prepare the data again"
+            f"warning {unended:,} of {answers:,} answers do not end in an end token, so the model "
+            f"does not learn to stop there: the chat template {config.data.template} trains no "
+            "token that ends them; let it write eos_token, or another special token of the "
+            "tokenizer, at the end of the answer (inside {% generation %}), and prepare the data "
+            "again"
         )
     return found
 

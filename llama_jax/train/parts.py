@@ -57,7 +57,7 @@ def check_sums(sums: Any, loss: Loss) -> LossSums:
     """Checks that a loss has returned what `Parts.loss` describes; returns it.
 
     Raises:
-      UserError: it has not.
+      UserError: it has returned something else.
     """
     good = isinstance(sums, tuple) and len(sums) in (3, 4)
     if good and len(sums) == 4:

@@ -39,7 +39,7 @@ OTHER_DATA = (
     *("data.validation_fraction", "data.max_document_bytes", "data.template"),
 )
 ACCEPT_DATA = "--config.data.accept_other_data=True"
-CHANGES = "changes.jsonl"  # accepted changes, a line for each time that a run resumed with some
+CHANGES = "changes.jsonl"  # accepted changes: a line for each resume with changes
 # Files of a work directory; lines are appended to those in `ADDED_TO`.
 ADDED_TO = ("metrics.jsonl", CHANGES)
 FILES = ("config.json", "tokenizer.model", "goodput.json", *ADDED_TO)
@@ -195,7 +195,7 @@ def _listed(changes: Changes) -> str:
 def _mend(changes: Changes, otherwise: str) -> str:
     """Returns the advice for an error, with the flag if it would allow all changes."""
     if all(name.startswith(OTHER_DATA) for name in changes):
-        return f"{otherwise}, or go on with the other data by {ACCEPT_DATA}"
+        return f"{otherwise}, or accept the other data with {ACCEPT_DATA}"
     return otherwise
 
 
@@ -233,19 +233,19 @@ def check_checkpoint(
     refused |= changed_parts(saved.parts, parts.names())
     if refused:
         mend = _mend(refused, "use the same values, or another --workdir")
-        raise UserError(f"checkpoint {folder} is of another run ({_listed(refused)}); {mend}")
+        raise UserError(f"checkpoint {folder} belongs to another run ({_listed(refused)}); {mend}")
     if saved.data_fingerprint != data.fingerprint:
         if not config.data.accept_other_data:
             if saved.data_fingerprint == data.former_fingerprint:
                 raise UserError(
                     f"checkpoint {folder} was trained by a version that took data.mixture as shares"
                     " of sequences; they are shares of tokens now, which gives other batches: use "
-                    f"another --workdir, or go on with these by {ACCEPT_DATA}"
+                    f"another --workdir, or accept the new batches with {ACCEPT_DATA}"
                 )
             raise UserError(
                 f"checkpoint {folder} was trained on data {saved.data_fingerprint}, but this is "
-                f"data {data.fingerprint}; restore those shards, use another --workdir, or go on "
-                f"with these by {ACCEPT_DATA}"
+                f"data {data.fingerprint}; restore those shards, use another --workdir, or "
+                f"accept these data with {ACCEPT_DATA}"
             )
         changes["data fingerprint"] = (saved.data_fingerprint, data.fingerprint)
     return changes

@@ -1,10 +1,10 @@
 """Sends a run that skips too many updates back to a checkpoint, or ends it with an error.
 
 Going back is PaLM's remedy for loss spikes (arXiv:2204.02311, section 5.1): the run restores
-weights and moments from a checkpoint before the spike, but the data do not go back, so that it
-passes over the batches around the spike. The time and the checkpoint depend only on the numbers in
-the states: the same command, or the same run stopped, killed and restarted, goes back in the same
-way.
+weights and moments from a checkpoint before the spike, but the data do not go back, so the batches
+around the spike are skipped. Only the numbers in the states decide when a run goes back and to
+which checkpoint: the same command gives the same rewind, even if the run is stopped or killed and
+restarted.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ class Rewinder:
         why = explain(reasons)
         self._saver.report(
             now,
-            f"rewound at step {now} to the weights of step {target}, passing over {now - target} "
+            f"rewound at step {now} to the weights of step {target}, skipping {now - target} "
             f"batches: steps from {first} on made no update: {why} (train.max_rewinds: "
             f"{len(self.rewinds)} of {self._config.train.max_rewinds})",
             **{"event": "rewound", "from": now, "to": target, "passed_over": now - target},
@@ -128,7 +128,7 @@ class Rewinder:
         )
 
     def _error(self, state: TrainState, first: int) -> UserError:
-        """Makes the error: the steps, the reason, their text, the last checkpoint and advice."""
+        """Returns the error: the steps, the reason, the last batch, the checkpoint and advice."""
         last, train = int(state.skips.last), self._config.train
         broken = find_non_finite(state)
         saved = self._saver.latest_step()
@@ -141,7 +141,7 @@ class Rewinder:
         else:
             advice = (
                 "weights and moments are finite, as before these steps. Look at the batches and at "
-                "optim.peak_lr; to pass over more of them, raise --config.train.max_skipped"
+                "optim.peak_lr; to skip more of them, raise --config.train.max_skipped"
             )
         if self.rewinds and len(self.rewinds) >= train.max_rewinds:
             advice += f"; train.max_rewinds={train.max_rewinds} rewinds were made"

@@ -87,7 +87,7 @@ def check_memory(
       capacity: bytes of memory of one device; None: not known, and nothing is checked.
 
     Raises:
-      UserError: they need more memory.
+      UserError: the state and its gradients need more than `capacity`.
     """
     held = (state, state.params)  # gradients have the dtypes and shardings of the parameters
     needed = bytes_per_device(held)
@@ -188,7 +188,7 @@ def run(
             check_workdir(config, workdir)
             goodput = Goodput(workdir / "goodput.json", began)
         with stop.at_once():
-            # In a list, so that `_train` can drop the only reference: it may hold a whole array.
+            # A list, so that `_train` can free the weights, which may hold a whole array in memory.
             weights = [open_weights(config, workdir)]
             agreed("")  # so that an early failure of another process is noticed before long work
             data = _data_of_all(config, workdir, data)
@@ -293,7 +293,7 @@ def _report(
     if stop.name and start == step and not evaluated:
         say("stopped before the first step; run the same command again to start")
     elif stop.name:
-        say(f"stopped at step {step}, saved; run the same command again to go on")
+        say(f"stopped at step {step}, saved; run the same command again to continue")
     elif start == step:
         say(f"finished already: {workdir} is at step {step} of {config.train.steps}")
     else:

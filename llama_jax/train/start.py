@@ -49,7 +49,7 @@ def with_tokenizer(config: Config, workdir: epath.Path) -> Config:
 
 
 def open_weights(config: Config, workdir: epath.Path) -> Source | None:
-    """Opens the weights that a run begins with, before it prepares its data; None: it needs none.
+    """Opens the initial weights before the data are prepared; None if the run needs no weights.
 
     This reads and checks only their headers. Without adapters, only a new run needs the weights: a
     resumed run continues even if they are gone.
@@ -115,7 +115,7 @@ def _go_on(
     if not (folder / "optimizer").exists():
         raise UserError(
             f"checkpoint {folder} has weights but no optimiser state (it was converted "
-            "from elsewhere), and training cannot go on from it; begin another run with it by "
+            "from elsewhere), and training cannot resume from it; start another run with "
             f"--config.init_from=ckpt:{folder.parent.parent}"
         )
     saved = load_meta(folder, parts.architecture.name)
@@ -124,7 +124,7 @@ def _go_on(
     if saved.positions and len(saved.positions) != count:
         raise UserError(
             f"checkpoint {folder} has data positions of {len(saved.positions)} process(es), and "
-            f"there are {count}: streamed data can only go on with the same number"
+            f"this job has {count}: a run on streamed data resumes only with the same number"
         )
     data.train.start_at(step, saved.positions[index] if saved.positions else [], index, count)
     say(f"resume  from step {step}")

@@ -140,7 +140,7 @@ def _gradients(
 ) -> tuple[LossSums, Any]:
     """Computes mean objective, mean loss, weight and mean gradient of a batch in microbatches.
 
-    Further sums of a loss follow the weight, as means by name.
+    Further sums that the loss returns follow the weight, as a dict of means.
 
     Microbatches are part of the step, in place of `optax.MultiSteps`: the sums are divided by the
     weight of the whole batch, which is right for microbatches with unequal masks, while MultiSteps

@@ -205,7 +205,7 @@ def test_an_error_elsewhere_does_not_lose_the_save_before_it(state, run, monkeyp
 
 @pytest.mark.parametrize("limit", [0, 1])
 def test_a_slow_save_is_told(state, run, monkeypatch, capsys, limit):
-    """It is reported while it runs and by those who wait for it; it does not count as a failure."""
+    """A slow save is reported while it runs and by calls that wait for it; it is not a failure."""
     write, say, gate = manifest.write, Events.say, threading.Event()
     slow = f"warning: saving step 12 to {run}/checkpoints takes longer than 1 s "
     awaited = {"waiting for the save of step 12, begun ", slow if limit else "waiting"}
@@ -251,7 +251,7 @@ def test_a_place_that_cannot_be_written_to(tmp_path):
 
 
 def test_an_old_step_that_cannot_be_deleted_keeps_no_other(state, tmp_path, monkeypatch, capsys):
-    """It is reported once, and the removal is tried again."""
+    """The error is reported once, and each save tries the removal again."""
     config = replace(CONFIG, train__keep_checkpoints=1)
     remove, tried = retention.remove, []
 
@@ -302,7 +302,7 @@ def test_a_damaged_step_is_named_and_the_one_before_is_used(state, run, capsys):
 
 
 def test_damage_that_only_the_fingerprint_sees(state, run):
-    """A bug or faulty hardware computed it: the files are as they were written."""
+    """A bug or faulty hardware made the damage before the files were written."""
     path = run / "checkpoints" / "8" / "meta" / "metadata"
     meta = json.loads(path.read_text())
     meta["fingerprint"]["params/embed"] ^= 1

@@ -384,7 +384,7 @@ def test_a_run_with_shares_of_sequences_does_not_go_on_silently(chats):
     meta = StepMeta(config, 5, before, data.tokenizer.model_bytes)
     with pytest.raises(UserError, match=r"shares of sequences; they are shares of tokens now") as e:
         check_checkpoint(meta, "run/5", config, data)
-    assert str(e.value).endswith("go on with these by --config.data.accept_other_data=True")
+    assert str(e.value).endswith("accept the new batches with --config.data.accept_other_data=True")
     told = replace(config, data__accept_other_data=True)
     changes = check_checkpoint(meta, "run/5", told, data)
     assert changes["data fingerprint"] == (before, data.fingerprint)

@@ -161,9 +161,9 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=0, help="signals to send, at least")
-    parser.add_argument("--minutes", type=float, default=0.0, help="time to go on, at least")
-    parser.add_argument("--processes", type=int, default=1, help="of the run, over loopback")
+    parser.add_argument("--kills", type=int, default=0, help="minimum number of signals to send")
+    parser.add_argument("--minutes", type=float, default=0.0, help="minimum duration of the test")
+    parser.add_argument("--processes", type=int, default=1, help="processes of the run (loopback)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -68,7 +68,7 @@ def test_a_shard_is_lost_in_the_middle_of_a_run(shards, undisturbed, tmp_path, m
                 disk_fault(patch)
             yield batch
 
-    message = "ends early" if fault == "cut" else "Input/output error; when it can be read again"
+    message = "ends early" if fault == "cut" else "Input/output error; once it can be read again"
     with monkeypatch.context() as patch:
         patch.setattr(loop, "device_batches", disturbed)
         with pytest.raises(UserError, match=rf"train-00000-00\d.bin.*{message}"):

@@ -222,7 +222,7 @@ def test_a_bad_state_is_never_saved(run_config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_a_spike_is_passed_over_where_that_is_asked_for(kind):
-    """With the policy, the state stays as before the batch; without it, the batch is followed."""
+    """With `spike_factor`, the state stays as it was; without it, the update is made."""
     config = replace(SMALL, train__spike_factor=8.0, train__steps=40)
     mesh = mesh_of((1, 1, 1, 1))
     usual = random_batch(SMALL, 0)

@@ -164,7 +164,8 @@ def test_the_checkpoint_knows_its_config_where_the_file_does_not(run, config, tm
         (workdir / "config.json").unlink()
     else:
         (workdir / "config.json").write_text(other.to_json())
-    with pytest.raises(UserError, match=r"checkpoints/3 is of another run \(optim.peak_lr is 0.01"):
+    message = r"checkpoints/3 belongs to another run \(optim.peak_lr is 0.01"
+    with pytest.raises(UserError, match=message):
         run_lib.train(replace(other, train__log_every=7), workdir)
     if lost:
         assert not (workdir / "config.json").exists()

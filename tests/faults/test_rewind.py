@@ -116,7 +116,7 @@ def test_it_is_said_and_written_down(config, rewound, tmp_path, monkeypatch, cap
     assert_same(run(config, tmp_path), state)
     out = capsys.readouterr().out
     assert (
-        "rewound at step 9 to the weights of step 4, passing over 5 batches: steps from 7 on made "
+        "rewound at step 9 to the weights of step 4, skipping 5 batches: steps from 7 on made "
         f"no update: {REASONS} (train.max_rewinds: 1 of 1)\n"
     ) in out
     assert "rewound      at step 9, to the weights of step 4\n" in out

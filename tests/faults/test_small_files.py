@@ -118,7 +118,7 @@ def test_bits_of_config_json(run):
 
 
 def test_every_bit_of_goodput_json(run, capsys):
-    """Each flip is noticed: the sums are the right ones, or are counted anew."""
+    """Each flipped bit is detected: the sums are correct, or counting starts again."""
     path = epath.Path(run / "goodput.json")
     content = path.read_bytes()
     good = Goodput(path)

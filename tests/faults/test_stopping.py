@@ -13,7 +13,7 @@ from tests.helpers import outputs_of, read_until, start_train
 ENDLESS = ("--config.train.steps=100000", "--config.train.checkpoint_every=100000")
 NO_EVAL = "--config.train.eval_every=100000"
 TINY_RUN = (NO_EVAL, "--config.model.n_layers=1")
-# An evaluation of so many batches that no test can wait for its end when it is slowed down.
+# When this evaluation is slowed down, it takes longer than any test waits.
 LONG_EVALUATION = (
     *("--config.train.eval_every=2", "--config.train.eval_batches=100000"),
     *("--config.data.validation_fraction=0.98", "--config.train.seq_len=4"),
@@ -139,7 +139,7 @@ SECOND = [
 
 @pytest.mark.parametrize(("phase", "number"), SECOND)
 def test_a_second_signal_ends_it_at_once(corpus, tmp_path, phase, number):
-    """Otherwise it would wait for an hour."""
+    """Without the second signal, the run would wait for an hour."""
     flags = ("--config.train.eval_every=1",) if phase == "evaluate" else (NO_EVAL,)
     (process,) = start_slow(phase, 3600, corpus, tmp_path / "run", *flags)
     if phase == "save":  # only a signal makes it save

@@ -133,7 +133,7 @@ def test_a_preset_by_name_that_this_libtpu_refuses():
 
 
 def test_no_all_reduce_is_fused_on_v4():
-    """Its code generation fails: "Used 16.32M of 16.00M vmem"."""
+    """The fusion makes code generation fail: "Used 16.32M of 16.00M vmem"."""
     pair = {
         "--xla_enable_async_all_reduce=true",
         "--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true",

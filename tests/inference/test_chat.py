@@ -477,8 +477,8 @@ def test_a_conversation_in_the_terminal(tokenizer, tmp_path):
     assert len(process.stdout.splitlines()) >= 2
     for bad, message in (
         (("--chat", "--prompt=x"), "give only one of --prompt and --chat"),
-        (("--chat", "--json"), "--json does not go with --chat"),
-        (("--system=x",), "--system goes with --chat"),
+        (("--chat", "--json"), "--json cannot be used with --chat"),
+        (("--system=x",), "--system needs --chat"),
     ):
         assert message in one_line_error(run_command("generate", *flags, *bad))
     plain = run_command("generate", f"--checkpoint={run}", "--chat")

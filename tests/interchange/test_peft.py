@@ -275,9 +275,9 @@ def test_weights_without_adapters(tmp_path, base):
     with pytest.raises(UserError, match=r"base/checkpoints/0 has no adapters: its run trained all"):
         export_adapters(checkpoint, tmp_path / "adapters")
     for kind, folder in (("ckpt", checkpoint), ("hf", epath.Path(tmp_path / "hf"))):
-        with pytest.raises(UserError, match=r"--base names the weights below .* has no adapters"):
+        with pytest.raises(UserError, match=r"--base names the base .* has no adapters"):
             open_source(kind, folder, base=base)
-    with pytest.raises(UserError, match=r"--base names the weights below .* has no adapters"):
+    with pytest.raises(UserError, match=r"--base names the base .* has no adapters"):
         open_model(checkpoint, base=base)
 
 

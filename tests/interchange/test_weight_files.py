@@ -198,7 +198,7 @@ def test_folders_that_are_refused(folder, case):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("case", [*READ, "a tensor twice, the first one named", "adapters"])
 def test_transformers_reads_the_same(folder, case):
-    """Where we read a folder, transformers loads equal arrays; where we refuse, it loads others."""
+    """For a folder that we read, transformers loads equal arrays; for a refused one, others."""
     import transformers
 
     change = READ.get(case) or REFUSED[case][0]

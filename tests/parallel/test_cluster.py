@@ -1,4 +1,4 @@
-"""How a process joins its job and which GPUs it takes, in made-up environments."""
+"""In made-up environments, a process joins its job and takes the right GPUs."""
 
 import os
 import subprocess
@@ -155,7 +155,7 @@ def test_a_single_process_never_waits(start, env):
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_ID is ''"),
         ({**SLICES, "MEGASCALE_SLICE_ID": ""}, "MEGASCALE_SLICE_ID is ''"),
         ({**SLICES, "MEGASCALE_SLICE_ID": "2"}, "MEGASCALE_SLICE_ID is 2, but there are 2"),
-        ({**SLICES, "MEGASCALE_COORDINATOR_ADDRESS": ""}, "no MEGASCALE_COORDINATOR_ADDRESS"),
+        ({**SLICES, "MEGASCALE_COORDINATOR_ADDRESS": ""}, "COORDINATOR_ADDRESS is not"),
     ],
 )
 def test_half_a_description_is_an_error(start, env, message):

@@ -130,7 +130,7 @@ def test_the_plan_tells_what_it_waits_for_and_how_far_it_can_be_trusted(eight):
     text = table(result)
     assert "calibration  v5e: no prediction has been compared with a run" in text
     beside, alone = (sum(one["count"] for one in result[name].values()) for name in PARTS)
-    assert f"network      {beside:,} collectives beside compute, {alone:,} on their own" in text
+    assert f"network      {beside:,} collectives overlap compute, {alone:,} do not; seconds" in text
 
 
 PARTS = ("collectives_async", "collectives_sync")

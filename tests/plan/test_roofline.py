@@ -127,7 +127,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {{
 
 
 def test_a_chain_is_sent_once_and_hidden_behind_what_runs_between():
-    """libtpu writes an asynchronous gather so: three fusions with one channel."""
+    """libtpu writes an asynchronous gather as three fusions with one channel."""
     cycles = {"short": 175_000, "long": 17_500_000}  # 0.1 and 10 ms
     size = 64 * 2**20
     gather = "all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}"

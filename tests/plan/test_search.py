@@ -91,7 +91,7 @@ def test_the_estimate_knows_the_torus():
 
 
 def test_the_estimate_knows_the_attention_kernel():
-    """Its saved output spares the second forward pass: 2 of 11 products, at half of the peak."""
+    """A saved output avoids 2 of the 11 products of the kernel, which run at half of the peak."""
     config = replace(LARGE, train__seq_len=16384, train__global_batch=512)
     times = [
         estimate(replace(config, model__remat=remat), SLICE).seconds
@@ -385,7 +385,7 @@ def test_advice_when_more_chips_are_needed():
     lines = told(config, parse_topology("h100:1x8"), 3)
     assert any(line.startswith("--topology=h100:") for line in lines), lines
     assert told(config, parse_topology("v5e:2x2"), 1e5) == [
-        "no single change is enough: take several times the chips"
+        "no single change is enough: use several times as many chips"
     ]
 
 

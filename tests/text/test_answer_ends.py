@@ -193,7 +193,7 @@ def test_a_run_warns_once_of_shards_that_were_prepared_before(
     with pytest.raises(Reached):
         run_lib.train(here, tmp_path / "run")
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    assert warning.startswith("warning 48 of 48 answers end in no end token")
+    assert warning.startswith("warning 48 of 48 answers do not end in an end token")
     assert f"the chat template {config.data.template}" in warning and "eos_token" in warning
 
 

@@ -467,7 +467,7 @@ def test_streamed_data_needs_as_many_processes(corpus, tmp_path, monkeypatch):
     two = dataclasses.replace(meta, positions=meta.positions * 2)
     monkeypatch.setattr(start, "load_meta", lambda *_: two)
     compiled = types.SimpleNamespace(parts=LLAMA_PARTS)
-    with pytest.raises(UserError, match=r"positions of 2 process\(es\), and there are 1"):
+    with pytest.raises(UserError, match=r"positions of 2 process\(es\), and this job has 1"):
         start.initial_state(compiled, saver, data, config, None)
     saver.close()
 

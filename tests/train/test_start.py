@@ -114,7 +114,7 @@ def test_full_fine_tuning_starts_from_these_weights_with_fresh_moments(config, p
     with jax.set_mesh(mesh):
         compiled = shared_step(config, mesh)
         saver = types.SimpleNamespace(newest_good_step=lambda: None)
-        # None stands for a start that had a step to resume when it would have opened the weights.
+        # None: the start found a step to resume, and so did not open the weights.
         weights = open_init(config) if kind == "hf" else None
         state, meta = initial_state(compiled, saver, NO_DATA, config, weights)
         equal(state.params, params)
@@ -370,7 +370,7 @@ def test_two_processes_train_above_nf4_as_one(corpus, tokenizer, tmp_path):
 
 
 class ScaledHeads(Attention):
-    """Has one array that no LLaMA has."""
+    """An attention with one array that no LLaMA has."""
 
     def heads(self, name, x_BTNH):
         scale_H = self.param(f"{name}_scale", nn.initializers.ones, (self.config.head_dim,))

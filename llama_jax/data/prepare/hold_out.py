@@ -1,4 +1,4 @@
-"""A validation split for a source that chance does not split: its last tokens.
+"""A validation split of the last tokens, for a source that random choice does not split.
 
 A hash of its contents decides whether a document is held out for validation; about
 `data.validation_fraction` of the documents are. In a source of a few large documents, this may
@@ -33,10 +33,10 @@ def hold_out_tail(
     folder: epath.Path,
     log: Callable[[str], None],
 ) -> Note | None:
-    """Holds out the tail of a source whose parts are all done, if chance has not split it.
+    """Holds out the tail of a source whose parts are all done, if the hashes have not split it.
 
-    The process may be killed at any point. When all parts are done once more, call this again: its
-    work depends on their reports alone.
+    The process may be killed at any point. Call this again when all parts are done again: the
+    result depends only on their reports.
 
     Args:
       data: how to read. `validation_fraction` of all tokens are held out, but at most half of the
@@ -47,7 +47,7 @@ def hold_out_tail(
       log: receives a line for the user.
 
     Returns:
-      The note for the manifest; None: chance has split the source, or the source is empty.
+      The note for the manifest; None: the hashes have split the source, or it is empty.
 
     Raises:
       UserError: a report of a part cannot be read, or a file of the source cannot be opened.

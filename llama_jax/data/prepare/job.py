@@ -46,8 +46,9 @@ def prepare(
 ) -> list[Report]:
     """Writes the token shards of `config.data` to `output`, unless they exist already.
 
-    Each named source gets its own folder. Shards are written where they stay. The manifest comes
-    last and completes a folder. After a killed call, the same call goes on with the finished parts.
+    Each named source gets its own folder, into which its shards are written directly. The manifest
+    is written last and completes a folder. If a call is killed, the same call continues and keeps
+    the finished parts.
 
     Args:
       config: `data` names what to read; `data.tokenizer_size`, or `model.vocab_size` if it is not

@@ -1,9 +1,9 @@
 """A folder of shards while it is written: its checks, its lock, its plan and its completion.
 
-Shards are written where they stay: a volume, a link or an existing folder cannot be replaced by
-another folder at the end. `plan.json` comes first and describes the work. The report of a part
-(`part-00000.json`) shows that the part is done. The manifest comes last and completes the folder.
-After that the reports and the plan are removed, the plan last.
+Shards are written directly into the target, because a volume, a link or an existing folder cannot
+be replaced by another folder at the end. `plan.json` is written first and describes the work. The
+report of a part (`part-00000.json`) shows that the part is done. The manifest is written last and
+completes the folder. After that the reports and the plan are removed, the plan last.
 """
 
 import contextlib
@@ -142,7 +142,7 @@ def _check_contents(output: epath.Path, names: list[str]) -> None:
 
 
 def _foreign(folder: epath.Path) -> str:
-    """Returns the first name in a folder that neither an empty volume nor a killed write leaves."""
+    """Returns the first foreign name in a folder: of neither an empty volume nor a killed write."""
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     for name in names:
         if not name.startswith((".", f"{PLAN}.tmp-")) and name not in _OF_VOLUMES:
@@ -151,7 +151,7 @@ def _foreign(folder: epath.Path) -> str:
 
 
 def _missing(folder: epath.Path) -> list[pathlib.Path]:
-    """Returns the folder and its parents as far as they do not exist, the folder first."""
+    """Returns those of the folder and its parents that do not exist, the folder first."""
     if is_object_store(folder):
         return []
     path = pathlib.Path(folder)
@@ -173,7 +173,7 @@ def system_errors(place: epath.Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"the disk is full: cannot write {place}; free some space and run the same command "
-                "again, it goes on where it was"
+                "again, it continues where it stopped"
             ) from error
         raise UserError(f"cannot write {place}: {error.strerror or error}") from error
 
@@ -329,5 +329,5 @@ def _warn_of_space(folder: epath.Path, parts: list[Part], vocab_size: int, log: 
         log(
             f"warning: the shards may take about {needed / 1e9:,.2f} GB, and {folder} has "
             f"{free / 1e9:,.2f} GB free; if the disk gets full, free some space and run the same "
-            "command again, it goes on where it was"
+            "command again, it continues where it stopped"
         )

@@ -27,7 +27,7 @@ class Report:
       files: number of files of each kind that were read; empty for shards of an earlier version.
       left_out: files and folders that were not read, in the form of `skipped`.
       held_out: number of tokens that were held out at the end of the source, and why; None: whole
-        documents were held out by chance.
+        documents were held out, chosen by their hashes.
     """
 
     folder: epath.Path

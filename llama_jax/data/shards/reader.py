@@ -63,8 +63,8 @@ class TokenDataset:
     _blocks: dict[str, Blocks | None] = dataclasses.field(default_factory=dict)
     # Identity of each opened file, by name.
     _identities: dict[str, object] = dataclasses.field(default_factory=dict)
-    # Stands for this dataset in the cache of open files. The path cannot: the folder may hold other
-    # shards by now.
+    # Identifies this dataset in the cache of open files. The path is not enough, because other
+    # shards may have replaced those in the folder.
     _key: object = dataclasses.field(default_factory=object)
 
     @classmethod
@@ -183,7 +183,7 @@ class TokenDataset:
         """Reads the tokens start..stop of a shard; fewer at the end that the manifest gives."""
         stop = min(stop, self._shards[shard]["tokens"])
         tokens = self._read(shard, "bin", token_dtype(self.vocab_size), start, stop)
-        if "crc_sha256" not in self._shards[shard]:  # else the checksums cover it
+        if "crc_sha256" not in self._shards[shard]:  # otherwise the checksums cover the ids
             self._check_ids(shard, tokens)
         return tokens
 
@@ -268,8 +268,8 @@ class TokenDataset:
 
     def _unreadable(self, name: str, error: OSError) -> UserError:
         return UserError(
-            f"cannot read {self.folder / name}: {error.strerror or error}; when it can be read "
-            "again, the same command goes on"
+            f"cannot read {self.folder / name}: {error.strerror or error}; once it can be "
+            "read again, the same command continues"
         )
 
     def _damaged(self, what: str) -> UserError:

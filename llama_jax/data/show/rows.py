@@ -24,7 +24,7 @@ class Screen:
 
     Attributes:
       width: characters in a line.
-      lines: most lines of one document; 0: all.
+      lines: maximum number of lines to show of one document; 0: all.
       colour: True if escape codes may be printed.
     """
 
@@ -40,7 +40,7 @@ class Screen:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Neighbouring positions of a row, of one document, that all count in the loss or all do not.
+    """Adjacent positions of one document in a row; either all count in the loss, or none does.
 
     Attributes:
       start: the first position.

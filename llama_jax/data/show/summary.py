@@ -78,7 +78,7 @@ def open_prepared(folder: epath.PathLike, config: Config | None = None) -> Prepa
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         config = config or saved
-        for field, does in (("streaming", "tokenises while it trains"), ("source", "is synthetic")):
+        for field, does in (("streaming", "are streamed"), ("source", "are synthetic")):
             if getattr(saved.data, field) in (True, "synthetic"):
                 raise UserError(f"the data of {folder} {does}: there are no token shards to show")
         where = epath.Path(saved.data.path or folder / "data")

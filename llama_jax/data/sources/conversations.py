@@ -45,7 +45,7 @@ class Unusable(Exception):
 
     Attributes:
       reason: the reason, by which such records are counted.
-      detail: more about this record; does not take part in the counting.
+      detail: further information on this record; records are not counted by it.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:

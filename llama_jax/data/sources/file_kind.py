@@ -1,4 +1,4 @@
-"""The kind of a file: its first bytes decide, and its name if they leave the question open.
+"""The kind of a file, from its first bytes; from its name if the bytes do not decide.
 
 A file whose lines are JSON objects is read as JSON lines, whatever its name is. A file is read as a
 JSON list if it is named `.json`, or begins with a list of objects.

@@ -112,10 +112,10 @@ def _split(source: str) -> list[str]:
 
 
 def _joined(pieces: list[str], mark: str) -> int:
-    """Returns how many pieces from the first on, joined by `mark`, name a path that exists.
+    """Returns how many of the first pieces, joined by `mark`, are one existing path.
 
-    If they name no such path, and the first piece alone does not exist either, they may be a glob
-    that matches. Otherwise returns 1.
+    If no number of pieces is an existing path, and the first piece alone does not exist either, the
+    joined pieces may also be a glob that matches. Otherwise returns 1.
     """
     if is_object_store(pieces[0]):
         return 1
@@ -232,7 +232,7 @@ def _glob(path: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
     """Returns the paths that a pattern matches, and the hidden paths that it leaves out."""
     if is_object_store(path):
         return list(path.parent.glob(path.name)), []
-    # The first folders may have brackets in their names, which are no pattern if they exist.
+    # The names of existing folders may contain brackets, which are then not a pattern.
     parts = path.parts
     root, rest = "", list(parts)
     while len(rest) > 1 and os.path.isdir(os.path.join(root, rest[0])):

@@ -107,7 +107,7 @@ class StopRequest:
             raise Stopped(name)
         alone = jax.process_count() == 1
         who = "saving" if alone else "all processes save"
-        _print(f"\n{name}: {who} after this step (again: stop at once)")
+        _print(f"\n{name}: {who} after this step (a second signal stops at once)")
         if alone:
             self.name = name
         elif self._jax_listens:

@@ -141,7 +141,7 @@ def test_small_parts_at_the_end_are_held_out_whole(config, tmp_path, workers):
 
 
 def test_a_part_that_is_just_enough_is_all_that_is_held_out(config, tmp_path):
-    """Of ten equal texts, of which random choice holds out none, the last is held out: a tenth."""
+    """Random choice holds out none of ten equal texts; then the last text, a tenth, is held out."""
     source = tmp_path / "alike"
     source.mkdir()
     for number in range(10):
@@ -287,7 +287,7 @@ def nothing_asked(tokenizer, tmp_path):
 
 
 def test_the_only_conversation_is_trained_on(tokenizer, tmp_path):
-    """It is not held out, although random choice would hold it out."""
+    """The only conversation is not held out, although random choice would hold it out."""
     config = replace(one_conversation(tokenizer, tmp_path), data__validation_fraction=0.99)
     report = prepare(config, tmp_path / "out", log=quiet)[0]
     assert [report.splits[name]["documents"] for name in ("train", "validation")] == [1, 0]

@@ -156,7 +156,7 @@ def test_a_full_disk_keeps_what_is_done(corpus, shards, tmp_path, monkeypatch):
         return write_part(*arguments)
 
     monkeypatch.setattr(workers, "write_part", fills_up)
-    with pytest.raises(UserError, match="the disk is full.*goes on where it was"):
+    with pytest.raises(UserError, match="the disk is full.*continues where it"):
         prepare(config, tmp_path / "out", log=quiet)
     with pytest.raises(UserError, match="are unfinished: run the same prepare command again"):
         TokenDataset.open(tmp_path / "out", "train")

@@ -181,7 +181,7 @@ def test_a_read_only_place_is_told_at_the_start(corpus, tmp_path, monkeypatch):
 
 
 def test_complete_shards_in_a_read_only_place(corpus, tmp_path, expected):
-    """They are accepted even with a file that a kill left behind."""
+    """Complete shards are accepted, even with a file that a killed command left behind."""
     out = shutil.copytree(expected, tmp_path / "volume")
     (out / "plan.json").write_text("{}")
     lines = []
@@ -208,7 +208,7 @@ def test_a_volume_that_is_too_small(corpus, tmp_path, expected):
     lines = []
     with mounted(out, "-t", "tmpfs", "-o", "size=512k", "tmpfs") as made:
         if made:
-            with pytest.raises(UserError, match="the disk is full.*goes on where it was"):
+            with pytest.raises(UserError, match="the disk is full.*continues where it"):
                 prepare(config, out, log=lines.append)
             (warning,) = [line for line in lines if line.startswith("warning")]
             assert "the shards may take about 0.00 GB" in warning and "free" in warning

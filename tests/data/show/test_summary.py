@@ -271,8 +271,8 @@ def test_a_config_that_was_written_for_another_source(sources):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("source", "synthetic", "is synthetic: there are no token shards"),
-        ("streaming", True, "tokenises while it trains: there are no token shards"),
+        ("source", "synthetic", "are synthetic: there are no token shards"),
+        ("streaming", True, "are streamed: there are no token shards"),
     ],
 )
 def test_a_run_without_shards(tmp_path, field, value, message):

@@ -262,7 +262,7 @@ def test_the_output_inside_of_the_source(tmp_path):
 
 
 def test_a_streaming_run_inside_of_its_source(tmp_path):
-    """It starts a second time, and logs that it leaves out its own folder."""
+    """The run can start a second time, and logs that it leaves out its own folder."""
     source = write_corpus_in(tmp_path / "source")
     (source / ".hidden").write_text("x")
     steps = ("--config.data.streaming=True", "--config.train.steps=4")

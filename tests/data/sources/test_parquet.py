@@ -172,7 +172,7 @@ def test_a_large_page_that_is_damaged(tmp_path, page_version):
 
 
 def test_large_values_that_do_not_pack_are_all_read(tmp_path):
-    """A page that is also large in the file is read: its size is no attack."""
+    """A page that is large in the file as well is read: it is not a decompression bomb."""
     draw = random.Random(0)
     texts = ["".join(draw.choices("abcdefghijklmnop", k=300_000)) for _ in range(12)]
     path = write(tmp_path / "x.parquet", texts, use_dictionary=False, compression="zstd")

@@ -100,7 +100,7 @@ def test_its_end_calls_it_off(given_up):
 
 
 def test_a_stopped_process_did_not_hang():
-    """It is stopped for longer than its limit, and does not count that time."""
+    """The process is stopped for longer than its limit; the watchdog does not count that time."""
     process = run("""
 from llama_jax.train.instruments import watchdog
 watchdog.TICK_S = 0.1
