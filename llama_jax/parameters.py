@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ModelConfig
@@ -151,6 +153,14 @@ def present(model: ModelConfig, rows: Table = PARAMETERS) -> Iterator[Parameter]
     for row in sorted(rows.values(), key=lambda row: row.path.split("/")):
         if row.when is None or row.when(model):
             yield row
+
+
+def abstract(model: ModelConfig, rows: Table = PARAMETERS) -> dict[str, Any]:
+    """Returns the tree of parameters as shapes and dtypes (float32); traces no model."""
+    arrays = {
+        row.path: jax.ShapeDtypeStruct(row.shape(model), np.float32) for row in present(model, rows)
+    }
+    return traverse_util.unflatten_dict(arrays, sep="/")
 
 
 def row_of(path: str, rows: Table = PARAMETERS) -> Parameter | None:

@@ -13,6 +13,7 @@ from llama_jax.model.llama import init_params
 from llama_jax.parameters import (
     PARAMETERS,
     Parameter,
+    abstract,
     layer_matrices,
     path_of,
     present,
@@ -39,6 +40,7 @@ def test_the_rows_are_the_arrays_of_the_model_in_the_order_of_its_tree(tied):
     assert len(set(sizes(ODD).values())) == len(sizes(ODD))
     model = replace(replace(TINY, model=ODD), model__tied_embeddings=tied).model
     params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    assert abstract(model) == params
     found = [(path_of(keys), leaf.shape) for keys, leaf in jax.tree.leaves_with_path(params)]
     assert [(row.path, row.shape(model)) for row in present(model)] == found
 

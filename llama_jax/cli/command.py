@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from llama_jax import config as config_lib
 from llama_jax.cli import config_flags, interrupts
 from llama_jax.cli.flag_names import unknown_flag
-from llama_jax.data.prefetch import quieten_tensorflow
+from llama_jax.data.source import quieten_tensorflow
 from llama_jax.errors import UserError, one_line
 from llama_jax.files import expand_place
 

@@ -11,7 +11,6 @@
   mixture.py          mixes several sources in exact shares
   batches.py          decides which sequence is in which row of which step
   streaming.py        makes batches from a source without shards
-  prefetch.py         makes batches ahead of their use, in the threads of tf.data
   loader.py           copies batches to the devices
 
 Rule: this room imports no model and no checkpoint code.

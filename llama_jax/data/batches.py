@@ -11,18 +11,18 @@ a source shows all of its sequences once, in a new random order.
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 from llama_jax.data.mixture import Schedule, shares_by_size
-from llama_jax.data.prefetch import made_ahead
 from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.data.source import BatchSource, Local
 from llama_jax.errors import UserError
 
+AHEAD = 2  # batches that are made ahead on the host
 NAMED = 6  # `Batches.describe` names at most this many sequences of a source
 
 
@@ -170,6 +170,8 @@ def _empty(rows: int, seq_len: int, packed: bool) -> Local:
 class Batches(BatchSource):
     """Draws batches from one or more sources in fixed shares."""
 
+    ahead = AHEAD
+
     def __init__(
         self,
         datasets: Mapping[str, TokenDataset],
@@ -256,19 +258,6 @@ class Batches(BatchSource):
             self._sources[source].fill(number, batch, row)
         return batch
 
-    def batches(self, rows: range, start: int, stop: int) -> Iterator[Local]:
-        """Yields these rows of the steps start..stop, made ahead of their use.
-
-        Args:
-          rows: rows of the global batch to make.
-          start: the first step.
-          stop: the step after the last one.
-
-        Raises:
-          UserError: a shard is damaged.
-        """
-        return made_ahead(self.rows, rows, start, stop)
-
     def describe(self, step: int) -> str:
         """Names the sequences of a batch: at most the first `NAMED` of each source.
 
@@ -297,6 +286,8 @@ class Batches(BatchSource):
 
 class ValidationBatches(BatchSource):
     """Has each sequence of the sources once, in a fixed order; surplus rows have weight 0."""
+
+    ahead = AHEAD
 
     def __init__(
         self, datasets: Mapping[str, TokenDataset], seq_len: int, global_batch: int
@@ -334,16 +325,6 @@ class ValidationBatches(BatchSource):
                 first = int(self._ends[source - 1]) if source else 0
                 self._sources[source].fill(number - first, batch, row)
         return batch
-
-    def batches(self, rows: range, start: int, stop: int) -> Iterator[Local]:
-        """Yields these rows of the steps start..stop, made ahead of their use.
-
-        Args:
-          rows: rows of the global batch to make.
-          start: the first step.
-          stop: the step after the last one.
-        """
-        return made_ahead(self.rows, rows, start, stop)
 
 
 def coprime_stride(n: int) -> int:

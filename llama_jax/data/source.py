@@ -12,6 +12,7 @@ Shards, streams and random tokens are sources, and so is your own class:
   run(config, workdir, data=TrainingData(Countdown()))  # with train.seq_len=64
 """
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -25,6 +26,15 @@ REQUIRED = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
 OPTIONAL = {"segment_ids": np.int32, "positions": np.int32}
 
 
+def quieten_tensorflow() -> None:
+    """Keeps what TensorFlow says about itself off the terminal; call it before the import.
+
+    Here TensorFlow only feeds data. Its note about oneDNN is written whatever the log level is.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
 class BatchSource:
     """Gives the batches of a run: each process makes its own rows of the global batch of a step.
 
@@ -36,9 +46,12 @@ class BatchSource:
     Attributes:
       n_sequences: rows in one pass over the source, over all processes; None: the source has no
         end. Evaluation reads at most one pass.
+      ahead: number of batches that threads of tf.data make at once, by `rows`; 0: `batches` makes
+        them one by one.
     """
 
     n_sequences: int | None = None
+    ahead: int = 0
 
     def rows(self, step: int, rows: range) -> Local:
         """Makes some rows of the global batch of a step; steps count from 0.
@@ -53,9 +66,8 @@ class BatchSource:
     def batches(self, rows: range, start: int, stop: int) -> Iterator[Local]:
         """Yields these rows of the steps start..stop, in order.
 
-        By default each batch is made when the loop takes it. The devices compute a step while the
-        host makes the batch of the next one. If `rows` takes longer than a step, return
-        `prefetch.made_ahead`, which makes several batches at once.
+        By default each batch is made when the loop takes it: the devices compute a step while the
+        host makes the batch of the next one. See also `ahead`.
 
         Args:
           rows: rows of the global batch to make.

@@ -11,6 +11,7 @@ import jax
 from llama_jax.config import Config
 from llama_jax.model.llama import LLAMA, Architecture, Variant, init_params
 from llama_jax.model.lora import Adapted, abstract_base, init_adapters
+from llama_jax.parameters import abstract
 
 
 def init_trained(config: Config, key: jax.Array, architecture: Architecture = LLAMA) -> Any:
@@ -27,18 +28,20 @@ def init_trained(config: Config, key: jax.Array, architecture: Architecture = LL
 
 
 def abstract_trained(config: Config, architecture: Architecture = LLAMA) -> Any:
-    """Returns shapes and dtypes of the trained parameters; allocates nothing."""
-    init = functools.partial(init_trained, config, architecture=architecture)
+    """Returns shapes and dtypes of what the run trains; allocates nothing."""
+    rows = architecture.parameters
+    if not config.lora.rank:
+        return abstract(config.model, rows)
+    init = functools.partial(init_adapters, config.model, config.lora, rows=rows)
     return jax.eval_shape(init, jax.random.key(0))
 
 
 def abstract_frozen(config: Config, architecture: Architecture = LLAMA) -> Any:
-    """Returns shapes and dtypes of the frozen base; None if the run trains all weights."""
+    """Returns shapes and dtypes of the base of adapters; None if all weights are trained."""
     if not config.lora.rank:
         return None
-    init = functools.partial(init_params, config.model, architecture=architecture)
-    params = jax.eval_shape(init, jax.random.key(0))
-    return abstract_base(params, config.lora, architecture.parameters)
+    rows = architecture.parameters
+    return abstract_base(abstract(config.model, rows), config.lora, rows)
 
 
 def combined(trained: Any, frozen: Any, config: Config, architecture: Architecture = LLAMA) -> Any:

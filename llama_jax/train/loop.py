@@ -17,7 +17,6 @@ from llama_jax.data.loader import device_batches
 from llama_jax.data.training_data import TrainingData
 from llama_jax.parallel.multihost import compile_together
 from llama_jax.train.instruments import metrics
-from llama_jax.train.instruments.compile_counter import compiled_programs
 from llama_jax.train.instruments.goodput import Goodput
 from llama_jax.train.instruments.profiler import Profiler
 from llama_jax.train.instruments.signals import StopRequest
@@ -231,9 +230,9 @@ class _Actions:
         with jax.transfer_guard("disallow"), phase:
             if first:
                 compile_together(self._compiled.train, state, batch)
-            programs = compiled_programs()
+            programs = metrics.compiled_programs()
             state, step_metrics = self._compiled.train(state, batch)
-            if first or compiled_programs() > programs:
+            if first or metrics.compiled_programs() > programs:
                 # The other processes compile too, and may take longer; exclude that from the speed.
                 jax.block_until_ready(step_metrics)
                 i.log.start(step + 1)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax.data.batches import Batches
-from llama_jax.data.loader import device_batches, local_rows
-from llama_jax.data.prefetch import made_ahead
+from llama_jax.data.loader import device_batches, host_batches, local_rows, made_ahead
 from llama_jax.data.prepare.job import prepare
 from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.errors import UserError
@@ -36,9 +35,9 @@ def packed(corpus, tmp_path_factory):
 
 
 def test_going_on_at_a_step_gives_the_same_batches(batches):
-    whole = list(batches.batches(range(BATCH), 0, 12))
+    whole = list(host_batches(batches, range(BATCH), 0, 12))
     assert len(whole) == 12
-    for step, batch in enumerate(batches.batches(range(BATCH), 7, 12), start=7):
+    for step, batch in enumerate(host_batches(batches, range(BATCH), 7, 12), start=7):
         for name, value in batch.items():
             np.testing.assert_array_equal(value, whole[step][name])
 
@@ -82,7 +81,7 @@ def test_a_damaged_shard_is_a_clear_error_through_tf_data(batches):
             raise UserError("train-00001.bin is damaged")
         return batches.rows(step, rows)
 
-    found = made_ahead(damaged, range(BATCH), 0, 5)
+    found = made_ahead(damaged, range(BATCH), 0, 5, 2)
     with pytest.raises(UserError, match=r"^train-00001.bin is damaged$"):
         for _ in range(3):
             next(found)
@@ -99,7 +98,7 @@ def test_no_tuner_is_left_to_sleep_at_the_end(batches, monkeypatch):
         return numpy_iterator(dataset)
 
     monkeypatch.setattr(tf.data.Dataset, "as_numpy_iterator", as_numpy_iterator)
-    assert len(list(batches.batches(range(BATCH), 0, 3))) == 3
+    assert len(list(host_batches(batches, range(BATCH), 0, 3))) == 3
     assert tuned == [False]
 
 
@@ -107,7 +106,7 @@ def test_a_shard_that_is_cut_while_it_is_read(shards, tmp_path):
     """Tokens that an open file has lost must not become padding of weight 0."""
     folder = shutil.copytree(shards, tmp_path / "shards")
     batches = Batches({"": TokenDataset.open(folder, "train")}, T, BATCH, seed=0)
-    found = batches.batches(range(BATCH), 0, 100)
+    found = host_batches(batches, range(BATCH), 0, 100)
     next(found)
     for path in folder.glob("train-*.bin"):
         os.truncate(path, 101)  # 50 tokens and a half
@@ -127,11 +126,11 @@ def test_a_disk_that_gives_up_names_the_file(packed, monkeypatch, kind):
         return pread(file, size, offset)
 
     monkeypatch.setattr(os, "pread", fails)
-    found = Batches(packed, T, BATCH, seed=0).batches(range(BATCH), 0, 100)
+    found = host_batches(Batches(packed, T, BATCH, seed=0), range(BATCH), 0, 100)
     next(found)
     broken.append(True)
     name = rf"best_fit/[abc]/train-\d{{5}}-\d{{3}}.{kind}"
-    with pytest.raises(UserError, match=rf"^cannot read .*{name}: Input/output error; when"):
+    with pytest.raises(UserError, match=rf"^cannot read .*{name}: Input/output error; once"):
         for _ in range(5):
             next(found)
 

@@ -9,10 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_jax.data import prefetch
 from llama_jax.data.batches import Batches, SyntheticBatches
-from llama_jax.data.loader import device_batches
-from llama_jax.data.prefetch import made_ahead
+from llama_jax.data.loader import device_batches, host_batches, made_ahead
 from llama_jax.data.shards import reader
 from llama_jax.data.shards.reader import TokenDataset
 from llama_jax.data.shards.writer import ShardWriter
@@ -118,7 +116,7 @@ def test_batches_do_not_depend_on_restarts(three, seed, start, more):
     """A new object gives the same batches from any step on, also through the prefetcher."""
     batches = Batches(three, 16, 6, seed)
     again = Batches(three, 16, 6, seed)
-    found = list(again.batches(range(6), start + more, start + 6))
+    found = list(host_batches(again, range(6), start + more, start + 6))
     assert len(found) == 6 - more
     for step, batch in enumerate(found, start + more):
         for name, value in batches.rows(step, range(6)).items():
@@ -140,7 +138,7 @@ def test_another_seed_changes_the_order_and_nothing_else(three, seeds, weights):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
-def test_batches_do_not_depend_on_worker_threads(three, monkeypatch, threads):
+def test_batches_do_not_depend_on_worker_threads(three, threads):
     """The order holds even if later steps are ready earlier."""
     batches = Batches(three, 16, 6, 0)
 
@@ -148,8 +146,7 @@ def test_batches_do_not_depend_on_worker_threads(three, monkeypatch, threads):
         time.sleep(0.03 * (step % 3 == 0))
         return batches.rows(step, rows)
 
-    monkeypatch.setattr(prefetch, "PREFETCH", threads)
-    for step, batch in enumerate(made_ahead(uneven, range(6), 0, 9)):
+    for step, batch in enumerate(made_ahead(uneven, range(6), 0, 9, threads)):
         np.testing.assert_array_equal(batch["inputs"], batches.rows(step, range(6))["inputs"])
 
 
@@ -160,9 +157,9 @@ def test_batches_are_made_ahead_of_their_use(three):
         made.append(step)
         return batches.rows(step, rows)
 
-    found = made_ahead(counted, range(6), 0, 100)
+    found = made_ahead(counted, range(6), 0, 100, batches.ahead)
     next(found)
-    until(lambda: max(made) >= prefetch.PREFETCH)
+    until(lambda: max(made) >= batches.ahead > 1)
     assert max(made) < 10  # ahead, but only by a few
 
 

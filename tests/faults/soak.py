@@ -162,7 +162,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=0, help="minimum number of signals to send")
-    parser.add_argument("--minutes", type=float, default=0.0, help="minimum duration of the test")
+    parser.add_argument("--minutes", type=float, default=0.0, help="minimum duration in minutes")
     parser.add_argument("--processes", type=int, default=1, help="processes of the run (loopback)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

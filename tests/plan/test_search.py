@@ -91,7 +91,7 @@ def test_the_estimate_knows_the_torus():
 
 
 def test_the_estimate_knows_the_attention_kernel():
-    """A saved output avoids 2 of the 11 products of the kernel, which run at half of the peak."""
+    """Saving its output avoids a second forward pass: 2 of 11 products, at half of the peak."""
     config = replace(LARGE, train__seq_len=16384, train__global_batch=512)
     times = [
         estimate(replace(config, model__remat=remat), SLICE).seconds

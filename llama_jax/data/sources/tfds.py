@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.config import DataConfig
-from llama_jax.data.prefetch import quieten_tensorflow
+from llama_jax.data.source import quieten_tensorflow
 from llama_jax.data.sources.nested_fields import listed_fields, nested_field
 from llama_jax.data.sources.part import Part, Tally, texts
 from llama_jax.errors import UserError, first_line

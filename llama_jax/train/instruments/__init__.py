@@ -4,7 +4,6 @@
   writers.py          console, metrics.jsonl, TensorBoard; add writers for trackers here
   goodput.py          the time that a run spends in each phase
   profiler.py         traces of chosen steps
-  compile_counter.py  a counter of compiled programs
   signals.py          stopping a run on SIGTERM or Ctrl-C
   watchdog.py         a thread that ends a run that hangs
 

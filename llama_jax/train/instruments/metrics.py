@@ -13,6 +13,7 @@ The record of an evaluation has `step`, `eval_loss` and `epochs`. Other events h
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,8 +27,27 @@ from llama_jax.errors import first_line
 from llama_jax.files import number, read_jsonl
 from llama_jax.model.cost import flops_per_token
 from llama_jax.parameters import PARAMETERS, Table
-from llama_jax.train.instruments.compile_counter import compiled_programs
 from llama_jax.train.instruments.writers import Writer
+
+_EVENT = "/jax/core/compile/backend_compile_duration"
+_count = 0  # programs that this process has compiled
+
+
+def compiled_programs() -> int:
+    """Returns the number of programs compiled, or read from the cache, since the first call."""
+    _listen()
+    return _count
+
+
+@functools.cache
+def _listen() -> None:
+    jax.monitoring.register_event_duration_secs_listener(_add)
+
+
+def _add(event: str, duration_secs: float, **_: str | int) -> None:
+    global _count
+    if event == _EVENT:
+        _count += 1
 
 
 @dataclasses.dataclass
@@ -46,6 +66,7 @@ class Speed:
     rows: Table = dataclasses.field(default_factory=lambda: PARAMETERS)
 
     def __post_init__(self) -> None:
+        self._tokens = self.config.train.tokens_per_step
         self._steps, self._seconds = 0, 0.0  # counted since the last reading
         self.restart()
         self._read_at = self._since
@@ -93,7 +114,7 @@ class Speed:
         self._read_at = now
         rate = mfu = None
         if self._steps:
-            rate = self._steps * self.config.train.tokens_per_step / max(self._seconds, 1e-9)
+            rate = self._steps * self._tokens / max(self._seconds, 1e-9)
         self._steps, self._seconds = 0, 0.0
         if rate is not None and self.peak is not None:
             config = self.config

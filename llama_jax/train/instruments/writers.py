@@ -211,7 +211,7 @@ class ConsoleWriter:
         if self._started is None:
             self._started = (step, now)
         rate, mfu = record["tokens_per_second"], record["mfu"]
-        learning_rate = _finite(record["learning_rate"])  # an optimiser may not show its own
+        learning_rate = _finite(record["learning_rate"])  # NaN if it is not known
         parts = [
             f"step {step:>{width}}/{self._total}",
             f"loss {record['loss']:.4f}",
