@@ -114,7 +114,7 @@ def test_other_data_needs_a_flag(name, tmp_path):
     base = BASES.get(name, TINY)
     config = replace(base, **{name: OF_DATA[name]})
     for check in check_both(base, config, tmp_path):
-        with pytest.raises(UserError, match=r"by --config.data.accept_other_data=True$"):
+        with pytest.raises(UserError, match=r"with --config.data.accept_other_data=True$"):
             check()
     told = replace(config, data__accept_other_data=True)
     by_file, by_checkpoint = check_both(base, told, tmp_path)

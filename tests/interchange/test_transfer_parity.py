@@ -474,7 +474,7 @@ def test_more_pieces_than_kv_heads(tmp_path):
         heads = {n: t.chunk(2)[piece // 2].clone() for n, t in state.items() if ".wk." in n}
         torch.save(torch.load(path) | heads, path)
     name = "layers.0.attention.wk.weight"
-    with pytest.raises(UserError, match=rf"{name} has shape .*, params.json makes it"):
+    with pytest.raises(UserError, match=rf"{name} has shape .*, params.json requires"):
         MetaSource(folder)
 
 
@@ -624,7 +624,7 @@ DAMAGE = {
     "layers": (params_of(n_layers=3), "lacks layers.2.attention.wk.weight"),
     "fewer layers": (params_of(n_layers=1), "unknown to params.json"),
     "dim": (params_of(dim=64), "has shape"),
-    "heads": (params_of(n_kv_heads=4), "attention.wk.weight has shape (16, 32), params.json makes"),
+    "heads": (params_of(n_kv_heads=4), "wk.weight has shape (16, 32), params.json requires"),
     "vocabulary": (params_of(vocab_size=65), "vocab_size=65, but the embedding has 64 rows"),
     "eps": (params_of(norm_eps="small"), "params.json: "),
     "moe": (params_of(moe={"num_experts": 8}), "moe={'num_experts': 8} is not supported"),

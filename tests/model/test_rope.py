@@ -146,7 +146,7 @@ def test_the_card_tells_the_kind(tmp_path, kind):
         ({"rope_beta_fast": 1.0}, "rope_beta_slow must be positive and less than rope_beta_fast"),
         ({"rope_attention_factor": -1.0}, "rope_attention_factor must be 0 or more"),
         ({"rope_scaling": "yarn", "rope_theta": 1.0}, "rope_theta must be greater than 1 for yarn"),
-        ({"rope_scaling": "dynamic", "explicit_head_dim": 2}, "heads of more than 2"),
+        ({"rope_scaling": "dynamic", "explicit_head_dim": 2}, "a head size of more than 2"),
     ],
 )
 def test_a_config_that_cannot_be(changes, message):

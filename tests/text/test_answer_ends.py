@@ -211,6 +211,6 @@ def test_no_warning_where_all_is_well_or_nothing_is_known(unended, tmp_path):
         here = replace(config, data__path=str(folder / "shards"))
         assert remarks(here, open_data(here, epath.Path(tmp_path)), None) == []
         report = str(prepare(config, folder / "shards", log=quiet)[0])
-        assert "no end token" not in report and "of answers" in report
+        assert "without an end token" not in report and "of answers" in report
     finally:
         path.write_bytes(kept)
