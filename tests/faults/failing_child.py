@@ -9,6 +9,7 @@ import time
 from unittest import mock
 
 import jax
+from etils import epath
 
 from llama_jax.checkpoint import manifest
 from llama_jax.checkpoint.checkpointer import Checkpointer
@@ -16,6 +17,7 @@ from llama_jax.checkpoint.saved_step import StepMeta
 from llama_jax.errors import UserError
 from llama_jax.parallel.cluster import join_job
 from llama_jax.parallel.mesh import make_mesh
+from llama_jax.train.instruments.writers import AllWriters, JsonlWriter
 from llama_jax.train.step import jit_step
 from tests.helpers import TINY, random_batch, replace
 
@@ -60,7 +62,9 @@ FAULTS = {
 def main():
     join_job(120)
     mesh = make_mesh(CONFIG.mesh, CONFIG.dcn)
-    with jax.set_mesh(mesh), Checkpointer(sys.argv[1], CONFIG) as saver:
+    log = [JsonlWriter(epath.Path(sys.argv[1]) / "metrics.jsonl")] * (jax.process_index() == 0)
+    on_event = AllWriters(lambda: log).event
+    with jax.set_mesh(mesh), Checkpointer(sys.argv[1], CONFIG, on_event) as saver:
         compiled = jit_step(CONFIG, mesh)
         state = compiled.init(jax.random.key(0))
         host = random_batch(CONFIG, 0)
