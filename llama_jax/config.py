@@ -229,7 +229,7 @@ class ModelConfig:
 
     @property
     def rope_is_stretched(self) -> bool:
-        """Whether RoPE is stretched; a factor of 1 switches llama3 and linear off."""
+        """Says whether RoPE is stretched; a factor of 1 switches llama3 and linear off."""
         return self.rope_scaling_factor != 1 or self.rope_scaling in ("dynamic", "yarn")
 
     @property
@@ -567,7 +567,7 @@ class LoraConfig:
     alpha: float = field(16.0, POSITIVE, "The output of an adapter is scaled by alpha / rank.")
     dropout: float = field(0.0, RATE, "Dropout rate of the input of an adapter.")
     targets: str = field(
-        "wq,wk,wv,wo,w1,w2,w3", ANY, "Matrices that have an adapter, separated by commas."
+        ",".join(MATRICES), ANY, "Matrices that have an adapter, separated by commas."
     )
     base_dtype: str = field(
         "bfloat16", one_of("float32", "bfloat16", "nf4"), "Type of the frozen matrices."

@@ -64,7 +64,7 @@ class Parameter:
 
     @property
     def is_stacked(self) -> bool:
-        """Whether the array has a leading axis of layers."""
+        """Says whether the array has a leading axis of layers."""
         return self.axes.startswith("L")
 
     @property
@@ -79,12 +79,12 @@ class Parameter:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the array multiplies activations; the embedding is looked up instead."""
+        """Says whether the array multiplies activations; the embedding is looked up instead."""
         return bool(self.inputs)
 
     @property
     def is_vector(self) -> bool:
-        """Whether one layer's array has one dimension (the scale of a norm); stays float32."""
+        """Says whether one layer's array has one dimension (the scale of a norm); stays float32."""
         return len(self.own_axes) == 1
 
     @property

@@ -96,10 +96,7 @@ def run(main: Callable[[], int | None], doc: str | None) -> None:
         try:
             interrupts.raise_again()
             return main()
-        except (
-            UserError,
-            OSError,
-        ) as error:  # an OSError is a full disk or a missing permission, not a bug
+        except (UserError, OSError) as error:  # a full disk or a missing permission is not a bug
             _fail(error)
         except Exception as error:
             # TensorFlow raises these if a cloud path cannot be reached; it may not be installed.

@@ -35,7 +35,7 @@ class Setting:
 
     @property
     def is_flag(self) -> bool:
-        """Whether XLA parses the setting, and aborts if it does not know it."""
+        """Says whether XLA parses the setting, and aborts if it does not know it."""
         return self.name.startswith("--")
 
 

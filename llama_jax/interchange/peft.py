@@ -19,11 +19,11 @@ from llama_jax.config import Config, LoraConfig, ModelConfig
 from llama_jax.errors import UserError, as_user_error, check_type, require
 from llama_jax.files import read_json
 from llama_jax.interchange import formats, hf, pickles, safetensors
-from llama_jax.interchange.peft_targets import module_of, short_name, targets_of
+from llama_jax.interchange.peft_targets import MATRICES, module_of, short_name, targets_of
 from llama_jax.interchange.safetensors import shown
 from llama_jax.interchange.weight_files import Stored
 from llama_jax.model.lora import adapter_of
-from llama_jax.parameters import layer_matrices, shape_of
+from llama_jax.parameters import shape_of
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # Settings that change what the adapters compute, each with the values that do not.
@@ -57,7 +57,7 @@ def _tensors(model: ModelConfig, lora: LoraConfig) -> dict[str, tuple[str, int, 
 
 
 def _stored_shape(model: ModelConfig, lora: LoraConfig, name: str, side: str) -> tuple[int, int]:
-    row = layer_matrices()[name]
+    row = MATRICES[name]
     if side == "A":
         return lora.rank, math.prod(shape_of(row.inputs, model))
     return math.prod(shape_of(row.outputs, model)), lora.rank
@@ -78,7 +78,7 @@ def write(folder: epath.Path, config: Config, adapters: Any, dtype: str = "float
     stem = WEIGHTS.removesuffix(".safetensors")
     writer = safetensors.Writer(folder, shapes, hf.DTYPES[dtype], hf.SHARD_SIZE, stem)
     for to, (name, layer, side) in tensors.items():
-        adapter = adapter_of(adapters, layer_matrices()[name].path)
+        adapter = adapter_of(adapters, MATRICES[name].path)
         array = adapter[side.lower()][layer]
         stored = array.reshape(shapes[to][::-1]).T
         writer.write(to, formats.cast(stored, hf.DTYPES[dtype], to))
@@ -142,7 +142,7 @@ def _lora(values: dict[str, Any], n_layers: int) -> LoraConfig:
     if len(set(targets.values())) > 1:
         raise UserError("several ranks or alphas (rank_pattern, alpha_pattern) are not supported")
     target = next(iter(targets.values()))
-    names = [name for name in layer_matrices() if (name, 0) in targets]
+    names = [name for name in MATRICES if (name, 0) in targets]
     if len(targets) != len(names) * n_layers:
         raise UserError(
             f"adapters of some layers only are not supported; the base has {n_layers} layers "
@@ -202,7 +202,7 @@ def read(folder: epath.Path, model: ModelConfig, lora: LoraConfig) -> Any:
             raise UserError(
                 f"{file}: {stored} has shape {entries[stored].shape}, the base requires {shape}"
             )
-        row = layer_matrices()[name]
+        row = MATRICES[name]
         inputs, outputs = shape_of(row.inputs, model), shape_of(row.outputs, model)
         ours = (*inputs, lora.rank) if side == "A" else (lora.rank, *outputs)
         pair = pairs.setdefault(row.path, {})

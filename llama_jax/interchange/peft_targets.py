@@ -15,6 +15,7 @@ from llama_jax.errors import UserError, check_type, require
 from llama_jax.interchange import hf
 from llama_jax.parameters import layer_matrices
 
+MATRICES = layer_matrices()  # that may have adapters
 MATCH_SECONDS = 10  # of processor time, for the expressions of one field
 # An expression from a foreign file may take years. `re` has no time limit, but a process has one.
 _MATCHER = """
@@ -48,7 +49,7 @@ class AdapterSpec:
 
 def module_of(name: str, layer: int) -> str:
     """Returns Hugging Face's name of one of our matrices: model.layers.0.self_attn.q_proj."""
-    return hf.name_of(layer_matrices()[name].path, layer).removesuffix(".weight")
+    return hf.name_of(MATRICES[name].path, layer).removesuffix(".weight")
 
 
 def short_name(name: str) -> str:
@@ -67,15 +68,13 @@ def targets_of(values: Mapping[str, Any], n_layers: int) -> dict[tuple[str, int]
       UserError: a value is malformed, or names modules that cannot have adapters here.
     """
     layers = range(n_layers)
-    matrices = {
-        module_of(name, layer): (name, layer) for layer in layers for name in layer_matrices()
-    }
+    matrices = {module_of(name, layer): (name, layer) for layer in layers for name in MATRICES}
     around = [f"model.layers.{layer}{module}" for layer in layers for module in _INSIDE]
     names = [*matrices, *around, *_AROUND, "lm_head"]
     found = _chosen(values, names, list(matrices))
     other = [name for name in found if name not in matrices]
     if other or not found:
-        known = ", ".join(map(short_name, layer_matrices()))
+        known = ", ".join(map(short_name, MATRICES))
         also = f"; it names {other[0]}, too" if other else ""
         raise UserError(
             f"target_modules={values.get('target_modules')!r:.200} must be some of {known}{also}"

@@ -60,7 +60,7 @@ class Instruction:
 
     @property
     def is_root(self) -> bool:
-        """Whether its computation returns this instruction."""
+        """Says whether its computation returns this instruction."""
         return self.line.startswith("ROOT ")
 
     @property

@@ -5,6 +5,7 @@ processes of a job.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from etils import epath
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.fingerprint import fingerprint
 from llama_jax.checkpoint.saved_step import find_step, load_meta, restore_items
+from llama_jax.config import Config
 from llama_jax.data.source import BatchSource
 from llama_jax.data.training_data import TrainingData
 from llama_jax.errors import UserError
@@ -22,18 +24,8 @@ from llama_jax.inference.generation import complete
 from llama_jax.interchange.opening import open_init
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train.resume import changed_parts
-from llama_jax.train.start import first_state, fresh_meta, with_frozen_base
+from llama_jax.train.start import fresh_meta, with_frozen_base
 from llama_jax.train.step import CompiledStep, TrainState
-
-
-def new_state(compiled: CompiledStep) -> TrainState:
-    """Makes the state before the first step: random weights, or those of `config.init_from`.
-
-    Raises:
-      UserError: the weights cannot be read, or belong to another model.
-    """
-    config = compiled.config
-    return first_state(compiled, config, open_init(config) if config.init_from else None)
 
 
 def save_state(
@@ -61,13 +53,17 @@ def save_state(
     """
     data = TrainingData(BatchSource()) if data is None else data
     base = fingerprint(state.frozen) if state.frozen is not None else {}
-    config, context = compiled.config, 0
-    if config.init_from:
-        context = open_init(config).description.config.train.seq_len
+    context = _initial_context(compiled.config)
     meta, step = fresh_meta(compiled, data, base, context), int(state.step)
-    with Checkpointer(workdir, config) as saver:
+    with Checkpointer(workdir, compiled.config) as saver:
         saver.save(state.to_items(), dataclasses.replace(meta, step=step))
     return saver.folder(step)
+
+
+@functools.lru_cache(maxsize=8)  # a notebook saves often, and opening reads headers of all files
+def _initial_context(config: Config) -> int:
+    """Returns the maximum sequence length of the initial weights, in tokens; 0: they are random."""
+    return open_init(config).description.config.train.seq_len if config.init_from else 0
 
 
 def restore_state(checkpoint: epath.PathLike, compiled: CompiledStep) -> TrainState:

@@ -19,12 +19,12 @@ from llama_jax.errors import UserError
 from llama_jax.files import expand, write_atomically
 from llama_jax.hardware.chips import peak_flops, peak_name
 from llama_jax.inference.decode import Sampling
-from llama_jax.inference.generation import complete
 from llama_jax.interchange.formats import Source
 from llama_jax.model.cost import parameter_count
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.multihost import Peers, agreed, open_collectives, say
 from llama_jax.parallel.sharding import bytes_per_device, check_batch
+from llama_jax.train.by_hand import sample
 from llama_jax.train.instruments import metrics
 from llama_jax.train.instruments.goodput import Goodput
 from llama_jax.train.instruments.profiler import Profiler
@@ -314,11 +314,9 @@ def _print_sample(compiled: CompiledStep, state: TrainState, data: TrainingData)
     # A lower temperature than the default of `generate`, because small models drift off.
     length = min(200, config.train.seq_len // 2)
     sampling = Sampling(max_tokens=length, temperature=0.5, seed=config.train.seed)
-    context = config.train.seq_len
-    weights = compiled.weights(state)
     try:
-        text = complete(config.model, weights, data.tokenizer, [prompt], sampling, context=context)
+        [text] = sample(compiled, state, [prompt], data.tokenizer, sampling)
     except UserError as error:  # must not fail a run that has finished
         say(f"no sample after {prompt!r}: {error}")
         return
-    say(f"\nwhat it writes after {prompt!r}:\n{text[0]}")
+    say(f"\nwhat it writes after {prompt!r}:\n{text}")

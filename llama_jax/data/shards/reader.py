@@ -110,7 +110,7 @@ class TokenDataset:
 
     @property
     def unchecked(self) -> bool:
-        """Whether an earlier version wrote some shards, without checksums of their blocks."""
+        """Says whether an earlier version wrote some shards, without checksums of their blocks."""
         return any("crc_sha256" not in shard for shard in self._shards)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:

@@ -48,7 +48,7 @@ class Opened:
 
     @property
     def as_stored(self) -> bool:
-        """Whether the stream has the bytes of the file itself, so that it can seek."""
+        """Says whether the stream has the bytes of the file itself, so that it can seek."""
         return not self.compression and not self.encoding
 
 

@@ -66,7 +66,9 @@ class Speed:
     rows: Table = dataclasses.field(default_factory=lambda: PARAMETERS)
 
     def __post_init__(self) -> None:
-        self._tokens = self.config.train.tokens_per_step
+        train = self.config.train
+        self._tokens = train.tokens_per_step
+        self._flops = flops_per_token(self.config.model, self.config.lora, train.seq_len, self.rows)
         self._steps, self._seconds = 0, 0.0  # counted since the last reading
         self.restart()
         self._read_at = self._since
@@ -117,9 +119,7 @@ class Speed:
             rate = self._steps * self._tokens / max(self._seconds, 1e-9)
         self._steps, self._seconds = 0, 0.0
         if rate is not None and self.peak is not None:
-            config = self.config
-            flops = flops_per_token(config.model, config.lora, config.train.seq_len, self.rows)
-            mfu = rate * flops / (self.peak * self.devices)
+            mfu = rate * self._flops / (self.peak * self.devices)
         return {"tokens_per_second": rate, "mfu": mfu, "chip_seconds": chip_seconds}
 
 
