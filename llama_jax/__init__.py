@@ -5,6 +5,7 @@ A noun is a room (a package), a verb is a command: `python -m llama_jax.X` runs 
 and the optimizer of `train`.
 
   config.py     every field of a run, with its meaning and its check
+  stages.py     the text that gives fields other values in some steps of a run
   parameters.py the arrays of a LLaMA: one table
   errors.py     UserError, and checks of values from users
   files.py      paths, small files, checksums

@@ -15,7 +15,8 @@ import json
 import math
 import operator
 import re
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import ml_collections
 
@@ -36,6 +37,9 @@ from llama_jax.errors import (
     with_attributes,
 )
 from llama_jax.files import expand_place, parse_json
+from llama_jax.stages import StageText, parse
+
+_N = TypeVar("_N", int, float)
 
 REMAT_POLICIES = ("none", "full", "dots")
 # Tensors inside a block that `remat = "save:..."` may keep; model/llama.py gives them these names.
@@ -369,6 +373,12 @@ class DataConfig:
         "to itself.",
     )
     streaming: bool = field(False, ANY, "Tokenise during training, without shards.")
+    start: str = field(
+        "auto",
+        ANY,
+        "Where each source begins, in epochs, such as 0, 0.5 or web=0.5,books=1.25. auto: where a "
+        "run stopped whose checkpoint init_from names, if it read the same tokens; otherwise 0.",
+    )
     accept_other_data: bool = field(
         False, ANY, "Resume even if the checkpoint was trained on other data."
     )
@@ -453,6 +463,14 @@ class TrainConfig:
     )
     z_loss: float = field(
         0.0, NOT_NEGATIVE, "Weight of log(Z)^2 in the loss (PaLM uses 1e-4); 0: no such term."
+    )
+    stages: str = field(
+        "",
+        ANY,
+        "Values that fields have only in some steps, such as 'until 252M tokens: "
+        "train.global_batch=1024; until 9000: data.mixture=web=0.5,books=0.5 train.seq_len=8192'. "
+        "Each stage begins where the one before it ends; after the last one, and for fields that a "
+        "stage does not name, the config holds. See docs/stages.md.",
     )
     seed: int = field(0, SEED, "Seed of the initial weights, the order of the data, and dropout.")
     log_every: int = field(10, POSITIVE, "Steps between log lines.")
@@ -625,6 +643,39 @@ class LoraConfig:
 
 INIT_FORMATS = ("hf", "meta", "ckpt")
 
+# Fields that a stage of `train.stages` may set. `train.steps` there is the length of the schedule
+# of the learning rate only.
+STAGED = (
+    *("data.mixture", "train.steps", "train.seq_len", "train.global_batch", "train.grad_accum"),
+    *("train.loss_chunk", "train.z_loss", "train.seed", "lora.dropout"),
+    *(
+        f"optim.{one.name}"
+        for one in dataclasses.fields(OptimConfig)
+        if one.name != "moment_dtype"  # the dtype of arrays in the state
+    ),
+    *(f"model.{one.name}" for one in dataclasses.fields(ModelConfig) if "rope_" in one.name),
+    *("model.attention", "model.attention_tile", "model.attention_backward", "model.remat"),
+    *("model.scan_unroll", "model.compute_dtype"),
+)
+MAX_STEPS = 2**62  # above every step of a run
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Consecutive steps of a run that have one config.
+
+    Attributes:
+      start: the first step, counted from 0.
+      stop: the step after the last one; the last stage of a run ends at `MAX_STEPS`.
+      config: the config of these steps; its `train.stages` is empty.
+      values: the fields that the stage sets, by dotted name.
+    """
+
+    start: int
+    stop: int
+    config: "Config"
+    values: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+
 
 @with_attributes
 @dataclasses.dataclass(frozen=True)
@@ -641,10 +692,17 @@ class Config:
     init_from: str = field(
         "", ANY, "Weights to start from: hf:DIR, meta:DIR or ckpt:DIR; '': random weights."
     )
+    branch_from: str = field(
+        "",
+        ANY,
+        "A saved step of another run to go on from, with its weights, moments, step and position "
+        "in the data: RUN/checkpoints/N, or RUN for its newest step; '': none.",
+    )
 
     def __post_init__(self) -> None:
-        check_type("init_from", self.init_from, str)
-        _expand(self, "init_from", "init_from")
+        for name in ("init_from", "branch_from"):
+            check_type(name, getattr(self, name), str)
+            _expand(self, name, name)
         kind, _, folder = self.init_from.partition(":")
         require(
             not self.init_from or (kind in INIT_FORMATS and bool(folder)),
@@ -665,9 +723,126 @@ class Config:
             f"--config.optim.warmup_steps={self.train.steps // 10}",
         )
 
+        staged = {name for stage in self.stages for name in stage.values}
+        require(
+            not self.lora.rank or not any(name.startswith("model.rope_") for name in staged),
+            "with adapters (lora.rank), no stage of train.stages may set model.rope_*: adapters "
+            "are released without their base, which has one RoPE",
+        )
+
+    @functools.cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of the run, from step 0 to `MAX_STEPS`.
+
+        Raises:
+          UserError: `train.stages` is malformed, has a stage that ends before it begins, or sets a
+            field that is unknown, fixed or out of range.
+        """
+        if not self.train.stages:
+            return (Stage(0, MAX_STEPS, self),)
+        base = replaced(self, {"train.stages": ""})
+        found: list[Stage] = []
+        start = tokens = 0
+        for number, text in enumerate(parse(self.train.stages), start=1):
+            where = f"train.stages, stage {number} ({text.end})"
+            values = {}
+            for name, value in text.values.items():
+                name, kind = _staged(name, where)
+                require(name not in values, f"{where}: {name} occurs twice")
+                values[name] = _parsed(value, kind, f"{where}: {name}")
+            try:
+                config = replaced(base, values)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+            stop = _end(text, start, tokens, config.train.tokens_per_step, where)
+            tokens += (stop - start) * config.train.tokens_per_step
+            found.append(Stage(start, stop, config, values))
+            start = stop
+        return (*found, Stage(start, MAX_STEPS, base))
+
+    def at(self, step: int) -> "Config":
+        """Returns the config of the step after `step` steps; without stages, the config itself."""
+        return next(stage.config for stage in self.stages if step < stage.stop)
+
+    def of_weights(self, step: int) -> "Config":
+        """Returns the config of the last step that changed the weights of step `step`."""
+        return self.at(max(step - 1, 0))
+
+    def total(self, per_step: Callable[["Config"], _N], steps: int) -> _N:
+        """Adds up a quantity over the first steps of the run.
+
+        Args:
+          per_step: returns the quantity of one step, given its config.
+          steps: number of steps.
+        """
+        return sum(
+            (min(stage.stop, steps) - stage.start) * per_step(stage.config)
+            for stage in self.stages
+            if stage.start < steps
+        )
+
     def to_json(self) -> str:
         """Returns the config as indented JSON; `from_json` is the inverse."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def replaced(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns a config in which some fields have other values.
+
+    Args:
+      config: the config.
+      values: the values, by dotted name.
+
+    Raises:
+      UserError: the result is not valid.
+    """
+    own: dict[str, Any] = {}
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        group, _, inner = name.rpartition(".")
+        (groups.setdefault(group, {}) if group else own)[inner] = value
+    for group, inner_values in groups.items():
+        own[group] = dataclasses.replace(getattr(config, group), **inner_values)
+    return dataclasses.replace(config, **own)
+
+
+def _staged(name: str, where: str) -> tuple[str, type]:
+    """Returns the dotted name and the type of a field that a stage sets; short names are unique."""
+    full = [one for one in STAGED if name in (one, one.rpartition(".")[2])]
+    if not full:
+        known = name in field_types() or any(one.endswith(f".{name}") for one in field_types())
+        raise UserError(
+            f"{where}: {name} {'cannot change in a run' if known else 'is not a field'}; a stage "
+            f"may set {', '.join(STAGED)}"
+        )
+    return full[0], field_types()[full[0]]
+
+
+def _parsed(text: str, kind: type, what: str) -> Any:
+    try:
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{what} must be of type {kind.__name__}, got {text!r}") from error
+
+
+def _end(text: StageText, start: int, tokens: int, per_step: int, where: str) -> int:
+    """Returns the step at which a stage ends.
+
+    Args:
+      text: the stage.
+      start: the step at which it begins.
+      tokens: tokens before it.
+      per_step: tokens in each of its steps.
+      where: names the stage in an error.
+    """
+    stop = start - (tokens - text.until) // per_step if text.in_tokens else text.until
+    if stop <= start:
+        begins = f"{tokens:,} tokens, step {start:,}" if text.in_tokens else f"step {start:,}"
+        raise UserError(
+            f"{where} ends before it begins, at {begins}; list the stages in their order, each "
+            "with a larger number"
+        )
+    return stop
 
 
 @functools.cache

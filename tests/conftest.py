@@ -66,7 +66,8 @@ def one_device():
 def shared_steps():
     """Lets all runs of this process whose steps are the same program share one compiled step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llama_jax.train.run.jit_step", helpers.shared_step)
+        for module in ("run", "stage_steps"):
+            patch.setattr(f"llama_jax.train.{module}.jit_step", helpers.shared_step)
         yield
 
 

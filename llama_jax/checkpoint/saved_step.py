@@ -10,6 +10,7 @@ resolved config, data fingerprint, versions) and `tokenizer` (JSON: the tokenize
 import base64
 import dataclasses
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -60,6 +61,9 @@ class StepMeta:
       base_context: maximum sequence length, in tokens, of the weights that the run began with; 0:
         the run began with random weights.
       parts: names of the parts that are not LLaMA's, by kind (`train.parts.Parts.names`).
+      sources: fingerprint of each source of the data, by name; empty if they are not shards.
+      seen: how often the weights have seen each source, in epochs, by its fingerprint; it includes
+        what the weights that the run began with had seen.
     """
 
     config: Config
@@ -75,11 +79,19 @@ class StepMeta:
     base: dict[str, int] = dataclasses.field(default_factory=dict)
     base_context: int = 0
     parts: dict[str, str] = dataclasses.field(default_factory=dict)
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
+    seen: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def of_weights(self) -> Config:
+        """The config of the step that made the weights; `config` is that of the whole run."""
+        return self.config.of_weights(self.step)
 
     @property
     def context(self) -> int:
         """The longest sequence that the weights support, in tokens; shorter training keeps it."""
-        return max(self.config.train.seq_len, self.base_context)
+        began = [s.config.train.seq_len for s in self.config.stages if s.start < max(self.step, 1)]
+        return max(*began, self.base_context)
 
 
 class DamagedCheckpoint(UserError):
@@ -100,6 +112,8 @@ def meta_items(meta: StepMeta) -> tuple[dict[str, Any], dict[str, Any]]:
         "base": meta.base,
         "base_context": meta.base_context,
         "parts": meta.parts,
+        "sources": meta.sources,
+        "seen": meta.seen,
         "config": meta.config.to_json(),
         "versions": {"llama_jax": llama_jax.__version__, "jax": jax.__version__},
     }
@@ -309,12 +323,15 @@ def load_meta(step_folder: epath.PathLike, architecture: str = "") -> StepMeta:
             config=from_json(check_type("config", meta["config"], str)),
             tokenizer_model=b"",
             eval_loss=None if loss is None else float(loss),
-            parts=check_type("parts", meta.get("parts", {}), dict),
+            **{n: check_type(n, meta.get(n, {}), dict) for n in ("parts", "sources", "seen")},
             **found,
         )
         require(_are_counts([described.step, described.base_context]), "step is out of range")
-        good = all(type(name) is str for name in described.parts.values())
-        require(good, "parts must be names")
+        names = (*described.parts.values(), *described.sources.values())
+        require(all(type(name) is str for name in names), "parts and sources must be names")
+        numbers = described.seen.values()
+        good = all(type(value) is float and 0 <= value < math.inf for value in numbers)
+        require(good, "seen must be numbers")
     _check_architecture(folder, described.parts.get("architecture", ""), architecture)
     with as_user_error(f"{folder}/tokenizer"):
         files = tokenizer["files"]

@@ -59,7 +59,8 @@ class BatchSource:
         Returns:
           `inputs` and `targets` (int32 token ids, targets one ahead of inputs) and `weights`
           (float32, 0 where the target does not count), each of shape (len(rows), train.seq_len);
-          for packed documents also `segment_ids` and `positions` (int32).
+          for packed documents also `segment_ids` and `positions` (int32). A stage of the run may
+          have its own `train.seq_len`.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no rows(step, rows)")
 
@@ -103,6 +104,23 @@ class BatchSource:
         A source with one part calls it "". By default there are no parts.
         """
         return {}
+
+    def seen(self, step: int) -> dict[str, float]:
+        """Returns how much of each part `step` steps have used up, by the part's fingerprint.
+
+        A run with `init_from` begins after what its weights have seen. By default there are no
+        parts.
+        """
+        return {}
+
+    def reshaped(self, seq_len: int, global_batch: int) -> "BatchSource":
+        """Returns the same text for evaluation in batches of another shape; by default itself.
+
+        Args:
+          seq_len: tokens in a row.
+          global_batch: sequences per step, over all processes.
+        """
+        return self
 
     def metrics(self, step: int) -> dict[str, float]:
         """Returns the metrics of the data to log with `step`; by default the epochs."""

@@ -49,7 +49,7 @@ class StreamingBatches(BatchSource):
         self,
         config: DataConfig,
         tokenizer: Tokenizer,
-        seq_len: int,
+        seq_len: int | Sequence[tuple[int, int]],
         own: Sequence[epath.PathLike] = (),
     ) -> None:
         """Lists the files of the source; reads no document yet.
@@ -57,7 +57,7 @@ class StreamingBatches(BatchSource):
         Args:
           config: which source to read, and how.
           tokenizer: the tokenizer of the model.
-          seq_len: tokens in a row.
+          seq_len: tokens in a row; or for each stage of a run, its first step and this number.
           own: folders that this run writes; they are not part of a source.
 
         Raises:
@@ -67,7 +67,7 @@ class StreamingBatches(BatchSource):
         if len(sources) > 1:
             raise UserError("data.streaming reads one source; prepare shards to mix several")
         self._config, self._tokenizer = config, tokenizer
-        self._length = seq_len
+        self._lengths = [(0, seq_len)] if isinstance(seq_len, int) else seq_len
         name, source = next(iter(sources.items()))
         self.listing = Tally()
         self._parts = list_parts(source, config, own, self.listing, name)
@@ -156,8 +156,8 @@ class StreamingBatches(BatchSource):
 
         Args:
           rows: rows of this process; only their number matters.
-          start: the first step; the same as the `step` of the call of `start_at`.
-          stop: the step after the last one.
+          start: the first step: that of the call of `start_at`, or the `stop` of the last call.
+          stop: the step after the last one, in the same stage.
 
         Raises:
           UserError: a file cannot be read, or no document of the source can be used.
@@ -165,8 +165,9 @@ class StreamingBatches(BatchSource):
         position = self._positions[start]
         documents = self._from(position)
         position, ids = next(documents)
-        shape = (len(rows), self._length)
-        n_inputs = len(rows) * self._length
+        length = next(length for first, length in self._lengths[::-1] if first <= start)
+        shape = (len(rows), length)
+        n_inputs = len(rows) * length
         for step in range(start, stop):
             flat = np.empty(n_inputs + 1, np.int32)
             filled = 0

@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 
 from etils import epath
 
 from llama_jax.config import Config
-from llama_jax.data.batches import Batches, SyntheticBatches, ValidationBatches
+from llama_jax.data.batches import Batches, SyntheticBatches, ValidationBatches, recipes
 from llama_jax.data.mixture import parse_shares
 from llama_jax.data.prepare import new_tokenizer
 from llama_jax.data.prepare.hold_out import why_no_validation
@@ -51,6 +53,8 @@ class TrainingData:
         shares of sequences; empty: it is the same.
       unchecked: folders of shards that an earlier version wrote without checksums of blocks.
       unvalidated: the reason for each source without held-out documents, by name of the source.
+      sources: fingerprint of each source of shards, by name.
+      start: where each source begins, in epochs, as the text of `data.start`.
     """
 
     train: BatchSource
@@ -62,6 +66,8 @@ class TrainingData:
     former_fingerprint: str = ""
     unchecked: tuple[str, ...] = ()
     unvalidated: dict[str, str] = dataclasses.field(default_factory=dict)
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
+    start: str = "0"
 
     def __post_init__(self) -> None:
         if not self.fingerprint:
@@ -80,13 +86,17 @@ class TrainingData:
         }
 
 
-def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
+def open_data(
+    config: Config, default_folder: epath.Path, seen: Mapping[str, float] | None = None
+) -> TrainingData:
     """Opens the batches of a run; prepares the token shards first if there are none.
 
     Args:
       config: the config of the run.
       default_folder: `data` in the work directory. The work directory is not part of a source, even
         if a source contains it.
+      seen: how often the initial weights have seen each source, in epochs, by its fingerprint; with
+        `data.start` = auto, each source begins after that.
 
     Raises:
       UserError: the source, the shards or the tokenizer are missing, are damaged or have another
@@ -94,15 +104,23 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
     """
     train, data = config.train, config.data
     vocab_size = config.model.vocab_size
+    first_recipe, *later = recipes(config)
+    shape = (first_recipe.seq_len, first_recipe.global_batch, first_recipe.seed)
     if data.source == "synthetic":
-        batches = SyntheticBatches(vocab_size, train.seq_len, train.global_batch, train.seed)
+        named = {"": SyntheticBatches(vocab_size, *shape).fingerprint()}
+        begin = _begin(config, named, seen or {})
+        batches = SyntheticBatches(vocab_size, *shape, later=later, begin=begin[""])
         why = {"": "random tokens have no held-out part"}
-        return TrainingData(batches, unvalidated=why)
+        return TrainingData(batches, unvalidated=why, start=_start_text(begin))
     if data.streaming:
         return _open_stream(config, default_folder)
     shares = parse_shares(data.mixture) if data.mixture else None
+    mixtures = [recipe.shares for recipe in (first_recipe, *later)]
+    mixed = list(shares or ()) if all(mixtures) else []
+    if all(mixtures):  # the sources of the other stages, too
+        mixed = list(dict.fromkeys([*mixed, *(name for one in mixtures for name in one or ())]))
     folder = epath.Path(data.path or default_folder)
-    names = _source_names(config, list(shares or ()), folder)
+    names = _source_names(config, mixed, folder)
     missing = [name for name in names if not (folder / name / MANIFEST).exists()]
     if missing and data.path:
         raise no_shards(folder / missing[0])
@@ -136,8 +154,10 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
     validation = ValidationBatches(held_out, train.seq_len, train.global_batch)
     former = _fingerprint(datasets)
     of_tokens = shares is not None and len(datasets) > 1
+    fingerprints = {name: dataset.fingerprint for name, dataset in datasets.items()}
+    begin = _begin(config, fingerprints, seen or {})
     return TrainingData(
-        Batches(datasets, train.seq_len, train.global_batch, train.seed, shares),
+        Batches(datasets, *shape, first_recipe.shares, later=later, begin=begin),
         validation if validation.n_sequences else None,
         first.tokenizer(),
         hashlib.sha256(f"shares of tokens {former}".encode()).hexdigest() if of_tokens else former,
@@ -153,6 +173,49 @@ def open_data(config: Config, default_folder: epath.Path) -> TrainingData:
             for name in names
             if not held_out[name].n_tokens
         },
+        sources=fingerprints,
+        start=_start_text(begin),
+    )
+
+
+def _begin(
+    config: Config, fingerprints: Mapping[str, str], seen: Mapping[str, float]
+) -> dict[str, float]:
+    """Returns where each source begins, in epochs, by its name.
+
+    Args:
+      config: the config of the run.
+      fingerprints: fingerprint of each source, by name.
+      seen: see `open_data`.
+
+    Raises:
+      UserError: `data.start` is malformed, or names a source that does not exist.
+    """
+    text = config.data.start
+    if text == "auto":
+        return {name: seen.get(found, 0.0) for name, found in fingerprints.items()}
+    begin = dict.fromkeys(fingerprints, 0.0)
+    for item in text.split(","):
+        name, _, number = item.strip().rpartition("=")
+        try:
+            epochs = float(number)
+        except ValueError:
+            epochs = math.nan
+        if (name and name not in begin) or not 0 <= epochs < 1e9:
+            raise UserError(
+                f"data.start={text}: {item.strip()!r} is not a number of epochs such as 0.5, or "
+                f"NAME=EPOCHS with NAME one of {', '.join(filter(None, begin)) or '(no names)'}"
+            )
+        begin |= {name: epochs} if name else dict.fromkeys(begin, epochs)
+    return begin
+
+
+def _start_text(begin: Mapping[str, float]) -> str:
+    """Returns the text of `data.start`; `_begin` is the inverse."""
+    if not any(begin.values()):
+        return "0"
+    return ",".join(
+        f"{name}={epochs!r}" if name else repr(epochs) for name, epochs in begin.items()
     )
 
 
@@ -239,6 +302,7 @@ def _open_stream(config: Config, folder: epath.Path) -> TrainingData:
     tokenizer = open_tokenizer(path)
     ids = tokenizer.vocab_size
     check_ids(ids, config, f"tokenizer {path} has {ids} ids")
-    stream = StreamingBatches(data, tokenizer, config.train.seq_len, (folder.parent,))
+    lengths = [(stage.start, stage.config.train.seq_len) for stage in config.stages]
+    stream = StreamingBatches(data, tokenizer, lengths, (folder.parent,))
     why = {"": "data.streaming holds out no documents; prepare shards to validate"}
     return TrainingData(stream, tokenizer=tokenizer, unvalidated=why)

@@ -87,7 +87,7 @@ def open_model(
     folder = saved_step.find_step(checkpoint)
     meta = saved_step.load_meta(folder, architecture.name)
     if base:
-        if not meta.config.lora.rank:
+        if not meta.of_weights.lora.rank:
             raise no_adapters(folder)
         config = dataclasses.replace(meta.config, init_from=base)
         meta = dataclasses.replace(meta, config=config)
@@ -99,44 +99,46 @@ def open_model(
             "next to them, and convert them again"
             if meta.data_fingerprint == saved_step.IMPORTED
             else "it was trained on synthetic data"
-            if meta.config.data.source == "synthetic"
+            if meta.of_weights.data.source == "synthetic"
             else "its run had no tokenizer"
         )
         raise UserError(f"{folder} has no tokenizer to read text: {reason}")
     tokenizer = Tokenizer(model_bytes, f"the tokenizer of {folder}")
-    size = meta.config.model.vocab_size
+    size = meta.of_weights.model.vocab_size
     if tokenizer.vocab_size > size:  # for a larger id, JAX would use the last row of the embedding
         raise UserError(
             f"the tokenizer of {folder} has {tokenizer.vocab_size} ids, but model.vocab_size is "
             f"{size}: convert the weights again with a tokenizer of {size} ids at most"
         )
-    source = open_base(meta.config, folder) if meta.config.lora.rank else None
+    source = open_base(meta.of_weights, folder) if meta.of_weights.lora.rank else None
     files = meta.tokenizer_files
     if source is not None:  # settings that training does not change, such as special ids
         files = with_base_files(files, source.description.files)
     begins = adds_bos(files, tokenizer, str(folder))
     if begins is not None:
         tokenizer = Tokenizer(model_bytes, f"the tokenizer of {folder}", adds_bos=begins)
-    devices = parse_mesh(mesh) if mesh else decoding_mesh(meta.config.model, meta.config.lora)
+    devices = (
+        parse_mesh(mesh) if mesh else decoding_mesh(meta.of_weights.model, meta.of_weights.lora)
+    )
     with jax.set_mesh(devices):
-        shapes = abstract_trained(meta.config, architecture)
+        shapes = abstract_trained(meta.of_weights, architecture)
         rows = architecture.parameters
         shardings = param_shardings(shapes, devices, rows=rows, any_vocabulary=True)
         params = saved_step.load_params(folder, with_shardings(shapes, shardings))
         base_params = None
         if source is None:
-            params = cast_matrices(meta.config.model, params, rows)
+            params = cast_matrices(meta.of_weights.model, params, rows)
         else:
             base_params = _read_base(source, folder, meta, devices)
-        params = combined(params, base_params, meta.config, architecture)
-    return InferenceModel(folder, meta.config, params, tokenizer, devices, meta.context, files)
+        params = combined(params, base_params, meta.of_weights, architecture)
+    return InferenceModel(folder, meta.of_weights, params, tokenizer, devices, meta.context, files)
 
 
 def _read_base(
     source: Source, folder: epath.Path, meta: saved_step.StepMeta, mesh: jax.sharding.Mesh
 ) -> Any:
     """Reads the base that the adapters of a step are for."""
-    config = meta.config
+    config = meta.of_weights
     shardings = param_shardings(abstract_frozen(config), mesh, any_vocabulary=True)
     base = load_init(source, config, shardings)
     check_base(meta.base, base, config, folder)

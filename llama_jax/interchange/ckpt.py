@@ -53,9 +53,9 @@ def describe(folder: epath.Path, meta: saved_step.StepMeta) -> Description:
         files.setdefault("tokenizer.json", without_bos_eos(meta.tokenizer_model))
     elif meta.tokenizer_model:  # `files` has the original if tokens were added to it
         files.setdefault("tokenizer.model", meta.tokenizer_model)
-    tokenizer_files.check_vocabulary(files, meta.config.model.vocab_size, str(folder))
-    train = dataclasses.replace(meta.config.train, seq_len=meta.context)
-    config = dataclasses.replace(meta.config, train=train)
+    tokenizer_files.check_vocabulary(files, meta.of_weights.model.vocab_size, str(folder))
+    train = dataclasses.replace(meta.of_weights.train, seq_len=meta.context)
+    config = dataclasses.replace(meta.of_weights, train=train)
     return Description(config, "float32", files, model_card.render(meta, folder), meta.step)
 
 
@@ -74,8 +74,8 @@ class CkptSource:
         """
         meta = saved_step.load_meta(folder)
         self._wanted = saved_step.load_fingerprints(folder)
-        self._prints = LayerPrints(meta.config.model.n_layers)
-        model = meta.config.model
+        self._prints = LayerPrints(meta.of_weights.model.n_layers)
+        model = meta.of_weights.model
         self.description = describe(folder, meta)
         self._stores: dict[str, Any] = {}
         for path, shape in formats.shapes(model).items():

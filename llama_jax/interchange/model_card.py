@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from llama_jax.checkpoint import saved_step
+from llama_jax.config import Config
 from llama_jax.errors import UserError
 from llama_jax.files import number, read_jsonl
 from llama_jax.model.cost import flops_by_part, parameter_count
@@ -19,7 +20,7 @@ def render(meta: saved_step.StepMeta, step_folder: epath.Path) -> str:
     Losses, speed and chip-hours come from `metrics.jsonl` in the work directory, if it still
     exists.
     """
-    config, model = meta.config, meta.config.model
+    config, model = meta.config, meta.of_weights.model
     rows = {
         "parameters": f"{parameter_count(model):,}",
         "dim, layers": f"{model.dim}, {model.n_layers}",
@@ -48,15 +49,22 @@ def render(meta: saved_step.StepMeta, step_folder: epath.Path) -> str:
 
 def _training(meta: saved_step.StepMeta, metrics: epath.Path) -> dict[str, str]:
     config, step = meta.config, meta.step
-    train, optim = config.train, config.optim
-    tokens = step * train.tokens_per_step
-    flops = tokens * sum(flops_by_part(config.model, config.lora, train.seq_len).values())
+    last_step = meta.of_weights
+    train, optim = last_step.train, last_step.optim
+
+    def flops_of_step(one: Config) -> float:
+        parts = flops_by_part(one.model, one.lora, one.train.seq_len)
+        return one.train.tokens_per_step * sum(parts.values())
+
+    tokens = config.total(lambda one: one.train.tokens_per_step, step)
+    flops = config.total(flops_of_step, step)
     rows = {
-        "steps": f"{step:,} of {train.steps:,}",
+        "steps": f"{step:,} of {config.train.steps:,}",
         "tokens seen": f"{tokens:,} ({train.global_batch:,} x {train.seq_len:,} a step)",
         "data": config.data.source,
-        "mixture": config.data.mixture or "by size",
-        "optimiser": f"AdamW, peak {optim.peak_lr:g}, {optim.warmup_steps:,} warm-up steps, cosine",
+        "mixture": last_step.data.mixture or "by size",
+        "optimiser": f"AdamW, peak {optim.peak_lr:g}, {optim.warmup_steps:,} warm-up steps, "
+        f"{optim.schedule}",
         "compute": f"{flops:.2e} FLOPs (6 per weight, and causal attention)",
     }
     try:

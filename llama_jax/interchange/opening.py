@@ -68,7 +68,7 @@ def open_source(kind: str, folder: epath.Path, context: int = 0, base: str = "")
         return MergedSource(origin, adapters, config, {}, described)
     step = saved_step.find_step(folder, pass_over=False)
     meta = saved_step.load_meta(step)
-    if not meta.config.lora.rank:
+    if not meta.of_weights.lora.rank:
         if base:
             raise no_adapters(step)
         return CkptSource(step)
@@ -137,10 +137,10 @@ def saved_adapters(step: epath.Path, base: str = "") -> tuple[Description, Any]:
       UserError: the step has no adapters.
     """
     meta = saved_step.load_meta(step)
-    if not meta.config.lora.rank:
+    if not meta.of_weights.lora.rank:
         raise UserError(f"{step} has no adapters: its run trained all weights")
     described = describe(step, meta)
-    config = dataclasses.replace(described.config, init_from=base or meta.config.init_from)
+    config = dataclasses.replace(described.config, init_from=base or meta.of_weights.init_from)
     described = dataclasses.replace(described, config=config)
     return described, saved_step.load_adapters(step, abstract_trained(config))
 

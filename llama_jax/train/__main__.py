@@ -2,6 +2,8 @@
 
 Example:
   python -m llama_jax.train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=200
+  python -m llama_jax.train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=400 \\
+      --accept_changes=train.steps
 """
 
 import os
@@ -24,6 +26,14 @@ _WORKDIR = command.path_flag(
 _XLA_PRESET = flags.DEFINE_string("xla_preset", xla_flags.AUTO, xla_flags.HELP)
 _START_TIMEOUT = flags.DEFINE_integer(
     "start_timeout", 300, "Seconds to wait for the other processes of the job.", lower_bound=1
+)
+_ACCEPT_CHANGES = flags.DEFINE_list(
+    "accept_changes",
+    [],
+    "Fields, separated by commas, in which the run in the work directory may go on with other "
+    "values, such as train.steps,optim.peak_lr; a group, such as optim, is all of its fields. The "
+    "change is recorded in changes.jsonl. Fields that cannot change the result, such as "
+    "train.grad_accum, need no flag.",
 )
 _STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status",
@@ -64,7 +74,7 @@ def main() -> int:
         say(f"flags   {chosen}")
     use_compilation_cache()
     try:
-        outcome = run(run_config, _WORKDIR.value, began)
+        outcome = run(run_config, _WORKDIR.value, began, accept=_ACCEPT_CHANGES.value)
     except Stopped as signal_name:
         say(f"\n{signal_name}: stopped, nothing to save; run the same command again to continue")
         return _STOPPED_STATUS.value

@@ -12,16 +12,18 @@ from jax.experimental import multihost_utils
 
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.saved_step import StepMeta
-from llama_jax.config import Config
+from llama_jax.config import Config, Stage, changed_fields
 from llama_jax.data.loader import device_batches
 from llama_jax.data.training_data import TrainingData
-from llama_jax.parallel.multihost import compile_together
+from llama_jax.parallel.multihost import compile_together, say
+from llama_jax.train.changes import listed
 from llama_jax.train.instruments import metrics
 from llama_jax.train.instruments.goodput import Goodput
 from llama_jax.train.instruments.profiler import Profiler
 from llama_jax.train.instruments.signals import StopRequest
 from llama_jax.train.instruments.watchdog import Watchdog
 from llama_jax.train.rewind import Rewinder
+from llama_jax.train.stage_steps import same_program, step_of_stage
 from llama_jax.train.step import Batch, CompiledStep, TrainState
 
 
@@ -39,7 +41,7 @@ def mean_validation_loss(
       compiled: the jitted evaluation step and its mesh.
       params: the weights, as `CompiledStep.weights` returns them.
       data: contains the validation batches.
-      config: sets the number of batches and their shape.
+      config: sets the number of batches and their shape, that of the stage of the run.
       stop: checked after each batch.
       watchdog: receives a beat before each batch.
 
@@ -50,11 +52,12 @@ def mean_validation_loss(
     if data.validation is None:
         return None
     train, count = config.train, config.train.eval_batches
-    if (n_sequences := data.validation.n_sequences) is not None:
-        count = min(count, math.ceil(n_sequences / train.global_batch))
+    source = data.validation.reshaped(train.seq_len, train.global_batch)
+    if source.n_sequences is not None:
+        count = min(count, math.ceil(source.n_sequences / train.global_batch))
     total, weight = 0.0, 0.0
     shape = (train.global_batch, train.seq_len)
-    batches = device_batches(data.validation, 0, count, compiled.batch_sharding, *shape)
+    batches = device_batches(source, 0, count, compiled.batch_sharding, *shape)
     for number, batch in enumerate(batches, start=1):
         watchdog.beat(f"evaluation, batch {number} of {count}", compiles=number == 1)
         if number == 1:
@@ -99,10 +102,10 @@ def run_missed_evaluation(
     """Evaluates the state that a run continues with, and adds the result to its checkpoint.
 
     Args:
-      compiled: the step.
+      compiled: the step of the stage that made the state.
       state: the state, see `is_evaluation_missing`.
       data: the data of the run.
-      config: the config of the run.
+      config: the config of the stage.
       instruments: log and save the result.
       recorded: the result of this evaluation that is already in the log, or None; the same result
         is not logged twice.
@@ -155,6 +158,29 @@ class _Actions:
     ) -> None:
         self._compiled, self._data, self._config = compiled, data, config
         self._instruments, self._meta = instruments, meta
+        self._must_compile = True
+
+    def enter(self, stage: Stage, step: int, *, begins: bool) -> Iterator[Batch]:
+        """Goes to a stage of the run; returns its batches from `step` on.
+
+        Args:
+          stage: the stage.
+          step: the number of steps taken.
+          begins: whether the run comes from the stage before it, which the console then says.
+        """
+        i, train = self._instruments, stage.config.train
+        if not same_program(self._compiled.config, stage.config):
+            i.log.flush()  # the steps before this one have another config
+            i.log.start(step)
+            i.log.enter(stage.config)
+            self._compiled = step_of_stage(self._compiled, stage.config)
+            self._must_compile = True
+        if begins:
+            changes = changed_fields(self._config.of_weights(step), stage.config)
+            say(f"stage   from step {step + 1} on: {listed(changes)}")
+        shape = (train.global_batch, train.seq_len)
+        stop = min(stage.stop, self._config.train.steps)
+        return device_batches(self._data.train, step, stop, self._compiled.batch_sharding, *shape)
 
     @contextlib.contextmanager
     def _clock_stopped(self, state: TrainState, step: int) -> Iterator[None]:
@@ -172,7 +198,7 @@ class _Actions:
 
     def evaluate(self, state: TrainState, step: int) -> float | None:
         """Logs the steps so far and the validation loss; returns it, see `mean_validation_loss`."""
-        i, data, config = self._instruments, self._data, self._config
+        i, data, config = self._instruments, self._data, self._config.of_weights(step)
         i.log.flush()
         with self._clock_stopped(state, step):
             weights = self._compiled.weights(state)
@@ -203,6 +229,7 @@ class _Actions:
                 self._meta,
                 step=step,
                 positions=positions,
+                seen={**self._meta.seen, **self._data.train.seen(step)},
                 eval_loss=eval_loss,
                 rewinds=i.watch.rewinds,
             )
@@ -212,7 +239,7 @@ class _Actions:
             i.goodput.save()
 
     def take_step(
-        self, state: TrainState, batch: Batch, step: int, *, first: bool
+        self, state: TrainState, batch: Batch, step: int
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Starts the step after `step`; waits for it only if it compiles, as the first one does.
 
@@ -220,12 +247,12 @@ class _Actions:
           state: the state before the step; it is donated.
           batch: the global batch.
           step: the number of steps taken.
-          first: whether this is the first step of this process.
 
         Returns:
           The next state and the metrics.
         """
-        i = self._instruments
+        i, first = self._instruments, self._must_compile
+        self._must_compile = False
         phase = i.goodput.phase("compile") if first else contextlib.nullcontext()
         with jax.transfer_guard("disallow"), phase:
             if first:
@@ -279,12 +306,13 @@ def run_loop(
     The order is a contract:
 
     eval -> save -> next batch -> step -> log the previous step. Saving comes before the next batch
-    is read, so that state and data position always agree. Logging reads a step while the next one
-    already runs, so that the device never waits for the host. Otherwise the loop waits for the
-    device only at the first step, which compiles on every process. An implicit transfer of an array
-    raises an error. A profile starts and stops before all of this; a rewind comes last, and is
-    saved at once. The speed in the log covers only steps: the clock stops during everything else,
-    and a step that compiles does not count.
+    is read, so that state and data position always agree. A stage of the run begins between the
+    two: it may compile another step, and reads other batches. Logging reads a step while the next
+    one already runs, so that the device never waits for the host. Otherwise the loop waits for the
+    device only at the first step of a program, which compiles on every process. An implicit
+    transfer of an array raises an error. A profile starts and stops before all of this; a rewind
+    comes last, and is saved at once. The speed in the log covers only steps: the clock stops during
+    everything else, and a step that compiles does not count.
 
     Args:
       compiled: the jitted steps, their mesh and shardings.
@@ -300,15 +328,15 @@ def run_loop(
     train, i = config.train, instruments
     actions = _Actions(compiled, data, config, instruments, meta)
     start = int(state.step)
-    shape = (train.global_batch, train.seq_len)
-    batches = device_batches(data.train, start, train.steps, compiled.batch_sharding, *shape)
+    stages = {max(s.start, start): s for s in config.stages if s.stop > start}
+    batches: Iterator[Batch] = iter(())
     i.goodput.enter("step")
     i.goodput.save()  # so that the time of a run that is killed before its first save counts too
     i.log.start(start)
     i.watch.at_start(state)
     rewound = False
     for step in range(start, train.steps + 1):
-        i.watchdog.beat(f"step {step + 1}", compiles=step == start)
+        i.watchdog.beat(f"step {step + 1}", compiles=step in stages)
         if i.profiler.must_toggle(step + 1):
             actions.toggle_profile(state, step)
         last = i.stop.asked() or step == train.steps
@@ -321,10 +349,12 @@ def run_loop(
                 actions.save(state, step, eval_loss)
         if last:
             break
+        if step in stages:
+            batches = actions.enter(stages[step], step, begins=step > start)
         with i.profiler.step(step + 1):
             with i.goodput.phase("data"):
                 batch = next(batches)
-            state, step_metrics = actions.take_step(state, batch, step, first=step == start)
+            state, step_metrics = actions.take_step(state, batch, step)
         actions.log(step + 1, step_metrics)
         # From the last logged step, read while the next one runs; a rewind depends only on this.
         in_row = i.watch.take_skipped_in_a_row()

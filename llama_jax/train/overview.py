@@ -23,8 +23,13 @@ def overview(
       parts: the parts of the training, see `Parts`.
     """
     train, rows = config.train, parts.architecture.parameters
-    tokens = train.steps * train.tokens_per_step
-    flops = flops_per_token(config.model, config.lora, train.seq_len, rows)
+
+    def flops_of_step(one: Config) -> float:
+        each = flops_per_token(one.model, one.lora, one.train.seq_len, rows)
+        return each * one.train.tokens_per_step
+
+    tokens = config.total(lambda one: one.train.tokens_per_step, train.steps)
+    flops = config.total(flops_of_step, train.steps)
     shape = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
     return "\n".join(
         (
@@ -36,7 +41,8 @@ def overview(
             f"{jax.process_count()} process(es)",
             f"batch   {train.global_batch} sequences x {train.seq_len} = "
             f"{train.tokens_per_step:,} tokens, in {train.grad_accum} microbatch(es)",
-            f"run     {train.steps:,} steps = {tokens:,} tokens, {flops * tokens:.2e} FLOPs",
+            f"run     {train.steps:,} steps = {tokens:,} tokens, {flops:.2e} FLOPs",
+            *_describe_stages(config),
             *_describe_flops(config, rows),
             *data.train.summary(train.steps),
         )
@@ -94,11 +100,25 @@ def unchecked(data: TrainingData) -> list[str]:
     return [f"warning {layout.unchecked_remark(data.unchecked)}"]
 
 
+def _describe_stages(config: Config) -> list[str]:
+    """Returns a line for each stage of the run; empty without stages."""
+    lines, last = [], config.train.steps
+    for stage in config.stages if config.train.stages else ():
+        if stage.start >= last:
+            lines.append(f"        from step {stage.start + 1:,} on: after the end of the run")
+            break
+        values = " ".join(f"{name}={value}" for name, value in stage.values.items())
+        steps = f"steps {stage.start + 1:,} to {min(stage.stop, last):,}"
+        lines.append(f"        {steps}: {values or 'as above'}")
+    return ["stages", *lines] if lines else []
+
+
 def _describe_start(config: Config) -> list[str]:
     """Returns the lines on the initial weights and the adapters; empty for random weights."""
     lora = config.lora
     if not lora.rank:
-        return [f"begin   {config.init_from}"] if config.init_from else []
+        place = f"step of {config.branch_from}" if config.branch_from else config.init_from
+        return [f"begin   {place}"] if place else []
     return [
         f"LoRA    {adapter_count(config.model, lora):,} parameters are trained: rank {lora.rank} "
         f"for {lora.targets}",

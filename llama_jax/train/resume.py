@@ -3,49 +3,34 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator
 
 import jax
 from etils import epath
 
 from llama_jax import files
+from llama_jax.checkpoint.retention import saved_steps
 from llama_jax.checkpoint.saved_step import CHECKPOINTS, StepMeta
 from llama_jax.config import Config, changed_fields, from_json
 from llama_jax.data.training_data import TrainingData
 from llama_jax.errors import UserError
-from llama_jax.files import append_jsonl, is_object_store, read_bytes
+from llama_jax.files import is_object_store, read_bytes
 from llama_jax.parallel.multihost import broadcast_text
+from llama_jax.train.changes import (
+    ACCEPT_DATA,
+    CHANGES,
+    OTHER_DATA,
+    Changes,
+    changed_since,
+    listed,
+    mend,
+    refused,
+)
 from llama_jax.train.parts import LLAMA_PARTS, Parts
 
-# Fields that may change when a run is resumed: they do not change what is trained.
-RESUMABLE = (
-    *("mesh.", "dcn.", "model.attention", "model.remat", "model.scan_unroll", "data.path"),
-    *("data.tfds_data_dir", "data.workers", "data.part_bytes", "data.shard_tokens"),
-    # Where the tokenizer is and how it was made; the checkpoint holds the tokenizer itself.
-    *("data.accept_other_data", "data.tokenizer", "data.tokenizer_size"),
-    *("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every"),
-    *("train.keep_checkpoints", "train.sample_prompt", "train.profile_steps"),
-    *("train.step_timeout", "train.save_timeout"),
-    # The handling of faults: a user must be able to change it after a fault.
-    *("train.max_skipped", "train.spike_factor", "train.norm_stats"),
-    *("train.max_rewinds", "train.rewind_steps"),
-    *("train.keep_every", "train.keep_best", "train.max_failed_saves"),
-)
-# Fields that select the text to train on; they may change with `ACCEPT_DATA`.
-OTHER_DATA = (
-    *("data.source", "data.text_field", "data.tfds_split", "data.mixture", "data.packing"),
-    "data.separator",
-    *("data.validation_fraction", "data.max_document_bytes", "data.template"),
-)
-ACCEPT_DATA = "--config.data.accept_other_data=True"
-CHANGES = "changes.jsonl"  # accepted changes: a line for each resume with changes
 # Files of a work directory; lines are appended to those in `ADDED_TO`.
 ADDED_TO = ("metrics.jsonl", CHANGES)
 FILES = ("config.json", "tokenizer.model", "goodput.json", *ADDED_TO)
-
-Changes = dict[str, tuple[Any, Any]]  # old and new value of each changed field
-
 
 # Fields that must agree on all processes of a job; places of data and weights may differ.
 _OF_ALL = ("model.", "mesh.", "dcn.", "optim.", "lora.", "train.", "data.streaming")
@@ -100,8 +85,13 @@ def check_same_data(fingerprint: str) -> None:
         )
 
 
-def check_workdir(config: Config, workdir: epath.Path) -> None:
+def check_workdir(config: Config, workdir: epath.Path, accept: Collection[str] = ()) -> None:
     """Checks that the directory holds no run with another config.
+
+    Args:
+      config: the config of this run.
+      workdir: the work directory.
+      accept: fields whose change the user accepts.
 
     Raises:
       UserError: the run in `workdir` trains something different, or its files cannot be written.
@@ -116,11 +106,17 @@ def check_workdir(config: Config, workdir: epath.Path) -> None:
                 f"{path}: {error}; use another --workdir, or remove the file if the run is yours: "
                 "its checkpoints hold the config, too"
             ) from error
-        changed = _refused(changed_fields(saved, config), config)
+        if config.branch_from not in ("", saved.branch_from):
+            raise UserError(
+                f"{workdir} holds a run, and a branch (branch_from={config.branch_from}) needs a "
+                "new work directory; use another --workdir"
+            )
+        step = max(saved_steps(workdir / CHECKPOINTS), default=0)
+        changed = refused(changed_since(saved, config, step), config, accept)
         if changed:
             raise UserError(
-                f"{workdir} holds a run of another config ({_listed(changed)}); "
-                f"{_mend(changed, 'use another --workdir, or the same values')}"
+                f"{workdir} holds a run of another config ({listed(changed)}); "
+                f"{mend(changed, 'use another --workdir, or the same values')}"
             )
 
 
@@ -180,31 +176,13 @@ def locked(workdir: epath.Path) -> Iterator[None]:
         yield
 
 
-def _refused(changes: Changes, config: Config) -> Changes:
-    """Returns the changes that are not allowed: the run would train something different."""
-    allowed = RESUMABLE + (OTHER_DATA if config.data.accept_other_data else ())
-    if config.lora.rank:  # the place of the base; the checkpoint has fingerprints of its arrays
-        allowed += ("init_from",)
-    return {name: values for name, values in changes.items() if not name.startswith(allowed)}
-
-
-def _listed(changes: Changes) -> str:
-    return "; ".join(f"{name} is {was}, now {now}" for name, (was, now) in changes.items())
-
-
-def _mend(changes: Changes, otherwise: str) -> str:
-    """Returns the advice for an error, with the flag if it would allow all changes."""
-    if all(name.startswith(OTHER_DATA) for name in changes):
-        return f"{otherwise}, or accept the other data with {ACCEPT_DATA}"
-    return otherwise
-
-
 def check_checkpoint(
     saved: StepMeta,
     folder: epath.PathLike,
     config: Config,
     data: TrainingData,
     parts: Parts = LLAMA_PARTS,
+    accept: Collection[str] = (),
 ) -> Changes:
     """Compares this run with the description in a checkpoint.
 
@@ -216,6 +194,7 @@ def check_checkpoint(
       config: the config of this run.
       data: the data of this run.
       parts: the parts of this run.
+      accept: fields whose change the user accepts, see `changes.accepted_fields`.
 
     Returns:
       The allowed changes: fields of the config, and `data fingerprint`.
@@ -224,18 +203,18 @@ def check_checkpoint(
       UserError: there are other changes, which the error lists; or the data have changed and
         `data.accept_other_data` is False.
     """
-    changes = changed_fields(saved.config, config)
-    refused = _refused(changes, config)
+    changes = changed_since(saved.config, config, saved.step)
+    others = refused(changes, config, accept)
     model = data.tokenizer.model_bytes if data.tokenizer else b""
     if saved.tokenizer_model != model:  # no flag allows this: weights depend on token ids
         shas = (hashlib.sha256(each).hexdigest()[:16] for each in (saved.tokenizer_model, model))
-        refused["tokenizer's sha256"] = (next(shas), next(shas))
-    refused |= changed_parts(saved.parts, parts.names())
-    if refused:
-        mend = _mend(refused, "use the same values, or another --workdir")
-        raise UserError(f"checkpoint {folder} belongs to another run ({_listed(refused)}); {mend}")
-    if saved.data_fingerprint != data.fingerprint:
-        if not config.data.accept_other_data:
+        others["tokenizer's sha256"] = (next(shas), next(shas))
+    others |= changed_parts(saved.parts, parts.names())
+    if others:
+        advice = mend(others, "use the same values, or another --workdir")
+        raise UserError(f"checkpoint {folder} belongs to another run ({listed(others)}); {advice}")
+    if saved.data_fingerprint != data.fingerprint and not _more_of_the_same(saved, data, accept):
+        if not (config.data.accept_other_data or _accepts_data(accept)):
             if saved.data_fingerprint == data.former_fingerprint:
                 raise UserError(
                     f"checkpoint {folder} was trained by a version that took data.mixture as shares"
@@ -251,26 +230,23 @@ def check_checkpoint(
     return changes
 
 
+def _accepts_data(accept: Collection[str]) -> bool:
+    """Returns whether a change of the text to train on is accepted."""
+    return any(name in OTHER_DATA and name != "data.mixture" for name in accept)
+
+
+def _more_of_the_same(saved: StepMeta, data: TrainingData, accept: Collection[str]) -> bool:
+    """Returns whether only the choice of sources differs, and this change is accepted."""
+    same = [
+        saved.sources[name] == found
+        for name, found in data.sources.items()
+        if name in saved.sources
+    ]
+    return "data.mixture" in accept and bool(same) and all(same)
+
+
 def changed_parts(saved: dict[str, str], now: dict[str, str]) -> Changes:
     """Returns the parts that differ from those of a checkpoint, by kind: the old and new names."""
     kinds = sorted(saved.keys() | now.keys())
     values = {kind: (saved.get(kind, "LLaMA's"), now.get(kind, "LLaMA's")) for kind in kinds}
     return {f"the {kind}": pair for kind, pair in values.items() if pair[0] != pair[1]}
-
-
-def record_changes(workdir: epath.Path, step: int, changes: Changes) -> str:
-    """Records in `changes.jsonl` the changes that a run resumes with.
-
-    Args:
-      workdir: the work directory.
-      step: the step that the run resumes from.
-      changes: the changes that `check_checkpoint` allowed.
-
-    Returns:
-      A line for the log; empty without changes.
-    """
-    if not changes:
-        return ""
-    if jax.process_index() == 0:
-        append_jsonl(workdir / CHANGES, [{"step": step, "changes": changes}])
-    return f"changed since: {_listed(changes)}"

@@ -6,13 +6,14 @@ import functools
 import math
 import os
 import time
+from collections.abc import Iterable, Mapping
 
 import jax
 from etils import epath
 
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.saved_step import CHECKPOINTS
-from llama_jax.config import Config
+from llama_jax.config import Config, replaced
 from llama_jax.data.training_data import TrainingData, open_data
 from llama_jax.data.vocabulary_size import check_ids
 from llama_jax.errors import UserError
@@ -22,9 +23,10 @@ from llama_jax.inference.decode import Sampling
 from llama_jax.interchange.formats import Source
 from llama_jax.model.cost import parameter_count
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.parallel.multihost import Peers, agreed, open_collectives, say
-from llama_jax.parallel.sharding import bytes_per_device, check_batch
+from llama_jax.parallel.multihost import Peers, agreed, broadcast_text, open_collectives, say
+from llama_jax.parallel.sharding import bytes_per_device
 from llama_jax.train.by_hand import sample
+from llama_jax.train.changes import accepted_fields
 from llama_jax.train.instruments import metrics
 from llama_jax.train.instruments.goodput import Goodput
 from llama_jax.train.instruments.profiler import Profiler
@@ -32,6 +34,7 @@ from llama_jax.train.instruments.signals import StopRequest
 from llama_jax.train.instruments.watchdog import Watchdog
 from llama_jax.train.instruments.writers import AllWriters, Run, open_writers
 from llama_jax.train.loop import Instruments, is_evaluation_missing, run_loop, run_missed_evaluation
+from llama_jax.train.origin import Origin, find_origin, with_data_of_trunk
 from llama_jax.train.overview import no_evaluation, overview, remarks, unchecked
 from llama_jax.train.parts import LLAMA_PARTS, Parts
 from llama_jax.train.resume import (
@@ -42,6 +45,7 @@ from llama_jax.train.resume import (
     locked,
 )
 from llama_jax.train.rewind import Rewinder
+from llama_jax.train.stage_steps import check_batches, check_later_steps, step_of_stage
 from llama_jax.train.start import initial_state, open_weights, with_tokenizer
 from llama_jax.train.step import CompiledStep, TrainState, jit_step
 
@@ -104,13 +108,19 @@ def check_memory(
     )
 
 
-def _data_of_all(config: Config, workdir: epath.Path, given: TrainingData | None) -> TrainingData:
+def _data_of_all(
+    config: Config,
+    workdir: epath.Path,
+    given: TrainingData | None,
+    seen: Mapping[str, float],
+) -> TrainingData:
     """Returns the data; process 0 prepares them if needed, then the other processes open them.
 
     Args:
       config: the config of the run.
       workdir: the work directory.
       given: the data of this process; None: `config.data` says what to prepare or open.
+      seen: see `open_data`.
 
     Raises:
       UserError: see `open_data`; or the processes do not have the same data.
@@ -121,11 +131,11 @@ def _data_of_all(config: Config, workdir: epath.Path, given: TrainingData | None
     folder = workdir / "data"
     data = given
     if data is None and jax.process_index() == 0:
-        data = open_data(config, folder)
+        data = open_data(config, folder, seen)
     agreed("")
     if data is None:
         check_prepared(config, folder)
-        data = open_data(config, folder)
+        data = open_data(config, folder, seen)
     check_same_data(data.fingerprint)
     return data
 
@@ -150,6 +160,7 @@ def run(
     began: float | None = None,
     data: TrainingData | None = None,
     parts: Parts = LLAMA_PARTS,
+    accept: Iterable[str] = (),
 ) -> Outcome:
     """Trains or resumes `config` in `workdir`.
 
@@ -160,6 +171,8 @@ def run(
       data: what to train on, on each process; `config.data` is then not used, and resuming the run
         needs the same data. None: the data that `config.data` describes.
       parts: the parts of the training, see `Parts`; resuming the run needs the same parts.
+      accept: fields, such as `train.steps` or `optim`, in which the run in `workdir` may go on with
+        other values; see `changes.ACCEPTABLE`.
 
     Returns:
       The last state, and how the run ended.
@@ -174,30 +187,39 @@ def run(
         stop = stack.enter_context(StopRequest())
         stack.enter_context(Peers(stop.interrupt))
         check_same_config(config)
+        accepted = accepted_fields(broadcast_text(",".join(accept)).split(","))
         if data is None:
-            config = with_tokenizer(config, workdir)
+            config = with_tokenizer(with_data_of_trunk(config, workdir), workdir)
         mesh = make_mesh(config.mesh, config.dcn)
-        check_batch(config.train.global_batch, config.train.seq_len, config.train.grad_accum, mesh)
+        check_batches(config, mesh)
         stack.enter_context(jax.set_mesh(mesh))
-        compiled = jit_step(config, mesh, parts)
+        compiled = jit_step(replaced(config, {"train.stages": ""}), mesh, parts)
         capacity = device_memory(mesh.devices.flat[0])
         check_memory(config, compiled.placed_state(), mesh, capacity)
         goodput = Goodput(None, began)
         if jax.process_index() == 0:
             stack.enter_context(locked(workdir))
-            check_workdir(config, workdir)
+            check_workdir(config, workdir, accepted)
             goodput = Goodput(workdir / "goodput.json", began)
         with stop.at_once():
             # A list, so that `_train` can free the weights, which may hold a whole array in memory.
-            weights = [open_weights(config, workdir)]
             agreed("")  # so that an early failure of another process is noticed before long work
-            data = _data_of_all(config, workdir, data)
+            origin = find_origin(config, workdir, accepted, parts.architecture.name)
+            config = origin.config
+            weights = [open_weights(config, workdir)]
+            agreed("")
+            seen = origin.initial.seen if origin.initial is not None else {}
+            data = _data_of_all(config, workdir, data, seen)
+            if config.data.start == "auto" and seen:
+                config = replaced(config, {"data.start": data.start})
+            check_later_steps(compiled, config, origin.step)
         open_collectives()
         about = [*remarks(config, data, weights[0]), *no_evaluation(data), *unchecked(data)]
         say("\n".join([overview(config, mesh, data, parts), *about]))
-        outcome = _train(compiled, config, data, workdir, stop, goodput, weights)
+        outcome = _train(compiled, config, data, workdir, stop, goodput, weights, origin)
         data.train.finish()
-        _report(compiled, workdir, outcome, stop, data)
+        compiled = step_of_stage(compiled, config.of_weights(int(outcome.state.step)))
+        _report(parts, config, workdir, outcome, stop, data)
         if outcome.start < int(outcome.state.step):
             say(f"goodput      {goodput.report()}")
         if skipped := int(outcome.state.skips.total):
@@ -217,6 +239,7 @@ def _train(
     stop: StopRequest,
     goodput: Goodput,
     weights: list[Source | None],
+    origin: Origin,
 ) -> Outcome:
     """Restores or makes the first state, and trains it until the end or a stop request.
 
@@ -228,6 +251,7 @@ def _train(
       stop: says whether a stop is requested.
       goodput: counts the time of each phase.
       weights: a list of one item, the initial weights or None; the list is emptied.
+      origin: what the run goes on from.
 
     Raises:
       UserError: see `run`.
@@ -242,7 +266,7 @@ def _train(
     watchdog.beat("restoring", compiles=True)  # this reads all files and compiles programs
     # The writers close last: after an error, the pending save still reports events to them.
     with watchdog, writers, Checkpointer(workdir, config, writers.event) as saver:
-        state, meta = initial_state(compiled, saver, data, config, weights.pop())
+        state, meta = initial_state(compiled, saver, data, config, weights.pop(), origin)
         watch = Rewinder(config, data, saver, meta.rewinds)
         # Not earlier: a run that is refused must not replace the files of the other run.
         if jax.process_index() == 0:
@@ -250,10 +274,12 @@ def _train(
             if data.tokenizer is not None:
                 write_atomically(workdir / "tokenizer.model", data.tokenizer.model_bytes)
         start, lost = int(state.step), is_evaluation_missing(state, data, config, meta)
+        stage = config.of_weights(start)
+        compiled = step_of_stage(compiled, stage)
         if start < config.train.steps or lost:
             writers.open()
             speed = metrics.Speed(
-                config,
+                stage,
                 compiled.batch_sharding.mesh.size,
                 peak_flops(device),
                 compiled.parts.architecture.parameters,
@@ -266,7 +292,7 @@ def _train(
                 if lost:
                     say(f"        step {start} has no evaluation yet: it is made now")
                     recorded = metrics.recorded_loss(workdir / "metrics.jsonl", start)
-                    run_missed_evaluation(compiled, state, data, config, instruments, recorded)
+                    run_missed_evaluation(compiled, state, data, stage, instruments, recorded)
                 if start < config.train.steps:
                     state = run_loop(compiled, state, data, config, instruments, meta)
             finally:
@@ -277,7 +303,8 @@ def _train(
 
 
 def _report(
-    compiled: CompiledStep,
+    parts: Parts,
+    config: Config,
     workdir: epath.Path,
     outcome: Outcome,
     stop: StopRequest,
@@ -286,7 +313,7 @@ def _report(
     """Prints how a run ended, where its files are, and how to continue."""
     if jax.process_index() != 0:
         return
-    config, start, step = compiled.config, outcome.start, int(outcome.state.step)
+    start, step = outcome.start, int(outcome.state.step)
     evaluated = outcome.evaluated
     if (start < step or evaluated) and (warning := metrics.plot_run(workdir)):
         say(warning)
@@ -302,7 +329,7 @@ def _report(
     say(f"loss plot    {workdir / 'plots' / 'loss.png'}")
     say(f"TensorBoard  tensorboard --logdir={workdir / 'tensorboard'}")
     # The command knows only LLaMA's architecture, and needs a tokenizer.
-    if step == config.train.steps and data.tokenizer and not compiled.parts.architecture.name:
+    if step == config.train.steps and data.tokenizer and not parts.architecture.name:
         asked = "--chat" if config.data.template else "--prompt=def"
         say(f"samples      python -m llama_jax.generate --checkpoint={workdir} {asked}")
 

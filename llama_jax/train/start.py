@@ -1,15 +1,26 @@
 """The first state of a run: from the newest undamaged checkpoint, given weights or random ones."""
 
 import dataclasses
+import functools
+import os
+from collections.abc import Callable
 
 import jax
 from etils import epath
 from flax import traverse_util
 
+from llama_jax.checkpoint import manifest
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.fingerprint import fingerprint
 from llama_jax.checkpoint.retention import saved_steps
-from llama_jax.checkpoint.saved_step import CHECKPOINTS, DamagedCheckpoint, StepMeta, load_meta
+from llama_jax.checkpoint.saved_step import (
+    CHECKPOINTS,
+    DamagedCheckpoint,
+    Items,
+    StepMeta,
+    load_meta,
+    restore_items,
+)
 from llama_jax.config import Config
 from llama_jax.data.training_data import TrainingData
 from llama_jax.errors import UserError
@@ -18,8 +29,10 @@ from llama_jax.interchange.loading import check_base, load_init
 from llama_jax.interchange.opening import init_place, open_init, tokenizer_file
 from llama_jax.parallel.multihost import agreed, say
 from llama_jax.parameters import PARAMETERS, present
+from llama_jax.train.changes import ACCEPTABLE, OTHER_DATA, record_changes
+from llama_jax.train.origin import Origin, branch_folder
 from llama_jax.train.parts import Parts
-from llama_jax.train.resume import check_checkpoint, record_changes
+from llama_jax.train.resume import check_checkpoint
 from llama_jax.train.step import CompiledStep, TrainState
 
 
@@ -57,9 +70,9 @@ def open_weights(config: Config, workdir: epath.Path) -> Source | None:
     Raises:
       UserError: see `open_init`.
     """
-    began = saved_steps(workdir / CHECKPOINTS)
+    began = saved_steps(workdir / CHECKPOINTS) or config.branch_from
     reads = config.init_from and (config.lora.rank or not began)
-    return open_init(config) if reads else None
+    return open_init(config.at(0)) if reads else None
 
 
 def initial_state(
@@ -68,6 +81,7 @@ def initial_state(
     data: TrainingData,
     config: Config,
     weights: Source | None,
+    origin: Origin | None = None,
 ) -> tuple[TrainState, StepMeta]:
     """Restores the newest undamaged checkpoint of the work directory, or makes a new state.
 
@@ -77,6 +91,7 @@ def initial_state(
       data: the data of the run; a stream is moved to the position of the state.
       config: the config of the run.
       weights: the result of `open_weights`.
+      origin: what the run goes on from, see `find_origin`; None: nothing may have changed.
 
     Returns:
       The state, and the description that a checkpoint of it would have.
@@ -84,57 +99,153 @@ def initial_state(
     Raises:
       UserError: the checkpoint is unreadable, or belongs to another run or other data.
     """
+    origin = Origin(config, config) if origin is None else origin
     while (step := saver.newest_good_step()) is not None:
         folder = saver.folder(step)
-        saved = _go_on(step, folder, data, config, compiled.parts)
-        target = compiled.placed_state(base=False)
+        saved = _go_on(folder, folder.parent.parent, data, origin, compiled.parts)
+        read = functools.partial(saver.restore, step)
         try:
-            state = TrainState.from_items(saver.restore(step, target.to_items()))
+            return _restored(read, folder, saved, compiled, data, config, weights)
         except DamagedCheckpoint as error:
             saver.mark_damaged(step, str(error))
-            continue
-        if config.lora.rank and weights is not None:
-            state = with_frozen_base(state, weights, compiled, config, saved.base, folder)
-        meta = fresh_meta(compiled, data, saved.base, saved.base_context)
-        loss = saved.eval_loss
-        return state, dataclasses.replace(meta, step=step, rewinds=saved.rewinds, eval_loss=loss)
-    data.train.start_at(0, [], jax.process_index(), jax.process_count())
+    if config.branch_from:
+        return _branched(compiled, saver, data, config, weights, origin)
+    return _new_state(compiled, data, config, weights, origin.initial)
+
+
+def _restored(
+    read: Callable[[Items], Items],
+    folder: epath.Path,
+    saved: StepMeta,
+    compiled: CompiledStep,
+    data: TrainingData,
+    config: Config,
+    weights: Source | None,
+) -> tuple[TrainState, StepMeta]:
+    """Reads the state of a saved step.
+
+    Args:
+      read: reads the arrays of the step, given their shapes, dtypes and shardings.
+      folder: the folder of the step.
+      saved: the description of the step.
+      compiled: see `initial_state`; and so are the rest.
+      data: the data of the run.
+      config: the config of the run.
+      weights: the base of adapters.
+
+    Raises:
+      UserError: the saved arrays or the base do not match.
+      DamagedCheckpoint: the step cannot be read, or differs from what was saved; on all processes.
+    """
+    target = compiled.placed_state(base=False)
+    state = TrainState.from_items(read(target.to_items()))
+    if config.lora.rank and weights is not None:
+        state = with_frozen_base(state, weights, compiled, config, saved.base, folder)
+    meta = fresh_meta(compiled, data, saved.base, saved.base_context, config)
+    carried = {name: getattr(saved, name) for name in ("step", "rewinds", "eval_loss", "seen")}
+    return state, dataclasses.replace(meta, **carried)
+
+
+def _branched(
+    compiled: CompiledStep,
+    saver: Checkpointer,
+    data: TrainingData,
+    config: Config,
+    weights: Source | None,
+    origin: Origin,
+) -> tuple[TrainState, StepMeta]:
+    """Reads the state of the step that a branch begins with; see `initial_state`.
+
+    Raises:
+      UserError: the step is damaged, or is of another model or other data.
+    """
+    folder = branch_folder(config.branch_from)
+    if reason := agreed(manifest.first_damage(folder, (jax.process_index(), jax.process_count()))):
+        raise UserError(f"{folder} is damaged: {reason}; branch from another step")
+    # A branch may change everything that is not another model or other text.
+    may = [name for name in ACCEPTABLE if name == "data.mixture" or name not in OTHER_DATA]
+    workdir = saver.folder(0).parent.parent
+    origin = dataclasses.replace(origin, accept=(*origin.accept, *may, "branch_from"))
+    saved = _go_on(folder, workdir, data, origin, compiled.parts)
+    read = functools.partial(restore_items, folder)
+    return _restored(read, folder, saved, compiled, data, config, weights)
+
+
+def _new_state(
+    compiled: CompiledStep,
+    data: TrainingData,
+    config: Config,
+    weights: Source | None,
+    initial: StepMeta | None,
+) -> tuple[TrainState, StepMeta]:
+    """Makes the state before the first step; see `initial_state`."""
+    index, count = jax.process_index(), jax.process_count()
+    position: list[int] = []
+    if initial is not None and config.data.start == "auto" and data.fingerprint:
+        known = initial.data_fingerprint == data.fingerprint and len(initial.positions) == count
+        position = initial.positions[index] if known else []
+    data.train.start_at(0, position, index, count)
     if weights is None and config.init_from:  # `open_weights` found checkpoints, which are gone
-        weights = open_init(config)
+        weights = open_init(config.at(0))
     state = first_state(compiled, config, weights)
     agreed("")  # reads differ in time, and a collective waits only for a limited time
     base = fingerprint(state.frozen) if config.lora.rank else {}
     context = weights.description.config.train.seq_len if weights is not None else 0
-    return state, fresh_meta(compiled, data, base, context)
+    meta = fresh_meta(compiled, data, base, context, config)
+    return state, dataclasses.replace(meta, seen=initial.seen if initial is not None else {})
 
 
 def _go_on(
-    step: int, folder: epath.Path, data: TrainingData, config: Config, parts: Parts
+    folder: epath.Path, workdir: epath.Path, data: TrainingData, origin: Origin, parts: Parts
 ) -> StepMeta:
-    """Checks that a run may continue from a step, and moves the data there; returns its `meta`."""
+    """Checks that a run may continue from a step, and moves the data there; returns its `meta`.
+
+    Args:
+      folder: the folder of the step.
+      workdir: the work directory of the run that continues.
+      data: the data of the run.
+      origin: says what was asked for and what may change.
+      parts: the parts of the run.
+
+    Raises:
+      UserError: the run may not continue from this step.
+    """
     if not (folder / "optimizer").exists():
         raise UserError(
             f"checkpoint {folder} has weights but no optimiser state (it was converted "
             "from elsewhere), and training cannot resume from it; start another run with "
             f"--config.init_from=ckpt:{folder.parent.parent}"
         )
-    saved = load_meta(folder, parts.architecture.name)
-    changes = check_checkpoint(saved, folder, config, data, parts)
+    saved, config = load_meta(folder, parts.architecture.name), origin.asked
+    changes = check_checkpoint(saved, folder, config, data, parts, origin.accept)
     index, count = jax.process_index(), jax.process_count()
     if saved.positions and len(saved.positions) != count:
         raise UserError(
             f"checkpoint {folder} has data positions of {len(saved.positions)} process(es), and "
             f"this job has {count}: a run on streamed data resumes only with the same number"
         )
-    data.train.start_at(step, saved.positions[index] if saved.positions else [], index, count)
-    say(f"resume  from step {step}")
-    if changed := record_changes(folder.parent.parent, step, changes):
+    if saved.step > config.train.steps:
+        raise UserError(
+            f"checkpoint {folder} has made {saved.step} steps, more than train.steps="
+            f"{config.train.steps}; to end there, branch from an earlier step into a new work "
+            f"directory: --config.branch_from={folder.parent}/STEP"
+        )
+    data.train.start_at(saved.step, saved.positions[index] if saved.positions else [], index, count)
+    own = folder.parent.parent == workdir
+    say(f"resume  from step {saved.step}" if own else f"branch  from step {folder}")
+    changes.pop("branch_from", None)
+    branch = "" if own else os.fspath(folder)
+    if changed := record_changes(workdir, max(saved.step, origin.step), changes, branch):
         say(f"        {changed}")
     return saved
 
 
 def fresh_meta(
-    compiled: CompiledStep, data: TrainingData, base: dict[str, int], context: int = 0
+    compiled: CompiledStep,
+    data: TrainingData,
+    base: dict[str, int],
+    context: int = 0,
+    config: Config | None = None,
 ) -> StepMeta:
     """Returns the description of the state before the first step, for a checkpoint.
 
@@ -143,9 +254,10 @@ def fresh_meta(
       data: the data of the run.
       base: fingerprints of the frozen base of adapters; empty without adapters.
       context: maximum sequence length of the initial weights, in tokens; 0: they are random.
+      config: the config of the whole run; None: that of the step.
     """
     return StepMeta(
-        compiled.config,
+        compiled.config if config is None else config,
         step=0,
         data_fingerprint=data.fingerprint,
         tokenizer_model=data.tokenizer.model_bytes if data.tokenizer else b"",
@@ -153,6 +265,7 @@ def fresh_meta(
         base=base,
         base_context=context,
         parts=compiled.parts.names(),
+        sources=data.sources,
     )
 
 

@@ -237,7 +237,7 @@ def test_a_mixture_keeps_its_shares_and_each_source_its_epochs(three, packing):
         assert abs(len(mine) - len(draws) * parts[name] / sum(parts.values())) < 3
         tokens = weights[[source == index for source, _ in draws]].sum() / weights.sum()
         assert tokens == pytest.approx(float(share), rel=0.03)
-        count = batches._sources[index].count
+        count = batches.counts[batches.names[index]]
         assert batches.epochs(steps)[name] == len(mine) / count
         for epoch in range(len(mine) // count):
             whole = mine[epoch * count : (epoch + 1) * count]

@@ -73,6 +73,7 @@ class FakeRun:
         validation.n_sequences = 100
         self.data = TrainingData(source, validation, None, "fake")
         self.compiled = types.SimpleNamespace(
+            config=config,
             batch_sharding=batch_sharding(mesh_of((1, 1, 1, 1))),
             train=self.train,
             evaluate=self.evaluate,
@@ -777,10 +778,11 @@ def test_what_to_try_next(capsys, tokenizer, template, flag):
     config = replace(TINY, data=data)
     ended = types.SimpleNamespace(name="")
     outcome = run_lib.Outcome(types.SimpleNamespace(step=20), True, False, 20, False, [])
-    compiled = types.SimpleNamespace(config=config, parts=LLAMA_PARTS)
     with_text = TrainingData(BatchSource(), tokenizer=tokenizer)
-    run_lib._report(compiled, epath.Path("runs/x"), outcome, ended, with_text)
+    run_lib._report(LLAMA_PARTS, config, epath.Path("runs/x"), outcome, ended, with_text)
     expected = f"python -m llama_jax.generate --checkpoint=runs/x {flag}\n"
     assert capsys.readouterr().out.endswith(expected)
-    run_lib._report(compiled, epath.Path("runs/x"), outcome, ended, TrainingData(BatchSource()))
+    run_lib._report(
+        LLAMA_PARTS, config, epath.Path("runs/x"), outcome, ended, TrainingData(BatchSource())
+    )
     assert "generate" not in capsys.readouterr().out  # which needs a tokenizer

@@ -20,7 +20,8 @@ PACKAGE = ROOT / "llama_jax"
 
 # The rooms that each room may import. All may import errors and files.
 BELOW = {
-    "config": "",
+    "stages": "",
+    "config": "stages",
     "hardware": "",
     "parameters": "config",
     "parallel": "config parameters",
@@ -30,7 +31,8 @@ BELOW = {
     "checkpoint": "config text parallel",
     "interchange": "config parameters model text checkpoint",
     "inference": "config parameters model parallel text data checkpoint interchange",
-    "train": "config parameters hardware parallel text model data checkpoint interchange inference",
+    "train": "stages config parameters hardware parallel text model data checkpoint interchange "
+    "inference",
     # The planned step is the one that trains.
     "plan": "config parameters hardware parallel model train.step train.optimizer",
 }
@@ -38,7 +40,7 @@ GROUND = ("errors", "files")
 COMMANDS = ("prepare", "generate", "evaluate", "convert")
 # The code that commands share is above all rooms.
 ABOVE = ("cli",)
-MOST_ENTRIES = 20
+MOST_ENTRIES = 21
 OPTIONAL = ("inference.harness",)  # a plug-in of a library that may not be installed
 
 

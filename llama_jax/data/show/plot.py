@@ -85,7 +85,7 @@ def _plot_shares(axes: Any, prepared: PreparedData) -> None:
     tokens = {name: m["splits"]["train"][kind] for name, m in prepared.manifests.items()}
     total = sum(tokens.values())
     place = np.arange(len(tokens))
-    requested = [100 * float(prepared.batches.schedule.shares[name]) for name in tokens]
+    requested = [100 * float(prepared.batches.schedule.shares.get(name, 0)) for name in tokens]
     available = [100 * count / total for count in tokens.values()]
     for offset, values, label, colour in (
         (-0.19, requested, "requested", ASKED),

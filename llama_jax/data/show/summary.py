@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llama_jax.config import Config, DataConfig, ModelConfig, TrainConfig, from_json
+from llama_jax.config import MAX_STEPS, Config, DataConfig, ModelConfig, TrainConfig, from_json
 from llama_jax.data.batches import Batches
 from llama_jax.data.shards import layout
 from llama_jax.data.shards.packing import INDEX_DTYPE
@@ -88,7 +88,7 @@ def open_prepared(folder: epath.PathLike, config: Config | None = None) -> Prepa
     config = _reading(config or _made_up(folders, manifests), where, list(folders))
     data = open_data(config, where)
     assert isinstance(data.train, Batches) and data.tokenizer is not None
-    names = data.train.schedule.names
+    names = data.train.names
     return PreparedData(
         folder=folder,
         config=config,
@@ -133,7 +133,8 @@ def summary(prepared: PreparedData, step: int, screen: Screen) -> str:
       step: the first step whose sequences are counted.
       screen: properties of the terminal.
     """
-    train, packed = prepared.config.train, prepared.config.data.packing == "best_fit"
+    run, packed = prepared.config, prepared.config.data.packing == "best_fit"
+    train = run.at(step).train
     how = "whole documents, packed" if packed else "documents cut every seq_len tokens"
     if prepared.config.data.template:
         how = "whole conversations, packed; the loss is that of the answers"
@@ -141,6 +142,7 @@ def summary(prepared: PreparedData, step: int, screen: Screen) -> str:
         f"data    {prepared.folder}, fingerprint {prepared.fingerprint[:16]}",
         f"batch   {train.global_batch:,} sequences x {train.seq_len:,} tokens: {how}; "
         f"seed {train.seed}",
+        *([f"stage   {_stage_of(run, step)}"] if run.train.stages else []),
         f"tokens  {prepared.tokenizer.vocab_size:,} ids",
     )
     # `_table` fails on a manifest with 0 tokens, or without a count of answers.
@@ -154,7 +156,7 @@ def summary(prepared: PreparedData, step: int, screen: Screen) -> str:
     notes.insert(0, f"requested, realised: of the {counted} in {window}")
     notes.append("available: of all tokens in the shards")
     if prepared.of_a_run:
-        notes.append(f"epochs: in the {train.steps:,} steps of the run")
+        notes.append(f"epochs: in the {run.train.steps:,} steps of the run")
     return "\n".join(
         [
             *head,
@@ -165,6 +167,14 @@ def summary(prepared: PreparedData, step: int, screen: Screen) -> str:
             *(line for name in prepared.manifests for line in _remarks(prepared, name)),
         ]
     )
+
+
+def _stage_of(config: Config, step: int) -> str:
+    """Describes the stage of a run that a step belongs to."""
+    number, stage = next((n, s) for n, s in enumerate(config.stages, 1) if step < s.stop)
+    until = f"until step {stage.stop:,}" if stage.stop < MAX_STEPS else "to the end"
+    values = " ".join(f"{name}={value}" for name, value in stage.values.items())
+    return f"{number} of {len(config.stages)}, {until}: {values or 'the values of the config'}"
 
 
 def _remarks(prepared: PreparedData, name: str) -> list[str]:
@@ -185,7 +195,7 @@ def _remarks(prepared: PreparedData, name: str) -> list[str]:
 
 
 def _table(prepared: PreparedData, step: int, packed: bool) -> list[str]:
-    requested = prepared.batches.schedule.shares
+    requested = prepared.batches.schedule_at(step).shares
     counted, tokens = count_tokens(prepared, step)
     realised, of_all = _shares(counted), _shares(tokens)
     epochs = prepared.batches.epochs(prepared.config.train.steps)
@@ -207,7 +217,7 @@ def _table(prepared: PreparedData, step: int, packed: bool) -> list[str]:
         split = manifest["splits"]["train"]
         cells = [
             name or "(one)",
-            *(f"{float(share):.2%}" for share in (requested[name], realised[name])),
+            *(f"{float(s):.2%}" for s in (requested.get(name, 0), realised[name])),
             *([f"{of_all[name]:.2%}"] if answers else []),
             f"{split['tokens'] / all_tokens:.2%}",
             f"{split['documents']:,}",
@@ -219,7 +229,7 @@ def _table(prepared: PreparedData, step: int, packed: bool) -> list[str]:
         cells.append(f"{sum(count for count, _ in manifest.get('skipped', {}).values()):,}")
         if packed:
             slots = sum(shard["sequences"] for shard in split["shards"])
-            slots *= prepared.config.train.seq_len
+            slots *= prepared.config.at(step).train.seq_len
             cells.append(f"{1 - (split['tokens'] - split['documents']) / slots:.2%}")
         if prepared.of_a_run:
             cells.append(f"{epochs[name]:.2f}")
@@ -239,9 +249,10 @@ def count_tokens(prepared: PreparedData, step: int) -> tuple[dict[str, int], dic
     Raises:
       UserError: a shard is damaged.
     """
-    batch, names = prepared.config.train.global_batch, prepared.batches.schedule.names
+    names = prepared.batches.names
     chunks, left = [], WINDOW
     while left:
+        batch = prepared.config.at(step).train.global_batch
         chunks += [
             (step, range(first, min(first + CHUNK, batch, left)))
             for first in range(0, min(batch, left), CHUNK)
@@ -282,21 +293,24 @@ def show_rows(prepared: PreparedData, step: int, count: int, screen: Screen) -> 
     Raises:
       UserError: a shard is damaged.
     """
-    batch = prepared.config.train.global_batch
     answers = bool(prepared.config.data.template)
     yield legend(prepared.config.data.packing == "best_fit", screen, answers)
-    for number in range(count):
-        at, index = step + number // batch, number % batch
+    at, index = step, -1
+    for _ in range(count):
+        index += 1
+        if index == prepared.config.at(at).train.global_batch:
+            at, index = at + 1, 0
         source, sequence = prepared.batches.draws(at, range(index, index + 1))[0]
         rows = prepared.batches.rows(at, range(index, index + 1))
         row = {name: value[0] for name, value in rows.items()}
-        name = prepared.batches.schedule.names[source]
+        name = prepared.batches.names[source]
         used = int((row["weights"] > 0).sum())
         title = f"step {at:,}, row {index}" + (f", {name}" if name else "")
         yield ""
+        there = prepared.batches.counts_at(at)[name]
         yield (
-            f"{screen.paint(title, 'title')}   sequence {sequence:,} of "
-            f"{prepared.batches.counts[name]:,}; {used:,} of {len(row['weights']):,} tokens count"
+            f"{screen.paint(title, 'title')}   sequence {sequence:,} of {there:,}; "
+            f"{used:,} of {len(row['weights']):,} tokens count"
         )
         if answers:
             row["counts"] = counts_of_inputs(row)

@@ -66,12 +66,17 @@ class Speed:
     rows: Table = dataclasses.field(default_factory=lambda: PARAMETERS)
 
     def __post_init__(self) -> None:
-        train = self.config.train
-        self._tokens = train.tokens_per_step
-        self._flops = flops_per_token(self.config.model, self.config.lora, train.seq_len, self.rows)
-        self._steps, self._seconds = 0, 0.0  # counted since the last reading
+        self._tokens, self._flops, self._seconds = 0, 0.0, 0.0  # counted since the last reading
+        self.use(self.config)
         self.restart()
         self._read_at = self._since
+
+    def use(self, config: Config) -> None:
+        """Counts the next steps by another config, that of the next stage of a run."""
+        train = config.train
+        each = flops_per_token(config.model, config.lora, train.seq_len, self.rows)
+        self._tokens_per_step = train.tokens_per_step
+        self._flops_per_step = each * train.tokens_per_step
 
     def restart(self, at: float | None = None) -> None:
         """Starts the clock; leaves out the time since the last `count`.
@@ -93,7 +98,8 @@ class Speed:
         """
         now = time.perf_counter() if finished is None else finished
         if steps > 0 and compiled_programs() == self._compiled:
-            self._steps += steps
+            self._tokens += steps * self._tokens_per_step
+            self._flops += steps * self._flops_per_step
             self._seconds += now - self._since
         self.restart(now)
 
@@ -115,11 +121,12 @@ class Speed:
         chip_seconds = (now - self._read_at) * self.devices
         self._read_at = now
         rate = mfu = None
-        if self._steps:
-            rate = self._steps * self._tokens / max(self._seconds, 1e-9)
-        self._steps, self._seconds = 0, 0.0
-        if rate is not None and self.peak is not None:
-            mfu = rate * self._flops / (self.peak * self.devices)
+        if self._tokens:
+            seconds = max(self._seconds, 1e-9)
+            rate = self._tokens / seconds
+            if self.peak is not None:
+                mfu = self._flops / seconds / (self.peak * self.devices)
+        self._tokens, self._flops, self._seconds = 0, 0.0, 0.0
         return {"tokens_per_second": rate, "mfu": mfu, "chip_seconds": chip_seconds}
 
 
@@ -190,6 +197,10 @@ class Metrics:
         values |= self._speed.read(steps, pending.finished)
         self.write(pending.step, values)
         self._on_read(values)
+
+    def enter(self, config: Config) -> None:
+        """Measures the next steps by the config of the next stage; call it after `start`."""
+        self._speed.use(config)
 
     def write(self, step: int, record: dict[str, float | None]) -> None:
         """Writes a record without delay, such as that of an evaluation."""
