@@ -56,7 +56,8 @@ def _training(meta: saved_step.StepMeta, metrics: epath.Path) -> dict[str, str]:
         "tokens seen": f"{tokens:,} ({train.global_batch:,} x {train.seq_len:,} a step)",
         "data": config.data.source,
         "mixture": config.data.mixture or "by size",
-        "optimiser": f"AdamW, peak {optim.peak_lr:g}, {optim.warmup_steps:,} warm-up steps, cosine",
+        "optimiser": f"AdamW, peak {optim.peak_lr:g}, {optim.warmup_steps:,} warm-up steps, "
+        f"{optim.schedule}",
         "compute": f"{flops:.2e} FLOPs (6 per weight, and causal attention)",
     }
     try:
