@@ -57,6 +57,7 @@ WORKERS = Check("from 0 to 4096", lambda value: 0 <= value <= 4096)  # each is a
 SOURCE = Check("non-empty, such as stdlib or a path", bool)
 SEED = Check("in [0, 2**32)", lambda value: 0 <= value < 2**32, bits=63)
 SPIKE = Check("0 or at least 1", lambda value: value == 0 or value >= 1)
+SCHEDULE = one_of("cosine", "linear", "constant", "wsd", "inverse_sqrt")
 FLOAT = one_of("bfloat16", "float32")
 ROPE_SCALING = one_of("llama3", "linear", "dynamic", "yarn")
 
@@ -418,14 +419,36 @@ class DataConfig:
 @with_attributes
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """Sets AdamW with warm-up and cosine decay, as in the LLaMA paper, section 2.3."""
+    """Sets AdamW and its learning rate; the defaults are those of the LLaMA paper, section 2.3."""
 
     peak_lr: float = field(3e-4, POSITIVE, "Highest learning rate, reached after the warm-up.")
     final_lr_fraction: float = field(
-        0.1, FRACTION, "Learning rate at the last step, as a fraction of peak_lr."
+        0.1,
+        FRACTION,
+        "Learning rate at the last step, as a fraction of peak_lr; for the schedules cosine, "
+        "linear and wsd.",
     )
     warmup_steps: int = field(
         2_000, NOT_NEGATIVE, "Steps over which the learning rate rises to peak_lr; 0: no warm-up."
+    )
+    schedule: str = field(
+        "cosine",
+        SCHEDULE,
+        "Learning rate after the warm-up. cosine, linear: it falls to final_lr_fraction at "
+        "train.steps; constant: it stays at peak_lr; wsd: it stays at peak_lr, then falls to "
+        "final_lr_fraction over the last decay_steps (arXiv:2405.18392); inverse_sqrt: it is "
+        "peak_lr * sqrt(warmup_steps / step).",
+    )
+    decay_steps: int = field(
+        0,
+        NOT_NEGATIVE,
+        "Steps of the decay of wsd at the end of the run; 0: a fifth of train.steps.",
+    )
+    decay_shape: str = field(
+        "1-sqrt",
+        one_of("1-sqrt", "linear"),
+        "How the learning rate of wsd falls; t is the fraction of the decay that is done. 1-sqrt: "
+        "as 1 - sqrt(t); linear: as 1 - t.",
     )
     beta1: float = field(0.9, RATE, "Decay of the first moment per step.")
     beta2: float = field(0.95, RATE, "Decay of the second moment per step.")
@@ -445,6 +468,25 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_fields("optim", self)
+
+    def decay_length(self, steps: int) -> int:
+        """Returns the number of steps of the decay of `wsd` in a run of `steps` steps."""
+        return self.decay_steps or max(1, steps // 5)
+
+    def check_decay(self, steps: int) -> None:
+        """Checks that warm-up and decay of `wsd` fit into a run of `steps` steps.
+
+        Raises:
+          UserError: they do not fit.
+        """
+        length = self.decay_length(steps)
+        default = "" if self.decay_steps else " (its default, a fifth of train.steps)"
+        require(
+            self.schedule != "wsd" or self.warmup_steps + length <= steps,
+            f"optim.warmup_steps={self.warmup_steps} and optim.decay_steps={length}{default} are "
+            f"more than train.steps={steps}; set "
+            f"--config.optim.decay_steps={steps - self.warmup_steps}",
+        )
 
 
 @with_attributes
@@ -722,6 +764,7 @@ class Config:
             f"train.steps={self.train.steps}; set "
             f"--config.optim.warmup_steps={self.train.steps // 10}",
         )
+        self.optim.check_decay(self.train.steps)
 
         staged = {name for stage in self.stages for name in stage.values}
         require(

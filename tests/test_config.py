@@ -300,6 +300,9 @@ INVALID = [
     ("optim__moment_dtype", "int8", "moment_dtype"),
     ("optim__warmup_steps", 20, "warmup_steps=20"),
     ("optim__warmup_steps", -1, "warmup_steps"),
+    ("optim__schedule", "poly", "optim.schedule must be one of cosine, linear, constant, wsd, inv"),
+    ("optim__decay_steps", -1, "optim.decay_steps must be 0 or more"),
+    ("optim__decay_shape", "cosine", "optim.decay_shape must be one of 1-sqrt, linear"),
     ("train__grad_accum", 3, "grad_accum=3"),
     ("train__seq_len", 0, "seq_len"),
     ("train__z_loss", -1.0, "z_loss"),
@@ -372,6 +375,15 @@ def test_one_is_no_beta_and_no_dropout_nor_is_what_rounds_to_it(name, value):
     [
         ({"train__steps": 50, "optim__warmup_steps": 80}, "optim.warmup_steps=5"),
         ({"train__steps": 1, "optim__warmup_steps": 80}, "optim.warmup_steps=0"),
+        (
+            {"optim__schedule": "wsd", "optim__warmup_steps": 10, "optim__decay_steps": 11},
+            "optim.decay_steps=10",
+        ),
+        ({"optim__schedule": "wsd", "optim__warmup_steps": 17}, "optim.decay_steps=3"),
+        (
+            {"optim__schedule": "wsd", "optim__warmup_steps": 20, "optim__decay_steps": 1},
+            "optim.warmup_steps=2",
+        ),
         ({"train__grad_accum": 12, "train__global_batch": 32}, "train.grad_accum=4"),
         ({"model__n_heads": 12, "model__n_kv_heads": 8, "model__dim": 48}, "model.n_kv_heads=4"),
         ({"model__dim": 33}, "model.dim=32"),
@@ -386,6 +398,28 @@ def test_fields_that_do_not_fit_each_other_come_with_a_flag_that_mends_them(chan
     name, _, value = flag.partition("=")
     value = FIELD_TYPES[name](value)
     assert made({**changes, name.replace(".", "__"): value})
+
+
+def test_warm_up_and_decay_must_fit_into_the_run():
+    wsd = replace(
+        TINY, optim=config_lib.OptimConfig(warmup_steps=5, schedule="wsd", decay_steps=15)
+    )
+    with pytest.raises(UserError) as error:
+        replace(wsd, optim__decay_steps=16)
+    assert str(error.value) == (
+        "optim.warmup_steps=5 and optim.decay_steps=16 are more than train.steps=20; set "
+        "--config.optim.decay_steps=15"
+    )
+    with pytest.raises(UserError) as error:
+        replace(TINY, optim=config_lib.OptimConfig(warmup_steps=17, schedule="wsd"))
+    assert "optim.decay_steps=4 (its default, a fifth of train.steps) are" in str(error.value)
+    # A run that has another schedule now may already have the decay of a later one.
+    replace(TINY, optim__decay_steps=1000)
+
+
+@pytest.mark.parametrize(("given", "steps", "length"), [(0, 20, 4), (0, 3, 1), (7, 20, 7)])
+def test_the_length_of_the_decay(given, steps, length):
+    assert config_lib.OptimConfig(decay_steps=given).decay_length(steps) == length
 
 
 def made(changes):

@@ -40,6 +40,11 @@ FIELD_ALIASES = {
     "optim.peak_lr": "lr learning_rate max_lr base_lr peak_learning_rate max_learning_rate",
     "optim.final_lr_fraction": "min_lr~ min_lr_ratio final_lr~ end_lr~ lr_min~",
     "optim.warmup_steps": "warmup num_warmup_steps warmup_iters warmup_ratio~ lr_warmup_steps",
+    "optim.schedule": "scheduler lr_scheduler lr_scheduler_type lr_schedule scheduler_type "
+    "schedule_type lr_decay_style",
+    "optim.decay_steps": "cooldown cooldown_steps num_decay_steps lr_decay_steps "
+    "lr_wsd_decay_iters cooldown_fraction~ decay_fraction~ decay_ratio~",
+    "optim.decay_shape": "decay_type cooldown_type cooldown_shape lr_wsd_decay_style",
     "optim.beta1": "b1 adam_beta1 momentum betas~",
     "optim.beta2": "b2 adam_beta2",
     "optim.eps": "epsilon adam_eps adam_epsilon",

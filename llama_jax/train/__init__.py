@@ -12,7 +12,8 @@
   step.py       one step of the optimiser, as a pure function, and its binding to a mesh
   stage_steps.py  the compiled step of each stage of a run
   parts.py      the exchangeable parts: architecture, loss, optimiser, metrics
-  optimizer.py  AdamW, schedule, weight decay; any optax transformation
+  optimizer.py  AdamW and its weight decay; any optax transformation
+  schedule.py   the learning rate of each step
   bad_steps.py  decides on the device which updates are skipped
   rewind.py     goes back to an older checkpoint, on the host
   instruments/  measurement and supervision of a run

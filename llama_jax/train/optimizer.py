@@ -1,4 +1,4 @@
-"""AdamW with warm-up, cosine decay, clipping, and weight decay on matrices only.
+"""AdamW with clipping, a learning-rate schedule, and weight decay on matrices only.
 
 Any other optax transformation can take its place, see `parts.Parts`. Its state is sharded
 (`state_specs`), and does not change in a skipped step.
@@ -21,6 +21,7 @@ from llama_jax.parallel.sharding import weight_shards
 from llama_jax.parameters import PARAMETERS, SHARD, Table, path_of, row_of
 from llama_jax.train.bad_steps import select
 from llama_jax.train.parts import LLAMA_PARTS, Optimizer, Parts
+from llama_jax.train.schedule import make_schedule
 
 LARGE = 2**16  # an array with at least this many elements is sharded, not replicated
 
@@ -43,22 +44,6 @@ def decay_mask(params: Any, rows: Table = PARAMETERS) -> Any:
         return row is None or row.decays
 
     return jax.tree.map_with_path(decays, params)
-
-
-def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Makes the schedule of the learning rate: linear warm-up, then cosine decay.
-
-    The rate of optimiser step s (from 0) is `schedule(s)`: it reaches the peak at `warmup_steps`
-    and `final_lr_fraction` of the peak at `steps`. Warm-up starts at peak / (warmup_steps + 1), not
-    at 0, so that the first step learns.
-    """
-    return optax.warmup_cosine_decay_schedule(
-        init_value=config.peak_lr / (config.warmup_steps + 1),
-        peak_value=config.peak_lr,
-        warmup_steps=config.warmup_steps,
-        decay_steps=steps,
-        end_value=config.peak_lr * config.final_lr_fraction,
-    )
 
 
 def make_optimizer(
@@ -164,7 +149,7 @@ def learning_rate(
       update: number of updates before this one.
       opt_state: state of the optimiser after this update.
     """
-    if isinstance(parts.optimizer, optax.GradientTransformation):
+    if not parts.follows_schedule:
         shown = optax.tree.get_all_with_path(opt_state, "learning_rate")
         return jnp.float32(shown[0][1] if shown else jnp.nan)
     return make_schedule(config, steps)(update)

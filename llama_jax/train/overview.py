@@ -1,8 +1,10 @@
 """The text that a run prints before it begins."""
 
+import math
+
 import jax
 
-from llama_jax.config import Config
+from llama_jax.config import Config, OptimConfig
 from llama_jax.data.shards import layout
 from llama_jax.data.training_data import TrainingData
 from llama_jax.interchange.formats import Source
@@ -42,6 +44,7 @@ def overview(
             f"batch   {train.global_batch} sequences x {train.seq_len} = "
             f"{train.tokens_per_step:,} tokens, in {train.grad_accum} microbatch(es)",
             f"run     {train.steps:,} steps = {tokens:,} tokens, {flops:.2e} FLOPs",
+            *_describe_rate(config.optim, train.steps, parts),
             *_describe_stages(config),
             *_describe_flops(config, rows),
             *data.train.summary(train.steps),
@@ -124,6 +127,24 @@ def _describe_start(config: Config) -> list[str]:
         f"for {lora.targets}",
         f"base    {config.init_from}, frozen in {lora.base_dtype}",
     ]
+
+
+def _describe_rate(optim: OptimConfig, steps: int, parts: Parts) -> list[str]:
+    """Returns the line on the learning rate; none if the optimiser has its own."""
+    if not parts.follows_schedule:
+        return []
+    warmup, final = optim.warmup_steps, optim.peak_lr * optim.final_lr_fraction
+    if optim.schedule == "constant":
+        after = "constant"
+    elif optim.schedule == "wsd":
+        length = optim.decay_length(steps)
+        after = f"wsd: {optim.decay_shape} to {final:.2e} over the last {length:,} steps"
+    else:
+        if optim.schedule == "inverse_sqrt":
+            final = optim.peak_lr * math.sqrt(max(warmup, 1) / steps)
+        after = f"{optim.schedule} to {final:.2e} at step {steps:,}"
+    begin = f"after {warmup:,} steps" if warmup else "from the first step"
+    return [f"rate    {optim.peak_lr:.2e} {begin}, then {after}"]
 
 
 def _describe_flops(config: Config, table: Table) -> list[str]:

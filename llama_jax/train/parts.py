@@ -138,6 +138,11 @@ class Parts:
     metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
     shown: tuple[str, ...] = ()
 
+    @property
+    def follows_schedule(self) -> bool:
+        """Says whether the learning rate is that of `optim`; a ready-made optimiser has its own."""
+        return not isinstance(self.optimizer, optax.GradientTransformation)
+
     def names(self) -> dict[str, str]:
         """Returns the names of the parts that are not LLaMA's; metrics do not affect the result."""
         found = {"architecture": self.architecture.name}

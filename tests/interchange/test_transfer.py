@@ -183,6 +183,15 @@ def test_a_trained_checkpoint_goes_out(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_the_card_names_the_schedule(tmp_path):
+    from llama_jax.checkpoint.saved_step import StepMeta
+    from llama_jax.interchange import model_card
+
+    meta = StepMeta(replace(TINY, optim__schedule="wsd"), 5, "", b"")
+    text = model_card.render(meta, epath.Path(tmp_path / "checkpoints" / "5"))
+    assert "| optimiser | AdamW, peak 0.01, 2 warm-up steps, wsd |" in text
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 1, 2)])
 def test_a_trained_checkpoint_is_stored_layer_by_layer(tmp_path, monkeypatch, shape):
     """Large layers are stored one by one, so that export reads one at a time."""

@@ -7,28 +7,10 @@ import optax
 import pytest
 
 from llama_jax.config import OptimConfig
-from llama_jax.train.optimizer import decay_mask, make_optimizer, make_schedule
+from llama_jax.train.optimizer import decay_mask, make_optimizer
+from llama_jax.train.schedule import make_schedule
 from llama_jax.train.step import abstract_state
 from tests.helpers import TINY, replace
-
-
-def test_schedule_is_linear_then_cosine():
-    config = OptimConfig(peak_lr=3e-4, final_lr_fraction=0.1, warmup_steps=10)
-    schedule = make_schedule(config, 110)
-    for step in range(111):
-        if step <= 10:
-            expected = 3e-4 * (step + 1) / 11
-        else:
-            progress = (step - 10) / 100
-            expected = 3e-4 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
-        assert float(schedule(step)) == pytest.approx(expected, rel=1e-5), step
-    assert float(schedule(10)) == pytest.approx(3e-4)
-    assert float(schedule(110)) == pytest.approx(3e-5)
-
-
-def test_no_warm_up_starts_at_the_peak():
-    schedule = make_schedule(OptimConfig(peak_lr=1.0, warmup_steps=0), 100)
-    assert float(schedule(0)) == pytest.approx(1.0)
 
 
 def test_everything_but_norms_decays():

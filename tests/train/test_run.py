@@ -621,6 +621,9 @@ STEP_FIELDS = {
     "optim__peak_lr": 1e-3,
     "optim__final_lr_fraction": 0.5,
     "optim__warmup_steps": 5,
+    "optim__schedule": "linear",
+    "optim__decay_steps": 3,
+    "optim__decay_shape": "linear",
     "optim__beta1": 0.8,
     "optim__beta2": 0.99,
     "optim__eps": 1e-6,
@@ -731,6 +734,10 @@ def test_the_field_changes_the_step(field):
         kind = "yarn" if field.removeprefix("model__rope_") in YARN else "llama3"
         scaled = replace(TINY, **{SCALING: 8.0}, model__rope_scaling=kind)
         assert program(replace(scaled, **{field: STEP_FIELDS[field]})) != program(scaled)
+        return
+    if field.startswith("optim__decay_"):
+        decaying = replace(TINY, optim__schedule="wsd")
+        assert program(replace(decaying, **{field: STEP_FIELDS[field]})) != program(decaying)
         return
     if field.startswith("lora__"):
         adapted = with_adapters(TINY)

@@ -88,7 +88,7 @@ def test_metrics_of_a_step():
     }
     assert metrics["objective"] == pytest.approx(metrics["loss"])
     assert int(state.step) == STEPS
-    from llama_jax.train.optimizer import make_schedule
+    from llama_jax.train.schedule import make_schedule
 
     schedule = make_schedule(TINY.optim, TINY.train.steps)
     assert metrics["learning_rate"] == pytest.approx(float(schedule(STEPS - 1)))

@@ -233,7 +233,7 @@ def recorded_loss(jsonl: epath.Path, step: int) -> float | None:
 
 
 def plot_loss(jsonl: epath.Path, output: epath.Path) -> int:
-    """Draws training and validation loss of a `metrics.jsonl` as a PNG.
+    """Draws the losses and the learning rate of a `metrics.jsonl` as a PNG.
 
     Returns:
       The number of damaged lines, which are left out; the title of the plot shows it as well.
@@ -249,11 +249,10 @@ def plot_loss(jsonl: epath.Path, output: epath.Path) -> int:
     records, damaged = read_jsonl(jsonl)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     for name, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
-        # A resumed run repeats the steps after its checkpoint; the later record counts.
-        pairs = ((record["step"], number(record, name)) for record in records)
-        points = {step: loss for step, loss in pairs if loss is not None}
-        if points:
-            axes.plot(*zip(*sorted(points.items()), strict=True), style, label=label, markersize=4)
+        if points := _points(records, name):
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    if rates := _points(records, "learning_rate"):
+        _draw_rates(axes, rates)
     title = f"LLaMA training ({damaged} damaged lines left out)" if damaged else "LLaMA training"
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
@@ -264,6 +263,25 @@ def plot_loss(jsonl: epath.Path, output: epath.Path) -> int:
         figure.savefig(file, format="png", bbox_inches="tight")
     pyplot.close(figure)
     return damaged
+
+
+def _points(records: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """Returns the steps that have a value of this name, each with its value, in order."""
+    # A resumed run repeats the steps after its checkpoint; the later record counts.
+    pairs = ((record["step"], number(record, name)) for record in records)
+    return sorted({step: value for step, value in pairs if value is not None}.items())
+
+
+def _draw_rates(axes: Any, rates: list[tuple[int, float]]) -> None:
+    """Draws the learning rate as a thin line behind the losses, with an axis on the right."""
+    right = axes.twinx()
+    right.plot(*zip(*rates, strict=True), "-", label="learning rate", color="gray", linewidth=0.8)
+    right.set_ylim(bottom=0)
+    right.set_ylabel("learning rate", color="gray")
+    right.tick_params(axis="y", colors="gray")
+    right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.set_zorder(right.get_zorder() + 1)
+    axes.patch.set_visible(False)  # before matplotlib 3.11 it hides the line
 
 
 def plot_run(workdir: epath.Path) -> str:

@@ -82,9 +82,22 @@ def framed(data):
         data = data[16 + length :]
 
 
-def test_the_plot_shows_both_losses_and_the_later_record_of_a_step(tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """Returns the points that the code under test draws, by label."""
     from matplotlib.axes import Axes
 
+    points, plot = {}, Axes.plot
+
+    def spy(self, x, y, *args, **kwargs):
+        points[kwargs["label"]] = list(zip(x, y, strict=True))
+        return plot(self, x, y, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "plot", spy)
+    return points
+
+
+def test_the_plot_shows_both_losses_and_the_later_record_of_a_step(tmp_path, drawn):
     lines = [
         {"step": 1, "loss": 5.0},
         {"step": 2, "loss": 9.0},
@@ -93,17 +106,31 @@ def test_the_plot_shows_both_losses_and_the_later_record_of_a_step(tmp_path, mon
         {"step": 3, "loss": None},
     ]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    drawn = {}
-    plot = Axes.plot
-
-    def spy(self, x, y, *args, **kwargs):
-        drawn[kwargs["label"]] = list(zip(x, y, strict=True))
-        return plot(self, x, y, *args, **kwargs)
-
-    monkeypatch.setattr(Axes, "plot", spy)
     output = epath.Path(tmp_path / "plots" / "loss.png")
     with (tmp_path / "m.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')  # a kill in the middle of a line
     metrics.plot_loss(epath.Path(tmp_path / "m.jsonl"), output)
     assert drawn == {"training": [(1, 5.0), (2, 4.0)], "validation": [(2, 4.5)]}
     assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_shows_the_learning_rate_on_an_axis_of_its_own(tmp_path, monkeypatch, drawn):
+    from matplotlib.figure import Figure
+
+    lines = [
+        {"step": 1, "loss": 5.0, "learning_rate": 1e-4},
+        {"step": 2, "loss": 4.0, "learning_rate": 9e-4},
+        {"step": 2, "loss": 4.0, "learning_rate": 2e-4},
+        {"step": 3, "loss": 3.0, "learning_rate": None},
+    ]
+    file = epath.Path(tmp_path / "m.jsonl")
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
+    metrics.plot_loss(file, epath.Path(tmp_path / "loss.png"))
+    assert drawn["learning rate"] == [(1, 1e-4), (2, 2e-4)]
+    losses, rates = figures[0].axes
+    assert rates.get_ylabel() == "learning rate" and rates.yaxis.get_label_position() == "right"
+    assert rates.get_ylim()[0] == 0 < 2e-4 <= rates.get_ylim()[1] < 1e-3
+    # The losses are in front, and the rate shows through.
+    assert losses.get_zorder() > rates.get_zorder() and not losses.patch.get_visible()
