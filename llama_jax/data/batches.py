@@ -326,12 +326,11 @@ class Batches(BatchSource):
             epochs = last.epochs(recipe.start) if last is not None else self.begin
             drawn = {n: math.ceil(epochs[n] * s.count - 1e-6) for n, s in sources.items()}
         counted = {name: source.counted for name, source in sources.items()}
-        shares = recipe.shares
-        asked = (
-            {n: shares[n] for n in sources if n in shares} if shares else shares_by_size(counted)
-        )
+        # The schedule depends on the order of the shares: that of the text of the mixture, whatever
+        # other stages name.
+        asked = dict(recipe.shares or shares_by_size(counted))
         means = {name: Fraction(counted[name], sources[name].count) for name in asked}
-        return _Stage(recipe, Schedule(asked, means, exact=bool(shares)), sources, 0, drawn)
+        return _Stage(recipe, Schedule(asked, means, exact=bool(recipe.shares)), sources, 0, drawn)
 
     def _at(self, step: int) -> _Stage:
         """Returns the stage of a step."""

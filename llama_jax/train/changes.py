@@ -16,7 +16,6 @@ from etils import epath
 from llama_jax.config import (
     STAGED,
     Config,
-    Stage,
     all_fields,
     changed_fields,
     field_types,
@@ -53,6 +52,8 @@ _RESULT = tuple(name for name in STAGED if not name.startswith(FREE))
 ACCEPTABLE = (*_RESULT, "train.stages", *(n for n in OTHER_DATA if n not in _RESULT))
 CHANGES = "changes.jsonl"  # accepted changes: a line for each resume with changes
 
+# The step at which a stage ends, and the values of its fields.
+_Piece = tuple[int, dict[str, Any]]
 Changes = dict[str, tuple[Any, Any]]  # old and new value of each changed field
 
 
@@ -90,8 +91,7 @@ def changed_since(saved: Config, now: Config, step: int) -> Changes:
       step: number of steps taken. Stages before it are the past, which does not change.
     """
     changes = changed_fields(saved, now)
-    texts = [[(s.stop, s.values) for s in c.stages if s.stop > step] for c in (saved, now)]
-    if texts[0] == texts[1]:
+    if _pieces(saved, step, _RESULT) == _pieces(now, step, _RESULT):
         changes.pop("train.stages", None)
     if _future(saved, step) == _future(now, step):
         changes = {
@@ -134,22 +134,33 @@ def with_past(saved: Config, now: Config, step: int) -> Config:
     kept = _RESULT
     if any(name in OTHER_DATA and name not in _RESULT for name in changed_fields(saved, now)):
         kept = tuple(name for name in _RESULT if name != "data.mixture")  # of other sources
-    pieces: list[tuple[int, dict[str, Any]]] = []
+    pieces: list[_Piece] = []
     for stage in saved.stages:
         if stage.start < step:
             values = _difference(stage.config, base, kept)
             if values:  # the config of a stage must be valid: its batch must divide
                 values |= _difference(stage.config, base, ("train.grad_accum",))
             pieces.append((min(stage.stop, step), values))
-    future: list[Stage] = [stage for stage in now.stages if stage.stop > step]
-    pieces += [(stage.stop, _difference(stage.config, base, STAGED)) for stage in future]
-    merged: list[tuple[int, dict[str, Any]]] = []
-    for stop, values in pieces:
-        if merged and merged[-1][1] == values:
-            merged.pop()
-        merged.append((stop, values))
-    result = replaced(base, {"train.stages": to_text(merged[:-1])})
+    whole = _merged([*pieces, *_pieces(now, step, STAGED)])
+    result = replaced(base, {"train.stages": to_text(whole[:-1])})
     return now if result.stages == now.stages else result
+
+
+def _pieces(config: Config, step: int, names: Collection[str]) -> list[_Piece]:
+    """Returns the stages that end after a step, with those of the fields that they change."""
+    base = config.stages[-1].config
+    later = [stage for stage in config.stages if stage.stop > step]
+    return _merged([(stage.stop, _difference(stage.config, base, names)) for stage in later])
+
+
+def _merged(pieces: list[_Piece]) -> list[_Piece]:
+    """Joins neighbours that set the same values."""
+    found: list[_Piece] = []
+    for stop, values in pieces:
+        if found and found[-1][1] == values:
+            found.pop()
+        found.append((stop, values))
+    return found
 
 
 def _difference(config: Config, base: Config, names: Collection[str]) -> dict[str, Any]:

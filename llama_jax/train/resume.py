@@ -242,7 +242,7 @@ def _more_of_the_same(saved: StepMeta, data: TrainingData, accept: Collection[st
         for name, found in data.sources.items()
         if name in saved.sources
     ]
-    return "data.mixture" in accept and bool(same) and all(same)
+    return bool({"data.mixture", "train.stages"} & {*accept}) and bool(same) and all(same)
 
 
 def changed_parts(saved: dict[str, str], now: dict[str, str]) -> Changes:

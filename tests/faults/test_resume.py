@@ -10,11 +10,13 @@ from etils import epath
 
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.saved_step import StepMeta
+from llama_jax.config import all_fields
 from llama_jax.data.batches import SyntheticBatches
 from llama_jax.data.prepare.job import prepare
 from llama_jax.data.training_data import TrainingData, open_data
 from llama_jax.errors import UserError
 from llama_jax.text.tokenizer import train_tokenizer
+from llama_jax.train import changes
 from llama_jax.train import run as run_lib
 from llama_jax.train.resume import check_checkpoint, check_workdir
 from llama_jax.train.step import abstract_state
@@ -30,6 +32,8 @@ FREE = {
     "model__attention": "xla",
     "mesh__tensor": 2,
     "dcn__data": 2,
+    "train__grad_accum": 2,
+    "train__loss_chunk": 16,
     "train__log_every": 7,
     "train__keep_checkpoints": 9,
     "train__max_skipped": 3,
@@ -52,7 +56,9 @@ BASES = {"data__template": replace(TINY, data__source="a.json", data__packing="b
 REFUSED = {
     **{name: value for name, value in STEP_FIELDS.items() if name not in FREE},
     "train__seed": 1,
+    "train__stages": "until 9: train.z_loss=0.1",
     "data__streaming": True,
+    "data__start": "0.5",
     "init_from": "hf:elsewhere",
 }
 
@@ -78,11 +84,22 @@ def check_both(saved, config, tmp_path):
 
 def test_every_field_of_the_config_is_in_one_list():
     """A field in none of the lists above may change, because it does not affect the run."""
-    from llama_jax.train.resume import RESUMABLE
-
-    listed = {*FREE, *OF_DATA, *REFUSED}
+    listed = {*FREE, *OF_DATA, *REFUSED, "branch_from"}  # tests/train/test_origin.py
     rest = {name.replace("__", ".") for name in field_names("__") - listed}
-    assert all(name.startswith(RESUMABLE) for name in rest), rest
+    assert all(name.startswith(changes.FREE) for name in rest), rest
+
+
+def test_a_field_is_free_acceptable_or_fixed():
+    """Fixed: what would make it another model, or other data than the accepted ones."""
+    fixed = {n for n in all_fields() if not n.startswith(changes.FREE)} - {*changes.ACCEPTABLE}
+    assert fixed == {
+        *("model.vocab_size", "model.dim", "model.n_layers", "model.n_heads", "model.n_kv_heads"),
+        *("model.ffn_dim", "model.explicit_head_dim", "model.norm_eps", "model.sliding_window"),
+        *("model.tied_embeddings", "optim.moment_dtype", "lora.rank", "lora.alpha"),
+        *("lora.targets", "lora.base_dtype", "data.streaming", "data.start"),
+        *("init_from", "branch_from"),
+    }
+    assert not [name for name in changes.ACCEPTABLE if name.startswith(changes.FREE)]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -98,7 +115,26 @@ def test_a_field_that_changes_the_run_is_refused(name, tmp_path):
                 check()
             assert f"({difference})" in str(caught.value)
             assert "accept_other_data" not in str(caught.value)
+            dotted, flag = name.replace("__", "."), "--accept_changes="
+            if dotted in changes.ACCEPTABLE:
+                assert str(caught.value).endswith(f"{flag}{dotted}")
+            else:
+                assert flag not in str(caught.value)
     assert (tmp_path / "config.json").read_text() == saved.to_json()
+
+
+@pytest.mark.parametrize("name", [n for n in REFUSED if n.replace("__", ".") in changes.ACCEPTABLE])
+def test_an_accepted_change_is_allowed_and_told(name, tmp_path):
+    saved = with_adapters(TINY) if name.startswith("lora") else TINY
+    config, dotted = replace(saved, **{name: REFUSED[name]}), name.replace("__", ".")
+    (tmp_path / "config.json").write_text(saved.to_json())
+    meta = StepMeta(saved, 5, "tokens", b"")
+    for accept in ([dotted], [dotted.partition(".")[0]]):
+        accepted = changes.accepted_fields(accept)
+        check_workdir(config, epath.Path(tmp_path), accepted)
+        told = check_checkpoint(meta, "run/5", config, data_of(), accept=accepted)
+        was = functools.reduce(getattr, name.split("__"), saved)
+        assert told == {dotted: (was, REFUSED[name])}
 
 
 def test_a_base_may_be_elsewhere(tmp_path):
@@ -114,7 +150,10 @@ def test_other_data_needs_a_flag(name, tmp_path):
     base = BASES.get(name, TINY)
     config = replace(base, **{name: OF_DATA[name]})
     for check in check_both(base, config, tmp_path):
-        with pytest.raises(UserError, match=r"with --config.data.accept_other_data=True$"):
+        flag = "--config.data.accept_other_data=True"
+        if name == "data__mixture":
+            flag = "--accept_changes=data.mixture"
+        with pytest.raises(UserError, match=f"{flag}$"):
             check()
     told = replace(config, data__accept_other_data=True)
     by_file, by_checkpoint = check_both(base, told, tmp_path)
@@ -215,7 +254,7 @@ def test_other_data_are_written_down_with_the_step(run, config, tmp_path, capsys
     assert line["step"] == 3
     assert line["changes"]["data fingerprint"] == fingerprints
     assert line["changes"]["data.validation_fraction"] == [0.2, 0.4]
-    assert "changed since: data.path is , now" in capsys.readouterr().out
+    assert "changed from step 4 on: data.path is , now" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])

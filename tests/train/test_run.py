@@ -646,6 +646,9 @@ STEP_FIELDS = {
 }
 # For each field, the test that shows its effect.
 OTHER_FIELDS = {
+    "branch_from": "train/test_origin::test_trunk_and_cooldown_are_one_run",
+    "train.stages": "train/test_origin::test_a_ramp_that_is_stopped_and_resumed",
+    "data.start": "train/test_origin::test_a_run_from_weights_begins_after_what_they_have_seen",
     "init_from": "interchange/test_opening::test_weights_of_another_model_are_refused",
     "model.attention": "model/test_attention::test_an_unknown_backend_is_an_error",
     "model.attention_tile": "model/test_attention::test_tiles_of_splash_change_no_gradient",
