@@ -54,6 +54,8 @@ FIELD_ALIASES = {
     "train.steps": "max_steps num_steps n_steps total_steps train_steps num_train_steps iters "
     "max_iters train_iters iterations num_iterations max_train_steps epochs~ "
     "num_epochs~ num_train_epochs~ tokens~ max_tokens~",
+    "train.stages": "stage curriculum phases batch_size_schedule rampup_batch_size~ batch_ramp~",
+    "branch_from": "resume_from_checkpoint fork_from branch",
     "train.seq_len": "context_length ctx ctx_len n_ctx context_len block_size sequence_length "
     "max_seq_len max_seq_length seq_length max_length max_position_embeddings context_size",
     "train.global_batch": "batch_size batch bs global_batch_size train_batch_size "

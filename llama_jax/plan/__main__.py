@@ -24,6 +24,7 @@ import jax
 from absl import flags
 
 from llama_jax.cli import command
+from llama_jax.config import Config
 from llama_jax.errors import UserError
 from llama_jax.hardware import xla_flags
 from llama_jax.hardware.topology import parse_topology
@@ -37,6 +38,13 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
     "A TPU slice, such as v5p-1024 or v5p:8x8x8, or nodes x GPUs, such as h100:256x8.",
+)
+_STEP = flags.DEFINE_integer(
+    "step",
+    None,
+    "Step of the run whose stage is planned, for a config with train.stages; default: the last "
+    "step.",
+    lower_bound=1,
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "Number of TPU slices; the product of config.dcn.")
 _PRICE = flags.DEFINE_float(
@@ -72,6 +80,7 @@ def main() -> None:
     topology = parse_topology(_TOPOLOGY.value, _SLICES.value)
     if not 0 <= _PRICE.value < math.inf:
         raise UserError(f"--price must be a number of dollars, got {_PRICE.value}")
+    config, stage = _stage(config)
     tpu = topology.chip.name if topology.chip.torus else ""
     chosen = xla_flags.use_preset(_XLA_PRESET.value, tpu=tpu)
     jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
@@ -82,7 +91,25 @@ def main() -> None:
         if not result["fits"]:
             result["would_fit"] = advice(config, topology, result)
     result["xla_preset"] = chosen.preset
-    print(json.dumps(result) if _JSON.value else f"{table(result)}\nflags        {chosen}")
+    if stage:
+        result["stage"] = stage
+    if _JSON.value:
+        print(json.dumps(result))
+        return
+    print(f"{table(result)}\nflags        {chosen}")
+    if stage:
+        print(f"stage        {stage}")
+
+
+def _stage(config: Config) -> tuple[Config, str]:
+    """Returns the config of the stage to plan, and its description; '' without stages."""
+    if not config.train.stages:
+        return config, ""
+    steps = config.train.steps
+    last = min(_STEP.value or steps, steps) - 1
+    stage = next(stage for stage in config.stages if last < stage.stop)
+    which = f"steps {stage.start + 1:,} to {min(stage.stop, steps):,} of the run"
+    return stage.config, f"{which}; days and cost are as if all {steps:,} steps were like these"
 
 
 if __name__ == "__main__":
