@@ -409,15 +409,15 @@ def restored_state(saver, step, config, shardings):
     return TrainState.from_items(saver.restore(step, target.to_items()))
 
 
-def save_checkpoint(folder, config, params, tokenizer_model):
+def save_checkpoint(folder, config, params, tokenizer_model, step=0):
     """Writes one saved step of these weights to a work directory, and returns the directory."""
     from llama_jax.checkpoint.checkpointer import Checkpointer
     from llama_jax.checkpoint.saved_step import StepMeta
 
     folder.mkdir(parents=True, exist_ok=True)
     with Checkpointer(folder, config) as checkpointer:
-        items = made_state(config, params).to_items()
-        checkpointer.save(items, StepMeta(config, 0, "made up", tokenizer_model))
+        items = made_state(config, params, step).to_items()
+        checkpointer.save(items, StepMeta(config, step, "made up", tokenizer_model))
     return folder
 
 

@@ -243,7 +243,7 @@ def _check_same_arrays(folder: epath.Path, saved: Any, target: Any) -> None:
         )
 
 
-def _steps_folder(path: epath.Path) -> epath.Path:
+def steps_folder(path: epath.Path) -> epath.Path:
     """Returns the folder of the steps: `path` itself, or the one in the work directory `path`."""
     return path if path.name == CHECKPOINTS else path / CHECKPOINTS
 
@@ -267,7 +267,7 @@ def find_step(checkpoint: epath.PathLike, *, pass_over: bool = True) -> epath.Pa
         if reason := manifest.first_damage(path, quick=True, items=items):
             raise DamagedCheckpoint(f"{path} differs from what was saved: {reason}")
         return path
-    folder = _steps_folder(path)
+    folder = steps_folder(path)
     if not folder.is_dir():
         raise UserError(f"no checkpoint in {path}: it is neither a work directory nor a saved step")
     steps = saved_steps(folder)
@@ -410,7 +410,7 @@ def check_steps(path: epath.Path) -> Iterator[tuple[epath.Path, str]]:
     if (path / "params").exists() or (path / MANIFEST).exists():
         folders = [path]
     else:
-        folder = _steps_folder(path)
+        folder = steps_folder(path)
         steps = saved_steps(folder)
         if not steps:
             raise UserError(f"no checkpoint in {path}: it has no saved step")

@@ -16,6 +16,7 @@
   peft.py               PEFT adapters
   peft_targets.py       which matrices have adapters
   merged_adapters.py    a base with adapters added to it
+  averaged.py           the average of several saved steps
   padded_vocabulary.py  adds rows for the vocabulary
   ckpt.py               our checkpoints
   model_card.py         README.md of an export

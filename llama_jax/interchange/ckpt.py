@@ -117,6 +117,8 @@ class CkptSource:
                 self._block = ("", 0, None)  # frees the previous block first
                 block = store[start : min(start + depth, store.shape[0])].read().result()
                 self._block = (path, start, block)
+            if layer == start + len(block) - 1:  # an average holds many steps, not their blocks
+                self._block = ("", 0, None)
             return block[layer - start]
         except _TENSORSTORE_ERRORS as error:
             where = f"{self._folder}/params/{path}"

@@ -70,6 +70,15 @@ class Target(Protocol):
         """Completes the files."""
 
 
+def differing_fields(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """Returns the names of the fields that make two models different ones."""
+    return [
+        field.name
+        for field in dataclasses.fields(ModelConfig)
+        if field.name not in _FREE and getattr(one, field.name) != getattr(other, field.name)
+    ]
+
+
 def check_model(source: Source, config: Config) -> None:
     """Checks that the weights of a source fit the config's model.
 
@@ -82,10 +91,9 @@ def check_model(source: Source, config: Config) -> None:
     if found.vocab_size < wanted.vocab_size:
         found = dataclasses.replace(found, vocab_size=wanted.vocab_size)
     changed = [
-        f"model.{field.name} is {getattr(found, field.name)} in the weights, "
-        f"{getattr(wanted, field.name)} in the config"
-        for field in dataclasses.fields(ModelConfig)
-        if field.name not in _FREE and getattr(found, field.name) != getattr(wanted, field.name)
+        f"model.{name} is {getattr(found, name)} in the weights, "
+        f"{getattr(wanted, name)} in the config"
+        for name in differing_fields(found, wanted)
     ]
     if changed:
         raise UserError(f"init_from={config.init_from} is another model: {'; '.join(changed)}")

@@ -3,6 +3,7 @@
 import functools
 import statistics
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -12,6 +13,22 @@ from llama_jax.config import Config
 from llama_jax.errors import UserError
 from llama_jax.files import number, read_jsonl
 from llama_jax.model.cost import flops_by_part, parameter_count
+
+_TRAINING = "## Training\n\n"
+
+
+def of_average(card: str, steps: Sequence[int]) -> str:
+    """Returns the card of the newest step, changed to that of the average of several steps.
+
+    Args:
+      card: the result of `render` for the newest step.
+      steps: the steps, in ascending order.
+    """
+    line = (
+        f"The weights are the average of steps {', '.join(map(str, steps))}. The table describes "
+        f"the training up to step {steps[-1]}; its losses are not those of the average."
+    )
+    return card.replace(_TRAINING, f"{_TRAINING}{line}\n\n", 1)
 
 
 def render(meta: saved_step.StepMeta, step_folder: epath.Path) -> str:

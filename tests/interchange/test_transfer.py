@@ -214,6 +214,7 @@ def test_a_trained_checkpoint_is_stored_layer_by_layer(tmp_path, monkeypatch, sh
         assert parts["layers/mlp/w1"] == parts["layers/mlp/w2"] == 1
         assert parts["layers/attn/wq"] == parts["layers/mlp_norm"] == TINY.model.n_layers
         assert_same(source, jax.device_get(state.params))
+        assert source._block[2] is None  # read to its end, and freed
         target = with_shardings(abstract_state(TINY).params, step.state_shardings.params)
         loaded = load_params(find_step(tmp_path / "run"), target)
     jax.tree.map(np.testing.assert_array_equal, loaded, state.params)

@@ -436,7 +436,7 @@ def test_help_is_complete_and_has_an_example(module):
             *("--checkpoint", "--text", "--text_field", "--shards", "--split", "--tasks"),
             *("--num_fewshot", "--stride", "--batch_size", "--limit", "--mesh"),
         ),
-        "convert": ("--source", "--target", "--dtype", "--context"),
+        "convert": ("--source", "--target", "--dtype", "--context", "--average"),
         "checkpoint": ("--verify",),
         "data": ("--show", "--config", "--step", "--rows", "--lines", "--plot"),
     }[module]
