@@ -139,7 +139,7 @@ def unknown_field(name: str, prefix: str) -> str:
     if similar:
         return f"{begin}; did you mean {either(prefix + one for one in similar)}?"
     alone = [one for one in fields if "." not in one]
-    return f"{begin}; its groups are {', '.join(groups)}, and {', '.join(alone)} is in no group"
+    return f"{begin}; its groups are {', '.join(groups)}, and {' and '.join(alone)} are in no group"
 
 
 def _in_groups(groups: list[str], field: str, fields: Collection[str]) -> list[str]:

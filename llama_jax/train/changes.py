@@ -21,7 +21,7 @@ from llama_jax.config import (
     field_types,
     replaced,
 )
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, one_line
 from llama_jax.files import append_jsonl, read_jsonl
 from llama_jax.stages import to_text
 
@@ -187,8 +187,9 @@ def refused(changes: Changes, config: Config, accept: Collection[str]) -> Change
 
 
 def listed(changes: Changes) -> str:
-    """Returns the changes as text."""
-    return "; ".join(f"{name} is {was}, now {now}" for name, (was, now) in changes.items())
+    """Returns the changes as one line."""
+    texts = [f"{name} is {was}, now {now}" for name, (was, now) in changes.items()]
+    return one_line("; ".join(texts))  # a text such as train.stages may have several lines
 
 
 def mend(changes: Changes, otherwise: str) -> str:

@@ -63,7 +63,7 @@ from llama_jax.config import field_types
         (
             "nothing.at_all",
             "the config has no group nothing; its groups are model, mesh, dcn, data, optim, train, "
-            "lora, and init_from is in no group",
+            "lora, and init_from and branch_from are in no group",
         ),
     ],
 )
