@@ -15,7 +15,7 @@ from llama_jax.config import Config, replaced
 from llama_jax.errors import UserError
 from llama_jax.interchange.opening import init_place
 from llama_jax.parallel.multihost import broadcast_text
-from llama_jax.train.changes import with_past
+from llama_jax.train.changes import changed_since, refused, with_past
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,10 @@ def find_origin(
       UserError: the branch's step or the initial checkpoint cannot be read.
     """
     saved = _newest(workdir, architecture)
+    if saved is not None and refused(
+        changed_since(saved.config, config, saved.step), config, accept
+    ):
+        return Origin(config, config, saved.step, accept)  # `check_checkpoint` refuses the run
     if saved is None and config.branch_from:
         saved = load_meta(branch_folder(config.branch_from), architecture)
     if saved is None:
