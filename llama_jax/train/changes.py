@@ -188,7 +188,8 @@ def refused(changes: Changes, config: Config, accept: Collection[str]) -> Change
 
 def listed(changes: Changes) -> str:
     """Returns the changes as one line."""
-    texts = [f"{name} is {was}, now {now}" for name, (was, now) in changes.items()]
+    shown = {name: [value if value != "" else "''" for value in v] for name, v in changes.items()}
+    texts = [f"{name} is {was}, now {now}" for name, (was, now) in shown.items()]
     return one_line("; ".join(texts))  # a text such as train.stages may have several lines
 
 

@@ -117,7 +117,7 @@ def with_data_of_trunk(config: Config, workdir: epath.Path) -> Config:
     if own is not None:
         return replaced(config, {"data.path": own.config.data.path})
     folder = branch_folder(config.branch_from)
-    trunk = folder.parent.parent
+    trunk = folder.absolute().parent.parent
     if data.streaming:
         file = trunk / "tokenizer.model"  # `run` writes it
         known = not data.tokenizer and file.exists()
