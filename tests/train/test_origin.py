@@ -160,6 +160,8 @@ def test_a_ramp_that_is_stopped_and_resumed(tmp_path_factory, tmp_path, capsys, 
     parts = go(RAMP, tmp_path / "run")
     assert log_of(tmp_path / "run") == log_of(workdir)
     assert [line[3] for line in log_of(workdir).values()] == [128] * 5 + [512] * 3
+    lines = [line for line in records(workdir) if "loss" in line]
+    assert {line["step"] for line in lines if line["objective"] > line["loss"]} == {6}  # z-loss
     equal(parts, go(RAMP, workdir))
     assert not (tmp_path / "run" / "changes.jsonl").exists()
 
@@ -336,6 +338,25 @@ def test_rope_of_initial_weights_may_be_stretched(trunk, tmp_path, capsys):
     other = replace(config, model__norm_eps=1e-3)
     with pytest.raises(UserError, match="norm_eps is 1e-06 in the weights, 0.001 in the config$"):
         run(other, tmp_path / "other", accept=["model.rope_theta"])
+
+
+def test_evaluation_has_the_shape_of_the_stage(corpus, tmp_path, monkeypatch):
+    stages = "until 2: train.seq_len=16 train.global_batch=16"
+    config = text_config(corpus, train__steps=4, train__seq_len=32, train__stages=stages)
+    config = replace(config, train__eval_every=2, train__eval_batches=1)
+    stream, shapes = loop.device_batches, []
+
+    def noted(source, start, stop, *rest):
+        for batch in stream(source, start, stop, *rest):
+            shapes.append(batch["inputs"].shape)
+            yield batch
+
+    monkeypatch.setattr(loop, "device_batches", noted)
+    state = go(config, tmp_path)
+    # Two steps and an evaluation of one batch, twice.
+    assert shapes == [*[(16, 16)] * 3, *[(8, 32)] * 3]
+    found = [line["eval_loss"] for line in records(tmp_path) if "eval_loss" in line]
+    assert len(found) == 2 and int(state.step) == 4
 
 
 def test_a_branch_does_not_evaluate_the_step_of_its_trunk(corpus, tmp_path):
