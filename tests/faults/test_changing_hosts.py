@@ -92,6 +92,7 @@ def staged_on_two(two_sources, tmp_path_factory):
     return result(workdir)
 
 
+@pytest.mark.slow  # the next test resumes on one process, too
 def test_killed_in_the_second_stage(two_sources, staged, tmp_path):
     train(two_sources, tmp_path, *STAGED, kill=KILL)
     out = train(two_sources, tmp_path, *STAGED)

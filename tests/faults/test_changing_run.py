@@ -30,6 +30,7 @@ from tests.helpers import (
 
 pytestmark = pytest.mark.usefixtures("shared_steps", "on_two_devices")
 
+WIKI = "until 9: data.mixture=web=0.5,wiki=0.5"
 ACCEPT = ("train.global_batch", "optim.peak_lr")
 
 
@@ -188,9 +189,8 @@ def test_a_branch_equals_one_run(config, trunk, tmp_path):
     assert (change["step"], change["branch_from"]) == (6, str(place))
 
 
-def check_refused(config, workdir, accept, message):
-    """Checks that a run is refused in one line, and that no file beside it or in it changes."""
-    folder = workdir.parent
+def check_refused(config, workdir, accept, message, folder):
+    """Checks that a run is refused in one line, and that no file of `folder` changes."""
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=message) as caught:
         train(config(), workdir, filter(None, accept.split(",")))
@@ -246,7 +246,7 @@ GOING_ON = {
         "global_batch=7",
     ),
     "an unknown source": (
-        {"train__stages": "until 9: data.mixture=web=0.5,wiki=0.5"},
+        {"train__stages": WIKI},
         "train.stages",
         "'wiki'",
     ),
@@ -257,7 +257,7 @@ GOING_ON = {
 def test_bad_input_leaves_a_run_as_it_was(workdir, config, name):
     changes, accept, message = GOING_ON[name]
     changes = {key: str(workdir) if value == "RUN" else value for key, value in changes.items()}
-    check_refused(lambda: replace(config, **changes), workdir, accept, message)
+    check_refused(lambda: replace(config, **changes), workdir, accept, message, workdir)
 
 
 # Name: the place to branch from, relative to the trunk, changed fields, and a part of the message.
@@ -283,8 +283,13 @@ BRANCHES = {
     "a decay longer than the run": ("", {"optim__decay_steps": 50}, "decay_steps=50"),
     "an unknown source": (
         "",
-        {"train__stages": "until 9: data.mixture=web=0.5,wiki=0.5"},
-        "has a share for 'wiki'; the sources are web, books|but the sources are web, books",
+        {"train__stages": WIKI},
+        "has shares for .*wiki, but the sources are web, books: see 'wiki'$",
+    ),
+    "an unknown source in the only mixture": (
+        "",
+        {"train__stages": WIKI, "data__mixture": ""},
+        "has a share for 'wiki'; the sources are web, books$",
     ),
     "a batch that does not divide": (
         "",
@@ -319,14 +324,16 @@ def trunks(trunk, two_sources, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", BRANCHES)
-def test_bad_input_of_a_branch_leaves_the_trunk_as_it_was(trunks, config, name):
+def test_bad_input_of_a_branch_leaves_the_trunk_as_it_was(trunks, config, tmp_path, name):
     place, changes, message = BRANCHES[name]
     if "data__path" in changes:
         path = str(trunks / changes["data__path"])
         changes = {"data__path": path, "data__source": str(trunks / "text"), "data__mixture": ""}
     trunk = trunks / "trunk" / place
-    check_refused(lambda: branch_of(config, trunk, **changes), trunks / "branch", "", message)
-    assert not any((trunks / "branch").rglob("*.json*"))
+    check_refused(
+        lambda: branch_of(config, trunk, **changes), tmp_path / "run", "", message, trunks
+    )
+    assert not any(tmp_path.rglob("*.json*"))  # the next try does not find a run there
 
 
 def test_the_command_ends_with_status_1(trunks):
