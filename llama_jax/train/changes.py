@@ -208,6 +208,17 @@ def mend(changes: Changes, otherwise: str) -> str:
     return f"{otherwise}, or go on with the new ones: --accept_changes={','.join(changes)}"
 
 
+def last_change(workdir: epath.Path) -> int:
+    """Returns the number of steps before the last recorded change; 0: none is recorded.
+
+    Raises:
+      UserError: the record cannot be read.
+    """
+    path = workdir / CHANGES
+    records = read_jsonl(path)[0] if path.exists() else []
+    return int(records[-1]["step"]) if records else 0
+
+
 def record_changes(
     workdir: epath.Path, step: int, changes: Mapping[str, Any], branch_from: str = ""
 ) -> str:

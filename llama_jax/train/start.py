@@ -227,7 +227,7 @@ def _go_on(
             f"--config.init_from=ckpt:{folder.parent.parent}"
         )
     saved, config = load_meta(folder, parts.architecture.name), origin.asked
-    changes = check_checkpoint(saved, folder, config, data, parts, origin.accept)
+    changes = check_checkpoint(saved, folder, config, data, parts, origin.accepted(saved))
     index, count = jax.process_index(), jax.process_count()
     if saved.positions and len(saved.positions) != count:
         raise UserError(
@@ -243,6 +243,7 @@ def _go_on(
     data.train.start_at(saved.step, saved.positions[index] if saved.positions else [], index, count)
     own = folder.parent.parent == workdir
     say(f"resume  from step {saved.step}" if own else f"branch  from step {folder}")
+    changes = origin.new_changes(changes)
     changes.pop("branch_from", None)
     branch = "" if own else os.fspath(folder)
     if changed := record_changes(workdir, max(saved.step, origin.step), changes, branch):
