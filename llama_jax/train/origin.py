@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 
+import jax
 from etils import epath
 
 from llama_jax.checkpoint.retention import saved_steps
@@ -89,29 +90,40 @@ def find_origin(
     Raises:
       UserError: the branch's step or the initial checkpoint cannot be read.
     """
+    # Process 0 decides, because the others may see a new step late.
+    mine = _find(config, workdir, accept, architecture) if jax.process_index() == 0 else None
+    found = json.loads(broadcast_text(json.dumps(mine)))
+    if found is None:
+        return Origin(config, config, 0, accept, _initial(config))
+    step, stages, start, past = found
+    asked = replaced(config, {"data.start": start})
+    whole = replaced(asked, {"train.stages": stages})
+    return Origin(asked, whole, step, accept, past=from_json(past) if past else None)
+
+
+def _find(
+    config: Config, workdir: epath.Path, accept: tuple[str, ...], architecture: str
+) -> tuple[int, str, str, str] | None:
+    """Returns what a run goes on from; see `find_origin`.
+
+    Returns:
+      None for a new run. Otherwise the step from which the given config holds, `train.stages` with
+      the past of the run, `data.start`, and the config of the run in the work directory until that
+      step as JSON; "" if it is another run that the branch leaves.
+    """
     saved = own = _newest(workdir, architecture)
     if saved is None and config.branch_from:
         saved = load_meta(branch_folder(config.branch_from), architecture)
     if saved is None:
-        return Origin(config, config, 0, accept, _initial(config))
-    begun = saved.config.data.start
+        return None
     if config.data.start == "auto":
-        config = replaced(config, {"data.start": begun})
+        config = replaced(config, {"data.start": saved.config.data.start})
     past, at = saved.config, saved.step
     if own is not None and (later := _changed_later(workdir, config, at)):
         past, at = later
     wrong = refused(changed_since(past, config, at), config, accept) if own is not None else {}
     whole = config if wrong else with_past(past, config, at)  # `check_checkpoint` refuses the run
-    # The others may see a new step late.
-    found = broadcast_text(json.dumps([at, whole.train.stages, past.to_json() if own else ""]))
-    step, stages, text = json.loads(found)
-    return Origin(
-        config,
-        replaced(config, {"train.stages": stages}),
-        step,
-        accept,
-        past=from_json(text) if text else None,
-    )
+    return at, whole.train.stages, config.data.start, past.to_json() if own else ""
 
 
 def _changed_later(workdir: epath.Path, config: Config, step: int) -> tuple[Config, int] | None:
