@@ -227,7 +227,8 @@ def test_a_value_of_the_file_is_told_to_be_of_the_file(tmp_path):
         ),
         (
             "return ConfigDict()",
-            "missing config groups: branch_from, data, dcn, init_from, lora, mesh, model, optim, train",
+            "missing config groups: branch_from, data, dcn, init_from, lora, mesh, model, optim, "
+            "train",
         ),
     ],
 )
