@@ -54,6 +54,20 @@ def shards(corpus, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def two_sources(tmp_path_factory):
+    """Returns a folder with the sources `web` and `books`, and their `shards`; do not change it."""
+    from llama_jax.data.prepare.job import prepare
+
+    folder = tmp_path_factory.mktemp("two_sources")
+    for name, files in (("web", 40), ("books", 15)):
+        (folder / name).mkdir()
+        helpers.write_corpus(folder / name, files)
+    source = f"web={folder / 'web'};books={folder / 'books'}"
+    prepare(helpers.text_config(source), folder / "shards", log=lambda line: None)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def one_device():
     """Returns a mesh of one device."""
     from llama_jax.config import MeshConfig

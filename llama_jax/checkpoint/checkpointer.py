@@ -115,6 +115,11 @@ class Checkpointer:
         """Returns the folder of `step`, which need not exist."""
         return self._directory / str(step)
 
+    def has(self, step: int) -> bool:
+        """Returns whether process 0 sees this step in the directory; all processes must call it."""
+        first = jax.process_index() == 0
+        return not agreed("no" if first and not self.folder(step).exists() else "")
+
     def latest_step(self) -> int | None:
         """Returns the newest complete step, or None; waits for a running save first."""
         self._background.join()

@@ -1,7 +1,7 @@
 """The interfaces of sources and targets: a description of the model, then one array at a time."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -79,24 +79,43 @@ def differing_fields(one: ModelConfig, other: ModelConfig) -> list[str]:
     ]
 
 
-def check_model(source: Source, config: Config) -> None:
+def check_model(source: Source, config: Config, accept: Collection[str] = ()) -> None:
     """Checks that the weights of a source fit the config's model.
 
     They may have fewer rows for the vocabulary: `padded_vocabulary` adds the others.
 
+    Args:
+      source: the weights.
+      config: the config.
+      accept: fields, such as `model.rope_theta`, that may have another value in the config.
+
     Raises:
       UserError: they do not fit; the message lists all fields that differ.
+    """
+    changed = {
+        name: f"{name} is {was} in the weights, {now} in the config"
+        for name, (was, now) in changes_of_model(source, config).items()
+        if name not in accept
+    }
+    if changed:
+        rope = not config.lora.rank and all(name.startswith("model.rope_") for name in changed)
+        flag = f"; to train on with them, add --accept_changes={','.join(changed)}" if rope else ""
+        raise UserError(
+            f"init_from={config.init_from} is another model: {'; '.join(changed.values())}{flag}"
+        )
+
+
+def changes_of_model(source: Source, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Returns the fields that make the config's model another one than that of the weights.
+
+    Returns:
+      By dotted name, the value in the weights and that in the config.
     """
     found, wanted = source.description.config.model, config.model
     if found.vocab_size < wanted.vocab_size:
         found = dataclasses.replace(found, vocab_size=wanted.vocab_size)
-    changed = [
-        f"model.{name} is {getattr(found, name)} in the weights, "
-        f"{getattr(wanted, name)} in the config"
-        for name in differing_fields(found, wanted)
-    ]
-    if changed:
-        raise UserError(f"init_from={config.init_from} is another model: {'; '.join(changed)}")
+    names = differing_fields(found, wanted)
+    return {f"model.{name}": (getattr(found, name), getattr(wanted, name)) for name in names}
 
 
 def refuse_other_base(changed: list[str], config: Config, adapters: epath.PathLike) -> None:

@@ -1,6 +1,7 @@
 """Opens weights by their name, FORMAT:DIR; adapters are opened with their base."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from etils import epath
@@ -150,16 +151,20 @@ def no_adapters(folder: epath.Path) -> UserError:
     return UserError(f"--base names the base of adapters, but {folder} has no adapters")
 
 
-def open_init(config: Config) -> Source:
+def open_init(config: Config, accept: Collection[str] = ()) -> Source:
     """Opens the weights that `config.init_from` names; `loading.load_init` reads them.
 
     They may have fewer rows for the vocabulary than the config's model: `load_init` adds rows.
+
+    Args:
+      config: the config of the run.
+      accept: fields of the model that may differ, see `check_model`.
 
     Raises:
       UserError: the weights cannot be read, or belong to another model.
     """
     source = open_source(*init_place(config.init_from))
-    check_model(source, config)
+    check_model(source, config, accept)
     return source
 
 

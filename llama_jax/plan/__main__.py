@@ -24,13 +24,12 @@ import jax
 from absl import flags
 
 from llama_jax.cli import command
-from llama_jax.config import Config
 from llama_jax.errors import UserError
 from llama_jax.hardware import xla_flags
 from llama_jax.hardware.topology import parse_topology
 from llama_jax.plan import calibration
 from llama_jax.plan.advice import advice
-from llama_jax.plan.report import plan, table
+from llama_jax.plan.report import plan, stage_to_plan, table
 from llama_jax.plan.search import search
 
 _CONFIG = command.config_flag()
@@ -80,7 +79,7 @@ def main() -> None:
     topology = parse_topology(_TOPOLOGY.value, _SLICES.value)
     if not 0 <= _PRICE.value < math.inf:
         raise UserError(f"--price must be a number of dollars, got {_PRICE.value}")
-    config, stage = _stage(config)
+    config, stage = stage_to_plan(config, _STEP.value)
     tpu = topology.chip.name if topology.chip.torus else ""
     chosen = xla_flags.use_preset(_XLA_PRESET.value, tpu=tpu)
     jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
@@ -99,17 +98,6 @@ def main() -> None:
     print(f"{table(result)}\nflags        {chosen}")
     if stage:
         print(f"stage        {stage}")
-
-
-def _stage(config: Config) -> tuple[Config, str]:
-    """Returns the config of the stage to plan, and its description; '' without stages."""
-    if not config.train.stages:
-        return config, ""
-    steps = config.train.steps
-    last = min(_STEP.value or steps, steps) - 1
-    stage = next(stage for stage in config.stages if last < stage.stop)
-    which = f"steps {stage.start + 1:,} to {min(stage.stop, steps):,} of the run"
-    return stage.config, f"{which}; days and cost are as if all {steps:,} steps were like these"
 
 
 if __name__ == "__main__":

@@ -139,6 +139,22 @@ def _seconds(prediction: Prediction) -> dict[str, float | None]:
     }
 
 
+def stage_to_plan(config: Config, step: int | None) -> tuple[Config, str]:
+    """Returns the config of one stage of a run, and its description; "" without stages.
+
+    Args:
+      config: the config of the run.
+      step: a step of the stage, counted from 1; None: the last step of the run.
+    """
+    if not config.train.stages:
+        return config, ""
+    steps = config.train.steps
+    last = min(step or steps, steps) - 1
+    stage = next(stage for stage in config.stages if last < stage.stop)
+    which = f"steps {stage.start + 1:,} to {min(stage.stop, steps):,} of the run"
+    return stage.config, f"{which}; days and cost are as if all {steps:,} steps were like these"
+
+
 def table(result: dict[str, Any]) -> str:
     """Formats a plan for people."""
     sizes = {name: size / GIB for name, size in result["bytes_per_chip"].items()}

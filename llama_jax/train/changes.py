@@ -188,7 +188,8 @@ def refused(changes: Changes, config: Config, accept: Collection[str]) -> Change
 
 def listed(changes: Changes) -> str:
     """Returns the changes as one line."""
-    texts = [f"{name} is {was}, now {now}" for name, (was, now) in changes.items()]
+    shown = {name: [value if value != "" else "''" for value in v] for name, v in changes.items()}
+    texts = [f"{name} is {was}, now {now}" for name, (was, now) in shown.items()]
     return one_line("; ".join(texts))  # a text such as train.stages may have several lines
 
 
@@ -205,6 +206,17 @@ def mend(changes: Changes, otherwise: str) -> str:
     if all(name in OTHER_DATA for name in changes) and "data.mixture" not in changes:
         return f"{otherwise}, or accept the other data with {ACCEPT_DATA}"
     return f"{otherwise}, or go on with the new ones: --accept_changes={','.join(changes)}"
+
+
+def last_change(workdir: epath.Path) -> int:
+    """Returns the number of steps before the last recorded change; 0: none is recorded.
+
+    Raises:
+      UserError: the record cannot be read.
+    """
+    path = workdir / CHANGES
+    records = read_jsonl(path)[0] if path.exists() else []
+    return int(records[-1]["step"]) if records else 0
 
 
 def record_changes(

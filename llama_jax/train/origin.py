@@ -5,17 +5,26 @@ This reads only descriptions of saved steps, before the data are opened. `start`
 
 import contextlib
 import dataclasses
+import json
 import os
 
 from etils import epath
 
 from llama_jax.checkpoint.retention import saved_steps
 from llama_jax.checkpoint.saved_step import CHECKPOINTS, StepMeta, find_step, load_meta
-from llama_jax.config import Config, replaced
+from llama_jax.config import Config, field_types, from_json, replaced
 from llama_jax.errors import UserError
+from llama_jax.files import read_bytes
 from llama_jax.interchange.opening import init_place
 from llama_jax.parallel.multihost import broadcast_text
-from llama_jax.train.changes import with_past
+from llama_jax.train.changes import (
+    ACCEPTABLE,
+    Changes,
+    changed_since,
+    last_change,
+    refused,
+    with_past,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +38,7 @@ class Origin:
       accept: fields whose change the user accepts.
       initial: description of the checkpoint that `init_from` names, for a new run; None: the run
         does not begin with a checkpoint.
+      past: the config of the run in its work directory until `step`; None: there is no run.
     """
 
     asked: Config
@@ -36,6 +46,33 @@ class Origin:
     step: int = 0
     accept: tuple[str, ...] = ()
     initial: StepMeta | None = None
+    past: Config | None = None
+
+    def accepted(self, saved: StepMeta) -> tuple[str, ...]:
+        """Returns the fields in which the run may differ from a saved step.
+
+        These are the fields that the user accepts. If newer steps are damaged, the run also goes
+        back to a step before a change that was accepted earlier: that needs no flag again.
+
+        Args:
+          saved: the description of the step.
+        """
+        past, asked = self.past, self.asked
+        if past is None or refused(changed_since(past, asked, self.step), asked, ()):
+            return self.accept
+        earlier = changed_since(saved.config, past, saved.step)
+        return (*self.accept, *(name for name in earlier if name in ACCEPTABLE))
+
+    def new_changes(self, changes: Changes) -> Changes:
+        """Returns the changes that the run has not made yet.
+
+        Args:
+          changes: differences from a saved step, which may be older than the last change.
+        """
+        if self.past is None:
+            return changes
+        others = {name: pair for name, pair in changes.items() if name not in field_types()}
+        return changed_since(self.past, self.asked, self.step) | others
 
 
 def find_origin(
@@ -52,7 +89,7 @@ def find_origin(
     Raises:
       UserError: the branch's step or the initial checkpoint cannot be read.
     """
-    saved = _newest(workdir, architecture)
+    saved = own = _newest(workdir, architecture)
     if saved is None and config.branch_from:
         saved = load_meta(branch_folder(config.branch_from), architecture)
     if saved is None:
@@ -60,10 +97,44 @@ def find_origin(
     begun = saved.config.data.start
     if config.data.start == "auto":
         config = replaced(config, {"data.start": begun})
-    whole = with_past(saved.config, config, saved.step)
+    past, at = saved.config, saved.step
+    if own is not None and (later := _changed_later(workdir, config, at)):
+        past, at = later
+    wrong = refused(changed_since(past, config, at), config, accept) if own is not None else {}
+    whole = config if wrong else with_past(past, config, at)  # `check_checkpoint` refuses the run
     # The others may see a new step late.
-    step, _, stages = broadcast_text(f"{saved.step} {whole.train.stages}").partition(" ")
-    return Origin(config, replaced(config, {"train.stages": stages}), int(step), accept)
+    found = broadcast_text(json.dumps([at, whole.train.stages, past.to_json() if own else ""]))
+    step, stages, text = json.loads(found)
+    return Origin(
+        config,
+        replaced(config, {"train.stages": stages}),
+        step,
+        accept,
+        past=from_json(text) if text else None,
+    )
+
+
+def _changed_later(workdir: epath.Path, config: Config, step: int) -> tuple[Config, int] | None:
+    """Returns the config that the run has saved, and the step of its last accepted change.
+
+    If newer steps are damaged, a run goes back to a step before this change, and makes the steps in
+    between with the old values. A start after a kill in these steps must do so, too.
+
+    Args:
+      workdir: the work directory.
+      config: the config that the user gave.
+      step: the newest step.
+
+    Returns:
+      None if the change is not after this step, or if it was to other values than now.
+    """
+    with contextlib.suppress(UserError, OSError):  # then only the checkpoints count
+        at = last_change(workdir)
+        if at > step:
+            saved = from_json(read_bytes(workdir / "config.json"))
+            if not refused(changed_since(saved, config, at), config, ()):
+                return saved, at
+    return None
 
 
 def _newest(workdir: epath.Path, architecture: str) -> StepMeta | None:
@@ -113,7 +184,7 @@ def with_data_of_trunk(config: Config, workdir: epath.Path) -> Config:
     if own is not None:
         return replaced(config, {"data.path": own.config.data.path})
     folder = branch_folder(config.branch_from)
-    trunk = folder.parent.parent
+    trunk = folder.absolute().parent.parent
     if data.streaming:
         file = trunk / "tokenizer.model"  # `run` writes it
         known = not data.tokenizer and file.exists()

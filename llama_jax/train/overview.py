@@ -108,12 +108,12 @@ def _describe_stages(config: Config) -> list[str]:
     lines, last = [], config.train.steps
     for stage in config.stages if config.train.stages else ():
         if stage.start >= last:
-            lines.append(f"        from step {stage.start + 1:,} on: after the end of the run")
+            lines.append(f"from step {stage.start + 1:,} on: after the end of the run")
             break
         values = " ".join(f"{name}={value}" for name, value in stage.values.items())
         steps = f"steps {stage.start + 1:,} to {min(stage.stop, last):,}"
-        lines.append(f"        {steps}: {values or 'as above'}")
-    return ["stages", *lines] if lines else []
+        lines.append(f"{steps}: {values or 'as above'}")
+    return [f"{' ' * 8 if number else 'stages  '}{line}" for number, line in enumerate(lines)]
 
 
 def _describe_start(config: Config) -> list[str]:

@@ -22,6 +22,7 @@ from llama_jax.train.changes import (
     OTHER_DATA,
     Changes,
     changed_since,
+    last_change,
     listed,
     mend,
     refused,
@@ -111,7 +112,8 @@ def check_workdir(config: Config, workdir: epath.Path, accept: Collection[str] =
                 f"{workdir} holds a run, and a branch (branch_from={config.branch_from}) needs a "
                 "new work directory; use another --workdir"
             )
-        step = max(saved_steps(workdir / CHECKPOINTS), default=0)
+        # A change before the first save, or where newer steps were damaged, is after all steps.
+        step = max([last_change(workdir), *saved_steps(workdir / CHECKPOINTS)])
         changed = refused(changed_since(saved, config, step), config, accept)
         if changed:
             raise UserError(

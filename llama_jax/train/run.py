@@ -206,7 +206,7 @@ def run(
             agreed("")  # so that an early failure of another process is noticed before long work
             origin = find_origin(config, workdir, accepted, parts.architecture.name)
             config = origin.config
-            weights = [open_weights(config, workdir)]
+            weights = [open_weights(config, workdir, accepted)]
             agreed("")
             seen = origin.initial.seen if origin.initial is not None else {}
             data = _data_of_all(config, workdir, data, seen)
@@ -274,6 +274,7 @@ def _train(
             if data.tokenizer is not None:
                 write_atomically(workdir / "tokenizer.model", data.tokenizer.model_bytes)
         start, lost = int(state.step), is_evaluation_missing(state, data, config, meta)
+        lost = lost and saver.has(start)  # the step that a branch begins with is another run's
         stage = config.of_weights(start)
         compiled = step_of_stage(compiled, stage)
         if start < config.train.steps or lost:

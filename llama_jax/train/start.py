@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 from etils import epath
@@ -24,7 +24,7 @@ from llama_jax.checkpoint.saved_step import (
 from llama_jax.config import Config
 from llama_jax.data.training_data import TrainingData
 from llama_jax.errors import UserError
-from llama_jax.interchange.formats import Source
+from llama_jax.interchange.formats import Source, changes_of_model
 from llama_jax.interchange.loading import check_base, load_init
 from llama_jax.interchange.opening import init_place, open_init, tokenizer_file
 from llama_jax.parallel.multihost import agreed, say
@@ -61,18 +61,25 @@ def with_tokenizer(config: Config, workdir: epath.Path) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(data, tokenizer=tokenizer))
 
 
-def open_weights(config: Config, workdir: epath.Path) -> Source | None:
+def open_weights(
+    config: Config, workdir: epath.Path, accept: Collection[str] = ()
+) -> Source | None:
     """Opens the initial weights before the data are prepared; None if the run needs no weights.
 
     This reads and checks only their headers. Without adapters, only a new run needs the weights: a
     resumed run continues even if they are gone.
+
+    Args:
+      config: the config of the run.
+      workdir: its work directory.
+      accept: fields of the model that may differ, such as `model.rope_theta`.
 
     Raises:
       UserError: see `open_init`.
     """
     began = saved_steps(workdir / CHECKPOINTS) or config.branch_from
     reads = config.init_from and (config.lora.rank or not began)
-    return open_init(config.at(0)) if reads else None
+    return open_init(config.at(0), accept) if reads else None
 
 
 def initial_state(
@@ -110,7 +117,7 @@ def initial_state(
             saver.mark_damaged(step, str(error))
     if config.branch_from:
         return _branched(compiled, saver, data, config, weights, origin)
-    return _new_state(compiled, data, config, weights, origin.initial)
+    return _new_state(compiled, saver, data, config, weights, origin)
 
 
 def _restored(
@@ -173,20 +180,23 @@ def _branched(
 
 def _new_state(
     compiled: CompiledStep,
+    saver: Checkpointer,
     data: TrainingData,
     config: Config,
     weights: Source | None,
-    initial: StepMeta | None,
+    origin: Origin,
 ) -> tuple[TrainState, StepMeta]:
     """Makes the state before the first step; see `initial_state`."""
-    index, count = jax.process_index(), jax.process_count()
+    index, count, initial = jax.process_index(), jax.process_count(), origin.initial
     position: list[int] = []
     if initial is not None and config.data.start == "auto" and data.fingerprint:
         known = initial.data_fingerprint == data.fingerprint and len(initial.positions) == count
         position = initial.positions[index] if known else []
     data.train.start_at(0, position, index, count)
     if weights is None and config.init_from:  # `open_weights` found checkpoints, which are gone
-        weights = open_init(config.at(0))
+        weights = open_init(config.at(0), origin.accept)
+    if weights is not None and (changes := changes_of_model(weights, config.at(0))):
+        say(record_changes(saver.folder(0).parent.parent, 0, changes))
     state = first_state(compiled, config, weights)
     agreed("")  # reads differ in time, and a collective waits only for a limited time
     base = fingerprint(state.frozen) if config.lora.rank else {}
@@ -217,7 +227,7 @@ def _go_on(
             f"--config.init_from=ckpt:{folder.parent.parent}"
         )
     saved, config = load_meta(folder, parts.architecture.name), origin.asked
-    changes = check_checkpoint(saved, folder, config, data, parts, origin.accept)
+    changes = check_checkpoint(saved, folder, config, data, parts, origin.accepted(saved))
     index, count = jax.process_index(), jax.process_count()
     if saved.positions and len(saved.positions) != count:
         raise UserError(
@@ -233,6 +243,7 @@ def _go_on(
     data.train.start_at(saved.step, saved.positions[index] if saved.positions else [], index, count)
     own = folder.parent.parent == workdir
     say(f"resume  from step {saved.step}" if own else f"branch  from step {folder}")
+    changes = origin.new_changes(changes)
     changes.pop("branch_from", None)
     branch = "" if own else os.fspath(folder)
     if changed := record_changes(workdir, max(saved.step, origin.step), changes, branch):

@@ -86,6 +86,7 @@ def test_sequences_of_another_length_go_on_after_as_many_epochs(two):
     long = 4 * T
     batches = staged(two, (0, T, 8, EVEN), (10, long, 2, EVEN))
     before, counts = batches.epochs(10), batches.counts_at(10)
+    assert before == {name: 40 / count for name, count in batches.counts_at(9).items()}
     assert counts == {name: -(-(two[name].n_tokens - 1) // long) for name in "ab"}
     begins = {name: math.ceil(before[name] * counts[name] - 1e-6) for name in "ab"}
     draws = drawn(batches, [8] * 10 + [2] * 20)[80:]

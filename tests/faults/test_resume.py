@@ -108,7 +108,8 @@ def test_a_field_that_changes_the_run_is_refused(name, tmp_path):
     config = replace(saved, **{name: REFUSED[name]})
     told = replace(config, data__accept_other_data=True)
     was = functools.reduce(getattr, name.split("__"), saved)
-    difference = f"{name.replace('__', '.')} is {was}, now {REFUSED[name]}"
+    shown = "''" if was == "" else was
+    difference = f"{name.replace('__', '.')} is {shown}, now {REFUSED[name]}"
     for each in (config, told):  # the flag that accepts other data does not accept this change
         for check in check_both(saved, each, tmp_path):
             with pytest.raises(UserError) as caught:
@@ -254,7 +255,7 @@ def test_other_data_are_written_down_with_the_step(run, config, tmp_path, capsys
     assert line["step"] == 3
     assert line["changes"]["data fingerprint"] == fingerprints
     assert line["changes"]["data.validation_fraction"] == [0.2, 0.4]
-    assert "changed from step 4 on: data.path is , now" in capsys.readouterr().out
+    assert "changed from step 4 on: data.path is '', now" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])

@@ -97,6 +97,17 @@ def test_what_does_not_fit(eight):
     assert "NO, " in table(result) and "would fit    more chips" in table(result)
 
 
+def test_a_stage_of_a_run_is_planned():
+    assert report_lib.stage_to_plan(TINY, 5) == (TINY, "")
+    staged = replace(TINY, train__stages="until 4: train.seq_len=8; until 30: train.z_loss=1")
+    for step, length, which in ((1, 8, "1 to 4"), (4, 8, "1 to 4"), (5, 16, "5 to 20")):
+        config, text = report_lib.stage_to_plan(staged, step)
+        assert (config.train.seq_len, config.train.stages) == (length, "")
+        assert text.startswith(f"steps {which} of the run; days and cost are as if all 20 steps")
+    for step in (None, 99):
+        assert report_lib.stage_to_plan(staged, step) == report_lib.stage_to_plan(staged, 20)
+
+
 def test_the_parts_of_the_memory(eight):
     sizes = plan(CONFIG, eight)["bytes_per_chip"]
     assert sizes["moments"] == pytest.approx(2 * sizes["parameters"], rel=0.01)

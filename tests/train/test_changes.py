@@ -65,6 +65,10 @@ def test_a_past_that_stays_what_it_was():
     assert with_past(again, third, 15) == again and not changed_since(again, third, 15)
     assert with_past(again, again, 25) is again
     assert from_json(again.to_json()) == again
+    # A change where a stage ends: that stage has not begun to be the past.
+    staged = replace(TINY, train__stages="until 6: train.z_loss=1; until 9: train.z_loss=2")
+    run = with_past(staged, replace(TINY, train__z_loss=3.0), 6)
+    assert run.train.stages == "until 6: train.z_loss=1.0"
 
 
 def test_without_a_change_nothing_is_written():

@@ -160,6 +160,8 @@ def test_a_ramp_that_is_stopped_and_resumed(tmp_path_factory, tmp_path, capsys, 
     parts = go(RAMP, tmp_path / "run")
     assert log_of(tmp_path / "run") == log_of(workdir)
     assert [line[3] for line in log_of(workdir).values()] == [128] * 5 + [512] * 3
+    lines = [line for line in records(workdir) if "loss" in line]
+    assert {line["step"] for line in lines if line["objective"] > line["loss"]} == {6}  # z-loss
     equal(parts, go(RAMP, workdir))
     assert not (tmp_path / "run" / "changes.jsonl").exists()
 
@@ -321,6 +323,66 @@ def test_weights_have_the_model_and_the_context_of_their_stage(tmp_path):
     # A later stage with shorter sequences keeps the context.
     assert found == [(1e4, 8, 8), (5e4, 32, 32), (5e4, 16, 32)]
     assert {m.config for m in metas} == {config}
+
+
+def test_rope_of_initial_weights_may_be_stretched(trunk, tmp_path, capsys):
+    """As in Code Llama (arXiv:2308.12950), which trains LLaMA-2 on with another RoPE theta."""
+    config = replace(BASE, init_from=f"ckpt:{trunk}", train__steps=3, model__rope_theta=1e6)
+    message = "rope_theta is 10000.0 in .* 1000000.0 in .*--accept_changes=model.rope_theta$"
+    with pytest.raises(UserError, match=message):
+        run(config, tmp_path / "run")
+    go(config, tmp_path / "run", accept=["model.rope_theta"])
+    pair = [1e4, 1e6]
+    assert changes_of(tmp_path / "run") == [{"step": 0, "changes": {"model.rope_theta": pair}}]
+    assert "changed from step 1 on: model.rope_theta is 10000.0" in capsys.readouterr().out
+    other = replace(config, model__norm_eps=1e-3)
+    with pytest.raises(UserError, match="norm_eps is 1e-06 in the weights, 0.001 in the config$"):
+        run(other, tmp_path / "other", accept=["model.rope_theta"])
+
+
+def test_evaluation_has_the_shape_of_the_stage(corpus, tmp_path, monkeypatch):
+    stages = "until 2: train.seq_len=16 train.global_batch=16"
+    config = text_config(corpus, train__steps=4, train__seq_len=32, train__stages=stages)
+    config = replace(config, train__eval_every=2, train__eval_batches=1)
+    stream, shapes = loop.device_batches, []
+
+    def noted(source, start, stop, *rest):
+        for batch in stream(source, start, stop, *rest):
+            shapes.append(batch["inputs"].shape)
+            yield batch
+
+    monkeypatch.setattr(loop, "device_batches", noted)
+    state = go(config, tmp_path)
+    # Two steps and an evaluation of one batch, twice.
+    assert shapes == [*[(16, 16)] * 3, *[(8, 32)] * 3]
+    found = [line["eval_loss"] for line in records(tmp_path) if "eval_loss" in line]
+    assert len(found) == 2 and int(state.step) == 4
+
+
+def test_a_branch_does_not_evaluate_the_step_of_its_trunk(corpus, tmp_path):
+    config = text_config(corpus, train__steps=4, train__checkpoint_every=2, train__seq_len=32)
+    config = replace(config, train__eval_every=3)
+    go(config, tmp_path / "trunk")
+    step = str(tmp_path / "trunk" / "checkpoints" / "2")
+    branch = replace(config, train__eval_every=2, branch_from=step)
+    go(branch, tmp_path / "branch")
+    evaluated = [line["step"] for line in records(tmp_path / "branch") if "eval_loss" in line]
+    assert evaluated == [4]
+
+
+def test_streamed_data_go_on_where_the_weights_stopped(corpus, tmp_path):
+    config = text_config(corpus, data__streaming=True, train__steps=4, train__seq_len=32)
+    go(config, tmp_path / "first")
+    stopped = load_meta(find_step(tmp_path / "first")).positions
+    tokenizer = str(tmp_path / "first" / "tokenizer.model")
+    tuned = replace(config, init_from=f"ckpt:{tmp_path / 'first'}", data__tokenizer=tokenizer)
+    longer = replace(config, train__steps=7, data__tokenizer=tokenizer)
+    go(longer, tmp_path / "whole")
+    after = load_meta(find_step(tmp_path / "whole")).positions
+    go(replace(tuned, train__steps=3), tmp_path / "tuned")
+    assert load_meta(find_step(tmp_path / "tuned")).positions == after != stopped
+    go(replace(tuned, train__steps=4, data__start="0"), tmp_path / "asked")
+    assert load_meta(find_step(tmp_path / "asked")).positions == stopped
 
 
 @pytest.mark.slow

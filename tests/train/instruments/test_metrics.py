@@ -7,7 +7,7 @@ from etils import epath
 from llama_jax.model.cost import flops_per_token
 from llama_jax.train.instruments import metrics
 from llama_jax.train.instruments.writers import AllWriters, Run, open_writers
-from tests.helpers import TINY
+from tests.helpers import TINY, replace
 
 
 def test_speed_and_mfu(monkeypatch):
@@ -28,6 +28,23 @@ def test_speed_and_mfu(monkeypatch):
     assert reading["tokens_per_second"] == pytest.approx(tokens / 10)
     assert reading["chip_seconds"] == pytest.approx(4 * 2.0)
     assert metrics.Speed(TINY, devices=1, peak=None).read(1)["mfu"] is None
+
+
+def test_steps_of_two_stages_have_their_own_tokens(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    speed = metrics.Speed(TINY, devices=1, peak=1e9)
+    other = replace(TINY, train__seq_len=8, train__global_batch=128)
+    now[0] += 2.0
+    speed.count(4)
+    speed.use(other)
+    now[0] += 3.0
+    reading = speed.read(6)
+    tokens = [4 * TINY.train.tokens_per_step, 6 * other.train.tokens_per_step]
+    assert reading["tokens_per_second"] == pytest.approx(sum(tokens) / 5)
+    each = [flops_per_token(TINY.model, TINY.lora, length) for length in (16, 8)]
+    flops = sum(n * f for n, f in zip(tokens, each, strict=True))
+    assert reading["mfu"] == pytest.approx(flops / 5e9)
 
 
 class Recorder:
