@@ -54,14 +54,15 @@ class Fork:
       returncode: exit status, or minus the number of the signal that ended it; None while it runs.
     """
 
-    def __init__(self, module, arguments, env, stdin=None):
-        """Starts `python -m MODULE ARGUMENTS` in the root of the repository.
+    def __init__(self, module, arguments, env, stdin=None, cwd=ROOT):
+        """Starts `python -m MODULE ARGUMENTS`.
 
         Args:
           module: name of the module.
           arguments: arguments of the command.
           env: the whole environment.
           stdin: open file; None: an empty one.
+          cwd: the folder in which it runs; default: the root of the repository.
         """
         self.args, self.returncode = [module, *map(str, arguments)], None
         (self.stdout, out), (self.stderr, err) = _pipe(), _pipe()
@@ -70,7 +71,7 @@ class Fork:
             files = [stdin, stack.enter_context(out), stack.enter_context(err)]
             umask = os.umask(0)
             os.umask(umask)
-            request = {"argv": self.args, "env": env, "umask": umask}
+            request = {"argv": self.args, "env": env, "umask": umask, "cwd": str(cwd)}
             self.pid = _server().ask(request, [file.fileno() for file in files])
 
     def poll(self):
@@ -243,6 +244,7 @@ def main():
     request = _serve(requests)
     _set_environment(request["env"])
     os.umask(request["umask"])
+    os.chdir(request["cwd"])
     _set_streams(request["env"].get("PYTHONIOENCODING"))
     _run(request["argv"])
 

@@ -227,8 +227,10 @@ def run_command(module, *arguments, **options):
     return run_module(f"llama_jax.{module}", *arguments, **options)
 
 
-def run_module(module, *arguments, devices=1, timeout=600, stdin="", fresh=False, **environment):
-    """Runs `python -m MODULE` as a fork, or with `fresh` in an interpreter of its own.
+def run_module(
+    module, *arguments, devices=1, timeout=600, stdin="", fresh=False, cwd=ROOT, **environment
+):
+    """Runs `python -m MODULE` in `cwd` as a fork, or with `fresh` in an interpreter of its own.
 
     Returns:
       The completed process, with its output as text.
@@ -241,11 +243,11 @@ def run_module(module, *arguments, devices=1, timeout=600, stdin="", fresh=False
     if fresh:
         command = [sys.executable, "-m", module, *map(str, arguments)]
         pipes = {"input": stdin, "capture_output": True, "text": True}
-        return subprocess.run(command, cwd=ROOT, env=env, timeout=timeout, **pipes)
+        return subprocess.run(command, cwd=cwd, env=env, timeout=timeout, **pipes)
     with tempfile.TemporaryFile("w+") as file:
         file.write(stdin)
         file.seek(0)
-        process = Fork(module, arguments, env, file)
+        process = Fork(module, arguments, env, file, cwd)
     with process:
         out, errors = process.communicate(timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, out, errors)

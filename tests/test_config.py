@@ -53,6 +53,7 @@ FAMILY = {
     "llama3_8b": (4096, 32, 32, 8, 14336, 128256, 8192, 5e5, 1, 8_030_261_248),
     "llama3_70b": (8192, 80, 64, 8, 28672, 128256, 8192, 5e5, 1, 70_553_706_496),
     "llama3_1_8b": (4096, 32, 32, 8, 14336, 128256, 131072, 5e5, 8, 8_030_261_248),
+    "llama3_1_8b_long": (4096, 32, 32, 8, 14336, 128256, 131072, 5e5, 8, 8_030_261_248),
     "llama3_1_70b": (8192, 80, 64, 8, 28672, 128256, 131072, 5e5, 8, 70_553_706_496),
     "llama3_1_405b": (16384, 126, 128, 8, 53248, 128256, 131072, 5e5, 8, 405_853_388_800),
     "llama3_2_1b": (2048, 16, 32, 8, 8192, 128256, 131072, 5e5, 32, 1_235_814_400),
@@ -115,6 +116,23 @@ def test_the_family_is_as_released(name):
     assert model.tied_embeddings == name.startswith("llama3_2")
     assert parameter_count(model) == parameters
     assert config.train.tokens_per_step == 4 * 2**20
+
+
+def test_the_long_context_of_llama_3_1_comes_in_stages():
+    config, _ = load("llama3_1_8b_long")
+    stages = [stage.config for stage in config.stages]
+    shapes = [(one.train.seq_len >> 10, one.train.global_batch) for one in stages]
+    assert shapes == [(8, 512), (16, 256), (32, 128), (64, 64), (128, 32)]
+    assert {one.train.tokens_per_step for one in stages} == {4 * 2**20}
+    # The first stage is the pretraining of Llama 3, the last one the released Llama 3.1.
+    assert stages[0].model == load("llama3_8b")[0].model
+    assert stages[-1].model == load("llama3_1_8b")[0].model
+    assert [one.model.rope_is_stretched for one in stages] == [False, True, True, True, True]
+    assert max(one.train.global_batch * one.train.loss_chunk for one in stages) == 2**16
+    ends = [15e12, 15.2e12, 15.4e12, 15.6e12]
+    assert [stage.stop for stage in config.stages[:-1]] == [-(-int(n) // 2**22) for n in ends]
+    total = config.total(lambda one: one.train.tokens_per_step, config.train.steps)
+    assert total == pytest.approx(15.8e12, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", FINETUNED)
