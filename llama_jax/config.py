@@ -10,6 +10,7 @@ the rest of the code takes: after this boundary no field is misspelt or has the 
 """
 
 import dataclasses
+import difflib
 import functools
 import json
 import math
@@ -854,10 +855,16 @@ def _staged(name: str, where: str) -> tuple[str, type]:
     full = [one for one in STAGED if name in (one, one.rpartition(".")[2])]
     if not full:
         known = name in field_types() or any(one.endswith(f".{name}") for one in field_types())
-        raise UserError(
-            f"{where}: {name} {'cannot change in a run' if known else 'is not a field'}; a stage "
-            f"may set {', '.join(STAGED)}"
+        near = difflib.get_close_matches(
+            name, [*STAGED, *(n.rpartition(".")[2] for n in STAGED)], 1
         )
+        if known:
+            why = "cannot change in a run; docs/stages.md lists the fields that can"
+        elif near:
+            why = f"is not a field; did you mean {near[0]}?"
+        else:
+            why = "is not a field; docs/stages.md lists the fields of a stage"
+        raise UserError(f"{where}: {name} {why}")
     return full[0], field_types()[full[0]]
 
 
