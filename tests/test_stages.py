@@ -93,7 +93,10 @@ def test_text_and_back():
         ("until 5: dim=4", "dim cannot change in a run"),
         ("until 5: optim.moment_dtype=bfloat16", "moment_dtype cannot change in a run"),
         ("until 5: train.log_every=4", "train.log_every cannot change in a run"),
-        ("until 5: optim.lr=4", "optim.lr is not a field; docs/stages.md lists"),
+        (
+            "until 5: nothing_like_it=4",
+            "is not a field; docs/stages.md lists the fields of a stage",
+        ),
         ("until 5: optim.peek_lr=4", r"is not a field; did you mean optim.peak_lr\?"),
         ("until 5: optim.peak_lr=fast", "optim.peak_lr must be of type float, got 'fast'"),
         ("until 5: train.seq_len=4.5", "train.seq_len must be of type int, got '4.5'"),
