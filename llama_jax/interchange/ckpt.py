@@ -56,7 +56,8 @@ def describe(folder: epath.Path, meta: saved_step.StepMeta) -> Description:
     tokenizer_files.check_vocabulary(files, meta.of_weights.model.vocab_size, str(folder))
     train = dataclasses.replace(meta.of_weights.train, seq_len=meta.context)
     config = dataclasses.replace(meta.of_weights, train=train)
-    return Description(config, "float32", files, model_card.render(meta, folder), meta.step)
+    card = model_card.render(meta, folder)
+    return Description(config, "float32", files, card, meta.step, seen=meta.seen)
 
 
 class CkptSource:
@@ -146,7 +147,13 @@ def _write_description(
     if tokenizer:
         (workdir / "tokenizer.model").write_bytes(tokenizer)
     meta = saved_step.StepMeta(
-        config, 0, saved_step.IMPORTED, tokenizer, tokenizer_files=files, base=base
+        config,
+        0,
+        saved_step.IMPORTED,
+        tokenizer,
+        tokenizer_files=files,
+        base=base,
+        seen=dict(description.seen),
     )
     folder = workdir / saved_step.CHECKPOINTS / "0"
     folder.mkdir(parents=True)

@@ -1,7 +1,7 @@
 """The interfaces of sources and targets: a description of the model, then one array at a time."""
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +27,7 @@ class Description:
       card: Markdown about the training; empty if nothing is known.
       step: optimiser steps of the run; 0 for imported weights.
       notes: lines for the user about files that exist but are not read.
+      seen: how often the weights have seen each source, as in `saved_step.StepMeta`.
     """
 
     config: Config
@@ -35,6 +36,7 @@ class Description:
     card: str = ""
     step: int = 0
     notes: tuple[str, ...] = ()
+    seen: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def computed_in(config: Config, dtype: str) -> Config:

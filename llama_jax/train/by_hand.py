@@ -56,7 +56,8 @@ def save_state(
     context = _initial_context(compiled.config)
     meta, step = fresh_meta(compiled, data, base, context), int(state.step)
     with Checkpointer(workdir, compiled.config) as saver:
-        saver.save(state.to_items(), dataclasses.replace(meta, step=step))
+        seen = data.train.seen(step)
+        saver.save(state.to_items(), dataclasses.replace(meta, step=step, seen=seen))
     return saver.folder(step)
 
 

@@ -12,6 +12,8 @@ from llama_jax.checkpoint.saved_step import find_step, load_meta
 from llama_jax.config import from_json
 from llama_jax.data.training_data import open_data
 from llama_jax.errors import UserError
+from llama_jax.interchange.opening import open_source
+from llama_jax.interchange.transfer import convert
 from llama_jax.train import loop
 from llama_jax.train.origin import branch_folder, find_origin
 from llama_jax.train.run import run
@@ -245,7 +247,10 @@ def test_a_run_from_weights_begins_after_what_they_have_seen(corpus, tmp_path, c
     given = replace(more, data__tokenizer=str(tmp_path / "gone" / "tokenizer.model"))
     found = batches_of(lambda: go(given, tmp_path / "tuned", accept=["train.steps"]))
     np.testing.assert_array_equal(found[0], data.train.rows(8, range(8))["inputs"])
-    third = replace(tuned, init_from=f"ckpt:{tmp_path / 'tuned'}")
+    # A converted copy, such as an average of steps, knows it, too.
+    copy = tmp_path / "copy"
+    convert(open_source("ckpt", epath.Path(tmp_path / "tuned")), "ckpt", copy)
+    third = replace(tuned, init_from=f"ckpt:{copy}")
     found = batches_of(lambda: go(third, tmp_path / "third"))
     np.testing.assert_array_equal(found[0], data.train.rows(9, range(8))["inputs"])
     asked = replace(third, data__start="0")
