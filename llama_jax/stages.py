@@ -81,6 +81,8 @@ def _parse_stage(words: list[str]) -> StageText:
         name, equals, value = word.partition("=")
         if not equals or name in values:
             why = "occurs twice" if equals else "has no value"
+            if word == "until":
+                why = "begins a new stage; write a semicolon before it"
             raise UserError(f"train.stages: {name!r:.100} {why}; write NAME=VALUE, once per name")
         values[name] = value.replace("'", "").replace('"', "")
     return StageText(round(number), unit == "tokens", values)

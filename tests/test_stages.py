@@ -81,6 +81,7 @@ def test_text_and_back():
         ("until 5 epochs: train.seq_len=4", "whole number of steps or tokens"),
         ("until 5: train.seq_len", "'train.seq_len' has no value"),
         ("until 5: seq_len=4 seq_len=4", "'seq_len' occurs twice"),
+        ("until 5: seq_len=4 until 9: seq_len=8", "'until' begins a new stage; write a semicolon"),
         ("until 5: seq_len=4 train.seq_len=4", "train.seq_len occurs twice"),
         ("until 5: data.mixture='web=1", "a quote ' without its end"),
         (
