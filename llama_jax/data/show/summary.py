@@ -118,7 +118,8 @@ def _reading(config: Config, where: epath.Path, names: list[str]) -> Config:
     data = dataclasses.replace(config.data, path=str(where), streaming=False)
     there = names != [""]
     if there:  # the names of the prepared sources replace those in the config
-        source = "shards" if data.mixture else "; ".join(f"{name}=shards" for name in names)
+        mixed = all(stage.config.data.mixture for stage in config.stages)  # they name the sources
+        source = "shards" if mixed else "; ".join(f"{name}=shards" for name in names)
         data = dataclasses.replace(data, source=source)
     elif data.source == "synthetic":
         data = dataclasses.replace(data, source="shards")

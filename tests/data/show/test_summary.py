@@ -257,6 +257,17 @@ def test_a_work_directory_has_its_own_config(sources, tmp_path):
     assert summary.open_prepared(tmp_path).fingerprint == prepared.fingerprint
 
 
+def test_a_mixture_that_an_earlier_stage_did_not_have(sources):
+    """The sources that the mixture leaves out are in the batches of the earlier stage."""
+    folder, configs = sources
+    staged = replace(
+        configs["concat"], data__mixture="a=1", train__stages="until 5: data.mixture=''"
+    )
+    prepared = summary.open_prepared(folder / "concat", staged)
+    assert shares_of(summary.summary(prepared, 0, PLAIN))["b"]["requested"] != "0.00%"
+    assert shares_of(summary.summary(prepared, 5, PLAIN))["b"]["requested"] == "0.00%"
+
+
 def test_a_config_that_was_written_for_another_source(sources):
     folder, _ = sources
     values = default()
