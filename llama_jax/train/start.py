@@ -291,7 +291,7 @@ def first_state(compiled: CompiledStep, config: Config, weights: Source | None) 
     Raises:
       UserError: see `load_init`; or the architecture's arrays do not match those of the weights.
     """
-    state = compiled.init(jax.random.key(config.train.seed))
+    state = compiled.init(jax.random.key(config.at(0).train.seed))  # that of the first stage
     if weights is None:
         return state
     rows = compiled.parts.architecture.parameters
