@@ -108,9 +108,10 @@ def check_workdir(config: Config, workdir: epath.Path, accept: Collection[str] =
                 "its checkpoints hold the config, too"
             ) from error
         if config.branch_from not in ("", saved.branch_from):
+            own = f", or go on with it: --config.branch_from={saved.branch_from}"
             raise UserError(
                 f"{workdir} holds a run, and a branch (branch_from={config.branch_from}) needs a "
-                "new work directory; use another --workdir"
+                f"new work directory; use another --workdir{own if saved.branch_from else ''}"
             )
         # A change before the first save, or where newer steps were damaged, is after all steps.
         step = max([last_change(workdir), *saved_steps(workdir / CHECKPOINTS)])

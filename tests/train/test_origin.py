@@ -84,7 +84,8 @@ def test_trunk_and_cooldown_are_one_run(trunk, tmp_path, capsys, shape):
     # The trunk is as it was, and the branch does not need it any more.
     assert stages_of(trunk) == ""
     resumed = replace(branch, branch_from=str(tmp_path / "gone" / "checkpoints" / "4"))
-    with pytest.raises(UserError, match="needs a new work directory"):
+    again = rf"use another --workdir, or go on with it: --config.branch_from={trunk}/checkpoints/4$"
+    with pytest.raises(UserError, match=f"needs a new work directory; {again}"):
         run(resumed, tmp_path / "branch")
     equal(go(branch, tmp_path / "branch"), whole)
     assert len(changes_of(tmp_path / "branch")) == 1
