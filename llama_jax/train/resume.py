@@ -218,7 +218,7 @@ def check_checkpoint(
         raise UserError(f"checkpoint {folder} belongs to another run ({listed(others)}); {advice}")
     if saved.data_fingerprint != data.fingerprint and not _more_of_the_same(saved, data, accept):
         if not (config.data.accept_other_data or _accepts_data(accept)):
-            if saved.data_fingerprint == data.former_fingerprint:
+            if saved.data_fingerprint == data.former_fingerprint and _is_mixed(saved.config):
                 raise UserError(
                     f"checkpoint {folder} was trained by a version that took data.mixture as shares"
                     " of sequences; they are shares of tokens now, which gives other batches: use "
@@ -238,6 +238,11 @@ def _accepts_data(accept: Collection[str]) -> bool:
     return any(name in OTHER_DATA and name != "data.mixture" for name in accept)
 
 
+def _is_mixed(config: Config) -> bool:
+    """Returns whether the config asks for shares of the sources in some steps."""
+    return any(stage.config.data.mixture for stage in config.stages)
+
+
 def _more_of_the_same(saved: StepMeta, data: TrainingData, accept: Collection[str]) -> bool:
     """Returns whether only the choice of sources differs, and this change is accepted."""
     same = [
@@ -245,6 +250,8 @@ def _more_of_the_same(saved: StepMeta, data: TrainingData, accept: Collection[st
         for name, found in data.sources.items()
         if name in saved.sources
     ]
+    if not saved.sources and not _is_mixed(saved.config):  # an earlier version did not save them
+        same = [saved.data_fingerprint in (data.former_fingerprint, *data.sources.values())]
     return bool({"data.mixture", "train.stages"} & {*accept}) and bool(same) and all(same)
 
 

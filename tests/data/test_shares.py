@@ -388,6 +388,14 @@ def test_a_run_with_shares_of_sequences_does_not_go_on_silently(chats):
     told = replace(config, data__accept_other_data=True)
     changes = check_checkpoint(meta, "run/5", told, data)
     assert changes["data fingerprint"] == (before, data.fingerprint)
+    # A run without shares goes on with shares if this is accepted; its version saved no sources.
+    by_size = replace(config, data__mixture="")
+    sized = dataclasses.replace(meta, config=by_size)
+    changes = check_checkpoint(sized, "run/5", config, data, accept=["data.mixture"])
+    assert changes["data.mixture"] == ("", config.data.mixture)
+    with pytest.raises(UserError, match=r"was trained on data other, but this is data"):
+        of_other = dataclasses.replace(sized, data_fingerprint="other")
+        check_checkpoint(of_other, "run/5", config, data, accept=["data.mixture"])
     # Other data are still reported as such, and a run of this version resumes.
     other = StepMeta(config, 5, "other", data.tokenizer.model_bytes)
     with pytest.raises(UserError, match=r"was trained on data other, but this is data"):
