@@ -187,7 +187,7 @@ def with_data_of_trunk(config: Config, workdir: epath.Path) -> Config:
       workdir: its work directory, which knows the data if the other run is gone.
 
     Raises:
-      UserError: the step to branch from does not exist.
+      UserError: the step to branch from, or the shards that its config names, do not exist.
     """
     data = config.data
     if not config.branch_from or data.path or data.source == "synthetic":
@@ -201,5 +201,11 @@ def with_data_of_trunk(config: Config, workdir: epath.Path) -> Config:
         file = trunk / "tokenizer.model"  # `run` writes it
         known = not data.tokenizer and file.exists()
         return replaced(config, {"data.tokenizer": os.fspath(file)}) if known else config
-    path = load_meta(folder).config.data.path or os.fspath(trunk / "data")
+    named = load_meta(folder).config.data.path
+    path = named or os.fspath(trunk / "data")
+    if named and not epath.Path(named).exists():  # relative to another folder, for example
+        raise UserError(
+            f"{folder} was trained on the shards in data.path={named}, which do not exist here; "
+            "say where they are: --config.data.path=FOLDER"
+        )
     return replaced(config, {"data.path": path}) if epath.Path(path).exists() else config

@@ -173,6 +173,12 @@ def _branched(
     may = [name for name in ACCEPTABLE if name == "data.mixture" or name not in OTHER_DATA]
     workdir = saver.folder(0).parent.parent
     origin = dataclasses.replace(origin, accept=(*origin.accept, *may, "branch_from"))
+    if load_meta(folder, compiled.parts.architecture.name).step == config.train.steps:
+        raise UserError(
+            f"{folder} has made all train.steps={config.train.steps} steps, so a branch from it "
+            "has no step to make; train.steps counts the steps of the trunk, too: raise it with "
+            "--config.train.steps=N, or branch from an earlier step"
+        )
     saved = _go_on(folder, workdir, data, origin, compiled.parts)
     read = functools.partial(restore_items, folder)
     return _restored(read, folder, saved, compiled, data, config, weights)

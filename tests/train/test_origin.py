@@ -1,5 +1,6 @@
 """Runs that change on the way, against runs that were so from the start: equal to the last bit."""
 
+import dataclasses
 import json
 import shutil
 
@@ -14,8 +15,8 @@ from llama_jax.data.training_data import open_data
 from llama_jax.errors import UserError
 from llama_jax.interchange.opening import open_source
 from llama_jax.interchange.transfer import convert
-from llama_jax.train import loop
-from llama_jax.train.origin import branch_folder, find_origin
+from llama_jax.train import loop, origin
+from llama_jax.train.origin import branch_folder, find_origin, with_data_of_trunk
 from llama_jax.train.run import run
 from tests.helpers import TINY, records, replace, text_config
 from tests.train.test_run import stop_after
@@ -287,6 +288,30 @@ def test_a_place_that_is_no_step(trunk, tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_a_branch_without_a_step_to_make(trunk, tmp_path):
+    config = replace(BASE, train__steps=4, branch_from=str(trunk / "checkpoints" / "4"))
+    message = r"has made all train.steps=4 steps, so a branch from it has no step to make"
+    with pytest.raises(UserError, match=message):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_branch_does_not_prepare_the_shards_that_its_trunk_names(trunk, tmp_path):
+    """They may be seen from another folder only: to prepare them again could take days."""
+    step = shutil.copytree(trunk / "checkpoints" / "4", tmp_path / "trunk" / "checkpoints" / "4")
+    with pytest.MonkeyPatch.context() as patch:
+        saved = load_meta(epath.Path(step))
+        named = replace(saved.config, data__source="stdlib", data__path="shards/web")
+        patch.setattr(origin, "load_meta", lambda *_: dataclasses.replace(saved, config=named))
+        config = replace(named, data__path="", branch_from=str(step))
+        with pytest.raises(UserError, match=r"in data.path=shards/web, which do not exist here"):
+            with_data_of_trunk(config, epath.Path(tmp_path / "run"))
+        there = replace(named, data__path=str(tmp_path))
+        patch.setattr(origin, "load_meta", lambda *_: dataclasses.replace(saved, config=there))
+        found = with_data_of_trunk(config, epath.Path(tmp_path / "run"))
+        assert found.data.path == str(tmp_path)
+
+
 def test_a_branch_into_a_run_is_refused(trunk, tmp_path):
     workdir = shutil.copytree(trunk, tmp_path / "run")
     branch = replace(BASE, train__steps=9, branch_from=str(trunk))
@@ -296,8 +321,8 @@ def test_a_branch_into_a_run_is_refused(trunk, tmp_path):
 
 
 def test_a_new_run_goes_on_from_nothing(tmp_path):
-    origin = find_origin(TINY, epath.Path(tmp_path))
-    assert (origin.config, origin.step, origin.initial) == (TINY, 0, None)
+    found = find_origin(TINY, epath.Path(tmp_path))
+    assert (found.config, found.step, found.initial) == (TINY, 0, None)
 
 
 def test_a_stage_that_cannot_be_trained_is_refused_at_the_start(tmp_path):
