@@ -256,6 +256,8 @@ def test_a_run_from_weights_begins_after_what_they_have_seen(corpus, tmp_path, c
     asked = replace(third, data__start="0")
     found = batches_of(lambda: go(asked, tmp_path / "asked"))
     np.testing.assert_array_equal(found[0], data.train.rows(0, range(8))["inputs"])
+    # Its weights have still seen what the ones that it began with had.
+    assert load_meta(find_step(tmp_path / "asked")).seen == load_meta(find_step(copy)).seen
 
 
 def batches_of(train):
