@@ -125,7 +125,7 @@ def mesh_of(shape):
 LOOP_FIELDS = (
     *("log_every", "eval_every", "eval_batches", "sample_prompt", "profile_steps", "step_timeout"),
     *("checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "save_timeout"),
-    *("max_failed_saves", "max_skipped", "max_rewinds", "rewind_steps"),
+    *("max_failed_saves", "max_skipped", "max_rewinds", "rewind_steps", "stages"),
 )
 _steps = {}
 

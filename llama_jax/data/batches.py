@@ -433,7 +433,7 @@ class Batches(BatchSource):
                 lines.append(f"data    shares {kind}{since or ''}: {text}")
             last = stage.schedule
         if begun := [f"{name or 'the source'} {at:.2f}" for name, at in self.begin.items() if at]:
-            lines.append(f"data    begins after epochs that were seen: {', '.join(begun)}")
+            lines.append(f"data    begins at these epochs (data.start): {', '.join(begun)}")
         return [*lines, *super().summary(steps)]
 
 

@@ -224,12 +224,14 @@ class _Actions:
         i = self._instruments
         with self._clock_stopped(state, step):
             i.watch.before_save(state)
-            positions = _positions(self._data, step)
+            positions, seen = _positions(self._data, step), dict(self._meta.seen)
+            for name, epochs in self._data.train.seen(step).items():
+                seen[name] = max(epochs, seen.get(name, 0.0))  # `data.start` may be before that
             now = dataclasses.replace(
                 self._meta,
                 step=step,
                 positions=positions,
-                seen={**self._meta.seen, **self._data.train.seen(step)},
+                seen=seen,
                 eval_loss=eval_loss,
                 rewinds=i.watch.rewinds,
             )

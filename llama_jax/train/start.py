@@ -135,7 +135,7 @@ def _restored(
       read: reads the arrays of the step, given their shapes, dtypes and shardings.
       folder: the folder of the step.
       saved: the description of the step.
-      compiled: see `initial_state`; and so are the rest.
+      compiled: the step of the optimiser, with the shardings of the state.
       data: the data of the run.
       config: the config of the run.
       weights: the base of adapters.

@@ -239,7 +239,7 @@ def test_a_run_from_weights_begins_after_what_they_have_seen(corpus, tmp_path, c
     capsys.readouterr()
     found = batches_of(lambda: go(tuned, tmp_path / "tuned"))
     np.testing.assert_array_equal(found[0], data.train.rows(5, range(8))["inputs"])
-    assert "data    begins after epochs that were seen: the source 0." in capsys.readouterr().out
+    assert "data    begins at these epochs (data.start): the source 0." in capsys.readouterr().out
     meta = load_meta(find_step(tmp_path / "tuned"))
     assert meta.seen == {data.sources[""]: data.train.epochs(8)[""]}
     # It is resumed in the same place, and the third run begins after both.
@@ -258,6 +258,8 @@ def test_a_run_from_weights_begins_after_what_they_have_seen(corpus, tmp_path, c
     asked = replace(third, data__start="0")
     found = batches_of(lambda: go(asked, tmp_path / "asked"))
     np.testing.assert_array_equal(found[0], data.train.rows(0, range(8))["inputs"])
+    # Its weights have still seen what the ones that it began with had.
+    assert load_meta(find_step(tmp_path / "asked")).seen == load_meta(find_step(copy)).seen
 
 
 def batches_of(train):
