@@ -72,7 +72,7 @@ def accepted_fields(names: Iterable[str]) -> tuple[str, ...]:
             if name in all_fields() and name.startswith(FREE):
                 why = "may always change, and needs no flag"
             elif name in all_fields():
-                why = "must not change in a run: that would be another model"
+                why = "must not change in a run: that would be another run"
             elif near:
                 why = f"is not a field; did you mean {near[0]}?"
             else:

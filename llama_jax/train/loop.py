@@ -175,8 +175,8 @@ class _Actions:
             i.log.enter(stage.config)
             self._compiled = step_of_stage(self._compiled, stage.config)
             self._must_compile = True
-        if begins:
-            changes = changed_fields(self._config.of_weights(step), stage.config)
+        changes = changed_fields(self._config.of_weights(step), stage.config)
+        if begins and changes:
             say(f"stage   from step {step + 1} on: {listed(changes)}")
         shape = (train.global_batch, train.seq_len)
         stop = min(stage.stop, self._config.train.steps)

@@ -198,6 +198,11 @@ def _new_state(
     if initial is not None and config.data.start == "auto" and data.fingerprint:
         known = initial.data_fingerprint == data.fingerprint and len(initial.positions) == count
         position = initial.positions[index] if known else []
+        if initial.data_fingerprint == data.fingerprint and not (initial.seen or position):
+            say(
+                f"data    {config.init_from} was trained on these data, but an earlier version did "
+                "not record how far: the run begins at their start, see data.start"
+            )
     data.train.start_at(0, position, index, count)
     if weights is None and config.init_from:  # `open_weights` found checkpoints, which are gone
         weights = open_init(config.at(0), origin.accept)

@@ -11,6 +11,7 @@ from etils import epath
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.retention import saved_steps
 from llama_jax.checkpoint.saved_step import DamagedCheckpoint, load_meta
+from llama_jax.data.batches import Batches
 from llama_jax.errors import UserError
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.train import loop
@@ -54,7 +55,7 @@ def poison(monkeypatch, *bad, before=lambda step: None):
 
     def poisoning(source, start, stop, *rest):
         for step, batch in enumerate(stream(source, start, stop, *rest), start=start + 1):
-            if stop == STEPS:
+            if isinstance(source, Batches):
                 before(step)
                 if step in bad:
                     batch = {**batch, "weights": batch["weights"] * jnp.nan}
@@ -130,6 +131,25 @@ def test_it_is_said_and_written_down(config, rewound, tmp_path, monkeypatch, cap
     assert saved_steps(epath.Path(workdir / "checkpoints")) == [4, 9, 10, 12, 13]
     metas = {step: load_meta(workdir / "checkpoints" / str(step)) for step in (4, 9, 13)}
     assert [meta.rewinds for meta in metas.values()] == [[], [[9, 4]], [[9, 4]]]
+
+
+def test_it_goes_back_over_the_end_of_a_stage(config, tmp_path, monkeypatch):
+    """The weights are those of the first stage, and the data go on in the second one."""
+    stages = "until 6: train.global_batch=16; until 11: train.z_loss=0.1"
+    config = replace(config, train__stages=stages, train__log_every=1)
+    poison(monkeypatch, *BAD)
+    state = run(config, tmp_path / "whole")
+    logged = [r for r in records(tmp_path / "whole") if r.get("loss") is not None]
+    again = logged[[r["step"] for r in logged].index(11) :]  # after the rewind
+    (event,) = rewinds(tmp_path / "whole")
+    assert event["from"] in (8, 9) and event["to"] == TO and int(state.step) == STEPS
+    tokens = {r["step"]: r["tokens"] for r in logged}
+    assert tokens[4] == 2 * tokens[12] == 2 * tokens[11] > 0
+    assert [r["objective"] > r["loss"] for r in again] == [True, False, False]
+    stop_after(monkeypatch, 11)
+    assert int(run(config, tmp_path / "parts").step) < STEPS
+    assert_same(run(config, tmp_path / "parts"), state)
+    assert rewinds(tmp_path / "parts") == [event]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_the_flag_names_fields_and_groups():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model.dim", "model.dim must not change in a run: that would be another model"),
+        ("model.dim", "model.dim must not change in a run: that would be another run"),
         ("optim.moment_dtype", "must not change in a run"),
         ("train.grad_accum", "train.grad_accum may always change, and needs no flag"),
         ("steps", "steps is not a field; did you mean train.steps"),

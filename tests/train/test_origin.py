@@ -262,6 +262,18 @@ def test_a_run_from_weights_begins_after_what_they_have_seen(corpus, tmp_path, c
     assert load_meta(find_step(tmp_path / "asked")).seen == load_meta(find_step(copy)).seen
 
 
+def test_weights_of_an_earlier_version_do_not_say_what_they_have_seen(
+    trunk, tmp_path, monkeypatch, capsys
+):
+    config = replace(BASE, init_from=f"ckpt:{trunk}", train__steps=3)
+    go(config, tmp_path / "new")
+    assert "did not record how far" not in capsys.readouterr().out
+    described = origin.load_meta
+    monkeypatch.setattr(origin, "load_meta", lambda *a: dataclasses.replace(described(*a), seen={}))
+    go(config, tmp_path / "old")
+    assert f"data    ckpt:{trunk} was trained on these data, but" in capsys.readouterr().out
+
+
 def batches_of(train):
     """Returns the inputs of the training batches of a run."""
     stream, found = loop.device_batches, []
