@@ -195,13 +195,15 @@ def _new_state(
     """Makes the state before the first step; see `initial_state`."""
     index, count, initial = jax.process_index(), jax.process_count(), origin.initial
     position: list[int] = []
-    if initial is not None and config.data.start == "auto" and data.fingerprint:
-        known = initial.data_fingerprint == data.fingerprint and len(initial.positions) == count
-        position = initial.positions[index] if known else []
-        if initial.data_fingerprint == data.fingerprint and not (initial.seen or position):
+    # With known epochs, `data.start` has them by now.
+    if initial is not None and config.data.start == "auto":
+        known = initial.data_fingerprint == data.fingerprint
+        if known and len(initial.positions) == count:
+            position = initial.positions[index]
+        elif known:
             say(
-                f"data    {config.init_from} was trained on these data, but an earlier version did "
-                "not record how far: the run begins at their start, see data.start"
+                f"data    {config.init_from} was trained on these data, but does not say how far: "
+                "the run begins at their start, see data.start"
             )
     data.train.start_at(0, position, index, count)
     if weights is None and config.init_from:  # `open_weights` found checkpoints, which are gone

@@ -267,7 +267,7 @@ def test_weights_of_an_earlier_version_do_not_say_what_they_have_seen(
 ):
     config = replace(BASE, init_from=f"ckpt:{trunk}", train__steps=3)
     go(config, tmp_path / "new")
-    assert "did not record how far" not in capsys.readouterr().out
+    assert "does not say how far" not in capsys.readouterr().out
     described = origin.load_meta
     monkeypatch.setattr(origin, "load_meta", lambda *a: dataclasses.replace(described(*a), seen={}))
     go(config, tmp_path / "old")
