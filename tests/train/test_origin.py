@@ -201,6 +201,7 @@ def test_a_run_is_shortened(trunk, tmp_path):
         run(replace(BASE, train__steps=5), workdir, accept=["train.steps"])
 
 
+@pytest.mark.slow
 def test_a_branch_takes_the_data_of_its_trunk(corpus, tmp_path, capsys):
     config = text_config(corpus, train__steps=4, train__checkpoint_every=2, train__seq_len=32)
     go(config, tmp_path / "trunk")
@@ -415,6 +416,7 @@ def test_a_branch_does_not_evaluate_the_step_of_its_trunk(corpus, tmp_path):
     assert evaluated == [4]
 
 
+@pytest.mark.slow
 def test_streamed_data_go_on_where_the_weights_stopped(corpus, tmp_path):
     config = text_config(corpus, data__streaming=True, train__steps=4, train__seq_len=32)
     go(config, tmp_path / "first")

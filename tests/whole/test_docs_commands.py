@@ -178,6 +178,7 @@ def test_learning_rate(folder):
         assert run[step]["learning_rate"] == pytest.approx(float(schedule(step - 1)))
 
 
+@pytest.mark.slow
 def test_stages(folder):
     run_page("stages.md", folder)
     run = folder / "runs" / "staged"
