@@ -11,7 +11,7 @@ from etils import epath
 from llama_jax.checkpoint.checkpointer import Checkpointer
 from llama_jax.checkpoint.retention import saved_steps
 from llama_jax.checkpoint.saved_step import DamagedCheckpoint, load_meta
-from llama_jax.data.batches import Batches
+from llama_jax.data.batches import ValidationBatches
 from llama_jax.errors import UserError
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.train import loop
@@ -55,7 +55,7 @@ def poison(monkeypatch, *bad, before=lambda step: None):
 
     def poisoning(source, start, stop, *rest):
         for step, batch in enumerate(stream(source, start, stop, *rest), start=start + 1):
-            if isinstance(source, Batches):
+            if not isinstance(source, ValidationBatches):
                 before(step)
                 if step in bad:
                     batch = {**batch, "weights": batch["weights"] * jnp.nan}
