@@ -806,7 +806,11 @@ class Config:
 
     def at(self, step: int) -> "Config":
         """Returns the config of the step after `step` steps; without stages, the config itself."""
-        return next(stage.config for stage in self.stages if step < stage.stop)
+        return self.stage_at(step).config
+
+    def stage_at(self, step: int) -> Stage:
+        """Returns the stage of the step after `step` steps."""
+        return next(stage for stage in self.stages if step < stage.stop)
 
     def of_weights(self, step: int) -> "Config":
         """Returns the config of the last step that changed the weights of step `step`."""

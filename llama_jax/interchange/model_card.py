@@ -9,10 +9,9 @@ from typing import Any
 from etils import epath
 
 from llama_jax.checkpoint import saved_step
-from llama_jax.config import Config
 from llama_jax.errors import UserError
 from llama_jax.files import number, read_jsonl
-from llama_jax.model.cost import flops_by_part, parameter_count
+from llama_jax.model.cost import flops_per_step, parameter_count
 
 _TRAINING = "## Training\n\n"
 
@@ -68,13 +67,8 @@ def _training(meta: saved_step.StepMeta, metrics: epath.Path) -> dict[str, str]:
     config, step = meta.config, meta.step
     last_step = meta.of_weights
     train, optim = last_step.train, last_step.optim
-
-    def flops_of_step(one: Config) -> float:
-        parts = flops_by_part(one.model, one.lora, one.train.seq_len)
-        return one.train.tokens_per_step * sum(parts.values())
-
     tokens = config.total(lambda one: one.train.tokens_per_step, step)
-    flops = config.total(flops_of_step, step)
+    flops = config.total(flops_per_step, step)
     rows = {
         "steps": f"{step:,} of {config.train.steps:,}",
         "tokens seen": f"{tokens:,} ({train.global_batch:,} x {train.seq_len:,} a step)",

@@ -2,7 +2,7 @@
 
 import math
 
-from llama_jax.config import NF4_BITS, LoraConfig, ModelConfig
+from llama_jax.config import NF4_BITS, Config, LoraConfig, ModelConfig
 from llama_jax.model.lora import frozen_dtype, is_quantized
 from llama_jax.parameters import PARAMETERS, Parameter, Table, layer_matrices, present, shape_of
 
@@ -48,6 +48,18 @@ def flops_per_token(
       rows: the table of the model.
     """
     return sum(flops_by_part(model, lora, seq_len, rows).values())
+
+
+def flops_per_step(config: Config, rows: Table = PARAMETERS) -> float:
+    """Counts the FLOPs of one step of a config without stages; see `flops_per_token`.
+
+    Args:
+      config: the config, or that of a stage.
+      rows: the table of the model's parameters.
+    """
+    train = config.train
+    each = flops_per_token(config.model, config.lora, train.seq_len, rows)
+    return each * train.tokens_per_step
 
 
 def flops_by_part(

@@ -150,7 +150,7 @@ def stage_to_plan(config: Config, step: int | None) -> tuple[Config, str]:
         return config, ""
     steps = config.train.steps
     last = min(step or steps, steps) - 1
-    stage = next(stage for stage in config.stages if last < stage.stop)
+    stage = config.stage_at(last)
     which = f"steps {stage.start + 1:,} to {min(stage.stop, steps):,} of the run"
     return stage.config, f"{which}; days and cost are as if all {steps:,} steps were like these"
 

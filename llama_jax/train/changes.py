@@ -1,4 +1,4 @@
-"""What may change in a run that goes on: which fields, from which step, and how it is recorded.
+"""Decides what may change in a run that goes on, from which step, and records it.
 
 - Fields in `FREE` do not change what is trained: they may always differ.
 - Fields in `ACCEPTABLE` change the steps that follow: they may differ if the user accepts it with

@@ -1,4 +1,4 @@
-"""What a run goes on from: its own saved steps, a step of another run (a branch), or weights.
+"""Finds what a run goes on from: its own steps, a step of another run (a branch), or weights.
 
 This reads only descriptions of saved steps, before the data are opened. `start` restores the state.
 """
@@ -30,7 +30,7 @@ from llama_jax.train.changes import (
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What a run goes on from.
+    """Describes what a run goes on from.
 
     Attributes:
       asked: the config that the user gave.

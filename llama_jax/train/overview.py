@@ -8,7 +8,7 @@ from llama_jax.config import Config, OptimConfig
 from llama_jax.data.shards import layout
 from llama_jax.data.training_data import TrainingData
 from llama_jax.interchange.formats import Source
-from llama_jax.model.cost import adapter_count, flops_by_part, flops_per_token, parameter_count
+from llama_jax.model.cost import adapter_count, flops_by_part, flops_per_step, parameter_count
 from llama_jax.parameters import Table
 from llama_jax.train.parts import LLAMA_PARTS, Parts
 
@@ -25,13 +25,8 @@ def overview(
       parts: the parts of the training, see `Parts`.
     """
     train, rows = config.train, parts.architecture.parameters
-
-    def flops_of_step(one: Config) -> float:
-        each = flops_per_token(one.model, one.lora, one.train.seq_len, rows)
-        return each * one.train.tokens_per_step
-
     tokens = config.total(lambda one: one.train.tokens_per_step, train.steps)
-    flops = config.total(flops_of_step, train.steps)
+    flops = config.total(lambda one: flops_per_step(one, rows), train.steps)
     shape = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
     return "\n".join(
         (

@@ -172,7 +172,8 @@ def summary(prepared: PreparedData, step: int, screen: Screen) -> str:
 
 def _stage_of(config: Config, step: int) -> str:
     """Describes the stage of a run that a step belongs to."""
-    number, stage = next((n, s) for n, s in enumerate(config.stages, 1) if step < s.stop)
+    stage = config.stage_at(step)
+    number = config.stages.index(stage) + 1
     until = f"until step {stage.stop:,}" if stage.stop < MAX_STEPS else "to the end"
     values = " ".join(f"{name}={value}" for name, value in stage.values.items())
     return f"{number} of {len(config.stages)}, {until}: {values or 'the values of the config'}"

@@ -25,7 +25,7 @@ from etils import epath
 from llama_jax.config import Config
 from llama_jax.errors import first_line
 from llama_jax.files import number, read_jsonl
-from llama_jax.model.cost import flops_per_token
+from llama_jax.model.cost import flops_per_step
 from llama_jax.parameters import PARAMETERS, Table
 from llama_jax.train.instruments.writers import Writer
 
@@ -73,10 +73,8 @@ class Speed:
 
     def use(self, config: Config) -> None:
         """Counts the next steps by another config, that of the next stage of a run."""
-        train = config.train
-        each = flops_per_token(config.model, config.lora, train.seq_len, self.rows)
-        self._tokens_per_step = train.tokens_per_step
-        self._flops_per_step = each * train.tokens_per_step
+        self._tokens_per_step = config.train.tokens_per_step
+        self._flops_per_step = flops_per_step(config, self.rows)
 
     def restart(self, at: float | None = None) -> None:
         """Starts the clock; leaves out the time since the last `count`.
